@@ -1,0 +1,2529 @@
+#!/usr/bin/env python3
+"""Offer the devices of a Linux node to Kubernetes: each one a resource that a pod can ask for, no pod privileged.
+
+A conf file names devices by regular expressions over their paths below /dev, and says how many containers may use one
+at once:
+
+    - devicematch: ^video[0-9]*$
+      nummaxdevices: 20
+
+Each device found is offered to kubelet through the device plugin API (v1beta1) as smarter-devices/NAME, and a
+container that was given a slot of it finds the device in its own /dev. Hot-plug, edits of the conf file and restarts
+of kubelet are followed.
+
+    smarter_device_manager.py                   serve kubelet on this node
+    smarter_device_manager.py --list            what would be offered, what is left out and why
+    smarter_device_manager.py --check           is the conf file good?
+    smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
+    smarter_device_manager.py --status          what a running daemon says
+
+The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Command line. Each chapter needs
+only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled) and sends whole
+plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream). Nothing is shared, so
+nothing is locked.
+
+Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import difflib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import grpc
+
+    import api_pb2 as pb
+    import api_pb2_grpc as rpc
+
+__version__ = "1.0.0"
+
+
+class ConfigError(ValueError):
+    def __init__(self, message, line, column):
+        super().__init__(message, line, column)
+        self.message = message
+        self.line = line
+        self.column = column
+
+
+class Node(NamedTuple):
+    value: Any
+    line: int
+    column: int
+
+
+def is_mapping(node):
+    return isinstance(node.value, tuple)
+
+
+def compose_yaml(text):
+    import yaml
+
+    def conv(n):
+        l, c = n.start_mark.line + 1, n.start_mark.column + 1
+        if isinstance(n, yaml.MappingNode):
+            return Node(tuple((conv(k), conv(v)) for k, v in n.value), l, c)
+        if isinstance(n, yaml.SequenceNode):
+            return Node([conv(v) for v in n.value], l, c)
+        return Node(yaml.SafeLoader("").construct_object(n), l, c)
+
+    n = yaml.compose(text)
+    return conv(n) if n else Node(None, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
+# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+MOST_SLOTS = 10_000
+TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+
+
+class Companion(NamedTuple):
+    """A node that goes along with a device: a template of its path below /dev."""
+
+    template: str
+    optional: bool
+
+
+class Attribute(NamedTuple):
+    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+
+    name: str
+    pattern: str
+    match: re.Pattern[str]
+
+
+# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), where Python's re differs.
+_POSIX_CLASSES = {
+    "alnum": "0-9A-Za-z",
+    "alpha": "A-Za-z",
+    "ascii": r"\x00-\x7f",
+    "blank": r"\t\x20",
+    "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",
+    "graph": r"\x21-\x7e",
+    "lower": "a-z",
+    "print": r"\x20-\x7e",
+    "punct": r"\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e",
+    "space": r"\t-\r\x20",
+    "upper": "A-Z",
+    "word": "0-9A-Za-z_",
+    "^alnum": r"\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\U0010ffff",
+    "^alpha": r"\x00-\x40\x5b-\x60\x7b-\U0010ffff",
+    "^ascii": r"\x80-\U0010ffff",
+    "^blank": r"\x00-\x08\x0a-\x1f\x21-\U0010ffff",
+    "^cntrl": r"\x20-\x7e\x80-\U0010ffff",
+    "^digit": r"\x00-\x2f\x3a-\U0010ffff",
+    "^graph": r"\x00-\x20\x7f-\U0010ffff",
+    "^lower": r"\x00-\x60\x7b-\U0010ffff",
+    "^print": r"\x00-\x1f\x7f-\U0010ffff",
+    "^punct": r"\x00-\x200-9A-Za-z\x7f-\U0010ffff",
+    "^space": r"\x00-\x08\x0e-\x1f\x21-\U0010ffff",
+    "^upper": r"\x00-\x40\x5b-\U0010ffff",
+    "^word": r"\x00-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\U0010ffff",
+}
+_SPACE = r"\t\n\f\r\x20"  # \s of RE2: without the vertical tab
+_NOT_SPACE = r"\x00-\x08\x0b\x0e-\x1f\x21-\U0010ffff"
+_REGEX_TOKEN = re.compile(
+    r"""
+      \\ x \{ (?P<wide> [0-9A-Fa-f]{1,8} ) \}
+    | \\ (?P<octal> [1-7][0-7]{1,2} )
+    | \\ (?P<escape> . )
+    | \[ : (?P<posix> \^? [a-z]+ ) : \]
+    | (?P<counted> \{ ,[0-9]* \} )
+    | \( \? (?P<flags> [A-Za-z]* (?: -[A-Za-z]* )? ) (?P<scope> [:)] )
+    | (?P<named> \( \? < (?= [A-Za-z_] ) )
+    | (?P<other> . )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+class _Untranslatable(ValueError):
+    """An expression that Python's re cannot take over from RE2; the text says what, and what to write instead."""
+
+
+def translate(pattern: str) -> str:
+    """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
+
+    Raises ValueError for what Python cannot express; what is no expression at all is left for re.compile to refuse.
+    """
+    out: List[str] = []
+    multiline = False
+    position = 0
+    while position < len(pattern):
+        if pattern[position] == "[":
+            position, text = _translate_class(pattern, position)
+            out.append(text)
+            continue
+        token = _regex_token(pattern, position)
+        if token[0] == "$":
+            out.append("$" if multiline else r"\Z")
+        elif token["flags"] is not None:
+            multiline = multiline or (token["scope"] == ")" and "m" in token["flags"])
+            out.append(_translate_flags(token))
+        else:
+            out.append(_translate_token(token, in_class=False))
+        position = token.end()
+    return "".join(out)
+
+
+def _regex_token(pattern: str, position: int) -> re.Match[str]:
+    token = _REGEX_TOKEN.match(pattern, position)
+    assert token is not None  # its last alternative takes any character
+    return token
+
+
+def _translate_class(pattern: str, position: int) -> Tuple[int, str]:
+    """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
+    opening = "[^" if pattern.startswith("[^", position) else "["
+    out = [opening]
+    position = first = position + len(opening)
+    while position < len(pattern) and (pattern[position] != "]" or position == first):
+        position, text, single = _translate_class_atom(pattern, position)
+        out.append(text)
+        if single and pattern.startswith("-", position) and not pattern.startswith("-]", position):
+            position, text, _ = _translate_class_atom(pattern, position + 1)
+            out.append("-" + text)
+    return position + 1, "".join(out) + pattern[position : position + 1]
+
+
+def _translate_class_atom(pattern: str, position: int) -> Tuple[int, str, bool]:
+    if position == len(pattern):
+        return position, "", False
+    token = _regex_token(pattern, position)
+    if token["wide"] or token["octal"] or token["posix"] or token["escape"]:
+        single = not token["posix"] and (token["escape"] or "x") not in "dDsSwW"
+        return token.end(), _translate_token(token, in_class=True), single
+    return position + 1, _literal(pattern[position]), True
+
+
+def _literal(char: str) -> str:
+    return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
+
+
+def _translate_token(token: re.Match[str], in_class: bool) -> str:
+    if token["wide"] or token["octal"]:
+        code = int(token["wide"], 16) if token["wide"] else int(token["octal"], 8)
+        if code > sys.maxunicode:
+            raise _Untranslatable(f"{token[0]} is beyond Unicode")
+        return _literal(chr(code))
+    if token["posix"]:
+        if token["posix"] not in _POSIX_CLASSES:
+            raise _Untranslatable(f"{token[0]} is no character class; there are {', '.join(list(_POSIX_CLASSES)[:13])}")
+        return _POSIX_CLASSES[token["posix"]]
+    if token["counted"]:
+        return "\\" + token["counted"]  # text in RE2, a repetition in Python
+    if token["named"]:
+        return "(?P<"
+    escape = token["escape"]
+    if escape is None:
+        return token[0]
+    if escape in "CQEpP":
+        raise _Untranslatable(f"\\{escape} is of Go's expressions only; write the characters themselves or a [class]")
+    if escape == "z":
+        return r"\Z"
+    if escape in "sS":
+        chars = _SPACE if escape == "s" else _NOT_SPACE
+        return chars if in_class else f"[{chars}]"
+    return token[0]
+
+
+def _translate_flags(token: re.Match[str]) -> str:
+    flags, scope = token["flags"], token["scope"]
+    if not set(flags) <= set("ims-"):
+        raise _Untranslatable(f"the flags of {token[0]} are not known here; i, m and s are")
+    if scope == ")" and (token.start() > 0 or "-" in flags):
+        raise _Untranslatable(f"{token[0]} is possible at the start only, and only on; write (?{flags}:...)")
+    return token[0]
+
+
+def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
+    """The expression that NODE of the conf holds, as written and compiled."""
+    text = _text(node)
+    try:
+        return text, re.compile(translate(text), re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        problem = getattr(error, "msg", "") or "it is too large"
+        raise ConfigError(f'"{text}" is no regular expression: {problem}', node.line, node.column) from None
+    except _Untranslatable as error:
+        raise ConfigError(f'"{text}": {error}', node.line, node.column) from None
+
+
+# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
+_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<(\w+)>|(.?))", re.ASCII | re.DOTALL)
+
+
+def expand(template: str, match: re.Match[str]) -> str:
+    """TEMPLATE with its references replaced by what MATCH holds; a group that took no part is empty."""
+    return _REFERENCE.sub(lambda found: match[_group(found)] or "", template)
+
+
+def _group(reference: re.Match[str]) -> Union[int, str]:
+    name = reference[1] or reference[2]
+    return int(name) if name.isdecimal() else name
+
+
+def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
+    for reference in _REFERENCE.finditer(node.value):
+        if reference[3] is not None:
+            problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
+        else:
+            group = _group(reference)
+            if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
+                continue
+            problem = f"{reference[0]}: devicematch has no such group"
+        raise ConfigError(f'"{node.value}": {problem}', node.line, node.column)
+
+
+# Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
+
+
+def _wrong(node: Node, expected: str) -> ConfigError:
+    kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", type(None): "nothing"}
+    value = node.value
+    found = "a mapping" if is_mapping(node) else kinds[type(value)]
+    shown = f" ({value})" if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    return ConfigError(f"expected {expected}, found {found}{shown}", node.line, node.column)
+
+
+def _text(node: Node) -> str:
+    if isinstance(node.value, str):
+        return node.value
+    hint = f': put it in quotes, "{node.value}"' if type(node.value) is int else ""
+    raise _wrong(node, f"a text{hint}")
+
+
+def _read_slots(node: Node) -> int:
+    if type(node.value) is not int:
+        raise _wrong(node, "a number of slots")
+    if not 0 <= node.value <= MOST_SLOTS:
+        raise ConfigError(f"{node.value} slots: must be 0 to {MOST_SLOTS}", node.line, node.column)
+    return node.value
+
+
+def _read_template(node: Node) -> str:
+    text = _text(node)
+    if not text or "\0" in text:
+        raise _wrong(node, "a text that is not empty")
+    return text
+
+
+def _read_containerpath(node: Node) -> str:
+    text = _read_template(node)
+    if not text.startswith("/dev/"):
+        raise ConfigError(f'"{text}" must be an absolute path under /dev/', node.line, node.column)
+    if ".." in text.split("/"):
+        raise ConfigError(f'"{text}" must not hold ".."', node.line, node.column)
+    return text
+
+
+def _read_permissions(node: Node) -> str:
+    text = _text(node)
+    if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
+        raise ConfigError(f'"{text}" must be letters of r, w and m, each once', node.line, node.column)
+    return "".join(letter for letter in "rwm" if letter in text)
+
+
+def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
+    if not is_mapping(node) or not node.value:
+        raise _wrong(node, what)
+    pairs: List[Tuple[Node, Node]] = node.value
+    return pairs
+
+
+def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
+    found = []
+    for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
+        if name.value.startswith("/") or ".." in name.value.split("/") or "\0" in name.value:
+            raise ConfigError(f'"{name.value}" is no attribute of sysfs', name.line, name.column)
+        found.append(Attribute(name.value, *_compile(value)))
+    return tuple(found)
+
+
+def _read_companions(node: Node) -> Tuple[Companion, ...]:
+    if is_mapping(node) or not isinstance(node.value, list) or not node.value:
+        raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
+    found = []
+    for item in node.value:
+        template = _read_template(item)
+        if template.startswith("/") or ".." in template.split("/") or template == "?":
+            raise ConfigError(f'"{template}" must be a path below /dev, such as snd/controlC0', item.line, item.column)
+        found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
+    return tuple(found)
+
+
+def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
+    found = []
+    for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
+            raise ConfigError(f'"{name.value}" is no name of a variable', name.line, name.column)
+        if "\0" in _text(value):
+            raise _wrong(value, "a text without NUL")
+        found.append((name.value, value.value))
+    return tuple(found)
+
+
+def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
+    return dataclasses.field(metadata={"key": name, "read": read}, **default)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
+
+    line: int  # of the conf file
+    match: re.Pattern[str]  # searched in a path below /dev
+    pattern: str = _key("devicematch", _text)  # match, as the conf has it
+    slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
+    resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
+    containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
+    permissions: str = _key("permissions", _read_permissions, default="rw")
+    attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
+    companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
+    env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
+
+
+_KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
+
+
+def parse_rules(text: str) -> Tuple[Rule, ...]:
+    """The rules of the conf TEXT, in its order.
+
+    Raises ConfigError with the line and column of what is wrong.
+    """
+    document = compose_yaml(text)
+    if document.value is None:
+        raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
+    if is_mapping(document) or not isinstance(document.value, list):
+        raise _wrong(document, "a list of rules (- devicematch: ...)")
+    if not document.value:
+        raise ConfigError("the list holds no rule", document.line, document.column)
+    rules = tuple(_parse_rule(node) for node in document.value)
+    _check_own_names(rules)
+    return rules
+
+
+def _parse_rule(node: Node) -> Rule:
+    if not is_mapping(node):
+        raise _wrong(node, "a rule (devicematch: ...)")
+    nodes: Dict[str, Node] = {}
+    for key, value in node.value:
+        if key.value not in _KEYS:
+            near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
+            raise ConfigError(f'unknown key "{key.value}"; did you mean {near}?', key.line, key.column)
+        nodes[key.value] = value
+    if "devicematch" not in nodes:
+        raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
+    match = _compile(nodes["devicematch"])[1]
+    if nodes["devicematch"].value == TEGRA:
+        match = re.compile(rf"^{TEGRA}([0-9]+)\Z", re.ASCII)
+    fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
+    for template in _template_nodes(nodes):
+        _check_template(template, match)
+    return Rule(line=node.line, match=match, **fields)
+
+
+def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
+    for key in ("resource", "containerpath"):
+        if key in nodes:
+            yield nodes[key]
+    if "with" in nodes:
+        yield from nodes["with"].value
+    if "env" in nodes:
+        yield from (value for _, value in nodes["env"].value)
+
+
+def _check_own_names(rules: Sequence[Rule]) -> None:
+    """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
+    pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
+    for rule in rules:
+        literal = re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII)
+        if literal and not rule.resource and not rule.attributes:
+            pool = pools.get(resource_name(literal[1]))
+            follows = [other for other in rules if other.match.search(literal[1])][-1]
+            if pool and follows is rule:
+                raise clash(pool, rule, literal[1])
+
+
+def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
+    """The error of a conf in which a pool has the name that a device has by its own."""
+    name = resource_name(path)
+    message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
+    return ConfigError(message, pool.line, 1)
+
+
+def resource_name(text: str) -> str:
+    """The name of the resource that the path (or expanded template) TEXT is offered as; empty where none is left.
+
+    kubelet takes names of at most 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
+    return shorten(name, 63, text)
+
+
+def shorten(name: str, limit: int, text: str) -> str:
+    """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
+    if len(name) <= limit:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name[: limit - 9]}-{digest[:8]}"
+
+
+def load_rules(path: str) -> Tuple[Rule, ...]:
+    """The rules of the conf file PATH.
+
+    Raises ConfigError with line and column for what is wrong in it, and OSError where it cannot be read.
+    """
+    return parse_rules(read_conf(path))
+
+
+def read_conf(path: str) -> str:
+    """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
+    with open(path, "rb") as file:
+        data = file.read(CONF_BYTES + 1)
+    if len(data) > CONF_BYTES:
+        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8").split("\n")
+        raise ConfigError("this is not UTF-8; save the file as UTF-8", len(before), len(before[-1]) + 1) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
+# algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
+NODES = (CHAR, BLOCK)
+_KINDS = {
+    stat.S_IFCHR: CHAR,
+    stat.S_IFBLK: BLOCK,
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFLNK: LINK,
+    stat.S_IFREG: "plain file",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFIFO: "FIFO",
+}
+MOST_LINKS = 40  # that one path may lead through, as in path_resolution(7)
+FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
+
+
+class NotADevice(Exception):
+    """A path names no device; the text says why, to follow the path and a colon."""
+
+
+class Entry(NamedTuple):
+    """One name below /dev, as lstat(2) saw it."""
+
+    kind: str
+    device: int = 0  # st_rdev of a node
+    inode: int = 0
+    target: str = ""  # of a link
+    shared: bool = False  # a folder in which others than root may make names
+    serial: int = 0  # another one whenever this name came to stand for something else
+
+
+class DeviceNode(NamedTuple):
+    """A device node that a path leads to."""
+
+    path: str  # below /dev, free of links
+    suffix: str  # what follows the name that was resolved: "" or, in a folder, "/controlC0"
+    entry: Entry
+
+
+class Tree(Protocol):
+    """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
+
+    def look(self, path: str) -> Optional[Entry]: ...
+
+    def names(self, path: str) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """/dev at one look: every entry by path, and the names in each folder, sorted."""
+
+    entries: Mapping[str, Entry]
+    folders: Mapping[str, Sequence[str]]
+
+    def look(self, path: str) -> Optional[Entry]:
+        return self.entries.get(path)
+
+    def names(self, path: str) -> Sequence[str]:
+        return self.folders.get(path, ())
+
+    def without(self, paths: Iterable[str]) -> Snapshot:
+        """The same look, had PATHS not been there."""
+        return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
+
+
+def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
+    """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
+
+    Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
+    """
+    real = _real_path(tree, path, dev_dir)
+    entry = tree.look(real)
+    if entry is None:
+        raise NotADevice("it is gone")
+    if entry.kind in NODES:
+        return [DeviceNode(real, "", entry)]
+    if entry.kind == FOLDER:
+        nodes = list(_nodes_below(tree, real))
+        if nodes:
+            return nodes
+        raise NotADevice("a folder that holds no device node")
+    raise NotADevice("another file system" if entry.kind == MOUNT else f"a {entry.kind}, not a device")
+
+
+def _nodes_below(tree: Tree, folder: str) -> Iterator[DeviceNode]:
+    todo = [folder]
+    while todo:
+        path = todo.pop()
+        entry = tree.look(path)
+        if entry and entry.kind in NODES:
+            yield DeviceNode(path, path[len(folder) :], entry)
+        elif entry and entry.kind == FOLDER:
+            todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
+
+
+def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
+    """PATH with its links followed, as path_resolution(7) has it, but inside /dev."""
+    todo = path.split("/")[::-1]
+    done: List[str] = []
+    links = 0
+    while todo:
+        name = todo.pop()
+        if name == ".." and not done:
+            raise NotADevice("a link that leaves /dev")
+        if name in ("", ".", ".."):
+            del done[len(done) - (name == "..") :]
+            continue
+        here = "/".join([*done, name])
+        entry = tree.look(here)
+        if entry is None:
+            raise NotADevice(f"a link to /dev/{here}, which is not there" if links else "it is gone")
+        if entry.kind != LINK:
+            if todo and entry.kind != FOLDER:
+                raise NotADevice(f"a path through /dev/{here}, which is a {entry.kind}")
+            done.append(name)
+            continue
+        links += 1
+        folder = tree.look("/".join(done))
+        if folder is None or folder.shared:
+            raise NotADevice(f"a link in the folder /dev/{'/'.join(done)}, where others than root may make links")
+        if links > MOST_LINKS:
+            raise NotADevice("a link that leads in a circle")
+        target, inside = entry.target, _inside(entry.target, dev_dir)
+        if inside is None:
+            raise NotADevice(f"a link to {target}, which leaves /dev")
+        done = done if inside == target else []
+        todo += inside.split("/")[::-1]
+    return "/".join(done)
+
+
+def _inside(target: str, dev_dir: str) -> Optional[str]:
+    """A link's TARGET, where absolute as a path below /dev; None where it leads elsewhere."""
+    if not target.startswith("/"):
+        return target
+    for top in ("/dev", dev_dir):
+        if target.startswith(top + "/"):
+            return target[len(top) + 1 :]
+    return None
+
+
+def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
+    """FOUND as an Entry of the tree whose /dev is ROOT."""
+    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
+    shared = False
+    if kind == FOLDER:
+        kind = FOLDER if found.st_dev == root.st_dev else MOUNT
+        shared = (
+            bool(found.st_mode & stat.S_IWOTH)
+            or (bool(found.st_mode & stat.S_IWGRP) and found.st_gid not in (0, root.st_gid))
+            or found.st_uid not in (0, root.st_uid)
+        )
+    device = found.st_rdev if kind in NODES else 0
+    return Entry(kind, device, found.st_ino, target, shared)
+
+
+class LiveTree:
+    """/dev as it is now, for one use; a context manager.
+
+    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    """
+
+    def __init__(self, dev_dir: str) -> None:
+        self._entries: Dict[str, Optional[Entry]] = {}
+        self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
+        self._root = os.fstat(self._folders[""])
+        self._entries[""] = _entry(self._root, self._root)
+
+    def __enter__(self) -> LiveTree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._folders.values():
+            os.close(descriptor)
+
+    def look(self, path: str) -> Optional[Entry]:
+        if path not in self._entries:
+            self._entries[path] = self._open(path)
+        return self._entries[path]
+
+    def _open(self, path: str) -> Optional[Entry]:
+        parent, _, name = path.rpartition("/")
+        if self.look(parent) is None or parent not in self._folders:
+            return None
+        try:
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
+        except FileNotFoundError:
+            return None
+        entry = None
+        try:
+            found = os.fstat(descriptor)
+            target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+            entry = _entry(found, self._root, target)
+        finally:
+            if entry and entry.kind == FOLDER:
+                self._folders[path] = descriptor
+            else:
+                os.close(descriptor)
+        return entry
+
+    def names(self, path: str) -> Sequence[str]:
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folders[path])
+        try:
+            return sorted(os.listdir(descriptor))
+        finally:
+            os.close(descriptor)
+
+
+class _Listing(NamedTuple):
+    """A folder of /dev as it was last listed."""
+
+    stamp: Tuple[int, ...] = ()  # device, inode and times of the folder
+    settled: bool = False  # whether an equal stamp proves that nothing changed
+    entries: Mapping[str, Entry] = {}
+    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name
+    subfolders: Sequence[str] = ()  # their paths
+    problem: str = ""  # why it could not be listed
+
+
+def is_settled(mtime_ns: int) -> bool:
+    """Whether a change after this moment must show in the time of a file or folder that has MTIME_NS now."""
+    return mtime_ns < time.time_ns() - FRESH_NS
+
+
+class Scanner:
+    """Looks at /dev again and again, and lists only the folders whose times moved."""
+
+    def __init__(self, dev_dir: str) -> None:
+        self._dev_dir = dev_dir
+        self._listings: Dict[str, _Listing] = {}
+        self._serials = itertools.count(1)
+        self._snapshot = Snapshot({}, {})
+        self._flapped: List[str] = []
+
+    def scan(self, full: bool = False) -> Tuple[Snapshot, Sequence[str]]:
+        """What stands below /dev, and the paths that stood there at the last look too but as something else.
+
+        The same Snapshot object is returned until something changes; FULL lists every folder, whatever its times say.
+        Raises OSError where /dev itself cannot be seen.
+        """
+        root = os.stat(self._dev_dir)
+        self._flapped = []
+        listings = {"": self._list("", root, root, full)}
+        todo = list(listings[""].subfolders)
+        while todo:
+            path = todo.pop()
+            try:
+                found = os.lstat(f"{self._dev_dir}/{path}")
+            except OSError:
+                continue  # it went since its parent was listed, and the parent's time will tell
+            if found.st_dev == root.st_dev and stat.S_ISDIR(found.st_mode):
+                listings[path] = self._list(path, found, root, full)
+                todo += listings[path].subfolders
+        old, self._listings = self._listings, listings
+        if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
+            self._snapshot = _assemble(_entry(root, root), listings)
+        return self._snapshot, self._flapped
+
+    def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
+        """The listing of PATH: the last one where it still holds."""
+        old = self._listings.get(path, _Listing())
+        stamp = (folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns)
+        if old.settled and old.stamp == stamp and not full:
+            return old
+        settled = is_settled(folder.st_mtime_ns)
+        try:
+            fresh = _read_folder(f"{self._dev_dir}/{path}", root)
+        except OSError as error:  # too many open files, say: what was seen before still counts
+            return old._replace(settled=False, problem=os.strerror(error.errno or 0))
+        entries = {
+            name: self._continued(_join(path, name), old, entry, times, old.stamp != stamp)
+            for name, (entry, times) in fresh.items()
+        }
+        return _Listing(
+            stamp,
+            settled,
+            old.entries if entries == old.entries else entries,
+            {name: times for name, (_, times) in fresh.items()},
+            tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER),
+        )
+
+    def _continued(self, path: str, old: _Listing, entry: Entry, times: Tuple[int, int], moved: bool) -> Entry:
+        """ENTRY with the serial it had, if it is what OLD has under its name.
+
+        A node made anew may have its predecessor's inode number again. Then both its times are new, and its folder's,
+        while a touch (as udev does it) leaves the folder's alone.
+        """
+        name = path.rpartition("/")[2]
+        before = old.entries.get(name)
+        if before is None:
+            return entry._replace(serial=next(self._serials))
+        remade = moved and entry.kind in NODES and not set(times) & set(old.times[name])
+        if before == entry._replace(serial=before.serial) and not remade:
+            return before
+        self._flapped.append(path)
+        return entry._replace(serial=next(self._serials))
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _read_folder(path: str, root: os.stat_result) -> Dict[str, Tuple[Entry, Tuple[int, int]]]:
+    fresh = {}
+    with os.scandir(path) as items:
+        for item in items:
+            try:
+                found = item.stat(follow_symlinks=False)
+                target = os.readlink(item.path) if stat.S_ISLNK(found.st_mode) else ""
+            except FileNotFoundError:
+                continue
+            fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+    return fresh
+
+
+def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
+    entries = {"": root}
+    for path, listing in listings.items():
+        entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
+    for path, listing in listings.items():
+        if listing.problem and not listing.entries:
+            entries[path] = entries[path]._replace(kind=f"folder that cannot be listed ({listing.problem})")
+    return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
+
+
+class Sysfs:
+    """What sysfs knows of device nodes. Read once while a node is there, then remembered by its serial."""
+
+    def __init__(self, sys_dir: str) -> None:
+        self._sys_dir = sys_dir
+        self._numa: Dict[int, Optional[int]] = {}
+        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], bool] = {}
+
+    def forget(self, serials: Iterable[int]) -> None:
+        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold."""
+        keep = set(serials)
+        self._numa = {serial: numa for serial, numa in self._numa.items() if serial in keep}
+        self._held = {key: True for key, held in self._held.items() if held and key[0] in keep}
+
+    def numa(self, node: DeviceNode) -> Optional[int]:
+        """The NUMA node that NODE is close to; None where there is none or nobody knows."""
+        serial = node.entry.serial
+        if serial not in self._numa:
+            values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
+            known = (int(value) for value in values if value.isdecimal() and value.isascii())
+            self._numa[serial] = next(known, None)
+        return self._numa[serial]
+
+    def holds(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> bool:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
+        key = (node.entry.serial, attributes)
+        if key not in self._held:
+            self._held[key] = any(
+                all(_attribute_holds(folder, attribute) for attribute in attributes)
+                for folder in self.chain(node.entry)
+            )
+        return self._held[key]
+
+    def chain(self, entry: Entry) -> Iterator[str]:
+        """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
+        kind = "char" if entry.kind == CHAR else "block"
+        top = os.path.realpath(f"{self._sys_dir}/devices")
+        folder = os.path.realpath(f"{self._sys_dir}/dev/{kind}/{os.major(entry.device)}:{os.minor(entry.device)}")
+        yield folder
+        while folder.startswith(top + "/") and os.path.dirname(folder) != top:
+            folder = os.path.dirname(folder)
+            yield folder
+
+    def values(self, name: str, node: DeviceNode) -> List[str]:
+        """What the attribute NAME is in NODE's device and its parents, each value once."""
+        values = (read_attribute(folder, name) for folder in self.chain(node.entry))
+        return list(dict.fromkeys(value for value in values if value is not None))
+
+    def tegra_gpus(self) -> List[str]:
+        """The numbers of the GPUs that a Tegra board has as platform devices."""
+        found = set()
+        for folder in ("devices", "devices/platform"):
+            try:
+                names = os.listdir(f"{self._sys_dir}/{folder}")
+            except OSError:
+                continue  # no sysfs here, or not that kind of board
+            found |= {name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name)}
+        return sorted(found, key=int)
+
+
+def read_attribute(folder: str, name: str) -> Optional[str]:
+    """The value of the attribute NAME in the sysfs FOLDER, None where it cannot be read. A link (driver, subsystem)
+    has its target's last name as value, as in udev."""
+    path = f"{folder}/{name}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, 4096).decode("utf-8", "backslashreplace").rstrip()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return os.path.basename(os.readlink(path)) if error.errno == errno.ELOOP else None
+
+
+def _attribute_holds(folder: str, attribute: Attribute) -> bool:
+    value = read_attribute(folder, attribute.name)
+    return value is not None and attribute.match.fullmatch(value) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan: rules x what stands below /dev -> resources by name. Immutable data and pure functions (sysfs is only asked for
+# nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RETIRE_SECONDS = 600.0  # a device gone for longer is offered no more
+
+T = TypeVar("T")
+
+
+class Spec(NamedTuple):
+    """A node that a container is given: DeviceSpec of the device plugin API."""
+
+    host: str
+    container: str
+    permissions: str
+
+
+class Part(NamedTuple):
+    """A path below /dev that belongs to a device, and where a container sees it."""
+
+    path: str
+    container: str
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a resource offers."""
+
+    path: str  # as matched, below /dev
+    line: int  # of the rule that it follows
+    slots: int
+    parts: Tuple[Part, ...]  # itself first, then what goes along; a Tegra GPU has none
+    permissions: str
+    env: Tuple[Tuple[str, str], ...]
+    numa: Tuple[int, ...]  # the NUMA nodes that it is close to
+    identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
+    specs: Tuple[Spec, ...]  # what a container would be given now
+    problem: str  # why it is Unhealthy; empty: it is Healthy
+    since: float  # time.monotonic() of the moment when it appeared or went
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A resource as kubelet sees it: a device of its own name, or a pool of devices that a rule named."""
+
+    name: str  # without the domain
+    pool: bool
+    devices: Tuple[Device, ...]
+
+
+class Slot(NamedTuple):
+    """One entry of the list that kubelet is sent: Device of the device plugin API."""
+
+    id: str
+    healthy: bool
+    numa: Tuple[int, ...]
+
+
+class LeftOut(NamedTuple):
+    """A path that a rule named and that is not offered (by that rule), and why."""
+
+    path: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be offered, and what not."""
+
+    resources: Mapping[str, Resource]
+    left_out: Tuple[LeftOut, ...]
+    unused: Tuple[Rule, ...]  # rules that matched nothing
+    clashes: Tuple[ConfigError, ...]  # pools with the name of a device
+
+
+EMPTY_PLAN = Plan({}, (), (), ())
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A path that a rule names and that stands for a device, or did so within RETIRE_SECONDS."""
+
+    nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
+    problem: str  # why it is no device any more; empty: it is one
+    since: float
+
+
+class Matcher:
+    """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = rules
+        self.names_tegra = any(rule.pattern == TEGRA for rule in rules)
+        self._matches: Dict[str, Sequence[Tuple[Rule, re.Match[str]]]] = {}
+
+    def __call__(self, path: str) -> Sequence[Tuple[Rule, re.Match[str]]]:
+        found = self._matches.get(path)
+        if found is None:
+            pairs = ((rule, rule.match.search(path)) for rule in reversed(self.rules))
+            found = self._matches[path] = [(rule, match) for rule, match in pairs if match]
+        return found
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Drop what is remembered of all but PATHS."""
+        keep = set(paths)
+        self._matches = {path: found for path, found in self._matches.items() if path in keep}
+
+
+Sightings = Mapping[str, Sighting]
+
+
+def sight(
+    old: Sightings, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
+) -> Tuple[Sightings, List[LeftOut]]:
+    """The devices that rules name, those that went lately among them, and the paths that are none.
+
+    GPUS are the numbers of a Tegra's. NOW and the times in sightings are time.monotonic()'s.
+    """
+    found: Dict[str, Tuple[DeviceNode, ...]] = {f"{TEGRA}{number}": () for number in gpus if matcher.names_tegra}
+    problems: Dict[str, str] = {}
+    for path in snapshot.entries:
+        if path and _named(matcher, path):
+            try:
+                path.encode()  # kubelet takes UTF-8 only
+                found[path] = tuple(resolve(snapshot, path, dev_dir))
+            except NotADevice as error:
+                problems[path] = str(error)
+            except UnicodeEncodeError:
+                problems[path] = "its name is not UTF-8"
+    new: Dict[str, Sighting] = {}
+    for path, nodes in found.items():
+        before = old.get(path)
+        since = before.since if before and not before.problem else now
+        new[path] = Sighting(nodes, "", since)
+    for path, before in old.items():
+        if path not in found and matcher(path):
+            since = before.since if before.problem else now
+            if now - since < RETIRE_SECONDS:
+                new[path] = Sighting(before.nodes, problems.pop(path, "it is gone"), since)
+    left_out = [LeftOut(path, _named(matcher, path)[0][0].line, problem) for path, problem in problems.items()]
+    return new, left_out
+
+
+def _named(matcher: Matcher, path: str) -> Sequence[Tuple[Rule, re.Match[str]]]:
+    """The rules that name the PATH of something below /dev."""
+    return [pair for pair in matcher(path) if pair[0].pattern != TEGRA]
+
+
+def make_plan(
+    sightings: Sightings, left_out: Iterable[LeftOut], snapshot: Snapshot, sysfs: Sysfs, matcher: Matcher, dev_dir: str
+) -> Plan:
+    """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
+    problems = list(left_out)
+    used = {line for path in snapshot.entries if path for line in (rule.line for rule, _ in _named(matcher, path))}
+    own: Dict[str, Device] = {}
+    pools: Dict[str, List[Device]] = {}
+    for path in sorted(sightings):
+        sighting = sightings[path]
+        rule, match, misfits = _follow(path, sighting, matcher, sysfs)
+        problems += misfits
+        if rule is None or match is None:
+            continue
+        used.add(rule.line)
+        name = resource_name(expand(rule.resource, match) if rule.resource else path)
+        device = _device(path, sighting, rule, match, snapshot, sysfs, dev_dir)
+        if not name:
+            problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
+        elif isinstance(device, str):
+            problems.append(LeftOut(path, rule.line, device))
+        elif rule.resource:
+            pools.setdefault(name, []).append(device)
+        elif name in own:
+            taken = f"its resource's name {name} is taken by /dev/{own[name].path}"
+            problems.append(LeftOut(path, rule.line, taken))
+        else:
+            own[name] = device
+    clashes = []
+    by_line = {rule.line: rule for rule in matcher.rules}
+    for name in sorted(own.keys() & pools.keys()):
+        device = own.pop(name)
+        error = clash(by_line[pools[name][0].line], by_line[device.line], device.path)
+        clashes.append(error)
+        problems.append(LeftOut(device.path, device.line, str(error)))
+    resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
+    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
+    unused = tuple(rule for rule in matcher.rules if rule.line not in used)
+    return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
+
+
+def _follow(
+    path: str, sighting: Sighting, matcher: Matcher, sysfs: Sysfs
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
+    """The last rule that names PATH and whose attributes its device has; and those rules whose it has not."""
+    misfits: List[LeftOut] = []
+    tegra = path.startswith(TEGRA) and not sighting.nodes
+    for rule, match in matcher(path):
+        if tegra != (rule.pattern == TEGRA):
+            continue
+        if not rule.attributes or any(sysfs.holds(rule.attributes, node) for node in sighting.nodes):
+            return rule, match, misfits
+        misfits.append(LeftOut(path, rule.line, _misfit(rule, sighting, sysfs)))
+    return None, None, misfits
+
+
+def _misfit(rule: Rule, sighting: Sighting, sysfs: Sysfs) -> str:
+    told = []
+    for attribute in rule.attributes:
+        values = [value for node in sighting.nodes[:1] for value in sysfs.values(attribute.name, node)]
+        shown = " or ".join(f'"{value}"' for value in values) if values else "not there"
+        told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
+    return "; ".join(told)
+
+
+def _device(
+    path: str, sighting: Sighting, rule: Rule, match: re.Match[str], snapshot: Snapshot, sysfs: Sysfs, dev_dir: str
+) -> Union[Device, str]:
+    """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
+    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    folder = container if container.endswith("/") else ""
+    wanted = [(path, container, False)]
+    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
+    parts = []
+    for part, base, optional in wanted:
+        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            return f'its path in a container would be "{place}"'
+        parts.append(Part(part, place, optional))
+    env = [(name, expand(template, match)) for name, template in rule.env]
+    tegra = rule.pattern == TEGRA
+    device = Device(
+        path=path,
+        line=rule.line,
+        slots=rule.slots,
+        parts=tuple(parts[tegra:]),
+        permissions=rule.permissions,
+        env=tuple(([("NVIDIA_VISIBLE_DEVICES", match[1])] if tegra else []) + env),
+        numa=tuple(sorted({numa for node in sighting.nodes for numa in [sysfs.numa(node)] if numa is not None})),
+        identity=tuple(_identity(node) for node in sighting.nodes) if rule.attributes else (),
+        specs=(),
+        problem=sighting.problem,
+        since=sighting.since,
+    )
+    if device.problem:
+        return device
+    try:
+        return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
+    except NotADevice as error:
+        return dataclasses.replace(device, problem=str(error))
+
+
+def _identity(node: DeviceNode) -> Tuple[int, int]:
+    return node.entry.device, node.entry.inode
+
+
+def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[Spec]:
+    """The nodes that a container with DEVICE is given, as TREE has them. Raises NotADevice, naming what is missing."""
+    specs: Dict[str, Spec] = {}
+    for part in device.parts:
+        try:
+            nodes = resolve(tree, part.path, dev_dir)
+        except NotADevice as error:
+            if part.optional:
+                continue
+            if part.path == device.path:
+                raise
+            raise NotADevice(f"it goes with /dev/{part.path}: {error}") from None
+        is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
+        if part.path == device.path and is_changed:
+            raise NotADevice("another device stands there since just now")
+        for node in nodes:
+            spec = Spec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
+            _place(specs, spec)
+    return list(specs.values())
+
+
+def _place(specs: Dict[str, Spec], spec: Spec) -> None:
+    """Add SPEC to SPECS, which are by container path. Raises NotADevice where another node has that path."""
+    there = specs.setdefault(spec.container, spec)
+    if there.host != spec.host:
+        raise NotADevice(f"{there.host} and {spec.host} would both be {spec.container} in the container")
+
+
+def slots_of(resource: Resource) -> Tuple[Slot, ...]:
+    """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
+    return tuple(
+        Slot(_slot_id(resource, device, number), not device.problem, device.numa)
+        for device in resource.devices
+        for number in range(device.slots)
+    )
+
+
+def _slot_id(resource: Resource, device: Device, number: int) -> str:
+    return f"{device.path}:{number}" if resource.pool else str(number)
+
+
+def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
+    """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    number = slot_id.rpartition(":")[2]
+    if re.fullmatch(r"0|[1-9][0-9]{0,4}", number, re.ASCII):
+        for device in resource.devices:
+            if int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id:
+                return device
+    return None
+
+
+class Refused(Exception):
+    """An Allocate that cannot be granted: the name of a gRPC status code, and a text that reaches the pod's events."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Grant(NamedTuple):
+    """What one container is given: ContainerAllocateResponse of the device plugin API."""
+
+    specs: Tuple[Spec, ...]
+    env: Mapping[str, str]
+
+
+def grant(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> Grant:
+    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices. Raises Refused."""
+    chosen: Dict[str, Device] = {}
+    for slot_id in slot_ids:
+        device = device_of(resource, slot_id)
+        if device is None:
+            raise Refused("INVALID_ARGUMENT", f'no device ID "{slot_id}"')
+        chosen[device.path] = device
+    specs: Dict[str, Spec] = {}
+    env: Dict[str, Dict[str, None]] = {}  # values in order, each once
+    for device in (chosen[path] for path in sorted(chosen)):
+        if not device.parts and device.problem:
+            raise Refused("UNAVAILABLE", f"{device.path}: {device.problem}")
+        try:
+            found = specs_of(device, tree, dev_dir)
+        except NotADevice as error:
+            raise Refused("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
+        for spec in found:
+            try:
+                _place(specs, spec)
+            except NotADevice as error:
+                raise Refused("FAILED_PRECONDITION", str(error)) from None
+        for name, value in device.env:
+            env.setdefault(name, {})[value] = None
+    return Grant(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
+
+
+def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
+    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
+    ones with the fewest slots in use before the others."""
+    preferred = list(must)
+    chosen: Dict[str, int] = {device.path: 0 for device in resource.devices}
+    for device in (device_of(resource, slot_id) for slot_id in preferred):
+        if device:
+            chosen[device.path] += 1
+    free: Dict[str, List[str]] = {}
+    for slot_id in set(available) - set(preferred):
+        device = device_of(resource, slot_id)
+        if device:
+            free.setdefault(device.path, []).append(slot_id)
+    slots = {device.path: device.slots for device in resource.devices}
+    in_use = {path: slots[path] - chosen[path] - len(ids) for path, ids in free.items()}
+    for ids in free.values():
+        ids.sort(key=lambda slot_id: int(slot_id.rpartition(":")[2]), reverse=True)
+    while free and len(preferred) < size:
+        path = min(free, key=lambda path: (chosen[path], in_use[path], path))
+        preferred.append(free[path].pop())
+        chosen[path] += 1
+        if not free[path]:
+            del free[path]
+    return preferred
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plugin: the DevicePlugin service of one resource, and the line of the log that each event makes. Everything from here
+# on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_NAMES = 20  # in one line of the log
+MOST_LISTS_WAITING = 16  # of one stream whose reader is slow
+
+log = logging.getLogger("smarter-device-manager")
+
+
+class Problem(Exception):
+    """Something that a person can put right; the text is one sentence that says what, where and how."""
+
+
+def note(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
+    """Log one EVENT: a plain SENTENCE, then its FIELDS."""
+    log.log(level, sentence, extra={"event": event, "fields": fields})
+
+
+def note_many(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
+    """Log one EVENT that is the same for all NAMES, which stand under KEY."""
+    who = names[0] if len(names) == 1 else f"{len(names)} {key}"
+    shown = [*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])]
+    note(event, f"{who}: {sentence}", level, **{key: ",".join(shown)})
+
+
+class TextFormatter(logging.Formatter):
+    """A line an event: time, level, sentence, then key=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        told = [f"{key}={_quoted(str(value))}" for key, value in fields.items()]
+        line = " ".join([utc(record.created), record.levelname, printable(record.getMessage()), *told])
+        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+def _quoted(text: str) -> str:
+    return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object an event, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document = {
+            "time": utc(record.created),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "log"),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
+def utc(seconds: float) -> str:
+    """The time of day SECONDS after the epoch, as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
+
+
+def printable(text: str) -> str:
+    """TEXT with whatever a terminal would not show as itself written as an escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def load_grpc() -> None:
+    """Import grpc and the stubs into this module. Only serving needs them. Raises Problem where they are missing."""
+    global grpc, pb, rpc
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    try:
+        import grpc
+        import grpc.aio
+
+        import api_pb2 as pb
+        import api_pb2_grpc as rpc
+    except ImportError as error:
+        raise Problem(
+            f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
+            f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
+        ) from None
+
+
+class Plugin:
+    """v1beta1.DevicePlugin for one resource. ON_STREAM is called whenever a ListAndWatch stream opened or ended."""
+
+    def __init__(self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[], None]) -> None:
+        self.resource = resource
+        self.full_name = full_name
+        self.allocations = 0
+        self.streams = 0
+        self._dev_dir = dev_dir
+        self._on_stream = on_stream
+        self._slots = slots_of(resource)
+        self._waiting: List[asyncio.Queue[Optional[Tuple[Slot, ...]]]] = []
+
+    def update(self, resource: Resource) -> None:
+        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        self.resource = resource
+        slots = slots_of(resource)
+        if slots != self._slots:
+            self._slots = slots
+            self._put(slots)
+
+    def end_streams(self) -> None:
+        """Let every open stream end in good order."""
+        self._put(None)
+
+    def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
+        for queue in self._waiting:
+            if queue.qsize() >= MOST_LISTS_WAITING:
+                queue.get_nowait()
+            queue.put_nowait(item)
+
+    async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
+        queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
+        queue.put_nowait(self._slots)
+        self._waiting.append(queue)
+        self.streams += 1
+        self._on_stream()
+        try:
+            while True:
+                slots = await queue.get()
+                if slots is None:
+                    return
+                await context.write(_list_message(slots))
+        finally:
+            self._waiting.remove(queue)
+            self.streams -= 1
+            self._on_stream()
+
+    async def GetDevicePluginOptions(
+        self, request: pb.Empty, context: grpc.aio.ServicerContext
+    ) -> pb.DevicePluginOptions:
+        return self.options()
+
+    def options(self) -> pb.DevicePluginOptions:
+        return pb.DevicePluginOptions(get_preferred_allocation_available=self.resource.pool)
+
+    async def GetPreferredAllocation(
+        self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PreferredAllocationResponse:
+        response = pb.PreferredAllocationResponse()
+        for item in request.container_requests:
+            ids = prefer(self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size)
+            response.container_responses.add(deviceIDs=ids)
+        return response
+
+    async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
+        asked = [list(item.devices_ids) for item in request.container_requests]
+        told = ",".join(slot_id for ids in asked for slot_id in ids)
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                grants = [grant(self.resource, ids, tree, self._dev_dir) for ids in asked]
+        except (Refused, OSError) as error:
+            code = error.code if isinstance(error, Refused) else "UNAVAILABLE"
+            text = str(error) if isinstance(error, Refused) else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+            note(
+                "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
+            )
+            await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
+        self.allocations += len(grants)
+        hosts = ",".join(spec.host for granted in grants for spec in granted.specs)
+        note("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
+        return pb.AllocateResponse(container_responses=[_grant_message(granted) for granted in grants])
+
+    async def PreStartContainer(
+        self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PreStartContainerResponse:
+        return pb.PreStartContainerResponse()
+
+
+def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
+    response = pb.ListAndWatchResponse()
+    for slot in slots:
+        device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
+        for numa in slot.numa:
+            device.topology.nodes.add(ID=numa)
+    return response
+
+
+def _grant_message(granted: Grant) -> pb.ContainerAllocateResponse:
+    response = pb.ContainerAllocateResponse(envs=granted.env)
+    for spec in granted.specs:
+        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
+    return response
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubelet side: serves every plugin, watches kubelet.sock, registers, heals. All of it runs on one asyncio loop. What
+# kubelet really does, and every rule followed here, is in KUBELET.md's terms; the status chapter reads the counters.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+SOCKETS_EVERY = 10  # looks at kubelet.sock to one at our own sockets
+REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+FIRST_PAUSE, MOST_PAUSE = 1.0, 30.0  # before a resource is registered again
+GATHER_SECONDS = 0.2  # in which like events become one line of the log
+STOP_SECONDS = 0.3  # for calls in progress when a server ends
+SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+DEFAULT_DOMAIN = "smarter-devices"
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+    ("grpc.max_connection_idle_ms", 60_000),  # a client that has no call open; kubelet has its stream
+)
+
+Identity = Tuple[int, int, int]
+
+
+def socket_name(name: str, domain: str, plugin_dir: str) -> str:
+    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    own = "" if domain == DEFAULT_DOMAIN else f".{domain}"
+    room = SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
+    return f"smarter-{shorten(name + own, max(room, 10), name + own)}.sock"
+
+
+def answers(path: str) -> bool:
+    """Whether somebody listens on the Unix socket PATH."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno == errno.EAGAIN  # listens, and has many waiting
+        return True
+
+
+class Session:
+    """What one resource has with kubelet: its plugin, server and socket, and how its registration stands."""
+
+    def __init__(self, resource: Resource, side: KubeletSide, previous: Optional[asyncio.Task[None]]) -> None:
+        self.plugin = Plugin(resource, f"{side.domain}/{resource.name}", side.dev_dir, self._stream_changed)
+        self.path = f"{side.plugin_dir}/{socket_name(resource.name, side.domain, side.plugin_dir)}"
+        self.previous = previous  # the end of an older session of the same name, to be waited for
+        self.task: Optional[asyncio.Task[None]] = None
+        self.server: Optional[grpc.aio.Server] = None
+        self.inode = 0  # of our socket file
+        self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
+        self.is_registered = False
+        self.is_lost = False  # our socket file is gone or another's
+        self.had_stream = False
+        self.stream_since = 0.0
+        self.deadline = 0.0  # for kubelet to open its stream
+        self.pause = 0.0
+        self.retry_at = 0.0
+        self.trouble = ""  # why it does not work, as last logged
+        self.is_retired = False
+        self.registrations = self.refusals = self.stream_losses = 0
+        self._wake = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Registered, and kubelet's stream is open."""
+        return self.is_registered and self.plugin.streams > 0
+
+    def wake(self) -> None:
+        """Have its keeper look again."""
+        self._wake.set()
+
+    async def sleep(self, seconds: Optional[float]) -> None:
+        """Wait until woken, for SECONDS at the most."""
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+        finally:
+            self._wake.clear()
+
+    def _stream_changed(self) -> None:
+        if self.plugin.streams and not self.had_stream:
+            self.had_stream = True
+            self.stream_since = time.monotonic()
+            self.trouble = ""
+        self.wake()
+
+    def find_trouble(self, now: float) -> str:
+        """Why it must be served and registered anew; empty where it need not."""
+        if self.is_lost:
+            return "its socket file was deleted"
+        if self.plugin.streams or (not self.had_stream and now < self.deadline):
+            return ""
+        return "kubelet ended its stream" if self.had_stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+
+    def back_off(self, now: float, at_once: bool = False) -> None:
+        """Put off the next try, longer each time until a stream has held for MOST_PAUSE."""
+        if self.had_stream and now - self.stream_since > MOST_PAUSE:
+            self.pause = 0.0
+        pause = self.pause if at_once else max(self.pause, FIRST_PAUSE)
+        self.pause = min(max(2 * pause, FIRST_PAUSE), MOST_PAUSE)
+        self.retry_at = now + pause
+
+
+class KubeletSide:
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to the loop that run() is on."""
+
+    def __init__(self, plugin_dir: str, domain: str, dev_dir: str) -> None:
+        self.plugin_dir = plugin_dir
+        self.domain = domain
+        self.dev_dir = dev_dir
+        self.sessions: Dict[str, Session] = {}
+        self.beat = time.monotonic()  # of the last look at kubelet.sock
+        self.is_answering = False
+        self.kubelet_restarts = 0
+        self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
+        self._identity: Optional[Identity] = None
+        self._state = ""  # of kubelet, as last logged
+        self._seen_before = False
+        self._channel: Optional[grpc.aio.Channel] = None
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._directory: Tuple[int, ...] = ()  # the plugin directory's times, when our sockets in it were well
+        self._temporary = itertools.count()
+        self._gathered: Dict[Tuple[str, str, int], List[str]] = {}
+        self._closing: Dict[str, asyncio.Task[None]] = {}
+        self._failure: Optional[BaseException] = None
+
+    async def run(self, stop: Callable[[], bool]) -> None:
+        """Watch kubelet and our sockets until STOP says so, then end every stream and server."""
+        try:
+            for turn in itertools.count():
+                if stop():
+                    break
+                self.beat = time.monotonic()
+                self._look_at_kubelet()
+                if turn % SOCKETS_EVERY == 0:
+                    self._look_at_sockets()
+                if self._failure:
+                    raise self._failure
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            self.apply(EMPTY_PLAN)
+            await asyncio.gather(*self._closing.values(), return_exceptions=True)
+            self._flush()
+            if self._channel:
+                await self._channel.close()
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises."""
+        try:
+            self.apply(plan)
+        except Exception as error:
+            self._failure = error
+
+    def apply(self, plan: Plan) -> None:
+        """Do the least that makes PLAN true: start, update or retire a session of each resource."""
+        for name, session in list(self.sessions.items()):
+            resource = plan.resources.get(name)
+            if resource and resource.pool == session.plugin.resource.pool:
+                session.plugin.update(resource)
+            else:
+                self._retire(name)
+        for name, resource in plan.resources.items():
+            if name not in self.sessions:
+                session = self.sessions[name] = Session(resource, self, self._closing.get(name))
+                session.task = asyncio.ensure_future(self._keep(session))
+                session.task.add_done_callback(self._keeper_ended)
+
+    def _retire(self, name: str) -> None:
+        session = self.sessions.pop(name)
+        session.is_retired = True
+        assert session.task
+        task = self._closing[name] = session.task
+        task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
+        task.cancel()
+
+    def _keeper_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
+
+    async def _keep(self, session: Session) -> None:
+        """Serve SESSION and keep it registered until cancelled."""
+        try:
+            if session.previous:
+                await asyncio.wait([session.previous])
+            while True:
+                await session.sleep(await self._step(session))
+        finally:
+            await self._end(session)
+
+    async def _step(self, session: Session) -> Optional[float]:
+        """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
+        now = time.monotonic()
+        if not self.is_answering:
+            return None  # kubelet is down, and nothing is to be torn down for that
+        if session.kubelet != self._identity:
+            session.pause = 0.0
+            return await self._open(session)
+        if session.is_registered:
+            trouble = session.find_trouble(now)
+            if not trouble:
+                return None if session.had_stream else session.deadline - now
+            if not self._is_kubelet_there():
+                return None
+            session.stream_losses += not session.is_lost
+            session.is_registered = False
+            session.back_off(now, at_once=session.is_lost)
+            self._tell_trouble(session, "stream-lost", trouble)
+        if now < session.retry_at:
+            return session.retry_at - now
+        return await self._open(session)
+
+    async def _open(self, session: Session) -> Optional[float]:
+        """Serve SESSION anew and register it; the seconds until the next look at it."""
+        await self._end(session)  # first: kubelet takes the end of an older stream for the end of the newest
+        session.kubelet = self._identity
+        if answers(session.path):
+            self._tell_trouble(session, "other-instance", "another instance serves it")
+            session.retry_at = time.monotonic() + MOST_PAUSE / 3
+            return MOST_PAUSE / 3
+        try:
+            await self._serve(session)
+        except (OSError, RuntimeError) as error:  # RuntimeError: grpc could not bind
+            session.back_off(time.monotonic())
+            self._tell_trouble(session, "not-served", f"cannot listen on a socket in {self.plugin_dir}: {error}")
+            return session.retry_at - time.monotonic()
+        return await self._register(session)
+
+    async def _serve(self, session: Session) -> None:
+        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        rpc.add_DevicePluginServicer_to_server(session.plugin, server)
+        temporary = f"{self.plugin_dir}/.{os.getpid():x}.{next(self._temporary):x}"
+        mask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{temporary}")
+        finally:
+            os.umask(mask)
+        await server.start()
+        session.server = server
+        session.inode = os.stat(temporary).st_ino
+        os.rename(temporary, session.path)
+
+    async def _register(self, session: Session) -> Optional[float]:
+        assert self._channel
+        identity = session.kubelet
+        request = pb.RegisterRequest(
+            version="v1beta1",
+            endpoint=os.path.basename(session.path),
+            resource_name=session.plugin.full_name,
+            options=session.plugin.options(),
+        )
+        try:
+            await rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
+        except asyncio.CancelledError:
+            if session.is_retired:
+                raise
+            return 0  # its channel was closed: there is a new kubelet
+        except grpc.RpcError as error:
+            if identity != self._identity or not self._is_kubelet_there():
+                session.kubelet = None
+                return None
+            session.refusals += 1
+            session.back_off(time.monotonic())
+            code = error.code().name
+            self._tell_trouble(session, "refused", f"kubelet refused its registration ({code}): {error.details()}")
+            return session.retry_at - time.monotonic()
+        session.registrations += 1
+        session.is_registered = True
+        session.deadline = time.monotonic() + STREAM_SECONDS
+        self._gather("registered", "registered with kubelet", logging.INFO, session.plugin.full_name)
+        return 0
+
+    async def _end(self, session: Session) -> None:
+        """End the server of SESSION, its streams, and its socket file if that is ours still."""
+        server, session.server = session.server, None
+        session.is_registered = session.is_lost = False
+        if server:
+            try:
+                if os.stat(session.path).st_ino == session.inode:
+                    os.unlink(session.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    log.warning("cannot remove %s: %s", session.path, error.strerror)
+            session.plugin.end_streams()
+            await server.stop(STOP_SECONDS)
+        session.had_stream = False
+
+    def _look_at_kubelet(self) -> None:
+        try:
+            found = os.stat(self._kubelet_sock)
+            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        except OSError:
+            identity = None
+        if identity != self._identity:
+            self._identity = identity
+            self.is_answering = False
+        if identity is None:
+            self._tell_kubelet("kubelet-gone", f"kubelet is not there: no {self._kubelet_sock}; waiting for it")
+        elif not self.is_answering and self._is_kubelet_there():
+            self._meet_kubelet()
+
+    def _is_kubelet_there(self) -> bool:
+        """Whether kubelet answers at this moment; if not, every session waits until it does."""
+        self.is_answering = answers(self._kubelet_sock)
+        if not self.is_answering and self._identity:
+            self._tell_kubelet("kubelet-gone", f"kubelet does not answer on {self._kubelet_sock}; waiting for it")
+        return self.is_answering
+
+    def _meet_kubelet(self) -> None:
+        if self._channel:
+            self._old_channel = asyncio.ensure_future(self._channel.close())
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{self._kubelet_sock}",
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
+        )
+        self.kubelet_restarts += self._seen_before
+        again = "kubelet-restarted" if self._seen_before else "kubelet-found"
+        self._tell_kubelet(again, "kubelet answers; registering", logging.INFO)
+        self._seen_before = True
+        for session in self.sessions.values():
+            session.wake()
+
+    def _look_at_sockets(self) -> None:
+        """Find socket files of ours that were deleted or replaced."""
+        if not self.is_answering:
+            return
+        try:
+            found = os.stat(self.plugin_dir)
+            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
+            if stamp == self._directory:
+                return
+            self._directory = stamp if is_settled(found.st_mtime_ns) else ()
+            with os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+        except OSError as error:
+            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
+            return
+        for session in self.sessions.values():
+            if session.server and inodes.get(os.path.basename(session.path)) != session.inode:
+                session.is_lost = True
+                session.wake()
+
+    def _tell_kubelet(self, event: str, sentence: str, level: int = logging.WARNING) -> None:
+        if sentence != self._state:
+            self._state = sentence
+            note(event, sentence, level)
+
+    def _tell_trouble(self, session: Session, event: str, trouble: str) -> None:
+        """Log TROUBLE of SESSION, unless it is what was logged of it last."""
+        if trouble != session.trouble:
+            session.trouble = trouble
+            self._gather(event, trouble, logging.WARNING, session.plugin.full_name)
+
+    def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
+        """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
+        if not self._gathered:
+            asyncio.get_running_loop().call_later(GATHER_SECONDS, self._flush)
+        self._gathered.setdefault((event, sentence, level), []).append(name)
+
+    def _flush(self) -> None:
+        for (event, sentence, level), names in self._gathered.items():
+            note_many(event, sentence, level, "resources", sorted(names))
+        self._gathered.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Status: what is offered, as documents (JSON) and as text. Pure renderers of a plan or a snapshot of the daemon; the
+# documents' keys are a public interface, as are the metrics' names.
+# ---------------------------------------------------------------------------------------------------------------------
+
+Document = Dict[str, Any]
+
+
+def describe_plan(plan: Plan, domain: str) -> Document:
+    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing."""
+    return {
+        "resources": [describe_resource(resource, domain) for resource in plan.resources.values()],
+        "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
+        "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
+    }
+
+
+def describe_resource(resource: Resource, domain: str) -> Document:
+    """RESOURCE as a document."""
+    return {
+        "name": f"{domain}/{resource.name}",
+        "pool": resource.pool,
+        "slots": sum(device.slots for device in resource.devices),
+        "devices": [
+            {
+                "path": device_path(device),
+                "line": device.line,
+                "slots": device.slots,
+                "healthy": not device.problem,
+                "problem": device.problem,
+                "since": utc(time.time() - (time.monotonic() - device.since)),
+                "numa": list(device.numa),
+                "nodes": [spec._asdict() for spec in device.specs],
+                "env": dict(device.env),
+            }
+            for device in resource.devices
+        ],
+    }
+
+
+def device_path(device: Device) -> str:
+    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    has_node = any(part.path == device.path for part in device.parts)
+    return f"/dev/{device.path}" if has_node else device.path
+
+
+def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """ROWS as lines of text in columns, numbers to the right. The last column may be as long as it likes."""
+    cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(row[column].isdecimal() for row in cells[1:]) for column in range(len(header))]
+    lines = (
+        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
+        for row in cells
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def render_list(document: Document) -> str:
+    """What --list prints of describe_plan()'s DOCUMENT."""
+    rows: List[Tuple[object, ...]] = [
+        (device["slots"], device["line"], resource["name"] + (" (pool)" if resource["pool"] else ""), _told(device))
+        for resource in document["resources"]
+        for device in resource["devices"]
+    ]
+    text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
+    if document["left_out"]:
+        rows = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
+        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), rows)
+    if document["unused"]:
+        rows = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
+        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), rows)
+    return text
+
+
+def _told(device: Document) -> str:
+    """DEVICE, and where its container sees it if that is not where the host has it."""
+    nodes = device["nodes"]
+    told: str = device["path"]
+    if device["problem"]:
+        told += f" (Unhealthy: {device['problem']})"
+    elif len(nodes) > 1:
+        told += f" ({len(nodes)} nodes)"
+    elif nodes and not nodes[0]["host"].startswith(told):
+        told += f" (now {nodes[0]['host']})"
+    if nodes and not nodes[0]["container"].startswith(device["path"]):
+        told += f" as {nodes[0]['container']}"
+    return told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stand-in kubelet: what the real one does to a device plugin, as far as a plugin can tell. --dry-run and the tests talk
+# to it over real sockets; a kindness here that kubelet does not have would hide a fault of the daemon.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIAL_SECONDS = 10.0
+HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
+
+
+class Client:
+    """A registration that a stand-in kubelet accepted: kubelet's connection to the plugin."""
+
+    def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
+        self.name = name
+        self.endpoint = endpoint
+        self.options = options
+        self.stub = rpc.DevicePluginStub(channel)
+        self.channel = channel
+        self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
+        self.is_open = True  # whether the stream is
+
+
+class StandInKubelet:
+    """A kubelet whose directory for device plugins is FOLDER."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.clients: Dict[str, Client] = {}  # the newest of each resource
+        self.registrations: List[str] = []  # the names, in order
+        self._server: Optional[grpc.aio.Server] = None
+        self._watchers: Dict[Client, asyncio.Task[None]] = {}
+
+    async def start(self) -> None:
+        """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
+        for item in os.scandir(self.folder):
+            if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
+                os.unlink(item.path)
+        self._server = grpc.aio.server()
+        rpc.add_RegistrationServicer_to_server(self, self._server)
+        # The file stays behind when kubelet stops; grpc removes the one that it made itself.
+        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        await self._server.start()
+        os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
+
+    async def stop(self) -> None:
+        """End every connection and leave a dead kubelet.sock behind."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        await asyncio.gather(*self._watchers.values(), return_exceptions=True)
+        self._watchers.clear()
+        if self._server:
+            await self._server.stop(None)
+
+    async def Register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext) -> pb.Empty:
+        problem = self.find_problem(request)
+        if problem:
+            await context.abort(grpc.StatusCode.UNKNOWN, problem)
+        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        try:
+            options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
+        except grpc.RpcError as error:
+            await channel.close()
+            await context.abort(grpc.StatusCode.UNKNOWN, f"failed to dial device plugin: {error.details()}")
+        client = Client(request.resource_name, request.endpoint, channel, options)
+        self.registrations.append(client.name)
+        self.clients[client.name] = client
+        self._watchers[client] = asyncio.ensure_future(self._watch(client))
+        return pb.Empty()
+
+    def find_problem(self, request: pb.RegisterRequest) -> str:
+        """Why kubelet would not have this registration; empty where it would."""
+        domain, _, name = request.resource_name.partition("/")
+        if request.version != "v1beta1":
+            return f"requested API version {request.version!r} is not supported by kubelet"
+        if not domain or "kubernetes.io" in domain:
+            return f"the ResourceName {request.resource_name!r} is invalid: its domain"
+        if len(name) > 63 or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
+            return f"the ResourceName {request.resource_name!r} is invalid: its name"
+        return ""
+
+    async def _watch(self, client: Client) -> None:
+        """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        try:
+            async for message in client.stub.ListAndWatch(pb.Empty()):
+                client.lists.append({device.ID: device for device in message.devices})
+        except grpc.RpcError as error:
+            log.debug("the stream of %s ended: %s", client.name, error.code())
+        finally:
+            client.is_open = False
+            self._watchers.pop(client, None)
+            newest = self.clients.get(client.name, client)
+            newest.is_open = False
+            await newest.channel.close()
+            await client.channel.close()
+
+    def devices(self, name: str) -> Mapping[str, str]:
+        """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""
+        client = self.clients.get(name)
+        if client is None or not client.lists:
+            return {}
+        return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
+
+    async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
+        """Allocate COUNT slots of the resource NAME to one container, as kubelet does: the IDs, and what came.
+
+        Raises Problem where it has not so many Healthy ones, and grpc.RpcError where the plugin refuses.
+        """
+        client = self.clients[name]
+        free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
+        if len(free) < count:
+            raise Problem(f"{name} has {len(free)} Healthy slots, not {count}")
+        ids = free[:count]
+        if client.options.get_preferred_allocation_available:
+            asked = pb.PreferredAllocationRequest()
+            asked.container_requests.add(available_deviceIDs=free, allocation_size=count)
+            preferred = await client.stub.GetPreferredAllocation(asked)
+            ids = list(preferred.container_responses[0].deviceIDs)
+        request = pb.AllocateRequest()
+        request.container_requests.add(devices_ids=ids)
+        response = await client.stub.Allocate(request)
+        return ids, response.container_responses[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
+# statuses and the texts of errors are in the README and in other people's scripts.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
+FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
+DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
+EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
+
+
+class DeviceSide:
+    """The main thread's part: the conf file and /dev, and the plan that they make."""
+
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+        self.plan = EMPTY_PLAN
+        self.snapshot = Snapshot({}, {})
+        self.conf_error = ""
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() of the last good conf
+        self._conf = conf
+        self._dev_dir = dev_dir
+        self._scanner = Scanner(dev_dir)
+        self._sysfs = Sysfs(sys_dir)
+        self._matcher = Matcher(())
+        self._sightings: Sightings = {}
+        self._gpus: Sequence[str] = ()
+        self._conf_stamp: Tuple[int, ...] = ()
+        self._conf_text = ""
+        self._next_full_look = 0.0
+        self._dev_problem = ""
+
+    @property
+    def rules(self) -> Sequence[Rule]:
+        """The rules in force."""
+        return self._matcher.rules
+
+    def start(self) -> None:
+        """Make the first plan. Raises Problem for a conf or a /dev that will not do."""
+        try:
+            os.listdir(self._dev_dir)
+        except OSError as error:
+            problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
+            raise Problem(problem) from None
+        try:
+            self._follow_conf()
+            self.turn()
+            if self.plan.clashes:
+                raise self.plan.clashes[0]
+        except (ConfigError, OSError) as error:
+            raise Problem(self._told(error)) from None
+
+    def turn(self, reread: bool = False) -> List[Plan]:
+        """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
+        now = time.monotonic()
+        full = reread or now >= self._next_full_look
+        if full:
+            self._next_full_look = now + FULL_LOOK_SECONDS
+            self._gpus = self._sysfs.tegra_gpus()
+        has_new_rules = self._reload(reread)
+        flapped, has_changed = self._look(full)
+        if full:
+            self._forget()
+        if not (has_new_rules or has_changed or full):
+            return []
+        plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
+        return [*plans, self._make_plan(self.snapshot)]
+
+    def _forget(self) -> None:
+        """Drop what is remembered of names and nodes that are no more."""
+        self._matcher.forget(self.snapshot.entries.keys() | self._sightings.keys())
+        nodes = (node for sighting in self._sightings.values() for node in sighting.nodes)
+        self._sysfs.forget(node.entry.serial for node in nodes)
+
+    def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
+        """Take a new snapshot; the paths that flapped, and whether anything changed."""
+        before = self.snapshot
+        try:
+            self.snapshot, flapped = self._scanner.scan(full)
+            problem = ""
+        except OSError as error:
+            self.snapshot, flapped = Snapshot({}, {}), ()
+            problem = f"cannot look at {self._dev_dir}: {error.strerror}"
+        if problem and problem != self._dev_problem:
+            note("dev-lost", problem, logging.ERROR)
+        self._dev_problem = problem
+        return flapped, self.snapshot is not before
+
+    def _make_plan(self, snapshot: Snapshot) -> Plan:
+        self._sightings, self.plan = self._plan_with(self._matcher, snapshot)
+        return self.plan
+
+    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[Sightings, Plan]:
+        sightings, left_out = sight(self._sightings, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
+        return sightings, make_plan(sightings, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
+
+    def _reload(self, reread: bool) -> bool:
+        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
+        try:
+            has_new_rules = self._follow_conf(reread)
+        except (ConfigError, OSError) as error:
+            told = self._told(error)
+            if reread or told != self.conf_error:
+                self.failed_reloads += 1
+                note("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
+            self.conf_error = told
+            self._conf_stamp = ()
+            return False
+        if has_new_rules or (self.conf_error and self._conf_stamp):
+            self.reloads += 1
+            note("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
+            self.conf_error = ""
+        return has_new_rules
+
+    def _follow_conf(self, reread: bool = False) -> bool:
+        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
+        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if stamp == self._conf_stamp and not reread:
+            return False
+        text = read_conf(self._conf)
+        has_changed = text != self._conf_text
+        if has_changed:
+            matcher = Matcher(parse_rules(text))
+            _, plan = self._plan_with(matcher, self.snapshot)
+            if plan.clashes:
+                raise plan.clashes[0]
+            self._matcher, self._conf_text = matcher, text
+        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
+        self.read_at = time.time()
+        return has_changed
+
+    def _told(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._conf}: {error.strerror}"
+
+
+def tell_changes(old: Plan, new: Plan) -> None:
+    """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
+    before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
+    after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
+    groups: Dict[Tuple[str, str, int], List[str]] = {}
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key), after.get(key)
+        change = None
+        if now is None:
+            change = ("retired", "offered no more", logging.INFO)
+        elif now.problem and not (was and was.problem):
+            change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
+        elif was is None:
+            change = ("plugged", "offered", logging.INFO)
+        elif was.problem and not now.problem:
+            change = ("plugged", "Healthy again", logging.INFO)
+        if change:
+            groups.setdefault(change, []).append(device_path(now or before[key]))
+    for left in sorted(set(new.left_out) - set(old.left_out)):
+        groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
+    for (event, sentence, level), paths in groups.items():
+        note_many(event, sentence, level, "devices", paths)
+
+
+class KubeletThread(threading.Thread):
+    """The gRPC thread: the one loop on which a KubeletSide runs."""
+
+    def __init__(self, side: KubeletSide) -> None:
+        super().__init__(name="grpc", daemon=True)
+        self.has_failed = False
+        self.is_stopping = False
+        self._side = side
+        self._loop = asyncio.new_event_loop()
+
+    def run(self) -> None:
+        try:
+            asyncio.set_event_loop(self._loop)
+            self._loop.run_until_complete(self._side.run(lambda: self.is_stopping))
+        except BaseException:
+            log.critical("the kubelet side failed; this is a bug", exc_info=True)
+            self.has_failed = True
+        finally:
+            if not self.is_stopping:
+                os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread
+
+    def send(self, plan: Plan) -> None:
+        """Have the kubelet side apply PLAN."""
+        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    if not os.path.isdir(options.plugin_dir):
+        raise Problem(
+            f"there is no directory {options.plugin_dir}: is this a node with a kubelet? (--plugin-dir names its "
+            f"directory; --dry-run shows everything without one)"
+        )
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    load_grpc()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # taken by sigtimedwait, in every thread to come
+    thread = KubeletThread(KubeletSide(options.plugin_dir, options.domain, options.dev_dir))
+    thread.start()
+    note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
+    tell_changes(EMPTY_PLAN, devices.plan)
+    thread.send(devices.plan)
+    try:
+        _run(devices, thread, options.interval)
+    except Exception:
+        log.critical("the device side failed; this is a bug", exc_info=True)
+        thread.has_failed = True
+    thread.is_stopping = True
+    thread.join(EXIT_SECONDS)
+    return int(thread.has_failed)
+
+
+def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
+    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
+    reread = False
+    while True:
+        due = time.monotonic() + interval
+        old = devices.plan
+        for plan in devices.turn(reread):
+            tell_changes(old, plan)
+            thread.send(plan)
+            old = plan
+        taken = signal.sigtimedwait(SIGNALS, max(0.0, due - time.monotonic()))
+        if taken and taken.si_signo != signal.SIGHUP:
+            note("stopping", f"stopping: {signal.Signals(taken.si_signo).name}")
+            return
+        reread = taken is not None
+
+
+def show_list(options: argparse.Namespace) -> int:
+    """--list: print what would be offered."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    document = describe_plan(devices.plan, options.domain)
+    print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """--check: say whether the conf file is good."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    print(f"{options.conf}: good, {len(devices.rules)} rules")
+    return 0
+
+
+def dry_run(options: argparse.Namespace) -> int:
+    """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    if not devices.plan.resources:
+        print(_nothing_found(devices, options))
+        return 1
+    load_grpc()
+    with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
+        rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
+    print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
+    count = len(devices.plan.resources)
+    print(f"\n{count} resources, " + ("all registered and allocated." if is_good else "not all of them well."))
+    return 0 if is_good else 1
+
+
+def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
+    names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
+    lines = [f"No device found. {options.conf} looks for"]
+    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
+    if devices.plan.left_out:
+        lines += ["and leaves out", *(f"  /dev/{left.path}: {left.reason}" for left in devices.plan.left_out)]
+    return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
+
+
+async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
+    """The table's rows, and whether every resource was registered, listed and allocated."""
+    kubelet = StandInKubelet(folder)
+    await kubelet.start()
+    side = KubeletSide(folder, options.domain, options.dev_dir)
+    side.apply(plan)
+    is_done = False
+    running = asyncio.ensure_future(side.run(lambda: is_done))
+    give_up = time.monotonic() + DRY_RUN_SECONDS
+    names = [f"{options.domain}/{name}" for name in plan.resources]
+    while not running.done() and time.monotonic() < give_up:
+        if all(name in kubelet.clients and kubelet.clients[name].lists for name in names):
+            break
+        await asyncio.sleep(LOOK_SECONDS / 10)
+    rows: List[Tuple[object, ...]] = []
+    is_good = True
+    for name, resource in zip(names, plan.resources.values()):
+        lines, is_allocated = await _try_one(kubelet, name, resource)
+        is_good = is_good and is_allocated
+        slots = sum(device.slots for device in resource.devices)
+        rows += [(slots, name, lines[0]), *(("", "", line) for line in lines[1:])]
+    is_done = True
+    await running
+    await kubelet.stop()
+    return rows, is_good
+
+
+async def _try_one(kubelet: StandInKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
+    """What a container with one slot of RESOURCE is given, in words; and whether it could be had."""
+    if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
+        return ["not registered"], False
+    if not kubelet.devices(name):
+        return ["nothing: it has no slot"], True
+    try:
+        _, given = await kubelet.allocate(name)
+    except Problem:
+        return [f"nothing: {resource.devices[0].problem}"], False
+    except grpc.RpcError as error:
+        return [f"nothing: {error.details()}"], False
+    lines = [
+        f"{spec.container_path} {spec.permissions}"
+        + (f" (the host's {spec.host_path})" if spec.host_path != spec.container_path else "")
+        for spec in given.devices
+    ]
+    return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options. Each value can also come from the environment; the command line wins."""
+    parser = argparse.ArgumentParser(
+        prog="smarter_device_manager.py",
+        description="Offer the devices of this node to Kubernetes, as resources that pods can ask for.",
+        epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
+        "on; the command line wins. SIGHUP has conf and devices read again now.",
+    )
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    _add(parser, "--conf", "FILE", os.path.abspath, beside, "the conf file: a YAML list of rules", "--config")
+    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
+    _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
+    _add(parser, "--log-level", "LEVEL", _level, "info", "debug, info, warning or error")
+    _add(parser, "--log-format", "FORMAT", _log_format, "text", "text or json, one line an event")
+    _add(parser, "--listen", "ADDRESS:PORT", _address, "", "serve health, metrics and a status page there")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
+    modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
+    modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
+    modes.add_argument(
+        "--status", nargs="?", const="", metavar="ADDRESS", help="print what a running daemon says, and exit"
+    )
+    modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
+    parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    return parser
+
+
+def _add(
+    parser: argparse.ArgumentParser,
+    option: str,
+    metavar: str,
+    read: Callable[[str], Any],
+    default: str,
+    told: str,
+    *others: str,
+) -> None:
+    variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error} (from the command line or {variable})") from None
+
+    parser.add_argument(
+        option,
+        *others,
+        metavar=metavar,
+        type=convert,
+        default=os.environ.get(variable, default),
+        help=told + (f" (default: {default})" if default else " (default: off)"),
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.01 <= seconds <= 3600:
+        raise ValueError(f'"{text}" is no number of seconds from 0.01 to 3600')
+    return seconds
+
+
+def _domain(text: str) -> str:
+    label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    if not re.fullmatch(rf"{label}(\.{label})*", text) or len(text) > 253 or "kubernetes.io" in text:
+        raise ValueError(
+            f'"{text}" is no domain that kubelet takes: lower-case letters, digits, "-" and ".", not kubernetes.io\'s'
+        )
+    return text
+
+
+def _level(text: str) -> int:
+    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+    if text.lower() not in levels:
+        raise ValueError(f'"{text}" is no level: {", ".join(levels)}')
+    return levels[text.lower()]
+
+
+def _log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError(f'"{text}" is no format: text or json')
+    return text
+
+
+def _address(text: str) -> Optional[Tuple[str, int]]:
+    if not text:
+        return None
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+        raise ValueError(f'"{text}" is no ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
+    return host.strip("[]"), int(port)
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit status."""
+    options = build_parser().parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    logging.basicConfig(level=options.log_level, handlers=[handler])
+    modes = {"check": check, "list": show_list, "dry_run": dry_run}
+    mode = next((modes[name] for name in modes if getattr(options, name)), serve)
+    try:
+        return mode(options)
+    except Problem as error:
+        print(f"smarter_device_manager.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
