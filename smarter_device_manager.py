@@ -46,6 +46,7 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -57,6 +58,7 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Protocol,
     Sequence,
@@ -73,38 +75,364 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML: a strict subset, read by our own parser, because a daemon of one file has no libraries.
+# The law: for any text it returns exactly what PyYAML's safe_load returns, or raises ConfigError
+# that says where and what to write instead. More may be refused here; more may be accepted only if
+# the law still holds (the tests compare with PyYAML). The configuration chapter relies on Node's
+# line and column for its own messages.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MAX_DEPTH = 50  # levels of nesting; it also bounds the recursion of the parser
+_MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
+_END = "\0"  # marks the end of the text: no YAML text may contain it
+
+# Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
+_BAD_CHARACTER = re.compile("[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+# All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
+_GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
+_DOCUMENT_START = re.compile(r"(?: *(?:#[^\n]*)?\n)*---(?= *(?: #[^\n]*)?\n)")
+_DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
+_LIST_DASH = re.compile(r"-(?=[ \t\n])")
+_BLOCK_COLON = re.compile(r" *:(?=[ \t\n])")
+_FLOW_COLON = re.compile(r" *:")  # what cannot follow it is part of the plain text before it
+
+
+def _plain_pattern(stop: str) -> re.Pattern[str]:
+    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters stop."""
+    char = rf"(?:[^ \t\n:{stop}]|:(?![ \t\n{stop}]))"
+    return re.compile(rf"(?![?:,\[\]{{}}#&*!|>'\"%@`]|-(?!{char})){char}+(?: +(?!#){char}+)*")
+
+
+_BLOCK_PLAIN = _plain_pattern("")
+_FLOW_PLAIN = _plain_pattern(r",?\[\]{}")
+_SINGLE_QUOTED = re.compile(r"'((?:[^'\n]|'')*)")  # up to the closing quote, if there is one
+_DOUBLE_QUOTED = re.compile(r'"((?:[^"\\\n]|\\[^\n])*)')
+_ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
+_ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
+
+_CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+# Everything that some YAML (1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for another type.
+_NOT_PLAIN_TEXT = re.compile(
+    r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
+    | [-+]?\.[0-9_]+(?:e[-+]?[0-9]+)?                                    # .5
+    | [-+]?0(?:b[01_]+|o[0-7_]+|x[0-9a-f_]+)                             # 0x1F
+    | [-+.]+(?:inf|infinity|nan)                                         # .inf
+    | [0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:(?:t|\ +)[0-9][-+0-9:.\ z]*)?     # 2001-01-01
+    | y|yes|n|no|on|off|true|false|null|=|<<
+    """,
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
+
+# What to write instead of a text that starts with one of these.
+_HINTS = {
+    "-": "a list item starts on a line of its own; a text that is only '-' must be quoted",
+    "?": "a text that starts with '?' must be quoted; keys with '?' are not supported",
+    ":": "there is no key before this ':'; a text that starts with ':' must be quoted",
+    "&": "anchors are not supported: write the value out; a text that starts with '&': quote it",
+    "*": "aliases are not supported: write the value out; a text that starts with '*': quote it",
+    "!": "tags are not supported: remove it; a text that starts with '!': quote it",
+    "|": "block texts are not supported: write the text in double quotes, with \\n for a new line",
+    ">": "block texts are not supported: write the text in quotes, on one line",
+    "%": "directives are not supported: remove it; a text that starts with '%': quote it",
+}
+
 
 class ConfigError(ValueError):
-    def __init__(self, message, line, column):
+    """What is wrong with the configuration, where (from 1), and what to write instead."""
+
+    def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
         self.message = message
         self.line = line
         self.column = column
 
+    def __str__(self) -> str:
+        return f"line {self.line}, column {self.column}: {self.message}"
+
 
 class Node(NamedTuple):
-    value: Any
+    """A value and where it starts (from 1)."""
+
+    value: Any  # str, int, bool or None; a list of nodes; Pairs
     line: int
     column: int
 
 
-def is_mapping(node):
-    return isinstance(node.value, tuple)
+class Pairs(list["tuple[Node, Node]"]):
+    """The keys and values of a mapping; a type of its own, to tell {} from []."""
 
 
-def compose_yaml(text):
-    import yaml
+def parse_yaml(text: str) -> Any:
+    """Return what yaml.safe_load(text) returns, or raise ConfigError."""
+    return _plain_value(compose_yaml(text))
 
-    def conv(n):
-        l, c = n.start_mark.line + 1, n.start_mark.column + 1
-        if isinstance(n, yaml.MappingNode):
-            return Node(tuple((conv(k), conv(v)) for k, v in n.value), l, c)
-        if isinstance(n, yaml.SequenceNode):
-            return Node([conv(v) for v in n.value], l, c)
-        return Node(yaml.SafeLoader("").construct_object(n), l, c)
 
-    n = yaml.compose(text)
-    return conv(n) if n else Node(None, 1, 1)
+def compose_yaml(text: str) -> Node:
+    """Parse a text into nodes that know their place, or raise ConfigError."""
+    return _Parser(text).document()
+
+
+def _plain_value(node: Node) -> Any:
+    value = node.value
+    if isinstance(value, Pairs):
+        return {key.value: _plain_value(item) for key, item in value}
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return [_plain_value(item) for item in value]
+
+
+class _Parser:
+    """One method per rule of the grammar; each starts at self.pos and moves it behind its rule.
+
+    Block rules end at the next token, so that its column tells who goes on; the others end right
+    behind their last character. depth is the level of nesting of what is parsed.
+    """
+
+    def __init__(self, text: str) -> None:
+        # A line break before the end spares all rules the case of a last line without one.
+        self.text = text.removeprefix("\ufeff").replace("\r\n", "\n") + "\n" + _END
+        self.line_starts = [0] + [match.end() for match in re.finditer("\n", self.text)]
+        self.pos = 0
+        bad = _BAD_CHARACTER.search(self.text, 0, len(self.text) - len(_END))
+        if bad:
+            code = f"U+{ord(bad.group()):04X}"
+            self.fail(f"the character {code} is not allowed: remove it, save as UTF-8", bad.start())
+
+    # -- places ------------------------------------------------------------------------------------
+
+    def char(self) -> str:
+        return self.text[self.pos]
+
+    def place(self, pos: int) -> tuple[int, int]:
+        line = bisect_right(self.line_starts, pos)
+        return line, pos - self.line_starts[line - 1] + 1
+
+    def indent(self) -> int:
+        """The column of the token at self.pos; the end of the text is left of all others."""
+        return 0 if self.char() == _END else self.place(self.pos)[1]
+
+    def node(self, value: Any, start: int) -> Node:
+        return Node(value, *self.place(start))
+
+    def fail(self, message: str, pos: int | None = None) -> NoReturn:
+        raise ConfigError(message, *self.place(self.pos if pos is None else pos))
+
+    def skip(self) -> bool:
+        """Go to the next token; return whether it is on a new line."""
+        start = self.pos
+        self.pos = self.end_of(_GAP)
+        if self.char() == "\t":
+            self.fail("a tab in the indentation or between words: use spaces")
+        if self.char() == "#":
+            self.fail("a comment needs a space before its '#'")
+        if _DOCUMENT_MARKER.match(self.text, self.pos):
+            self.fail("only one '---', alone on its line before all else, is allowed: remove this")
+        return self.text.find("\n", start, self.pos) >= 0
+
+    def end_of(self, pattern: re.Pattern[str]) -> int:
+        """Where a match of the pattern at self.pos ends; self.pos if there is none."""
+        match = pattern.match(self.text, self.pos)
+        return match.end() if match else self.pos
+
+    # -- block style -------------------------------------------------------------------------------
+
+    def document(self) -> Node:
+        self.pos = self.end_of(_DOCUMENT_START)
+        self.skip()
+        if self.char() == _END:
+            return Node(None, 1, 1)
+        node = self.block_node(depth=1)
+        if self.char() != _END:
+            self.misplaced()
+        return node
+
+    def block_node(self, depth: int) -> Node:
+        if _LIST_DASH.match(self.text, self.pos):
+            return self.block_list(depth)
+        start = self.pos
+        node = self.flow_node(depth, _BLOCK_PLAIN)
+        if self.end_of(_BLOCK_COLON) > self.pos:
+            self.pos = start  # it was the first key
+            return self.block_mapping(depth)
+        self.end_line()
+        return node
+
+    def block_list(self, depth: int) -> Node:
+        start, indent = self.pos, self.indent()
+        self.check_depth(depth)
+        items: list[Node] = []
+        while self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
+            self.pos += len("-")
+            empty = self.node(None, self.pos)
+            self.skip()
+            items.append(self.block_node(depth + 1) if self.indent() > indent else empty)
+        if self.indent() > indent:
+            self.misplaced()
+        return self.node(items, start)
+
+    def block_mapping(self, depth: int) -> Node:
+        start, indent = self.pos, self.indent()
+        self.check_depth(depth)
+        pairs = Pairs()
+        seen: set[str] = set()
+        while self.indent() == indent:
+            key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, seen)
+            pairs.append((key, self.block_value(depth + 1, indent)))
+        if self.indent() > indent:
+            self.misplaced()
+        return self.node(pairs, start)
+
+    def block_value(self, depth: int, indent: int) -> Node:
+        """What belongs to a key with this indent, from behind its ':' on."""
+        empty = self.node(None, self.pos)
+        if not self.skip():
+            node = self.flow_node(depth, _BLOCK_PLAIN)
+            self.end_line()
+            return node
+        if self.indent() > indent:
+            return self.block_node(depth)
+        if self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
+            return self.block_list(depth)  # the one thing that needs no deeper indent
+        return empty
+
+    def end_line(self) -> None:
+        if self.skip():
+            return
+        if self.char() == ":":
+            self.fail("a second ': ' on the line: quote the text that contains it")
+        self.fail("only a comment may follow here: quote the whole text, or start a new line")
+
+    def misplaced(self) -> NoReturn:
+        self.fail(
+            "this line belongs to none of the lists and mappings above: check its indentation; "
+            "a text must not go on over several lines"
+        )
+
+    def check_depth(self, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
+
+    def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
+        """A key and its ':', the same rule for both styles but for their patterns."""
+        start = self.pos
+        node = self.flow_node(depth, plain)
+        key, end = node.value, self.end_of(colon)
+        if end == self.pos:
+            self.fail("there is no ': ' behind this key: write 'key: value', with the space", start)
+        if not isinstance(key, str):
+            self.fail("a key must be text: quote it", start)
+        if end - 1 - start > _MAX_KEY:
+            self.fail(f"a key longer than {_MAX_KEY} characters: shorten it", start)
+        if key in seen:
+            self.fail(f"the key {_shown(key)} is there twice: remove one of them", start)
+        seen.add(key)
+        self.pos = end
+        return node
+
+    # -- flow style and scalars --------------------------------------------------------------------
+
+    def flow_node(self, depth: int, plain: re.Pattern[str] = _FLOW_PLAIN) -> Node:
+        char = self.char()
+        if char == "[":
+            return self.flow_list(depth)
+        if char == "{":
+            return self.flow_mapping(depth)
+        if char == '"':
+            return self.quoted(_DOUBLE_QUOTED)
+        if char == "'":
+            return self.quoted(_SINGLE_QUOTED)
+        return self.plain(plain)
+
+    def flow_list(self, depth: int) -> Node:
+        start = self.pos
+        items = [self.flow_node(depth + 1) for _ in self.flow_entries(depth, "]")]
+        return self.node(items, start)
+
+    def flow_mapping(self, depth: int) -> Node:
+        start = self.pos
+        pairs = Pairs()
+        seen: set[str] = set()
+        for _ in self.flow_entries(depth, "}"):
+            key = self.key(depth + 1, _FLOW_PLAIN, _FLOW_COLON, seen)
+            empty = self.node(None, self.pos)
+            self.skip()
+            pairs.append((key, empty if self.char() in (",", "}", _END) else self.flow_node(depth + 1)))
+        return self.node(pairs, start)
+
+    def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
+        """Go through a flow collection; stop at the start of each entry for the caller to read."""
+        start = self.pos
+        self.check_depth(depth)
+        self.pos += len("[")
+        self.skip()
+        while self.char() != closer:
+            if self.char() == _END:
+                self.fail(f"this bracket is not closed: add '{closer}'", start)
+            yield
+            self.skip()
+            if self.char() == ",":
+                self.pos += len(",")
+                self.skip()
+            elif self.char() == ":":
+                self.fail("a second ': ' or one in a list: quote the text, or write {key: value}")
+            elif self.char() not in (closer, _END):
+                self.fail(f"expected ',' or '{closer}': add it; quote a text that contains ,?[]{{}}")
+        self.pos += len(closer)
+
+    def plain(self, pattern: re.Pattern[str]) -> Node:
+        start = self.pos
+        match = pattern.match(self.text, start)
+        if not match:
+            default = f"no text starts with '{self.char()}': quote it, or add what is missing before"
+            self.fail(_HINTS.get(self.char(), default))
+        text = match.group()
+        self.pos = match.end()
+        if text in _CONSTANTS:
+            return self.node(_CONSTANTS[text], start)
+        if _INTEGER.fullmatch(text):
+            return self.node(int(text), start)
+        if _NOT_PLAIN_TEXT.fullmatch(text):
+            self.fail(
+                f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
+                "else write a decimal number of up to 18 digits, true, false or null",
+                start,
+            )
+        return self.node(text, start)
+
+    def quoted(self, pattern: re.Pattern[str]) -> Node:
+        start = self.pos
+        quote = self.char()
+        self.pos = self.end_of(pattern)
+        if self.char() != quote:
+            self.fail(f"this text has no closing {quote} on its line: add it", start)
+        text = self.text[start + 1 : self.pos]
+        self.pos += len(quote)
+        if quote == "'":
+            return self.node(text.replace("''", "'"), start)
+        return self.node(_ESCAPE.sub(lambda match: self.unescape(match, start + 1), text), start)
+
+    def unescape(self, match: re.Match[str], offset: int) -> str:
+        code = match.group(1) or match.group(2) or match.group(3)
+        if code:
+            number = int(code, 16)
+            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+                self.fail("no character has this number", offset + match.start())
+            return chr(number)
+        char = match.group(4)
+        if char not in _ESCAPES:
+            self.fail(
+                f"'\\{char}' is not an escape: write '\\\\' for a backslash, or use single quotes",
+                offset + match.start(),
+            )
+        return _ESCAPES[char]
+
+
+def _shown(text: str) -> str:
+    """The text in quotes, as one could write it, but short."""
+    return f'"{text}"' if len(text) <= 40 else f'"{text[:40]}..."'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +649,7 @@ def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
 def _wrong(node: Node, expected: str) -> ConfigError:
     kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", type(None): "nothing"}
     value = node.value
-    found = "a mapping" if is_mapping(node) else kinds[type(value)]
+    found = "a mapping" if isinstance(node.value, Pairs) else kinds[type(value)]
     shown = f" ({value})" if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
     return ConfigError(f"expected {expected}, found {found}{shown}", node.line, node.column)
 
@@ -365,7 +693,7 @@ def _read_permissions(node: Node) -> str:
 
 
 def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
-    if not is_mapping(node) or not node.value:
+    if not isinstance(node.value, Pairs) or not node.value:
         raise _wrong(node, what)
     pairs: List[Tuple[Node, Node]] = node.value
     return pairs
@@ -381,7 +709,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
 
 
 def _read_companions(node: Node) -> Tuple[Companion, ...]:
-    if is_mapping(node) or not isinstance(node.value, list) or not node.value:
+    if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
         raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
     found = []
     for item in node.value:
@@ -434,7 +762,7 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
     document = compose_yaml(text)
     if document.value is None:
         raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
-    if is_mapping(document) or not isinstance(document.value, list):
+    if isinstance(document.value, Pairs) or not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
         raise ConfigError("the list holds no rule", document.line, document.column)
@@ -444,7 +772,7 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 
 
 def _parse_rule(node: Node) -> Rule:
-    if not is_mapping(node):
+    if not isinstance(node.value, Pairs):
         raise _wrong(node, "a rule (devicematch: ...)")
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
