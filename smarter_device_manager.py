@@ -28,11 +28,9 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import difflib
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -43,7 +41,6 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 from bisect import bisect_right
@@ -68,6 +65,8 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
+
     import grpc
 
     import api_pb2 as pb
@@ -833,6 +832,8 @@ def shorten(name: str, limit: int, text: str) -> str:
     """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
     if len(name) <= limit:
         return name
+    import hashlib  # loads OpenSSL, 4 MB, which no device of a usual name needs
+
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
 
@@ -1647,7 +1648,7 @@ def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], si
 # on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOST_NAMES = 20  # in one line of the log
+MOST_NAMES = 8  # in one line of the log
 MOST_LISTS_WAITING = 16  # of one stream whose reader is slow
 
 log = logging.getLogger("smarter-device-manager")
@@ -1710,10 +1711,18 @@ def printable(text: str) -> str:
 
 
 def load_grpc() -> None:
-    """Import grpc and the stubs into this module. Only serving needs them. Raises Problem where they are missing."""
-    global grpc, pb, rpc
+    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
+
+    asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: no TLS is spoken here.
+    """
+    global asyncio, grpc, pb, rpc
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    with_ssl = "ssl" in sys.modules
+    if not with_ssl:
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
     try:
+        import asyncio
+
         import grpc
         import grpc.aio
 
@@ -1724,6 +1733,9 @@ def load_grpc() -> None:
             f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
+    finally:
+        if not with_ssl:
+            del sys.modules["ssl"]
 
 
 class Plugin:
@@ -1938,9 +1950,9 @@ class Session:
 
 
 class KubeletSide:
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to the loop that run() is on."""
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
 
-    def __init__(self, plugin_dir: str, domain: str, dev_dir: str) -> None:
+    def __init__(self, plugin_dir: str, domain: str, dev_dir: str, loop: asyncio.AbstractEventLoop) -> None:
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.dev_dir = dev_dir
@@ -1958,21 +1970,14 @@ class KubeletSide:
         self._temporary = itertools.count()
         self._gathered: Dict[Tuple[str, str, int], List[str]] = {}
         self._closing: Dict[str, asyncio.Task[None]] = {}
-        self._failure: Optional[BaseException] = None
+        self._loop = loop
+        self._done: asyncio.Future[None] = loop.create_future()
 
-    async def run(self, stop: Callable[[], bool]) -> None:
-        """Watch kubelet and our sockets until STOP says so, then end every stream and server."""
+    async def run(self) -> None:
+        """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        self._tick(0)
         try:
-            for turn in itertools.count():
-                if stop():
-                    break
-                self.beat = time.monotonic()
-                self._look_at_kubelet()
-                if turn % SOCKETS_EVERY == 0:
-                    self._look_at_sockets()
-                if self._failure:
-                    raise self._failure
-                await asyncio.sleep(LOOK_SECONDS)
+            await self._done
         finally:
             self.apply(EMPTY_PLAN)
             await asyncio.gather(*self._closing.values(), return_exceptions=True)
@@ -1980,12 +1985,34 @@ class KubeletSide:
             if self._channel:
                 await self._channel.close()
 
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def _tick(self, turn: int) -> None:
+        """Look at kubelet.sock, and now and then at our sockets; a plain timer, for it costs half of a coroutine."""
+        try:
+            self.beat = time.monotonic()
+            self._look_at_kubelet()
+            if turn % SOCKETS_EVERY == 0:
+                self._look_at_sockets()
+        except Exception as error:
+            self._fail(error)
+        if not self._done.done():
+            self._loop.call_later(LOOK_SECONDS, self._tick, turn + 1)
+
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises."""
         try:
             self.apply(plan)
         except Exception as error:
-            self._failure = error
+            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
         """Do the least that makes PLAN true: start, update or retire a session of each resource."""
@@ -2010,8 +2037,9 @@ class KubeletSide:
         task.cancel()
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            self._failure = self._failure or task.exception()
+        error = None if task.cancelled() else task.exception()
+        if error:
+            self._fail(error)
 
     async def _keep(self, session: Session) -> None:
         """Serve SESSION and keep it registered until cancelled."""
@@ -2190,7 +2218,7 @@ class KubeletSide:
     def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
         """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
         if not self._gathered:
-            asyncio.get_running_loop().call_later(GATHER_SECONDS, self._flush)
+            self._loop.call_later(GATHER_SECONDS, self._flush)
         self._gathered.setdefault((event, sentence, level), []).append(name)
 
     def _flush(self) -> None:
@@ -2577,29 +2605,31 @@ def tell_changes(old: Plan, new: Plan) -> None:
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: the one loop on which a KubeletSide runs."""
+    """The gRPC thread: a loop, and the KubeletSide that runs on it."""
 
-    def __init__(self, side: KubeletSide) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
-        self.is_stopping = False
-        self._side = side
         self._loop = asyncio.new_event_loop()
+        self._side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
 
     def run(self) -> None:
+        asyncio.set_event_loop(self._loop)
         try:
-            asyncio.set_event_loop(self._loop)
-            self._loop.run_until_complete(self._side.run(lambda: self.is_stopping))
+            self._loop.run_until_complete(self._side.run())
         except BaseException:
-            log.critical("the kubelet side failed; this is a bug", exc_info=True)
             self.has_failed = True
-        finally:
-            if not self.is_stopping:
-                os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread
+            log.critical("the kubelet side failed; this is a bug", exc_info=True)
+            os.kill(os.getpid(), signal.SIGTERM)  # for the main thread to end too
 
     def send(self, plan: Plan) -> None:
         """Have the kubelet side apply PLAN."""
         self._loop.call_soon_threadsafe(self._side.deliver, plan)
+
+    def stop(self) -> None:
+        """Have the kubelet side end, and wait for that; not for long."""
+        self._loop.call_soon_threadsafe(self._side.stop)
+        self.join(EXIT_SECONDS)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -2613,7 +2643,7 @@ def serve(options: argparse.Namespace) -> int:
     devices.start()
     load_grpc()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # taken by sigtimedwait, in every thread to come
-    thread = KubeletThread(KubeletSide(options.plugin_dir, options.domain, options.dev_dir))
+    thread = KubeletThread(options)
     thread.start()
     note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
     tell_changes(EMPTY_PLAN, devices.plan)
@@ -2623,8 +2653,7 @@ def serve(options: argparse.Namespace) -> int:
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
         thread.has_failed = True
-    thread.is_stopping = True
-    thread.join(EXIT_SECONDS)
+    thread.stop()
     return int(thread.has_failed)
 
 
@@ -2643,6 +2672,22 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             note("stopping", f"stopping: {signal.Signals(taken.si_signo).name}")
             return
         reread = taken is not None
+
+
+def restart_lean() -> None:
+    """Start the process over, with the script as a module: both savings can only be had from outside.
+
+    Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
+    it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
+    """
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    code = f"import sys; sys.path[0] = {folder!r}; import {module}; sys.exit({module}.main())"
+    given = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.10 and newer know the flags
+    flags = given[1 : len(given) - len(sys.argv)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
 def show_list(options: argparse.Namespace) -> int:
@@ -2670,6 +2715,8 @@ def dry_run(options: argparse.Namespace) -> int:
         print(_nothing_found(devices, options))
         return 1
     load_grpc()
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
@@ -2691,10 +2738,9 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     """The table's rows, and whether every resource was registered, listed and allocated."""
     kubelet = StandInKubelet(folder)
     await kubelet.start()
-    side = KubeletSide(folder, options.domain, options.dev_dir)
+    side = KubeletSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
     side.apply(plan)
-    is_done = False
-    running = asyncio.ensure_future(side.run(lambda: is_done))
+    running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
     names = [f"{options.domain}/{name}" for name in plan.resources]
     while not running.done() and time.monotonic() < give_up:
@@ -2708,7 +2754,7 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
         is_good = is_good and is_allocated
         slots = sum(device.slots for device in resource.devices)
         rows += [(slots, name, lines[0]), *(("", "", line) for line in lines[1:])]
-    is_done = True
+    side.stop()
     await running
     await kubelet.stop()
     return rows, is_good
@@ -2844,6 +2890,8 @@ def main() -> int:
     logging.basicConfig(level=options.log_level, handlers=[handler])
     modes = {"check": check, "list": show_list, "dry_run": dry_run}
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
+    if mode is serve and __name__ == "__main__" and __spec__ is None:
+        restart_lean()
     try:
         return mode(options)
     except Problem as error:
