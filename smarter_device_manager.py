@@ -2642,7 +2642,6 @@ def serve(options: argparse.Namespace) -> int:
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # taken by sigtimedwait, in every thread to come
     thread = KubeletThread(options)
     thread.start()
     note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
@@ -2680,13 +2679,14 @@ def restart_lean() -> None:
     Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
     it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
     """
+    given = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.10 and newer know the flags
+    flags = given[1 : len(given) - len(sys.argv)]
+    if "-m" in flags:
+        return  # a debugger or profiler runs the script
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     folder, name = os.path.split(os.path.abspath(__file__))
     module = os.path.splitext(name)[0]
     code = f"import sys; sys.path[0] = {folder!r}; import {module}; sys.exit({module}.main())"
-    given = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.10 and newer know the flags
-    flags = given[1 : len(given) - len(sys.argv)]
-    sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
@@ -2890,8 +2890,10 @@ def main() -> int:
     logging.basicConfig(level=options.log_level, handlers=[handler])
     modes = {"check": check, "list": show_list, "dry_run": dry_run}
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    if mode is serve and __name__ == "__main__" and __spec__ is None:
-        restart_lean()
+    if mode is serve:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on, in every thread: taken by sigtimedwait
+        if __name__ == "__main__" and __spec__ is None:
+            restart_lean()
     try:
         return mode(options)
     except Problem as error:
