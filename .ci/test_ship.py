@@ -1,0 +1,265 @@
+"""Tests of what is shipped beside the script: daemonset.yaml, the Helm chart, conf.yaml and the README's commands."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts/smarter-device-manager"
+NAME = "smarter-device-manager"
+CONF = ROOT / "conf.yaml"
+PATHS_OF = {
+    "k3s": "/var/lib/kubelet",
+    "k0s": "/var/lib/k0s/kubelet",
+    "MicroK8s": "/var/snap/microk8s/common/var/lib/kubelet",
+}
+RULES = yaml.safe_load(CONF.read_text())
+
+helm_python = pytest.importorskip("helm_python", reason="helm-python-sdk has no wheel for this machine")
+helm = helm_python.chart
+
+
+def schemas() -> list[str]:
+    """The oldest and the newest version of Kubernetes that kubernetes-validate knows."""
+    versions = sorted(kubernetes_validate.utils.all_versions(), key=lambda text: [int(n) for n in text.split(".")])
+    return [versions[0], versions[-1]]
+
+
+def assert_valid(objects: list[dict[str, Any]]) -> None:
+    for item in objects:
+        if item["kind"] != "PodMonitor":  # a custom resource: not in Kubernetes' own schema
+            for version in schemas():
+                kubernetes_validate.validate(item, version, strict=True)
+
+
+def manifest() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
+
+
+def render(values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The chart's objects under VALUES."""
+    with helm.Chart.load(CHART) as chart:
+        chart.validate_schema(chart.merge_values(values))
+        texts = chart.render(values, name="my-" + NAME, namespace="kube-system")
+    objects = [yaml.safe_load(text) for path, text in sorted(texts.items()) if path.endswith(".yaml")]
+    return [item for item in objects if item]
+
+
+def pick(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (found,) = (item for item in objects if item["kind"] == kind)
+    return found
+
+
+def container(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = pick(objects, "DaemonSet")["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    return pick(objects, "DaemonSet")["spec"]["template"]["spec"]
+
+
+def check(conf: str, folder: Path) -> None:
+    """Have the daemon itself say that it takes CONF."""
+    (folder / "conf.yaml").write_text(conf)
+    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--check", "--conf", str(folder / "conf.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# daemonset.yaml
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_is_valid_for_the_oldest_and_newest_kubernetes_known() -> None:
+    assert [item["kind"] for item in manifest()] == ["ConfigMap", "DaemonSet"]
+    assert_valid(manifest())
+
+
+def test_its_rules_are_those_of_conf_yaml(tmp_path: Path) -> None:
+    conf = pick(manifest(), "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == RULES
+    check(conf, tmp_path)
+
+
+def test_it_is_where_and_how_the_issue_says() -> None:
+    daemonset = pick(manifest(), "DaemonSet")
+    assert daemonset["metadata"]["namespace"] == "kube-system"
+    assert daemonset["spec"]["updateStrategy"]["type"] == "RollingUpdate"
+    spec = pod(manifest())
+    assert spec["nodeSelector"] == {NAME: "enabled"}
+    assert spec["priorityClassName"] == "system-node-critical"
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    probes = container(manifest())
+    assert probes["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert probes["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert f"--listen=:{probes['ports'][0]['containerPort']}" in probes["args"]
+
+
+@pytest.mark.parametrize("source", ["daemonset.yaml", "chart"])
+def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
+    objects = manifest() if source == "daemonset.yaml" else render({"config": RULES})
+    spec = pod(objects)
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC", "serviceAccountName"))
+    security = container(objects)["securityContext"]
+    assert security["privileged"] is False
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
+    assert {name for name, mount in mounts.items() if not mount.get("readOnly")} == {"plugins"}
+    host = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
+    assert host == {"plugins": "/var/lib/kubelet/device-plugins", "dev": "/dev", "sys": "/sys"}
+
+
+def test_its_options_are_ones_that_the_daemon_has(tmp_path: Path) -> None:
+    options = [part for part in container(manifest())["args"] if not part.startswith(("--dev-dir", "--sys-dir"))]
+    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), *options, "--check", "--conf", str(CONF)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chart
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_chart_has_no_findings() -> None:
+    report = helm.lint(CHART, strict=True, namespace="kube-system")
+    assert [m for m in report["messages"] if m["severity"] > 1] == [] and report["errors"] == []
+
+
+def test_the_default_render_is_daemonset_yaml_in_meaning() -> None:
+    ours = pick(manifest(), "DaemonSet")
+    assert pick(render({"config": RULES}), "DaemonSet")["spec"] == ours["spec"]
+    # By default the chart brings no ConfigMap: the image has the same rules, so the mount is all that is missing.
+    without = copy.deepcopy(ours["spec"])
+    spec = without["template"]["spec"]
+    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] != "config"]
+    mounts = spec["containers"][0]["volumeMounts"]
+    spec["containers"][0]["volumeMounts"] = [mount for mount in mounts if mount["name"] != "config"]
+    assert [item["kind"] for item in render()] == ["DaemonSet"]
+    assert pick(render(), "DaemonSet")["spec"] == without
+    assert pick(render(), "DaemonSet")["metadata"]["name"] == ours["metadata"]["name"]
+
+
+def test_a_config_becomes_a_configmap_that_the_daemon_reads(tmp_path: Path) -> None:
+    rules = [
+        *RULES,
+        {"devicematch": r"^video(\d+)$", "nummaxdevices": 10000, "resource": "cam", "containerpath": r"/dev/cam\1"},
+        {"devicematch": "a: b # c", "env": {"A": 'say "hi" & <go>', "B": "0042"}, "attributes": {"idVendor": "10c4"}},
+        {"devicematch": r"^snd/pcmC(\d)D0p$", "with": [r"snd/controlC\1", r"snd/timer?"], "permissions": "rwm"},
+    ]
+    objects = render({"config": rules})
+    conf = pick(objects, "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == rules
+    check(conf, tmp_path)
+    assert pick(objects, "ConfigMap")["metadata"]["name"] == pod(objects)["volumes"][-1]["configMap"]["name"]
+    assert_valid(objects)
+
+
+def test_a_changed_config_rolls_nothing() -> None:
+    one, other = ([{"devicematch": text}] for text in ("^a$", "^b$"))
+    assert pick(render({"config": one}), "DaemonSet") == pick(render({"config": other}), "DaemonSet")
+
+
+@pytest.mark.parametrize("kind", PATHS_OF)
+def test_the_path_of_each_kind_of_kubernetes(kind: str) -> None:
+    objects = render({"kubeletDir": PATHS_OF[kind]})
+    assert pod(objects)["volumes"][0]["hostPath"]["path"] == PATHS_OF[kind] + "/device-plugins"
+    assert_valid(objects)
+    if kind != "k3s":  # which has the usual one
+        assert f"{kind}: {PATHS_OF[kind]}/device-plugins" in (ROOT / "daemonset.yaml").read_text()
+
+
+# Each value of values.yaml: another one, and what the render must then hold.
+CHANGED: dict[str, tuple[Any, str]] = {
+    "application.appName": ("cameras", '"name": "cameras"'),
+    "image.repository": ("registry.local:5000/sdm", '"registry.local:5000/sdm:1.0.0"'),
+    "image.tag": ("2.0.0", '"smarter-device-manager:2.0.0"'),
+    "image.pullPolicy": ("Always", '"imagePullPolicy": "Always"'),
+    "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes", "smarter-device-manager": "enabled"}'),
+    "config": ([{"devicematch": "^null$"}], r'- {\"devicematch\":\"^null$\"}\n'),
+    "kubeletDir": ("/data/kubelet", '"/data/kubelet/device-plugins"'),
+    "domain": ("example.com", '"--domain=example.com"'),
+    "interval": (0.5, '"--interval=0.5"'),
+    "logLevel": ("debug", '"--log-level=debug"'),
+    "tolerations": ([{"key": "edge", "operator": "Exists"}], '"tolerations": [{"key": "edge", "operator": "Exists"}]'),
+    "priorityClassName": ("system-cluster-critical", '"priorityClassName": "system-cluster-critical"'),
+    "resources": ({"limits": {"memory": "64Mi"}}, '"limits": {"memory": "64Mi"}'),
+    "metrics.enabled": (False, '"args": ["--plugin-dir=/var/lib/kubelet/device-plugins", "--dev-dir=/host/dev", '
+                               '"--sys-dir=/host/sys"]'),
+    "metrics.port": (9100, '"--listen=:9100"'),
+    "podMonitor.enabled": (True, '"kind": "PodMonitor"'),
+}  # fmt: skip
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+@pytest.mark.parametrize("path", CHANGED)
+def test_each_value_does_what_it_says(path: str) -> None:
+    value, expected = CHANGED[path]
+    objects = render(nested(path, value))
+    assert expected in json.dumps(objects, sort_keys=False)
+    assert expected not in json.dumps(render())
+    assert_valid(objects)
+
+
+def test_no_value_is_without_a_case() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    groups = ("application", "image", "metrics", "podMonitor")
+    paths = [f"{key}.{name}" for key in groups for name in values[key]] + [key for key in values if key not in groups]
+    assert sorted(paths) == sorted(CHANGED)
+
+
+def test_without_metrics_there_is_no_port_and_no_probe() -> None:
+    objects = render({"metrics": {"enabled": False}, "podMonitor": {"enabled": True}})
+    assert not {"ports", "livenessProbe", "readinessProbe"} & container(objects).keys()
+    assert [item["kind"] for item in objects] == ["DaemonSet"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"config": [{"devicematch": "^a$", "nummaxdevice": 1}]},
+        {"config": [{"nummaxdevices": 1}]},
+        {"config": [{"devicematch": "^a$", "nummaxdevices": 10001}]},
+        {"config": [{"devicematch": "^a$", "attributes": {"idVendor": 1234}}]},
+        {"config": []},
+        {"config": "- devicematch: x"},
+        {"kubeletDir": "var/lib/kubelet"},
+        {"kubeletDir": "/var/lib/kubelet/"},
+        {"domain": "Smarter"},
+        {"interval": 0},
+        {"interval": "1s"},
+        {"logLevel": "loud"},
+        {"metrics": {"port": 0}},
+        {"metrics": {"enabled": "yes"}},
+        {"image": {"pullPolicy": "Sometimes"}},
+        {"image": {"tag": 1.0}},
+        {"application": {"appName": "No Name"}},
+        {"replicas": 2},
+        {"resources": {"limit": {}}},
+    ],
+    ids=json.dumps,
+)
+def test_a_wrong_value_is_refused_by_the_schema(values: dict[str, Any]) -> None:
+    with helm.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmValuesError, match=f"^{NAME}:"):
+        chart.validate_schema(chart.merge_values(values))
