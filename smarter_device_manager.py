@@ -2795,9 +2795,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
-    _add(parser, "--log-level", "LEVEL", _level, "info", "debug, info, warning or error")
+    _add(
+        parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
+    )
     _add(parser, "--log-format", "FORMAT", _log_format, "text", "text or json, one line an event")
-    _add(parser, "--listen", "ADDRESS:PORT", _address, "", "serve health, metrics and a status page there")
+    _add(
+        parser, "--listen", "ADDRESS:PORT", _address, "", "serve health, metrics and a status page there (default: off)"
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
@@ -2834,7 +2838,7 @@ def _add(
         metavar=metavar,
         type=convert,
         default=os.environ.get(variable, default),
-        help=told + (f" (default: {default})" if default else " (default: off)"),
+        help=told + (f" (default: {default})" if default else ""),
     )
 
 
@@ -2859,9 +2863,9 @@ def _domain(text: str) -> str:
 
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-    if text.lower() not in levels:
+    if text and text.lower() not in levels:
         raise ValueError(f'"{text}" is no level: {", ".join(levels)}')
-    return levels[text.lower()]
+    return levels.get(text.lower(), logging.NOTSET)
 
 
 def _log_format(text: str) -> str:
@@ -2887,9 +2891,10 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    logging.basicConfig(level=options.log_level, handlers=[handler])
     modes = {"check": check, "list": show_list, "dry_run": dry_run}
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
+    level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
+    logging.basicConfig(level=level, handlers=[handler])
     if mode is serve:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on, in every thread: taken by sigtimedwait
         if __name__ == "__main__" and __spec__ is None:
