@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import smarter_device_manager as sdm  # noqa: E402
+
 CHART = ROOT / "charts/smarter-device-manager"
 NAME = "smarter-device-manager"
 CONF = ROOT / "conf.yaml"
@@ -263,3 +266,93 @@ def test_without_metrics_there_is_no_port_and_no_probe() -> None:
 def test_a_wrong_value_is_refused_by_the_schema(values: dict[str, Any]) -> None:
     with helm.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmValuesError, match=f"^{NAME}:"):
         chart.validate_schema(chart.merge_values(values))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README: its pods, its confs and every one of its commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+
+# What runs each command of the README. "cannot": there is no cluster, no engine of containers and no registry here.
+RUN_BY_CI = "by .ci/run"
+CANNOT = "cannot be run here: "
+COMMANDS = {
+    r"python3 -m venv .* --dry-run": RUN_BY_CI,
+    r"python3 -m venv .*pytest.*": RUN_BY_CI,
+    r"python3 smarter_device_manager.py --list": "test_what_the_readme_runs_on_a_bare_python",
+    r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
+    r"sudo (k3s|k0s|microk8s) ctr images? import image\.tar": CANNOT + "no such Kubernetes",
+    r"sudo ctr -n k8s\.io images import image\.tar": CANNOT + "no containerd",
+    r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
+    r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
+    r"kubectl delete -f daemonset\.yaml": CANNOT + "no cluster",
+    r"kubectl -n kube-system .*": CANNOT + "no cluster; test_the_readmes_names_are_the_manifests checks its names",
+    r"helm install my-smarter-device-manager charts/smarter-device-manager --namespace kube-system": (
+        CANNOT + "no cluster; test_the_default_render... renders the chart with Helm's own code"
+    ),
+    r"helm delete my-smarter-device-manager --namespace kube-system": CANNOT + "no cluster",
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks in LANGUAGE."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_readme_is_run_or_cannot_be(command: str) -> None:
+    (how,) = [how for pattern, how in COMMANDS.items() if re.fullmatch(pattern, command)]
+    if how == RUN_BY_CI:
+        looked_up = re.findall(r"grep -m1 '(.*)' README\.md", (ROOT / ".ci/run").read_text())
+        assert any(re.match(pattern, command) for pattern in looked_up)
+    elif not how.startswith(CANNOT):
+        assert how in globals()
+
+
+def test_no_case_is_for_a_command_that_is_gone() -> None:
+    assert [pattern for pattern in COMMANDS if not any(re.fullmatch(pattern, line) for line in commands())] == []
+
+
+def test_what_the_readme_runs_on_a_bare_python() -> None:
+    command = [sys.executable, "-I", "-S", str(ROOT / "smarter_device_manager.py"), "--list"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "DEVICEMATCH" in result.stdout  # no machine has all that conf.yaml names
+
+
+def test_the_readmes_names_are_the_manifests() -> None:
+    daemonset = pick(manifest(), "DaemonSet")
+    assert daemonset["metadata"]["namespace"] == "kube-system"
+    assert daemonset["metadata"]["name"] == NAME == pick(manifest(), "ConfigMap")["metadata"]["name"]
+    assert daemonset["spec"]["template"]["metadata"]["labels"] == {"app.kubernetes.io/name": NAME}
+
+
+def readme_pod(name: str) -> dict[str, Any]:
+    (text,) = re.findall(rf"<!-- pod: {name} -->\n```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("camera", "video0"), ("serial", "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0")]
+)
+def test_the_readmes_pods_ask_for_what_is_offered(name: str, path: str) -> None:
+    item = readme_pod(name)
+    assert_valid([item])
+    (asks,) = item["spec"]["containers"]
+    assert asks["resources"]["limits"] == {f"smarter-devices/{sdm.resource_name(path)}": 1}
+    assert f"/dev/{path}" in json.dumps(asks)
+
+
+def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
+    for kind, path in PATHS_OF.items():
+        assert kind == "k3s" or (f"`{path}/device-plugins`" in README and f"kubeletDir={path}`" in README)
+
+
+def test_the_readme_has_every_option() -> None:
+    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= set(re.findall(r"--[a-z-]+", README))
