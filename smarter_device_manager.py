@@ -1650,6 +1650,7 @@ def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], si
 
 MOST_NAMES = 8  # in one line of the log
 MOST_LISTS_WAITING = 16  # of one stream whose reader is slow
+MOST_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MOST_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 
 log = logging.getLogger("smarter-device-manager")
@@ -1777,6 +1778,11 @@ class Plugin:
             self._slots = slots
             self._put(slots)
 
+    def list_bytes(self) -> int:
+        """The size of the list as a message."""
+        size: int = _list_message(self._slots).ByteSize()
+        return size
+
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
         self._put(None)
@@ -1877,6 +1883,7 @@ SOCKETS_EVERY = 10  # looks at kubelet.sock to one at our own sockets
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 FIRST_PAUSE, MOST_PAUSE = 1.0, 30.0  # before a resource is registered again
+OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
 GATHER_SECONDS, MOST_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
@@ -2143,10 +2150,11 @@ class KubeletSide:
         """Serve SESSION anew and register it; the seconds until the next look at it."""
         await self._end(session)  # first: kubelet takes the end of an older stream for the end of the newest
         session.kubelet = self._identity
-        if not why_silent(session.path):
-            self._tell_trouble(session, "other-instance", "another instance serves it")
-            session.retry_at = time.monotonic() + MOST_PAUSE / 3
-            return MOST_PAUSE / 3
+        trouble = self._find_obstacle(session)
+        if trouble:
+            self._tell_trouble(session, "not-served", trouble)
+            session.retry_at = time.monotonic() + OBSTACLE_PAUSE
+            return OBSTACLE_PAUSE
         try:
             await self._serve(session)
         except OSError as error:
@@ -2155,6 +2163,14 @@ class KubeletSide:
             self._tell_trouble(session, "not-served", trouble)
             return session.retry_at - time.monotonic()
         return None if session.is_retired else await self._register(session)
+
+    def _find_obstacle(self, session: Session) -> str:
+        """Why SESSION is not to be served for now; empty where it is."""
+        if not why_silent(session.path):
+            return "another instance serves it"
+        if session.plugin.list_bytes() > MOST_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MOST_LIST_BYTES} bytes); lower its nummaxdevices"
+        return ""
 
     async def _serve(self, session: Session) -> None:
         """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
@@ -2720,9 +2736,18 @@ def check_plugin_dir(path: str) -> None:
         )
 
 
+def raise_limit() -> None:
+    """Let the process have as many descriptors as it may: a resource takes two, and runtimes begin with 1024."""
+    import resource as limits
+
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+
+
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
+    raise_limit()
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()

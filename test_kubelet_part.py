@@ -177,7 +177,8 @@ def test_it_serves_before_it_registers_and_answers_while_it_registers(
     offer(node, "null")
     start()
     kubelet.wait_for("null", Healthy=1)
-    assert len(answered) == 2
+    assert answered[0] == kubelet.client("null").options
+    assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
     assert kubelet.count("null") == 1
 
 
@@ -440,6 +441,7 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Witness, s
     offer(node, "null", "zero")
     daemon = start("--interval", "0.01")
     wait_ready(kubelet, ["null", "zero"])
+    usual = descriptors(daemon)
     for turn in range(60):
         node.rules("- devicematch: ^null$\n" if turn % 2 else "- devicematch: ^(null|zero)$\n")
         daemon.hang_up()
@@ -447,7 +449,18 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Witness, s
     node.rules("- devicematch: ^(null|zero)$\n")
     wait_for(lambda: all_ready(kubelet, ["null", "zero"]) and len(sockets(node)) == 2)
     assert kubelet.count("null") == 1
+    wait_for(lambda: descriptors(daemon) <= usual)
     stops_well(daemon, node)
+
+
+@needs_root
+def test_a_list_longer_than_kubelet_takes_is_not_sent(node: Node, kubelet: Witness, start: Starter) -> None:
+    offer(node, "null", *(f"{'x' * 100}{number}" for number in range(4)))
+    node.rules("- devicematch: ^null$\n- devicematch: ^x\n  resource: pool\n  nummaxdevices: 10000\n")
+    daemon = start()
+    daemon.says("smarter-devices/pool: its list of slots is longer than kubelet takes .*; lower its nummaxdevices")
+    kubelet.wait_for("null", Healthy=1)
+    assert kubelet.count("pool") == 0
 
 
 # kubelet comes and goes
@@ -499,7 +512,7 @@ def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Witness, start: St
 def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Witness, start: Starter) -> None:
     """The streams are open still: kubelet.sock gone says nothing against them."""
     offer(node, *NAMES)
-    daemon = start()
+    daemon = start("--log-format", "json")
     wait_ready(kubelet, NAMES)
     before = sockets(node)
     (node.plugins / "kubelet.sock").rename(node.plugins / "elsewhere")
@@ -507,9 +520,13 @@ def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Wit
     (node.plugins / "elsewhere").rename(node.plugins / "kubelet.sock")
     wait_for(lambda: daemon.log.count("kubelet answers") == 2)
     settle(daemon)
-    assert {**before, **sockets(node)} == before
+    assert sockets(node) == before
     assert all_ready(kubelet, NAMES)
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    assert daemon.log.count('"kubelet-found"') == 2 and "kubelet-restarted" not in daemon.log
+    kubelet.down()
+    kubelet.up()
+    wait_for(lambda: daemon.log.count('"kubelet-restarted"') == 1)
 
 
 @pytest.mark.parametrize("fault", ["crash", "crash and a pause", "same inode"])
@@ -553,7 +570,7 @@ def test_kubelet_crashes_while_it_registers(node: Node, kubelet: Witness, start:
     kubelet.up()
     wait_ready(kubelet, NAMES, 2.0)
     assert [kubelet.count(name) for name in NAMES] == [2] * 5
-    assert "refused" not in daemon.log
+    assert "refused its registration" not in daemon.log
 
 
 def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Witness, start: Starter) -> None:
@@ -632,6 +649,22 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
         assert 1.9 < third - second < 3.9
     kubelet.ends_streams = False
     wait_ready(kubelet, ["null", "zero"])
+
+
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
+    side = sdm.KubeletSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
+    session = sdm.Session(sdm.Resource("null", False, ()), side, None)
+    pauses = []
+    for _ in range(7):
+        session.back_off(100.0)
+        pauses.append(session.retry_at - 100.0)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    session.stream, session.stream_since = object(), 100.0
+    session.back_off(120.0)
+    assert session.retry_at == 150.0
+    session.back_off(131.0)
+    assert session.retry_at == 132.0
+    side._loop.close()
 
 
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Witness, start: Starter) -> None:
@@ -832,11 +865,48 @@ def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Witne
 
 
 @needs_root
-def test_it_ends_with_50_resources(node: Node, kubelet: Witness, start: Starter) -> None:
-    names = offer_many(node, 50)
-    daemon = start()
+def test_200_resources_start_over_dead_sockets_and_end(node: Node, kubelet: Witness, start: Starter) -> None:
+    names = offer_many(node, 200)
+    crashed = start()
     wait_ready(kubelet, names)
+    crashed.kill()
+    assert len(sockets(node)) == 200
+    daemon = start()
+    wait_for(lambda: len(kubelet.requests) == 400)
+    wait_ready(kubelet, names)
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= 16
     stops_well(daemon, node)
+
+
+@needs_root
+def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Witness, start: Starter) -> None:
+    names = offer_many(node, 40)
+    few = (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, few))
+    wait_ready(kubelet, names)
+
+
+STARTS = {
+    "script": [str(SCRIPT)],
+    "script in its folder": [SCRIPT.name],
+    "module": ["-m", SCRIPT.stem],
+    "installed command": ["-c", f"import sys, {SCRIPT.stem}; sys.exit({SCRIPT.stem}.main())"],  # as pip makes it
+    "isolated": ["-I", str(SCRIPT)],
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_every_way_to_start_it_serves(node: Node, kubelet: Witness, how: str) -> None:
+    offer(node, "null")
+    command = [sys.executable, *STARTS[how], *node.options()]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    try:
+        kubelet.wait_for("null", Healthy=1)
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -1024,6 +1094,32 @@ def test_hostile_requests_for_a_preference(node: Node, kubelet: Witness, start: 
         assert prefer([], [], 2**31 - 1) == []
         assert prefer(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
         assert prefer(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
+        assert sorted(prefer(["null:0", "null:1", "zero:2"] * 100_000, [], 9)) == ["null:0", "null:1", "zero:2"]
+        kept = [f"nobody:{number}" for number in range(100_000)]
+        assert prefer(kept, kept, 2) == kept
+
+
+def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Witness, start: Starter) -> None:
+    """All that fits into 4 MiB: others wait for the answer to it, so that has to be quick."""
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n  nummaxdevices: 2\n- devicematch: ^zero$\n  resource: pool\n")
+    daemon = start()
+    wait_ready(kubelet, ["null", "pool"])
+    many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest()] * 2_000_000)
+    repeated = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0", "1"] * 600_000)])
+    asked = pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()] * 2_000_000)
+    with plugin_stub(node, "null") as null, plugin_stub(node, "pool") as pool:
+        calls = [(null.Allocate, many), (pool.GetPreferredAllocation, asked), (null.Allocate, repeated)]
+        began = time.monotonic()
+        running = [call.future(request, timeout=PATIENCE) for call, request in calls]
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        assert time.monotonic() - began < 5.0
+        for call in running[:2]:
+            assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "asked for 2000000 containers at once" in call.details()
+        assert len(running[2].result().container_responses[0].devices) == 1
+    assert kubelet.count("null") == kubelet.count("pool") == 1
+    assert len(daemon.log) < 10_000
 
 
 @pytest.mark.parametrize("answer", [b"\xff\xff\xff", b"not gRPC at all", b""])
