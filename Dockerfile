@@ -30,7 +30,7 @@ RUN cd usr/lib/python3.* && for name in \
 RUN cd usr/lib/python3.*/lib-dynload && for name in \
         _bz2 _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw _ctypes _curses \
         _curses_panel _dbm _decimal _elementtree _hashlib _interpchannels _interpqueues _interpreters _lsprof _lzma \
-        _multibytecodec _multiprocessing _sqlite3 _ssl '*test*' _uuid _zoneinfo mmap readline resource termios xxlimited \
+        _multibytecodec _multiprocessing _sqlite3 _ssl '*test*' _uuid _zoneinfo mmap readline termios xxlimited \
         xxlimited_35 \
     ; do rm $name.*.so 2>/dev/null || true; done
 # Every encoding but those of file names, sockets and text here.

@@ -59,6 +59,7 @@ from typing import (
     Optional,
     Protocol,
     Sequence,
+    Set,
     Tuple,
     TypeVar,
     Union,
@@ -848,7 +849,9 @@ def load_rules(path: str) -> Tuple[Rule, ...]:
 
 def read_conf(path: str) -> str:
     """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError("this is no plain file; a conf must be one, for it is read again and again", 1, 1)
         data = file.read(CONF_BYTES + 1)
     if len(data) > CONF_BYTES:
         raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
@@ -857,6 +860,11 @@ def read_conf(path: str) -> str:
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8").split("\n")
         raise ConfigError("this is not UTF-8; save the file as UTF-8", len(before), len(before[-1]) + 1) from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """open(2) that does not wait for the writer of a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1273,6 +1281,7 @@ def _attribute_holds(folder: str, attribute: Attribute) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 RETIRE_SECONDS = 600.0  # a device gone for longer is offered no more
+MOST_SHOWN = 200  # characters of an ID that nobody was ever given
 
 T = TypeVar("T")
 
@@ -1593,10 +1602,10 @@ class Grant(NamedTuple):
 def grant(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> Grant:
     """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices. Raises Refused."""
     chosen: Dict[str, Device] = {}
-    for slot_id in slot_ids:
+    for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
         if device is None:
-            raise Refused("INVALID_ARGUMENT", f'no device ID "{slot_id}"')
+            raise Refused("INVALID_ARGUMENT", f'no device ID "{slot_id[:MOST_SHOWN]}"')
         chosen[device.path] = device
     specs: Dict[str, Spec] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
@@ -1621,26 +1630,17 @@ def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], si
     """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
     ones with the fewest slots in use before the others."""
     preferred = list(must)
-    chosen: Dict[str, int] = {device.path: 0 for device in resource.devices}
-    for device in (device_of(resource, slot_id) for slot_id in preferred):
-        if device:
-            chosen[device.path] += 1
-    free: Dict[str, List[str]] = {}
-    for slot_id in set(available) - set(preferred):
-        device = device_of(resource, slot_id)
-        if device:
-            free.setdefault(device.path, []).append(slot_id)
-    slots = {device.path: device.slots for device in resource.devices}
-    in_use = {path: slots[path] - chosen[path] - len(ids) for path, ids in free.items()}
-    for ids in free.values():
-        ids.sort(key=lambda slot_id: int(slot_id.rpartition(":")[2]), reverse=True)
-    while free and len(preferred) < size:
-        path = min(free, key=lambda path: (chosen[path], in_use[path], path))
-        preferred.append(free[path].pop())
-        chosen[path] += 1
-        if not free[path]:
-            del free[path]
-    return preferred
+    kept = set(preferred)
+    free = set(available) - kept
+    ranked = []
+    for device in resource.devices:
+        ids = [_slot_id(resource, device, number) for number in range(device.slots)]
+        chosen = sum(slot_id in kept for slot_id in ids)
+        left = [slot_id for slot_id in ids if slot_id in free]
+        in_use = device.slots - chosen - len(left)
+        ranked += [(chosen + more, in_use, device.path, slot_id) for more, slot_id in enumerate(left)]
+    ranked.sort()
+    return preferred + [slot_id for *_, slot_id in ranked[: max(size - len(preferred), 0)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1650,6 +1650,8 @@ def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], si
 
 MOST_NAMES = 8  # in one line of the log
 MOST_LISTS_WAITING = 16  # of one stream whose reader is slow
+MOST_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
+MOST_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 
 log = logging.getLogger("smarter-device-manager")
 
@@ -1666,8 +1668,11 @@ def note(event: str, sentence: str, level: int = logging.INFO, **fields: object)
 def note_many(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    shown = [*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])]
-    note(event, f"{who}: {sentence}", level, **{key: ",".join(shown)})
+    note(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ",".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
@@ -1710,6 +1715,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def tell_in_one_line(record: logging.LogRecord) -> bool:
+    """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
+    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
+        record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
+        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    return True
+
+
 def load_grpc() -> None:
     """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
 
@@ -1736,16 +1749,22 @@ def load_grpc() -> None:
     finally:
         if not with_ssl:
             del sys.modules["ssl"]
+    for name in ("grpc._common", "grpc._cython.cygrpc"):
+        logging.getLogger(name).addFilter(tell_in_one_line)
 
 
 class Plugin:
-    """v1beta1.DevicePlugin for one resource. ON_STREAM is called whenever a ListAndWatch stream opened or ended."""
+    """v1beta1.DevicePlugin for one resource.
 
-    def __init__(self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[], None]) -> None:
+    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    """
+
+    def __init__(
+        self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[object, bool], None]
+    ) -> None:
         self.resource = resource
         self.full_name = full_name
         self.allocations = 0
-        self.streams = 0
         self._dev_dir = dev_dir
         self._on_stream = on_stream
         self._slots = slots_of(resource)
@@ -1758,6 +1777,11 @@ class Plugin:
         if slots != self._slots:
             self._slots = slots
             self._put(slots)
+
+    def list_bytes(self) -> int:
+        """The size of the list as a message."""
+        size: int = _list_message(self._slots).ByteSize()
+        return size
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
@@ -1773,8 +1797,7 @@ class Plugin:
         queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
         queue.put_nowait(self._slots)
         self._waiting.append(queue)
-        self.streams += 1
-        self._on_stream()
+        self._on_stream(queue, True)
         try:
             while True:
                 slots = await queue.get()
@@ -1783,8 +1806,7 @@ class Plugin:
                 await context.write(_list_message(slots))
         finally:
             self._waiting.remove(queue)
-            self.streams -= 1
-            self._on_stream()
+            self._on_stream(queue, False)
 
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
@@ -1797,6 +1819,7 @@ class Plugin:
     async def GetPreferredAllocation(
         self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreferredAllocationResponse:
+        await self._check_containers(len(request.container_requests), context)
         response = pb.PreferredAllocationResponse()
         for item in request.container_requests:
             ids = prefer(self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size)
@@ -1804,8 +1827,9 @@ class Plugin:
         return response
 
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
+        await self._check_containers(len(request.container_requests), context)
         asked = [list(item.devices_ids) for item in request.container_requests]
-        told = ",".join(slot_id for ids in asked for slot_id in ids)
+        told = _joined([slot_id[:MOST_SHOWN] for ids in asked for slot_id in ids])
         try:
             with LiveTree(self._dev_dir) as tree:
                 grants = [grant(self.resource, ids, tree, self._dev_dir) for ids in asked]
@@ -1817,9 +1841,15 @@ class Plugin:
             )
             await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
         self.allocations += len(grants)
-        hosts = ",".join(spec.host for granted in grants for spec in granted.specs)
+        hosts = _joined([spec.host for granted in grants for spec in granted.specs])
         note("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
         return pb.AllocateResponse(container_responses=[_grant_message(granted) for granted in grants])
+
+    async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
+        """Refuse what would take the loop long: others wait for it meanwhile."""
+        if count > MOST_CONTAINERS:
+            text = f"{self.full_name}: asked for {count} containers at once, more than {MOST_CONTAINERS}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
 
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
@@ -1853,9 +1883,11 @@ SOCKETS_EVERY = 10  # looks at kubelet.sock to one at our own sockets
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 FIRST_PAUSE, MOST_PAUSE = 1.0, 30.0  # before a resource is registered again
-GATHER_SECONDS = 0.2  # in which like events become one line of the log
+OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+GATHER_SECONDS, MOST_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
 DEFAULT_DOMAIN = "smarter-devices"
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -1866,22 +1898,52 @@ _SERVER_OPTIONS = (
 Identity = Tuple[int, int, int]
 
 
+def is_domain(text: str) -> bool:
+    """Whether kubelet takes TEXT as the domain of a resource.
+
+    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    """
+    label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
+    return bool(is_subdomain) and not text.startswith("requests.") and "kubernetes.io" not in text
+
+
+def socket_room(plugin_dir: str) -> int:
+    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
+
+
 def socket_name(name: str, domain: str, plugin_dir: str) -> str:
     """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
-    own = "" if domain == DEFAULT_DOMAIN else f".{domain}"
-    room = SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
-    return f"smarter-{shorten(name + own, max(room, 10), name + own)}.sock"
+    own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
+    return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
-def answers(path: str) -> bool:
-    """Whether somebody listens on the Unix socket PATH."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
+def why_silent(path: str) -> str:
+    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
             probe.connect(path)
-        except OSError as error:
-            return error.errno == errno.EAGAIN  # listens, and has many waiting
-        return True
+    except BlockingIOError:
+        return ""  # listens, and has many waiting
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def bind(server: grpc.aio.Server, path: str) -> None:
+    """Have SERVER listen on a Unix socket at PATH, for this user alone. Raises OSError."""
+    mask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.bind(path)  # grpc does not say why it cannot; this does
+        os.unlink(path)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+    finally:
+        os.umask(mask)
 
 
 class Session:
@@ -1895,9 +1957,11 @@ class Session:
         self.server: Optional[grpc.aio.Server] = None
         self.inode = 0  # of our socket file
         self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
+        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # the last registration
         self.is_registered = False
         self.is_lost = False  # our socket file is gone or another's
-        self.had_stream = False
+        self.stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self.is_stream_open = False
         self.stream_since = 0.0
         self.deadline = 0.0  # for kubelet to open its stream
         self.pause = 0.0
@@ -1910,7 +1974,14 @@ class Session:
     @property
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
-        return self.is_registered and self.plugin.streams > 0
+        return self.is_registered and self.is_stream_open
+
+    def retire(self) -> None:
+        """Have its keeper end it. A task that is in grpc must not be cancelled: servers do not survive that."""
+        self.is_retired = True
+        if self.call:
+            self.call.cancel()
+        self.wake()
 
     def wake(self) -> None:
         """Have its keeper look again."""
@@ -1925,24 +1996,26 @@ class Session:
         finally:
             self._wake.clear()
 
-    def _stream_changed(self) -> None:
-        if self.plugin.streams and not self.had_stream:
-            self.had_stream = True
+    def _stream_changed(self, stream: object, is_open: bool) -> None:
+        if is_open and self.stream is None:
+            self.stream = stream
             self.stream_since = time.monotonic()
             self.trouble = ""
-        self.wake()
+        if stream is self.stream:
+            self.is_stream_open = is_open
+            self.wake()
 
     def find_trouble(self, now: float) -> str:
         """Why it must be served and registered anew; empty where it need not."""
         if self.is_lost:
             return "its socket file was deleted"
-        if self.plugin.streams or (not self.had_stream and now < self.deadline):
+        if self.is_stream_open or (not self.stream and now < self.deadline):
             return ""
-        return "kubelet ended its stream" if self.had_stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+        return "kubelet ended its stream" if self.stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
 
     def back_off(self, now: float, at_once: bool = False) -> None:
         """Put off the next try, longer each time until a stream has held for MOST_PAUSE."""
-        if self.had_stream and now - self.stream_since > MOST_PAUSE:
+        if self.stream and now - self.stream_since > MOST_PAUSE:
             self.pause = 0.0
         pause = self.pause if at_once else max(self.pause, FIRST_PAUSE)
         self.pause = min(max(2 * pause, FIRST_PAUSE), MOST_PAUSE)
@@ -1962,13 +2035,14 @@ class KubeletSide:
         self.kubelet_restarts = 0
         self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
         self._identity: Optional[Identity] = None
+        self._met: Optional[Identity] = None  # the kubelet that answered last
         self._state = ""  # of kubelet, as last logged
-        self._seen_before = False
         self._channel: Optional[grpc.aio.Channel] = None
         self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
         self._directory: Tuple[int, ...] = ()  # the plugin directory's times, when our sockets in it were well
-        self._temporary = itertools.count()
-        self._gathered: Dict[Tuple[str, str, int], List[str]] = {}
+        self._gathered: Dict[Tuple[str, str, int], Set[str]] = {}
+        self._gathered_since = 0.0
+        self._flushing: Optional[asyncio.TimerHandle] = None
         self._closing: Dict[str, asyncio.Task[None]] = {}
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
@@ -2030,11 +2104,10 @@ class KubeletSide:
 
     def _retire(self, name: str) -> None:
         session = self.sessions.pop(name)
-        session.is_retired = True
         assert session.task
         task = self._closing[name] = session.task
         task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
-        task.cancel()
+        session.retire()
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -2042,11 +2115,11 @@ class KubeletSide:
             self._fail(error)
 
     async def _keep(self, session: Session) -> None:
-        """Serve SESSION and keep it registered until cancelled."""
+        """Serve SESSION and keep it registered until it is retired."""
         try:
             if session.previous:
                 await asyncio.wait([session.previous])
-            while True:
+            while not session.is_retired:
                 await session.sleep(await self._step(session))
         finally:
             await self._end(session)
@@ -2062,7 +2135,7 @@ class KubeletSide:
         if session.is_registered:
             trouble = session.find_trouble(now)
             if not trouble:
-                return None if session.had_stream else session.deadline - now
+                return None if session.stream else session.deadline - now
             if not self._is_kubelet_there():
                 return None
             session.stream_losses += not session.is_lost
@@ -2077,30 +2150,35 @@ class KubeletSide:
         """Serve SESSION anew and register it; the seconds until the next look at it."""
         await self._end(session)  # first: kubelet takes the end of an older stream for the end of the newest
         session.kubelet = self._identity
-        if answers(session.path):
-            self._tell_trouble(session, "other-instance", "another instance serves it")
-            session.retry_at = time.monotonic() + MOST_PAUSE / 3
-            return MOST_PAUSE / 3
+        trouble = self._find_obstacle(session)
+        if trouble:
+            self._tell_trouble(session, "not-served", trouble)
+            session.retry_at = time.monotonic() + OBSTACLE_PAUSE
+            return OBSTACLE_PAUSE
         try:
             await self._serve(session)
-        except (OSError, RuntimeError) as error:  # RuntimeError: grpc could not bind
+        except OSError as error:
             session.back_off(time.monotonic())
-            self._tell_trouble(session, "not-served", f"cannot listen on a socket in {self.plugin_dir}: {error}")
+            trouble = f"cannot listen on a socket in {self.plugin_dir}: {error.strerror}"
+            self._tell_trouble(session, "not-served", trouble)
             return session.retry_at - time.monotonic()
-        return await self._register(session)
+        return None if session.is_retired else await self._register(session)
+
+    def _find_obstacle(self, session: Session) -> str:
+        """Why SESSION is not to be served for now; empty where it is."""
+        if not why_silent(session.path):
+            return "another instance serves it"
+        if session.plugin.list_bytes() > MOST_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MOST_LIST_BYTES} bytes); lower its nummaxdevices"
+        return ""
 
     async def _serve(self, session: Session) -> None:
         """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
-        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server = session.server = grpc.aio.server(options=_SERVER_OPTIONS)
         rpc.add_DevicePluginServicer_to_server(session.plugin, server)
-        temporary = f"{self.plugin_dir}/.{os.getpid():x}.{next(self._temporary):x}"
-        mask = os.umask(0o177)
-        try:
-            server.add_insecure_port(f"unix:{temporary}")
-        finally:
-            os.umask(mask)
+        temporary = f"{self.plugin_dir}/.{os.urandom(8).hex()}"  # instances in containers may have one PID
+        bind(server, temporary)
         await server.start()
-        session.server = server
         session.inode = os.stat(temporary).st_ino
         os.rename(temporary, session.path)
 
@@ -2113,12 +2191,11 @@ class KubeletSide:
             resource_name=session.plugin.full_name,
             options=session.plugin.options(),
         )
+        session.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
         try:
-            await rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
+            await session.call
         except asyncio.CancelledError:
-            if session.is_retired:
-                raise
-            return 0  # its channel was closed: there is a new kubelet
+            return 0  # it is retired, or its channel was closed: there is a new kubelet
         except grpc.RpcError as error:
             if identity != self._identity or not self._is_kubelet_there():
                 session.kubelet = None
@@ -2137,17 +2214,18 @@ class KubeletSide:
     async def _end(self, session: Session) -> None:
         """End the server of SESSION, its streams, and its socket file if that is ours still."""
         server, session.server = session.server, None
+        inode, session.inode = session.inode, 0
         session.is_registered = session.is_lost = False
         if server:
             try:
-                if os.stat(session.path).st_ino == session.inode:
+                if os.stat(session.path).st_ino == inode:
                     os.unlink(session.path)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                     log.warning("cannot remove %s: %s", session.path, error.strerror)
             session.plugin.end_streams()
             await server.stop(STOP_SECONDS)
-        session.had_stream = False
+        session.stream, session.is_stream_open = None, False
 
     def _look_at_kubelet(self) -> None:
         try:
@@ -2165,9 +2243,11 @@ class KubeletSide:
 
     def _is_kubelet_there(self) -> bool:
         """Whether kubelet answers at this moment; if not, every session waits until it does."""
-        self.is_answering = answers(self._kubelet_sock)
-        if not self.is_answering and self._identity:
-            self._tell_kubelet("kubelet-gone", f"kubelet does not answer on {self._kubelet_sock}; waiting for it")
+        reason = why_silent(self._kubelet_sock)
+        self.is_answering = not reason
+        if reason and self._identity:
+            sentence = f"kubelet does not answer on {self._kubelet_sock}; waiting for it"
+            self._tell_kubelet("kubelet-gone", sentence, reason=reason)
         return self.is_answering
 
     def _meet_kubelet(self) -> None:
@@ -2177,10 +2257,12 @@ class KubeletSide:
             f"unix:{self._kubelet_sock}",
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
-        self.kubelet_restarts += self._seen_before
-        again = "kubelet-restarted" if self._seen_before else "kubelet-found"
-        self._tell_kubelet(again, "kubelet answers; registering", logging.INFO)
-        self._seen_before = True
+        is_another = self._met not in (None, self._identity)
+        self._met = self._identity
+        self.kubelet_restarts += is_another
+        self._state = ""
+        self._flush()
+        note("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
         for session in self.sessions.values():
             session.wake()
 
@@ -2204,10 +2286,12 @@ class KubeletSide:
                 session.is_lost = True
                 session.wake()
 
-    def _tell_kubelet(self, event: str, sentence: str, level: int = logging.WARNING) -> None:
+    def _tell_kubelet(self, event: str, sentence: str, **fields: str) -> None:
+        """Log SENTENCE of a kubelet that is not there, unless it is what was logged of it last."""
         if sentence != self._state:
             self._state = sentence
-            note(event, sentence, level)
+            self._flush()
+            note(event, sentence, logging.WARNING, **fields)
 
     def _tell_trouble(self, session: Session, event: str, trouble: str) -> None:
         """Log TROUBLE of SESSION, unless it is what was logged of it last."""
@@ -2217,9 +2301,14 @@ class KubeletSide:
 
     def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
         """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
+        now = self._loop.time()
+        if self._flushing:
+            self._flushing.cancel()
         if not self._gathered:
-            self._loop.call_later(GATHER_SECONDS, self._flush)
-        self._gathered.setdefault((event, sentence, level), []).append(name)
+            self._gathered_since = now
+        until = min(now + GATHER_SECONDS, self._gathered_since + MOST_GATHER_SECONDS)
+        self._flushing = self._loop.call_at(until, self._flush)
+        self._gathered.setdefault((event, sentence, level), set()).add(name)
 
     def _flush(self) -> None:
         for (event, sentence, level), names in self._gathered.items():
@@ -2363,12 +2452,12 @@ class StandInKubelet:
 
     async def stop(self) -> None:
         """End every connection and leave a dead kubelet.sock behind."""
+        if self._server:
+            await self._server.stop(None)
         for watcher in self._watchers.values():
             watcher.cancel()
         await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         self._watchers.clear()
-        if self._server:
-            await self._server.stop(None)
 
     async def Register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext) -> pb.Empty:
         problem = self.find_problem(request)
@@ -2391,7 +2480,7 @@ class StandInKubelet:
         domain, _, name = request.resource_name.partition("/")
         if request.version != "v1beta1":
             return f"requested API version {request.version!r} is not supported by kubelet"
-        if not domain or "kubernetes.io" in domain:
+        if not is_domain(domain):
             return f"the ResourceName {request.resource_name!r} is invalid: its domain"
         if len(name) > 63 or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
             return f"the ResourceName {request.resource_name!r} is invalid: its name"
@@ -2632,13 +2721,33 @@ class KubeletThread(threading.Thread):
         self.join(EXIT_SECONDS)
 
 
+def check_plugin_dir(path: str) -> None:
+    """Raise Problem where no plugin can listen in the directory PATH."""
+    if not os.path.isdir(path):
+        raise Problem(
+            f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
+            f"--dry-run shows everything without one)"
+        )
+    too_long = SHORTEST_NAME - socket_room(path)
+    if too_long > 0:
+        raise Problem(
+            f"the path {path} is {too_long} bytes too long: those of the sockets in it would pass {SOCKET_PATH_BYTES} "
+            f"bytes, the most that Unix has; make a link to it that has a shorter path"
+        )
+
+
+def raise_limit() -> None:
+    """Let the process have as many descriptors as it may: a resource takes two, and runtimes begin with 1024."""
+    import resource as limits
+
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+
+
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
-    if not os.path.isdir(options.plugin_dir):
-        raise Problem(
-            f"there is no directory {options.plugin_dir}: is this a node with a kubelet? (--plugin-dir names its "
-            f"directory; --dry-run shows everything without one)"
-        )
+    check_plugin_dir(options.plugin_dir)
+    raise_limit()
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
@@ -2853,10 +2962,10 @@ def _seconds(text: str) -> float:
 
 
 def _domain(text: str) -> str:
-    label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-    if not re.fullmatch(rf"{label}(\.{label})*", text) or len(text) > 253 or "kubernetes.io" in text:
+    if not is_domain(text):
         raise ValueError(
-            f'"{text}" is no domain that kubelet takes: lower-case letters, digits, "-" and ".", not kubernetes.io\'s'
+            f'"{text}" is no domain that kubelet takes: lower-case letters, digits, "-" and ".", up to 244 characters, '
+            "not kubernetes.io's, not beginning with requests."
         )
     return text
 

@@ -10,7 +10,19 @@ import shutil
 import socket
 
 from test_smarter_device_manager import *  # noqa: F403
-from test_smarter_device_manager import PATIENCE, Daemon, Kubelet, Node, grpc, needs_root, pb, sdm, wait_for
+from test_smarter_device_manager import (
+    HERE,
+    PATIENCE,
+    SCRIPT,
+    Daemon,
+    Kubelet,
+    Node,
+    grpc,
+    needs_root,
+    pb,
+    sdm,
+    wait_for,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet
@@ -44,10 +56,15 @@ class Witness(Kubelet):
 
     async def _watch(self, client: sdm.Client) -> None:
         if self.ends_streams:
-            await client.channel.close()
+            asyncio.ensure_future(self._disconnect_after_list(client))
         await super()._watch(client)
         if self.clients.get(client.name) is not client:
             self.trapped.append(client.name)
+
+    async def _disconnect_after_list(self, client: sdm.Client) -> None:
+        while not client.lists:
+            await asyncio.sleep(0.01)
+        await client.channel.close()
 
     def client(self, resource: str) -> sdm.Client:
         return self.clients[self.name(resource)]
@@ -160,7 +177,8 @@ def test_it_serves_before_it_registers_and_answers_while_it_registers(
     offer(node, "null")
     start()
     kubelet.wait_for("null", Healthy=1)
-    assert len(answered) == 2
+    assert answered[0] == kubelet.client("null").options
+    assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
     assert kubelet.count("null") == 1
 
 
@@ -211,6 +229,7 @@ def test_a_domain_that_kubelet_would_refuse_is_refused_at_once(node: Node, domai
     [
         {"version": "v1beta2"},
         {"resource_name": "null"},
+        {"resource_name": "/null"},
         {"resource_name": "node.kubernetes.io/null"},
         {"resource_name": "requests.example.org/null"},
         {"resource_name": "Example.org/null"},
@@ -223,10 +242,12 @@ def test_a_domain_that_kubelet_would_refuse_is_refused_at_once(node: Node, domai
 )
 def test_the_stand_in_refuses_what_kubelet_refuses(node: Node, kubelet: Witness, wrong: dict[str, str]) -> None:
     good = {"version": "v1beta1", "resource_name": "example.org/null", "endpoint": "null.sock"}
-    with grpc.insecure_channel(f"unix:{node.plugins}/kubelet.sock") as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            sdm.rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**{**good, **wrong}), timeout=PATIENCE)
+    channel = grpc.insecure_channel(f"unix:{node.plugins}/kubelet.sock")
+    with channel, pytest.raises(grpc.RpcError) as caught:
+        sdm.rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**{**good, **wrong}), timeout=PATIENCE)
     assert caught.value.code() == grpc.StatusCode.UNKNOWN
+    words = {"version": "v1beta2", "resource_name": "is invalid", "endpoint": "failed to dial device plugin"}
+    assert words[next(iter(wrong))] in caught.value.details()
     assert not kubelet.registrations
 
 
@@ -244,46 +265,62 @@ def test_device_ids_are_0_to_n_less_1(node: Node, kubelet: Witness, start: Start
 
 
 def test_sockets_are_for_root_alone_from_their_first_moment_on(node: Node, kubelet: Witness, start: Starter) -> None:
-    modes = set()
+    modes: dict[str, set[int]] = {}
+    is_over = threading.Event()
 
-    async def look(request: pb.RegisterRequest) -> None:
-        modes.update(stat.S_IMODE((node.plugins / name).lstat().st_mode) for name in sockets(node))
+    def look() -> None:
+        while not is_over.is_set():
+            for item in os.scandir(node.plugins):
+                with contextlib.suppress(FileNotFoundError):
+                    if item.name != "kubelet.sock":
+                        modes.setdefault(item.name, set()).add(stat.S_IMODE(item.stat(follow_symlinks=False).st_mode))
 
-    kubelet.while_registering = look
     offer(node, *NAMES)
-    start(preexec_fn=lambda: os.umask(0))
-    wait_ready(kubelet, NAMES)
-    modes.update(stat.S_IMODE((node.plugins / name).lstat().st_mode) for name in sockets(node))
-    assert modes == {0o600}
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        start(preexec_fn=lambda: os.umask(0))
+        wait_ready(kubelet, NAMES)
+    finally:
+        is_over.set()
+        thread.join(PATIENCE)
+    assert set(sockets(node)) <= modes.keys()
+    assert set.union(*modes.values()) == {0o600}
 
 
-@pytest.mark.parametrize("length", [60, 83, 90, 94])
-def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter, length: int) -> None:
+def lengthen(node: Node, length: int) -> None:
+    """Have the node's plugin directory at a path of LENGTH bytes."""
     node.plugins = node.plugins / "x".ljust(length - len(str(node.plugins)) - 1, "x")
     node.plugins.mkdir()
     assert len(str(node.plugins)) == length
+
+
+@pytest.mark.parametrize("length", [60, 83])
+def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter, length: int) -> None:
+    lengthen(node, length)
     kubelet = Witness(node).up()
     try:
         offer(node, "null", "urandom")
+        node.rules("- devicematch: ^null$\n- devicematch: ^urandom$\n  resource: a_name_of_some_length_for_a_device\n")
         start()
-        wait_ready(kubelet, ["null", "urandom"])
+        wait_ready(kubelet, ["null", "a_name_of_some_length_for_a_device"])
         names = sorted(sockets(node))
-        assert len(names) == 2
-        assert all(len(f"{node.plugins}/{name}") <= 107 for name in names)
-        if length == 60:
-            assert names == ["smarter-null.sock", "smarter-urandom.sock"]
-        assert kubelet.gives("urandom") == {"/dev/urandom": "/dev/urandom"}
+        assert names[1] == "smarter-null.sock"
+        assert re.fullmatch(r"smarter-a[a-z_]*-[0-9a-f]{8}\.sock", names[0])
+        assert len(f"{node.plugins}/{names[0]}") == 107
+        assert kubelet.gives("a_name_of_some_length_for_a_device") == {"/dev/urandom": "/dev/urandom"}
     finally:
         kubelet.down()
 
 
-def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node) -> None:
+@pytest.mark.parametrize("length", [84, 115])
+def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: int) -> None:
     offer(node, "null")
-    node.plugins = node.plugins / "x".ljust(95, "x")
-    node.plugins.mkdir()
+    lengthen(node, length)
     done = node.run()
     assert done.returncode == 1
-    assert str(node.plugins) in done.stderr and "bytes" in done.stderr and "Traceback" not in done.stderr
+    assert f"the path {node.plugins} is {length - 83} bytes too long" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
@@ -318,10 +355,10 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Witness, start:
     offer(node, "null", slots=2)
     daemon = start()
     kubelet.wait_for("null", Healthy=2)
-    for wrong in ("2", "00", "-1", "null:0", "", "١", "1\n", "9" * 5000):
+    for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert f'"{wrong}"' in words and "smarter-devices/null" in words
+        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -378,7 +415,6 @@ def test_no_list_is_sent_that_changes_nothing(node: Node, kubelet: Witness, star
     daemon = start()
     wait_ready(kubelet, ["null", "zero"])
     (node.dev / "null").chmod(0o666)
-    os.utime(node.dev / "null")
     daemon.hang_up()
     node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n- devicematch: ^full$\n")
     node.plug("full")
@@ -405,6 +441,7 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Witness, s
     offer(node, "null", "zero")
     daemon = start("--interval", "0.01")
     wait_ready(kubelet, ["null", "zero"])
+    usual = descriptors(daemon)
     for turn in range(60):
         node.rules("- devicematch: ^null$\n" if turn % 2 else "- devicematch: ^(null|zero)$\n")
         daemon.hang_up()
@@ -412,7 +449,18 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Witness, s
     node.rules("- devicematch: ^(null|zero)$\n")
     wait_for(lambda: all_ready(kubelet, ["null", "zero"]) and len(sockets(node)) == 2)
     assert kubelet.count("null") == 1
+    wait_for(lambda: descriptors(daemon) <= usual)
     stops_well(daemon, node)
+
+
+@needs_root
+def test_a_list_longer_than_kubelet_takes_is_not_sent(node: Node, kubelet: Witness, start: Starter) -> None:
+    offer(node, "null", *(f"{'x' * 100}{number}" for number in range(4)))
+    node.rules("- devicematch: ^null$\n- devicematch: ^x\n  resource: pool\n  nummaxdevices: 10000\n")
+    daemon = start()
+    daemon.says("smarter-devices/pool: its list of slots is longer than kubelet takes .*; lower its nummaxdevices")
+    kubelet.wait_for("null", Healthy=1)
+    assert kubelet.count("pool") == 0
 
 
 # kubelet comes and goes
@@ -464,7 +512,7 @@ def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Witness, start: St
 def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Witness, start: Starter) -> None:
     """The streams are open still: kubelet.sock gone says nothing against them."""
     offer(node, *NAMES)
-    daemon = start()
+    daemon = start("--log-format", "json")
     wait_ready(kubelet, NAMES)
     before = sockets(node)
     (node.plugins / "kubelet.sock").rename(node.plugins / "elsewhere")
@@ -472,9 +520,13 @@ def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Wit
     (node.plugins / "elsewhere").rename(node.plugins / "kubelet.sock")
     wait_for(lambda: daemon.log.count("kubelet answers") == 2)
     settle(daemon)
-    assert {**before, **sockets(node)} == before
+    assert sockets(node) == before
     assert all_ready(kubelet, NAMES)
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    assert daemon.log.count('"kubelet-found"') == 2 and "kubelet-restarted" not in daemon.log
+    kubelet.down()
+    kubelet.up()
+    wait_for(lambda: daemon.log.count('"kubelet-restarted"') == 1)
 
 
 @pytest.mark.parametrize("fault", ["crash", "crash and a pause", "same inode"])
@@ -518,7 +570,7 @@ def test_kubelet_crashes_while_it_registers(node: Node, kubelet: Witness, start:
     kubelet.up()
     wait_ready(kubelet, NAMES, 2.0)
     assert [kubelet.count(name) for name in NAMES] == [2] * 5
-    assert "refused" not in daemon.log
+    assert "refused its registration" not in daemon.log
 
 
 def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Witness, start: Starter) -> None:
@@ -568,7 +620,7 @@ def test_a_deleted_socket_is_put_back_and_registered(
         streams = [kubelet.client(name) for name in lost]
         for name in lost:
             (node.plugins / f"smarter-{name}.sock").unlink()
-        wait_for(lambda: not any(client.is_open for client in streams))
+        wait_for(lambda streams=streams: not any(client.is_open for client in streams))
         wait_ready(kubelet, NAMES)
         assert len(sockets(node)) == 5
         assert [kubelet.count(name) for name in NAMES] == [turn if name in lost else 1 for name in NAMES]
@@ -597,6 +649,22 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
         assert 1.9 < third - second < 3.9
     kubelet.ends_streams = False
     wait_ready(kubelet, ["null", "zero"])
+
+
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
+    side = sdm.KubeletSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
+    session = sdm.Session(sdm.Resource("null", False, ()), side, None)
+    pauses = []
+    for _ in range(7):
+        session.back_off(100.0)
+        pauses.append(session.retry_at - 100.0)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    session.stream, session.stream_since = object(), 100.0
+    session.back_off(120.0)
+    assert session.retry_at == 150.0
+    session.back_off(131.0)
+    assert session.retry_at == 132.0
+    side._loop.close()
 
 
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Witness, start: Starter) -> None:
@@ -675,7 +743,7 @@ def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Witness, s
     stops_well(second, node)
 
 
-def test_instances_with_other_rules_or_another_domain_share_a_node(node: Node, kubelet: Witness, start: Starter) -> None:
+def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet: Witness, start: Starter) -> None:
     offer(node, "null", "zero")
     rules = node.conf.read_text().splitlines(keepends=True)
     other = node.root / "other.yaml"
@@ -699,29 +767,34 @@ def test_instances_with_other_rules_or_another_domain_share_a_node(node: Node, k
 @needs_root
 def test_instances_in_containers_of_their_own_share_a_node(node: Node, kubelet: Witness) -> None:
     """Each is process 1 there. They see one kubelet restart at one moment, and must not take each other's sockets."""
-    names = offer_many(node, 30)
     alone = ["unshare", "--pid", "--fork", "--kill-child"]
     if subprocess.run([*alone, "true"], check=False).returncode:
         pytest.skip("unshare(1) may not make a PID namespace here")
+    offer_many(node, 30)
     domains = ("a", "b", "c")
-    processes = []
+    parents = []
     try:
         for domain in domains:
-            command = [*alone, sys.executable, str(sdm.__file__), *node.options(), "--domain", domain]
-            processes.append(subprocess.Popen(command, stderr=(node.root / domain).open("w")))
-        for turn in (1, 2, 3, 4):
+            command = [*alone, sys.executable, str(SCRIPT), *node.options(), "--domain", domain]
+            with (node.root / domain).open("w") as log:
+                parents.append(subprocess.Popen(command, stderr=log))
+        for turn in (1, 2, 3):
             wait_for(lambda turn=turn: len(kubelet.requests) == 90 * turn)
             wait_for(lambda: all(client.is_open and client.lists for client in kubelet.clients.values()))
             assert len(sockets(node)) == 90
             kubelet.down()
             kubelet.up()
+        for parent in parents:  # unshare(1) passes no signal on
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+            os.kill(int(children), signal.SIGTERM)
+            assert parent.wait(PATIENCE) == 0
     finally:
-        for process in processes:
-            process.terminate()
-            process.wait(PATIENCE)
+        for parent in parents:
+            parent.kill()
+            parent.wait(PATIENCE)
     logs = "".join((node.root / domain).read_text() for domain in domains)
     assert "cannot listen" not in logs and "was deleted" not in logs
-    assert len(kubelet.clients) == 90 == 3 * len(names)
+    assert not sockets(node)
 
 
 # Signals, and the end
@@ -792,30 +865,78 @@ def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Witne
 
 
 @needs_root
-def test_it_ends_with_50_resources(node: Node, kubelet: Witness, start: Starter) -> None:
-    names = offer_many(node, 50)
-    daemon = start()
+def test_200_resources_start_over_dead_sockets_and_end(node: Node, kubelet: Witness, start: Starter) -> None:
+    names = offer_many(node, 200)
+    crashed = start()
     wait_ready(kubelet, names)
+    crashed.kill()
+    assert len(sockets(node)) == 200
+    daemon = start()
+    wait_for(lambda: len(kubelet.requests) == 400)
+    wait_ready(kubelet, names)
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= 16
     stops_well(daemon, node)
+
+
+@needs_root
+def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Witness, start: Starter) -> None:
+    names = offer_many(node, 40)
+    few = (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, few))
+    wait_ready(kubelet, names)
+
+
+STARTS = {
+    "script": [str(SCRIPT)],
+    "script in its folder": [SCRIPT.name],
+    "module": ["-m", SCRIPT.stem],
+    "installed command": ["-c", f"import sys, {SCRIPT.stem}; sys.exit({SCRIPT.stem}.main())"],  # as pip makes it
+    "isolated": ["-I", str(SCRIPT)],
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_every_way_to_start_it_serves(node: Node, kubelet: Witness, how: str) -> None:
+    offer(node, "null")
+    command = [sys.executable, *STARTS[how], *node.options()]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    try:
+        kubelet.wait_for("null", Healthy=1)
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_it_starts(node: Node, kubelet: Witness, start: Starter, signum: int) -> None:
-    """Whatever it does at that moment; in a container as process 1 it would be lost, so it has to be taken early."""
+    """In a container the daemon is process 1, which loses signals that it has not asked for: they are held back."""
     offer(node, "null")
-    os.mkfifo(node.root / "slow.yaml")
-    daemon = start("--conf", str(node.root / "slow.yaml"))
-    mask = f"/proc/{daemon.process.pid}/status"
-    wait_for(lambda: int(re.search("SigBlk:\t(.*)", Path(mask).read_text())[1], 16) & 1 << (signum - 1))
+    daemon = start()
+    held = Path(f"/proc/{daemon.process.pid}/status")
+    wait_for(lambda: int(re.search("SigBlk:\t(.*)", held.read_text())[1], 16) & 1 << (signum - 1))
+    assert "offers" not in daemon.log  # it has not started yet
     daemon.process.send_signal(signum)
-    with (node.root / "slow.yaml").open("w") as slow:
-        slow.write("- devicematch: ^null$\n")
     if signum == signal.SIGHUP:
-        with contextlib.suppress(OSError):  # it is read again, and a pipe has nothing more
-            os.close(os.open(node.root / "slow.yaml", os.O_WRONLY))
         kubelet.wait_for("null", Healthy=1)
     else:
         assert daemon.process.wait(PATIENCE) == 0
+        assert not sockets(node)
+
+
+def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Witness, start: Starter) -> None:
+    """The writer of a FIFO may never come, and whoever waits for it hears no signal."""
+    os.mkfifo(node.root / "fifo")
+    done = node.run("--conf", str(node.root / "fifo"))
+    assert done.returncode == 1
+    assert f"{node.root}/fifo:1:1: this is no plain file" in done.stderr and "Traceback" not in done.stderr
+    offer(node, "null")
+    daemon = start()
+    kubelet.wait_for("null", Healthy=1)
+    (node.root / "fifo").rename(node.conf)
+    daemon.says("this is no plain file; .* the last good rules stay in force")
+    stops_well(daemon, node)
 
 
 CRASHES = {
@@ -973,6 +1094,32 @@ def test_hostile_requests_for_a_preference(node: Node, kubelet: Witness, start: 
         assert prefer([], [], 2**31 - 1) == []
         assert prefer(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
         assert prefer(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
+        assert sorted(prefer(["null:0", "null:1", "zero:2"] * 100_000, [], 9)) == ["null:0", "null:1", "zero:2"]
+        kept = [f"nobody:{number}" for number in range(100_000)]
+        assert prefer(kept, kept, 2) == kept
+
+
+def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Witness, start: Starter) -> None:
+    """All that fits into 4 MiB: others wait for the answer to it, so that has to be quick."""
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n  nummaxdevices: 2\n- devicematch: ^zero$\n  resource: pool\n")
+    daemon = start()
+    wait_ready(kubelet, ["null", "pool"])
+    many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest()] * 2_000_000)
+    repeated = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0", "1"] * 600_000)])
+    asked = pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()] * 2_000_000)
+    with plugin_stub(node, "null") as null, plugin_stub(node, "pool") as pool:
+        calls = [(null.Allocate, many), (pool.GetPreferredAllocation, asked), (null.Allocate, repeated)]
+        began = time.monotonic()
+        running = [call.future(request, timeout=PATIENCE) for call, request in calls]
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        assert time.monotonic() - began < 5.0
+        for call in running[:2]:
+            assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "asked for 2000000 containers at once" in call.details()
+        assert len(running[2].result().container_responses[0].devices) == 1
+    assert kubelet.count("null") == kubelet.count("pool") == 1
+    assert len(daemon.log) < 10_000
 
 
 @pytest.mark.parametrize("answer", [b"\xff\xff\xff", b"not gRPC at all", b""])
@@ -1004,8 +1151,10 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Witness, start: St
         server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
     offer(node, "null", "zero")
     daemon = start()
-    daemon.says("WARNING 2 resources: kubelet refused its registration")
-    settle(daemon, 2.0)
+    if answer.startswith(b"\xff"):
+        daemon.says("WARNING what a client or kubelet sent is no message")
+    else:
+        daemon.says("WARNING 2 resources: kubelet refused its registration")
     if answer.startswith(b"\xff"):
         kubelet.do(server.stop(None))
     else:
@@ -1017,19 +1166,32 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Witness, start: St
 # What the node runs out of
 
 
-def test_a_full_table_of_descriptors(node: Node, kubelet: Witness, start: Starter) -> None:
+@contextlib.contextmanager
+def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
+    """Let the daemon have no descriptors from COUNT on."""
+    pid = daemon.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_a_full_table_of_descriptors(node: Node, kubelet: Witness, start: Starter, has_room: bool) -> None:
+    """Full for everything; or with room for as many as it has, so that it gets stuck halfway."""
     offer(node, *NAMES)
     daemon = start()
     wait_ready(kubelet, NAMES)
     usual = descriptors(daemon)
-    pid = daemon.process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (usual, limits[1]))
-    kubelet.down()
-    kubelet.up()
-    daemon.says("(?i)too many open files")
-    settle(daemon, 2.0)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    with descriptors_limited(daemon, usual - 1 if has_room else 3):
+        kubelet.down()
+        kubelet.up()
+        if has_room:
+            settle(daemon, 2.0)
+        else:
+            daemon.says("kubelet does not answer .*Too many open files")
     wait_ready(kubelet, NAMES)
     wait_for(lambda: descriptors(daemon) <= usual)
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
@@ -1040,12 +1202,9 @@ def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Witness,
     offer(node, "null")
     daemon = start("--interval", "3600")
     wait_ready(kubelet, ["null"])
-    pid = daemon.process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-    status, words = refusal(kubelet, "null", "0")
+    with descriptors_limited(daemon, 3):
+        status, words = refusal(kubelet, "null", "0")
     assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
 
 
@@ -1055,7 +1214,7 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Witness,
     options = [*node.options(), "--interval", "0.1"]
     log = node.root / "weak.log"
     with log.open("w") as told:
-        process = subprocess.Popen([*weak, sys.executable, str(sdm.__file__), *options], stderr=told)
+        process = subprocess.Popen([*weak, sys.executable, str(SCRIPT), *options], stderr=told)
     try:
         wait_ready(kubelet, NAMES)
         node.plugins.chmod(0o555)
