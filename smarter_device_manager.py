@@ -1955,9 +1955,9 @@ class Session:
         self.previous = previous  # the end of an older session of the same name, to be waited for
         self.task: Optional[asyncio.Task[None]] = None
         self.server: Optional[grpc.aio.Server] = None
-        self.inode = 0  # of our socket file
+        self.inode = 0  # of our socket file; 0: it has none now
         self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
-        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # the last registration
+        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # a registration going on
         self.is_registered = False
         self.is_lost = False  # our socket file is gone or another's
         self.stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
@@ -2205,6 +2205,8 @@ class KubeletSide:
             code = error.code().name
             self._tell_trouble(session, "refused", f"kubelet refused its registration ({code}): {error.details()}")
             return session.retry_at - time.monotonic()
+        finally:
+            session.call = None
         session.registrations += 1
         session.is_registered = True
         session.deadline = time.monotonic() + STREAM_SECONDS
@@ -2282,7 +2284,7 @@ class KubeletSide:
             log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
             return
         for session in self.sessions.values():
-            if session.server and inodes.get(os.path.basename(session.path)) != session.inode:
+            if session.inode and inodes.get(os.path.basename(session.path)) != session.inode:
                 session.is_lost = True
                 session.wake()
 

@@ -279,7 +279,7 @@ def test_sockets_are_for_root_alone_from_their_first_moment_on(node: Node, kubel
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        start(preexec_fn=lambda: os.umask(0))
+        start(umask=0)
         wait_ready(kubelet, NAMES)
     finally:
         is_over.set()
@@ -881,8 +881,8 @@ def test_200_resources_start_over_dead_sockets_and_end(node: Node, kubelet: Witn
 @needs_root
 def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Witness, start: Starter) -> None:
     names = offer_many(node, 40)
-    few = (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, few))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    start(through=["prlimit", f"--nofile=64:{most}"])
     wait_ready(kubelet, names)
 
 
@@ -1166,6 +1166,9 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Witness, start: St
 # What the node runs out of
 
 
+WITHOUT_OVERRIDE = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"]  # root as others are
+
+
 @contextlib.contextmanager
 def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
     """Let the daemon have no descriptors from COUNT on."""
@@ -1210,27 +1213,19 @@ def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Witness,
 
 def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Witness, start: Starter) -> None:
     offer(node, *NAMES)
-    weak = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    options = [*node.options(), "--interval", "0.1"]
-    log = node.root / "weak.log"
-    with log.open("w") as told:
-        process = subprocess.Popen([*weak, sys.executable, str(SCRIPT), *options], stderr=told)
+    daemon = start(through=WITHOUT_OVERRIDE if os.geteuid() == 0 else [])
+    wait_ready(kubelet, NAMES)
+    node.plugins.chmod(0o555)
     try:
-        wait_ready(kubelet, NAMES)
-        node.plugins.chmod(0o555)
         for name in NAMES:
             kubelet.end_stream(name)
-        wait_for(lambda: "Permission denied" in log.read_text())
-        time.sleep(2.5)  # more tries, of which nothing is told
-        node.plugins.chmod(0o755)
-        wait_ready(kubelet, NAMES)
-        assert log.read_text().count("cannot listen") == 1, log.read_text()
-        assert f"5 resources: cannot listen on a socket in {node.plugins}: Permission denied" in log.read_text()
+        daemon.says(f"5 resources: cannot listen on a socket in {node.plugins}: Permission denied")
+        settle(daemon, 2.5)  # more tries, of which nothing is told
     finally:
         node.plugins.chmod(0o755)
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
-    assert not sockets(node)
+    wait_ready(kubelet, NAMES)
+    assert daemon.log.count("cannot listen") == 1, daemon.log
+    stops_well(daemon, node)
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
