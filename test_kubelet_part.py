@@ -820,25 +820,22 @@ def test_hang_up_reads_conf_and_devices_now(node: Node, kubelet: Witness, start:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_in_good_order(node: Node, kubelet: Witness, start: Starter, signum: int) -> None:
-    ends = []
     offer(node, *NAMES)
     daemon = start()
     wait_ready(kubelet, NAMES)
+    is_open = threading.Event()
 
-    async def read(stream: Any) -> None:
-        try:
+    async def read() -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(f"unix:{node.plugins}/smarter-null.sock") as channel:
+            stream = sdm.rpc.DevicePluginStub(channel).ListAndWatch(pb.Empty())
             async for _ in stream:
-                pass
-        finally:
-            ends.append(await stream.code())
+                is_open.set()
+            return await stream.code()
 
-    stub = kubelet.client("null").stub
-    reading = asyncio.run_coroutine_threadsafe(read(stub.ListAndWatch(pb.Empty())), kubelet.loop)
-    time.sleep(0.1)
+    reading = asyncio.run_coroutine_threadsafe(read(), kubelet.loop)
+    assert is_open.wait(PATIENCE)
     stops_well(daemon, node, signum)
-    with contextlib.suppress(grpc.RpcError):
-        reading.result(PATIENCE)
-    assert ends == [grpc.StatusCode.OK]
+    assert reading.result(PATIENCE) == grpc.StatusCode.OK
     wait_for(lambda: not any(client.is_open for client in kubelet.clients.values()))
     assert "WARNING" not in daemon.log
 
