@@ -483,14 +483,15 @@ _POSIX_CLASSES = {  # the first and last character of each range
 _PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
-_ESCAPED = re.compile(
+_CHARACTER = re.compile(
     r"""
       \\ x (?: \{ (?P<wide> [0-9A-Fa-f]+ ) \} | (?P<hex> [0-9A-Fa-f]{2} ) )
     | \\ (?P<octal> 0[0-7]{0,2} | [1-7][0-7]{1,2} )
     | \\ (?P<control> [aftnrv] )
-    | \\ (?P<itself> [^0-9A-Za-z\x80-\U0010ffff] )
+    | \\ (?P<sign> [^0-9A-Za-z\x80-\U0010ffff] )
+    | (?P<plain> [^\\] )
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.DOTALL,
 )
 _REGEX_TOKEN = re.compile(
     r"""
@@ -550,14 +551,14 @@ def _check_repeat(text: str, is_repeatable: bool) -> None:
     if not is_repeatable:
         raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
     if any(len(count) > 4 or int(count) > MOST_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{text} is more than the {MOST_REPEATS} repetitions that RE2 takes")
+        raise _Untranslatable(f"{_shown(text)} is more than the {MOST_REPEATS} repetitions that RE2 takes")
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise _Untranslatable(f"the flags of {token[0]} are not known here; i, m and s are")
+        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
     return before.union(on) - set(off)
 
 
@@ -570,15 +571,16 @@ def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple
     if pair in (r"\A", r"\b", r"\B", r"\z"):
         return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
     if char == "[":
-        position, text = _translate_class(pattern, position, "i" in flags)
+        position, text = _translate_class(pattern, position, flags)
     else:
         named = _NAMED_CLASS.match(pattern, position)
-        text = f"[{_expand_class(named, 'i' in flags)}]" if named else ""
-        position, text = (named.end(), text) if named else _translate_char(pattern, position)
-    return position, f"(?iu:{text})" if "i" in flags else text
+        text = f"[{_expand_class(named, flags)}]" if named else ""
+        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
+        text = text or _literal(char)
+    return position, f"(?i:{text})" if "i" in flags else text
 
 
-def _translate_class(pattern: str, position: int, ignores_case: bool) -> Tuple[int, str]:
+def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
     opening = "[^" if pattern.startswith("[^", position) else "["
     out = [opening]
@@ -586,28 +588,30 @@ def _translate_class(pattern: str, position: int, ignores_case: bool) -> Tuple[i
     while position < len(pattern) and (pattern[position] != "]" or position == first):
         named = _NAMED_CLASS.match(pattern, position)
         if named:
-            position, text = named.end(), _expand_class(named, ignores_case)
+            position, text = named.end(), _expand_class(named, flags)
         else:
-            position, text = _translate_char(pattern, position)
+            position, char = _read_char(pattern, position, flags)
+            text = _literal(char)
             if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-                position, last = _translate_char(pattern, position + 1)
-                text += "-" + last
+                position, last = _read_char(pattern, position + 1, flags)
+                text += "-" + _literal(last)
+                if last < char:
+                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
         out.append(text)
     return position + 1, "".join(out) + pattern[position : position + 1]
 
 
-def _expand_class(named: re.Match[str], ignores_case: bool) -> str:
+def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
     r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
     if named["perl"]:
         is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{named[0]} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
         bounds = _POSIX_CLASSES[name]
-    if is_negated and ignores_case:  # what is left out is left out in either case, with two letters beyond ASCII
-        bounds = {"AZ": "AZaz", "az": "AZaz"}.get(bounds, bounds)
-        bounds += "\u017f\u017f\u212a\u212a" if bounds[-1] >= "z" else ""
+    if is_negated and "i" in flags and bounds in ("AZ", "az"):
+        bounds = "AZaz"  # what is left out is left out in either case
     codes = [ord(char) for char in bounds]
     if is_negated:
         codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
@@ -615,21 +619,22 @@ def _expand_class(named: re.Match[str], ignores_case: bool) -> str:
     return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
 
 
-def _translate_char(pattern: str, position: int) -> Tuple[int, str]:
+def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
-    if pattern[position] != "\\":
-        return position + 1, _literal(pattern[position])
-    escaped = _ESCAPED.match(pattern, position)
-    if not escaped:
+    found = _CHARACTER.match(pattern, position)
+    if not found:
         raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
-    if escaped["itself"] or escaped["control"]:
-        char = escaped["itself"] or _CONTROLS[escaped["control"]]
-    else:
-        code = int(escaped["octal"], 8) if escaped["octal"] else int(escaped["wide"] or escaped["hex"], 16)
+    char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
+    if not char:
+        code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
         if code > sys.maxunicode:
-            raise _Untranslatable(f"{escaped[0]} is beyond Unicode")
+            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
         char = chr(code)
-    return escaped.end(), _literal(char)
+    if "i" in flags and not char.isascii() and char.lower() != char.upper():
+        raise _Untranslatable(
+            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+        )
+    return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
