@@ -2611,7 +2611,7 @@ class DeviceSide:
         self._sightings: Sightings = {}
         self._gpus: Sequence[str] = ()
         self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text = ""
+        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
