@@ -50,6 +50,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -307,8 +308,8 @@ class _Parser:
 
     def misplaced(self) -> NoReturn:
         self.fail(
-            "this line belongs to none of the lists and mappings above: check its indentation; "
-            "a text must not go on over several lines"
+            "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
+            "has a space behind its ':'; a text must not go on over several lines"
         )
 
     def check_depth(self, depth: int) -> None:
@@ -442,6 +443,7 @@ def _shown(text: str) -> str:
 
 CONF_BYTES = 1 << 20  # a ConfigMap holds no more
 MOST_SLOTS = 10_000
+MOST_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
 TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -460,149 +462,196 @@ class Attribute(NamedTuple):
     match: re.Pattern[str]
 
 
-# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), where Python's re differs.
-_POSIX_CLASSES = {
-    "alnum": "0-9A-Za-z",
-    "alpha": "A-Za-z",
-    "ascii": r"\x00-\x7f",
-    "blank": r"\t\x20",
-    "cntrl": r"\x00-\x1f\x7f",
-    "digit": "0-9",
-    "graph": r"\x21-\x7e",
-    "lower": "a-z",
-    "print": r"\x20-\x7e",
-    "punct": r"\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e",
-    "space": r"\t-\r\x20",
-    "upper": "A-Z",
-    "word": "0-9A-Za-z_",
-    "^alnum": r"\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\U0010ffff",
-    "^alpha": r"\x00-\x40\x5b-\x60\x7b-\U0010ffff",
-    "^ascii": r"\x80-\U0010ffff",
-    "^blank": r"\x00-\x08\x0a-\x1f\x21-\U0010ffff",
-    "^cntrl": r"\x20-\x7e\x80-\U0010ffff",
-    "^digit": r"\x00-\x2f\x3a-\U0010ffff",
-    "^graph": r"\x00-\x20\x7f-\U0010ffff",
-    "^lower": r"\x00-\x60\x7b-\U0010ffff",
-    "^print": r"\x00-\x1f\x7f-\U0010ffff",
-    "^punct": r"\x00-\x200-9A-Za-z\x7f-\U0010ffff",
-    "^space": r"\x00-\x08\x0e-\x1f\x21-\U0010ffff",
-    "^upper": r"\x00-\x40\x5b-\U0010ffff",
-    "^word": r"\x00-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\U0010ffff",
+# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re can have it.
+# Nothing that some version of re reads otherwise, or warns of, is left for it: it is written out here, or refused.
+_POSIX_CLASSES = {  # the first and last character of each range
+    "alnum": "09AZaz",
+    "alpha": "AZaz",
+    "ascii": "\0\x7f",
+    "blank": "\t\t  ",
+    "cntrl": "\0\x1f\x7f\x7f",
+    "digit": "09",
+    "graph": "!~",
+    "lower": "az",
+    "print": " ~",
+    "punct": "!/:@[`{~",
+    "space": "\t\r  ",
+    "upper": "AZ",
+    "word": "09AZ__az",
+    "xdigit": "09AFaf",
 }
-_SPACE = r"\t\n\f\r\x20"  # \s of RE2: without the vertical tab
-_NOT_SPACE = r"\x00-\x08\x0b\x0e-\x1f\x21-\U0010ffff"
+_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
+_NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
+_CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
+_CHARACTER = re.compile(
+    r"""
+      \\ x (?: \{ (?P<wide> [0-9A-Fa-f]+ ) \} | (?P<hex> [0-9A-Fa-f]{2} ) )
+    | \\ (?P<octal> 0[0-7]{0,2} | [1-7][0-7]{1,2} )
+    | \\ (?P<control> [aftnrv] )
+    | \\ (?P<sign> [^0-9A-Za-z\x80-\U0010ffff] )
+    | (?P<plain> [^\\] )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 _REGEX_TOKEN = re.compile(
     r"""
-      \\ x \{ (?P<wide> [0-9A-Fa-f]{1,8} ) \}
-    | \\ (?P<octal> [1-7][0-7]{1,2} )
-    | \\ (?P<escape> . )
-    | \[ : (?P<posix> \^? [a-z]+ ) : \]
-    | (?P<counted> \{ ,[0-9]* \} )
-    | \( \? (?P<flags> [A-Za-z]* (?: -[A-Za-z]* )? ) (?P<scope> [:)] )
-    | (?P<named> \( \? < (?= [A-Za-z_] ) )
-    | (?P<other> . )
+      (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
+    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | <?[=!] ) | (?!\?) ) )
+    | (?P<foreign> \( \? .? )
+    | (?P<close> \) )
+    | (?P<or> \| )
+    | (?P<repeat> (?: [*+?] | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \} ) \?? )
+    | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
 
 
 class _Untranslatable(ValueError):
-    """An expression that Python's re cannot take over from RE2; the text says what, and what to write instead."""
+    """An expression that is none of RE2, or that Python's re cannot take over; the text says what to write instead."""
 
 
 def translate(pattern: str) -> str:
     """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
 
-    Raises ValueError for what Python cannot express; what is no expression at all is left for re.compile to refuse.
+    Look-around is taken too, which only Python has. Raises ValueError for what Python cannot express and for most of
+    what RE2 refuses; the rest of that is left for re.compile to refuse.
     """
     out: List[str] = []
-    multiline = False
-    position = 0
+    scopes: List[FrozenSet[str]] = [frozenset()]  # the flags in force in each open group, for each atom
+    position, is_repeatable = 0, False
     while position < len(pattern):
-        if pattern[position] == "[":
-            position, text = _translate_class(pattern, position)
-            out.append(text)
-            continue
-        token = _regex_token(pattern, position)
-        if token[0] == "$":
-            out.append("$" if multiline else r"\Z")
-        elif token["flags"] is not None:
-            multiline = multiline or (token["scope"] == ")" and "m" in token["flags"])
-            out.append(_translate_flags(token))
-        else:
-            out.append(_translate_token(token, in_class=False))
-        position = token.end()
+        token = _REGEX_TOKEN.match(pattern, position)
+        assert token  # its last alternative takes any character
+        kind, text, position = token.lastgroup, token[0], token.end()
+        if kind == "atom":
+            position, text = _translate_atom(pattern, token.start(), scopes[-1])
+        elif kind == "flags":
+            flags = _flags(token, scopes[-1])
+            text = "(?:" if token["scope"] == ":" else ""
+            if text:
+                scopes.append(flags)
+            else:
+                scopes[-1] = flags
+        elif kind == "open":
+            scopes.append(scopes[-1])
+            text = f"(?P<{token['name']}>" if token["name"] else text
+        elif kind == "foreign":
+            raise _Untranslatable(f"{text} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do")
+        elif kind == "close" and len(scopes) > 1:
+            scopes.pop()
+        elif kind == "repeat":
+            _check_repeat(text, is_repeatable)
+        is_repeatable = kind in ("atom", "close")
+        out.append(text)
     return "".join(out)
 
 
-def _regex_token(pattern: str, position: int) -> re.Match[str]:
-    token = _REGEX_TOKEN.match(pattern, position)
-    assert token is not None  # its last alternative takes any character
-    return token
+def _check_repeat(text: str, is_repeatable: bool) -> None:
+    if not is_repeatable:
+        raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
+    if any(len(count) > 4 or int(count) > MOST_REPEATS for count in re.findall("[0-9]+", text)):
+        raise _Untranslatable(f"{_shown(text)} is more than the {MOST_REPEATS} repetitions that RE2 takes")
 
 
-def _translate_class(pattern: str, position: int) -> Tuple[int, str]:
+def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
+    """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
+    on, off = token["on"], token["off"] or ""
+    if not set(on + off) <= set("ims"):
+        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+    return before.union(on) - set(off)
+
+
+def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+    """What stands at POSITION for one character or one place, and where it ends."""
+    char, pair = pattern[position], pattern[position : position + 2]
+    if char in ".^$":
+        flag = "s" if char == "." else "m"
+        return position + 1, f"(?{flag}:{char})" if flag in flags else {".": ".", "^": r"\A", "$": r"\Z"}[char]
+    if pair in (r"\A", r"\b", r"\B", r"\z"):
+        return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
+    if char == "[":
+        position, text = _translate_class(pattern, position, flags)
+    else:
+        named = _NAMED_CLASS.match(pattern, position)
+        text = f"[{_expand_class(named, flags)}]" if named else ""
+        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
+        text = text or _literal(char)
+    return position, f"(?i:{text})" if "i" in flags else text
+
+
+def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
     opening = "[^" if pattern.startswith("[^", position) else "["
     out = [opening]
     position = first = position + len(opening)
     while position < len(pattern) and (pattern[position] != "]" or position == first):
-        position, text, single = _translate_class_atom(pattern, position)
+        named = _NAMED_CLASS.match(pattern, position)
+        if named:
+            position, text = named.end(), _expand_class(named, flags)
+        else:
+            position, char = _read_char(pattern, position, flags)
+            text = _literal(char)
+            if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
+                position, last = _read_char(pattern, position + 1, flags)
+                text += "-" + _literal(last)
+                if last < char:
+                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
         out.append(text)
-        if single and pattern.startswith("-", position) and not pattern.startswith("-]", position):
-            position, text, _ = _translate_class_atom(pattern, position + 1)
-            out.append("-" + text)
     return position + 1, "".join(out) + pattern[position : position + 1]
 
 
-def _translate_class_atom(pattern: str, position: int) -> Tuple[int, str, bool]:
-    if position == len(pattern):
-        return position, "", False
-    token = _regex_token(pattern, position)
-    if token["wide"] or token["octal"] or token["posix"] or token["escape"]:
-        single = not token["posix"] and (token["escape"] or "x") not in "dDsSwW"
-        return token.end(), _translate_token(token, in_class=True), single
-    return position + 1, _literal(pattern[position]), True
+def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
+    r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
+    if named["perl"]:
+        is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
+    else:
+        is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
+        if name not in _POSIX_CLASSES:
+            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+        bounds = _POSIX_CLASSES[name]
+    if is_negated and "i" in flags and bounds in ("AZ", "az"):
+        bounds = "AZaz"  # what is left out is left out in either case
+    codes = [ord(char) for char in bounds]
+    if is_negated:
+        codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
+    ranges = [(low, high) for low, high in zip(codes[::2], codes[1::2]) if low <= high]
+    return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
+
+
+def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+    """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
+    found = _CHARACTER.match(pattern, position)
+    if not found:
+        raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
+    char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
+    if not char:
+        code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
+        if code > sys.maxunicode:
+            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
+        char = chr(code)
+    if "i" in flags and not char.isascii() and char.lower() != char.upper():
+        raise _Untranslatable(
+            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+        )
+    return found.end(), char
+
+
+def _bad_escape(char: str) -> str:
+    if char and char in "CQEpP":
+        return f"\\{char} is of Go's expressions only; write the characters themselves or a [class]"
+    if char and char in "123456789":
+        return f"\\{char} would be what a group matched, which cannot be asked for in an expression"
+    hints = {
+        "": r"a backslash itself is \\",
+        "Z": r"the end is $ or \z",
+        "x": r"by number it is \x7f or \x{20ac}",
+    }
+    return f"\\{char} is no escape; " + hints.get(char, f"the character itself is {char}")
 
 
 def _literal(char: str) -> str:
     return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
-
-
-def _translate_token(token: re.Match[str], in_class: bool) -> str:
-    if token["wide"] or token["octal"]:
-        code = int(token["wide"], 16) if token["wide"] else int(token["octal"], 8)
-        if code > sys.maxunicode:
-            raise _Untranslatable(f"{token[0]} is beyond Unicode")
-        return _literal(chr(code))
-    if token["posix"]:
-        if token["posix"] not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{token[0]} is no character class; there are {', '.join(list(_POSIX_CLASSES)[:13])}")
-        return _POSIX_CLASSES[token["posix"]]
-    if token["counted"]:
-        return "\\" + token["counted"]  # text in RE2, a repetition in Python
-    if token["named"]:
-        return "(?P<"
-    escape = token["escape"]
-    if escape is None:
-        return token[0]
-    if escape in "CQEpP":
-        raise _Untranslatable(f"\\{escape} is of Go's expressions only; write the characters themselves or a [class]")
-    if escape == "z":
-        return r"\Z"
-    if escape in "sS":
-        chars = _SPACE if escape == "s" else _NOT_SPACE
-        return chars if in_class else f"[{chars}]"
-    return token[0]
-
-
-def _translate_flags(token: re.Match[str]) -> str:
-    flags, scope = token["flags"], token["scope"]
-    if not set(flags) <= set("ims-"):
-        raise _Untranslatable(f"the flags of {token[0]} are not known here; i, m and s are")
-    if scope == ")" and (token.start() > 0 or "-" in flags):
-        raise _Untranslatable(f"{token[0]} is possible at the start only, and only on; write (?{flags}:...)")
-    return token[0]
 
 
 def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
@@ -612,13 +661,13 @@ def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
         return text, re.compile(translate(text), re.ASCII)
     except (re.error, OverflowError, RecursionError) as error:
         problem = getattr(error, "msg", "") or "it is too large"
-        raise ConfigError(f'"{text}" is no regular expression: {problem}', node.line, node.column) from None
+        raise ConfigError(f"{_shown(text)} is no regular expression: {problem}", node.line, node.column) from None
     except _Untranslatable as error:
-        raise ConfigError(f'"{text}": {error}', node.line, node.column) from None
+        raise ConfigError(f"{_shown(text)}: {error}", node.line, node.column) from None
 
 
 # Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
-_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<(\w+)>|(.?))", re.ASCII | re.DOTALL)
+_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<([0-9]{1,2}|[A-Za-z_]\w*)>|(.?))", re.ASCII | re.DOTALL)
 
 
 def expand(template: str, match: re.Match[str]) -> str:
@@ -640,7 +689,7 @@ def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
             if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
-        raise ConfigError(f'"{node.value}": {problem}', node.line, node.column)
+        raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
 
 
 # Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
@@ -650,7 +699,7 @@ def _wrong(node: Node, expected: str) -> ConfigError:
     kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", type(None): "nothing"}
     value = node.value
     found = "a mapping" if isinstance(node.value, Pairs) else kinds[type(value)]
-    shown = f" ({value})" if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    shown = f" ({value})" if type(value) is int else f" ({_shown(value)})" if isinstance(value, str) else ""
     return ConfigError(f"expected {expected}, found {found}{shown}", node.line, node.column)
 
 
@@ -679,16 +728,16 @@ def _read_template(node: Node) -> str:
 def _read_containerpath(node: Node) -> str:
     text = _read_template(node)
     if not text.startswith("/dev/"):
-        raise ConfigError(f'"{text}" must be an absolute path under /dev/', node.line, node.column)
+        raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
     if ".." in text.split("/"):
-        raise ConfigError(f'"{text}" must not hold ".."', node.line, node.column)
+        raise ConfigError(f'{_shown(text)} must not hold ".."', node.line, node.column)
     return text
 
 
 def _read_permissions(node: Node) -> str:
     text = _text(node)
     if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
-        raise ConfigError(f'"{text}" must be letters of r, w and m, each once', node.line, node.column)
+        raise ConfigError(f"{_shown(text)} must be letters of r, w and m, each once", node.line, node.column)
     return "".join(letter for letter in "rwm" if letter in text)
 
 
@@ -702,8 +751,8 @@ def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
 def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if name.value.startswith("/") or ".." in name.value.split("/") or "\0" in name.value:
-            raise ConfigError(f'"{name.value}" is no attribute of sysfs', name.line, name.column)
+        if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
+            raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, *_compile(value)))
     return tuple(found)
 
@@ -715,7 +764,9 @@ def _read_companions(node: Node) -> Tuple[Companion, ...]:
     for item in node.value:
         template = _read_template(item)
         if template.startswith("/") or ".." in template.split("/") or template == "?":
-            raise ConfigError(f'"{template}" must be a path below /dev, such as snd/controlC0', item.line, item.column)
+            raise ConfigError(
+                f"{_shown(template)} must be a path below /dev, such as snd/controlC0", item.line, item.column
+            )
         found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
     return tuple(found)
 
@@ -724,7 +775,7 @@ def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
     found = []
     for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f'"{name.value}" is no name of a variable', name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is no name of a variable", name.line, name.column)
         if "\0" in _text(value):
             raise _wrong(value, "a text without NUL")
         found.append((name.value, value.value))
@@ -778,7 +829,7 @@ def _parse_rule(node: Node) -> Rule:
     for key, value in node.value:
         if key.value not in _KEYS:
             near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
-            raise ConfigError(f'unknown key "{key.value}"; did you mean {near}?', key.line, key.column)
+            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
         nodes[key.value] = value
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
@@ -804,13 +855,14 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 def _check_own_names(rules: Sequence[Rule]) -> None:
     """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
-    for rule in rules:
-        literal = re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII)
-        if literal and not rule.resource and not rule.attributes:
-            pool = pools.get(resource_name(literal[1]))
-            follows = [other for other in rules if other.match.search(literal[1])][-1]
-            if pool and follows is rule:
-                raise clash(pool, rule, literal[1])
+    literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
+    last = {literal[1]: rule for literal, rule in literals if literal}
+    for path, rule in last.items():
+        pool = pools.get(resource_name(path))
+        if pool and not rule.resource and not rule.attributes:
+            follows = next(other for other in reversed(rules) if other.match.search(path))
+            if follows is rule:
+                raise clash(pool, rule, path)
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
@@ -2561,7 +2613,7 @@ class DeviceSide:
         self._sightings: Sightings = {}
         self._gpus: Sequence[str] = ()
         self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text = ""
+        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -2814,7 +2866,7 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
-    print(f"{options.conf}: good, {len(devices.rules)} rules")
+    print(f"{options.conf}: good, {len(devices.rules)} rule{'s' * (len(devices.rules) > 1)}")
     return 0
 
 
@@ -2895,7 +2947,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog="smarter_device_manager.py",
-        description="Offer the devices of this node to Kubernetes, as resources that pods can ask for.",
+        description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
@@ -2937,19 +2990,21 @@ def _add(
 ) -> None:
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
 
+    given = os.environ.get(variable)
+
     def convert(text: str) -> Any:
         try:
             return read(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error} (from the command line or {variable})") from None
+            raise argparse.ArgumentTypeError(f"{error}{f' (from {variable})' if text is given else ''}") from None
 
     parser.add_argument(
         option,
         *others,
         metavar=metavar,
         type=convert,
-        default=os.environ.get(variable, default),
-        help=told + (f" (default: {default})" if default else ""),
+        default=given or default,
+        help=(told + (f" (default: {default})" if default else "")).replace("%", "%%"),
     )
 
 
@@ -3013,7 +3068,7 @@ def main() -> int:
     try:
         return mode(options)
     except Problem as error:
-        print(f"smarter_device_manager.py: {error}", file=sys.stderr)
+        print(f"smarter_device_manager.py: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
