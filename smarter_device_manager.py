@@ -2509,7 +2509,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
-        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
+        f"- devicematch: {_yaml_quoted(f'^{printable(_escaped(path))}$')}",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
