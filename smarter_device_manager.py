@@ -1213,7 +1213,7 @@ def _join(folder: str, name: str) -> str:
 def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dict[str, Tuple[Entry, Tuple[int, int]]]:
     """The entries of PATH and their times. Raises OSError, too where PATH is not FOLDER any more."""
     fresh = {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not os.path.samestat(os.fstat(descriptor), folder):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
