@@ -1250,14 +1250,14 @@ class Sysfs:
         self.settling_until = 0.0  # time.monotonic() up to which a node may come to have what it lacked
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], bool] = {}
+        self._misfits: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
         self._asked: Dict[int, float] = {}  # when a serial was first asked for
 
     def forget(self, serials: Iterable[int]) -> None:
         """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold."""
         keep = set(serials)
         self._numa = {serial: numa for serial, numa in self._numa.items() if serial in keep}
-        self._held = {key: True for key, held in self._held.items() if held and key[0] in keep}
+        self._misfits = {key: "" for key, misfit in self._misfits.items() if not misfit and key[0] in keep}
         self._asked = {serial: asked for serial, asked in self._asked.items() if serial in keep}
 
     def numa(self, node: DeviceNode) -> Optional[int]:
@@ -1269,22 +1269,31 @@ class Sysfs:
             self._numa[serial] = next(known, None)
         return self._numa[serial]
 
-    def holds(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> bool:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
+    def misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
+        else what it has instead."""
         key = (node.entry.serial, attributes)
-        held = self._held.get(key)
-        if held:
-            return True
+        misfit = self._misfits.get(key)
+        if misfit == "":
+            return misfit
         now = time.monotonic()
         settled_at = self._asked.setdefault(node.entry.serial, now) + SETTLE_SECONDS
-        if held is None or now < settled_at:
-            held = self._held[key] = any(
-                all(_attribute_holds(folder, attribute) for attribute in attributes)
-                for folder in self.chain(node.entry)
-            )
-            if not held:
+        if misfit is None or now < settled_at:
+            misfit = self._misfits[key] = self._find_misfit(attributes, node)
+            if misfit:
                 self.settling_until = max(self.settling_until, settled_at)
-        return held
+        return misfit
+
+    def _find_misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+        chain = list(self.chain(node.entry))
+        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
+            return ""
+        told = []
+        for attribute in attributes:
+            values = (read_attribute(folder, attribute.name) for folder in chain)
+            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
+            told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
+        return "; ".join(told)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1295,11 +1304,6 @@ class Sysfs:
         while folder.startswith(top + "/") and os.path.dirname(folder) != top:
             folder = os.path.dirname(folder)
             yield folder
-
-    def values(self, name: str, node: DeviceNode) -> List[str]:
-        """What the attribute NAME is in NODE's device and its parents, each value once."""
-        values = (read_attribute(folder, name) for folder in self.chain(node.entry))
-        return list(dict.fromkeys(value for value in values if value is not None))
 
     def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
         """Each folder of ENTRY's chain that has attributes a rule could ask for, and these: value by name."""
@@ -1576,19 +1580,11 @@ def _follow(
     """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
     misfits: List[LeftOut] = []
     for rule, match in named:
-        if not rule.attributes or any(sysfs.holds(rule.attributes, node) for node in sighting.nodes):
+        reasons = [sysfs.misfit(rule.attributes, node) for node in sighting.nodes] if rule.attributes else [""]
+        if "" in reasons:
             return rule, match, misfits
-        misfits.append(LeftOut(path, rule.line, _misfit(rule, sighting, sysfs)))
+        misfits.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
     return None, None, misfits
-
-
-def _misfit(rule: Rule, sighting: Sighting, sysfs: Sysfs) -> str:
-    told = []
-    for attribute in rule.attributes:
-        values = [value for node in sighting.nodes[:1] for value in sysfs.values(attribute.name, node)]
-        shown = " or ".join(f'"{value}"' for value in values) if values else "not there"
-        told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
-    return "; ".join(told)
 
 
 def _device(
