@@ -1,4 +1,4 @@
-"""The tests of the script's chapters Devices and Plan: what a device is, what it is called, what a container is given."""
+"""The tests of the script's chapters Devices and Plan: what a device is, what it is called, what is given of it."""
 # ruff: noqa: F405
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from test_smarter_device_manager import *  # noqa: F403
 from test_smarter_device_manager import (
     HERE,
-    PATIENCE,
     SCRIPT,
     Daemon,
     Kubelet,
     Node,
     grpc,
     needs_root,
-    pb,
     sdm,
     wait_for,
 )
@@ -296,10 +294,10 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
     node.rules("- devicematch: .\n")
     command = [sys.executable, str(SCRIPT), *node.options(), "--list", "--json"]
     document = json.loads(mounted(node, MOUNTS, *command))
-    assert {resource["name"] for resource in document["resources"]} == {
+    assert {found["name"] for found in document["resources"]} == {
         "smarter-devices/" + name for name in ("video0", "both", "both_n")
     }
-    folder = next(resource for resource in document["resources"] if resource["name"].endswith("both"))
+    folder = next(found for found in document["resources"] if found["name"].endswith("both"))
     assert [spec["host"] for spec in folder["devices"][0]["nodes"]] == ["/dev/both/n"]
     assert {left["path"]: left["reason"] for left in document["left_out"]} == {
         "/dev/shm": "another file system",
@@ -1336,3 +1334,958 @@ def test_attributes_are_shown_by_a_bare_python(node: Node) -> None:
     if "knows nothing" in done.stderr:
         pytest.skip("this machine's sysfs does not know /dev/null")
     assert done.returncode == 0 and "subsystem: 'mem'" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan: templates, companions, pools
+# ---------------------------------------------------------------------------------------------------------------------
+
+Given = Mapping[str, str]  # container path -> host path and, where they are not "rw", permissions
+
+
+def at(*names: str) -> Given:
+    """Nodes that a container sees where the host has them."""
+    return {f"/dev/{name}": f"/dev/{name}" for name in names}
+
+
+def given_to(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[Given, Given]:
+    """The nodes and the variables of a container with these slots of FOUND, the first one if none is named."""
+    grant = sdm.grant(found, ids or [sdm.slots_of(found)[0].id], tree, "/dev")
+    nodes = {
+        spec.container: spec.host + ("" if spec.permissions == "rw" else f" {spec.permissions}") for spec in grant.specs
+    }
+    assert len(nodes) == len(grant.specs)
+    return nodes, dict(grant.env)
+
+
+def refused(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[str, str]:
+    with pytest.raises(sdm.Refused) as caught:
+        sdm.grant(found, ids, tree, "/dev")
+    return caught.value.code, str(caught.value)
+
+
+def ids_of(found: sdm.Resource, healthy: bool = True) -> list[str]:
+    return [slot.id for slot in sdm.slots_of(found) if slot.healthy == healthy]
+
+
+SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "video0": "char", "cam": "-> video0"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes", "env"),
+    [
+        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}, {}),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}, {}),
+        (
+            "devicematch: ^snd$",
+            {f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            {},
+        ),
+        ("{devicematch: ^video0$, permissions: r}", {"/dev/video0": "/dev/video0 r"}, {}),
+        ("{devicematch: ^video0$, permissions: mwr}", {"/dev/video0": "/dev/video0 rwm"}, {}),
+        (r"{devicematch: '^video([0-9])$', containerpath: '/dev/cam\1'}", {"/dev/cam0": "/dev/video0"}, {}),
+        (r"{devicematch: ^video, containerpath: '/dev/c/\g<0>/x'}", {"/dev/c/video/x": "/dev/video0"}, {}),
+        ("{devicematch: ^video0$, containerpath: /dev/x/}", {"/dev/x/video0": "/dev/video0"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}, {}),
+        ("{devicematch: ^video0$, containerpath: /dev//x///y}", {"/dev/x/y": "/dev/video0"}, {}),
+        (
+            "{devicematch: ^snd$, containerpath: /dev/card}",
+            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            {},
+        ),
+        (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic, with: ['snd/controlC\1', 'snd/timer?', 'none?']}",
+            {
+                f"/dev/{place}": f"/dev/snd/{name}"
+                for place, name in (("mic", "pcmC1D0c"), ("snd/controlC1", "controlC1"), ("snd/timer", "timer"))
+            },
+            {},
+        ),
+        (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic/, with: ['snd/controlC\1', cam], permissions: r}",
+            {
+                "/dev/mic/pcmC1D0c": "/dev/snd/pcmC1D0c r",
+                "/dev/mic/controlC1": "/dev/snd/controlC1 r",
+                "/dev/mic/cam": "/dev/video0 r",
+            },
+            {},
+        ),
+        (
+            "{devicematch: ^video0$, with: [snd, video0, cam]}",
+            {
+                "/dev/video0": "/dev/video0",
+                "/dev/cam": "/dev/video0",
+                **{f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            },
+            {},
+        ),
+        (
+            r"{devicematch: '^vi(?P<kind>d|D)eo(\d)?', env: {A: '/dev/\g<0>', B: '\2\g<kind>x', C_1: plain}}",
+            {"/dev/video0": "/dev/video0"},
+            {"A": "/dev/video0", "B": "0dx", "C_1": "plain"},
+        ),
+    ],
+)
+def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
+    snapshot = snapshot_of(SOUND)
+    (found,) = offered(f"- {rule}\n", snapshot).resources.values()
+    assert given_to(found, snapshot) == (nodes, env)
+    assert {spec.container for spec in found.devices[0].specs} == set(nodes)  # as --list shows it
+
+
+def test_resources_are_named_by_templates() -> None:
+    snapshot = snapshot_of({"video0": "char", "video1": "char", "audio1": "char", "d/x": "char"})
+    plan = offered(
+        r"""
+- {devicematch: '^(?P<kind>[a-z]+)([0-9])$', resource: 'my.\g<kind>s'}
+- {devicematch: '^d/(.)(y)?$', resource: 'd \1\2'}
+""",
+        snapshot,
+    )
+    assert listed(plan) == {"d_x": ["d/x"], "my_audios": ["audio1"], "my_videos": ["video0", "video1"]}
+    assert all(found.pool for found in plan.resources.values())
+
+
+def test_a_place_in_the_container_must_be_one() -> None:
+    snapshot = snapshot_of({"a": "char", "b.c": "char"})
+    plan = offered(r"- {devicematch: '^(a)(.*)$', containerpath: '/dev/x/\2.'}" "\n", snapshot)
+    assert left(plan) == {"a": 'its path in a container would be "/dev/x/."'}
+    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1/x'}" "\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/x": "/dev/a"}
+    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1'}" "\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+
+
+def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
+    conf = "- {devicematch: ^nvidia0$, with: [nvidiactl, 'nvidia-modeset?']}\n"
+    matcher = sdm.Matcher(sdm.parse_rules(conf))
+    sightings: sdm.Sightings = {}
+    for tree, problem in (
+        ({}, "it goes with /dev/nvidiactl: it is gone"),
+        ({"nvidiactl": "file"}, "it goes with /dev/nvidiactl: a plain file, not a device"),
+        (
+            {"nvidiactl": "shared", "nvidiactl/x": "-> ../nvidia0"},
+            "it goes with /dev/nvidiactl: a folder that holds no",
+        ),
+        ({"nvidiactl": "char"}, ""),
+        ({"nvidiactl": "char", "nvidia-modeset": "char"}, ""),
+        ({}, "it goes with /dev/nvidiactl: it is gone"),
+    ):
+        snapshot = snapshot_of({"nvidia0": "char", **tree})
+        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
+        plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        device = plan.resources["nvidia0"].devices[0]
+        assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
+        assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
+        if problem:
+            code, told = refused(plan.resources["nvidia0"], snapshot, "0")
+            assert code == "UNAVAILABLE" and told.startswith(f"/dev/nvidia0: {problem}")
+        else:
+            assert set(given_to(plan.resources["nvidia0"], snapshot)[0]) == {
+                "/dev/nvidia0",
+                *(f"/dev/{n}" for n in tree),
+            }
+
+
+def test_a_planted_companion_is_not_given() -> None:
+    snapshot = snapshot_of({"a": "char", "sda": "block", "pub": "shared", "pub/b": "-> ../sda"})
+    plan = offered("- {devicematch: ^a$, with: [pub/b]}\n", snapshot)
+    assert "where others than root may make links" in plan.resources["a"].devices[0].problem
+    plan = offered("- {devicematch: ^a$, with: ['pub/b?']}\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+
+
+def test_two_nodes_of_a_device_at_one_place_in_the_container_make_it_unhealthy() -> None:
+    snapshot = snapshot_of({"a/x": "char", "b/x": "char"})
+    plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
+    assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
+
+
+CAMERAS = "- {devicematch: '^video[0-9]+$', resource: camera, nummaxdevices: 2}\n"
+
+
+def test_the_slots_of_a_pool_name_their_device() -> None:
+    tree = {"video0": "char", "video10": "char", "video2": "char"}
+    (found,) = offered(CAMERAS, snapshot_of(tree)).resources.values()
+    assert ids_of(found) == ["video0:0", "video0:1", "video10:0", "video10:1", "video2:0", "video2:1"]
+    less = offered(CAMERAS, snapshot_of({"video2": "char", "video9": "char"})).resources["camera"]
+    assert ids_of(less) == ["video2:0", "video2:1", "video9:0", "video9:1"]  # hot-plug and restart: the same IDs
+    assert given_to(found, snapshot_of(tree), "video10:1")[0] == {"/dev/video10": "/dev/video10"}
+
+
+def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
+    matcher = sdm.Matcher(sdm.parse_rules(CAMERAS))
+    sightings: sdm.Sightings = {}
+    for names in (("video0", "video1"), ("video1",)):
+        snapshot = snapshot_of(dict.fromkeys(names, "char"))
+        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
+    plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+    assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
+    assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
+    assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
+    assert given_to(plan.resources["camera"], snapshot, "video1:1")[0] == {"/dev/video1": "/dev/video1"}
+
+
+def test_what_is_no_id_of_a_pool_is_refused_by_name() -> None:
+    snapshot = snapshot_of({"video0": "char"})
+    found = offered(CAMERAS, snapshot).resources["camera"]
+    for wrong in (
+        "0",
+        "video0",
+        "video0:",
+        "video0:2",
+        "video0:00",
+        "video0:-1",
+        "video1:0",
+        ":0",
+        "/dev/video0:0",
+        "video0:\u0661",
+    ):
+        assert refused(found, snapshot, "video0:0", wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong}"')
+    own = offered("- devicematch: .\n", snapshot).resources["video0"]
+    for wrong in ("1", "video0:0", ":0", "", "00", "0\n", "9" * 5000):
+        assert refused(own, snapshot, wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong}"')
+
+
+def test_several_devices_of_a_pool_in_one_container() -> None:
+    snapshot = snapshot_of({"ttyACM1": "char", "ttyACM0": "char", "hub": "char"})
+    rule = r"devicematch: '^ttyACM(\d)$', resource: esp, nummaxdevices: 3, with: [hub]"
+    found = offered(f"- {{{rule}, env: {{PORTS: '/dev/\\g<0>', ALL: x}}}}\n", snapshot).resources["esp"]
+    nodes, env = given_to(found, snapshot, "ttyACM1:0", "ttyACM0:2", "ttyACM1:2")
+    assert nodes == at("ttyACM0", "ttyACM1", "hub")
+    assert env == {"PORTS": "/dev/ttyACM0,/dev/ttyACM1", "ALL": "x"}
+
+
+def test_two_devices_of_a_pool_at_one_place_in_a_container_are_refused() -> None:
+    snapshot = snapshot_of({"ttyUSB0": "char", "ttyUSB1": "char"})
+    conf = "- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee, nummaxdevices: 2}\n"
+    found = offered(conf, snapshot).resources["zigbee"]
+    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
+    assert refused(found, snapshot, "ttyUSB1:0", "ttyUSB0:0") == ("FAILED_PRECONDITION", told)
+    assert given_to(found, snapshot, "ttyUSB1:0", "ttyUSB1:1")[0] == {"/dev/zigbee": "/dev/ttyUSB1"}
+
+
+def test_rules_share_a_pool_each_with_slots_and_paths_of_its_own() -> None:
+    snapshot = snapshot_of({"ttyUSB0": "char", "ttyACM0": "char", "x": "char"})
+    plan = offered(
+        """
+- {devicematch: ^ttyUSB, resource: stick, nummaxdevices: 2, containerpath: /dev/usb, permissions: r, env: {KIND: usb}}
+- {devicematch: ^ttyACM, resource: stick, containerpath: /dev/acm/, env: {KIND: acm}}
+- {devicematch: x, resource: stick, nummaxdevices: 0}
+""",
+        snapshot,
+    )
+    found = plan.resources["stick"]
+    assert ids_of(found) == ["ttyACM0:0", "ttyUSB0:0", "ttyUSB0:1"]
+    assert {device.path: device.line for device in found.devices} == {"ttyUSB0": 2, "ttyACM0": 3, "x": 4}
+    assert given_to(found, snapshot, "ttyUSB0:0", "ttyACM0:0") == (
+        {"/dev/usb": "/dev/ttyUSB0 r", "/dev/acm/ttyACM0": "/dev/ttyACM0"},
+        {"KIND": "acm,usb"},
+    )
+
+
+def test_a_pool_with_the_name_of_a_device_that_is_plugged_in_later_is_an_error_with_both_lines() -> None:
+    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+    assert listed(offered(conf, snapshot_of({"video0": "char", "cam": "char"}))) == {
+        "video0": ["video0"],
+        "video1": ["cam"],
+    }
+    plan = offered(conf, snapshot_of({"video1": "char", "cam": "char"}))
+    assert listed(plan) == {"video1": ["cam"]}
+    (error,) = plan.clashes
+    assert error.line == 2
+    assert 'the pool "video1" has the name of the device /dev/video1, which line 1 offers' in str(error)
+    assert left(plan) == {"video1": str(error)}
+
+
+@needs_root
+def test_such_a_conf_is_refused_at_the_start_and_told_when_it_happens_later(node: Node) -> None:
+    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+    build(node.dev, {"cam": "char"})
+    side = device_side(node, conf)
+    side.start()
+    assert listed(side.plan) == {"video1": ["cam"]}
+    build(node.dev, {"video1": "char"})
+    side.turn()
+    assert listed(side.plan) == {"video1": ["cam"]}
+    assert "which line 1 offers" in left(side.plan)["video1"]
+    done = node.run("--check")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'smarter_device_manager.py: {node.conf}:2:1: the pool "video1" has the name of the device /dev/video1, '
+        "which line 1 offers; rename it\n"
+    )
+
+
+def test_the_list_of_a_pool_is_no_longer_than_kubelet_takes() -> None:
+    """4 MiB (KUBELET.md, 7). Devices beyond are left out with the reason, and the others are served."""
+    long = "serial/by-id/" + "x" * 200
+    tree = {f"{long}{number:02}": "char" for number in range(50)}
+    plan = offered(f"- {{devicematch: {long}, resource: all, nummaxdevices: 1000}}\n", snapshot_of(tree))
+    found = plan.resources["all"]
+    numa = dataclasses.replace(found, devices=tuple(dataclasses.replace(d, numa=(0, 2**62)) for d in found.devices))
+    for one in (found, numa):
+        for problem in ("", "gone"):
+            devices = tuple(dataclasses.replace(device, problem=problem) for device in one.devices)
+            length = sdm._list_message(sdm.slots_of(dataclasses.replace(one, devices=devices))).ByteSize()
+            assert length <= sum((len(d.path) + 32 + 16 * len(d.numa)) * d.slots for d in devices)
+            assert one is numa or length <= 4 << 20
+    assert 15 <= len(found.devices) < 50
+    assert left(plan) == dict.fromkeys(
+        sorted(tree)[len(found.devices) :],
+        "the list of the pool all would be longer than kubelet takes; lower nummaxdevices",
+    )
+    few = offered(f"- {{devicematch: {long}, resource: all, nummaxdevices: 10}}\n", snapshot_of(tree))
+    assert len(few.resources["all"].devices) == 50
+
+
+@pytest.mark.parametrize(
+    ("in_use", "must", "size", "wanted"),
+    [
+        ([], [], 1, ["a:0"]),
+        ([], [], 2, ["a:0", "b:0"]),
+        ([], [], 3, ["a:0", "b:0", "c:0"]),
+        ([], [], 4, ["a:0", "b:0", "c:0", "a:1"]),
+        ([], [], 6, ["a:0", "b:0", "c:0", "a:1", "b:1", "c:1"]),
+        (["a:0"], [], 1, ["b:0"]),
+        (["a:1"], [], 3, ["b:0", "c:0", "a:0"]),
+        (["a:0", "b:1"], [], 2, ["c:0", "a:1"]),
+        (["a:0", "a:1"], [], 2, ["b:0", "c:0"]),
+        ([], ["b:1"], 1, ["b:1"]),
+        ([], ["b:1"], 2, ["b:1", "a:0"]),
+        ([], ["b:1", "b:0"], 3, ["b:1", "b:0", "a:0"]),
+        ([], ["a:0"], 4, ["a:0", "b:0", "c:0", "a:1"]),
+        (["b:0"], ["a:0"], 2, ["a:0", "c:0"]),
+        ([], [], 0, []),
+    ],
+)
+def test_a_pool_prefers_different_devices_and_the_least_used(
+    in_use: list[str], must: list[str], size: int, wanted: list[str]
+) -> None:
+    conf = "- {devicematch: ^.$, resource: pool, nummaxdevices: 2}\n"
+    found = offered(conf, snapshot_of(dict.fromkeys("abc", "char"))).resources["pool"]
+    available = [slot_id for slot_id in ids_of(found) if slot_id not in in_use]
+    assert sdm.prefer(found, available, must, size) == wanted
+    assert sdm.prefer(found, reversed(available), must, size) == wanted
+    strange = [*available, "z:0", "a:7", "junk"]
+    assert sdm.prefer(found, strange, must, size) == wanted
+
+
+@given(st.data())
+def test_what_is_preferred_is_available_and_spread(data: st.DataObject) -> None:
+    slots = data.draw(st.integers(1, 4))
+    conf = f"- {{devicematch: ^.$, resource: pool, nummaxdevices: {slots}}}\n"
+    found = offered(conf, snapshot_of(dict.fromkeys("abcde", "char"))).resources["pool"]
+    available = data.draw(st.lists(st.sampled_from(ids_of(found)), unique=True, min_size=1))
+    must = data.draw(st.lists(st.sampled_from(available), unique=True))
+    size = data.draw(st.integers(len(must), len(available)))
+    preferred = sdm.prefer(found, available, must, size)
+    assert len(preferred) == len(set(preferred)) == size
+    assert preferred[: len(must)] == must and set(preferred) <= set(available)
+    devices = {slot_id[0] for slot_id in available}
+    fixed = {slot_id[0] for slot_id in must}
+    assert len({slot_id[0] for slot_id in preferred}) == min(len(devices), len(fixed) + size - len(must))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ten minutes, Tegra
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Looks:
+    """One look after the other under a conf that may change."""
+
+    def __init__(self) -> None:
+        self.sightings: sdm.Sightings = {}
+        self.plan = sdm.EMPTY_PLAN
+
+    def look(self, now: float, conf: str, names: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, str]:
+        """The problem of each resource's device."""
+        matcher = sdm.Matcher(sdm.parse_rules(conf))
+        snapshot = snapshot_of(dict.fromkeys(names, "char"))
+        self.sightings, left_out = sdm.sight(self.sightings, snapshot, gpus, matcher, "/dev", now)
+        self.plan = sdm.make_plan(self.sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
+
+
+def test_a_device_that_is_gone_for_ten_minutes_is_retired() -> None:
+    looks, conf = Looks(), "- devicematch: ^video\n"
+    assert looks.look(0, conf, ["video0"]) == {"video0": ""}
+    assert looks.look(100, conf) == {"video0": "it is gone"}
+    assert looks.plan.resources["video0"].devices[0].since == 100
+    assert looks.look(699, conf) == {"video0": "it is gone"}
+    assert looks.look(700, conf) == {}
+    assert looks.look(800, conf, ["video0"]) == {"video0": ""}
+    assert looks.look(900, conf) == {"video0": "it is gone"}
+    assert looks.look(1400, conf, ["video0"]) == {"video0": ""}  # back: its ten minutes begin anew
+    assert looks.plan.resources["video0"].devices[0].since == 1400
+    assert looks.look(1500, conf, ["video0"]) == {"video0": ""}
+    assert looks.plan.resources["video0"].devices[0].since == 1400
+    assert looks.look(1600, conf) == {"video0": "it is gone"}
+    assert looks.look(2199, conf) == {"video0": "it is gone"}
+    assert looks.look(2200, conf) == {}
+
+
+def test_a_device_that_no_rule_names_any_more_is_retired_at_once() -> None:
+    looks = Looks()
+    looks.look(0, "- devicematch: ^video\n", ["video0", "video1"], ["0"])
+    assert looks.look(1, "- devicematch: ^video\n", ["video0"]) == {"video0": "", "video1": "it is gone"}
+    assert looks.look(2, "- devicematch: ^video0$\n", ["video0"]) == {"video0": ""}
+    assert looks.look(3, "- devicematch: ^audio$\n", ["video0"]) == {}
+
+
+def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
+    looks = Looks()
+    looks.look(0, "- devicematch: a\n", ["a"])
+    looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
+    assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
+    assert looks.plan.resources["a"].devices[0].specs == (sdm.Spec("/dev/a", "/dev/b", "rw"),)
+    looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
+    assert listed(looks.plan) == {"b": ["a"]}
+
+
+TEGRA = "- {devicematch: nvidia-gpu, nummaxdevices: 2}\n"
+
+
+def test_the_gpus_of_a_tegra_are_named_by_nvidia_gpu() -> None:
+    looks = Looks()
+    assert looks.look(0, TEGRA, ["nvidia-gpu7", "x"], ["0", "12"]) == {"nvidia-gpu0": "", "nvidia-gpu12": ""}
+    assert [rule.pattern for rule in looks.plan.unused] == []
+    found = looks.plan.resources["nvidia-gpu12"]
+    assert ids_of(found) == ["0", "1"] and sdm.device_path(found.devices[0]) == "nvidia-gpu12"
+    assert given_to(found, snapshot_of({})) == ({}, {"NVIDIA_VISIBLE_DEVICES": "12"})
+    assert looks.look(1, TEGRA, [], ["0"]) == {"nvidia-gpu0": "", "nvidia-gpu12": "it is gone"}
+    assert refused(looks.plan.resources["nvidia-gpu12"], snapshot_of({}), "0") == (
+        "UNAVAILABLE",
+        "nvidia-gpu12: it is gone",
+    )
+    assert looks.look(2, TEGRA, [], ["0", "12"]) == {"nvidia-gpu0": "", "nvidia-gpu12": ""}
+    assert looks.look(3, "- devicematch: ^nvidia\n", [], ["0", "12"]) == {}
+    looks.look(4, TEGRA)
+    assert [rule.pattern for rule in looks.plan.unused] == ["nvidia-gpu"]
+
+
+def test_the_last_rule_counts_for_a_tegra_too_and_its_gpus_can_be_a_pool() -> None:
+    conf = (
+        TEGRA
+        + "- {devicematch: nvidia-gpu, resource: gpu, with: [nvmap, 'nvhost?'],"
+        + r" env: {GPU: '\1', NVIDIA_VISIBLE_DEVICES: all}}"
+    )
+    looks = Looks()
+    assert looks.look(0, conf + "\n", ["nvmap"], ["0", "1"]) == {"gpu": ""}
+    assert ids_of(looks.plan.resources["gpu"]) == ["nvidia-gpu0:0", "nvidia-gpu1:0"]
+    nodes, env = given_to(looks.plan.resources["gpu"], snapshot_of({"nvmap": "char"}), "nvidia-gpu0:0", "nvidia-gpu1:0")
+    assert nodes == {"/dev/nvmap": "/dev/nvmap"} and env == {"GPU": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
+    assert looks.look(1, conf + "\n", [], ["0"]) == {"gpu": "it goes with /dev/nvmap: it is gone"}
+    assert refused(looks.plan.resources["gpu"], snapshot_of({}), "nvidia-gpu0:0")[0] == "UNAVAILABLE"
+
+
+def test_a_tegra_has_no_attributes() -> None:
+    looks = Looks()
+    assert looks.look(0, "- {devicematch: nvidia-gpu, attributes: {a: b}}\n", [], ["0"]) == {}
+    assert left(looks.plan) == {"nvidia-gpu0": "a Tegra's GPU has no attributes"}
+
+
+def test_where_the_gpus_of_a_tegra_are_found(node: Node) -> None:
+    for path in ("gpu.0", "gpu.10", "platform/gpu.2", "gpu.x", "platform/17000000.gpu", "platform/gpu.2x", "xgpu.3"):
+        (node.sys / "devices" / path).mkdir(parents=True)
+    assert sdm.Sysfs(str(node.sys)).tegra_gpus() == ["0", "2", "10"]
+    assert sdm.Sysfs("/nowhere").tegra_gpus() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The original's conf, and the README's examples
+# ---------------------------------------------------------------------------------------------------------------------
+
+ORIGINAL = """
+- devicematch: ^snd$
+  nummaxdevices: 20
+- devicematch: ^gpiomem$
+  nummaxdevices: 40
+- devicematch: ^gpiochip[0-9]*$
+  nummaxdevices: 20
+- devicematch: ^hci[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^i2c-[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^rtc0$
+  nummaxdevices: 20
+- devicematch: ^video[0-9]*$
+  nummaxdevices: 20
+- devicematch: ^vchiq$
+  nummaxdevices: 20
+- devicematch: ^vcsm.*$
+  nummaxdevices: 20
+- devicematch: ^ttyUSB[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyACM[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyTHS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyS[0-9]*$
+  nummaxdevices: 1
+- devicematch: nvidia-gpu
+  nummaxdevices: 10
+"""
+ITS_DEVICES = {
+    "gpiochip0": 20,
+    "gpiochip10": 20,
+    "gpiomem": 40,
+    "hci0": 1,
+    "i2c-1": 1,
+    "i2c-20": 1,
+    "nvidia-gpu0": 10,
+    "rtc0": 20,
+    "snd": 20,
+    "ttyACM0": 1,
+    "ttyS0": 1,
+    "ttyTHS2": 1,
+    "ttyUSB0": 1,
+    "ttyUSB15": 1,
+    "vchiq": 20,
+    "vcsm-cma": 20,
+    "vcsm": 20,
+    "video": 20,
+    "video0": 20,
+    "video31": 20,
+}
+
+
+@pytest.mark.parametrize("digit", ["[0-9]", "[[:digit:]]", r"\d"])
+def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
+    tree = {name: "char" for name in ITS_DEVICES if name not in ("snd", "nvidia-gpu0")}
+    others = (
+        "gpiomem0",
+        "tty0",
+        "ttyprintk",
+        "ttyS0x",
+        "video0a",
+        "xvideo0",
+        "v4l/video0",
+        "rtc",
+        "rtc1",
+        "i2c1",
+        "vcs",
+    )
+    snapshot = snapshot_of({**tree, **dict.fromkeys(others, "char"), "snd/controlC0": "char", "snd/timer": "char"})
+    plan = offered(ORIGINAL.replace("[0-9]", digit), snapshot, gpus=["0"])
+    assert {name: len(sdm.slots_of(found)) for name, found in plan.resources.items()} == ITS_DEVICES
+    for name, found in plan.resources.items():
+        nodes, env = given_to(found, snapshot)
+        if name == "snd":
+            assert nodes == at("snd/controlC0", "snd/timer")
+        elif name == "nvidia-gpu0":
+            assert (nodes, env) == ({}, {"NVIDIA_VISIBLE_DEVICES": "0"})
+        else:
+            assert nodes == {f"/dev/{name}": f"/dev/{name}"}
+
+
+def example(name: str) -> str:
+    """The conf that README.md shows after <!-- example: NAME -->."""
+    found = re.search(rf"<!-- example: {name} -->\n```yaml\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def video(board: Board, number: int, folder: str, name: str, index: int = 0) -> None:
+    board.has(
+        f"video{number}", f"81:{number}", f"{folder}/video4linux/video{number}", {"name": name, "index": str(index)}
+    )
+
+
+def zigbee(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.1", "10c4", "ea60", "CP2102 USB to UART Bridge Controller", "A5XK3RJT")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.2", "10c4", "ea60", "Sonoff Zigbee 3.0 USB Dongle Plus", "0001")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.3", "10c4", "ea60", "SkyConnect v1.0", "72d0")
+    usb_serial(board, "ttyACM0", "166:0", "1-1.4", "1cf1", "0030", "ConBee II", "DE2401")
+    usb_serial(board, "ttyACM1", "166:1", "1-1.5", "2341", "0043", "Arduino Uno", "85")
+    usb_serial(board, "ttyUSB3", "188:3", "1-1.6", "10c4", "ea60", "CP2102N USB to UART Bridge Controller", "zzz")
+
+
+def esp(board: Board) -> None:
+    usb_serial(board, "ttyACM0", "166:0", "1-1.1", "303a", "1001", "USB JTAG/serial debug unit", "34:85:18:00:00:01")
+    usb_serial(board, "ttyACM1", "166:1", "1-1.4", "1cf1", "0030", "ConBee II", "DE2401")
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "1a86", "7523", "USB Serial", "")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.3", "10c4", "ea60", "CP2102", "0001")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.5", "0403", "6001", "FT232R", "A1")
+
+
+def camera(board: Board) -> None:
+    """A Raspberry Pi 4 with its camera port, its codecs, and a webcam."""
+    soc = "platform/soc"
+    video(board, 0, f"{soc}/fe801000.csi", "unicam-image")
+    video(board, 1, f"{soc}/fe801000.csi", "unicam-embedded", 1)
+    usb = "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1/1-1/1-1.3"
+    board.device(usb, {"idVendor": "046d", "idProduct": "0825", "product": "HD Webcam C270"})
+    board.device(f"{usb}/1-1.3:1.0", {"driver": "-> ../../uvcvideo"})
+    video(board, 2, f"{usb}/1-1.3:1.0", "HD Webcam C270: HD Webcam C270")
+    video(board, 3, f"{usb}/1-1.3:1.0", "HD Webcam C270: HD Webcam C270", 1)
+    for number, name in ((10, "decode"), (11, "encode"), (12, "isp"), (18, "image_fx"), (31, "encode_image")):
+        video(board, number, f"{soc}/fe00b840.mailbox/bcm2835-codec", f"bcm2835-codec-{name}")
+    for number in (13, 14, 15, 16):
+        video(
+            board,
+            number,
+            f"{soc}/fe00b840.mailbox/bcm2835-isp",
+            f"bcm2835-isp-{'output' if number == 13 else 'capture'}0",
+        )
+    video(board, 19, f"{soc}/feb00000.codec", "rpivid")
+
+
+def camera_pi5(board: Board) -> None:
+    """A Raspberry Pi 5: each stage of the camera is a video node, and the names are others."""
+    for number, name in enumerate(("csi2_ch0", "csi2_ch1", "csi2_ch2", "csi2_ch3", "fe_image0", "fe_config")):
+        video(board, number, "platform/axi/1000120000.pcie/1f00110000.csi", f"rp1-cfe-{name}", number)
+    for number in range(20, 36):
+        video(board, number, "platform/axi/1000880000.pisp_be", "pispbe-input", number - 20)
+    video(board, 19, "platform/axi/1000800000.codec", "rpi-hevc-dec")
+    video(board, 8, "platform/axi/usb1/1-2/1-2:1.0", "Arducam B0478 (USB3 48MP): Arduc")
+
+
+def sound_folder(board: Board, card: int, where: str, names: Sequence[tuple[str, int]]) -> None:
+    for name, minor in names:
+        board.has(f"snd/{name}", f"116:{minor}", f"{where}/sound/card{card}/{name}", {"uevent": f"DEVNAME=snd/{name}"})
+
+
+def capture(board: Board) -> None:
+    """A Raspberry Pi's own sound, which cannot capture, and a USB sound card, which can."""
+    sound_folder(board, 0, "platform/soc/bcm2835_audio", [("controlC0", 0), ("pcmC0D0p", 16)])
+    sound_folder(board, 1, "platform/usb1/1-1.2/1-1.2:1.0", [("controlC1", 32), ("pcmC1D0c", 56), ("pcmC1D0p", 48)])
+    board.has("snd/timer", "116:33", "virtual/sound/timer")
+    board.has("snd/seq", "116:1", "virtual/sound/seq")
+
+
+def coral(board: Board) -> None:
+    board.has("apex_0", "120:0", "pci0000:00/0000:01:00.0/apex/apex_0", {"status": "ALIVE"})
+    board.device("pci0000:00/0000:01:00.0", {"vendor": "0x1ac1", "device": "0x089a"})
+    for number, port, vendor, product in (
+        (1, "usb2", "1d6b", "0003"),
+        (3, "2-1", "1a6e", "089a"),
+        (4, "2-2", "18d1", "9302"),
+    ):
+        folder = "platform/usb2" + (f"/{port}" if port != "usb2" else "")
+        attributes = {"idVendor": vendor, "idProduct": product}
+        board.has(f"bus/usb/002/{number:03}", f"189:{127 + number}", folder, attributes)
+    board.has("bus/usb/002/005", "189:132", "platform/usb2/2-3", {"idVendor": "18d1", "idProduct": "4ee7"})
+
+
+def hailo(board: Board) -> None:
+    board.has("hailo0", "511:0", "platform/axi/1000110000.pcie/pci0001:00/0001:01:00.0/hailo_chardev/hailo0")
+    board.has("hailo_", "511:1", "platform/axi/x")
+
+
+def render(board: Board) -> None:
+    for number, slot, driver in ((128, "02.0", "i915"), (129, "03.0", "amdgpu"), (130, "04.0", "nouveau")):
+        pci = f"pci0000:00/0000:00:{slot}"
+        board.device(pci, {"vendor": "0x8086", "driver": f"-> ../../../bus/pci/drivers/{driver}"})
+        board.has(
+            f"dri/renderD{number}", f"226:{number}", f"{pci}/drm/renderD{number}", {"subsystem": "-> ../../../x/drm"}
+        )
+        board.has(f"dri/card{number - 128}", f"226:{number - 128}", f"{pci}/drm/card{number - 128}")
+
+
+def nvidia(board: Board) -> None:
+    for number in (0, 1):
+        board.device(f"pci0000:4{number}/0000:41:00.0", {"numa_node": str(number)})
+        board.tree[f"nvidia{number}"] = f"char 195:{number}"  # no link in /sys/dev: the driver makes no class device
+    for name, number in (("nvidiactl", "195:255"), ("nvidia-modeset", "195:254"), ("nvidia-uvm", "511:0")):
+        board.tree[name] = f"char {number}"
+    board.tree["nvidia-caps/nvidia-cap1"] = "char 510:1"
+
+
+def tegra(board: Board) -> None:
+    board.device("platform/gpu.0", {})
+    for minor, name in enumerate(("nvmap", "nvhost-ctrl-gpu", "nvhost-gpu", "nvhost-as-gpu", "nvhost-prof-gpu")):
+        board.tree[name] = f"char 504:{minor}"
+
+
+EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, Given, Given]], Mapping[str, str]]] = [
+    (
+        "zigbee",
+        zigbee,
+        {
+            "zigbee ttyACM0": (1, {"/dev/zigbee": "/dev/ttyACM0"}, {}),
+            "zigbee ttyUSB1": (1, {"/dev/zigbee": "/dev/ttyUSB1"}, {}),
+            "zigbee ttyUSB2": (1, {"/dev/zigbee": "/dev/ttyUSB2"}, {}),
+            "zwave ttyUSB0": (1, {"/dev/zwave": "/dev/ttyUSB0"}, {}),
+        },
+        {"ttyUSB3": 'its product is "CP2102N USB', "ttyACM1": 'its product is "Arduino Uno"'},
+    ),
+    (
+        "esp",
+        esp,
+        {
+            "esp ttyACM0": (1, at("ttyACM0"), {}),
+            "esp ttyUSB0": (1, at("ttyUSB0"), {"ESP_PORT": "/dev/ttyUSB0"}),
+            "esp ttyUSB1": (1, at("ttyUSB1"), {"ESP_PORT": "/dev/ttyUSB1"}),
+        },
+        {"ttyACM1": 'its idVendor is "1cf1"', "ttyUSB2": 'its idVendor is "0403"'},
+    ),
+    (
+        "camera",
+        camera,
+        {
+            "camera video0": (1, {"/dev/video0": "/dev/video0"}, {}),
+            "camera video2": (1, {"/dev/video0": "/dev/video2"}, {}),
+            "h264-decoder video10": (4, {"/dev/video10": "/dev/video10"}, {}),
+        },
+        {"video1": 'its index is "1" (asked for: 0)', "video3": 'its index is "1"', "video19": 'its name is "rpivid"'},
+    ),
+    (
+        "camera",
+        camera_pi5,
+        {"camera video8": (1, {"/dev/video0": "/dev/video8"}, {})},
+        {"video0": 'is "rp1-cfe-csi2_ch0"'},
+    ),
+    (
+        "capture",
+        capture,
+        {"microphone snd/pcmC1D0c": (1, at("snd/pcmC1D0c", "snd/controlC1", "snd/timer"), {"ALSA_CARD": "1"})},
+        {},
+    ),
+    (
+        "coral",
+        coral,
+        {
+            "coral apex_0": (1, at("apex_0"), {}),
+            "coral-usb bus/usb/002/003": (1, at("bus/usb/002/003"), {}),
+            "coral-usb bus/usb/002/004": (1, at("bus/usb/002/004"), {}),
+        },
+        {"bus/usb/002/005": 'its idProduct is "4ee7"'},
+    ),
+    ("hailo", hailo, {"hailo hailo0": (4, at("hailo0"), {})}, {}),
+    (
+        "render",
+        render,
+        {
+            "render dri/renderD128": (8, at("dri/renderD128"), {}),
+            "render-amd dri/renderD129": (8, at("dri/renderD129"), {}),
+        },
+        {"dri/renderD130": 'its driver is "nouveau"'},
+    ),
+    (
+        "nvidia",
+        nvidia,
+        {
+            f"nvidia nvidia{number}": (
+                1,
+                at(f"nvidia{number}", "nvidiactl", "nvidia-uvm", "nvidia-modeset"),
+                {"NVIDIA_VISIBLE_DEVICES": str(number), "NVIDIA_DRIVER_CAPABILITIES": "all"},
+            )
+            for number in (0, 1)
+        },
+        {},
+    ),
+    (
+        "tegra",
+        tegra,
+        {
+            "nvidia-gpu0 nvidia-gpu0": (
+                10,
+                at("nvmap", "nvhost-ctrl-gpu", "nvhost-gpu", "nvhost-as-gpu"),
+                {"NVIDIA_VISIBLE_DEVICES": "0", "NVIDIA_DRIVER_CAPABILITIES": "all"},
+            )
+        },
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "wanted", "not_wanted"), EXAMPLES, ids=[found[1].__name__ for found in EXAMPLES]
+)
+def test_the_examples_of_the_readme_find_what_they_say(
+    name: str,
+    made: Callable[[Board], None],
+    wanted: Mapping[str, tuple[int, Given, Given]],
+    not_wanted: Mapping[str, str],
+    board: Board,
+) -> None:
+    made(board)
+    plan = board.plan(example(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    snapshot = snapshot_of(board.tree)
+    assert {
+        f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
+        for found in plan.resources.values()
+        for device in found.devices
+        for one in [dataclasses.replace(found, devices=(device,))]
+    } == wanted
+    reasons = {path: [one.reason for one in plan.left_out if one.path == path] for path in not_wanted}
+    for path, reason in not_wanted.items():
+        assert any(reason in told for told in reasons[path]), (path, reasons[path])
+    paths = {line.rpartition(" ")[2] for line in wanted}
+    assert not paths & not_wanted.keys() and not plan.clashes
+
+
+def test_every_example_of_the_readme_is_tested() -> None:
+    shown = re.findall(r"<!-- example: (.*) -->", (HERE / "README.md").read_text())
+    assert sorted(shown) == sorted({found[0] for found in EXAMPLES}) == sorted(set(shown))
+
+
+def test_the_table_of_keys_in_the_readme_is_whole_and_its_examples_are_good() -> None:
+    rows = dict(re.findall(r"^\| `([a-z]+)` \| .* \| `(.*)` \|$", (HERE / "README.md").read_text(), re.MULTILINE))
+    assert list(rows) == list(sdm._KEYS)
+    for key, value in rows.items():
+        more = "" if key == "devicematch" else "\n  devicematch: ^(.)$"
+        (rule,) = sdm.parse_rules(f"- {key}: {value}{more}\n")
+        assert getattr(rule, sdm._KEYS[key].name)
+
+
+@needs_root
+@pytest.mark.parametrize(("name", "made", "wanted", "_"), EXAMPLES, ids=[found[1].__name__ for found in EXAMPLES])
+def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
+    name: str, made: Callable[[Board], None], wanted: Mapping[str, tuple[int, Given, Given]], _: Any, board: Board
+) -> None:
+    made(board)
+    build(board.node.dev, board.tree)
+    board.node.rules(example(name))
+    document = json.loads(board.node.run("--list", "--json").stdout)
+    listed_there = {
+        f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
+            device["slots"],
+            {spec["container"]: spec["host"] for spec in device["nodes"]},
+            device["env"],
+        )
+        for found in document["resources"]
+        for device in found["devices"]
+    }
+    assert listed_there == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a daemon and a kubelet
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
+    """Every list that RESOURCE sent since it was registered last: health by ID."""
+    lists = kubelet.clients[kubelet.name(resource)].lists
+    return [{slot_id: device.health for slot_id, device in sent.items()} for sent in lists]
+
+
+@needs_root
+def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in (0, 1):
+        node.sysfs(f"pci/gpu{number}", {"numa_node": str(number), "vendor": "0x10de"}, node.plug(f"nvidia{number}"))
+    node.plug("nvidiactl")
+    node.rules(r"""
+- devicematch: ^nvidia([0-9])$
+  resource: gpu
+  nummaxdevices: 2
+  containerpath: /dev/gpu/
+  attributes: {vendor: "0x10de"}
+  with: [nvidiactl]
+  env: {GPUS: '\1'}
+""")
+    daemon = start()
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    client = kubelet.clients[kubelet.name("gpu")]
+    assert client.options.get_preferred_allocation_available
+    topology = {slot_id: [numa.ID for numa in sent.topology.nodes] for slot_id, sent in client.lists[-1].items()}
+    assert topology == {"nvidia0:0": [0], "nvidia0:1": [0], "nvidia1:0": [1], "nvidia1:1": [1]}
+    ids, given = kubelet.do(kubelet.allocate(kubelet.name("gpu"), 2))
+    assert ids == ["nvidia0:0", "nvidia1:0"] and given.envs == {"GPUS": "0,1"}
+    assert {spec.container_path: (spec.host_path, spec.permissions) for spec in given.devices} == {
+        f"/dev/gpu/{name}": (f"/dev/{name}", "rw") for name in ("nvidia0", "nvidia1", "nvidiactl")
+    }
+    node.unplug("nvidia1")
+    kubelet.wait_for("gpu", Healthy=2, Unhealthy=2)
+    assert kubelet.health("gpu")["nvidia1:0"] == "Unhealthy"
+    node.sysfs("pci/gpu1", {}, node.plug("nvidia1"))
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    node.unplug("nvidiactl")
+    kubelet.wait_for("gpu", Healthy=0, Unhealthy=4)
+    daemon.says(r"2 devices: Unhealthy: it goes with /dev/nvidiactl: it is gone")
+    node.plug("nvidiactl")
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    assert kubelet.registrations == [kubelet.name("gpu")]
+    daemon.stop()
+    start()
+    kubelet.wait_for("gpu", Healthy=4)
+    assert set(kubelet.health("gpu")) == set(topology)
+
+
+@needs_root
+def test_the_reason_of_a_refused_allocate_reaches_the_user(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for name in ("ttyUSB0", "ttyUSB1"):
+        node.plug(name)
+    node.rules("- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee}\n")
+    daemon = start()
+    kubelet.wait_for("zigbee", Healthy=2)
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take("zigbee", "ttyUSB0:0", "ttyUSB1:0")
+    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == f"smarter-devices/zigbee: {told}"
+    daemon.says(f"Allocate refused: {told}")
+
+
+@needs_root
+def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    for name in ("video0", "video1"):
+        node.plug(name)
+    node.rules("- devicematch: ^video\n")
+    daemon = start()
+    for name in ("video0", "video1"):
+        kubelet.wait_for(name, Healthy=1)
+    node.plug("new").rename(node.dev / "video0")
+    wait_for(lambda: len(lists_of(kubelet, "video0")) == 3)
+    assert lists_of(kubelet, "video0") == [{"0": "Healthy"}, {"0": "Unhealthy"}, {"0": "Healthy"}]
+    assert lists_of(kubelet, "video1") == [{"0": "Healthy"}]
+    assert len(kubelet.registrations) == 2
+    daemon.says("video0: Healthy again")
+
+
+@needs_root
+def test_an_edit_of_the_conf_sends_new_lists_and_registers_only_what_is_new(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    start()
+    kubelet.wait_for("video0", Healthy=1)
+    node.rules("- {devicematch: ^video, nummaxdevices: 3}\n")
+    kubelet.wait_for("video0", Healthy=3)
+    node.rules("- {devicematch: ^video, nummaxdevices: 0}\n")
+    kubelet.wait_for("video0", Healthy=0, Unhealthy=0)
+    assert kubelet.registrations == [kubelet.name("video0")]
+    node.rules("- {devicematch: ^video, resource: video0}\n")  # a pool is registered as one
+    wait_for(lambda: set(kubelet.health("video0")) == {"video0:0"})
+    assert kubelet.clients[kubelet.name("video0")].options.get_preferred_allocation_available
+
+
+def test_the_gpus_of_a_tegra_come_and_go_with_a_full_look(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    (node.sys / "devices/gpu.0").mkdir()
+    node.rules("- {devicematch: nvidia-gpu, nummaxdevices: 10}\n")
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=10)
+    given = kubelet.take("nvidia-gpu0")
+    assert (list(given.devices), dict(given.envs)) == ([], {"NVIDIA_VISIBLE_DEVICES": "0"})
+    (node.sys / "devices/platform/gpu.1").mkdir(parents=True)
+    (node.sys / "devices/gpu.0").rmdir()
+    daemon.hang_up()
+    kubelet.wait_for("nvidia-gpu1", Healthy=10)
+    kubelet.wait_for("nvidia-gpu0", Unhealthy=10)
+
+
+@needs_root
+def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    build(node.dev, {"by-id/cam": "-> ../video0", "video0": "char", "sda": "block", "pub/x": "char"})
+    (node.dev / "pub").chmod(0o777)
+    node.rules("- devicematch: ^by-id/cam$\n- devicematch: ^pub/x$\n")
+    start("--interval", "3600")
+    kubelet.wait_for("by-id_cam", Healthy=1)
+    kubelet.wait_for("pub_x", Healthy=1)
+    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/video0"}
+    node.link("by-id/cam", "../../outside")
+    node.link("pub/x", "../sda")
+    for name, told in (
+        ("by-id_cam", "/dev/by-id/cam: a link that leaves /dev"),
+        ("pub_x", "/dev/pub/x: a link below /dev/pub, where others than root may make links"),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            kubelet.gives(name)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == f"smarter-devices/{name}: {told}"
