@@ -1565,11 +1565,7 @@ def make_plan(
         clashes.append(error)
         problems.append(LeftOut(device.path, device.line, str(error)))
     resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
-    for name, devices in pools.items():
-        count = _fitting(devices)
-        resources[name] = Resource(name, True, tuple(devices[:count]))
-        full = f"the list of the pool {name} would be longer than kubelet takes; lower nummaxdevices"
-        problems += [LeftOut(device.path, device.line, full) for device in devices[count:]]
+    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
 
@@ -1655,17 +1651,6 @@ def _place(specs: Dict[str, Spec], spec: Spec) -> None:
     there = specs.setdefault(spec.container, spec)
     if there.host != spec.host:
         raise NotADevice(f"{there.host} and {spec.host} would both be {spec.container} in the container")
-
-
-def _fitting(devices: Sequence[Device]) -> int:
-    """How many of a pool's DEVICES, from the first on, fit into the longest list that kubelet takes."""
-    room = LIST_BYTES
-    for count, device in enumerate(devices):
-        each = len(device.path.encode()) + 32 + 16 * len(device.numa)  # bytes of a slot in the list, at the most
-        room -= each * device.slots
-        if room < 0:
-            return count
-    return len(devices)
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
