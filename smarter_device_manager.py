@@ -1247,11 +1247,11 @@ class Sysfs:
     """
 
     def __init__(self, sys_dir: str) -> None:
-        self.settling_until = 0.0  # time.monotonic() up to which a node may come to have what it lacked
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
         self._misfits: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
         self._asked: Dict[int, float] = {}  # when a serial was first asked for
+        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
     def forget(self, serials: Iterable[int]) -> None:
         """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold."""
@@ -1274,15 +1274,25 @@ class Sysfs:
         else what it has instead."""
         key = (node.entry.serial, attributes)
         misfit = self._misfits.get(key)
-        if misfit == "":
-            return misfit
-        now = time.monotonic()
-        settled_at = self._asked.setdefault(node.entry.serial, now) + SETTLE_SECONDS
-        if misfit is None or now < settled_at:
+        if misfit is None:
             misfit = self._misfits[key] = self._find_misfit(attributes, node)
-            if misfit:
-                self.settling_until = max(self.settling_until, settled_at)
+            now = time.monotonic()
+            if misfit and now - self._asked.setdefault(node.entry.serial, now) < SETTLE_SECONDS:
+                self._settling[key] = node
         return misfit
+
+    def has_news(self) -> bool:
+        """Whether a node that is new has by now other attributes than when misfit() was asked."""
+        now = time.monotonic()
+        has_changed = False
+        for key, node in list(self._settling.items()):
+            misfit = self._find_misfit(key[1], node)
+            if misfit != self._misfits.get(key):
+                self._misfits[key] = misfit
+                has_changed = True
+            if not misfit or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                del self._settling[key]
+        return has_changed
 
     def _find_misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         chain = list(self.chain(node.entry))
@@ -2712,7 +2722,7 @@ class DeviceSide:
         flapped, has_changed = self._look(full)
         if full:
             self._forget()
-        if not (has_new_rules or has_changed or full or now < self._sysfs.settling_until):
+        if not (has_new_rules or has_changed or full or self._sysfs.has_news()):
             return []
         plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
         return [*plans, self._make_plan(self.snapshot)]
