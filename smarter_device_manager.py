@@ -937,6 +937,8 @@ _KINDS = {
 }
 MOST_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
+MOST_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
 
 
 class NotADevice(Exception):
@@ -997,23 +999,37 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     entry = tree.look(real)
     if entry is None:
         raise NotADevice("it is gone")
-    if entry.kind in NODES:
-        return [DeviceNode(real, "", entry)]
-    if entry.kind == FOLDER:
-        nodes = list(_nodes_below(tree, real))
-        if nodes:
-            return nodes
+    if not real:
+        raise NotADevice("a link to all of /dev")
+    if entry.kind == MOUNT:
+        raise NotADevice("another file system")
+    if entry.kind not in (*NODES, FOLDER):
+        raise NotADevice(f"a {entry.kind}, not a device")
+    nodes = list(_nodes_below(tree, real))
+    if not nodes:
         raise NotADevice("a folder that holds no device node")
-    raise NotADevice("another file system" if entry.kind == MOUNT else f"a {entry.kind}, not a device")
+    for name in (path, *(node.path for node in nodes)):
+        if not name.isascii() and not _is_utf8(name):
+            raise NotADevice(f"the name /dev/{name} is not UTF-8, and kubelet takes no other")
+    return nodes
 
 
-def _nodes_below(tree: Tree, folder: str) -> Iterator[DeviceNode]:
-    todo = [folder]
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
+    """The node TOP, or those in the folder TOP; no link in it is followed."""
+    todo = [top]
     while todo:
         path = todo.pop()
         entry = tree.look(path)
         if entry and entry.kind in NODES:
-            yield DeviceNode(path, path[len(folder) :], entry)
+            yield DeviceNode(path, path[len(top) :], entry)
         elif entry and entry.kind == FOLDER:
             todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
 
@@ -1040,9 +1056,10 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
             done.append(name)
             continue
         links += 1
-        folder = tree.look("/".join(done))
-        if folder is None or folder.shared:
-            raise NotADevice(f"a link in the folder /dev/{'/'.join(done)}, where others than root may make links")
+        for depth in range(len(done) + 1):
+            folder = tree.look("/".join(done[:depth]))
+            if folder is None or folder.shared:
+                raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
         if links > MOST_LINKS:
             raise NotADevice("a link that leads in a circle")
         target, inside = entry.target, _inside(entry.target, dev_dir)
@@ -1109,8 +1126,10 @@ class LiveTree:
             return None
         try:
             descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
-        except FileNotFoundError:
-            return None
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return None
+            raise
         entry = None
         try:
             found = os.fstat(descriptor)
@@ -1137,14 +1156,28 @@ class _Listing(NamedTuple):
     stamp: Tuple[int, ...] = ()  # device, inode and times of the folder
     settled: bool = False  # whether an equal stamp proves that nothing changed
     entries: Mapping[str, Entry] = {}
-    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name
+    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
     subfolders: Sequence[str] = ()  # their paths
     problem: str = ""  # why it could not be listed
 
 
-def is_settled(mtime_ns: int) -> bool:
-    """Whether a change after this moment must show in the time of a file or folder that has MTIME_NS now."""
-    return mtime_ns < time.time_ns() - FRESH_NS
+def is_settled(time_ns: int) -> bool:
+    """Whether a change after this moment must show in the time of a file or folder that has TIME_NS now.
+
+    So it must where TIME_NS is to come, because the clock was set back: a change now has an earlier time.
+    """
+    return abs(time.time_ns() - time_ns) > FRESH_NS
+
+
+def reuses_inodes(device: int) -> bool:
+    """Whether the file system DEVICE (st_dev) may give a new file the inode number of one that is gone.
+
+    devtmpfs and tmpfs, which /dev is on a real node, never do: they count on.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        types = {line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == number}
+    return not types & {"devtmpfs", "tmpfs"}
 
 
 class Scanner:
@@ -1154,6 +1187,8 @@ class Scanner:
         self._dev_dir = dev_dir
         self._listings: Dict[str, _Listing] = {}
         self._serials = itertools.count(1)
+        self._device = -1  # st_dev of /dev
+        self._needs_times = True
         self._snapshot = Snapshot({}, {})
         self._flapped: List[str] = []
 
@@ -1164,6 +1199,8 @@ class Scanner:
         Raises OSError where /dev itself cannot be seen.
         """
         root = os.stat(self._dev_dir)
+        if root.st_dev != self._device:
+            self._device, self._needs_times = root.st_dev, reuses_inodes(root.st_dev)
         self._flapped = []
         listings = {"": self._list("", root, root, full)}
         todo = list(listings[""].subfolders)
@@ -1187,9 +1224,9 @@ class Scanner:
         stamp = (folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns)
         if old.settled and old.stamp == stamp and not full:
             return old
-        settled = is_settled(folder.st_mtime_ns)
+        settled = is_settled(folder.st_ctime_ns)  # nobody can set it, unlike st_mtime
         try:
-            fresh = _read_folder(f"{self._dev_dir}/{path}", root)
+            fresh = _read_folder(f"{self._dev_dir}/{path}", folder, root)
         except OSError as error:  # too many open files, say: what was seen before still counts
             return old._replace(settled=False, problem=os.strerror(error.errno or 0))
         entries = {
@@ -1200,22 +1237,22 @@ class Scanner:
             stamp,
             settled,
             old.entries if entries == old.entries else entries,
-            {name: times for name, (_, times) in fresh.items()},
+            {name: times for name, (_, times) in fresh.items()} if self._needs_times else {},
             tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER),
         )
 
     def _continued(self, path: str, old: _Listing, entry: Entry, times: Tuple[int, int], moved: bool) -> Entry:
         """ENTRY with the serial it had, if it is what OLD has under its name.
 
-        A node made anew may have its predecessor's inode number again. Then both its times are new, and its folder's,
-        while a touch (as udev does it) leaves the folder's alone.
+        Where a node made anew may have its predecessor's inode number again, both its times are new, and its folder's;
+        a touch (as udev does it, often to many nodes at once) leaves the folder's alone.
         """
         name = path.rpartition("/")[2]
         before = old.entries.get(name)
         if before is None:
             return entry._replace(serial=next(self._serials))
-        remade = moved and entry.kind in NODES and not set(times) & set(old.times[name])
-        if before == entry._replace(serial=before.serial) and not remade:
+        remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
+        if before[:-1] == entry[:-1] and not remade:  # all but the serial
             return before
         self._flapped.append(path)
         return entry._replace(serial=next(self._serials))
@@ -1225,16 +1262,23 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _read_folder(path: str, root: os.stat_result) -> Dict[str, Tuple[Entry, Tuple[int, int]]]:
+def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dict[str, Tuple[Entry, Tuple[int, int]]]:
+    """The entries of PATH and their times. Raises OSError, too where PATH is not FOLDER any more."""
     fresh = {}
-    with os.scandir(path) as items:
-        for item in items:
-            try:
-                found = item.stat(follow_symlinks=False)
-                target = os.readlink(item.path) if stat.S_ISLNK(found.st_mode) else ""
-            except FileNotFoundError:
-                continue
-            fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not os.path.samestat(os.fstat(descriptor), folder):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        with os.scandir(descriptor) as items:
+            for item in items:
+                try:
+                    found = item.stat(follow_symlinks=False)
+                    target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+                except FileNotFoundError:
+                    continue
+                fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+    finally:
+        os.close(descriptor)
     return fresh
 
 
@@ -1249,18 +1293,24 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. Read once while a node is there, then remembered by its serial."""
+    """What sysfs knows of device nodes. Read when a node appears, then remembered by its serial.
+
+    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
+    """
 
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], bool] = {}
+        self._misfits: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
+        self._asked: Dict[int, float] = {}  # when a serial was first asked for
+        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
     def forget(self, serials: Iterable[int]) -> None:
         """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold."""
         keep = set(serials)
         self._numa = {serial: numa for serial, numa in self._numa.items() if serial in keep}
-        self._held = {key: True for key, held in self._held.items() if held and key[0] in keep}
+        self._misfits = {key: "" for key, misfit in self._misfits.items() if not misfit and key[0] in keep}
+        self._asked = {serial: asked for serial, asked in self._asked.items() if serial in keep}
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1271,15 +1321,41 @@ class Sysfs:
             self._numa[serial] = next(known, None)
         return self._numa[serial]
 
-    def holds(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> bool:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
+    def misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
+        else what it has instead."""
         key = (node.entry.serial, attributes)
-        if key not in self._held:
-            self._held[key] = any(
-                all(_attribute_holds(folder, attribute) for attribute in attributes)
-                for folder in self.chain(node.entry)
-            )
-        return self._held[key]
+        misfit = self._misfits.get(key)
+        if misfit is None:
+            misfit = self._misfits[key] = self._find_misfit(attributes, node)
+            now = time.monotonic()
+            if misfit and now - self._asked.setdefault(node.entry.serial, now) < SETTLE_SECONDS:
+                self._settling[key] = node
+        return misfit
+
+    def has_news(self) -> bool:
+        """Whether a node that is new has by now other attributes than when misfit() was asked."""
+        now = time.monotonic()
+        has_changed = False
+        for key, node in list(self._settling.items()):
+            misfit = self._find_misfit(key[1], node)
+            if misfit != self._misfits.get(key):
+                self._misfits[key] = misfit
+                has_changed = True
+            if not misfit or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                del self._settling[key]
+        return has_changed
+
+    def _find_misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+        chain = list(self.chain(node.entry))
+        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
+            return ""
+        told = []
+        for attribute in attributes:
+            values = (read_attribute(folder, attribute.name) for folder in chain)
+            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
+            told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
+        return "; ".join(told)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1291,10 +1367,15 @@ class Sysfs:
             folder = os.path.dirname(folder)
             yield folder
 
-    def values(self, name: str, node: DeviceNode) -> List[str]:
-        """What the attribute NAME is in NODE's device and its parents, each value once."""
-        values = (read_attribute(folder, name) for folder in self.chain(node.entry))
-        return list(dict.fromkeys(value for value in values if value is not None))
+    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
+        """Each folder of ENTRY's chain that has attributes a rule could ask for, and these: value by name."""
+        found = []
+        for folder in self.chain(entry):
+            values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
+            telling = {name: value for name, value in values.items() if value and _is_telling(value)}
+            if telling:
+                found.append((folder, telling))
+        return found
 
     def tegra_gpus(self) -> List[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
@@ -1319,7 +1400,28 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        return os.path.basename(os.readlink(path)) if error.errno == errno.ELOOP else None
+        if error.errno != errno.ELOOP:
+            return None
+    try:
+        return os.path.basename(os.readlink(path))
+    except OSError:
+        return None  # it went meanwhile
+
+
+def _attribute_names(folder: str) -> List[str]:
+    """The files in the sysfs FOLDER that can be read and tell one device from another, and the links that can."""
+    try:
+        with os.scandir(folder) as items:
+            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
+    except OSError:
+        return []
+    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
+    return sorted({*files, *links} - {"dev", "uevent"})
+
+
+def _is_telling(value: str) -> bool:
+    """Whether a rule could ask for VALUE: one short line of text."""
+    return len(value) <= MOST_TELLING and value.isprintable() and "\\x" not in value
 
 
 def _attribute_holds(folder: str, attribute: Attribute) -> bool:
@@ -1418,20 +1520,31 @@ class Sighting:
     since: float
 
 
+Named = Sequence[Tuple[Rule, re.Match[str]]]
+
+
 class Matcher:
     """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self.names_tegra = any(rule.pattern == TEGRA for rule in rules)
-        self._matches: Dict[str, Sequence[Tuple[Rule, re.Match[str]]]] = {}
+        self._matches: Dict[str, Named] = {}
 
-    def __call__(self, path: str) -> Sequence[Tuple[Rule, re.Match[str]]]:
+    def __call__(self, path: str) -> Named:
+        """The rules that name the PATH of something below /dev."""
         found = self._matches.get(path)
         if found is None:
-            pairs = ((rule, rule.match.search(path)) for rule in reversed(self.rules))
-            found = self._matches[path] = [(rule, match) for rule, match in pairs if match]
+            found = self._matches[path] = self._search(path, is_gpu=False)
         return found
+
+    def gpu(self, name: str) -> Named:
+        """The rules that name the GPU NAME of a Tegra."""
+        return self._search(name, is_gpu=True)
+
+    def _search(self, path: str, is_gpu: bool) -> Named:
+        rules = (rule for rule in reversed(self.rules) if (rule.pattern == TEGRA) == is_gpu)
+        pairs = ((rule, rule.match.search(path)) for rule in rules)
+        return tuple((rule, match) for rule, match in pairs if match)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered of all but PATHS."""
@@ -1449,34 +1562,32 @@ def sight(
 
     GPUS are the numbers of a Tegra's. NOW and the times in sightings are time.monotonic()'s.
     """
-    found: Dict[str, Tuple[DeviceNode, ...]] = {f"{TEGRA}{number}": () for number in gpus if matcher.names_tegra}
+    found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, str] = {}
     for path in snapshot.entries:
-        if path and _named(matcher, path):
+        if path and matcher(path):
             try:
-                path.encode()  # kubelet takes UTF-8 only
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
                 problems[path] = str(error)
-            except UnicodeEncodeError:
-                problems[path] = "its name is not UTF-8"
+    found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
     new: Dict[str, Sighting] = {}
     for path, nodes in found.items():
         before = old.get(path)
         since = before.since if before and not before.problem else now
         new[path] = Sighting(nodes, "", since)
     for path, before in old.items():
-        if path not in found and matcher(path):
+        if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
             if now - since < RETIRE_SECONDS:
                 new[path] = Sighting(before.nodes, problems.pop(path, "it is gone"), since)
-    left_out = [LeftOut(path, _named(matcher, path)[0][0].line, problem) for path, problem in problems.items()]
+    left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
     return new, left_out
 
 
-def _named(matcher: Matcher, path: str) -> Sequence[Tuple[Rule, re.Match[str]]]:
-    """The rules that name the PATH of something below /dev."""
-    return [pair for pair in matcher(path) if pair[0].pattern != TEGRA]
+def _named(path: str, sighting: Sighting, matcher: Matcher) -> Named:
+    """The rules that name the device that was sighted at PATH."""
+    return matcher(path) if sighting.nodes else matcher.gpu(path)
 
 
 def make_plan(
@@ -1484,16 +1595,17 @@ def make_plan(
 ) -> Plan:
     """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
     problems = list(left_out)
-    used = {line for path in snapshot.entries if path for line in (rule.line for rule, _ in _named(matcher, path))}
+    used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     own: Dict[str, Device] = {}
     pools: Dict[str, List[Device]] = {}
     for path in sorted(sightings):
         sighting = sightings[path]
-        rule, match, misfits = _follow(path, sighting, matcher, sysfs)
+        named = _named(path, sighting, matcher)
+        used.update(id(rule) for rule, _ in named)
+        rule, match, misfits = _follow(path, sighting, named, sysfs)
         problems += misfits
         if rule is None or match is None:
             continue
-        used.add(rule.line)
         name = resource_name(expand(rule.resource, match) if rule.resource else path)
         device = _device(path, sighting, rule, match, snapshot, sysfs, dev_dir)
         if not name:
@@ -1516,32 +1628,21 @@ def make_plan(
         problems.append(LeftOut(device.path, device.line, str(error)))
     resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
     resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
-    unused = tuple(rule for rule in matcher.rules if rule.line not in used)
+    unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
 
 
 def _follow(
-    path: str, sighting: Sighting, matcher: Matcher, sysfs: Sysfs
+    path: str, sighting: Sighting, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The last rule that names PATH and whose attributes its device has; and those rules whose it has not."""
+    """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
     misfits: List[LeftOut] = []
-    tegra = path.startswith(TEGRA) and not sighting.nodes
-    for rule, match in matcher(path):
-        if tegra != (rule.pattern == TEGRA):
-            continue
-        if not rule.attributes or any(sysfs.holds(rule.attributes, node) for node in sighting.nodes):
+    for rule, match in named:
+        reasons = [sysfs.misfit(rule.attributes, node) for node in sighting.nodes] if rule.attributes else [""]
+        if "" in reasons:
             return rule, match, misfits
-        misfits.append(LeftOut(path, rule.line, _misfit(rule, sighting, sysfs)))
+        misfits.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
     return None, None, misfits
-
-
-def _misfit(rule: Rule, sighting: Sighting, sysfs: Sysfs) -> str:
-    told = []
-    for attribute in rule.attributes:
-        values = [value for node in sighting.nodes[:1] for value in sysfs.values(attribute.name, node)]
-        shown = " or ".join(f'"{value}"' for value in values) if values else "not there"
-        told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
-    return "; ".join(told)
 
 
 def _device(
@@ -1558,15 +1659,16 @@ def _device(
         if {"", ".", ".."} & set(place.split("/")[2:]):
             return f'its path in a container would be "{place}"'
         parts.append(Part(part, place, optional))
-    env = [(name, expand(template, match)) for name, template in rule.env]
     tegra = rule.pattern == TEGRA
+    env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
+    env.update((name, expand(template, match)) for name, template in rule.env)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
         parts=tuple(parts[tegra:]),
         permissions=rule.permissions,
-        env=tuple(([("NVIDIA_VISIBLE_DEVICES", match[1])] if tegra else []) + env),
+        env=tuple(env.items()),
         numa=tuple(sorted({numa for node in sighting.nodes for numa in [sysfs.numa(node)] if numa is not None})),
         identity=tuple(_identity(node) for node in sighting.nodes) if rule.attributes else (),
         specs=(),
@@ -1628,11 +1730,11 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
     """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
-    number = slot_id.rpartition(":")[2]
-    if re.fullmatch(r"0|[1-9][0-9]{0,4}", number, re.ASCII):
-        for device in resource.devices:
-            if int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id:
-                return device
+    path, _, number = slot_id.rpartition(":")
+    for device in resource.devices:
+        if path == (device.path if resource.pool else ""):
+            is_slot = re.fullmatch("0|[1-9][0-9]{0,4}", number) and int(number) < device.slots
+            return device if is_slot and _slot_id(resource, device, int(number)) == slot_id else None
     return None
 
 
@@ -2445,6 +2547,32 @@ def render_list(document: Document) -> str:
     return text
 
 
+def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
+    attributes, each block such as it can stand in a rule."""
+    lines = [
+        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
+        "# take one of these blocks, and of its lines those that tell this device from others.",
+        f"- devicematch: {_yaml_quoted(f'^{printable(_escaped(path))}$')}",
+    ]
+    for folder, attributes in chain:
+        lines += ["", f"  # {printable(folder)}", "  attributes:"]
+        for name, value in attributes.items():
+            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
+            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """The expression of a rule that matches TEXT only."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
+
+
+def _yaml_quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _told(device: Document) -> str:
     """DEVICE, and where its container sees it if that is not where the host has it."""
     nodes = device["nodes"]
@@ -2648,7 +2776,7 @@ class DeviceSide:
         flapped, has_changed = self._look(full)
         if full:
             self._forget()
-        if not (has_new_rules or has_changed or full):
+        if not (has_new_rules or has_changed or full or self._sysfs.has_news()):
             return []
         plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
         return [*plans, self._make_plan(self.snapshot)]
@@ -2853,8 +2981,47 @@ def restart_lean() -> None:
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
+def show_attributes(options: argparse.Namespace) -> int:
+    """--list --attributes: print what sysfs knows of a device, to write a rule from."""
+    path = _path_below(options.attributes, options.dev_dir)
+    told = f"/dev/{path}"
+    if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
+        raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
+    try:
+        with LiveTree(options.dev_dir) as tree:
+            nodes = resolve(tree, path, options.dev_dir)
+    except NotADevice as error:
+        raise Problem(f"{told} is no device: {error}") from None
+    except OSError as error:
+        raise Problem(f"cannot look at {told}: {error.strerror}; --dev-dir names the host's /dev") from None
+    if nodes[0].suffix:
+        paths = ", ".join(f"/dev/{node.path}" for node in nodes)
+        raise Problem(f"{told} is a folder; name one of its nodes: {paths}")
+    chain = Sysfs(options.sys_dir).attributes(nodes[0].entry)
+    if not chain:
+        number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
+        kind = nodes[0].entry.kind
+        raise Problem(f"{options.sys_dir} knows nothing of {told} ({kind} {number}); --sys-dir names the host's /sys")
+    if options.json:
+        print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
+    else:
+        print(render_attributes(path, chain), end="")
+    return 0
+
+
+def _path_below(text: str, dev_dir: str) -> str:
+    """The path below /dev that somebody gave as /dev/video0, video0 or, in a made-up one, DEV_DIR/video0."""
+    path = os.path.normpath(text)
+    for top in (dev_dir, "/dev"):
+        if path == top or path.startswith(top + "/"):
+            return path[len(top) + 1 :]
+    return path if path != "." and not path.startswith(("/", "..")) else ""
+
+
 def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
+    if options.attributes is not None:
+        return show_attributes(options)
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     document = describe_plan(devices.plan, options.domain)
@@ -2893,7 +3060,8 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     lines = [f"No device found. {options.conf} looks for"]
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
-        lines += ["and leaves out", *(f"  /dev/{left.path}: {left.reason}" for left in devices.plan.left_out)]
+        lines += ["and leaves out"]
+        lines += [printable(f"  /dev/{left.path}: {left.reason}") for left in devices.plan.left_out]
     return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
 
 
@@ -3051,7 +3219,10 @@ def _address(text: str) -> Optional[Tuple[str, int]]:
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    options = build_parser().parse_args()
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.attributes is not None and not options.list:
+        parser.error("--attributes goes with --list: --list --attributes /dev/video0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
