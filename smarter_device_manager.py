@@ -2722,7 +2722,9 @@ def render_status(document: Document) -> str:
     ]
     if held:
         text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD UID", "CONTAINER"), held)
-    events = [(event["time"], event["message"]) for event in document["events"][:EVENTS_SHOWN]]
+    events = [
+        (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
+    ]
     return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
 
 
@@ -2864,10 +2866,11 @@ def _label(text: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5f6975; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2f6fdb; --good: #1a7f45; --good-back: #e3f4e9; --bad: #c02b30; --bad-back: #fdecec; }
+  --track: #e6e9ed; --used: #2f6fdb; --full: #c77700; --good: #1a7f45; --good-back: #e3f4e9; --bad: #c02b30;
+  --bad-back: #fdecec; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #949fac; --line: #2a313a; --track: #2c343e;
-    --used: #6aa1ff; --good: #56d08a; --good-back: #12301f; --bad: #ff7f7f; --bad-back: #3a1719; } }
+    --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f; --bad: #ff7f7f; --bad-back: #3a1719; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
@@ -2889,10 +2892,11 @@ header p { margin: 0; color: var(--dim); flex-basis: 100%; font-size: .87rem; }
 .row { display: grid; grid-template-columns: 15rem 11rem 1fr; gap: .4rem 1.5rem; padding: .8rem 1rem; }
 .row + .row { border-top: 1px solid var(--line); }
 .row h3 { font-size: 1rem; margin: 0; }
-.row h3 small { display: block; font-weight: 400; font-size: .78rem; color: var(--dim); }
+.row h3 span { font-weight: 400; color: var(--dim); }
 .row ul { list-style: none; margin: 0; padding: 0; }
 .bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
 .bar rect { fill: var(--used); }
+.bar.full rect { fill: var(--full); }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
   background: var(--good); }
 .dot.off { background: var(--bad); }
@@ -2927,18 +2931,18 @@ _TOP = """</style>
 """
 _FACT = '<div class="card"><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
 _ROW = """<article class="row">
-<h3>{name}<small>{domain}/</small></h3>
-<div>{use}<svg class="bar" role="img" aria-label="{use}"><rect width="{percent}%" height="100%"/></svg></div>
+<h3><span>{domain}/</span>{name}</h3>
+<div>{use}<svg class="bar {full}" role="img" aria-label="{use}"><rect width="{percent}%" height="100%"/></svg></div>
 <ul>
 """
 _DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{more}</span></li>\n'
 _GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
 <span class="dim">since {since}</span></li>\n'
 _UNREADY = '<li class="why">{trouble}</li>\n'
-_HOLDER = '<li class="holder">slot {slot}: <strong>{container}</strong> <span class="dim">in pod <code>{pod}</code>\
+_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">in pod <code>{pod}</code>\
 </span></li>\n'
 _ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
-_EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{names}</span></span></li>\n'
+_EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
 _FOOT = """<footer>This page is made anew every {refresh} seconds. The same, for programs: <a href="/status.json">\
 /status.json</a>, <a href="/metrics">/metrics</a>, <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.\
 </footer>
@@ -3008,26 +3012,33 @@ def _page_row(resource: Document, document: Document) -> Iterator[str]:
     use = f"{slots} slots, use unknown" if in_use is None else f"{in_use} of {slots} in use"
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
     domain, _, name = resource["name"].partition("/")
-    yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent)
+    yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
     if not resource["ready"]:
         yield _fill(_UNREADY, trouble=told_trouble(resource["trouble"]))
-    holders: Dict[Optional[str], List[Document]] = {}
-    for holder in resource["holders"] or ():
-        holders.setdefault(holder["device"], []).append(holder)
+    held = _page_holders(resource["holders"] or ())
     for device in resource["devices"]:
+        since = _clock(device["since"], document["time"])
         if device["problem"]:
-            since = _clock(device["since"], document["time"])
             yield _fill(_GONE, path=device["path"], problem=device["problem"], since=since)
         else:
-            yield _fill(_DEVICE, path=device["path"], more=_page_nodes(device))
-        yield from (_fill(_HOLDER, **holder) for holder in holders.pop(device["path"], ()))
-    yield from (_fill(_HOLDER, **holder) for held in holders.values() for holder in held)
+            more = f"since {since}, by the rule of line {device['line']}"
+            told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
+            yield _fill(_DEVICE, path=device["path"], more=told)
+        yield from held.pop(device["path"], ())
+    yield from itertools.chain.from_iterable(held.values())
     yield "</ul>\n</article>\n"
 
 
-def _page_nodes(device: Document) -> str:
-    told = _told(device)[len(device["path"]) :].strip()
-    return f"{told}, rule of line {device['line']}" if told else f"rule of line {device['line']}"
+def _page_holders(holders: Iterable[Document]) -> Dict[Optional[str], List[str]]:
+    """A line for each container that holds slots, by the path of their device (None: one that is offered no more)."""
+    slots: Dict[Tuple[Optional[str], str, str], List[str]] = {}
+    for holder in holders:
+        slots.setdefault((holder["device"], holder["pod"], holder["container"]), []).append(holder["slot"])
+    lines: Dict[Optional[str], List[str]] = {}
+    for (path, pod, container), ids in slots.items():
+        told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
+        lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
+    return lines
 
 
 def _page_list(title: str, items: Iterable[Tuple[str, str]]) -> Iterator[str]:
@@ -3039,9 +3050,9 @@ def _page_list(title: str, items: Iterable[Tuple[str, str]]) -> Iterator[str]:
 
 
 def _page_event(event: Document, now: str) -> str:
-    hidden = ("time", "level", "event", "message")
-    names = "; ".join(f"{key} {value}" for key, value in event.items() if key not in hidden)
-    return _fill(_EVENT, time=event["time"], clock=_clock(event["time"], now), message=event["message"], names=names)
+    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
+    more = "; ".join(f"{key} {value}" for key, value in fields.items() if value not in event["message"])
+    return _fill(_EVENT, time=event["time"], clock=_clock(event["time"], now), message=event["message"], more=more)
 
 
 def _clock(time_of_day: str, now: str) -> str:
@@ -3049,7 +3060,7 @@ def _clock(time_of_day: str, now: str) -> str:
     return time_of_day[11:19] if time_of_day[:10] == now[:10] else f"{time_of_day[:10]} {time_of_day[11:19]}"
 
 
-# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 3 MB and a thread a client.
+# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
 
 MOST_CONNECTIONS = 32
 HEAD_BYTES = 8192
@@ -3075,7 +3086,6 @@ _PHRASES = {
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
-_PLAIN = "text/plain; charset=utf-8"
 
 
 class Unanswerable(Exception):
@@ -3098,7 +3108,7 @@ class Response(NamedTuple):
 
     status: int
     kind: str  # its Content-Type
-    body: str
+    body: bytes  # one object for all who get it: slow readers are to cost no memory
     policy: str = "default-src 'none'"  # its Content-Security-Policy
 
 
@@ -3121,14 +3131,23 @@ def parse_request(head: bytes) -> Request:
     return Request(line[1].decode(), path or "/")
 
 
-def format_response(response: Response, now: float, with_body: bool) -> bytes:
-    """RESPONSE as bytes to send, dated NOW."""
-    body = response.body.encode("utf-8", "backslashreplace")
+def plain(status: int, lines: Iterable[str]) -> Response:
+    """LINES as a plain text."""
+    return Response(status, "text/plain; charset=utf-8", "".join(f"{line}\n" for line in lines).encode())
+
+
+def failure(status: int) -> Response:
+    """The answer to what gets none."""
+    return plain(status, [f"{status} {_PHRASES[status]}"])
+
+
+def format_head(response: Response, now: float) -> bytes:
+    """All of RESPONSE but its body as bytes to send, dated NOW."""
     head = [
         f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(now))}",
         f"Content-Type: {response.kind}",
-        f"Content-Length: {len(body)}",
+        f"Content-Length: {len(response.body)}",
         f"Content-Security-Policy: {response.policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
@@ -3136,11 +3155,11 @@ def format_response(response: Response, now: float, with_body: bool) -> bytes:
         *(["Allow: GET, HEAD"] if response.status == 405 else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode() + (body if with_body else b"")
+    return "\r\n".join([*head, "", ""]).encode()
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS), which takes as long as it likes while nobody else on the loop has to wait for it."""
+    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
     done = []
     end = time.monotonic() + SLICE_SECONDS
     for item in items:
@@ -3149,6 +3168,11 @@ async def in_slices(items: Iterable[T]) -> List[T]:
             await asyncio.sleep(0)
             end = time.monotonic() + SLICE_SECONDS
     return done
+
+
+async def encoded(pieces: Iterable[str]) -> bytes:
+    """PIECES as one text, put together in slices."""
+    return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
@@ -3173,31 +3197,66 @@ def tell_address(address: Tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+async def _read_request(connection: socket.socket) -> Request:
+    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
+    loop = asyncio.get_running_loop()
+    data = b""
+    while b"\n\r\n" not in data and b"\n\n" not in data:
+        if len(data) >= HEAD_BYTES:
+            raise Unanswerable(431 if b"\n" in data else 414)
+        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
+        data += chunk
+        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
+            raise Unanswerable(400)
+    return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
+
+
+async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
+    """Send DATA and end; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
+    loop = asyncio.get_running_loop()
+    for part in data:
+        await loop.sock_sendall(connection, part)
+    connection.shutdown(socket.SHUT_WR)
+    room = LINGER_BYTES
+    while room > 0:
+        chunk = await loop.sock_recv(connection, room)
+        room -= len(chunk) or room
+
+
+def _process_start() -> float:
+    """When this process started, as time.time() has it; proc(5) tells it in ticks since the machine's start."""
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
-    def __init__(self, listener: socket.socket, node: str, interval: float, plan: Plan, figures: Figures) -> None:
+    def __init__(
+        self, listener: socket.socket, side: KubeletSide, node: str, interval: float, plan: Plan, figures: Figures
+    ) -> None:
         self.plan = plan
         self.figures = figures
         self.events = EventRing()
         self._listener = listener
+        self._side = side
+        self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
         self._node = node
         self._most_age = MOST_TURNS_LATE * max(interval, LOOK_SECONDS)  # the kubelet side turns once in LOOK_SECONDS
         self._started = _process_start()
-        self._connections: Dict[asyncio.Task[None], socket.socket] = {}  # the oldest first
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, from one document; "": that document
-        self._paths: Mapping[str, Callable[[], Awaitable[Response]]] = {
-            "/": self._page,
-            "/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/metrics": self._metrics,
-            "/status.json": self._json,
-        }
+        self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+        self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
+        self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
 
-    async def run(self, side: KubeletSide) -> None:
-        """Serve, until cancelled, what there is to say of SIDE and of the device side."""
-        self._side = side
-        self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
+    async def run(self) -> None:
+        """Serve until cancelled."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -3216,19 +3275,14 @@ class StatusServer:
 
     def _welcome(self, connection: socket.socket) -> None:
         """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
-        connection.setblocking(False)
         if len(self._connections) >= MOST_CONNECTIONS:
             oldest = next(iter(self._connections))
-            self._connections.pop(oldest).close()
+            del self._connections[oldest]
             oldest.cancel()
         task = asyncio.ensure_future(self._talk(connection))
-        self._connections[task] = connection
-        task.add_done_callback(self._part)
-
-    def _part(self, task: asyncio.Task[None]) -> None:
-        connection = self._connections.pop(task, None)
-        if connection:
-            connection.close()
+        self._connections[task] = None
+        task.add_done_callback(lambda _: connection.close())
+        task.add_done_callback(lambda _: self._connections.pop(task, None))
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
@@ -3239,38 +3293,40 @@ class StatusServer:
                 with_body = request.method != "HEAD"
                 response = await self._respond(request.path)
             except Unanswerable as error:
-                response = _failure(error.status)
+                response = failure(error.status)
             except asyncio.TimeoutError:
-                response = _failure(408)
-            data = format_response(response, time.time(), with_body)
+                response = failure(408)
+            data = [format_head(response, time.time()), *([response.body] if with_body else [])]
             await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went or was too slow: %s", error)
 
     async def _respond(self, path: str) -> Response:
-        if path not in self._paths:
-            return _failure(404)
         try:
-            return await self._paths[path]()
+            if path in self._probes:
+                return self._probes[path]()
+            if path in self._views:
+                return await self._shared(path, self._views[path])
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return _failure(500)
+            return failure(500)
+        return failure(404)
 
-    async def _healthz(self) -> Response:
+    def _healthz(self) -> Response:
         hanging = find_hanging(self._beats(), self._most_age, time.monotonic())
-        return Response(503 if hanging else 200, _PLAIN, "\n".join(hanging or ["ok"]) + "\n")
+        return plain(503 if hanging else 200, hanging or ["ok"])
 
     def _beats(self) -> Mapping[str, float]:
         return {"device side": self.figures.beat, "kubelet side": self._side.beat}
 
-    async def _readyz(self) -> Response:
+    def _readyz(self) -> Response:
         links = {name: self._link(name) for name in self.plan.resources}
-        lines = [
+        unready = [
             f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
             for name, link in links.items()
             if not link.ready
         ]
-        return Response(503 if lines else 200, _PLAIN, "\n".join(lines or ["ok"]) + "\n")
+        return plain(503 if unready else 200, unready or ["ok"])
 
     def _link(self, name: str) -> Link:
         """How the resource NAME stands with kubelet."""
@@ -3287,27 +3343,18 @@ class StatusServer:
         )
 
     async def _metrics(self) -> Response:
-        return await self._shared("/metrics", self._make_metrics)
-
-    async def _make_metrics(self) -> Response:
-        text = "".join(await in_slices(render_metrics(await self._document())))
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", text)
+        body = await encoded(render_metrics(await self._document()))
+        return Response(200, "text/plain; version=0.0.4; charset=utf-8", body)
 
     async def _json(self) -> Response:
-        return await self._shared("/status.json", self._make_json)
-
-    async def _make_json(self) -> Response:
-        pieces = json.JSONEncoder(indent=1).iterencode(await self._document())
-        return Response(200, "application/json", "".join(await in_slices(pieces)) + "\n")
+        body = await encoded(json.JSONEncoder(indent=1).iterencode(await self._document()))
+        return Response(200, "application/json", body)
 
     async def _page(self) -> Response:
-        return await self._shared("/", self._make_page)
-
-    async def _make_page(self) -> Response:
         nonce = os.urandom(16).hex()
-        text = "".join(await in_slices(render_page(await self._document(), nonce)))
+        body = await encoded(render_page(await self._document(), nonce))
         policy = f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", text, policy)
+        return Response(200, "text/html; charset=utf-8", body, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
@@ -3354,47 +3401,6 @@ class StatusServer:
             },
             events=self.events.events(),
         )
-
-
-async def _read_request(connection: socket.socket) -> Request:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
-    loop = asyncio.get_running_loop()
-    data = b""
-    while b"\n\r\n" not in data and b"\n\n" not in data:
-        if len(data) >= HEAD_BYTES:
-            raise Unanswerable(431 if b"\n" in data else 414)
-        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
-        data += chunk
-        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
-            raise Unanswerable(400)
-    return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
-
-
-async def _send(connection: socket.socket, data: bytes) -> None:
-    """Send DATA and close; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, data)
-    connection.shutdown(socket.SHUT_WR)
-    room = LINGER_BYTES
-    while room > 0:
-        chunk = await loop.sock_recv(connection, room)
-        room -= len(chunk) or room
-
-
-def _failure(status: int) -> Response:
-    return Response(status, _PLAIN, f"{status} {_PHRASES[status]}\n")
-
-
-def _process_start() -> float:
-    """When this process started, as time.time() has it; proc(5) tells it in ticks since the machine's start."""
-    with open("/proc/self/stat", "rb") as file:
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3706,12 +3712,12 @@ def tell_changes(old: Plan, new: Plan) -> None:
 class KubeletThread(threading.Thread):
     """The gRPC thread: a loop, and the KubeletSide and the StatusServer, if there is one, that run on it."""
 
-    def __init__(self, options: argparse.Namespace, status: Optional[StatusServer]) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
-        self._status = status
+        self.side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
+        self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -3724,9 +3730,9 @@ class KubeletThread(threading.Thread):
 
     async def _serve(self) -> None:
         """Run both until one of them ends; then end the other. Raises what went wrong."""
-        tasks = [asyncio.ensure_future(self._side.run())]
-        if self._status:
-            tasks.append(asyncio.ensure_future(self._status.run(self._side)))
+        tasks = [asyncio.ensure_future(self.side.run())]
+        if self.status:
+            tasks.append(asyncio.ensure_future(self.status.run()))
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
@@ -3739,18 +3745,18 @@ class KubeletThread(threading.Thread):
         self._loop.call_soon_threadsafe(self._take, plan)
 
     def _take(self, plan: Plan) -> None:
-        self._side.deliver(plan)
-        if self._status:
-            self._status.plan = plan
+        self.side.deliver(plan)
+        if self.status:
+            self.status.plan = plan
 
     def report(self, figures: Figures) -> None:
         """Have the status server tell FIGURES from now on."""
-        if self._status:
-            self._loop.call_soon_threadsafe(setattr, self._status, "figures", figures)
+        if self.status:
+            self._loop.call_soon_threadsafe(setattr, self.status, "figures", figures)
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
-        self._loop.call_soon_threadsafe(self._side.stop)
+        self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
 
 
@@ -3784,7 +3790,8 @@ def serve(options: argparse.Namespace) -> int:
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
-    thread = KubeletThread(options, _open_status(options, devices))
+    thread = KubeletThread(options)
+    thread.status = _open_status(options, devices, thread.side)
     thread.start()
     note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
     tell_changes(EMPTY_PLAN, devices.plan)
@@ -3798,7 +3805,7 @@ def serve(options: argparse.Namespace) -> int:
     return int(thread.has_failed)
 
 
-def _open_status(options: argparse.Namespace, devices: DeviceSide) -> Optional[StatusServer]:
+def _open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> Optional[StatusServer]:
     """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
     if not options.listen:
         return None
@@ -3808,7 +3815,7 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide) -> Optional[S
         note("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
     node = os.environ.get("NODE_NAME") or socket.gethostname()
-    status = StatusServer(listener, node, options.interval, devices.plan, devices.figures())
+    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.figures())
     log.addHandler(status.events)
     note("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
     return status
@@ -3872,9 +3879,9 @@ def show_status(options: argparse.Namespace) -> int:
         text = json.dumps(document, indent=2) + "\n" if options.json else render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
-            f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}): it serves its status where "
-            f"--listen says, such as --listen {tell_address(DEFAULT_STATUS)}, and --status ADDRESS:PORT looks there; "
-            f"to a pod, this leads: kubectl -n kube-system port-forward POD {port}"
+            f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
+            f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
+            f"kubectl -n kube-system port-forward POD {port}"
         ) from None
     except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
