@@ -2605,16 +2605,15 @@ class Checkpoint:
     def holders(self) -> Optional[Holders]:
         """Who has slots of our resources; None where the file is missing, foreign, broken or too long."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+                found = os.fstat(file.fileno())
+                stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+                if stamp != self._stamp:
+                    is_readable = stat.S_ISREG(found.st_mode) and found.st_size <= CHECKPOINT_BYTES
+                    self._holders = self._parse(file.read(CHECKPOINT_BYTES)) if is_readable else None
+                    self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
         except OSError:
             return None
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-            if stamp != self._stamp:
-                is_readable = stat.S_ISREG(found.st_mode) and found.st_size <= CHECKPOINT_BYTES
-                self._holders = self._parse(file.read(CHECKPOINT_BYTES)) if is_readable else None
-                self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
         return self._holders
 
     def _parse(self, data: bytes) -> Optional[Holders]:
@@ -3832,11 +3831,18 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             thread.send(plan)
             old = plan
         thread.report(devices.figures())
-        taken = signal.sigtimedwait(SIGNALS, max(0.0, due - time.monotonic()))
-        if taken and taken.si_signo != signal.SIGHUP:
-            note("stopping", f"stopping: {signal.Signals(taken.si_signo).name}")
+        taken = _take_signal(max(0.0, due - time.monotonic()))
+        if taken in (signal.SIGTERM, signal.SIGINT):
+            note("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken is not None
+        reread = taken == signal.SIGHUP
+
+
+def _take_signal(seconds: float) -> int:
+    """The one of SIGNALS that comes within SECONDS; 0 where none does."""
+    taken = signal.sigtimedwait(SIGNALS, seconds)
+    # Stopped meanwhile and continued after that time (SIGSTOP, SIGCONT), CPython gives back no signal but stray bytes.
+    return taken.si_signo if taken and taken.si_signo in SIGNALS else 0
 
 
 def restart_lean() -> None:
@@ -3876,7 +3882,7 @@ def show_status(options: argparse.Namespace) -> int:
     try:
         connection.request("GET", "/status.json")
         document = json.loads(connection.getresponse().read())
-        text = json.dumps(document, indent=2) + "\n" if options.json else render_status(document)
+        text = render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
@@ -3885,7 +3891,7 @@ def show_status(options: argparse.Namespace) -> int:
         ) from None
     except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
-    print(text, end="")
+    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
     return 0
 
 
