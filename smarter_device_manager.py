@@ -2539,9 +2539,19 @@ def find_problems(document: Document) -> List[str]:
         problems.append(document["dev_problem"])
     if conf["error"]:
         problems.append(f"the conf file is refused, the rules of {conf['read_at']} stay in force: {conf['error']}")
-    devices = [device for resource in document["resources"] for device in resource["devices"]]
-    problems += _grouped((device["path"], device["problem"]) for device in devices if not device["healthy"])
-    return problems
+    return problems + _grouped(
+        (device["path"], device["problem"] + _told_holders(resource, device))
+        for resource in document["resources"]
+        for device in resource["devices"]
+        if not device["healthy"]
+    )
+
+
+def _told_holders(resource: Document, device: Document) -> str:
+    """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
+    held = (holder["container"] for holder in resource["holders"] or () if holder["device"] == device["path"])
+    containers = list(dict.fromkeys(held))
+    return f", in use by {_named_briefly(containers)}" if containers else ""
 
 
 def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
