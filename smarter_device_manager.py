@@ -2088,9 +2088,10 @@ class KubeletSide:
             self._loop.call_later(LOOK_SECONDS, self._tick, turn + 1)
 
     def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises."""
+        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
         try:
-            self.apply(plan)
+            if not self._done.done():
+                self.apply(plan)
         except Exception as error:
             self._fail(error)
 
