@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
+    Awaitable,
     Callable,
     Dict,
     FrozenSet,
@@ -1847,16 +1848,21 @@ class JsonFormatter(logging.Formatter):
     """A JSON object an event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        document = {
-            "time": utc(record.created),
-            "level": record.levelname.lower(),
-            "event": getattr(record, "event", "log"),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        document = event_of(record)
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
         return json.dumps(document)
+
+
+def event_of(record: logging.LogRecord) -> Dict[str, Any]:
+    """RECORD as a document."""
+    return {
+        "time": utc(record.created),
+        "level": record.levelname.lower(),
+        "event": getattr(record, "event", "log"),
+        "message": record.getMessage(),
+        **getattr(record, "fields", {}),
+    }
 
 
 def utc(seconds: float) -> str:
@@ -2236,9 +2242,10 @@ class KubeletSide:
             self._loop.call_later(LOOK_SECONDS, self._tick, turn + 1)
 
     def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises."""
+        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
         try:
-            self.apply(plan)
+            if not self._done.done():
+                self.apply(plan)
         except Exception as error:
             self._fail(error)
 
@@ -2473,23 +2480,89 @@ class KubeletSide:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status: what is offered, as documents (JSON) and as text. Pure renderers of a plan or a snapshot of the daemon; the
-# documents' keys are a public interface, as are the metrics' names.
+# Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
+# which are pure renderers of that document; last, the small server of them. The document's keys and the metrics' names
+# are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_BYTES = 2 << 20  # longer ones are not looked into: parsing must not keep a gRPC call waiting
+MOST_EVENTS = 100
+EVENTS_SHOWN = 10  # by --status
+MOST_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
+MOST_TURNS_LATE = 10  # of the slower one's, before a thread is said to hang
+REFRESH_SECONDS = 5  # of the page
 
 Document = Dict[str, Any]
 
 
-def describe_plan(plan: Plan, domain: str) -> Document:
+class Moment(NamedTuple):
+    """One moment on both clocks: time.time() and time.monotonic()."""
+
+    wall: float
+    monotonic: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.time(), time.monotonic())
+
+    def utc(self, monotonic: float) -> str:
+        """The time of day at MONOTONIC."""
+        return utc(self.wall - self.monotonic + monotonic)
+
+
+class Figures(NamedTuple):
+    """What the device side says of itself after each turn."""
+
+    beat: float  # time.monotonic() of that
+    conf: str  # the path of the conf file
+    rules: int
+    reloads: int
+    failed_reloads: int
+    read_at: float  # time.time() when the conf file was last found good
+    conf_error: str  # why the conf file as it is now is refused
+    dev_problem: str  # why /dev cannot be looked at
+    scan_seconds: float  # that the last look at /dev took
+
+
+class Link(NamedTuple):
+    """How one resource stands with kubelet."""
+
+    ready: bool = False  # registered, and kubelet's stream is open
+    trouble: str = ""  # why not
+    allocations: int = 0
+    registrations: int = 0
+    refusals: int = 0
+    stream_losses: int = 0
+
+
+class Holder(NamedTuple):
+    """A container that has a slot."""
+
+    slot: str
+    pod: str  # its UID
+    container: str
+
+
+Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+
+
+# The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
+
+
+def describe_plan(plan: Plan, domain: str, moment: Moment) -> Document:
     """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing."""
+    resources = [describe_resource(resource, domain, moment) for resource in plan.resources.values()]
+    return {"resources": resources, **_describe_rest(plan)}
+
+
+def _describe_rest(plan: Plan) -> Document:
     return {
-        "resources": [describe_resource(resource, domain) for resource in plan.resources.values()],
         "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
         "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
     }
 
 
-def describe_resource(resource: Resource, domain: str) -> Document:
+def describe_resource(resource: Resource, domain: str, moment: Moment) -> Document:
     """RESOURCE as a document."""
     return {
         "name": f"{domain}/{resource.name}",
@@ -2502,7 +2575,7 @@ def describe_resource(resource: Resource, domain: str) -> Document:
                 "slots": device.slots,
                 "healthy": not device.problem,
                 "problem": device.problem,
-                "since": utc(time.time() - (time.monotonic() - device.since)),
+                "since": moment.utc(device.since),
                 "numa": list(device.numa),
                 "nodes": [spec._asdict() for spec in device.specs],
                 "env": dict(device.env),
@@ -2516,6 +2589,230 @@ def device_path(device: Device) -> str:
     """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
     has_node = any(part.path == device.path for part in device.parts)
     return f"/dev/{device.path}" if has_node else device.path
+
+
+def describe_offer(resource: Resource, domain: str, moment: Moment, link: Link, holders: Optional[Holders]) -> Document:
+    """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
+    document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
+    if holders is not None:
+        paths = {device.path if resource.pool else "": device_path(device) for device in resource.devices}
+        document["holders"] = [
+            {**holder._asdict(), "device": paths.get(holder.slot.rpartition(":")[0])}
+            for holder in sorted(holders.get(resource.name, ()), key=_slot_order)
+        ]
+        document["in_use"] = len(document["holders"])
+    return document
+
+
+def _slot_order(holder: Holder) -> Tuple[str, int, str]:
+    path, _, number = holder.slot.rpartition(":")
+    return path, len(number), number
+
+
+@dataclass(frozen=True)
+class State:
+    """The daemon at one moment, but for its resources."""
+
+    moment: Moment
+    node: str
+    domain: str
+    plan: Plan
+    figures: Figures
+    beats: Mapping[str, float]  # time.monotonic() of each thread's last turn
+    most_age: float  # of a beat, in seconds
+    is_answering: bool
+    kubelet_restarts: int
+    plugin_dir: str
+    process: Document
+    events: Sequence[Document]
+
+
+def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
+    """The whole document: STATE, and the RESOURCES as describe_offer() has them."""
+    moment, figures = state.moment, state.figures
+    hanging = find_hanging(state.beats, state.most_age, moment.monotonic)
+    document = {
+        "smarter_device_manager": __version__,
+        "node": state.node,
+        "domain": state.domain,
+        "time": utc(moment.wall),
+        "healthy": not hanging,
+        "ready": all(resource["ready"] for resource in resources),
+        "problems": [],
+        "threads": [
+            {"name": name, "seconds_since_turn": moment.monotonic - beat, "most_seconds": state.most_age}
+            for name, beat in state.beats.items()
+        ],
+        "kubelet": {
+            "answering": state.is_answering,
+            "restarts": state.kubelet_restarts,
+            "plugin_dir": state.plugin_dir,
+        },
+        "conf": {
+            "path": figures.conf,
+            "rules": figures.rules,
+            "error": figures.conf_error,
+            "read_at": utc(figures.read_at),
+            "read_at_seconds": figures.read_at,
+            "reloads": figures.reloads,
+            "failed_reloads": figures.failed_reloads,
+        },
+        "dev_problem": figures.dev_problem,
+        "scan_seconds": figures.scan_seconds,
+        "process": state.process,
+        "resources": resources,
+        **_describe_rest(state.plan),
+        "events": state.events,
+    }
+    document["problems"] = hanging + find_problems(document)
+    return document
+
+
+def find_hanging(beats: Mapping[str, float], most_age: float, now: float) -> List[str]:
+    """What to say NOW of each thread of BEATS whose last turn was more than MOST_AGE seconds ago."""
+    ages = {name: now - beat for name, beat in beats.items()}
+    return [f"the {name} hangs: its last turn was {age:.1f} s ago" for name, age in ages.items() if age > most_age]
+
+
+def told_trouble(trouble: str) -> str:
+    """Why a resource is not with kubelet, in words."""
+    return f"not registered with kubelet: {trouble or 'not yet'}"
+
+
+def find_problems(document: Document) -> List[str]:
+    """What is wrong with the offer, in words, the worst first."""
+    conf, kubelet = document["conf"], document["kubelet"]
+    problems = []
+    if not kubelet["answering"]:
+        problems.append(
+            f"kubelet does not answer in {kubelet['plugin_dir']}: no pod can be given a device until it does"
+        )
+    else:
+        unready = [
+            (resource["name"], resource["trouble"]) for resource in document["resources"] if not resource["ready"]
+        ]
+        problems += _grouped((name, told_trouble(trouble)) for name, trouble in unready)
+    if document["dev_problem"]:
+        problems.append(document["dev_problem"])
+    if conf["error"]:
+        problems.append(f"the conf file is refused, the rules of {conf['read_at']} stay in force: {conf['error']}")
+    return problems + _grouped(
+        (device["path"], device["problem"] + _told_holders(resource, device))
+        for resource in document["resources"]
+        for device in resource["devices"]
+        if not device["healthy"]
+    )
+
+
+def _told_holders(resource: Document, device: Document) -> str:
+    """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
+    held = (holder["container"] for holder in resource["holders"] or () if holder["device"] == device["path"])
+    containers = list(dict.fromkeys(held))
+    return f", in use by {_named_briefly(containers)}" if containers else ""
+
+
+def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
+    """A sentence for each problem of the pairs of a name and a problem in FOUND."""
+    groups: Dict[str, List[str]] = {}
+    for name, problem in found:
+        groups.setdefault(problem, []).append(name)
+    return [f"{_named_briefly(names)}: {problem}" for problem, names in groups.items()]
+
+
+def _named_briefly(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+# Who has what: kubelet's checkpoint, an internal file of it.
+
+
+def find_holders(checkpoint: object, domain: str) -> Optional[Holders]:
+    """Who has slots of the resources of DOMAIN, by kubelet's CHECKPOINT; None where it is not of a known shape."""
+    holders: Dict[str, List[Holder]] = {}
+    try:
+        for entry in checkpoint["Data"]["PodDeviceEntries"] or ():  # type: ignore[index]
+            owner, _, name = _told_text(entry["ResourceName"]).partition("/")
+            if owner == domain:
+                pod, container = _told_text(entry["PodUID"]), _told_text(entry["ContainerName"])
+                slots = (Holder(_told_text(slot), pod, container) for slot in _slot_ids(entry["DeviceIDs"]))
+                holders.setdefault(name, []).extend(slots)
+    except (LookupError, TypeError):
+        return None
+    return holders
+
+
+def _slot_ids(value: object) -> List[object]:
+    """The IDs of VALUE: lists by NUMA node, or one list as older kubelets have it. Raises TypeError."""
+    lists = value.values() if isinstance(value, dict) else [value]
+    return [slot for group in lists for slot in _told_list(group)]
+
+
+def _told_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _told_list(value: object) -> List[object]:
+    if value is not None and not isinstance(value, list):  # Go writes an empty list as null
+        raise TypeError("not a list")
+    return value or []
+
+
+class Checkpoint:
+    """kubelet's checkpoint in PLUGIN_DIR, read when asked and if it changed."""
+
+    def __init__(self, plugin_dir: str, domain: str) -> None:
+        self._path = f"{plugin_dir}/kubelet_internal_checkpoint"
+        self._domain = domain
+        self._stamp: Tuple[int, ...] = ()  # of the file that holders are from
+        self._holders: Optional[Holders] = None
+
+    def holders(self) -> Optional[Holders]:
+        """Who has slots of our resources; None where the file is missing, foreign, broken or too long."""
+        try:
+            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+                found = os.fstat(file.fileno())
+                stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+                if stamp != self._stamp:
+                    is_readable = stat.S_ISREG(found.st_mode) and found.st_size <= CHECKPOINT_BYTES
+                    self._holders = self._parse(file.read(CHECKPOINT_BYTES)) if is_readable else None
+                    self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
+        except OSError:
+            return None
+        return self._holders
+
+    def _parse(self, data: bytes) -> Optional[Holders]:
+        try:
+            checkpoint = json.loads(data, parse_int=float)  # a number of a million digits would take int() minutes
+        except (ValueError, RecursionError):
+            return None
+        return find_holders(checkpoint, self._domain)
+
+
+class EventRing(logging.Handler):
+    """The last events, as documents, the newest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: List[Document] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "event"):
+            event = {key: value if type(value) is int else _cut(str(value)) for key, value in event_of(record).items()}
+            self._events = [event, *self._events[: MOST_EVENTS - 1]]
+
+    def events(self) -> Sequence[Document]:
+        """As they are now; the list is replaced, never changed."""
+        return self._events
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_EVENT_TEXT else text[:MOST_EVENT_TEXT] + "..."
+
+
+# Text: for terminals.
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -2538,12 +2835,17 @@ def render_list(document: Document) -> str:
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
+    return text + _render_rest(document)
+
+
+def _render_rest(document: Document) -> str:
+    text = ""
     if document["left_out"]:
-        rows = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
-        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), rows)
+        left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
+        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), left_out)
     if document["unused"]:
-        rows = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
-        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), rows)
+        unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
+        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
     return text
 
 
@@ -2586,6 +2888,711 @@ def _told(device: Document) -> str:
     if nodes and not nodes[0]["container"].startswith(device["path"]):
         told += f" as {nodes[0]['container']}"
     return told
+
+
+def render_status(document: Document) -> str:
+    """What --status prints of a daemon's whole DOCUMENT."""
+    resources, problems = document["resources"], document["problems"]
+    lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {document['time']}"]
+    lines += [f"  - {problem}" for problem in problems]
+    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
+    offered = [
+        (
+            f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
+            resource["name"],
+            "yes" if resource["ready"] else "no",
+            _named_briefly([_told(device) for device in resource["devices"]]),
+        )
+        for resource in resources
+    ]
+    header = ("IN USE", "RESOURCE", "READY", "DEVICE")
+    text += render_table(header, offered) if offered else "No device is offered.\n"
+    held = [
+        (holder["slot"], resource["name"].partition("/")[2], holder["pod"], holder["container"])
+        for resource in resources
+        for holder in resource["holders"] or ()
+    ]
+    if held:
+        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD UID", "CONTAINER"), held)
+    events = [
+        (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
+    ]
+    return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+
+
+# Metrics: Prometheus's text format 0.0.4, by its naming rules.
+
+PREFIX = "smarter_device_manager_"
+Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
+
+# What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
+_REASONS = (
+    ("attributes", r"its .* \(asked for: "),
+    ("link", r"a link |a path through "),
+    ("folder", r"a folder that "),
+    ("file_system", r"another file system"),
+    ("not_a_device", r"a .*, not a device"),
+    ("name_taken", r"its resource's name .* is taken|.*the pool "),
+    ("bad_name", r"its name is not UTF-8|no letter or digit"),
+    ("container_path", r"its path in a container"),
+    ("other", r""),
+)
+
+
+def reason_label(reason: str) -> str:
+    """The value of the label for REASON, of LeftOut."""
+    return next(label for label, pattern in _REASONS if re.match(pattern, reason, re.DOTALL))
+
+
+class Family(NamedTuple):
+    """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
+
+    name: str
+    kind: str
+    told: str
+    read: Callable[[Document], Samples]
+
+
+def _each(key: str) -> Callable[[Document], Samples]:
+    """The value KEY of each resource where it is known."""
+    return lambda document: (
+        ({"resource": resource["name"]}, resource[key])
+        for resource in document["resources"]
+        if resource[key] is not None
+    )
+
+
+def _one(*keys: str) -> Callable[[Document], Samples]:
+    """The one value that KEYS lead to."""
+
+    def read(document: Document) -> Samples:
+        value: Any = document
+        for key in keys:
+            value = value[key]
+        return [({}, value)]
+
+    return read
+
+
+def _devices(document: Document) -> Samples:
+    for resource in document["resources"]:
+        healthy = sum(device["healthy"] for device in resource["devices"])
+        yield {"resource": resource["name"], "state": "present"}, healthy
+        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+
+
+def _left_out(document: Document) -> Samples:
+    counts = {label: 0 for label, _ in _REASONS}
+    for left in document["left_out"]:
+        counts[reason_label(left["reason"])] += 1
+    return [({"reason": label}, count) for label, count in counts.items()]
+
+
+def _build(document: Document) -> Samples:
+    python = ".".join(map(str, sys.version_info[:3]))
+    return [({"version": document["smarter_device_manager"], "python": python}, 1)]
+
+
+FAMILIES = (
+    Family("build_info", "gauge", "1; the labels tell the version.", _build),
+    Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
+    Family(
+        "slots_in_use",
+        "gauge",
+        "Slots that containers have, by kubelet's checkpoint; absent: unknown.",
+        _each("in_use"),
+    ),
+    Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
+    Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
+    Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
+    Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
+    Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
+    Family("kubelet_answering", "gauge", "1 if kubelet answers on its socket.", _one("kubelet", "answering")),
+    Family("kubelet_restarts_total", "counter", "Restarts of kubelet that were seen.", _one("kubelet", "restarts")),
+    Family("conf_reloads_total", "counter", "Times that a changed conf file was taken over.", _one("conf", "reloads")),
+    Family(
+        "conf_refused_total", "counter", "Times that a changed conf file was refused.", _one("conf", "failed_reloads")
+    ),
+    Family(
+        "conf_good",
+        "gauge",
+        "0 if the conf file as it is now is refused.",
+        lambda document: [({}, not document["conf"]["error"])],
+    ),
+    Family(
+        "conf_last_good_timestamp_seconds",
+        "gauge",
+        "When the conf file was last found good.",
+        _one("conf", "read_at_seconds"),
+    ),
+    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
+    Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
+    Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
+    Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
+)
+
+
+def metric_name(family: Family) -> str:
+    """The whole name of FAMILY; those of a process have the names that all Prometheus clients give them."""
+    return family.name if family.name.startswith("process_") else PREFIX + family.name
+
+
+def render_metrics(document: Document) -> Iterator[str]:
+    """DOCUMENT as metrics, line by line."""
+    for family in FAMILIES:
+        name = metric_name(family)
+        yield f"# HELP {name} {family.told}\n# TYPE {name} {family.kind}\n"
+        for labels, value in family.read(document):
+            told = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+            number = int(value) if isinstance(value, (int, bool)) else value
+            yield f"{name}{{{told}}} {number!r}\n" if told else f"{name} {number!r}\n"
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+# The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5f6975; --line: #e1e4e8;
+  --track: #e6e9ed; --used: #2f6fdb; --full: #c77700; --good: #1a7f45; --good-back: #e3f4e9; --bad: #c02b30;
+  --bad-back: #fdecec; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #949fac; --line: #2a313a; --track: #2c343e;
+    --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f; --bad: #ff7f7f; --bad-back: #3a1719; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; }
+h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
+header p { margin: 0; color: var(--dim); flex-basis: 100%; font-size: .87rem; }
+.pill { border-radius: 99px; padding: .15rem .8rem; font-weight: 600; font-size: .9rem; }
+.good { color: var(--good); background: var(--good-back); }
+.bad { color: var(--bad); background: var(--bad-back); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.wrong { border-left: 5px solid var(--bad); padding: .7rem 1rem; margin: 0 0 1.25rem; list-style: none; }
+.wrong li + li { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid var(--line); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0; }
+.facts div { padding: .7rem 1rem; }
+.facts dt { color: var(--dim); font-size: .8rem; }
+.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.facts dd small { display: block; font-size: .78rem; font-weight: 400; color: var(--dim); }
+.row { display: grid; grid-template-columns: 15rem 11rem 1fr; gap: .4rem 1.5rem; padding: .8rem 1rem; }
+.row + .row { border-top: 1px solid var(--line); }
+.row h3 { font-size: 1rem; margin: 0; }
+.row h3 span { font-weight: 400; color: var(--dim); }
+.row ul { list-style: none; margin: 0; padding: 0; }
+.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
+.bar rect { fill: var(--used); }
+.bar.full rect { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: var(--good); }
+.dot.off { background: var(--bad); }
+.why { color: var(--bad); }
+.dim { color: var(--dim); font-size: .87rem; }
+.holder { margin-left: 1.12em; font-size: .87rem; }
+code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
+.list { padding: .3rem 1rem; margin: 0; list-style: none; font-size: .9rem; }
+.list li { display: grid; grid-template-columns: 10rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
+.list li + li { border-top: 1px solid var(--line); }
+.list time, .list .key { color: var(--dim); font-variant-numeric: tabular-nums; }
+footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
+a { color: var(--used); }
+@media (max-width: 44rem) { .row, .list li { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
+"""
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{refresh}">
+<title>{node}: {verdict}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
+cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
+<style nonce="{nonce}">"""
+_TOP = """</style>
+</head>
+<body>
+<header><h1>{node}</h1><span class="pill {mood}">{verdict}</span>
+<p>smarter-device-manager {version}, as of {time}. All times are UTC.</p></header>
+"""
+_FACT = '<div class="card"><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
+_ROW = """<article class="row">
+<h3><span>{domain}/</span>{name}</h3>
+<div>{use}<svg class="bar {full}" role="img" aria-label="{use}"><rect width="{percent}%" height="100%"/></svg></div>
+<ul>
+"""
+_DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{more}</span></li>\n'
+_GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
+<span class="dim">since {since}</span></li>\n'
+_UNREADY = '<li class="why">{trouble}</li>\n'
+_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">in pod <code>{pod}</code>\
+</span></li>\n'
+_ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
+_EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
+_FOOT = """<footer>This page is made anew every {refresh} seconds. The same, for programs: <a href="/status.json">\
+/status.json</a>, <a href="/metrics">/metrics</a>, <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.\
+</footer>
+</body>
+</html>
+"""
+_ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
+
+
+def _fill(template: str, **values: object) -> str:
+    """TEMPLATE with VALUES in their places, each escaped for HTML's text and quoted attributes."""
+    return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
+
+
+def render_page(document: Document, nonce: str) -> Iterator[str]:
+    """DOCUMENT as an HTML page, piece by piece; only a style with NONCE is in force."""
+    problems = document["problems"]
+    count = len(problems)
+    verdict = "all is well" if not problems else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
+    colour, mood = ("%23c02b30", "bad") if problems else ("%231a7f45", "good")
+    node, version = document["node"], document["smarter_device_manager"]
+    yield _fill(_HEAD, refresh=REFRESH_SECONDS, node=node, verdict=verdict, colour=colour, nonce=nonce) + STYLE
+    yield _fill(_TOP, node=node, verdict=verdict, mood=mood, version=version, time=_clock(document["time"], ""))
+    if problems:
+        yield '<ul class="card wrong">\n'
+        yield from (_fill("<li>{problem}</li>\n", problem=problem) for problem in problems)
+        yield "</ul>\n"
+    yield from _page_facts(document)
+    yield "<h2>Resources</h2>\n"
+    if not document["resources"]:
+        yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
+    yield '<section class="card">\n'
+    for resource in document["resources"]:
+        yield "".join(_page_row(resource, document))
+    yield "</section>\n"
+    left_out = ((left["path"], f"{left['reason']} (line {left['line']})") for left in document["left_out"])
+    yield from _page_list("Left out, though a rule names it", left_out)
+    unused = ((f"line {rule['line']}", rule["pattern"]) for rule in document["unused"])
+    yield from _page_list("Rules that matched nothing", unused)
+    yield '<h2>Last events</h2>\n<ol class="card list">\n'
+    yield from (_page_event(event, document["time"]) for event in document["events"])
+    yield "</ol>\n" + _fill(_FOOT, refresh=REFRESH_SECONDS)
+
+
+def _page_facts(document: Document) -> Iterator[str]:
+    resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
+    devices = [device for resource in resources for device in resource["devices"]]
+    present = sum(device["healthy"] for device in devices)
+    in_use = [resource["in_use"] for resource in resources]
+    used = "unknown" if None in in_use else sum(in_use)
+    yield '<dl class="facts">\n'
+    ready = sum(resource["ready"] for resource in resources)
+    yield _fill(_FACT, name="Resources", value=len(resources), more=f"{ready} registered")
+    yield _fill(_FACT, name="Devices", value=len(devices), more=f"{present} present, {len(devices) - present} absent")
+    slots = sum(resource["slots"] for resource in resources)
+    yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
+    answers_told = "answers" if kubelet["answering"] else "does not answer"
+    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{kubelet['restarts']} restarts seen")
+    good_told = "refused" if conf["error"] else "good"
+    read_at = _clock(conf["read_at"], document["time"])
+    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{conf['rules']} rules, read {read_at}")
+    yield "</dl>\n"
+
+
+def _page_row(resource: Document, document: Document) -> Iterator[str]:
+    slots, in_use = resource["slots"], resource["in_use"]
+    use = f"{slots} slots, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+    percent = min(100, 100 * (in_use or 0) // max(slots, 1))
+    domain, _, name = resource["name"].partition("/")
+    yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
+    if not resource["ready"]:
+        yield _fill(_UNREADY, trouble=told_trouble(resource["trouble"]))
+    held = _page_holders(resource["holders"] or ())
+    for device in resource["devices"]:
+        since = _clock(device["since"], document["time"])
+        if device["problem"]:
+            yield _fill(_GONE, path=device["path"], problem=device["problem"], since=since)
+        else:
+            more = f"since {since}, by the rule of line {device['line']}"
+            told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
+            yield _fill(_DEVICE, path=device["path"], more=told)
+        yield from held.pop(device["path"], ())
+    yield from itertools.chain.from_iterable(held.values())
+    yield "</ul>\n</article>\n"
+
+
+def _page_holders(holders: Iterable[Document]) -> Dict[Optional[str], List[str]]:
+    """A line for each container that holds slots, by the path of their device (None: one that is offered no more)."""
+    slots: Dict[Tuple[Optional[str], str, str], List[str]] = {}
+    for holder in holders:
+        slots.setdefault((holder["device"], holder["pod"], holder["container"]), []).append(holder["slot"])
+    lines: Dict[Optional[str], List[str]] = {}
+    for (path, pod, container), ids in slots.items():
+        told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
+        lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
+    return lines
+
+
+def _page_list(title: str, items: Iterable[Tuple[str, str]]) -> Iterator[str]:
+    pieces = [_fill(_ITEM, key=key, told=told) for key, told in items]
+    if pieces:
+        yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
+        yield from pieces
+        yield "</ul>\n"
+
+
+def _page_event(event: Document, now: str) -> str:
+    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
+    more = "; ".join(f"{key} {value}" for key, value in fields.items() if value not in event["message"])
+    return _fill(_EVENT, time=event["time"], clock=_clock(event["time"], now), message=event["message"], more=more)
+
+
+def _clock(time_of_day: str, now: str) -> str:
+    """TIME_OF_DAY, as utc() has it, for people: without the date where that is NOW's."""
+    return time_of_day[11:19] if time_of_day[:10] == now[:10] else f"{time_of_day[:10]} {time_of_day[11:19]}"
+
+
+# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
+
+MOST_CONNECTIONS = 32
+HEAD_BYTES = 8192
+REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
+LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
+ACCEPT_PAUSE = 0.002  # between two clients: a flood of them gets a fraction of the loop's time, kubelet the rest
+ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
+SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
+FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
+
+_PHRASES = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    414: "URI Too Long",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
+_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
+
+
+class Unanswerable(Exception):
+    """A request that gets an error: its status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(_PHRASES[status])
+        self.status = status
+
+
+class Request(NamedTuple):
+    """What a client asks for."""
+
+    method: str  # GET or HEAD
+    path: str
+
+
+class Response(NamedTuple):
+    """What a client is answered."""
+
+    status: int
+    kind: str  # its Content-Type
+    body: bytes  # one object for all who get it: slow readers are to cost no memory
+    policy: str = "default-src 'none'"  # its Content-Security-Policy
+
+
+def parse_request(head: bytes) -> Request:
+    """What the HEAD of an HTTP request asks for (RFC 9112); raises Unanswerable."""
+    first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
+    line = _REQUEST_LINE.fullmatch(first)
+    if not line:
+        raise Unanswerable(400)
+    if line[3] != b"1":
+        raise Unanswerable(505)
+    headers = [_HEADER_LINE.fullmatch(other) for other in others]
+    names = [header[1].lower() for header in headers if header]
+    hosts = names.count(b"host")
+    if len(names) < len(headers) or hosts > 1 or (hosts == 0 and line[4] != b"0"):
+        raise Unanswerable(400)
+    if line[1] not in (b"GET", b"HEAD"):
+        raise Unanswerable(405)
+    path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
+    return Request(line[1].decode(), path or "/")
+
+
+def plain(status: int, lines: Iterable[str]) -> Response:
+    """LINES as a plain text."""
+    return Response(status, "text/plain; charset=utf-8", "".join(f"{line}\n" for line in lines).encode())
+
+
+def failure(status: int) -> Response:
+    """The answer to what gets none."""
+    return plain(status, [f"{status} {_PHRASES[status]}"])
+
+
+def format_head(response: Response, now: float) -> bytes:
+    """All of RESPONSE but its body as bytes to send, dated NOW."""
+    head = [
+        f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
+        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(now))}",
+        f"Content-Type: {response.kind}",
+        f"Content-Length: {len(response.body)}",
+        f"Content-Security-Policy: {response.policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options: nosniff",
+        "Referrer-Policy: no-referrer",
+        "Cache-Control: no-store",
+        *(["Allow: GET, HEAD"] if response.status == 405 else []),
+        "Connection: close",
+    ]
+    return "\r\n".join([*head, "", ""]).encode()
+
+
+async def in_slices(items: Iterable[T]) -> List[T]:
+    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    done = []
+    end = time.monotonic() + SLICE_SECONDS
+    for item in items:
+        done.append(item)
+        if time.monotonic() >= end:
+            await asyncio.sleep(0)
+            end = time.monotonic() + SLICE_SECONDS
+    return done
+
+
+async def encoded(pieces: Iterable[str]) -> bytes:
+    """PIECES as one text, put together in slices."""
+    return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
+
+
+def listen(address: Tuple[str, int]) -> socket.socket:
+    """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
+    host, port = address
+    try:
+        if host in ("", "::") and socket.has_dualstack_ipv6():
+            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", "") or error
+        raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def tell_address(address: Tuple[Any, ...]) -> str:
+    """ADDRESS as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _read_request(connection: socket.socket) -> Request:
+    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
+    loop = asyncio.get_running_loop()
+    data = b""
+    while b"\n\r\n" not in data and b"\n\n" not in data:
+        if len(data) >= HEAD_BYTES:
+            raise Unanswerable(431 if b"\n" in data else 414)
+        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
+        data += chunk
+        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
+            raise Unanswerable(400)
+    return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
+
+
+async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
+    """Send DATA and end; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
+    loop = asyncio.get_running_loop()
+    for part in data:
+        await loop.sock_sendall(connection, part)
+    connection.shutdown(socket.SHUT_WR)
+    room = LINGER_BYTES
+    while room > 0:
+        chunk = await loop.sock_recv(connection, room)
+        room -= len(chunk) or room
+
+
+def _process_start() -> float:
+    """When this process started, as time.time() has it; proc(5) tells it in ticks since the machine's start."""
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class StatusServer:
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
+
+    def __init__(
+        self, listener: socket.socket, side: KubeletSide, node: str, interval: float, plan: Plan, figures: Figures
+    ) -> None:
+        self.plan = plan
+        self.figures = figures
+        self.events = EventRing()
+        self._listener = listener
+        self._side = side
+        self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
+        self._node = node
+        self._most_age = MOST_TURNS_LATE * max(interval, LOOK_SECONDS)  # the kubelet side turns once in LOOK_SECONDS
+        self._started = _process_start()
+        self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+        self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
+        self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    log.debug("cannot accept a connection to the status page: %s", error.strerror)
+                    await asyncio.sleep(ERROR_PAUSE)
+                    continue
+                self._welcome(connection)
+                await asyncio.sleep(ACCEPT_PAUSE)
+        finally:
+            self._listener.close()
+            for task in (*self._connections, *self._made.values()):
+                task.cancel()
+
+    def _welcome(self, connection: socket.socket) -> None:
+        """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
+        if len(self._connections) >= MOST_CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+        task = asyncio.ensure_future(self._talk(connection))
+        self._connections[task] = None
+        task.add_done_callback(lambda _: connection.close())
+        task.add_done_callback(lambda _: self._connections.pop(task, None))
+
+    async def _talk(self, connection: socket.socket) -> None:
+        """Answer one request, whatever the client does."""
+        with_body = True
+        try:
+            try:
+                request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
+                with_body = request.method != "HEAD"
+                response = await self._respond(request.path)
+            except Unanswerable as error:
+                response = failure(error.status)
+            except asyncio.TimeoutError:
+                response = failure(408)
+            data = [format_head(response, time.time()), *([response.body] if with_body else [])]
+            await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
+        except (OSError, asyncio.TimeoutError) as error:
+            log.debug("a client of the status page went or was too slow: %s", error)
+
+    async def _respond(self, path: str) -> Response:
+        try:
+            if path in self._probes:
+                return self._probes[path]()
+            if path in self._views:
+                return await self._shared(path, self._views[path])
+        except Exception:
+            log.critical("the status page failed; this is a bug", exc_info=True)
+            return failure(500)
+        return failure(404)
+
+    def _healthz(self) -> Response:
+        hanging = find_hanging(self._beats(), self._most_age, time.monotonic())
+        return plain(503 if hanging else 200, hanging or ["ok"])
+
+    def _beats(self) -> Mapping[str, float]:
+        return {"device side": self.figures.beat, "kubelet side": self._side.beat}
+
+    def _readyz(self) -> Response:
+        links = {name: self._link(name) for name in self.plan.resources}
+        unready = [
+            f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
+            for name, link in links.items()
+            if not link.ready
+        ]
+        return plain(503 if unready else 200, unready or ["ok"])
+
+    def _link(self, name: str) -> Link:
+        """How the resource NAME stands with kubelet."""
+        session = self._side.sessions.get(name)
+        if session is None:
+            return Link()
+        return Link(
+            ready=session.is_ready,
+            trouble="" if session.is_ready else session.trouble,
+            allocations=session.plugin.allocations,
+            registrations=session.registrations,
+            refusals=session.refusals,
+            stream_losses=session.stream_losses,
+        )
+
+    async def _metrics(self) -> Response:
+        body = await encoded(render_metrics(await self._document()))
+        return Response(200, "text/plain; version=0.0.4; charset=utf-8", body)
+
+    async def _json(self) -> Response:
+        body = await encoded(json.JSONEncoder(indent=1).iterencode(await self._document()))
+        return Response(200, "application/json", body)
+
+    async def _page(self) -> Response:
+        nonce = os.urandom(16).hex()
+        body = await encoded(render_page(await self._document(), nonce))
+        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:"
+        return Response(200, "text/html; charset=utf-8", body, policy)
+
+    async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
+        """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
+        if not self._made:
+            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
+        if key not in self._made:
+            self._made[key] = asyncio.ensure_future(make())
+        made: T = await asyncio.shield(self._made[key])
+        return made
+
+    def _forget(self) -> None:
+        self._made = {}
+
+    async def _document(self) -> Document:
+        return await self._shared("", self._describe)
+
+    async def _describe(self) -> Document:
+        state, side = self._state(), self._side
+        links = {name: self._link(name) for name in state.plan.resources}
+        holders = self._checkpoint.holders()
+        offers = (
+            describe_offer(resource, side.domain, state.moment, links[name], holders)
+            for name, resource in state.plan.resources.items()
+        )
+        return describe_daemon(state, await in_slices(offers))
+
+    def _state(self) -> State:
+        side = self._side
+        return State(
+            moment=Moment.now(),
+            node=self._node,
+            domain=side.domain,
+            plan=self.plan,
+            figures=self.figures,
+            beats=self._beats(),
+            most_age=self._most_age,
+            is_answering=side.is_answering,
+            kubelet_restarts=side.kubelet_restarts,
+            plugin_dir=side.plugin_dir,
+            process={
+                "resident_memory_bytes": _resident_bytes(),
+                "cpu_seconds": time.process_time(),
+                "start_time_seconds": self._started,
+            },
+            events=self.events.events(),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2721,6 +3728,8 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
+DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
+STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -2733,6 +3742,7 @@ class DeviceSide:
         self.conf_error = ""
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() of the last good conf
+        self.scan_seconds = 0.0  # that the last look at /dev took
         self._conf = conf
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
@@ -2781,6 +3791,20 @@ class DeviceSide:
         plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
         return [*plans, self._make_plan(self.snapshot)]
 
+    def figures(self) -> Figures:
+        """What there is to say of it after a turn."""
+        return Figures(
+            beat=time.monotonic(),
+            conf=self._conf,
+            rules=len(self.rules),
+            reloads=self.reloads,
+            failed_reloads=self.failed_reloads,
+            read_at=self.read_at,
+            conf_error=self.conf_error,
+            dev_problem=self._dev_problem,
+            scan_seconds=self.scan_seconds,
+        )
+
     def _forget(self) -> None:
         """Drop what is remembered of names and nodes that are no more."""
         self._matcher.forget(self.snapshot.entries.keys() | self._sightings.keys())
@@ -2790,6 +3814,7 @@ class DeviceSide:
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
         before = self.snapshot
+        started = time.monotonic()
         try:
             self.snapshot, flapped = self._scanner.scan(full)
             problem = ""
@@ -2799,6 +3824,7 @@ class DeviceSide:
         if problem and problem != self._dev_problem:
             note("dev-lost", problem, logging.ERROR)
         self._dev_problem = problem
+        self.scan_seconds = time.monotonic() - started
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
@@ -2876,30 +3902,53 @@ def tell_changes(old: Plan, new: Plan) -> None:
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: a loop, and the KubeletSide that runs on it."""
+    """The gRPC thread: a loop, and the KubeletSide and the StatusServer, if there is one, that run on it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
+        self.side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
+        self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._side.run())
+            self._loop.run_until_complete(self._serve())
         except BaseException:
             self.has_failed = True
             log.critical("the kubelet side failed; this is a bug", exc_info=True)
             os.kill(os.getpid(), signal.SIGTERM)  # for the main thread to end too
 
+    async def _serve(self) -> None:
+        """Run both until one of them ends; then end the other. Raises what went wrong."""
+        tasks = [asyncio.ensure_future(self.side.run())]
+        if self.status:
+            tasks.append(asyncio.ensure_future(self.status.run()))
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for task in done:
+            task.result()
+
     def send(self, plan: Plan) -> None:
         """Have the kubelet side apply PLAN."""
-        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+        self._loop.call_soon_threadsafe(self._take, plan)
+
+    def _take(self, plan: Plan) -> None:
+        self.side.deliver(plan)
+        if self.status:
+            self.status.plan = plan
+
+    def report(self, figures: Figures) -> None:
+        """Have the status server tell FIGURES from now on."""
+        if self.status:
+            self._loop.call_soon_threadsafe(setattr, self.status, "figures", figures)
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
-        self._loop.call_soon_threadsafe(self._side.stop)
+        self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
 
 
@@ -2934,6 +3983,7 @@ def serve(options: argparse.Namespace) -> int:
     devices.start()
     load_grpc()
     thread = KubeletThread(options)
+    thread.status = _open_status(options, devices, thread.side)
     thread.start()
     note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
     tell_changes(EMPTY_PLAN, devices.plan)
@@ -2947,6 +3997,22 @@ def serve(options: argparse.Namespace) -> int:
     return int(thread.has_failed)
 
 
+def _open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> Optional[StatusServer]:
+    """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
+    if not options.listen:
+        return None
+    try:
+        listener = listen(options.listen)
+    except Problem as problem:
+        note("not-listening", f"{problem}; going on without a status page", logging.ERROR)
+        return None
+    node = os.environ.get("NODE_NAME") or socket.gethostname()
+    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.figures())
+    log.addHandler(status.events)
+    note("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
+    return status
+
+
 def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
     """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
     reread = False
@@ -2957,11 +4023,19 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             tell_changes(old, plan)
             thread.send(plan)
             old = plan
-        taken = signal.sigtimedwait(SIGNALS, max(0.0, due - time.monotonic()))
-        if taken and taken.si_signo != signal.SIGHUP:
-            note("stopping", f"stopping: {signal.Signals(taken.si_signo).name}")
+        thread.report(devices.figures())
+        taken = _take_signal(max(0.0, due - time.monotonic()))
+        if taken in (signal.SIGTERM, signal.SIGINT):
+            note("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken is not None
+        reread = taken == signal.SIGHUP
+
+
+def _take_signal(seconds: float) -> int:
+    """The one of SIGNALS that comes within SECONDS; 0 where none does."""
+    taken = signal.sigtimedwait(SIGNALS, seconds)
+    # Stopped meanwhile and continued after that time (SIGSTOP, SIGCONT), CPython gives back no signal but stray bytes.
+    return taken.si_signo if taken and taken.si_signo in SIGNALS else 0
 
 
 def restart_lean() -> None:
@@ -3024,8 +4098,32 @@ def show_list(options: argparse.Namespace) -> int:
         return show_attributes(options)
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
-    document = describe_plan(devices.plan, options.domain)
+    document = describe_plan(devices.plan, options.domain, Moment.now())
     print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    return 0
+
+
+def show_status(options: argparse.Namespace) -> int:
+    """--status: print what a running daemon says of itself."""
+    address = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
+    host, port = ("127.0.0.1" if address[0] in ("", "0.0.0.0", "::") else address[0]), address[1]
+    where = tell_address((host, port))
+    import http.client  # here only: a daemon has no use for it
+
+    connection = http.client.HTTPConnection(host, port, timeout=STATUS_SECONDS)
+    try:
+        connection.request("GET", "/status.json")
+        document = json.loads(connection.getresponse().read())
+        text = render_status(document)
+    except (OSError, UnicodeError) as error:
+        raise Problem(
+            f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
+            f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
+            f"kubectl -n kube-system port-forward POD {port}"
+        ) from None
+    except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
+        raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
+    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
     return 0
 
 
@@ -3132,17 +4230,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add(parser, "--log-format", "FORMAT", _log_format, "text", "text or json, one line an event")
     _add(
-        parser, "--listen", "ADDRESS:PORT", _address, "", "serve health, metrics and a status page there (default: off)"
+        parser,
+        "--listen",
+        "ADDRESS:PORT",
+        _listen_address,
+        "",
+        "serve health, metrics and a status page there (default: off)",
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
     modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
     modes.add_argument(
-        "--status", nargs="?", const="", metavar="ADDRESS", help="print what a running daemon says, and exit"
+        "--status",
+        nargs="?",
+        const=True,
+        type=_argument(_address),
+        metavar="ADDRESS:PORT",
+        help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
-    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
+    parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
     return parser
 
@@ -3157,23 +4265,28 @@ def _add(
     *others: str,
 ) -> None:
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
-
     given = os.environ.get(variable)
+    parser.add_argument(
+        option,
+        *others,
+        metavar=metavar,
+        type=_argument(read, variable, given),
+        default=given or default,
+        help=(told + (f" (default: {default})" if default else "")).replace("%", "%%"),
+    )
+
+
+def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[str] = None) -> Callable[[str], Any]:
+    """READ for argparse, which shows only errors of its own kind in full; GIVEN is what the environment has."""
 
     def convert(text: str) -> Any:
         try:
             return read(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}{f' (from {variable})' if text is given else ''}") from None
+            where = f" (from {variable})" if text is given else ""
+            raise argparse.ArgumentTypeError(f"{error}{where}") from None
 
-    parser.add_argument(
-        option,
-        *others,
-        metavar=metavar,
-        type=convert,
-        default=given or default,
-        help=(told + (f" (default: {default})" if default else "")).replace("%", "%%"),
-    )
+    return convert
 
 
 def _seconds(text: str) -> float:
@@ -3208,9 +4321,11 @@ def _log_format(text: str) -> str:
     return text
 
 
-def _address(text: str) -> Optional[Tuple[str, int]]:
-    if not text:
-        return None
+def _listen_address(text: str) -> Optional[Tuple[str, int]]:
+    return _address(text) if text else None
+
+
+def _address(text: str) -> Tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
         raise ValueError(f'"{text}" is no ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
@@ -3228,10 +4343,12 @@ def main() -> int:
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    modes = {"check": check, "list": show_list, "dry_run": dry_run}
+    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
     level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
-    logging.basicConfig(level=level, handlers=[handler])
+    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
+    logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
     if mode is serve:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on, in every thread: taken by sigtimedwait
         if __name__ == "__main__" and __spec__ is None:
