@@ -284,6 +284,7 @@ COMMANDS = {
     r"python3 -m venv .* --dry-run": RUN_BY_CI,
     r"python3 -m venv .*pytest.*": RUN_BY_CI,
     r"python3 smarter_device_manager.py --list": "test_what_the_readme_runs_on_a_bare_python",
+    r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0": "test_the_attributes_of_a_device_are_shown",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
     r"sudo (k3s|k0s|microk8s) ctr images? import image\.tar": CANNOT + "no such Kubernetes",
     r"sudo ctr -n k8s\.io images import image\.tar": CANNOT + "no containerd",
