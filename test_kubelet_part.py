@@ -671,7 +671,7 @@ def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Witness,
     kubelet.opens_streams = False
     offer(node, "null")
     daemon = start()
-    wait_for(lambda: kubelet.registrations)
+    wait_for(lambda: any(task.done() for task in list(kubelet._watchers.values())))  # it has opened none
     kubelet.opens_streams = True
     kubelet.wait_for("null", Healthy=1)
     first, second = kubelet.times("null")
