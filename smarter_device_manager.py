@@ -1100,7 +1100,8 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    meanwhile makes this fail, but cannot lead it out of /dev. What comes of it is a path free of links, for the
+    container runtime opens it later and by itself. Raises OSError where /dev cannot be looked at.
     """
 
     def __init__(self, dev_dir: str) -> None:

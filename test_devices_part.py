@@ -1614,6 +1614,15 @@ def test_a_pool_with_the_name_of_a_device_that_is_plugged_in_later_is_an_error_w
     assert left(plan) == {"video1": str(error)}
 
 
+def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error_wherever_that_is() -> None:
+    conf = "- {devicematch: ^cam, resource: net tun}\n- devicematch: x\n- devicematch: ^net/tun$\n"
+    with pytest.raises(sdm.ConfigError) as caught:
+        sdm.parse_rules(conf)
+    assert caught.value.line == 1
+    assert 'the pool "net_tun" has the name of the device /dev/net/tun, which line 3 offers' in caught.value.message
+    sdm.parse_rules(conf + "- {devicematch: tun$, resource: tunnel}\n")  # so the last rule that names it is another
+
+
 @needs_root
 def test_such_a_conf_is_refused_at_the_start_and_told_when_it_happens_later(node: Node) -> None:
     conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
@@ -2283,3 +2292,34 @@ def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, ku
             kubelet.gives(name)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert caught.value.details() == f"smarter-devices/{name}: {told}"
+
+
+@needs_root
+def test_a_dev_that_cannot_be_seen_for_a_while(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    daemon = start()
+    kubelet.wait_for("video0", Healthy=1)
+    node.dev.rename(node.root / "away")
+    kubelet.wait_for("video0", Unhealthy=1)
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take("video0", "0")
+    assert caught.value.details() == "smarter-devices/video0: cannot look at /dev: No such file or directory"
+    (node.root / "away").rename(node.dev)
+    kubelet.wait_for("video0", Healthy=1)
+    assert daemon.log.count(f"cannot look at {node.dev}: No such file or directory") == 1
+
+
+def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    side = device_side(node, "- devicematch: ^bus/\n")
+    side.start()
+    for number in range(200):
+        build(node.dev, {f"bus/{number}": "file"})
+        side.turn()
+        node.unplug(f"bus/{number}")
+    assert left(side.plan) == {"bus/199": "a plain file, not a device"}
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert left(side.plan) == {}
+    assert len(side._matcher._matches) <= 3 and not side._sightings
