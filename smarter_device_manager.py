@@ -2856,7 +2856,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
-        f"- devicematch: {_yaml_quoted(f'^{printable(_escaped(path))}$')}",
+        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
@@ -2868,8 +2868,9 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
 
 
 def _escaped(text: str) -> str:
-    """The expression of a rule that matches TEXT only."""
-    return re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
+    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
+    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
+    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
 
 
 def _yaml_quoted(text: str) -> str:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import socket
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from test_smarter_device_manager import *  # noqa: F403
@@ -1294,6 +1294,7 @@ def test_each_block_of_attributes_is_a_rule_that_holds(board: Board) -> None:
 @given(
     st.dictionaries(st.text(min_size=1), st.text(min_size=1), min_size=1, max_size=3), st.text(min_size=1, max_size=9)
 )
+@example({"name": "value"}, "cam\n\x1b\U00018d090")
 def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, str], path: str) -> None:
     telling = {name: value for name, value in attributes.items() if value.isprintable() and name.isprintable()}
     text = sdm.render_attributes(path, [("/sys/devices/x", telling)] if telling else [])
@@ -1883,7 +1884,7 @@ def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
             assert nodes == {f"/dev/{name}": f"/dev/{name}"}
 
 
-def example(name: str) -> str:
+def readme_conf(name: str) -> str:
     """The conf that README.md shows after <!-- example: NAME -->."""
     found = re.search(rf"<!-- example: {name} -->\n```yaml\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert found, name
@@ -2105,7 +2106,7 @@ def test_the_examples_of_the_readme_find_what_they_say(
     board: Board,
 ) -> None:
     made(board)
-    plan = board.plan(example(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    plan = board.plan(readme_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
     snapshot = snapshot_of(board.tree)
     assert {
         f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
@@ -2141,7 +2142,7 @@ def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
 ) -> None:
     made(board)
     build(board.node.dev, board.tree)
-    board.node.rules(example(name))
+    board.node.rules(readme_conf(name))
     document = json.loads(board.node.run("--list", "--json").stdout)
     listed_there = {
         f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
