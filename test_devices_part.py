@@ -1291,9 +1291,10 @@ def test_each_block_of_attributes_is_a_rule_that_holds(board: Board) -> None:
         assert listed(plan) == {"ttyUSB0": ["ttyUSB0"]}
 
 
-@given(
-    st.dictionaries(st.text(min_size=1), st.text(min_size=1), min_size=1, max_size=3), st.text(min_size=1, max_size=9)
-)
+FILE_NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda name: name not in (".", ".."))
+
+
+@given(st.dictionaries(FILE_NAMES, st.text(min_size=1), min_size=1, max_size=3), FILE_NAMES)
 @example({"name": "value"}, "cam\n\x1b\U00018d090")
 def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, str], path: str) -> None:
     telling = {name: value for name, value in attributes.items() if value.isprintable() and name.isprintable()}
