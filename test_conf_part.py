@@ -991,6 +991,50 @@ def test_an_edit_that_keeps_size_and_time_is_followed(node: Node, kubelet: Kubel
     kubelet.wait_for("nvidia-gpu0", Healthy=7)
 
 
+def alike(path: Path) -> tuple[int, int, int]:
+    """What two files must have in common to be told apart by their identity alone."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def test_two_edits_within_one_tick_of_the_clock_are_followed(node: Node) -> None:
+    for attempt in range(500):
+        node.conf.write_text("- devicematch: ^a$\n")
+        side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
+        side.start()
+        before = alike(node.conf)
+        node.conf.write_text(f"- devicematch: ^{attempt % 10}$\n")
+        if alike(node.conf) == before:
+            side.turn()
+            assert [rule.pattern for rule in side.rules] == [f"^{attempt % 10}$"]
+            return
+    pytest.skip("the times of this file system tell any two edits apart")
+
+
+def test_a_swap_to_a_file_of_the_same_size_and_times_is_followed(
+    node: Node, kubelet: Kubelet, start: Callable[..., Daemon]
+) -> None:
+    node.sysfs("gpu.0", {})
+    files = [node.root / "old.yaml", node.root / "new.yaml"]
+    for _ in range(500):
+        for slots, path in enumerate(files, 1):
+            path.write_text(GPU_RULE.format(slots))
+        for path in files:
+            os.utime(path, (1e9, 1e9))
+        if alike(files[0]) == alike(files[1]):
+            break
+    else:
+        pytest.skip("the times of this file system tell any two files apart")
+    node.conf.symlink_to("old.yaml")
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    turns(daemon, 5)
+    link = node.root / "link"
+    link.symlink_to("new.yaml")
+    link.rename(node.conf)
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+
+
 def test_a_configmap_is_followed_by_its_link_swap(node: Node, kubelet: Kubelet, start: Callable[..., Daemon]) -> None:
     node.sysfs("gpu.0", {})
     folder = node.root / "config"
