@@ -997,20 +997,6 @@ def alike(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def test_two_edits_within_one_tick_of_the_clock_are_followed(node: Node) -> None:
-    for attempt in range(500):
-        node.conf.write_text("- devicematch: ^a$\n")
-        side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
-        side.start()
-        before = alike(node.conf)
-        node.conf.write_text(f"- devicematch: ^{attempt % 10}$\n")
-        if alike(node.conf) == before:
-            side.turn()
-            assert [rule.pattern for rule in side.rules] == [f"^{attempt % 10}$"]
-            return
-    pytest.skip("the times of this file system tell any two edits apart")
-
-
 def test_a_swap_to_a_file_of_the_same_size_and_times_is_followed(
     node: Node, kubelet: Kubelet, start: Callable[..., Daemon]
 ) -> None:
