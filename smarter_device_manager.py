@@ -997,6 +997,8 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
+    if not real:
+        raise NotADevice("a link to /dev itself")
     entry = tree.look(real)
     if entry is None:
         raise NotADevice("it is gone")
@@ -4215,6 +4217,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog="smarter_device_manager.py",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
