@@ -3616,9 +3616,17 @@ class Client:
         self.endpoint = endpoint
         self.options = options
         self.stub = rpc.DevicePluginStub(channel)
-        self.channel = channel
         self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
         self.is_open = True  # whether the stream is
+        self.stream: Optional[grpc.aio.UnaryStreamCall] = None
+        self._channel = channel
+
+    async def disconnect(self) -> None:
+        """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
+        self.is_open = False
+        if self.stream:
+            self.stream.cancel()
+        await self._channel.close()
 
 
 class StandInKubelet:
@@ -3681,18 +3689,16 @@ class StandInKubelet:
 
     async def _watch(self, client: Client) -> None:
         """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
-            async for message in client.stub.ListAndWatch(pb.Empty()):
+            async for message in client.stream:
                 client.lists.append({device.ID: device for device in message.devices})
         except grpc.RpcError as error:
             log.debug("the stream of %s ended: %s", client.name, error.code())
         finally:
-            client.is_open = False
             self._watchers.pop(client, None)
-            newest = self.clients.get(client.name, client)
-            newest.is_open = False
-            await newest.channel.close()
-            await client.channel.close()
+            await client.disconnect()
+            await self.clients.get(client.name, client).disconnect()
 
     def devices(self, name: str) -> Mapping[str, str]:
         """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""

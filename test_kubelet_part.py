@@ -64,14 +64,14 @@ class Witness(Kubelet):
     async def _disconnect_after_list(self, client: sdm.Client) -> None:
         while not client.lists:
             await asyncio.sleep(0.01)
-        await client.channel.close()
+        await client.disconnect()
 
     def client(self, resource: str) -> sdm.Client:
         return self.clients[self.name(resource)]
 
     def end_stream(self, resource: str) -> None:
         """Disconnect from RESOURCE, as kubelet does when something goes wrong."""
-        self.do(self.client(resource).channel.close())
+        self.do(self.client(resource).disconnect())
 
     def times(self, resource: str) -> list[float]:
         """When RESOURCE was registered, or tried to be."""
