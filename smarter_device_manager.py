@@ -1589,6 +1589,11 @@ def sight(
     return new, left_out
 
 
+def retirements(sightings: Sightings) -> Iterator[float]:
+    """When each device of SIGHTINGS that is gone is to be offered no more."""
+    return (sighting.since + RETIRE_SECONDS for sighting in sightings.values() if sighting.problem)
+
+
 def _named(path: str, sighting: Sighting, matcher: Matcher) -> Named:
     """The rules that name the device that was sighted at PATH."""
     return matcher(path) if sighting.nodes else matcher.gpu(path)
@@ -3790,7 +3795,6 @@ class DeviceSide:
         now = time.monotonic()
         full = reread or now >= self._next_full_look
         if full:
-            self._next_full_look = now + FULL_LOOK_SECONDS
             self._gpus = self._sysfs.tegra_gpus()
         has_new_rules = self._reload(reread)
         flapped, has_changed = self._look(full)
@@ -3799,7 +3803,10 @@ class DeviceSide:
         if not (has_new_rules or has_changed or full or self._sysfs.has_news()):
             return []
         plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
-        return [*plans, self._make_plan(self.snapshot)]
+        plans.append(self._make_plan(self.snapshot))
+        if full:
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *retirements(self._sightings)])
+        return plans
 
     def figures(self) -> Figures:
         """What there is to say of it after a turn."""

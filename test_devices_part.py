@@ -1731,7 +1731,24 @@ def test_a_device_that_is_gone_for_ten_minutes_is_retired() -> None:
     assert looks.look(2200, conf) == {}
 
 
-def test_a_device_that_no_rule_names_any_more_is_retired_at_once() -> None:
+@needs_root
+def test_a_device_is_retired_when_its_time_is_over_and_not_at_some_later_look(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdm, "RETIRE_SECONDS", 1.0)
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
+    side.start()
+    node.unplug("video0")
+    wait_for(lambda: side.turn() and side.plan.resources["video0"].devices[0].problem)
+    went = side.plan.resources["video0"].devices[0].since
+    side.turn(True)  # the next full look, by itself, is a minute away
+    wait_for(lambda: side.turn() and not side.plan.resources)
+    assert 1.0 <= time.monotonic() - went < 20.0
+
+
+def test_what_no_rule_names_any_more_leaves_the_plan_at_once() -> None:
     looks = Looks()
     looks.look(0, "- devicematch: ^video\n", ["video0", "video1"], ["0"])
     assert looks.look(1, "- devicematch: ^video\n", ["video0"]) == {"video0": "", "video1": "it is gone"}
