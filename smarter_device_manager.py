@@ -3466,8 +3466,11 @@ class StatusServer:
                 await asyncio.sleep(ACCEPT_PAUSE)
         finally:
             self._listener.close()
-            for task in (*self._connections, *self._made.values()):
+            tasks = [*self._connections, *self._made.values()]
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
         """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
@@ -3954,6 +3957,8 @@ class KubeletThread(threading.Thread):
         """Have the kubelet side end, and wait for that; not for long."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
+        if not self.is_alive():
+            self._loop.close()  # or Python may take it apart in an order that it complains of
 
 
 def check_plugin_dir(path: str) -> None:

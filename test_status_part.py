@@ -1302,7 +1302,7 @@ def test_status_prints_a_running_daemons_state(
     served.daemon.hang_up()
     wait_for(lambda: served.document()["problems"])
     told = node.run("--status", served.address).stdout
-    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone\n", told)
+    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by detect\n", told)
 
 
 def test_status_looks_where_listen_says(node: Node, served: Status) -> None:
