@@ -1311,6 +1311,13 @@ def test_status_looks_where_listen_says(node: Node, served: Status) -> None:
     assert node.run("--status", env={**os.environ, "SMARTER_DEVICE_MANAGER_LISTEN": served.address}).returncode == 0
 
 
+def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> None:
+    """The image has no http, email or urllib (Dockerfile); kubectl exec POD -- ... --status is to work in it."""
+    run = node.run("--status", served.address, env={**os.environ, "PYTHONVERBOSE": "1"})
+    assert run.returncode == 0
+    assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
+
+
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
