@@ -3471,8 +3471,11 @@ class StatusServer:
                 await asyncio.sleep(ACCEPT_PAUSE)
         finally:
             self._listener.close()
-            for task in (*self._connections, *self._made.values()):
+            tasks = [*self._connections, *self._made.values()]
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
         """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
@@ -3967,6 +3970,8 @@ class KubeletThread(threading.Thread):
         """Have the kubelet side end, and wait for that; not for long."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
+        if not self.is_alive():
+            self._loop.close()  # or Python may take it apart in an order that it complains of
 
 
 def check_plugin_dir(path: str) -> None:
@@ -4122,26 +4127,33 @@ def show_list(options: argparse.Namespace) -> int:
 
 def show_status(options: argparse.Namespace) -> int:
     """--status: print what a running daemon says of itself."""
-    address = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
-    host, port = ("127.0.0.1" if address[0] in ("", "0.0.0.0", "::") else address[0]), address[1]
-    where = tell_address((host, port))
-    import http.client  # here only: a daemon has no use for it
-
-    connection = http.client.HTTPConnection(host, port, timeout=STATUS_SECONDS)
+    host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
+    address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
+    where = tell_address(address)
     try:
-        connection.request("GET", "/status.json")
-        document = json.loads(connection.getresponse().read())
-        text = render_status(document)
+        body = _fetch(address, "/status.json")
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
             f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
-    except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
+    try:
+        document = json.loads(body)
+        text = render_status(document)
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
     print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
     return 0
+
+
+def _fetch(address: Tuple[str, int], path: str) -> bytes:
+    """What the status server at ADDRESS has under PATH; empty where it has nothing there. Raises OSError."""
+    with socket.create_connection(address, STATUS_SECONDS) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        with connection.makefile("rb") as file:
+            head, _, body = file.read().partition(b"\r\n\r\n")
+    return body if head.startswith(b"HTTP/1.1 200 ") else b""
 
 
 def check(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from test_smarter_device_manager import *  # noqa: F403
 from test_smarter_device_manager import (
+    HERE,
     PATIENCE,
     Any,
     Callable,
@@ -371,7 +372,7 @@ def test_events_are_told_newest_first_and_no_more_than_100(node: Node, served: S
         return [event["event"] for event in served.document()["events"]]
 
     wait_for(lambda: "registered" in events())
-    assert events()[-3:] == ["plugged", "started", "listening"]
+    assert [event for event in events() if "kubelet" not in event] == ["registered", "plugged", "started", "listening"]
     node.rules("- devicematch: [\n")
     wait_for(lambda: events()[0] == "conf-refused")
     node.rules(GPUS + "# better\n")
@@ -978,6 +979,40 @@ def test_it_serves_without_modules_that_it_has_no_use_for(
     }
 
 
+def broken_daemon(node: Node, fault: str) -> Daemon:
+    """A daemon with FAULT, a statement that is run before all else; so its log may show a traceback."""
+    driver = node.root / "driver.py"
+    driver.write_text(
+        f"import smarter_device_manager as sdm, sys\ndef fail(*_):\n    raise KeyError('nobody foresaw this')\n"
+        f"{fault}\nsys.exit(sdm.main())\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_smarter_device_manager.SCRIPT", driver)
+        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE)})
+
+
+def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, gpu: Path, kubelet: Kubelet) -> None:
+    daemon = broken_daemon(node, "sdm.render_page = fail")
+    status = Status(daemon)
+    assert status.ask("/").status == 500
+    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    assert status.ask("/metrics").status == 200
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    assert daemon.stop() == 0
+
+
+def test_a_bug_in_the_server_ends_the_process(node: Node, gpu: Path, kubelet: Kubelet) -> None:
+    """Half a daemon is worse than one that its supervisor starts again."""
+    daemon = broken_daemon(node, "sdm.StatusServer._welcome = fail")
+    status = Status(daemon)
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    with contextlib.suppress(OSError):
+        status.connect().close()
+    assert daemon.process.wait(PATIENCE) == 1
+    assert daemon.log.count("Traceback") == 1
+    assert [path.name for path in node.plugins.iterdir()] == ["kubelet.sock"]
+
+
 def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, start: Callable[..., Daemon]) -> None:
     daemon = served.daemon
     with served.connect() as idle, served.connect() as partial:
@@ -1267,13 +1302,20 @@ def test_status_prints_a_running_daemons_state(
     served.daemon.hang_up()
     wait_for(lambda: served.document()["problems"])
     told = node.run("--status", served.address).stdout
-    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone\n", told)
+    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by detect\n", told)
 
 
 def test_status_looks_where_listen_says(node: Node, served: Status) -> None:
     for address in (served.address, f":{served.port}", f"0.0.0.0:{served.port}", f"[::]:{served.port}"):
         assert node.run("--status", "--listen", address).returncode == 0
     assert node.run("--status", env={**os.environ, "SMARTER_DEVICE_MANAGER_LISTEN": served.address}).returncode == 0
+
+
+def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> None:
+    """The image has no http, email or urllib (Dockerfile); kubectl exec POD -- ... --status is to work in it."""
+    run = node.run("--status", served.address, env={**os.environ, "PYTHONVERBOSE": "1"})
+    assert run.returncode == 0
+    assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
