@@ -3648,8 +3648,11 @@ class StandInKubelet:
     async def start(self) -> None:
         """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
         for item in os.scandir(self.folder):
-            if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
-                os.unlink(item.path)
+            try:
+                if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
+                    os.unlink(item.path)
+            except FileNotFoundError:
+                continue  # a plugin moved it into place, or removed it, just now
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
