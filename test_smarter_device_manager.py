@@ -2,25 +2,45 @@
 
 The daemon runs as a process of its own on a made-up /dev, /sys and plugin directory; the stand-in kubelet (the class of
 the script, made to misbehave where a test asks for it) runs on a thread here. Pure functions are tested as functions.
+The chapters are the script's. As an ordinary user, what must make device nodes is skipped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import html.parser
+import http.client
+import itertools
 import json
+import math
 import os
+import random
 import re
+import resource
+import shutil
 import signal
+import socket
 import stat
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 import smarter_device_manager as sdm
 
@@ -32,6 +52,7 @@ import api_pb2 as pb  # noqa: E402
 SCRIPT = Path(sdm.__file__).resolve()
 HERE = SCRIPT.parent
 PATIENCE = 20.0  # seconds that a condition may take; it takes less, but machines are slow at times
+Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
@@ -108,7 +129,7 @@ class Node:
     def run(self, *more: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         """Run the script to its end on this node."""
         command = [sys.executable, str(SCRIPT), *self.options(), *more]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, **kwargs)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **kwargs)
 
 
 class Daemon:
@@ -160,7 +181,12 @@ class Kubelet(sdm.StandInKubelet):
         self.refused: dict[str, str] = {}  # what to say to the registration of these resources
         self.delay = 0.0  # seconds before a registration is looked at
         self.opens_streams = True
-        self.refusals: list[tuple[str, float]] = []
+        self.ends_streams = False  # after the first list
+        self.while_registering: Callable[[pb.RegisterRequest], Any] | None = None
+        self.refusals: list[str] = []  # the names, in order
+        self.requests: list[tuple[float, pb.RegisterRequest]] = []
+        self.open_calls = self.most_open_calls = 0
+        self.trapped: list[str] = []  # resources of which an older stream ended while a newer one was open
 
     def do(self, work: Any, patience: float = PATIENCE) -> Any:
         """Run the coroutine WORK on the kubelet's loop."""
@@ -174,18 +200,52 @@ class Kubelet(sdm.StandInKubelet):
         self.do(self.stop())
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.Empty:
-        await asyncio.sleep(self.delay)
-        return await super().Register(request, context)
+        self.requests.append((time.monotonic(), request))
+        self.open_calls += 1
+        self.most_open_calls = max(self.most_open_calls, self.open_calls)
+        try:
+            if self.while_registering:
+                await self.while_registering(request)
+            await asyncio.sleep(self.delay)
+            return await super().Register(request, context)
+        finally:
+            self.open_calls -= 1
 
     def find_problem(self, request: pb.RegisterRequest) -> str:
         problem = self.refused.get(request.resource_name.partition("/")[2], "") or super().find_problem(request)
         if problem:
-            self.refusals.append((request.resource_name, time.monotonic()))
+            self.refusals.append(request.resource_name)
         return problem
 
     async def _watch(self, client: sdm.Client) -> None:
-        if self.opens_streams:
-            await super()._watch(client)
+        if not self.opens_streams:
+            return
+        ending = asyncio.ensure_future(self._disconnect_after_list(client)) if self.ends_streams else None
+        await super()._watch(client)
+        if ending:
+            await ending
+        if self.clients.get(client.name) is not client:
+            self.trapped.append(client.name)
+
+    async def _disconnect_after_list(self, client: sdm.Client) -> None:
+        while not client.lists:
+            await asyncio.sleep(0.01)
+        await client.disconnect()
+
+    def client(self, resource: str) -> sdm.Client:
+        return self.clients[self.name(resource)]
+
+    def end_stream(self, resource: str) -> None:
+        """Disconnect from RESOURCE, as kubelet does when something goes wrong."""
+        self.do(self.client(resource).disconnect())
+
+    def times(self, resource: str) -> list[float]:
+        """When RESOURCE was registered, or tried to be."""
+        return [when for when, request in self.requests if request.resource_name == self.name(resource)]
+
+    def count(self, resource: str) -> int:
+        """How often RESOURCE was registered, refused ones included."""
+        return len(self.times(resource))
 
     def name(self, resource: str) -> str:
         return f"{self.domain}/{resource}"
@@ -242,10 +302,11 @@ def kubelet(node: Node) -> Iterator[Kubelet]:
     kubelet = Kubelet(node).up()
     yield kubelet
     kubelet.down()
+    assert not kubelet.trapped, "registered while an earlier stream was open"
 
 
 @pytest.fixture
-def start(node: Node) -> Iterator[Callable[..., Daemon]]:
+def start(node: Node) -> Iterator[Starter]:
     """Start daemons on the node; each is stopped at the end, and must not have shown a traceback."""
     daemons: list[Daemon] = []
 
@@ -265,10 +326,5959 @@ def start(node: Node) -> Iterator[Callable[..., Daemon]]:
 
 
 @needs_root
-def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Callable[..., Daemon]) -> None:
+def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.plug("video0")
     node.rules("- devicematch: ^video[0-9]*$\n  nummaxdevices: 2\n")
     daemon = start()
     kubelet.wait_for("video0", Healthy=2)
     assert kubelet.gives("video0", "1") == {"/dev/video0": "/dev/video0"}
     assert daemon.stop() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+# ---------------------------------------------------------------------------------------------------------------------
+
+thorough = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+MANY_SECONDS = 60.0  # what is linear takes 4 s, what is quadratic a day
+
+
+def typed(value: Any) -> Any:
+    """VALUE such that == tells True from 1, and one order of keys from another."""
+    if isinstance(value, dict):
+        return "mapping", [(typed(key), typed(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return "list", [typed(item) for item in value]
+    return type(value), value
+
+
+def obeys_the_law(text: str) -> bool:
+    """Check that TEXT is read as PyYAML reads it, or refused at a place that it has; whether it was read."""
+    try:
+        found = sdm.parse_yaml(text)
+    except sdm.ConfigError as error:
+        lines = text.replace("\r\n", "\n").split("\n")
+        assert 1 <= error.line <= len(lines), (text, str(error))
+        assert 1 <= error.column <= len(lines[error.line - 1]) + 1, (text, str(error))
+        assert re.fullmatch(r"line \d+, column \d+: .{10,}", str(error), re.DOTALL)
+        return False
+    assert typed(found) == typed(yaml.safe_load(text)), text
+    return True
+
+
+def cut(text: str, sign: str | None = None) -> list[str]:
+    """TEXT, cut at each SIGN, or at blanks."""
+    return text.split(sign)
+
+
+WORDS = cut(r"""a x:y a#b ^video[0-9]*$ /dev/x -a -- é a,b a\b it's 1.2.3 yes No ON y Null NULL null ~ true True FALSE 0
+    7 -1 +5 -0 012 0o7 0x1F 0b1 1_000 1e3 1.5 .5 1. .inf -.INF .nan 12:30 190:20:30.15 = 2001-01-01 2001-12-14t21:59:43Z
+    << 123456789012345678 1234567890123456789 ?x :x - ? : | > %x @x `x &a *a !x !!str""")
+WORDS += ["b c", "\U0001f600", "2001-12-14 21:59:43.10 -5", "9" * 30]
+SIGNS = [*"-?:,[]{}#&*!|>'\"%@`\\ \t\n\r\0\x07\x7f\x85\xa0\u2028\u2029\ufeff\ud800\ufffe\uffff"]
+SIGNS += cut(r"""--- ... '' "a": 'a' [a,] [,] {a} #c \x41 \u00e9 \U0001F600 \ud800 \U00110000""")
+SIGNS += [f"\\{char}" for char in '0abt\tnvfre "\\/N_LPxuU\n']
+SIGNS += cut(
+    "- @: @ #@\n- @\n  @\n    @  @--- @\n---\n@\r\n@a: b@- a\n@\na: @\n  b: @[a, b]@{a: b}@[a: b]@? a@%YAML 1.1\n", "@"
+)
+SIGNS += ["|\n a", ">-\n a", "&a a", "!!int 1", "<<: ", "# c\n"]
+
+GROWN_FROM = [
+    (HERE / "conf.yaml").read_text()[:700],
+    "---\n- devicematch: ^snd$ # sound\n  nummaxdevices: 20\n",
+    '- devicematch: "^ttyUSB[0-9]*$"\n  attributes: {idVendor: \'10c4\', serial: ".*A5\\"XK.*"}\n  with: [a,\n  c]\n',
+    "a:\n  b: [1, 2, {c: d}]\n  'q': \"\\x41\\u00e9\\n\"\ne: ~\nf:\n- 1\n- -2\n",
+    "- - - a\n    - b\n  - c\n-\n  - d: e\n    f:\n    - g\n",
+    "\ufeff# c\r\n---\r\na: b\r\nc:\r\n",
+]
+pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from(SIGNS), st.text(max_size=2))
+
+
+@st.composite
+def grown_texts(draw: st.DrawFn) -> str:
+    """A real conf with a few changes."""
+    text = draw(st.sampled_from(GROWN_FROM))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(text)))
+        end = start + draw(st.sampled_from([0, 0, 1, 1, 2, 5]))
+        text = text[:start] + draw(pieces) + text[end:]
+    return text
+
+
+@thorough
+@given(grown_texts())
+def test_yaml_law_for_texts_grown_from_real_ones(text: str) -> None:
+    obeys_the_law(text)
+
+
+@thorough
+@given(st.lists(pieces, max_size=8).map("".join))
+def test_yaml_law_for_texts_of_pieces(text: str) -> None:
+    obeys_the_law(text)
+
+
+@thorough
+@given(
+    st.sampled_from(
+        ["{}", "- {}", "a: {}", "[{}]", "[a, {} ,b]", "{{a: {}}}", "{{{}: a}}", "{}: a", "- {}: a", "a: {} # c"]
+    ),
+    st.data(),
+)
+def test_yaml_law_for_each_kind_of_scalar_in_each_place(place: str, data: st.DataObject) -> None:
+    one = (
+        st.sampled_from(WORDS)
+        | st.from_regex(r"[-+.0-9_:a-fox]{1,8}", fullmatch=True)
+        | st.lists(pieces, max_size=3).map("".join)
+    )
+    quoted = one.map(lambda text: "'" + text.replace("'", "''") + "'") | one.map(lambda text: f'"{text}"')
+    obeys_the_law(place.format(data.draw(one | quoted)))
+
+
+# Documents of the subset alone, with the value that they must give: for what would be refused without need.
+written_words = st.sampled_from(
+    ["a", "b c", "x:y", "a#b", "^video[0-9]*$", "-a", "é", "\U0001f600", "/dev/x", "it's", "1.2.3", 'say "x"']
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+ESCAPED = {char: f"\\{sign}" for sign, char in zip('0abtnvfre"\\N_LP', '\0\a\b\t\n\v\f\r\x1b"\\\x85\xa0\u2028\u2029')}
+
+
+@st.composite
+def scalars(draw: st.DrawFn, in_flow: bool = False) -> tuple[str, Any]:
+    """A scalar as written, and its value."""
+    kind = draw(st.sampled_from(["plain", "single", "double", "constant", "integer"]))
+    if kind == "integer":
+        number = draw(st.integers(-(10**18) + 1, 10**18 - 1))
+        return str(number), number
+    if kind == "constant":
+        return draw(st.sampled_from([("true", True), ("false", False), ("null", None), ("~", None)]))
+    if kind == "plain":
+        word = draw(written_words)
+        return (word, word) if not (in_flow and set(word) & set(",[]{}")) else (f"'{word}'", word)
+    if kind == "single":
+        text = "".join(char for char in draw(texts) if char.isprintable())
+        return "'" + text.replace("'", "''") + "'", text
+    text = draw(texts)
+    return '"' + "".join(draw(st.sampled_from(spellings(char))) for char in text) + '"', text
+
+
+def spellings(char: str) -> list[str]:
+    """The ways to write CHAR in double quotes."""
+    ways = [f"\\U{ord(char):08x}"]
+    ways += [f"\\u{ord(char):04X}"] * (ord(char) < 0x10000) + [f"\\x{ord(char):02x}"] * (ord(char) < 0x100)
+    ways += [ESCAPED[char]] if char in ESCAPED else []
+    ways += [f"\\{char}"] * (char in "/ ")
+    return ways + [char] * (char.isprintable() and char not in '"\\')
+
+
+@st.composite
+def flows(draw: st.DrawFn, depth: int) -> tuple[str, Any]:
+    """A value in flow style, and what it is."""
+    kind = draw(st.sampled_from(["scalar", "list", "mapping"])) if depth else "scalar"
+    if kind == "scalar":
+        return draw(scalars(in_flow=True))
+    gap = st.sampled_from(["", " ", "\n  ", " # c\n "])
+    comma = draw(gap) + "," + draw(gap)
+    end = draw(st.sampled_from(["", ",", " "])) + draw(gap)
+    items = draw(st.lists(flows(depth - 1), max_size=3))
+    if not items:
+        end = end.replace(",", "")
+    if kind == "list":
+        return "[" + draw(gap) + comma.join(text for text, _ in items) + end + "]", [value for _, value in items]
+    keys = [draw(st.sampled_from([f"k{n}", f"'k{n}'", f'"k{n}"'])) for n in range(len(items))]
+    colon = draw(st.sampled_from([": ", " : ", ":\n   "]))
+    text = comma.join(key + colon + item for key, (item, _) in zip(keys, items))
+    return "{" + draw(gap) + text + end + "}", {f"k{n}": value for n, (_, value) in enumerate(items)}
+
+
+@st.composite
+def blocks(draw: st.DrawFn, indent: int, depth: int) -> tuple[str, Any]:
+    """A value in block style as it stands behind "-" or "key:", and what it is; its lines have more than INDENT."""
+    end = draw(st.sampled_from(["\n", " # c\n", "  \n", "\n\n", "\n# c\n", "\n   # c\n"]))
+    kind = draw(st.sampled_from(["flow", "nothing", "list", "mapping"])) if depth else "flow"
+    if kind == "nothing":
+        return end, None
+    if kind == "flow":
+        text, value = draw(flows(2))
+        return " " * draw(st.integers(1, 2)) + text + end, value
+    own = indent + draw(st.integers(1, 4))
+    items = [draw(blocks(own, depth - 1)) for _ in range(draw(st.integers(1, 3)))]
+    if kind == "list":
+        return end + "".join(" " * own + "-" + text for text, _ in items), [value for _, value in items]
+    names = [f"{draw(written_words)}{n}" for n in range(len(items))]
+    colon = draw(st.sampled_from([":", " :"]))
+    text = end + "".join(" " * own + name + colon + item for name, (item, _) in zip(names, items))
+    return text, {name: value for name, (_, value) in zip(names, items)}
+
+
+@settings(thorough, max_examples=1000)
+@given(blocks(-1, 3), st.sampled_from(["", "\ufeff", "---", "# c\n---  # c", "\n\n"]), st.booleans())
+def test_the_subset_is_read(written: tuple[str, Any], head: str, crlf: bool) -> None:
+    text, value = written
+    text = head + ("\n" if "---" in head and not text.startswith(("\n", " #")) else "") + text
+    assert typed(sdm.parse_yaml(text.replace("\n", "\r\n") if crlf else text)) == typed(value)
+    assert typed(yaml.safe_load(text)) == typed(value)
+
+
+DEEP = "- " * 49 + "[a]"
+ACCEPTED = {
+    "": None,
+    "\n\n# only a comment": None,
+    "---": None,
+    "---\n": None,
+    "# c\n\n--- # c\na": "a",
+    "\ufeffa: b": {"a": "b"},
+    "\ufeff---\r\n- a\r\n": ["a"],
+    "a: b # c\n# c\n\n  # c\nc: d": {"a": "b", "c": "d"},
+    "a: b#c": {"a": "b#c"},
+    "a: '#'": {"a": "#"},
+    "- a\n- b\n": ["a", "b"],
+    "-\n-  \n- # c\n- a": [None, None, None, "a"],
+    "- - - a\n    - b\n  - c": [[["a", "b"], "c"]],
+    "-\n  - a\n- b: c\n  d: e": [["a"], {"b": "c", "d": "e"}],
+    "-   b: c\n    d: e": [{"b": "c", "d": "e"}],
+    "a:\n- b\n- c\nd:\n  - e": {"a": ["b", "c"], "d": ["e"]},
+    "a:\n    b:\n     c: d\n    e:": {"a": {"b": {"c": "d"}, "e": None}},
+    "a:\n\n\n  b": {"a": "b"},
+    "a :  b": {"a": "b"},
+    "a b: c d": {"a b": "c d"},
+    "'a': b\n\"c\" : d": {"a": "b", "c": "d"},
+    "'1': a\n\"true\": b\n'~': c": {"1": "a", "true": "b", "~": "c"},
+    "a:b": "a:b",
+    "a: b:c": {"a": "b:c"},
+    "^ttyUSB[0-9]*$": "^ttyUSB[0-9]*$",
+    "a: [0-9]": {"a": ["0-9"]},
+    "a: -b": {"a": "-b"},
+    'a: b\'s "c"': {"a": 'b\'s "c"'},
+    "- 0\n- 7\n- -1\n- 20\n- 999999999999999999\n- -999999999999999999": [0, 7, -1, 20, 10**18 - 1, 1 - 10**18],
+    "[true, false, null, ~]": [True, False, None, None],
+    "['true', \"7\", '~', '']": ["true", "7", "~", ""],
+    "[]": [],
+    "{}": {},
+    "a: []\nb: {}": {"a": [], "b": {}},
+    "[a, b,]": ["a", "b"],
+    "[ a , [b,c] , {d: e} ]": ["a", ["b", "c"], {"d": "e"}],
+    "{a: b, c: , d:}": {"a": "b", "c": None, "d": None},
+    "{\"a\":b, 'c':[d]}": {"a": "b", "c": ["d"]},
+    "{a: {b: {c: [d]}},}": {"a": {"b": {"c": ["d"]}}},
+    "a: [b,\nc, # d\n\n  e\n]": {"a": ["b", "c", "e"]},
+    "a: {b: c,\n  d:\n  e}\nf: g": {"a": {"b": "c", "d": "e"}, "f": "g"},
+    "[http://x:80/y?z]": None,  # see below
+    "'it''s'": "it's",
+    "'a\\b'": "a\\b",
+    r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P"': '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029',
+    '"\\\t"': "\t",
+    r'"\x41\xe9\u20AC\U0001f600"': "A\xe9\u20ac\U0001f600",
+    "é: \U0001f600": {"é": "\U0001f600"},
+    DEEP: json.loads("[" * 50 + '"a"' + "]" * 50),
+    "[" * 50 + "]" * 50: json.loads("[" * 50 + "]" * 50),
+    f"{'k' * 1024}: a": {"k" * 1024: "a"},
+    f"- {'v' * 5000}": ["v" * 5000],
+}
+del ACCEPTED["[http://x:80/y?z]"]
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
+def test_yaml_that_is_read(text: str) -> None:
+    assert typed(sdm.parse_yaml(text)) == typed(ACCEPTED[text])
+    assert obeys_the_law(text)
+
+
+REFUSED = [
+    # text, line, column, what the message must say
+    ("a:\n\tb: c", 2, 1, "tab"),
+    ("a:\tb", 1, 3, "tab"),
+    ("-\ta", 1, 2, "tab"),
+    ("a: b\t# c", 1, 5, "tab"),
+    ("- a\n -\tb", 2, 2, "belongs to none"),
+    ("a: &x b", 1, 4, "anchors are not supported"),
+    ("a: *x", 1, 4, "aliases are not supported"),
+    ("a: .*\nb: *.a", 2, 4, "quote it"),
+    ("a: !!str b", 1, 4, "tags are not supported"),
+    ("a: |\n  b", 1, 4, "block texts are not supported"),
+    ("a: >-\n  b", 1, 4, "block texts are not supported"),
+    ("? a\n: b", 1, 1, "keys with '?' are not supported"),
+    ("- ?", 1, 3, "quote"),
+    ("a: ?b", 1, 4, "quote"),
+    (": a", 1, 1, "no key before"),
+    ("%YAML 1.1\n---\na", 1, 1, "directives are not supported"),
+    ("a\n---\nb", 2, 1, "only one '---'"),
+    ("---\n---\n", 2, 1, "only one '---'"),
+    ("--- a", 1, 1, "only one '---'"),
+    ("a: b\n...\n", 2, 1, "only one '---'"),
+    ("a: b\nc: d\na: e", 3, 1, 'the key "a" is there twice'),
+    ("{a: b, 'a': c}", 1, 8, 'the key "a" is there twice'),
+    ("a: b\n'a': c", 2, 1, 'the key "a" is there twice'),
+    ("a: \0", 1, 4, "U+0000 is not allowed"),
+    ("a: b\n c\x07", 2, 3, "U+0007 is not allowed"),
+    ("a\x85b", 1, 2, "U+0085 is not allowed"),
+    ("a\u2028b", 1, 2, "U+2028 is not allowed"),
+    ("a: b\rc: d", 1, 5, "U+000D is not allowed"),
+    ("a\ufeff", 1, 2, "U+FEFF is not allowed"),
+    ("'\ud800'", 1, 2, "U+D800 is not allowed"),
+    ("a\r\nb\x01", 2, 2, "U+0001 is not allowed"),
+    ("- " * 50 + "[a]", 1, 101, "more than 50 levels"),
+    ("[" * 51, 1, 51, "more than 50 levels"),
+    ("{a: " * 51, 1, 201, "more than 50 levels"),
+    (f"{'k' * 1025}: a", 1, 1, "longer than 1024 characters"),
+    (f"{{{'k' * 1025}: a}}", 1, 2, "longer than 1024 characters"),
+    ("1: a", 1, 1, "a key must be text: quote it"),
+    ("~: a", 1, 1, "a key must be text: quote it"),
+    ("[a]: b", 1, 1, "a key must be text"),
+    ("{a}", 1, 2, "'key: value'"),
+    ("a: b\nc", 2, 1, "'key: value'"),
+    ("a: b\nc:d\n", 2, 1, "with the space"),
+    ("[a: b]", 1, 3, "write {key: value}"),
+    ("a: b: c", 1, 5, "quote the text"),
+    ("a: [b", 1, 4, "this bracket is not closed: add ']'"),
+    ("a: {b: c\nd: e", 2, 1, "expected ',' or '}'"),
+    ("a: [b c\n  d]", 2, 3, "expected ',' or ']'"),
+    ("a: [,]", 1, 5, "quote"),
+    ("a: b]", 1, 5, None),  # plain text in a block may hold it
+    ("a: ]", 1, 4, "no text starts with ']'"),
+    ("a: @b", 1, 4, "no text starts with '@'"),
+    ("a: `b", 1, 4, "no text starts with '`'"),
+    ("a: 'b", 1, 4, "no closing '"),
+    ('a: "b\n  c"', 1, 4, 'no closing "'),
+    (r'a: "^a\d$"', 1, 7, r"'\d' is not an escape: write '\\'"),
+    (r'a: "\ud800"', 1, 5, "no character has this number"),
+    (r'a: "\U00110000"', 1, 5, "no character has this number"),
+    (r'a: "\x4"', 1, 5, "is not an escape"),
+    ('a: "b" c', 1, 8, "only a comment may follow"),
+    ("a: [0-9]+", 1, 9, "quote the whole text"),
+    ("a: 'b'# c", 1, 7, "a comment needs a space"),
+    ("a: b\n  c", 2, 3, "must not go on over several lines"),
+    ("a: b\n  c: d", 2, 3, "check its indentation"),
+    ("- a\nb: c", 2, 1, "check its indentation"),
+    ("- a: b\n c: d", 2, 2, "check its indentation"),
+    ("a:\n  - b\n - c", 3, 2, "check its indentation"),
+    ("- a:b\n  c: d", 2, 3, "a space behind its ':'"),
+    ("a: - b", 1, 4, "a line of its own"),
+]
+READ_AFTER_ALL = [case for case in REFUSED if case[3] is None]
+REFUSED = [case for case in REFUSED if case[3] is not None]
+
+
+@pytest.mark.parametrize(("text", "line", "column", "told"), REFUSED)
+def test_yaml_that_is_refused(text: str, line: int, column: int, told: str) -> None:
+    with pytest.raises(sdm.ConfigError) as caught:
+        sdm.parse_yaml(text)
+    assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
+    assert told in caught.value.message
+    assert str(caught.value) == f"line {line}, column {column}: {caught.value.message}"
+    assert isinstance(caught.value, ValueError)
+
+
+NO_TEXT_TO_SOME = cut("""yes No ON y N off True FALSE Null NULL 0x1F 0o7 0b101 012 0042 00 08 1_000 +5 -0 1e3 1E-3 1.5
+    .5 1. -.5e1 .inf -.Inf .NaN 12:30 1:2:3.4 2001-01-01 2001-12-14t21:59:43.10-05:00 = << 1234567890123456789 1,000""")
+
+
+@pytest.mark.parametrize("word", [*NO_TEXT_TO_SOME, "2001-1-1 1:1:1"])
+def test_what_some_yaml_takes_for_no_text_must_be_quoted(word: str) -> None:
+    for text, column in (
+        (f"a: {word}", 4),
+        (f"[b, {word}]" if "," not in word else f"- {word}", 5 if "," not in word else 3),
+    ):
+        with pytest.raises(sdm.ConfigError, match=re.escape(f'quote it ("{word}")')) as caught:
+            sdm.parse_yaml(text)
+        assert (caught.value.line, caught.value.column) == (1, column)
+    assert sdm.parse_yaml(f'a: "{word}"') == {"a": word}
+
+
+MIB = 1 << 20
+HOSTILE = cut(
+    "\n@ @#@# c\n@  \n@a@a @:a@a:@ #@\"@\"\\n@'@''@- @-\n@[@{a: @a,@---\n@...\n@\r\n@\r@1@1_@1:@-.@\t@\\@'a@a: b\n@]",
+    "@",
+)
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_yaml_of_a_mebibyte_is_read_in_time(piece: str) -> None:
+    before = time.monotonic()
+    for head in ("", "- ", '"', "["):
+        text = (head + piece * (MIB // len(piece)))[: MIB // 4]
+        try:
+            sdm.parse_yaml(text)
+        except sdm.ConfigError as error:
+            assert len(error.message) < 300
+    assert time.monotonic() - before < MANY_SECONDS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: expressions
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAME = [
+    # RE2 expression, what it matches, what it does not
+    (r"^video[0-9]*$", ["video", "video0", "video10"], ["video0\n", "xvideo0", "video0a"]),
+    (r"snd", ["snd", "a/snd/b"], ["sn"]),
+    (r"^a[[:digit:]]+\z", ["a1"], ["a1\n", "a", "a\u0661"]),
+    (r"^[^[:space:]]$", ["a", "\v"[:0] + "x"], [" ", "\t", "\v"]),
+    (r"^[[:^alpha:]]$", ["1", "é"], ["a", "Z"]),
+    (r"^[[:xdigit:]_]+$", ["aF09_"], ["g"]),
+    (r"^[[:word:]-]+$", ["a-b_9"], ["a b"]),
+    (r"^[[:punct:]]$", ["~", "!", "["], ["a", " "]),
+    (r"^\d\w\s$", ["1_ "], ["\u0661_ ", "1é ", "1a\v", "1a\xa0"]),
+    (r"^[\D]$", ["a", "\u0661"], ["1"]),
+    (r"\bé", ["aé"], ["é"]),  # \b is ASCII's
+    (r"^\B$", [""], ["a"]),
+    (r"^a.c$", ["abc"], ["a\nc"]),
+    (r"(?s)^a.c$", ["abc", "a\nc"], []),
+    (r"a(?s).c", ["a\nc"], []),
+    (r"(?m)^b$", ["a\nb\nc", "b"], ["ab"]),
+    (r"(?m:^b)$", ["a\nb"], ["b\n"]),
+    (r"(?m:b$)$", ["a\nb"], ["b\n", "b\nc"]),
+    (r"(?i)^TTY", ["tty0", "TtY1"], ["ty"]),
+    (r"^tty(?i)usb$", ["ttyUSB", "ttyuSb"], ["TTYusb"]),
+    (r"^(?i:tty)USB$", ["TTYUSB"], ["TTYusb"]),
+    (r"^(a(?i)b|c)d$", ["aBd", "Cd"], ["aBD", "Ad"]),
+    (r"(?i)^a(?-i)b$", ["Ab"], ["AB"]),
+    (r"(?i)^[k]$", ["K"], ["j"]),
+    (r"(?i)^\W$", ["-", "é"], ["k", "K", "s", "S", "i"]),
+    (r"(?i)^[[:^graph:]\W]$", [" ", "-"], ["k", "i", "I", "s"]),
+    (r"(?i)^[[:^upper:]]$", ["1"], ["a", "A"]),
+    (r"^a{,2}$", ["a{,2}"], ["a", "aa", ""]),
+    (r"^a{01}$", ["a{01}"], ["a"]),
+    (r"^a{2}b{1,}c{0,1}$", ["aab", "aabbc"], ["ab"]),
+    (r"^{}{a}$", ["{}{a}"], []),
+    (r"^\x41\x{e9}\x{1F600}\101\0$", ["Aé\U0001f600A\0"], []),
+    (r"^\.\-\/\_\ $", [".-/_ "], [".-/_a"]),
+    (r"^\a\f\t\n\r\v$", ["\a\f\t\n\r\v"], []),
+    (r"^[]a]+[^]a]$", ["]ab"], ["]a]"]),
+    (r"^[a-]$", ["-", "a"], ["b"]),
+    (r"^[a-c-e]$", ["b", "-", "e"], ["d"]),
+    (r"^[\d-z]$", ["-", "z", "5"], ["a"]),
+    (r"^[+-[:digit:]]$", ["5]", "+]"], ["5"]),
+    (r"^[[a]$", ["[", "a"], ["]"]),
+    (r"^[a&&b]$", ["&", "a", "b"], ["c"]),
+    (r"^[a||b~~+--d]$", ["|", "~", "+", ",", "d"], [".", "e"]),
+    (r"^[[:alpha:]]{2}$", ["ab"], ["a1"]),
+    (r"^[:digit:]$", ["d", ":"], ["1"]),
+    (r"^(?P<n>a)(?<m>b)$", ["ab"], []),
+    (r"^(|a)+$", ["", "aa"], ["b"]),
+    (r"^a??b*?c+?$", ["abbc", "c"], ["a"]),
+    (r"^a(?)b$", ["ab"], []),
+]
+NOT_OF_RE2 = [
+    # expression, what the message must say
+    (r"\C", r"\C is of Go's expressions only"),
+    (r"\Qa.b\E", r"\Q is of Go's expressions only"),
+    (r"\pL", r"\p is of Go's expressions only"),
+    (r"[\p{Greek}]", r"\p is of Go's expressions only"),
+    (r"\PN", r"\P is of Go's expressions only"),
+    (r"(?U)a+", "(?U)"),
+    (r"(?x) a", "(?x)"),
+    (r"(?a)a", "i, m and s are"),
+    (r"(?i", "no group known here"),
+    (r"(?>a)", "(?> begins no group known here"),
+    (r"(?#a)", "(?# begins no group known here"),
+    (r"(?P=n)", "(?P begins no group known here"),
+    (r"(a)(?(1)b|c)", "(?( begins no group known here"),
+    (r"(?P<1a>b)", "(?P begins no group known here"),
+    (r"(?P<n>a)(?P<n>b)", "redefinition"),
+    (r"(a)\1", "cannot be asked for"),
+    (r"[\1]", "cannot be asked for"),
+    (r"a\Z", r"the end is $ or \z"),
+    (r"\y", r"the character itself is y"),
+    (r"[\b]", r"\b is no escape"),
+    (r"[\z]", r"\z is no escape"),
+    (r"\u00e9", r"\u is no escape"),
+    (r"\N{DASH}", r"\N is no escape"),
+    (r"\é", r"\é is no escape"),
+    (r"\x4", r"\x7f or \x{20ac}"),
+    (r"\x{110000}", "beyond Unicode"),
+    ("a\\", r"a backslash itself is \\"),
+    (r"a++", "nothing that + could repeat"),
+    (r"a*+", "nothing that + could repeat"),
+    (r"a{2}+", "nothing that + could repeat"),
+    (r"a**", "nothing that * could repeat"),
+    (r"*a", r"the character itself is \*"),
+    (r"(?i)*", "nothing that * could repeat"),
+    (r"a|{2}", "nothing that {2} could repeat"),
+    (r"^*", "nothing to repeat"),
+    (r"a{1001}", "more than the 1000 repetitions"),
+    (r"a{2,99999999999}", "more than the 1000 repetitions"),
+    ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 takes"),
+    (r"(?i)\x{e9}", "in both cases"),
+    (r"(?i)[a-é]", "in both cases"),
+    (r"a{2,1}", "min repeat greater than max repeat"),
+    (r"[[:foo:]]", "there are alnum, alpha"),
+    (r"[[:a]:]", "is no character class"),
+    (r"[a-\d]", r"\d is no escape"),
+    (r"[z-a]", "the range z-a runs backwards"),
+    (r"[a", "unterminated character set"),
+    (r"[]", "unterminated character set"),
+    (r"(a", "unterminated subpattern"),
+    (r"a)", "unbalanced parenthesis"),
+    ("(" * 20000 + ")" * 20000, "too large"),
+    ("(?i:" * 200000, "too large"),
+]
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """PATTERN as a conf's rule has it; raises ConfigError, and any warning of re as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match
+
+
+@pytest.mark.parametrize(("pattern", "matches", "others"), SAME)
+def test_expressions_of_re2_mean_the_same(pattern: str, matches: list[str], others: list[str]) -> None:
+    expression = compiled(pattern)
+    for text in matches:
+        assert expression.search(text), text
+    for text in others:
+        assert not expression.search(text), text
+
+
+@pytest.mark.parametrize(("pattern", "told"), NOT_OF_RE2, ids=lambda text: text[:20])
+def test_expressions_that_would_mean_something_else_are_refused(pattern: str, told: str) -> None:
+    with pytest.raises(sdm.ConfigError) as caught:
+        compiled(pattern)
+    assert told in caught.value.message
+    assert len(caught.value.message) < 300
+    assert (caught.value.line, caught.value.column) == (1, 16)
+
+
+def test_look_around_is_taken_too() -> None:
+    assert compiled(r"^video(?!0$)").search("video10")
+    assert not compiled(r"^video(?!0$)").search("video0")
+    assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
+
+
+ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\u017f\u212a\x7f\xa0"]
+ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {1,2} {2,} {,2} {01} {1,2 [a-c] [^a]
+    []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W] [^[:upper:][:digit:]]
+    [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
+ATOMS += [f"[[:{hat}{name}:]]" for name in sdm._POSIX_CLASSES for hat in ("", "^")]
+ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
+
+
+@settings(thorough, max_examples=3000)
+@given(
+    st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7).map("".join),
+    st.lists(
+        st.text(st.sampled_from("aAbBkKsS\u212a\u017féÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
+        min_size=8,
+        max_size=8,
+    ),
+)
+def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
+    re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
+    options = re2.Options()
+    options.log_errors = False
+    pattern += ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
+    try:
+        ours = compiled(pattern)
+    except sdm.ConfigError:
+        return
+    theirs = re2.compile(pattern, options)
+    assert ours.groups == theirs.groups
+    for name in [*names, "", "a", "video0"]:
+        found, expected = ours.search(name), theirs.search(name)
+        if not name.isascii() and (r"\B" in pattern or "(?i" in pattern):
+            continue  # RE2 in C++ finds \B inside a character; and under (?i) it takes the Kelvin sign for a k
+        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
+            expected and [expected.span(n) for n in range(ours.groups + 1)]
+        ), (pattern, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVERYTHING = r"""# c
+- devicematch: ^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$
+  nummaxdevices: 0
+  resource: sound-\g<card>
+  containerpath: /dev/snd/
+  permissions: mwr
+  attributes: {idVendor: "10c4", "serial": '.*A5XK.*'}
+  with: ['snd/controlC\1', "snd/timer?"]
+  env:
+    CARD: \1
+    WHOLE: '[\g<0>]'
+- devicematch: snd
+"""
+
+
+def test_every_key_is_read() -> None:
+    rule, other = sdm.parse_rules(EVERYTHING)
+    assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
+    assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
+    assert [(one.name, one.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
+        ("idVendor", "10c4", False),
+        ("serial", ".*A5XK.*", True),
+    ]
+    assert rule.companions == (("snd/controlC\\1", False), ("snd/timer", True))
+    match = rule.match.search("pcmC2D0p")
+    assert match
+    assert sdm.expand(rule.resource, match) == "sound-2"
+    assert [(name, sdm.expand(text, match)) for name, text in rule.env] == [("CARD", "2"), ("WHOLE", "[pcmC2D0p]")]
+    assert (other.slots, other.resource, other.containerpath, other.permissions) == (1, "", "", "rw")
+    assert (other.attributes, other.companions, other.env) == ((), (), ())
+
+
+def test_a_group_that_took_no_part_is_empty() -> None:
+    rule = sdm.parse_rules(r'[{devicematch: "^a(b)?(?<n>c)?$", resource: "x\\1\\g<n>\\g<2>y"}]')[0]
+    match = rule.match.search("ac")
+    assert match
+    assert sdm.expand(rule.resource, match) == "xccy"
+
+
+def test_the_shipped_conf_is_good() -> None:
+    rules = sdm.load_rules(str(HERE / "conf.yaml"))
+    assert [rule.slots for rule in rules if rule.match.search("video0")] == [20]
+
+
+BAD_RULES = [
+    # conf, line, column, what the message must say
+    ("", 1, 1, "the file holds no rule"),
+    ("# only\n# comments\n", 1, 1, "the file holds no rule"),
+    ("[]", 1, 1, "holds no rule"),
+    ("devicematch: a", 1, 1, "expected a list of rules (- devicematch: ...), found a mapping"),
+    ("a", 1, 1, 'expected a list of rules (- devicematch: ...), found a text ("a")'),
+    ("\n42", 2, 1, "found a number (42)"),
+    ("- a", 1, 3, "expected a rule (devicematch: ...), found a text"),
+    ("- devicematch:^a$", 1, 3, "expected a rule"),
+    ("- [devicematch]", 1, 3, "expected a rule (devicematch: ...), found a list"),
+    ("-", 1, 2, "expected a rule (devicematch: ...), found nothing"),
+    ("- devicematch: a\n- nummaxdevices: 1", 2, 3, "a rule needs devicematch"),
+    ("- {}", 1, 3, "a rule needs devicematch"),
+    ("- devicematch: a\n  nummaxdevice: 2", 2, 3, 'unknown key "nummaxdevice"; did you mean nummaxdevices?'),
+    ("- devicematch: a\n  permision: r", 2, 3, "did you mean permissions?"),
+    ("- DeviceMatch: a", 1, 3, "did you mean devicematch?"),
+    ("- devicematch: a\n  attribute: {}", 2, 3, "did you mean attributes?"),
+    ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; did you mean'),
+    ("- devicematch: a\n  devicematch: b", 2, 3, 'the key "devicematch" is there twice'),
+    ("- devicematch:", 1, 15, "expected a text, found nothing"),
+    ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
+    ("- devicematch: true", 1, 16, "expected a text, found true or false"),
+    ("- devicematch: [a]", 1, 16, "expected a text, found a list"),
+    ("- devicematch: {a: b}", 1, 16, "expected a text, found a mapping"),
+    ("- devicematch: '^a('", 1, 16, '"^a(" is no regular expression: missing )'),
+    ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
+    ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
+    ("- devicematch: a\n  nummaxdevices: '1'", 2, 18, 'expected a number of slots, found a text ("1")'),
+    ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a number of slots, found true or false"),
+    ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, "quote it"),
+    ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a number of slots, found nothing"),
+    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a number of slots, found a list"),
+    ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
+    ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
+    ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": \1: devicematch has no such group'),
+    ("- devicematch: (a)\n  resource: x\\2", 2, 13, r"\2: devicematch has no such group"),
+    ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"\g<n>: devicematch has no such group"),
+    ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"\g<2>: devicematch has no such group"),
+    (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "a backslash stands for a group"),
+    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch only"),
+    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch only"),
+    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch only"),
+    ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
+    ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
+    ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not hold ".."'),
+    ('- devicematch: a\n  containerpath: "/dev/a\\0"', 2, 18, "expected a text that is not empty"),
+    ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "no such group"),
+    ("- devicematch: a\n  permissions: rwx", 2, 16, '"rwx" must be letters of r, w and m'),
+    ("- devicematch: a\n  permissions: rr", 2, 16, "each once"),
+    ("- devicematch: a\n  permissions: ''", 2, 16, "must be letters of r, w and m"),
+    ("- devicematch: a\n  permissions: 7", 2, 16, "expected a text"),
+    ("- devicematch: a\n  attributes: idVendor", 2, 15, 'a mapping of attributes, such as idVendor: "10c4"'),
+    ("- devicematch: a\n  attributes: {}", 2, 15, "a mapping of attributes"),
+    ("- devicematch: a\n  attributes: {idVendor: 1234}", 2, 26, 'put it in quotes, "1234"'),
+    ("- devicematch: a\n  attributes: {idVendor: 0042}", 2, 26, 'quote it ("0042")'),
+    ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
+    ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is no regular expression'),
+    ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is no attribute of sysfs'),
+    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is no attribute of sysfs"),
+    ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is no attribute of sysfs"),
+    ("- devicematch: a\n  with: snd/timer", 2, 9, r'a list of paths below /dev, such as ["snd/controlC\1"]'),
+    ("- devicematch: a\n  with: []", 2, 9, "a list of paths below /dev"),
+    ("- devicematch: a\n  with: {b: c}", 2, 9, "a list of paths below /dev"),
+    ("- devicematch: a\n  with: [b, /dev/c]", 2, 13, '"/dev/c" must be a path below /dev, such as snd/controlC0'),
+    ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
+    ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
+    ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "no such group"),
+    ("- devicematch: a\n  with: [7]", 2, 10, "expected a text: put it in quotes"),
+    ("- devicematch: a\n  env: {}", 2, 8, r"a mapping of variables, such as CAMERA: /dev/\g<0>"),
+    ("- devicematch: a\n  env: [A]", 2, 8, "a mapping of variables"),
+    ("- devicematch: a\n  env: {A-B: c}", 2, 9, '"A-B" is no name of a variable'),
+    ("- devicematch: a\n  env: {A: 1}", 2, 12, 'put it in quotes, "1"'),
+    ("- devicematch: a\n  env: {A: \\1}", 2, 12, "no such group"),
+    ('- devicematch: a\n  env: {A: "b\\0"}', 2, 12, "a text without NUL"),
+    (
+        "- devicematch: ^ttyUSB0$\n- devicematch: ^a$\n- devicematch: ^video\n  resource: ttyUSB0",
+        3,
+        1,
+        'the pool "ttyUSB0" has the name of the device /dev/ttyUSB0, which line 1 offers',
+    ),
+    ("- devicematch: ^net/tun$\n- devicematch: a\n  resource: net.tun", 2, 1, "/dev/net/tun, which line 1 offers"),
+]
+
+
+@pytest.mark.parametrize(("conf", "line", "column", "told"), BAD_RULES)
+def test_a_bad_rule_is_refused_at_its_place(conf: str, line: int, column: int, told: str) -> None:
+    with pytest.raises(sdm.ConfigError) as caught:
+        sdm.parse_rules(conf)
+    assert told in caught.value.message
+    assert len(caught.value.message) < 300
+    if told.startswith('the pool "') or "which line" in told:  # two lines are to blame; the rule's line is enough
+        assert caught.value.line == line
+    else:
+        assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
+
+
+def test_a_pool_may_have_the_name_of_a_device_that_is_in_it() -> None:
+    assert len(sdm.parse_rules("- devicematch: ^ttyUSB0$\n- devicematch: ^ttyUSB\n  resource: ttyUSB0")) == 2
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from(["/dev/a\\1", "rw", "\\g<n>", "(a)"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(thorough, max_examples=1000)
+@given(st.lists(st.dictionaries(st.sampled_from([*sdm._KEYS, "x"]), values, max_size=4) | values, max_size=3))
+def test_rules_or_an_error_with_a_place(document: Any) -> None:
+    try:
+        rules = sdm.parse_rules(json.dumps(document, ensure_ascii=False))
+    except sdm.ConfigError as error:
+        assert error.line == 1
+        return
+    assert len(rules) == len(document)
+    for rule in rules:
+        hash(rule)
+        for text in ("", "a", "video0"):
+            match = rule.match.search(text)
+            if match:
+                for template in (rule.resource, rule.containerpath, *(text for _, text in rule.env)):
+                    sdm.expand(template, match)
+
+
+def test_many_rules_are_read_in_time() -> None:
+    before = time.monotonic()
+    conf = "- devicematch: ^a$\n- devicematch: b\n  resource: a1\n" * (MIB // 50)
+    assert len(sdm.parse_rules(conf)) == 2 * (MIB // 50)
+    assert time.monotonic() - before < MANY_SECONDS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: --check, --list, --dry-run, options and the environment
+# ---------------------------------------------------------------------------------------------------------------------
+
+GPU_RULE = "- devicematch: nvidia-gpu\n  nummaxdevices: {}\n"  # the one device that a test can make without root
+
+
+def bare(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script on a Python without site-packages, in 80 columns."""
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *arguments]
+    env = {"PATH": os.environ["PATH"], "COLUMNS": "80", **environment}
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
+
+
+def test_check_says_that_a_conf_is_good_on_a_bare_python(node: Node) -> None:
+    node.rules("- devicematch: a\n")
+    done = bare(*node.options(), "--check")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{node.conf}: good, 1 rule\n", "")
+    node.rules("- devicematch: a\n- devicematch: b\n")
+    assert bare(*node.options(), "--check").stdout == f"{node.conf}: good, 2 rules\n"
+
+
+@pytest.mark.parametrize("mode", ["--check", "--list", "--dry-run"])
+def test_a_bad_conf_is_one_line_with_its_place(node: Node, mode: str) -> None:
+    node.rules("# c\n- devicematch: ^a$\n  nummaxdevice: 5\n")
+    done = node.run(mode)
+    told = f'{node.conf}:3:3: unknown key "nummaxdevice"; did you mean nummaxdevices?'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"smarter_device_manager.py: {told}\n")
+
+
+def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
+    node.rules("- devicematch: '('\n")
+    done = node.run()
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f'{node.conf}:1:16: "(" is no regular expression' in done.stderr
+
+
+def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
+    def says(told: str) -> None:
+        done = bare(*node.options(), "--check")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"smarter_device_manager.py: {told}\n"
+
+    says(f"cannot read the conf file {node.conf}: No such file or directory")
+    node.conf.mkdir()
+    says(f"cannot read the conf file {node.conf}: Is a directory")
+    node.conf.rmdir()
+    node.conf.symlink_to("conf.yaml")
+    says(f"cannot read the conf file {node.conf}: Too many levels of symbolic links")
+    node.conf.unlink()
+    node.conf.write_bytes(b"")
+    says(f"{node.conf}:1:1: the file holds no rule; write a list: - devicematch: ^video[0-9]*$")
+    node.conf.write_bytes("- devicematch: a\n# é\xe9\n".encode("latin-1"))
+    says(f"{node.conf}:2:3: this is not UTF-8; save the file as UTF-8")
+    node.conf.write_bytes("- devicematch: a\n".encode("utf-16"))
+    says(f"{node.conf}:1:1: this is not UTF-8; save the file as UTF-8")
+    node.conf.write_bytes(b"- devicematch: a\n" + b"#" * MIB)
+    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a conf?")
+    node.conf.write_bytes(b"- devicematch: \x1b[31m\n")
+    says(f"{node.conf}:1:16: the character U+001B is not allowed: remove it, save as UTF-8")
+    node.conf.write_bytes(b'- devicematch: a\n  permissions: "\\e[31m"\n')
+    says(f'{node.conf}:2:16: "\\x1b[31m" must be letters of r, w and m, each once')
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_conf_that_may_not_be_read(node: Node) -> None:
+    node.rules("- devicematch: a\n")
+    node.conf.chmod(0)
+    done = node.run("--check")
+    assert done.returncode == 1
+    assert done.stderr == f"smarter_device_manager.py: cannot read the conf file {node.conf}: Permission denied\n"
+
+
+def test_list_shows_what_is_offered_what_not_and_why(node: Node) -> None:
+    node.sysfs("gpu.0", {})
+    (node.dev / "video0").write_text("")
+    (node.dev / "odd").symlink_to("gone")
+    node.rules(GPU_RULE.format(3) + "- devicematch: ^video\n- devicematch: ^odd$\n- devicematch: ^nothing$\n")
+    done = bare(*node.options(), "--list")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [re.split(" {2,}", line.strip()) for line in done.stdout.splitlines()]
+    assert ["3", "1", "smarter-devices/nvidia-gpu0"] in [row[:3] for row in rows]
+    assert any(row[-1].startswith("a plain file") and "/dev/video0" in row and "3" in row for row in rows)
+    assert any("which is not there" in row[-1] and "/dev/odd" in row and "4" in row for row in rows)
+    assert ["5", "^nothing$"] in rows
+    assert "^video" not in done.stdout
+
+
+def test_list_says_so_when_there_is_nothing(node: Node) -> None:
+    node.rules("- devicematch: ^nothing$\n")
+    done = bare(*node.options(), "--list")
+    assert done.returncode == 0
+    assert "^nothing$" in done.stdout
+
+
+def test_dry_run_on_a_node_with_a_device(node: Node) -> None:
+    node.sysfs("platform/gpu.7", {})
+    node.rules(GPU_RULE.format(2))
+    shutil.rmtree(node.plugins)  # a machine without Kubernetes
+    done = node.run("--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "smarter-devices/nvidia-gpu7" in done.stdout
+    assert "NVIDIA_VISIBLE_DEVICES=7" in done.stdout
+
+
+def test_dry_run_on_a_node_without_a_device(node: Node) -> None:
+    node.rules("- devicematch: ^video\n- devicematch: ^snd$\n")
+    (node.dev / "something").write_text("")
+    done = node.run("--dry-run")
+    assert (done.returncode, done.stderr) == (1, "")
+    for told in ("No device found", "line 1: ^video", "line 2: ^snd$", "something"):
+        assert told in done.stdout
+
+
+def test_version_and_help() -> None:
+    done = bare("--version")
+    assert (done.returncode, done.stdout) == (0, f"smarter-device-manager {sdm.__version__}\n")
+    done = bare("--help")
+    assert done.returncode == 0
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    documented = set(re.findall(r"--[a-z-]+", done.stdout))
+    assert documented >= {"--conf", "--config", "--plugin-dir", "--dev-dir", "--sys-dir", "--domain", "--interval"}
+    assert documented >= {"--log-level", "--check", "--list", "--dry-run", "--version"}
+
+
+def test_a_machine_without_kubelet_is_told_of_dry_run(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    shutil.rmtree(node.plugins)
+    done = node.run()
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(node.plugins) in done.stderr
+    assert "--dry-run" in done.stderr
+
+
+def test_serving_without_grpc_says_what_to_install(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    done = bare(*node.options())
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "python3-grpcio" in done.stderr
+
+
+def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(4))
+    options = dict(zip(node.options()[::2], node.options()[1::2]))
+    environment = {
+        "SMARTER_DEVICE_MANAGER_" + name[2:].upper().replace("-", "_"): value for name, value in options.items()
+    }
+    environment |= {"SMARTER_DEVICE_MANAGER_DOMAIN": "example.org", "SMARTER_DEVICE_MANAGER_INTERVAL": "2"}
+    assert "example.org/nvidia-gpu0" in bare("--list", **environment).stdout
+    assert " other/nvidia-gpu0" in bare("--list", "--domain", "other", **environment).stdout
+    other = node.root / "other.yaml"
+    other.write_text("- devicematch: ^x$\n")
+    for option in ("--conf", "--config"):
+        assert bare("--check", option, str(other), **environment).stdout == f"{other}: good, 1 rule\n"
+    assert bare("--check", **{**environment, "SMARTER_DEVICE_MANAGER_DOMAIN": ""}).returncode == 0  # as if not set
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("interval", "abc", '"abc" is no number of seconds from 0.01 to 3600'),
+        ("interval", "0", '"0" is no number of seconds'),
+        ("interval", "nan", '"nan" is no number of seconds'),
+        ("interval", "-1", '"-1" is no number of seconds'),
+        ("domain", "Bad_Domain", '"Bad_Domain" is no domain that kubelet takes'),
+        ("domain", "x.kubernetes.io", '"x.kubernetes.io" is no domain that kubelet takes'),
+        ("log-level", "loud", '"loud" is no level: debug, info, warning, error'),
+    ],
+)
+def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str) -> None:
+    variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
+    done = bare("--check", f"--{option}={value}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 3  # two of usage
+    last = done.stderr.splitlines()[-1]
+    assert f"argument --{option}: {told}" in last
+    assert variable not in last
+    done = bare("--check", **{variable: value})
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert f"argument --{option}: {told}" in last
+    assert last.endswith(f"(from {variable})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The conf file is followed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def turns(daemon: Daemon, count: int) -> None:
+    """Wait until the daemon's main thread has slept COUNT times more: it polls as often."""
+    status = Path(f"/proc/{daemon.process.pid}/status")
+
+    def sleeps() -> int:
+        found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", status.read_text(), re.MULTILINE)
+        assert found
+        return int(found[1])
+
+    enough = sleeps() + count
+    wait_for(lambda: sleeps() >= enough, f"{count} turns of the daemon")
+
+
+@pytest.fixture
+def gpu_daemon(node: Node, kubelet: Kubelet, start: Starter) -> Daemon:
+    """A daemon that offers one GPU with one slot."""
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    gpu_daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    return gpu_daemon
+
+
+def test_a_conf_edited_in_place_or_replaced_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    node.conf.write_text(GPU_RULE.format(20))
+    kubelet.wait_for("nvidia-gpu0", Healthy=20)
+    node.rules(GPU_RULE.format(3))
+    kubelet.wait_for("nvidia-gpu0", Healthy=3)
+    for slots in range(4, 10):  # as fast as can be: of one size, at times within one tick of the clock
+        node.conf.write_text(GPU_RULE.format(slots))
+        kubelet.wait_for("nvidia-gpu0", Healthy=slots)
+    assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
+
+
+def test_an_edit_that_keeps_size_and_time_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    turns(gpu_daemon, 5)
+    before = node.conf.stat()
+    node.conf.write_text(GPU_RULE.format(7))
+    os.utime(node.conf, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = node.conf.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    kubelet.wait_for("nvidia-gpu0", Healthy=7)
+
+
+def alike(path: Path) -> tuple[int, int, int]:
+    """What two files must have in common to be told apart by their identity alone."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def test_a_swap_to_a_file_of_the_same_size_and_times_is_followed(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("gpu.0", {})
+    files = [node.root / "old.yaml", node.root / "new.yaml"]
+    for _ in range(500):
+        for slots, path in enumerate(files, 1):
+            path.write_text(GPU_RULE.format(slots))
+        for path in files:
+            os.utime(path, (1e9, 1e9))
+        if alike(files[0]) == alike(files[1]):
+            break
+    else:
+        pytest.skip("the times of this file system tell any two files apart")
+    node.conf.symlink_to("old.yaml")
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    turns(daemon, 5)
+    link = node.root / "link"
+    link.symlink_to("new.yaml")
+    link.rename(node.conf)
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+
+
+def test_a_configmap_is_followed_by_its_link_swap(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("gpu.0", {})
+    folder = node.root / "config"
+    folder.mkdir()
+
+    def publish(version: int, text: str) -> None:
+        """As kubelet's atomic writer does: a new folder, then the swap of ..data, then the old one goes."""
+        (folder / f"..2026_{version}").mkdir()
+        (folder / f"..2026_{version}/conf.yaml").write_text(text)
+        (folder / "..data_tmp").symlink_to(f"..2026_{version}")
+        (folder / "..data_tmp").rename(folder / "..data")
+        shutil.rmtree(folder / f"..2026_{version - 1}", ignore_errors=True)
+
+    publish(1, GPU_RULE.format(1))
+    node.conf.symlink_to("config/conf.yaml")
+    (folder / "conf.yaml").symlink_to("..data/conf.yaml")
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    for version in range(2, 5):
+        publish(version, GPU_RULE.format(version))
+        kubelet.wait_for("nvidia-gpu0", Healthy=version)
+    assert "cannot read" not in daemon.log
+
+
+def test_the_last_good_rules_stay_and_each_fault_is_one_line(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    def refused() -> list[str]:
+        return [line for line in gpu_daemon.log.splitlines() if "the last good rules stay in force" in line]
+
+    node.rules("- devicematch: (\n")
+    gpu_daemon.says(r"conf\.yaml:1:16: .* the last good rules stay in force")
+    turns(gpu_daemon, 5)
+    assert len(refused()) == 1
+    node.rules("")
+    gpu_daemon.says(r"conf\.yaml:1:1: the file holds no rule.* the last good rules stay in force")
+    node.conf.unlink()
+    gpu_daemon.says(r"cannot read the conf file .*: No such file or directory; the last good rules stay in force")
+    node.conf.mkdir()
+    gpu_daemon.says(r"cannot read the conf file .*: Is a directory; the last good rules stay in force")
+    turns(gpu_daemon, 5)
+    assert len(refused()) == 4
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    node.conf.rmdir()
+    node.rules(GPU_RULE.format(1))  # what is in force already
+    gpu_daemon.says("the conf file was read again")
+    node.rules(GPU_RULE.format(5))
+    kubelet.wait_for("nvidia-gpu0", Healthy=5)
+    turns(gpu_daemon, 5)
+    assert len(refused()) == 4
+    assert gpu_daemon.log.count("the conf file was read again") == 2
+    assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
+
+
+def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    node.rules(GPU_RULE.format(2))
+    node.sysfs("gpu.1", {})
+    daemon.hang_up()
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+    kubelet.wait_for("nvidia-gpu1", Healthy=2)
+
+
+@needs_root
+def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    node.plug("video0")
+    node.plug("ttyUSB0")
+    turns(gpu_daemon, 5)  # it has seen them
+    node.rules("- devicematch: ^video[0-9]\n- devicematch: ^ttyUSB\n  resource: video0\n")
+    gpu_daemon.says(
+        r"conf\.yaml:2:1: the pool .video0. .* /dev/video0, which line 1 offers.* the last good rules stay in force"
+    )
+    done = node.run("--check")
+    assert done.returncode == 1
+    assert f"{node.conf}:2:1: the pool" in done.stderr
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices: what is one. A made-up /dev is a mapping from path to what stands there; each case holds for plain data, for
+# the scanner's look at real files, and for the look of an Allocate.
+# ---------------------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "char": sdm.CHAR,
+    "block": sdm.BLOCK,
+    "folder": sdm.FOLDER,
+    "shared": sdm.FOLDER,
+    "file": "plain file",
+    "fifo": "FIFO",
+    "socket": "socket",
+}
+
+
+def snapshot_of(tree: Mapping[str, str]) -> sdm.Snapshot:
+    """TREE as plain data. Values: a kind, "char 81:0" for a number, "-> target" for a link."""
+    entries: dict[str, sdm.Entry] = {"": sdm.Entry(sdm.FOLDER)}
+    for serial, (path, told) in enumerate(sorted(tree.items()), 1000):
+        for depth in range(1, path.count("/") + 1):
+            entries.setdefault("/".join(path.split("/")[:depth]), sdm.Entry(sdm.FOLDER))
+        kind, _, number = told.partition(" ")
+        if kind == "->":
+            entries[path] = sdm.Entry(sdm.LINK, target=number, serial=serial)
+        else:
+            major, _, minor = (number or f"240:{serial}").partition(":")
+            device = os.makedev(int(major), int(minor)) if KINDS[kind] in sdm.NODES else 0
+            entries[path] = sdm.Entry(KINDS[kind], device, serial, shared=kind == "shared", serial=serial)
+    folders: dict[str, list[str]] = {path: [] for path, entry in entries.items() if entry.kind == sdm.FOLDER}
+    for path in sorted(entries):
+        if path:
+            folders[path.rpartition("/")[0]].append(path.rpartition("/")[2])
+    return sdm.Snapshot(entries, folders)
+
+
+def build(dev: Path, tree: Mapping[str, str]) -> None:
+    """Make TREE below DEV; nodes take root."""
+    for minor, (path, told) in enumerate(tree.items(), 1):
+        place = dev / os.fsdecode(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        kind, _, number = told.partition(" ")
+        if kind == "->":
+            place.symlink_to(number)
+        elif kind in ("char", "block"):
+            first, _, second = (number or f"240:{minor}").partition(":")
+            os.mknod(
+                place, (stat.S_IFCHR if kind == "char" else stat.S_IFBLK) | 0o600, os.makedev(int(first), int(second))
+            )
+        elif kind in ("folder", "shared"):
+            place.mkdir(exist_ok=True)
+            place.chmod(0o777 if kind == "shared" else 0o755)
+        elif kind == "fifo":
+            os.mkfifo(place)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(place))
+        else:
+            place.write_text("no device\n")
+
+
+@dataclasses.dataclass
+class Case:
+    """What PATH in a made-up TREE stands for: its nodes as path -> suffix, or why it is no device."""
+
+    id: str
+    tree: Mapping[str, str]
+    path: str
+    found: Mapping[str, str] | str
+
+
+CASES = [
+    Case("a character device", {"video0": "char"}, "video0", {"video0": ""}),
+    Case("a block device", {"sda": "block"}, "sda", {"sda": ""}),
+    Case("a node in a folder", {"net/tun": "char"}, "net/tun", {"net/tun": ""}),
+    Case(
+        "a folder",
+        {"snd/seq": "char", "snd/controlC0": "char", "snd/by/id/x": "block", "snd/note": "file", "snd/l": "-> seq"},
+        "snd",
+        {"snd/by/id/x": "/by/id/x", "snd/controlC0": "/controlC0", "snd/seq": "/seq"},
+    ),
+    Case("a folder with no node", {"snd/note": "file", "a": "char", "snd/l": "-> ../a"}, "snd", "holds no device node"),
+    Case("an empty folder", {"snd": "folder"}, "snd", "holds no device node"),
+    Case("a plain file", {"file": "file"}, "file", "a plain file, not a device"),
+    Case("a socket", {"log": "socket"}, "log", "a socket, not a device"),
+    Case("a FIFO", {"initctl": "fifo"}, "initctl", "a FIFO, not a device"),
+    Case("a name that is not there", {"a": "char"}, "b", "it is gone"),
+    Case("a link", {"by-id/x": "-> ../ttyUSB0", "ttyUSB0": "char"}, "by-id/x", {"ttyUSB0": ""}),
+    Case("a link of links", {"a": "-> b", "b": "-> d/c", "d/c": "-> ./../n", "n": "char"}, "a", {"n": ""}),
+    Case("a link to a folder", {"sound": "-> snd", "snd/seq": "char"}, "sound", {"snd/seq": "/seq"}),
+    Case("a path through a link", {"sound": "-> snd", "snd/seq": "char"}, "sound/seq", {"snd/seq": ""}),
+    Case(
+        "a link that climbs inside",
+        {"a/b/x": "-> ../../c/d/../e", "c/d/f": "file", "c/e": "char"},
+        "a/b/x",
+        {"c/e": ""},
+    ),
+    Case("an absolute link", {"a": "-> /dev/b", "b": "char"}, "a", {"b": ""}),
+    Case("an absolute link in a folder", {"d/a": "-> /dev/b", "b": "char", "d/b": "file"}, "d/a", {"b": ""}),
+    Case("an absolute link that climbs inside", {"a": "-> /dev//c/../b", "b": "char", "c": "folder"}, "a", {"b": ""}),
+    Case("a dangling link", {"a": "-> b/c", "b": "folder"}, "a", "a link to /dev/b/c, which is not there"),
+    Case("a link to itself", {"a": "-> a"}, "a", "leads in a circle"),
+    Case("a circle of links", {"a": "-> d/b", "d/b": "-> ../a"}, "a", "leads in a circle"),
+    Case("40 links", {"n": "char", **{f"l{n}": f"-> l{n + 1}" for n in range(39)}, "l39": "-> n"}, "l0", {"n": ""}),
+    Case("41 links", {"n": "char", **{f"l{n}": f"-> l{n + 1}" for n in range(40)}, "l40": "-> n"}, "l0", "in a circle"),
+    Case("a link out of /dev", {"a": "-> ../null"}, "a", "a link that leaves /dev"),
+    Case("a link far out of /dev", {"d/a": "-> ../../../../../../../dev/null"}, "d/a", "a link that leaves /dev"),
+    Case("a link out of /dev and back", {"a": "-> ../dev/b", "b": "char"}, "a", "a link that leaves /dev"),
+    Case("an absolute link out", {"a": "-> /etc/passwd"}, "a", "a link to /etc/passwd, which leaves /dev"),
+    Case("an absolute link that climbs out", {"a": "-> /dev/../etc/passwd"}, "a", "a link that leaves /dev"),
+    Case("a link to a like name", {"a": "-> /devices/b"}, "a", "a link to /devices/b, which leaves /dev"),
+    Case("stdin", {"stdin": "-> /proc/self/fd/0"}, "stdin", "a link to /proc/self/fd/0, which leaves /dev"),
+    Case("fd", {"fd": "-> /proc/self/fd"}, "fd", "which leaves /dev"),
+    Case("the log", {"log": "-> /run/systemd/journal/dev-log"}, "log", "which leaves /dev"),
+    Case("a link to all of /dev", {"d/a": "-> ..", "n": "char"}, "d/a", "a link to all of /dev"),
+    Case("an absolute link to all of /dev", {"a": "-> /dev/", "n": "char"}, "a", "a link to all of /dev"),
+    Case("a link to a plain file", {"a": "-> f", "f": "file"}, "a", "a plain file, not a device"),
+    Case("a link through a file", {"a": "-> f/b", "f": "file"}, "a", "a path through /dev/f, which is a plain file"),
+    Case(
+        "a link through a node", {"a": "-> n/b", "n": "char"}, "a", "a path through /dev/n, which is a character device"
+    ),
+    Case("a node in a shared folder", {"pub": "shared", "pub/n": "char"}, "pub/n", {"pub/n": ""}),
+    Case(
+        "a planted link",
+        {"pub": "shared", "pub/n": "-> ../sda", "sda": "block"},
+        "pub/n",
+        "below /dev/pub, where others",
+    ),
+    Case(
+        "an absolute planted link", {"pub": "shared", "pub/n": "-> /dev/sda", "sda": "block"}, "pub/n", "where others"
+    ),
+    Case(
+        "a link to a planted one",
+        {"a": "-> pub/n", "pub": "shared", "pub/n": "-> ../s", "s": "block"},
+        "a",
+        "where others",
+    ),
+    Case(
+        "a folder planted below", {"pub": "shared", "pub/d/n": "-> ../../s", "s": "block"}, "pub/d/n", "below /dev/pub,"
+    ),
+    Case(
+        "a folder with a planted link",
+        {"pub": "shared", "pub/a": "char", "pub/b": "-> ../s", "s": "block"},
+        "pub",
+        {"pub/a": "/a"},
+    ),
+    Case("a link with a name of bytes", {"a\udcff": "-> n", "n": "char"}, "a\udcff", "is not UTF-8"),
+    Case("a link to a name of bytes", {"a": "-> n\udcff", "n\udcff": "char"}, "a", "is not UTF-8"),
+    Case("a folder with a name of bytes in it", {"d/ok": "char", "d/n\udcff": "char"}, "d", "is not UTF-8"),
+]
+
+
+def outcome(tree: sdm.Tree, path: str, dev_dir: str) -> Mapping[str, str] | str:
+    try:
+        return {node.path: node.suffix for node in sdm.resolve(tree, path, dev_dir)}
+    except sdm.NotADevice as error:
+        return str(error)
+
+
+def check_case(case: Case, found: Mapping[str, str] | str) -> None:
+    if isinstance(case.found, str):
+        assert isinstance(found, str) and case.found in found
+    else:
+        assert found == case.found
+        assert list(found) == sorted(found)
+
+
+def real_cases() -> list[Any]:
+    return [
+        pytest.param(case, id=case.id, marks=[needs_root] if {"char", "block"} & set(case.tree.values()) else [])
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_what_is_a_device_in_plain_data(case: Case) -> None:
+    check_case(case, outcome(snapshot_of(case.tree), case.path, "/dev"))
+
+
+@pytest.mark.parametrize("case", real_cases())
+def test_what_is_a_device_to_the_scanner(case: Case, node: Node) -> None:
+    build(node.dev, case.tree)
+    snapshot, flapped = sdm.Scanner(str(node.dev)).scan()
+    check_case(case, outcome(snapshot, case.path, str(node.dev)))
+    assert not flapped
+
+
+@pytest.mark.parametrize("case", real_cases())
+def test_what_is_a_device_to_an_allocate(case: Case, node: Node) -> None:
+    build(node.dev, case.tree)
+    before = set(os.listdir("/proc/self/fd"))
+    with sdm.LiveTree(str(node.dev)) as tree:
+        check_case(case, outcome(tree, case.path, str(node.dev)))
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_absolute_links_are_seen_from_where_the_host_dev_is(node: Node) -> None:
+    build(node.dev, {"a": f"-> {node.dev}/f", "b": "-> /dev/f", "c": f"-> {node.dev}2/f", "f": "file"})
+    with sdm.LiveTree(str(node.dev)) as tree:
+        assert outcome(tree, "a", str(node.dev)) == outcome(tree, "b", str(node.dev)) == "a plain file, not a device"
+        assert "leaves /dev" in outcome(tree, "c", str(node.dev))
+        assert "leaves /dev" in outcome(tree, "a", "/dev")
+
+
+@needs_root
+def test_the_owner_and_the_group_of_a_folder_say_who_may_plant_links(node: Node) -> None:
+    build(node.dev, {"n": "char", **{f"{name}/l": "-> ../n" for name in ("root", "disk", "group", "user", "sticky")}})
+    for name, mode, uid, gid in (
+        ("root", 0o775, 0, 0),
+        ("disk", 0o755, 0, 6),
+        ("group", 0o775, 0, 6),
+        ("user", 0o755, 1000, 0),
+        ("sticky", 0o1777, 0, 0),
+    ):
+        os.chown(node.dev / name, uid, gid)
+        (node.dev / name).chmod(mode)
+    snapshot, _ = sdm.Scanner(str(node.dev)).scan()
+    with sdm.LiveTree(str(node.dev)) as live:
+        for tree in (snapshot, live):
+            assert outcome(tree, "root/l", "/dev") == outcome(tree, "disk/l", "/dev") == {"n": ""}
+            for name in ("group", "user", "sticky"):
+                assert f"below /dev/{name}, where others than root may make links" in outcome(tree, f"{name}/l", "/dev")
+
+
+def test_names_too_long_for_a_file_are_not_there(node: Node) -> None:
+    with sdm.LiveTree(str(node.dev)) as tree:
+        assert tree.look("n" * 256) is None
+        assert outcome(tree, "n" * 256, "/dev") == "it is gone"
+
+
+def test_a_path_of_the_live_tree_ends_at_what_is_no_folder(node: Node) -> None:
+    build(node.dev, {"f": "file", "l": "-> d", "d/x": "file"})
+    with sdm.LiveTree(str(node.dev)) as tree:
+        assert tree.look("f/x") is tree.look("l/x") is tree.look("nowhere/x") is None
+        assert tree.look("d/x") is not None
+
+
+def mounted(node: Node, script: str, *code: str) -> str:
+    """What the command CODE prints where the shell SCRIPT has mounted things, in a mount namespace of its own."""
+    probe = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {node.root} && mount -t tmpfs none {node.root}"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system in a namespace of its own is not possible here (unshare(1), mount(8))")
+    command = ["unshare", "--mount", "sh", "-ec", f'cd {node.dev}\n{script}\nexec "$@"', "sh", *code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+MOUNTS = """
+mkdir shm both both/pts
+mknod video0 c 240 1
+mknod both/n c 240 2
+mount -t tmpfs -o mode=755 none shm
+mount -t tmpfs -o mode=755 none both/pts
+mknod shm/evil c 240 3
+mkdir shm/deep
+mknod shm/deep/evil c 240 4
+mknod both/pts/0 c 240 5
+ln -s shm/evil link
+ln -s ../video0 shm/back
+"""
+
+
+@needs_root
+def test_other_file_systems_are_not_looked_into(node: Node) -> None:
+    node.rules("- devicematch: .\n")
+    command = [sys.executable, str(SCRIPT), *node.options(), "--list", "--json"]
+    document = json.loads(mounted(node, MOUNTS, *command))
+    assert {found["name"] for found in document["resources"]} == {
+        "smarter-devices/" + name for name in ("video0", "both", "both_n")
+    }
+    folder = next(found for found in document["resources"] if found["name"].endswith("both"))
+    assert [spec["host"] for spec in folder["devices"][0]["nodes"]] == ["/dev/both/n"]
+    assert {left["path"]: left["reason"] for left in document["left_out"]} == {
+        "/dev/shm": "another file system",
+        "/dev/both/pts": "another file system",
+        "/dev/link": "a path through /dev/shm, which is a mount",
+    }
+
+
+@needs_root
+def test_an_allocate_does_not_look_into_other_file_systems(node: Node) -> None:
+    code = f"""
+import smarter_device_manager as sdm
+with sdm.LiveTree({str(node.dev)!r}) as tree:
+    for path in ("shm", "shm/evil", "shm/deep", "link", "shm/back", "both/pts/0", "both"):
+        try:
+            print(path, *[found.path for found in sdm.resolve(tree, path, "/dev")])
+        except sdm.NotADevice:
+            print(path, "refused")
+"""
+    told = mounted(node, MOUNTS, sys.executable, "-c", code)
+    assert told.splitlines() == [
+        *(f"{path} refused" for path in ("shm", "shm/evil", "shm/deep", "link", "shm/back", "both/pts/0")),
+        "both both/n",
+    ]
+
+
+@needs_root
+def test_a_file_system_that_is_mounted_while_the_daemon_runs_hides_what_was_there(node: Node) -> None:
+    code = f"""
+import subprocess
+import smarter_device_manager as sdm
+scanner = sdm.Scanner({str(node.dev)!r})
+for command in ("true", "mount -t tmpfs none d && mknod d/evil c 240 1", "umount d"):
+    subprocess.run(command, shell=True, check=True, cwd={str(node.dev)!r})
+    for full in (False, True):
+        found, _ = scanner.scan(full)
+        print(*found.entries, found.entries["d"].kind)
+"""
+    told = mounted(node, "mkdir d; mknod d/n c 240 1; sleep 0.05", sys.executable, "-c", code)
+    there, hidden = [" d d/n folder"] * 2, [" d folder", " d mount"]
+    assert told.splitlines() == [*there, *hidden, " d mount", there[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Polling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Counts the folders that are opened to be listed, while it is on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dev: Path) -> None:
+        self.listed: list[str] = []
+        real = os.open
+
+        def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & os.O_DIRECTORY and str(path).startswith(str(dev)):
+                self.listed.append(str(path)[len(str(dev)) + 1 :])
+            return real(path, flags, *rest, **more)
+
+        monkeypatch.setattr(os, "open", opened)
+
+    def of(self, work: Callable[[], Any]) -> list[str]:
+        self.listed.clear()
+        work()
+        return sorted(self.listed)
+
+
+def settle_times(scanner: sdm.Scanner) -> None:
+    """Scan until the times of all folders are old enough to be trusted."""
+    time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
+    scanner.scan()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, node: Node) -> Calls:
+    return Calls(monkeypatch, node.dev)
+
+
+def test_only_what_changed_is_listed(node: Node, calls: Calls) -> None:
+    build(node.dev, {"a/b/f": "file", "c/f": "file", "f": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    assert calls.of(scanner.scan) == ["", "a", "a/b", "c"]
+    settle_times(scanner)
+    before, _ = scanner.scan()
+    assert calls.of(scanner.scan) == []
+    assert scanner.scan() == (before, []) and scanner.scan()[0] is before
+    build(node.dev, {"a/b/g": "file"})
+    assert calls.of(scanner.scan) == ["a/b"]
+    after, flapped = scanner.scan()
+    assert "a/b/g" in after.entries and not flapped
+    assert after.entries["a/b/f"] is before.entries["a/b/f"]
+    settle_times(scanner)
+    assert calls.of(lambda: scanner.scan(full=True)) == ["", "a", "a/b", "c"]
+    assert scanner.scan()[0] is after
+
+
+STRACE = """
+import os, sys, time
+import smarter_device_manager as sdm
+side = sdm.DeviceSide({conf!r}, {dev!r}, {sys!r})
+side.start()
+for turn in range(3):
+    time.sleep(0.05)
+    side.turn()
+for turn in range(10):
+    os.access("/a-turn-begins", os.F_OK)
+    assert side.turn() == []
+os.access("/a-turn-begins", os.F_OK)
+"""
+
+
+def test_a_poll_is_a_stat_of_each_folder(node: Node) -> None:
+    if not shutil.which("strace") or subprocess.run(["strace", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("strace(1) is not installed, or may not trace here")
+    build(node.dev, {f"bus/{number % 3}/f{number}": "file" for number in range(30)})
+    node.rules("- devicematch: f[0-9]\n- devicematch: ^bus$\n  attributes: {name: x}\n")
+    code = STRACE.format(conf=str(node.conf), dev=str(node.dev), sys=str(node.sys))
+    trace = node.root / "trace"
+    command = ["strace", "-f", "-o", str(trace), "-e", "trace=file,desc", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE, check=False)
+    assert done.returncode == 0, done.stderr
+    turns = trace.read_text().split("a-turn-begins")[1:]
+    assert len(turns) == 11
+    for turn in turns[:-1]:
+        asked = sorted(re.findall(r'stat[a-z0-9]*\((?:AT_FDCWD, )?"([^"]*)"', turn))
+        folders = [str(node.dev), *(f"{node.dev}/bus{rest}" for rest in ("", "/0", "/1", "/2"))]
+        assert asked == sorted([str(node.conf), *folders])
+        assert not re.search(r"\b(open|openat|getdents64|read|readlink)\(", turn)
+
+
+TICK_NS = 10_000_000  # of a kernel with CONFIG_HZ=100
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """File times as of a kernel before 6.13, such as a Raspberry Pi has: they move once a tick."""
+
+    def coarse(found: os.stat_result) -> os.stat_result:
+        names = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")
+        times = {name: getattr(found, name) // TICK_NS * TICK_NS for name in names}
+        rest = {name: getattr(found, name) for name in ("st_rdev", "st_blksize", "st_blocks")}
+        return os.stat_result(tuple(found), {**rest, **times})
+
+    for name in ("stat", "lstat", "fstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, real=real, **more: coarse(real(*given, **more)))
+
+
+def test_changes_within_one_tick_of_the_clock_are_seen(node: Node, ticks: None) -> None:
+    """Hundreds of changes with no pause, each seen at once though the folder's time does not move between many."""
+    scanner = sdm.Scanner(str(node.dev))
+    (node.dev / "d").mkdir()
+    scanner.scan()
+    stamps = set()
+    for number in range(500):
+        (node.dev / "d" / str(number)).touch()
+        assert f"d/{number}" in scanner.scan()[0].entries
+        stamps.add(os.stat(node.dev / "d").st_mtime_ns)
+    assert len(stamps) < 500
+
+
+@pytest.mark.parametrize("seconds", [-1e9, 1e9], ids=["back", "forward"])
+def test_times_that_were_set_hide_nothing(node: Node, calls: Calls, ticks: None, seconds: float) -> None:
+    """Whoever sets a folder's time back to what it was (cp -a, tar) hides no change, and forces no listing."""
+    scanner = sdm.Scanner(str(node.dev))
+    when = time.time_ns() + int(seconds * 1e9)
+    for number in range(300):
+        (node.dev / str(number)).touch()
+        os.utime(node.dev, ns=(when, when))
+        assert str(number) in scanner.scan()[0].entries
+    settle_times(scanner)
+    assert calls.of(scanner.scan) == []
+
+
+def test_a_clock_that_was_set_back_costs_nothing_and_hides_nothing(
+    node: Node, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanner = sdm.Scanner(str(node.dev))
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+    scanner.scan()
+    assert calls.of(scanner.scan) == []  # the folder's time is an hour to come
+    (node.dev / "new").touch()
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    assert "new" in scanner.scan()[0].entries
+
+
+def test_files_that_a_thread_makes_meanwhile_are_all_seen(node: Node) -> None:
+    scanner = sdm.Scanner(str(node.dev))
+    names = [f"d{number % 7}/f{number}" for number in range(1500)]
+
+    def make() -> None:
+        for name in names:
+            build(node.dev, {name: "file"})
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    while thread.is_alive():
+        scanner.scan()
+    thread.join()
+    assert set(names) <= set(scanner.scan()[0].entries)
+
+
+def names_that_flap(node: Node, change: Callable[[], Any], dev: Path | None = None, full: bool = False) -> list[str]:
+    """Which names the scanner says stand for something else after CHANGE, at a FULL look or the usual one."""
+    scanner = sdm.Scanner(str(dev or node.dev))
+    scanner.scan()
+    settle_times(scanner)
+    before, _ = scanner.scan()
+    change()
+    after, flapped = scanner.scan(full)
+    for path in flapped:
+        assert after.entries[path].serial != before.entries[path].serial
+    for path in set(before.entries) & set(after.entries) - set(flapped):
+        assert after.entries[path] == before.entries[path]
+    assert scanner.scan()[1] == []
+    return sorted(flapped)
+
+
+def test_a_name_that_stands_for_something_else_is_noticed(node: Node) -> None:
+    build(node.dev, {"l": "-> f", "f": "file", "g": "file", "h": "file", "d/x": "file"})
+
+    def change() -> None:
+        node.link("l", "g")
+        (node.dev / "h").rename(node.dev / "g")
+        (node.dev / "f").unlink()
+        os.mkfifo(node.dev / "f")
+
+    assert names_that_flap(node, change) == ["f", "g", "l"]
+
+
+def test_folders_that_were_swapped_are_noticed_with_all_that_is_in_them(node: Node) -> None:
+    build(node.dev, {"a/x": "file", "a/s/y": "file", "b/x": "file", "b/only": "file", "c/x": "file"})
+
+    def change() -> None:
+        (node.dev / "a").rename(node.root / "was-a")
+        (node.dev / "b").rename(node.dev / "a")
+        (node.root / "was-a").rename(node.dev / "b")
+
+    assert names_that_flap(node, change) == ["a", "a/x", "b", "b/x"]
+    found, _ = sdm.Scanner(str(node.dev)).scan()
+    assert {"a/only", "b/s/y"} <= set(found.entries)
+
+
+@needs_root
+def test_a_node_made_anew_between_two_polls_is_noticed(node: Node) -> None:
+    build(
+        node.dev, {"other": "char", "same": "char 240:1", "number": "char 240:2", "kind": "char 240:3", "moved": "char"}
+    )
+
+    def change() -> None:
+        for path, told in {"same": "char 240:1", "number": "char 240:4", "kind": "block 240:3"}.items():
+            node.unplug(path)
+            build(node.dev, {path: told})
+        build(node.dev, {"new": "char 240:9"})
+        (node.dev / "new").rename(node.dev / "moved")
+
+    assert names_that_flap(node, change) == ["kind", "moved", "number", "same"]
+
+
+@needs_root
+def test_a_node_that_udev_touches_is_the_same_still(node: Node) -> None:
+    build(node.dev, {"a": "char", "b": "char"})
+
+    def touch() -> None:
+        os.chown(node.dev / "a", 0, 6)
+        (node.dev / "a").chmod(0o660)
+        os.utime(node.dev / "a")
+
+    assert names_that_flap(node, touch) == []
+    assert names_that_flap(node, touch, full=True) == []
+
+
+@needs_root
+def test_in_memory_even_a_touch_of_all_and_a_new_node_are_told_from_one_made_anew(node: Node) -> None:
+    """As "udevadm trigger" does it while something is plugged in. tmpfs and devtmpfs never use an inode twice."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or sdm.reuses_inodes(shm.stat().st_dev):
+        pytest.skip("/dev/shm is no tmpfs here")
+    with tempfile.TemporaryDirectory(prefix="sdm-", dir=shm) as name:
+        dev = Path(name)
+        build(dev, {"a": "char 240:1", "b": "char 240:2"})
+
+        def change() -> None:
+            os.utime(dev / "a")
+            os.utime(dev / "b")
+            build(dev, {"c": "char 240:3"})
+
+        assert names_that_flap(node, change, dev) == []
+
+        def replug() -> None:
+            (dev / "a").unlink()
+            build(dev, {"a": "char 240:1"})
+
+        assert names_that_flap(node, replug, dev) == ["a"]
+
+
+def test_which_file_systems_use_an_inode_number_again() -> None:
+    assert sdm.reuses_inodes(os.makedev(0, 0xFFFFF))  # none has this number: not known
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    types = {tuple(map(int, fields[2].split(":"))): fields[fields.index("-") + 1] for fields in mounts}
+    assert types
+    for (major, minor), kind in types.items():
+        assert sdm.reuses_inodes(os.makedev(major, minor)) == (kind not in ("devtmpfs", "tmpfs"))
+
+
+def test_a_folder_that_goes_takes_what_is_in_it_along(node: Node) -> None:
+    build(node.dev, {"a/b/f": "file", "g": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    assert "a/b/f" in scanner.scan()[0].entries
+    shutil.rmtree(node.dev / "a")
+    found, flapped = scanner.scan()
+    assert set(found.entries) == {"", "g"} and not flapped
+    build(node.dev, {"a/b/f": "file"})
+    assert "a/b/f" in scanner.scan()[0].entries
+
+
+def test_a_folder_that_becomes_a_link_is_not_followed(node: Node) -> None:
+    build(node.dev, {"a/f": "file"})
+    build(node.root, {"out/secret": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    scanner.scan()
+    (node.dev / "a").rename(node.root / "was-a")
+    (node.dev / "a").symlink_to(node.root / "out")
+    found, flapped = scanner.scan()
+    assert "a/secret" not in found.entries and flapped == ["a"]
+
+
+def test_a_folder_swapped_for_a_link_while_it_is_looked_at_is_not_listed(node: Node) -> None:
+    build(node.dev, {"a/b/f": "file"})
+    build(node.root, {"out/b/secret": "file"})
+    (node.dev / "l").symlink_to(node.root / "out")
+    (node.dev / "ll").symlink_to(node.root / "out/b")
+    folder, root = (node.dev / "a/b").lstat(), node.dev.stat()
+    assert list(sdm._read_folder(f"{node.dev}/a/b", folder, root)) == ["f"]
+    for path in ("l/b", "ll", "a", "nowhere"):  # what stands there now is another one
+        with pytest.raises(OSError):
+            sdm._read_folder(f"{node.dev}/{path}", folder, root)
+
+
+def test_who_may_write_into_a_folder_is_looked_at_once_a_minute(node: Node) -> None:
+    """A chmod leaves no trace in the times of the folder above; a full look finds it."""
+    build(node.dev, {"d/l": "-> f", "d/f": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    settle_times(scanner)
+    (node.dev / "d").chmod(0o777)
+    assert not scanner.scan()[0].entries["d"].shared
+    assert scanner.scan(full=True)[0].entries["d"].shared
+
+
+def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.rules("- devicematch: x\n")
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    side.start()
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    side.turn()
+    assert sdm.FULL_LOOK_SECONDS == 60
+    for seconds, listed in ((0, []), (59, []), (1, [""]), (0, []), (59.5, []), (1, [""])):
+        clock[0] += seconds
+        assert calls.of(side.turn) == listed
+    assert calls.of(lambda: side.turn(reread=True)) == [""]
+
+
+def test_without_descriptors_what_was_seen_still_counts(node: Node) -> None:
+    build(node.dev, {"f": "file", "d/g": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    before = set(scanner.scan()[0].entries)
+    build(node.dev, {"h": "file", "d/i": "file"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        found, flapped = scanner.scan()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(found.entries) == before and not flapped
+    assert set(scanner.scan()[0].entries) == before | {"h", "d/i"}
+
+
+def test_a_folder_that_must_not_be_listed_is_told(node: Node) -> None:
+    """Root has no such folder, but root without capabilities, as the daemon runs in its pod, has."""
+    build(node.dev, {"d/f": "file", "e/f": "file"})
+    node.rules("- devicematch: ^d$\n- devicematch: ^e$\n")
+    without = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"] if os.geteuid() == 0 else []
+    (node.dev / "d").chmod(0)
+    command = [*without, sys.executable, str(SCRIPT), *node.options(), "--list", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (node.dev / "d").chmod(0o755)
+    assert {left["path"]: left["reason"] for left in json.loads(done.stdout)["left_out"]} == {
+        "/dev/d": "a folder that cannot be listed (Permission denied), not a device",
+        "/dev/e": "a folder that holds no device node",
+    }
+
+
+def test_a_dev_that_goes_and_comes_back(node: Node) -> None:
+    build(node.dev, {"f": "file"})
+    scanner = sdm.Scanner(str(node.dev))
+    scanner.scan()
+    node.dev.rename(node.root / "away")
+    with pytest.raises(FileNotFoundError):
+        scanner.scan()
+    (node.root / "away").rename(node.dev)
+    assert "f" in scanner.scan()[0].entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A path that changes between a look and an Allocate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Swapping:
+    """Does CHANGES over and over, in a thread, while the block runs."""
+
+    def __init__(self, *changes: Callable[[], Any]) -> None:
+        self._changes = changes
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run)
+        self.rounds = 0
+        self.error: BaseException | None = None
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over:
+                for change in self._changes:
+                    change()
+                self.rounds += 1
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Swapping:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._thread.join()
+        assert self.error is None
+        assert self.rounds > 0
+
+
+def tries(least: int, is_enough: Callable[[], bool]) -> Iterator[int]:
+    """At LEAST so many, and more until it IS_ENOUGH, but not for ever."""
+    give_up = time.monotonic() + PATIENCE
+    for number in itertools.count():
+        if number >= least and (is_enough() or time.monotonic() > give_up):
+            return
+        yield number
+
+
+def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: Sequence[str] = ()) -> sdm.Plan:
+    """The plan of a first look."""
+    matcher = sdm.Matcher(sdm.parse_rules(conf))
+    sightings, left_out = sdm.sight({}, snapshot, gpus, matcher, "/dev", 0.0)
+    return sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
+
+
+def granted(resource: sdm.Resource, dev: Path) -> str:
+    """The host path that a container with the first slot of RESOURCE is given now, or the reason why none."""
+    try:
+        with sdm.LiveTree(str(dev)) as tree:
+            given = sdm.grant(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
+    except sdm.Refused as error:
+        assert error.code == "UNAVAILABLE"
+        return str(error)
+    return " ".join(spec.host for spec in given.specs)
+
+
+@needs_root
+def test_a_link_that_is_swapped_again_and_again_is_resolved_inside_dev_or_refused(node: Node) -> None:
+    build(node.dev, {"one/a": "char", "two/b": "char", "cam": "-> one/a"})
+    build(node.root, {"outside/b": "char"})
+    device = offered("- devicematch: ^cam$\n", snapshot_of({"one/a": "char", "cam": "-> one/a"})).resources["cam"]
+    targets = ["one/a", "../outside/b", "two/b", "/etc/passwd", "one", "two/none", f"{node.root}/outside/b", "cam"]
+    good = {"/dev/one/a", "/dev/two/b"}
+    bad = {f"/dev/cam: a link {told}" for told in ("that leaves /dev", "to /etc/passwd, which leaves /dev")}
+    seen = set()
+    with Swapping(*(lambda target=target: node.link("cam", target) for target in targets)):
+        for _ in tries(3000, lambda: good | bad <= seen):
+            seen.add(granted(device, node.dev))
+    assert good | bad <= seen
+    assert all(told.startswith("/dev/cam: ") for told in seen - good)
+
+
+@needs_root
+def test_a_folder_that_is_swapped_for_a_link_leads_nowhere_else(node: Node) -> None:
+    build(node.dev, {"d/n": "char", "d/deep/n": "char", "other/n": "char"})
+    build(node.root, {"outside/n": "char", "outside/deep/n": "char", "outside/stolen": "char"})
+    conf = "- devicematch: ^d/n$\n- devicematch: ^d/deep/n$\n- devicematch: ^d$\n"
+    plan = offered(conf, snapshot_of({"d/n": "char", "d/deep/n": "char"}))
+    assert set(plan.resources) == {"d_n", "d_deep_n", "d"}
+
+    def swap() -> None:
+        (node.dev / "d").rename(node.root / "d")
+        (node.dev / "d").symlink_to(node.root / "outside")
+
+    def swap_back() -> None:
+        (node.dev / "d").unlink()
+        (node.root / "d").rename(node.dev / "d")
+
+    hosts = {"d_n": "/dev/d/n", "d_deep_n": "/dev/d/deep/n", "d": "/dev/d/deep/n /dev/d/n"}
+    seen: dict[str, set[str]] = {name: set() for name in hosts}
+    with Swapping(swap, swap_back):
+        for _ in tries(1000, lambda: all(len(told) > 1 and hosts[name] in told for name, told in seen.items())):
+            for name, found in plan.resources.items():
+                seen[name].add(granted(found, node.dev))
+    for name, told in seen.items():
+        assert hosts[name] in told and len(told) > 1
+        told.remove(hosts[name])
+        assert all(re.search(": (it is gone|a link to /|a folder that holds no)", reason) for reason in told)
+
+
+def test_the_machines_own_dev_is_not_reached_through_a_folder_that_is_swapped(node: Node) -> None:
+    build(node.dev, {"d/null": "file"})
+    away = os.path.relpath("/dev", os.path.realpath(node.dev))
+
+    def swap() -> None:
+        (node.dev / "d").rename(node.root / "d")
+        (node.dev / "d").symlink_to(away)
+
+    def swap_back() -> None:
+        (node.dev / "d").unlink()
+        (node.root / "d").rename(node.dev / "d")
+
+    wanted = {"a plain file, not a device", "a link that leaves /dev"}
+    seen = set()
+    with Swapping(swap, swap_back):
+        for _ in tries(3000, lambda: wanted <= seen):
+            with sdm.LiveTree(str(node.dev)) as tree:
+                found = outcome(tree, "d/null", str(node.dev))
+                assert isinstance(found, str), found
+                seen.add(found)
+    assert wanted <= seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+KUBELETS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")  # KUBELET.md, 5
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("video0", "video0"),
+        ("net/tun", "net_tun"),
+        ("spidev0.0", "spidev0_0"),
+        ("i2c-1", "i2c-1"),
+        ("serial/by-id/usb-X_Y-if00-port0", "serial_by-id_usb-X_Y-if00-port0"),
+        ("a:b@c d\n", "a_b_c_d"),
+        ("_-_x-_-", "x"),
+        ("ä/ß", ""),
+        ("été", "t"),
+        ("...", ""),
+        ("-", ""),
+        ("n" * 63, "n" * 63),
+        ("n" * 64, "n" * 54 + "-" + hashlib.sha256(b"n" * 64).hexdigest()[:8]),
+        ("_" + "n" * 63 + "-", "n" * 63),
+        ("d/" * 40, ("d_" * 27) + "-" + hashlib.sha256(b"d/" * 40).hexdigest()[:8]),
+        ("é" + "n" * 70, "n" * 54 + "-" + hashlib.sha256(("é" + "n" * 70).encode()).hexdigest()[:8]),
+    ],
+)
+def test_how_a_path_names_its_resource(path: str, name: str) -> None:
+    assert sdm.resource_name(path) == name
+
+
+@given(st.text(max_size=200))
+def test_every_name_is_one_that_kubelet_takes(path: str) -> None:
+    name = sdm.resource_name(path)
+    assert name == "" or KUBELETS.fullmatch(name)
+    assert bool(name) == bool(re.search("[A-Za-z0-9]", path))
+
+
+def listed(plan: sdm.Plan) -> dict[str, list[str]]:
+    """Path (or what stands for it) of each device, by resource."""
+    return {name: [device.path for device in found.devices] for name, found in plan.resources.items()}
+
+
+def left(plan: sdm.Plan) -> dict[str, str]:
+    return {found.path: found.reason for found in plan.left_out}
+
+
+def test_of_two_paths_with_one_name_the_first_in_sorted_order_has_it() -> None:
+    tree = {"a_b": "char", "a b": "char", "a/b": "char", "a.b": "char"}
+    plan = offered("- devicematch: ^a.b$\n", snapshot_of(tree))
+    assert listed(plan) == {"a_b": ["a b"]}  # " " < "." < "/" < "_"
+    assert left(plan) == dict.fromkeys(("a.b", "a/b", "a_b"), "its resource's name a_b is taken by /dev/a b")
+
+
+def test_a_path_without_a_letter_or_digit_is_left_out() -> None:
+    plan = offered("- devicematch: ^[._-]*$\n", snapshot_of({"...": "char", "_": "char", "._a": "char"}))
+    assert plan.resources == {}
+    assert left(plan) == dict.fromkeys(("...", "_"), "no letter or digit is left to name a resource by")
+
+
+def test_the_last_rule_that_names_a_device_counts() -> None:
+    conf = "- devicematch: ^video\n  nummaxdevices: 2\n- devicematch: ^video1\n  nummaxdevices: 3\n- devicematch: x\n"
+    plan = offered(conf, snapshot_of({"video0": "char", "video1": "char", "video10": "char"}))
+    slots = {name: (found.devices[0].slots, found.devices[0].line) for name, found in plan.resources.items()}
+    assert slots == {"video0": (2, 1), "video1": (3, 3), "video10": (3, 3)}
+    assert [rule.pattern for rule in plan.unused] == ["x"]
+
+
+def test_rules_on_one_line_are_told_apart() -> None:
+    plan = offered("[{devicematch: a}, {devicematch: b, nummaxdevices: 2}]\n", snapshot_of({"b": "char"}))
+    assert listed(plan) == {"b": ["b"]} and [rule.pattern for rule in plan.unused] == ["a"]
+
+
+def test_a_rule_that_only_names_what_is_no_device_is_not_unused() -> None:
+    plan = offered("- devicematch: ^log$\n", snapshot_of({"log": "socket"}))
+    assert plan.unused == () and left(plan) == {"log": "a socket, not a device"}
+
+
+@pytest.mark.parametrize("slots", [0, 1, 10_000])
+def test_slots_are_numbered_from_0(slots: int) -> None:
+    plan = offered(f"- devicematch: a\n  nummaxdevices: {slots}\n", snapshot_of({"a": "char"}))
+    assert [slot.id for slot in sdm.slots_of(plan.resources["a"])] == [str(number) for number in range(slots)]
+
+
+@needs_root
+def test_odd_names_are_shown_without_harm(node: Node) -> None:
+    """Names with line breaks, escapes and bytes that are no UTF-8: neither --list nor the log lets them act."""
+    for name in ("cam\n\x1b[31m0", "cam\udcff", "cam\u202e1"):
+        build(node.dev, {name: "char"})
+    node.rules("- devicematch: ^cam\n")
+    for more in (["--list"], ["--list", "--json"], ["--dry-run"]):
+        done = node.run(*more)
+        assert done.returncode == 0
+        assert "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    text = node.run("--list").stdout
+    assert r"/dev/cam\n\x1b[31m0" in text
+    assert re.search(r"1 +/dev/cam\\udcff +the name /dev/cam\\udcff is not UTF-8", text)
+    for path in node.dev.iterdir():
+        path.unlink()
+    (node.dev / "cam\n\x1b[31m2").touch()
+    done = node.run("--dry-run")
+    assert done.returncode == 1 and r"/dev/cam\n\x1b[31m2: a plain file, not a device" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sysfs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Board:
+    """A made-up board: /dev as plain data, or as root as real nodes; /sys as real files."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.tree: dict[str, str] = {}
+
+    def has(
+        self, path: str, number: str, folder: str, attributes: Mapping[str, str] | None = None, kind: str = "char"
+    ) -> None:
+        """A node PATH with NUMBER, whose folder in /sys/devices has these ATTRIBUTES."""
+        self.tree[path] = f"{kind} {number}"
+        self.device(folder, attributes or {})
+        link = self.node.sys / "dev" / kind / number
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"../../devices/{folder}")
+
+    def device(self, folder: str, attributes: Mapping[str, str]) -> None:
+        """A folder in /sys/devices with ATTRIBUTES; those with "-> " are links."""
+        place = self.node.sys / "devices" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for name, value in attributes.items():
+            if value.startswith("-> "):
+                (place / name).symlink_to(value[3:])
+            else:
+                (place / name).write_text(value + "\n")
+
+    def plan(self, conf: str, gpus: Sequence[str] = ()) -> sdm.Plan:
+        return offered(conf, snapshot_of(self.tree), str(self.node.sys), gpus)
+
+
+@pytest.fixture
+def board(node: Node) -> Board:
+    return Board(node)
+
+
+def usb_serial(
+    board: Board, tty: str, number: str, port: str, vendor: str, product: str, told: str, serial: str
+) -> None:
+    """A serial adapter in a USB port of a Raspberry Pi 4, as its sysfs shows it."""
+    usb = f"platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1/1-1/{port}"
+    board.device(
+        "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1", {"idVendor": "1d6b", "serial": "x"}
+    )
+    board.device(
+        usb,
+        {"idVendor": vendor, "idProduct": product, "product": told, "serial": serial, "bcdDevice": "0100"},
+    )
+    is_acm = tty.startswith("ttyACM")
+    driver = "cdc_acm" if is_acm else "cp210x"
+    board.device(
+        f"{usb}/{port}:1.0", {"bInterfaceNumber": "00", "driver": f"-> ../../../../../../../../../bus/{driver}"}
+    )
+    inner = f"{usb}/{port}:1.0" + ("" if is_acm else f"/{tty}")
+    board.has(tty, number, f"{inner}/tty/{tty}", {"dev": number})
+
+
+def test_attributes_hold_for_the_device_or_one_and_the_same_of_its_parents(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102 USB to UART Bridge Controller", "A5XK3RJT")
+    for attributes, holds in (
+        ('{idVendor: "10c4"}', True),
+        ('{idVendor: "10c"}', False),  # whole
+        ('{idVendor: "10c4", idProduct: ea60, serial: ".*A5XK.*"}', True),
+        ('{idVendor: "1d6b", serial: x}', True),
+        ('{idVendor: "1d6b", serial: "A5XK3RJT"}', False),  # each holds, but not in one folder
+        ('{idVendor: "10c4", bInterfaceNumber: "00"}', False),
+        ("{driver: cp210x}", True),
+        ('{dev: "188:0"}', True),
+        ("{nothing: .*}", False),
+    ):
+        plan = board.plan(f"- devicematch: ^ttyUSB\n  attributes: {attributes}\n")
+        assert bool(plan.resources) == holds, attributes
+
+
+def test_a_rule_whose_attributes_do_not_hold_leaves_the_device_to_an_earlier_one(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "0001")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.3", "1a86", "7523", "CH340", "")
+    conf = """
+- devicematch: ^ttyUSB
+  nummaxdevices: 2
+- devicematch: ^ttyUSB
+  nummaxdevices: 3
+  attributes: {idVendor: "10c4", nowhere: x}
+- devicematch: ^ttyUSB
+  nummaxdevices: 4
+  attributes: {idVendor: "10c4"}
+"""
+    plan = board.plan(conf)
+    assert {name: found.devices[0].line for name, found in plan.resources.items()} == {"ttyUSB0": 7, "ttyUSB1": 2}
+    assert [(found.path, found.line, found.reason) for found in plan.left_out] == [
+        (
+            "ttyUSB1",
+            4,
+            'its idVendor is "1a86" or "1d6b" (asked for: 10c4); its nowhere is not there (asked for: x)',
+        ),
+        ("ttyUSB1", 7, 'its idVendor is "1a86" or "1d6b" (asked for: 10c4)'),
+    ]
+    assert [rule.line for rule in plan.unused] == []
+
+
+def test_block_devices_have_attributes_too(board: Board) -> None:
+    board.device("pci0/usb2/2-1", {"serial": "disk"})
+    board.has("sda1", "8:1", "pci0/usb2/2-1/host0/block/sda/sda1", {"partition": "1"}, kind="block")
+    board.has("tty8", "8:1", "virtual/tty8", {"serial": "no"})
+    assert set(board.plan('- devicematch: .\n  attributes: {serial: "disk"}\n').resources) == {"sda1"}
+
+
+def test_what_sysfs_does_not_know_has_no_attributes(board: Board) -> None:
+    board.tree["a"] = "char 1:1"
+    (board.node.sys / "dev/char/1:2").symlink_to("../../../outside")
+    (board.node.root / "outside/deep").mkdir(parents=True)
+    board.tree["b"] = "char 1:2"
+    (board.node.root / "name").write_text("above sysfs\n")
+    (board.node.sys / "devices/name").write_text("above all devices\n")
+    board.has("c", "1:3", "virtual/c")
+    plan = board.plan("- devicematch: ^.$\n  attributes: {name: .*}\n")
+    assert plan.resources == {} and left(plan) == dict.fromkeys("abc", "its name is not there (asked for: .*)")
+
+
+def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
+    board.device("pci0000:80", {"numa_node": "1"})
+    board.device("pci0000:80/gpu", {"numa_node": "-1"})
+    board.has("nvidia0", "195:0", "pci0000:80/gpu/drm")
+    board.device("pci0000:00", {"numa_node": "0"})
+    board.has("nvidia1", "195:1", "pci0000:00/gpu", {"numa_node": "2"})
+    board.has("snd/a", "116:1", "pci0000:00/a")
+    board.has("snd/b", "116:2", "pci0000:80/b")
+    board.has("snd/c", "116:3", "pci0000:80/c")
+    board.has("none", "1:1", "virtual/none", {"numa_node": "-1"})
+    board.has("odd", "1:2", "virtual/odd", {"numa_node": "\u00b2"})
+    board.tree["unknown"] = "char 1:4"
+    plan = board.plan("- devicematch: ^(nvidia.|snd|none|odd|unknown)$\n")
+    assert {name: found.devices[0].numa for name, found in plan.resources.items()} == {
+        "nvidia0": (1,),
+        "nvidia1": (2,),
+        "snd": (0, 1),
+        "none": (),
+        "odd": (),
+        "unknown": (),
+    }
+    assert sdm.slots_of(plan.resources["snd"]) == (sdm.Slot("0", True, (0, 1)),)
+
+
+class Reads:
+    """Counts the reads of sysfs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sys_dir: Path) -> None:
+        self.paths: list[str] = []
+        real = os.open
+
+        def opened(path: Any, *rest: Any, **more: Any) -> int:
+            if str(path).startswith(str(sys_dir)):
+                self.paths.append(os.path.relpath(path, sys_dir))
+            return real(path, *rest, **more)
+
+        monkeypatch.setattr(os, "open", opened)
+
+    def of(self, work: Callable[[], Any]) -> int:
+        self.paths.clear()
+        work()
+        return len(self.paths)
+
+
+class Clock:
+    """A monotonic clock that stands still until told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def device_side(node: Node, conf: str) -> sdm.DeviceSide:
+    node.rules(conf)
+    return sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
+
+
+STICK = '- devicematch: ^stick\n  attributes: {idVendor: "10c4", idProduct: ea60}\n'
+
+
+@needs_root
+def test_sysfs_is_read_when_a_device_appears_and_not_on_every_poll(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    for name in ("stick0", "stick1", "stick2"):
+        node.sysfs(f"usb1/{name}", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug(name))
+    node.sysfs("usb1/other", {"idVendor": "1a86"}, node.plug("stick3"))
+    side = device_side(node, STICK)
+    reads = Reads(monkeypatch, node.sys)
+    assert reads.of(side.start) > 0
+    assert set(side.plan.resources) == {"stick0", "stick1", "stick2"}
+    for _ in range(4):  # what stick3 lacks may still come; nothing else is read again
+        clock.now += 1
+        assert reads.of(side.turn) > 0
+        assert not [path for path in reads.paths if "stick" in path]
+    clock.now += 2
+    side.turn()
+    for _ in range(5):
+        clock.now += 1
+        assert reads.of(side.turn) == 0
+    node.plug("unrelated")
+    assert reads.of(side.turn) == 0
+    node.sysfs("usb1/new", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick4"))
+    assert reads.of(side.turn) > 0
+    assert not [path for path in reads.paths if "stick" in path or "other" in path]
+    assert "stick4" in side.plan.resources
+
+
+@needs_root
+@pytest.mark.parametrize("seconds", [0.0, 4.0])
+def test_attributes_that_come_after_the_node_are_found(
+    node: Node, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    clock = Clock(monkeypatch)
+    side = device_side(node, STICK)
+    side.start()
+    stick = node.plug("stick0")
+    side.turn()
+    assert side.plan.resources == {}
+    clock.now += seconds
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, stick)
+    assert len(side.turn()) == 1
+    assert set(side.plan.resources) == {"stick0"}
+    assert left(side.plan) == {}
+
+
+@needs_root
+def test_attributes_that_come_much_later_are_found_at_a_full_look(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    stick = node.plug("stick0")
+    side = device_side(node, STICK)
+    side.start()
+    clock.now += 10
+    side.turn()
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, stick)
+    reads = Reads(monkeypatch, node.sys)
+    for _ in range(40):
+        clock.now += 1
+        assert reads.of(side.turn) == 0  # not on every poll for ever
+    clock.now += 20
+    side.turn()
+    assert set(side.plan.resources) == {"stick0"}
+
+
+@needs_root
+def test_another_device_under_the_same_name_and_number_is_asked_for_its_own_attributes(node: Node) -> None:
+    stick = node.plug("stick0", minor=7)
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, stick)
+    side = device_side(node, STICK)
+    side.start()
+    assert not side.plan.resources["stick0"].devices[0].problem
+    node.unplug("stick0")
+    node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
+    plans = side.turn()
+    assert [plan.resources.get("stick0") and plan.resources["stick0"].devices[0].problem for plan in plans] == [
+        "it is gone",
+        None,
+    ]
+    assert "1a86" in left(side.plan)["stick0"]
+
+
+@needs_root
+def test_a_device_that_was_chosen_by_its_attributes_is_not_granted_when_another_stands_there(node: Node) -> None:
+    for number, name in enumerate(("stick0", "bus/a", "bus/b")):
+        node.sysfs(f"usb1/{number}", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug(name))
+    side = device_side(node, STICK + STICK.replace("^stick", "^bus$"))
+    side.start()
+    found = side.plan.resources
+    assert granted(found["stick0"], node.dev) == "/dev/stick0"
+    assert granted(found["bus"], node.dev) == "/dev/bus/a /dev/bus/b"
+    node.plug("new").rename(node.dev / "stick0")
+    node.plug("bus/c")
+    for name in ("stick0", "bus"):
+        assert granted(found[name], node.dev) == f"/dev/{name}: another device stands there since just now"
+
+
+def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "0001")
+    (rule,) = sdm.parse_rules('- devicematch: x\n  attributes: {idVendor: "10c4"}\n')
+    sysfs = sdm.Sysfs(str(board.node.sys))
+    entry = snapshot_of(board.tree).entries["ttyUSB0"]
+    for serial in range(1000):
+        assert not sysfs.misfit(rule.attributes, sdm.DeviceNode("ttyUSB0", "", entry._replace(serial=serial)))
+        sysfs.numa(sdm.DeviceNode("ttyUSB0", "", entry._replace(serial=serial)))
+        sysfs.forget([serial])
+    assert max(len(vars(sysfs)[name]) for name in ("_numa", "_misfits", "_asked")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --list --attributes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plug_board(board: Board) -> None:
+    build(board.node.dev, board.tree)
+
+
+@needs_root
+def test_the_attributes_of_a_device_are_shown_to_write_a_rule_from(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "It's a CP2102 (v1.0)", "A5XK+3RJT")
+    usb = "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1/1-1/1-1.2"
+    place = board.node.sys / "devices" / usb
+    board.device(usb, {"on": "a word", "big": "x" * 5000})
+    (place / "descriptors").write_bytes(b"\x12\x01\x00\x02\xff\xfe")
+    (place / "bytes").write_bytes(b"\xff\xfe\n")
+    (place / "two").write_text("lines\nare two\n")
+    (place / "empty").write_text("\n")
+    (place / "secret").write_text("not to be read\n")
+    (place / "secret").chmod(0o200)
+    (place / "power").mkdir()
+    board.tree["serial/by-id/usb-x"] = "-> ../../ttyUSB0"
+    plug_board(board)
+    shown = board.node.run("--list", "--attributes", "/dev/ttyUSB0").stdout
+    for path in ("ttyUSB0", f"{board.node.dev}/ttyUSB0", "/dev//./ttyUSB0"):
+        assert board.node.run("--list", "--attributes", path).stdout == shown
+    assert "- devicematch: '^ttyUSB0$'\n" in shown
+    top = os.path.realpath(board.node.sys)
+    block = shown.partition(f"# {top}/devices/{usb}\n")[2].partition("\n\n")[0]
+    assert block.splitlines() == [
+        "  attributes:",
+        "    bcdDevice: '0100'",
+        "    idProduct: 'ea60'",
+        "    idVendor: '10c4'",
+        "    'on': 'a word'",
+        r"    product: 'It''s a CP2102 \(v1\.0\)'",
+        r"    serial: 'A5XK\+3RJT'",
+    ]
+    assert (
+        f"# {top}/devices/{usb}/1-1.2:1.0\n  attributes:\n    bInterfaceNumber: '00'\n    driver: 'cp210x'\n" in shown
+    )
+    by_link = board.node.run("--list", "--attributes", "serial/by-id/usb-x").stdout
+    assert by_link == shown.replace("^ttyUSB0$", "^serial/by-id/usb-x$")
+    document = json.loads(board.node.run("--list", "--json", "--attributes", "ttyUSB0").stdout)
+    assert document[1]["attributes"]["product"] == "It's a CP2102 (v1.0)"
+
+
+@needs_root
+def test_each_block_of_attributes_is_a_rule_that_holds(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "It's: {a} #CP2102 [v1.0]^$|*+?", "  \\\"'null")
+    plug_board(board)
+    head, *blocks = board.node.run("--list", "--attributes", "ttyUSB0").stdout.split("\n\n")
+    assert len(blocks) == 3
+    for block in blocks:
+        plan = board.plan(f"{head}\n{block}\n")
+        assert listed(plan) == {"ttyUSB0": ["ttyUSB0"]}
+
+
+FILE_NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter(lambda name: name not in (".", ".."))
+
+
+@given(st.dictionaries(FILE_NAMES, st.text(min_size=1), min_size=1, max_size=3), FILE_NAMES)
+@example({"name": "value"}, "cam\n\x1b\U00018d090")
+def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, str], path: str) -> None:
+    telling = {name: value for name, value in attributes.items() if value.isprintable() and name.isprintable()}
+    text = sdm.render_attributes(path, [("/sys/devices/x", telling)] if telling else [])
+    (rule,) = sdm.parse_rules(text)
+    assert rule.match.search(path) and not rule.match.search(path + "x") and not rule.match.search("x" + path)
+    assert {found.name for found in rule.attributes} == set(telling)
+    for found in rule.attributes:
+        assert found.match.fullmatch(telling[found.name]) and not found.match.fullmatch(telling[found.name] + "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nothing0", "nothing0 is not in {dev}; give a path such as /dev/video0 or video0"),
+        ("/etc/passwd", "/etc/passwd is not in {dev}; give a path such as /dev/video0 or video0"),
+        ("../dev/f", "../dev/f is not in {dev}; give a path such as /dev/video0 or video0"),
+        ("/dev", "/dev is not in {dev}; give a path such as /dev/video0 or video0"),
+        ("", " is not in {dev}; give a path such as /dev/video0 or video0"),
+        ("f", "/dev/f is no device: a plain file, not a device"),
+        ("d", "/dev/d is no device: a folder that holds no device node"),
+        ("loop", "/dev/loop is no device: a link that leads in a circle"),
+    ],
+)
+def test_what_has_no_attributes_is_said_in_one_sentence(node: Node, path: str, told: str) -> None:
+    build(node.dev, {"f": "file", "d": "folder", "loop": "-> loop"})
+    done = node.run("--list", "--attributes", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"smarter_device_manager.py: {told.format(dev=node.dev)}\n"
+
+
+@needs_root
+def test_a_folder_and_what_sysfs_does_not_know_have_no_attributes_to_show(node: Node) -> None:
+    build(node.dev, {"snd/a": "char", "snd/b": "block 8:3"})
+    done = node.run("--list", "--attributes", "snd")
+    assert "/dev/snd is a folder; name one of its nodes: /dev/snd/a, /dev/snd/b\n" in done.stderr
+    done = node.run("--list", "--attributes", "/dev/snd/b")
+    assert (
+        f"{node.sys} knows nothing of /dev/snd/b (block device 8:3); --sys-dir names the host's /sys\n" in done.stderr
+    )
+
+
+def test_attributes_go_with_list(node: Node) -> None:
+    done = node.run("--attributes", "video0")
+    assert done.returncode == 2 and "--attributes goes with --list" in done.stderr
+
+
+def test_attributes_are_shown_by_a_bare_python(node: Node) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-I", str(SCRIPT), "--list", "--attributes", "/dev/null"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if "knows nothing" in done.stderr:
+        pytest.skip("this machine's sysfs does not know /dev/null")
+    assert done.returncode == 0 and "subsystem: 'mem'" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan: templates, companions, pools
+# ---------------------------------------------------------------------------------------------------------------------
+
+Given = Mapping[str, str]  # container path -> host path and, where they are not "rw", permissions
+
+
+def at(*names: str) -> Given:
+    """Nodes that a container sees where the host has them."""
+    return {f"/dev/{name}": f"/dev/{name}" for name in names}
+
+
+def given_to(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[Given, Given]:
+    """The nodes and the variables of a container with these slots of FOUND, the first one if none is named."""
+    grant = sdm.grant(found, ids or [sdm.slots_of(found)[0].id], tree, "/dev")
+    nodes = {
+        spec.container: spec.host + ("" if spec.permissions == "rw" else f" {spec.permissions}") for spec in grant.specs
+    }
+    assert len(nodes) == len(grant.specs)
+    return nodes, dict(grant.env)
+
+
+def refused(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[str, str]:
+    with pytest.raises(sdm.Refused) as caught:
+        sdm.grant(found, ids, tree, "/dev")
+    return caught.value.code, str(caught.value)
+
+
+def ids_of(found: sdm.Resource, healthy: bool = True) -> list[str]:
+    return [slot.id for slot in sdm.slots_of(found) if slot.healthy == healthy]
+
+
+SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "video0": "char", "cam": "-> video0"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes", "env"),
+    [
+        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}, {}),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}, {}),
+        (
+            "devicematch: ^snd$",
+            {f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            {},
+        ),
+        ("{devicematch: ^video0$, permissions: r}", {"/dev/video0": "/dev/video0 r"}, {}),
+        ("{devicematch: ^video0$, permissions: mwr}", {"/dev/video0": "/dev/video0 rwm"}, {}),
+        (r"{devicematch: '^video([0-9])$', containerpath: '/dev/cam\1'}", {"/dev/cam0": "/dev/video0"}, {}),
+        (r"{devicematch: ^video, containerpath: '/dev/c/\g<0>/x'}", {"/dev/c/video/x": "/dev/video0"}, {}),
+        ("{devicematch: ^video0$, containerpath: /dev/x/}", {"/dev/x/video0": "/dev/video0"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}, {}),
+        ("{devicematch: ^video0$, containerpath: /dev//x///y}", {"/dev/x/y": "/dev/video0"}, {}),
+        (
+            "{devicematch: ^snd$, containerpath: /dev/card}",
+            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            {},
+        ),
+        (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic, with: ['snd/controlC\1', 'snd/timer?', 'none?']}",
+            {
+                f"/dev/{place}": f"/dev/snd/{name}"
+                for place, name in (("mic", "pcmC1D0c"), ("snd/controlC1", "controlC1"), ("snd/timer", "timer"))
+            },
+            {},
+        ),
+        (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic/, with: ['snd/controlC\1', cam], permissions: r}",
+            {
+                "/dev/mic/pcmC1D0c": "/dev/snd/pcmC1D0c r",
+                "/dev/mic/controlC1": "/dev/snd/controlC1 r",
+                "/dev/mic/cam": "/dev/video0 r",
+            },
+            {},
+        ),
+        (
+            "{devicematch: ^video0$, with: [snd, video0, cam]}",
+            {
+                "/dev/video0": "/dev/video0",
+                "/dev/cam": "/dev/video0",
+                **{f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+            },
+            {},
+        ),
+        (
+            r"{devicematch: '^vi(?P<kind>d|D)eo(\d)?', env: {A: '/dev/\g<0>', B: '\2\g<kind>x', C_1: plain}}",
+            {"/dev/video0": "/dev/video0"},
+            {"A": "/dev/video0", "B": "0dx", "C_1": "plain"},
+        ),
+    ],
+)
+def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
+    snapshot = snapshot_of(SOUND)
+    (found,) = offered(f"- {rule}\n", snapshot).resources.values()
+    assert given_to(found, snapshot) == (nodes, env)
+    assert {spec.container for spec in found.devices[0].specs} == set(nodes)  # as --list shows it
+
+
+def test_resources_are_named_by_templates() -> None:
+    snapshot = snapshot_of({"video0": "char", "video1": "char", "audio1": "char", "d/x": "char"})
+    plan = offered(
+        r"""
+- {devicematch: '^(?P<kind>[a-z]+)([0-9])$', resource: 'my.\g<kind>s'}
+- {devicematch: '^d/(.)(y)?$', resource: 'd \1\2'}
+""",
+        snapshot,
+    )
+    assert listed(plan) == {"d_x": ["d/x"], "my_audios": ["audio1"], "my_videos": ["video0", "video1"]}
+    assert all(found.pool for found in plan.resources.values())
+
+
+def test_a_place_in_the_container_must_be_one() -> None:
+    snapshot = snapshot_of({"a": "char", "b.c": "char"})
+    plan = offered(r"- {devicematch: '^(a)(.*)$', containerpath: '/dev/x/\2.'}" "\n", snapshot)
+    assert left(plan) == {"a": 'its path in a container would be "/dev/x/."'}
+    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1/x'}" "\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/x": "/dev/a"}
+    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1'}" "\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+
+
+def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
+    conf = "- {devicematch: ^nvidia0$, with: [nvidiactl, 'nvidia-modeset?']}\n"
+    matcher = sdm.Matcher(sdm.parse_rules(conf))
+    sightings: sdm.Sightings = {}
+    for tree, problem in (
+        ({}, "it goes with /dev/nvidiactl: it is gone"),
+        ({"nvidiactl": "file"}, "it goes with /dev/nvidiactl: a plain file, not a device"),
+        (
+            {"nvidiactl": "shared", "nvidiactl/x": "-> ../nvidia0"},
+            "it goes with /dev/nvidiactl: a folder that holds no",
+        ),
+        ({"nvidiactl": "char"}, ""),
+        ({"nvidiactl": "char", "nvidia-modeset": "char"}, ""),
+        ({}, "it goes with /dev/nvidiactl: it is gone"),
+    ):
+        snapshot = snapshot_of({"nvidia0": "char", **tree})
+        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
+        plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        device = plan.resources["nvidia0"].devices[0]
+        assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
+        assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
+        if problem:
+            code, told = refused(plan.resources["nvidia0"], snapshot, "0")
+            assert code == "UNAVAILABLE" and told.startswith(f"/dev/nvidia0: {problem}")
+        else:
+            assert set(given_to(plan.resources["nvidia0"], snapshot)[0]) == {
+                "/dev/nvidia0",
+                *(f"/dev/{n}" for n in tree),
+            }
+
+
+def test_a_planted_companion_is_not_given() -> None:
+    snapshot = snapshot_of({"a": "char", "sda": "block", "pub": "shared", "pub/b": "-> ../sda"})
+    plan = offered("- {devicematch: ^a$, with: [pub/b]}\n", snapshot)
+    assert "where others than root may make links" in plan.resources["a"].devices[0].problem
+    plan = offered("- {devicematch: ^a$, with: ['pub/b?']}\n", snapshot)
+    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+
+
+def test_two_nodes_of_a_device_at_one_place_in_the_container_make_it_unhealthy() -> None:
+    snapshot = snapshot_of({"a/x": "char", "b/x": "char"})
+    plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
+    assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
+
+
+CAMERAS = "- {devicematch: '^video[0-9]+$', resource: camera, nummaxdevices: 2}\n"
+
+
+def test_the_slots_of_a_pool_name_their_device() -> None:
+    tree = {"video0": "char", "video10": "char", "video2": "char"}
+    (found,) = offered(CAMERAS, snapshot_of(tree)).resources.values()
+    assert ids_of(found) == ["video0:0", "video0:1", "video10:0", "video10:1", "video2:0", "video2:1"]
+    less = offered(CAMERAS, snapshot_of({"video2": "char", "video9": "char"})).resources["camera"]
+    assert ids_of(less) == ["video2:0", "video2:1", "video9:0", "video9:1"]  # hot-plug and restart: the same IDs
+    assert given_to(found, snapshot_of(tree), "video10:1")[0] == {"/dev/video10": "/dev/video10"}
+
+
+def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
+    matcher = sdm.Matcher(sdm.parse_rules(CAMERAS))
+    sightings: sdm.Sightings = {}
+    for names in (("video0", "video1"), ("video1",)):
+        snapshot = snapshot_of(dict.fromkeys(names, "char"))
+        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
+    plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+    assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
+    assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
+    assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
+    assert given_to(plan.resources["camera"], snapshot, "video1:1")[0] == {"/dev/video1": "/dev/video1"}
+
+
+def test_what_is_no_id_of_a_pool_is_refused_by_name() -> None:
+    snapshot = snapshot_of({"video0": "char"})
+    found = offered(CAMERAS, snapshot).resources["camera"]
+    for wrong in (
+        "0",
+        "video0",
+        "video0:",
+        "video0:2",
+        "video0:00",
+        "video0:-1",
+        "video1:0",
+        ":0",
+        "/dev/video0:0",
+        "video0:\u0661",
+    ):
+        assert refused(found, snapshot, "video0:0", wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong}"')
+    own = offered("- devicematch: .\n", snapshot).resources["video0"]
+    for wrong in ("1", "video0:0", ":0", "", "00", "0\n", "9" * 5000):
+        assert refused(own, snapshot, wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong[: sdm.MOST_SHOWN]}"')
+
+
+def test_several_devices_of_a_pool_in_one_container() -> None:
+    snapshot = snapshot_of({"ttyACM1": "char", "ttyACM0": "char", "hub": "char"})
+    rule = r"devicematch: '^ttyACM(\d)$', resource: esp, nummaxdevices: 3, with: [hub]"
+    found = offered(f"- {{{rule}, env: {{PORTS: '/dev/\\g<0>', ALL: x}}}}\n", snapshot).resources["esp"]
+    nodes, env = given_to(found, snapshot, "ttyACM1:0", "ttyACM0:2", "ttyACM1:2")
+    assert nodes == at("ttyACM0", "ttyACM1", "hub")
+    assert env == {"PORTS": "/dev/ttyACM0,/dev/ttyACM1", "ALL": "x"}
+
+
+def test_two_devices_of_a_pool_at_one_place_in_a_container_are_refused() -> None:
+    snapshot = snapshot_of({"ttyUSB0": "char", "ttyUSB1": "char"})
+    conf = "- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee, nummaxdevices: 2}\n"
+    found = offered(conf, snapshot).resources["zigbee"]
+    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
+    assert refused(found, snapshot, "ttyUSB1:0", "ttyUSB0:0") == ("FAILED_PRECONDITION", told)
+    assert given_to(found, snapshot, "ttyUSB1:0", "ttyUSB1:1")[0] == {"/dev/zigbee": "/dev/ttyUSB1"}
+
+
+def test_rules_share_a_pool_each_with_slots_and_paths_of_its_own() -> None:
+    snapshot = snapshot_of({"ttyUSB0": "char", "ttyACM0": "char", "x": "char"})
+    plan = offered(
+        """
+- {devicematch: ^ttyUSB, resource: stick, nummaxdevices: 2, containerpath: /dev/usb, permissions: r, env: {KIND: usb}}
+- {devicematch: ^ttyACM, resource: stick, containerpath: /dev/acm/, env: {KIND: acm}}
+- {devicematch: x, resource: stick, nummaxdevices: 0}
+""",
+        snapshot,
+    )
+    found = plan.resources["stick"]
+    assert ids_of(found) == ["ttyACM0:0", "ttyUSB0:0", "ttyUSB0:1"]
+    assert {device.path: device.line for device in found.devices} == {"ttyUSB0": 2, "ttyACM0": 3, "x": 4}
+    assert given_to(found, snapshot, "ttyUSB0:0", "ttyACM0:0") == (
+        {"/dev/usb": "/dev/ttyUSB0 r", "/dev/acm/ttyACM0": "/dev/ttyACM0"},
+        {"KIND": "acm,usb"},
+    )
+
+
+def test_a_pool_with_the_name_of_a_device_that_is_plugged_in_later_is_an_error_with_both_lines() -> None:
+    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+    assert listed(offered(conf, snapshot_of({"video0": "char", "cam": "char"}))) == {
+        "video0": ["video0"],
+        "video1": ["cam"],
+    }
+    plan = offered(conf, snapshot_of({"video1": "char", "cam": "char"}))
+    assert listed(plan) == {"video1": ["cam"]}
+    (error,) = plan.clashes
+    assert error.line == 2
+    assert 'the pool "video1" has the name of the device /dev/video1, which line 1 offers' in str(error)
+    assert left(plan) == {"video1": str(error)}
+
+
+def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error_wherever_that_is() -> None:
+    conf = "- {devicematch: ^cam, resource: net tun}\n- devicematch: x\n- devicematch: ^net/tun$\n"
+    with pytest.raises(sdm.ConfigError) as caught:
+        sdm.parse_rules(conf)
+    assert caught.value.line == 1
+    assert 'the pool "net_tun" has the name of the device /dev/net/tun, which line 3 offers' in caught.value.message
+    sdm.parse_rules(conf + "- {devicematch: tun$, resource: tunnel}\n")  # so the last rule that names it is another
+
+
+@needs_root
+def test_such_a_conf_is_refused_at_the_start_and_told_when_it_happens_later(node: Node) -> None:
+    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+    build(node.dev, {"cam": "char"})
+    side = device_side(node, conf)
+    side.start()
+    assert listed(side.plan) == {"video1": ["cam"]}
+    build(node.dev, {"video1": "char"})
+    side.turn()
+    assert listed(side.plan) == {"video1": ["cam"]}
+    assert "which line 1 offers" in left(side.plan)["video1"]
+    done = node.run("--check")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'smarter_device_manager.py: {node.conf}:2:1: the pool "video1" has the name of the device /dev/video1, '
+        "which line 1 offers; rename it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("in_use", "must", "size", "wanted"),
+    [
+        ([], [], 1, ["a:0"]),
+        ([], [], 2, ["a:0", "b:0"]),
+        ([], [], 3, ["a:0", "b:0", "c:0"]),
+        ([], [], 4, ["a:0", "b:0", "c:0", "a:1"]),
+        ([], [], 6, ["a:0", "b:0", "c:0", "a:1", "b:1", "c:1"]),
+        (["a:0"], [], 1, ["b:0"]),
+        (["a:1"], [], 3, ["b:0", "c:0", "a:0"]),
+        (["a:0", "b:1"], [], 2, ["c:0", "a:1"]),
+        (["a:0", "a:1"], [], 2, ["b:0", "c:0"]),
+        ([], ["b:1"], 1, ["b:1"]),
+        ([], ["b:1"], 2, ["b:1", "a:0"]),
+        ([], ["b:1", "b:0"], 3, ["b:1", "b:0", "a:0"]),
+        ([], ["a:0"], 4, ["a:0", "b:0", "c:0", "a:1"]),
+        (["b:0"], ["a:0"], 2, ["a:0", "c:0"]),
+        ([], [], 0, []),
+    ],
+)
+def test_a_pool_prefers_different_devices_and_the_least_used(
+    in_use: list[str], must: list[str], size: int, wanted: list[str]
+) -> None:
+    conf = "- {devicematch: ^.$, resource: pool, nummaxdevices: 2}\n"
+    found = offered(conf, snapshot_of(dict.fromkeys("abc", "char"))).resources["pool"]
+    available = [slot_id for slot_id in ids_of(found) if slot_id not in in_use]
+    assert sdm.prefer(found, available, must, size) == wanted
+    assert sdm.prefer(found, reversed(available), must, size) == wanted
+    strange = [*available, "z:0", "a:7", "junk"]
+    assert sdm.prefer(found, strange, must, size) == wanted
+
+
+@given(st.data())
+def test_what_is_preferred_is_available_and_spread(data: st.DataObject) -> None:
+    slots = data.draw(st.integers(1, 4))
+    conf = f"- {{devicematch: ^.$, resource: pool, nummaxdevices: {slots}}}\n"
+    found = offered(conf, snapshot_of(dict.fromkeys("abcde", "char"))).resources["pool"]
+    available = data.draw(st.lists(st.sampled_from(ids_of(found)), unique=True, min_size=1))
+    must = data.draw(st.lists(st.sampled_from(available), unique=True))
+    size = data.draw(st.integers(len(must), len(available)))
+    preferred = sdm.prefer(found, available, must, size)
+    assert len(preferred) == len(set(preferred)) == size
+    assert preferred[: len(must)] == must and set(preferred) <= set(available)
+    devices = {slot_id[0] for slot_id in available}
+    fixed = {slot_id[0] for slot_id in must}
+    assert len({slot_id[0] for slot_id in preferred}) == min(len(devices), len(fixed) + size - len(must))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ten minutes, Tegra
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Looks:
+    """One look after the other under a conf that may change."""
+
+    def __init__(self) -> None:
+        self.sightings: sdm.Sightings = {}
+        self.plan = sdm.EMPTY_PLAN
+
+    def look(self, now: float, conf: str, names: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, str]:
+        """The problem of each resource's device."""
+        matcher = sdm.Matcher(sdm.parse_rules(conf))
+        snapshot = snapshot_of(dict.fromkeys(names, "char"))
+        self.sightings, left_out = sdm.sight(self.sightings, snapshot, gpus, matcher, "/dev", now)
+        self.plan = sdm.make_plan(self.sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
+
+
+def test_a_device_that_is_gone_for_ten_minutes_is_retired() -> None:
+    looks, conf = Looks(), "- devicematch: ^video\n"
+    assert looks.look(0, conf, ["video0"]) == {"video0": ""}
+    assert looks.look(100, conf) == {"video0": "it is gone"}
+    assert looks.plan.resources["video0"].devices[0].since == 100
+    assert looks.look(699, conf) == {"video0": "it is gone"}
+    assert looks.look(700, conf) == {}
+    assert looks.look(800, conf, ["video0"]) == {"video0": ""}
+    assert looks.look(900, conf) == {"video0": "it is gone"}
+    assert looks.look(1400, conf, ["video0"]) == {"video0": ""}  # back: its ten minutes begin anew
+    assert looks.plan.resources["video0"].devices[0].since == 1400
+    assert looks.look(1500, conf, ["video0"]) == {"video0": ""}
+    assert looks.plan.resources["video0"].devices[0].since == 1400
+    assert looks.look(1600, conf) == {"video0": "it is gone"}
+    assert looks.look(2199, conf) == {"video0": "it is gone"}
+    assert looks.look(2200, conf) == {}
+
+
+@needs_root
+def test_a_device_is_retired_when_its_time_is_over_and_not_at_some_later_look(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdm, "RETIRE_SECONDS", 1.0)
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
+    side.start()
+    node.unplug("video0")
+    wait_for(lambda: side.turn() and side.plan.resources["video0"].devices[0].problem)
+    went = side.plan.resources["video0"].devices[0].since
+    side.turn(True)  # the next full look, by itself, is a minute away
+    wait_for(lambda: side.turn() and not side.plan.resources)
+    assert 1.0 <= time.monotonic() - went < 20.0
+
+
+def test_what_no_rule_names_any_more_leaves_the_plan_at_once() -> None:
+    looks = Looks()
+    looks.look(0, "- devicematch: ^video\n", ["video0", "video1"], ["0"])
+    assert looks.look(1, "- devicematch: ^video\n", ["video0"]) == {"video0": "", "video1": "it is gone"}
+    assert looks.look(2, "- devicematch: ^video0$\n", ["video0"]) == {"video0": ""}
+    assert looks.look(3, "- devicematch: ^audio$\n", ["video0"]) == {}
+
+
+def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
+    looks = Looks()
+    looks.look(0, "- devicematch: a\n", ["a"])
+    looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
+    assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
+    assert looks.plan.resources["a"].devices[0].specs == (sdm.Spec("/dev/a", "/dev/b", "rw"),)
+    looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
+    assert listed(looks.plan) == {"b": ["a"]}
+
+
+TEGRA = "- {devicematch: nvidia-gpu, nummaxdevices: 2}\n"
+
+
+def test_the_gpus_of_a_tegra_are_named_by_nvidia_gpu() -> None:
+    looks = Looks()
+    assert looks.look(0, TEGRA, ["nvidia-gpu7", "x"], ["0", "12"]) == {"nvidia-gpu0": "", "nvidia-gpu12": ""}
+    assert [rule.pattern for rule in looks.plan.unused] == []
+    found = looks.plan.resources["nvidia-gpu12"]
+    assert ids_of(found) == ["0", "1"] and sdm.device_path(found.devices[0]) == "nvidia-gpu12"
+    assert given_to(found, snapshot_of({})) == ({}, {"NVIDIA_VISIBLE_DEVICES": "12"})
+    assert looks.look(1, TEGRA, [], ["0"]) == {"nvidia-gpu0": "", "nvidia-gpu12": "it is gone"}
+    assert refused(looks.plan.resources["nvidia-gpu12"], snapshot_of({}), "0") == (
+        "UNAVAILABLE",
+        "nvidia-gpu12: it is gone",
+    )
+    assert looks.look(2, TEGRA, [], ["0", "12"]) == {"nvidia-gpu0": "", "nvidia-gpu12": ""}
+    assert looks.look(3, "- devicematch: ^nvidia\n", [], ["0", "12"]) == {}
+    looks.look(4, TEGRA)
+    assert [rule.pattern for rule in looks.plan.unused] == ["nvidia-gpu"]
+
+
+def test_the_last_rule_counts_for_a_tegra_too_and_its_gpus_can_be_a_pool() -> None:
+    conf = (
+        TEGRA
+        + "- {devicematch: nvidia-gpu, resource: gpu, with: [nvmap, 'nvhost?'],"
+        + r" env: {GPU: '\1', NVIDIA_VISIBLE_DEVICES: all}}"
+    )
+    looks = Looks()
+    assert looks.look(0, conf + "\n", ["nvmap"], ["0", "1"]) == {"gpu": ""}
+    assert ids_of(looks.plan.resources["gpu"]) == ["nvidia-gpu0:0", "nvidia-gpu1:0"]
+    nodes, env = given_to(looks.plan.resources["gpu"], snapshot_of({"nvmap": "char"}), "nvidia-gpu0:0", "nvidia-gpu1:0")
+    assert nodes == {"/dev/nvmap": "/dev/nvmap"} and env == {"GPU": "0,1", "NVIDIA_VISIBLE_DEVICES": "all"}
+    assert looks.look(1, conf + "\n", [], ["0"]) == {"gpu": "it goes with /dev/nvmap: it is gone"}
+    assert refused(looks.plan.resources["gpu"], snapshot_of({}), "nvidia-gpu0:0")[0] == "UNAVAILABLE"
+
+
+def test_a_tegra_has_no_attributes() -> None:
+    looks = Looks()
+    assert looks.look(0, "- {devicematch: nvidia-gpu, attributes: {a: b}}\n", [], ["0"]) == {}
+    assert left(looks.plan) == {"nvidia-gpu0": "a Tegra's GPU has no attributes"}
+
+
+def test_where_the_gpus_of_a_tegra_are_found(node: Node) -> None:
+    for path in ("gpu.0", "gpu.10", "platform/gpu.2", "gpu.x", "platform/17000000.gpu", "platform/gpu.2x", "xgpu.3"):
+        (node.sys / "devices" / path).mkdir(parents=True)
+    assert sdm.Sysfs(str(node.sys)).tegra_gpus() == ["0", "2", "10"]
+    assert sdm.Sysfs("/nowhere").tegra_gpus() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The original's conf, and the README's examples
+# ---------------------------------------------------------------------------------------------------------------------
+
+ORIGINAL = """
+- devicematch: ^snd$
+  nummaxdevices: 20
+- devicematch: ^gpiomem$
+  nummaxdevices: 40
+- devicematch: ^gpiochip[0-9]*$
+  nummaxdevices: 20
+- devicematch: ^hci[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^i2c-[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^rtc0$
+  nummaxdevices: 20
+- devicematch: ^video[0-9]*$
+  nummaxdevices: 20
+- devicematch: ^vchiq$
+  nummaxdevices: 20
+- devicematch: ^vcsm.*$
+  nummaxdevices: 20
+- devicematch: ^ttyUSB[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyACM[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyTHS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyS[0-9]*$
+  nummaxdevices: 1
+- devicematch: nvidia-gpu
+  nummaxdevices: 10
+"""
+ITS_DEVICES = {
+    "gpiochip0": 20,
+    "gpiochip10": 20,
+    "gpiomem": 40,
+    "hci0": 1,
+    "i2c-1": 1,
+    "i2c-20": 1,
+    "nvidia-gpu0": 10,
+    "rtc0": 20,
+    "snd": 20,
+    "ttyACM0": 1,
+    "ttyS0": 1,
+    "ttyTHS2": 1,
+    "ttyUSB0": 1,
+    "ttyUSB15": 1,
+    "vchiq": 20,
+    "vcsm-cma": 20,
+    "vcsm": 20,
+    "video": 20,
+    "video0": 20,
+    "video31": 20,
+}
+
+
+@pytest.mark.parametrize("digit", ["[0-9]", "[[:digit:]]", r"\d"])
+def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
+    tree = {name: "char" for name in ITS_DEVICES if name not in ("snd", "nvidia-gpu0")}
+    others = (
+        "gpiomem0",
+        "tty0",
+        "ttyprintk",
+        "ttyS0x",
+        "video0a",
+        "xvideo0",
+        "v4l/video0",
+        "rtc",
+        "rtc1",
+        "i2c1",
+        "vcs",
+    )
+    snapshot = snapshot_of({**tree, **dict.fromkeys(others, "char"), "snd/controlC0": "char", "snd/timer": "char"})
+    plan = offered(ORIGINAL.replace("[0-9]", digit), snapshot, gpus=["0"])
+    assert {name: len(sdm.slots_of(found)) for name, found in plan.resources.items()} == ITS_DEVICES
+    for name, found in plan.resources.items():
+        nodes, env = given_to(found, snapshot)
+        if name == "snd":
+            assert nodes == at("snd/controlC0", "snd/timer")
+        elif name == "nvidia-gpu0":
+            assert (nodes, env) == ({}, {"NVIDIA_VISIBLE_DEVICES": "0"})
+        else:
+            assert nodes == {f"/dev/{name}": f"/dev/{name}"}
+
+
+def readme_conf(name: str) -> str:
+    """The conf that README.md shows after <!-- example: NAME -->."""
+    found = re.search(rf"<!-- example: {name} -->\n```yaml\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def video(board: Board, number: int, folder: str, name: str, index: int = 0) -> None:
+    board.has(
+        f"video{number}", f"81:{number}", f"{folder}/video4linux/video{number}", {"name": name, "index": str(index)}
+    )
+
+
+def zigbee(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.1", "10c4", "ea60", "CP2102 USB to UART Bridge Controller", "A5XK3RJT")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.2", "10c4", "ea60", "Sonoff Zigbee 3.0 USB Dongle Plus", "0001")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.3", "10c4", "ea60", "SkyConnect v1.0", "72d0")
+    usb_serial(board, "ttyACM0", "166:0", "1-1.4", "1cf1", "0030", "ConBee II", "DE2401")
+    usb_serial(board, "ttyACM1", "166:1", "1-1.5", "2341", "0043", "Arduino Uno", "85")
+    usb_serial(board, "ttyUSB3", "188:3", "1-1.6", "10c4", "ea60", "CP2102N USB to UART Bridge Controller", "zzz")
+
+
+def esp(board: Board) -> None:
+    usb_serial(board, "ttyACM0", "166:0", "1-1.1", "303a", "1001", "USB JTAG/serial debug unit", "34:85:18:00:00:01")
+    usb_serial(board, "ttyACM1", "166:1", "1-1.4", "1cf1", "0030", "ConBee II", "DE2401")
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "1a86", "7523", "USB Serial", "")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.3", "10c4", "ea60", "CP2102", "0001")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.5", "0403", "6001", "FT232R", "A1")
+
+
+def camera(board: Board) -> None:
+    """A Raspberry Pi 4 with its camera port, its codecs, and a webcam."""
+    soc = "platform/soc"
+    video(board, 0, f"{soc}/fe801000.csi", "unicam-image")
+    video(board, 1, f"{soc}/fe801000.csi", "unicam-embedded", 1)
+    usb = "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1/1-1/1-1.3"
+    board.device(usb, {"idVendor": "046d", "idProduct": "0825", "product": "HD Webcam C270"})
+    board.device(f"{usb}/1-1.3:1.0", {"driver": "-> ../../uvcvideo"})
+    video(board, 2, f"{usb}/1-1.3:1.0", "HD Webcam C270: HD Webcam C270")
+    video(board, 3, f"{usb}/1-1.3:1.0", "HD Webcam C270: HD Webcam C270", 1)
+    for number, name in ((10, "decode"), (11, "encode"), (12, "isp"), (18, "image_fx"), (31, "encode_image")):
+        video(board, number, f"{soc}/fe00b840.mailbox/bcm2835-codec", f"bcm2835-codec-{name}")
+    for number in (13, 14, 15, 16):
+        video(
+            board,
+            number,
+            f"{soc}/fe00b840.mailbox/bcm2835-isp",
+            f"bcm2835-isp-{'output' if number == 13 else 'capture'}0",
+        )
+    video(board, 19, f"{soc}/feb00000.codec", "rpivid")
+
+
+def camera_pi5(board: Board) -> None:
+    """A Raspberry Pi 5: each stage of the camera is a video node, and the names are others."""
+    for number, name in enumerate(("csi2_ch0", "csi2_ch1", "csi2_ch2", "csi2_ch3", "fe_image0", "fe_config")):
+        video(board, number, "platform/axi/1000120000.pcie/1f00110000.csi", f"rp1-cfe-{name}", number)
+    for number in range(20, 36):
+        video(board, number, "platform/axi/1000880000.pisp_be", "pispbe-input", number - 20)
+    video(board, 19, "platform/axi/1000800000.codec", "rpi-hevc-dec")
+    video(board, 8, "platform/axi/usb1/1-2/1-2:1.0", "Arducam B0478 (USB3 48MP): Arduc")
+
+
+def sound_folder(board: Board, card: int, where: str, names: Sequence[tuple[str, int]]) -> None:
+    for name, minor in names:
+        board.has(f"snd/{name}", f"116:{minor}", f"{where}/sound/card{card}/{name}", {"uevent": f"DEVNAME=snd/{name}"})
+
+
+def capture(board: Board) -> None:
+    """A Raspberry Pi's own sound, which cannot capture, and a USB sound card, which can."""
+    sound_folder(board, 0, "platform/soc/bcm2835_audio", [("controlC0", 0), ("pcmC0D0p", 16)])
+    sound_folder(board, 1, "platform/usb1/1-1.2/1-1.2:1.0", [("controlC1", 32), ("pcmC1D0c", 56), ("pcmC1D0p", 48)])
+    board.has("snd/timer", "116:33", "virtual/sound/timer")
+    board.has("snd/seq", "116:1", "virtual/sound/seq")
+
+
+def coral(board: Board) -> None:
+    board.has("apex_0", "120:0", "pci0000:00/0000:01:00.0/apex/apex_0", {"status": "ALIVE"})
+    board.device("pci0000:00/0000:01:00.0", {"vendor": "0x1ac1", "device": "0x089a"})
+    for number, port, vendor, product in (
+        (1, "usb2", "1d6b", "0003"),
+        (3, "2-1", "1a6e", "089a"),
+        (4, "2-2", "18d1", "9302"),
+    ):
+        folder = "platform/usb2" + (f"/{port}" if port != "usb2" else "")
+        attributes = {"idVendor": vendor, "idProduct": product}
+        board.has(f"bus/usb/002/{number:03}", f"189:{127 + number}", folder, attributes)
+    board.has("bus/usb/002/005", "189:132", "platform/usb2/2-3", {"idVendor": "18d1", "idProduct": "4ee7"})
+
+
+def hailo(board: Board) -> None:
+    board.has("hailo0", "511:0", "platform/axi/1000110000.pcie/pci0001:00/0001:01:00.0/hailo_chardev/hailo0")
+    board.has("hailo_", "511:1", "platform/axi/x")
+
+
+def render(board: Board) -> None:
+    for number, slot, driver in ((128, "02.0", "i915"), (129, "03.0", "amdgpu"), (130, "04.0", "nouveau")):
+        pci = f"pci0000:00/0000:00:{slot}"
+        board.device(pci, {"vendor": "0x8086", "driver": f"-> ../../../bus/pci/drivers/{driver}"})
+        board.has(
+            f"dri/renderD{number}", f"226:{number}", f"{pci}/drm/renderD{number}", {"subsystem": "-> ../../../x/drm"}
+        )
+        board.has(f"dri/card{number - 128}", f"226:{number - 128}", f"{pci}/drm/card{number - 128}")
+
+
+def nvidia(board: Board) -> None:
+    for number in (0, 1):
+        board.device(f"pci0000:4{number}/0000:41:00.0", {"numa_node": str(number)})
+        board.tree[f"nvidia{number}"] = f"char 195:{number}"  # no link in /sys/dev: the driver makes no class device
+    for name, number in (("nvidiactl", "195:255"), ("nvidia-modeset", "195:254"), ("nvidia-uvm", "511:0")):
+        board.tree[name] = f"char {number}"
+    board.tree["nvidia-caps/nvidia-cap1"] = "char 510:1"
+
+
+def tegra(board: Board) -> None:
+    board.device("platform/gpu.0", {})
+    for minor, name in enumerate(("nvmap", "nvhost-ctrl-gpu", "nvhost-gpu", "nvhost-as-gpu", "nvhost-prof-gpu")):
+        board.tree[name] = f"char 504:{minor}"
+
+
+EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, Given, Given]], Mapping[str, str]]] = [
+    (
+        "zigbee",
+        zigbee,
+        {
+            "zigbee ttyACM0": (1, {"/dev/zigbee": "/dev/ttyACM0"}, {}),
+            "zigbee ttyUSB1": (1, {"/dev/zigbee": "/dev/ttyUSB1"}, {}),
+            "zigbee ttyUSB2": (1, {"/dev/zigbee": "/dev/ttyUSB2"}, {}),
+            "zwave ttyUSB0": (1, {"/dev/zwave": "/dev/ttyUSB0"}, {}),
+        },
+        {"ttyUSB3": 'its product is "CP2102N USB', "ttyACM1": 'its product is "Arduino Uno"'},
+    ),
+    (
+        "esp",
+        esp,
+        {
+            "esp ttyACM0": (1, at("ttyACM0"), {}),
+            "esp ttyUSB0": (1, at("ttyUSB0"), {"ESP_PORT": "/dev/ttyUSB0"}),
+            "esp ttyUSB1": (1, at("ttyUSB1"), {"ESP_PORT": "/dev/ttyUSB1"}),
+        },
+        {"ttyACM1": 'its idVendor is "1cf1"', "ttyUSB2": 'its idVendor is "0403"'},
+    ),
+    (
+        "camera",
+        camera,
+        {
+            "camera video0": (1, {"/dev/video0": "/dev/video0"}, {}),
+            "camera video2": (1, {"/dev/video0": "/dev/video2"}, {}),
+            "h264-decoder video10": (4, {"/dev/video10": "/dev/video10"}, {}),
+        },
+        {"video1": 'its index is "1" (asked for: 0)', "video3": 'its index is "1"', "video19": 'its name is "rpivid"'},
+    ),
+    (
+        "camera",
+        camera_pi5,
+        {"camera video8": (1, {"/dev/video0": "/dev/video8"}, {})},
+        {"video0": 'is "rp1-cfe-csi2_ch0"'},
+    ),
+    (
+        "capture",
+        capture,
+        {"microphone snd/pcmC1D0c": (1, at("snd/pcmC1D0c", "snd/controlC1", "snd/timer"), {"ALSA_CARD": "1"})},
+        {},
+    ),
+    (
+        "coral",
+        coral,
+        {
+            "coral apex_0": (1, at("apex_0"), {}),
+            "coral-usb bus/usb/002/003": (1, at("bus/usb/002/003"), {}),
+            "coral-usb bus/usb/002/004": (1, at("bus/usb/002/004"), {}),
+        },
+        {"bus/usb/002/005": 'its idProduct is "4ee7"'},
+    ),
+    ("hailo", hailo, {"hailo hailo0": (4, at("hailo0"), {})}, {}),
+    (
+        "render",
+        render,
+        {
+            "render dri/renderD128": (8, at("dri/renderD128"), {}),
+            "render-amd dri/renderD129": (8, at("dri/renderD129"), {}),
+        },
+        {"dri/renderD130": 'its driver is "nouveau"'},
+    ),
+    (
+        "nvidia",
+        nvidia,
+        {
+            f"nvidia nvidia{number}": (
+                1,
+                at(f"nvidia{number}", "nvidiactl", "nvidia-uvm", "nvidia-modeset"),
+                {"NVIDIA_VISIBLE_DEVICES": str(number), "NVIDIA_DRIVER_CAPABILITIES": "all"},
+            )
+            for number in (0, 1)
+        },
+        {},
+    ),
+    (
+        "tegra",
+        tegra,
+        {
+            "nvidia-gpu0 nvidia-gpu0": (
+                10,
+                at("nvmap", "nvhost-ctrl-gpu", "nvhost-gpu", "nvhost-as-gpu"),
+                {"NVIDIA_VISIBLE_DEVICES": "0", "NVIDIA_DRIVER_CAPABILITIES": "all"},
+            )
+        },
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "wanted", "not_wanted"), EXAMPLES, ids=[found[1].__name__ for found in EXAMPLES]
+)
+def test_the_examples_of_the_readme_find_what_they_say(
+    name: str,
+    made: Callable[[Board], None],
+    wanted: Mapping[str, tuple[int, Given, Given]],
+    not_wanted: Mapping[str, str],
+    board: Board,
+) -> None:
+    made(board)
+    plan = board.plan(readme_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    snapshot = snapshot_of(board.tree)
+    assert {
+        f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
+        for found in plan.resources.values()
+        for device in found.devices
+        for one in [dataclasses.replace(found, devices=(device,))]
+    } == wanted
+    reasons = {path: [one.reason for one in plan.left_out if one.path == path] for path in not_wanted}
+    for path, reason in not_wanted.items():
+        assert any(reason in told for told in reasons[path]), (path, reasons[path])
+    paths = {line.rpartition(" ")[2] for line in wanted}
+    assert not paths & not_wanted.keys() and not plan.clashes
+
+
+def test_every_example_of_the_readme_is_tested() -> None:
+    shown = re.findall(r"<!-- example: (.*) -->", (HERE / "README.md").read_text())
+    assert sorted(shown) == sorted({found[0] for found in EXAMPLES}) == sorted(set(shown))
+
+
+def test_the_table_of_keys_in_the_readme_is_whole_and_its_examples_are_good() -> None:
+    rows = dict(re.findall(r"^\| `([a-z]+)` \| .* \| `(.*)` \|$", (HERE / "README.md").read_text(), re.MULTILINE))
+    assert list(rows) == list(sdm._KEYS)
+    for key, value in rows.items():
+        more = "" if key == "devicematch" else "\n  devicematch: ^(.)$"
+        (rule,) = sdm.parse_rules(f"- {key}: {value}{more}\n")
+        assert getattr(rule, sdm._KEYS[key].name)
+
+
+@needs_root
+@pytest.mark.parametrize(("name", "made", "wanted", "_"), EXAMPLES, ids=[found[1].__name__ for found in EXAMPLES])
+def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
+    name: str, made: Callable[[Board], None], wanted: Mapping[str, tuple[int, Given, Given]], _: Any, board: Board
+) -> None:
+    made(board)
+    build(board.node.dev, board.tree)
+    board.node.rules(readme_conf(name))
+    document = json.loads(board.node.run("--list", "--json").stdout)
+    listed_there = {
+        f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
+            device["slots"],
+            {spec["container"]: spec["host"] for spec in device["nodes"]},
+            device["env"],
+        )
+        for found in document["resources"]
+        for device in found["devices"]
+    }
+    assert listed_there == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a daemon and a kubelet
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
+    """Every list that RESOURCE sent since it was registered last: health by ID."""
+    lists = kubelet.clients[kubelet.name(resource)].lists
+    return [{slot_id: device.health for slot_id, device in sent.items()} for sent in lists]
+
+
+@needs_root
+def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in (0, 1):
+        node.sysfs(f"pci/gpu{number}", {"numa_node": str(number), "vendor": "0x10de"}, node.plug(f"nvidia{number}"))
+    node.plug("nvidiactl")
+    node.rules(r"""
+- devicematch: ^nvidia([0-9])$
+  resource: gpu
+  nummaxdevices: 2
+  containerpath: /dev/gpu/
+  attributes: {vendor: "0x10de"}
+  with: [nvidiactl]
+  env: {GPUS: '\1'}
+""")
+    daemon = start()
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    client = kubelet.clients[kubelet.name("gpu")]
+    assert client.options.get_preferred_allocation_available
+    topology = {slot_id: [numa.ID for numa in sent.topology.nodes] for slot_id, sent in client.lists[-1].items()}
+    assert topology == {"nvidia0:0": [0], "nvidia0:1": [0], "nvidia1:0": [1], "nvidia1:1": [1]}
+    ids, given = kubelet.do(kubelet.allocate(kubelet.name("gpu"), 2))
+    assert ids == ["nvidia0:0", "nvidia1:0"] and given.envs == {"GPUS": "0,1"}
+    assert {spec.container_path: (spec.host_path, spec.permissions) for spec in given.devices} == {
+        f"/dev/gpu/{name}": (f"/dev/{name}", "rw") for name in ("nvidia0", "nvidia1", "nvidiactl")
+    }
+    node.unplug("nvidia1")
+    kubelet.wait_for("gpu", Healthy=2, Unhealthy=2)
+    assert kubelet.health("gpu")["nvidia1:0"] == "Unhealthy"
+    node.sysfs("pci/gpu1", {}, node.plug("nvidia1"))
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    node.unplug("nvidiactl")
+    kubelet.wait_for("gpu", Healthy=0, Unhealthy=4)
+    daemon.says(r"2 devices: Unhealthy: it goes with /dev/nvidiactl: it is gone")
+    node.plug("nvidiactl")
+    kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
+    assert kubelet.registrations == [kubelet.name("gpu")]
+    daemon.stop()
+    start()
+    kubelet.wait_for("gpu", Healthy=4)
+    assert set(kubelet.health("gpu")) == set(topology)
+
+
+@needs_root
+def test_the_reason_of_a_refused_allocate_reaches_the_user(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for name in ("ttyUSB0", "ttyUSB1"):
+        node.plug(name)
+    node.rules("- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee}\n")
+    daemon = start()
+    kubelet.wait_for("zigbee", Healthy=2)
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take("zigbee", "ttyUSB0:0", "ttyUSB1:0")
+    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == f"smarter-devices/zigbee: {told}"
+    daemon.says(f"Allocate refused: {told}")
+
+
+@needs_root
+def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    for name in ("video0", "video1"):
+        node.plug(name)
+    node.rules("- devicematch: ^video\n")
+    daemon = start()
+    for name in ("video0", "video1"):
+        kubelet.wait_for(name, Healthy=1)
+    node.plug("new").rename(node.dev / "video0")
+    wait_for(lambda: len(lists_of(kubelet, "video0")) == 3)
+    assert lists_of(kubelet, "video0") == [{"0": "Healthy"}, {"0": "Unhealthy"}, {"0": "Healthy"}]
+    assert lists_of(kubelet, "video1") == [{"0": "Healthy"}]
+    assert len(kubelet.registrations) == 2
+    daemon.says("video0: Healthy again")
+
+
+@needs_root
+def test_an_edit_of_the_conf_sends_new_lists_and_registers_only_what_is_new(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    start()
+    kubelet.wait_for("video0", Healthy=1)
+    node.rules("- {devicematch: ^video, nummaxdevices: 3}\n")
+    kubelet.wait_for("video0", Healthy=3)
+    node.rules("- {devicematch: ^video, nummaxdevices: 0}\n")
+    kubelet.wait_for("video0", Healthy=0, Unhealthy=0)
+    assert kubelet.registrations == [kubelet.name("video0")]
+    node.rules("- {devicematch: ^video, resource: video0}\n")  # a pool is registered as one
+    wait_for(lambda: set(kubelet.health("video0")) == {"video0:0"})
+    assert kubelet.clients[kubelet.name("video0")].options.get_preferred_allocation_available
+
+
+def test_the_gpus_of_a_tegra_come_and_go_with_a_full_look(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    (node.sys / "devices/gpu.0").mkdir()
+    node.rules("- {devicematch: nvidia-gpu, nummaxdevices: 10}\n")
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=10)
+    given = kubelet.take("nvidia-gpu0")
+    assert (list(given.devices), dict(given.envs)) == ([], {"NVIDIA_VISIBLE_DEVICES": "0"})
+    (node.sys / "devices/platform/gpu.1").mkdir(parents=True)
+    (node.sys / "devices/gpu.0").rmdir()
+    daemon.hang_up()
+    kubelet.wait_for("nvidia-gpu1", Healthy=10)
+    kubelet.wait_for("nvidia-gpu0", Unhealthy=10)
+
+
+@needs_root
+def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    build(node.dev, {"by-id/cam": "-> ../video0", "video0": "char", "sda": "block", "pub/x": "char"})
+    (node.dev / "pub").chmod(0o777)
+    node.rules("- devicematch: ^by-id/cam$\n- devicematch: ^pub/x$\n")
+    start("--interval", "3600")
+    kubelet.wait_for("by-id_cam", Healthy=1)
+    kubelet.wait_for("pub_x", Healthy=1)
+    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/video0"}
+    node.link("by-id/cam", "../../outside")
+    node.link("pub/x", "../sda")
+    for name, told in (
+        ("by-id_cam", "/dev/by-id/cam: a link that leaves /dev"),
+        ("pub_x", "/dev/pub/x: a link below /dev/pub, where others than root may make links"),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            kubelet.gives(name)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == f"smarter-devices/{name}: {told}"
+
+
+@needs_root
+def test_a_dev_that_cannot_be_seen_for_a_while(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    daemon = start()
+    kubelet.wait_for("video0", Healthy=1)
+    node.dev.rename(node.root / "away")
+    kubelet.wait_for("video0", Unhealthy=1)
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take("video0", "0")
+    assert caught.value.details() == "smarter-devices/video0: cannot look at /dev: No such file or directory"
+    (node.root / "away").rename(node.dev)
+    kubelet.wait_for("video0", Healthy=1)
+    assert daemon.log.count(f"cannot look at {node.dev}: No such file or directory") == 1
+
+
+def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    side = device_side(node, "- devicematch: ^bus/\n")
+    side.start()
+    for number in range(200):
+        build(node.dev, {f"bus/{number}": "file"})
+        side.turn()
+        node.unplug(f"bus/{number}")
+    assert left(side.plan) == {"bus/199": "a plain file, not a device"}
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert left(side.plan) == {}
+    assert len(side._matcher._matches) <= 3 and not side._sightings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubelet
+# ---------------------------------------------------------------------------------------------------------------------
+
+NAMES = ("full", "null", "random", "urandom", "zero")  # that every /dev has: an ordinary user can serve these
+
+
+def offer(node: Node, *names: str, slots: int = 1) -> None:
+    """Have NAMES served: made-up nodes, or for an ordinary user those of the real /dev."""
+    if os.geteuid() == 0:
+        for name in names:
+            node.plug(name)
+    else:
+        node.dev = Path("/dev")
+    node.rules("".join(f"- devicematch: ^{name}$\n  nummaxdevices: {slots}\n" for name in names))
+
+
+def offer_many(node: Node, count: int) -> list[str]:
+    """Have COUNT made-up nodes served: their names."""
+    names = [f"video{number}" for number in range(count)]
+    for name in names:
+        node.plug(name)
+    node.rules("- devicematch: ^video\n")
+    return names
+
+
+def all_ready(kubelet: Kubelet, names: Sequence[str]) -> bool:
+    """Whether kubelet has an open stream of each, with a list."""
+    found = [kubelet.clients.get(kubelet.name(name)) for name in names]
+    return all(client and client.is_open and client.lists for client in found)
+
+
+def wait_ready(kubelet: Kubelet, names: Sequence[str], patience: float = PATIENCE) -> None:
+    wait_for(lambda: all_ready(kubelet, names), f"{len(names)} resources ready", patience)
+
+
+def sockets(node: Node) -> dict[str, int]:
+    """The sockets in the plugin directory but kubelet's, and their inodes."""
+    found = {item.name: item.lstat() for item in node.plugins.iterdir() if item.name != "kubelet.sock"}
+    return {name: what.st_ino for name, what in found.items() if stat.S_ISSOCK(what.st_mode)}
+
+
+def settle(daemon: Daemon, seconds: float = 0.5) -> None:
+    """Give the daemon the time to do what it should not do: there is no condition to wait for."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        daemon.process.wait(seconds)
+
+
+def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None:
+    """SIGNUM ends the daemon within 2 s, with exit status 0, and its sockets are gone."""
+    began = time.monotonic()
+    daemon.process.send_signal(signum)
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 2.0
+    assert not sockets(node)
+
+
+def descriptors(daemon: Daemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+@contextlib.contextmanager
+def plugin_stub(node: Node, name: str) -> Iterator[Any]:
+    """A client of a plugin's socket that is not kubelet."""
+    with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock") as channel:
+        yield sdm.rpc.DevicePluginStub(channel)
+
+
+def refusal(kubelet: Kubelet, resource: str, *ids: str) -> tuple[str, str]:
+    """The status and the words with which Allocate of IDS is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take(resource, *ids)
+    return caught.value.code().name, caught.value.details()
+
+
+# How it registers
+
+
+def test_it_serves_before_it_registers_and_answers_while_it_registers(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    answered = []
+
+    async def ask(request: pb.RegisterRequest) -> None:
+        async with grpc.aio.insecure_channel(f"unix:{node.plugins}/{request.endpoint}") as channel:
+            stub = sdm.rpc.DevicePluginStub(channel)
+            answered.append(await stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE))
+            one = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0"])])
+            answered.append(await stub.Allocate(one, timeout=PATIENCE))
+
+    kubelet.while_registering = ask
+    offer(node, "null")
+    start()
+    kubelet.wait_for("null", Healthy=1)
+    assert answered[0] == kubelet.client("null").options
+    assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
+    assert kubelet.count("null") == 1
+
+
+def test_all_register_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.delay = 1.0
+    offer(node, *NAMES)
+    start()
+    wait_ready(kubelet, NAMES)
+    assert kubelet.most_open_calls == len(NAMES)
+    assert max(when for when, _ in kubelet.requests) - min(when for when, _ in kubelet.requests) < 0.9
+
+
+def test_what_a_registration_says(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
+    start()
+    wait_ready(kubelet, ["null", "pool"])
+    for name, prefers in (("null", False), ("pool", True)):
+        request = next(request for _, request in kubelet.requests if request.resource_name == kubelet.name(name))
+        assert request.version == "v1beta1"
+        assert request.endpoint == f"smarter-{name}.sock"
+        assert request.options == kubelet.client(name).options  # what GetDevicePluginOptions said
+        assert request.options.get_preferred_allocation_available == prefers
+        assert not request.options.pre_start_required
+
+
+def test_the_domain_of_the_resources(node: Node, start: Starter) -> None:
+    kubelet = Kubelet(node, "example.org").up()
+    try:
+        offer(node, "null")
+        start("--domain", "example.org")
+        kubelet.wait_for("null", Healthy=1)
+        assert list(sockets(node)) == ["smarter-null.example.org.sock"]
+    finally:
+        kubelet.down()
+
+
+@pytest.mark.parametrize("domain", ["kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b"])
+def test_a_domain_that_kubelet_would_refuse_is_refused_at_once(node: Node, domain: str) -> None:
+    offer(node, "null")
+    done = node.run("--domain", domain)
+    assert done.returncode == 2
+    assert domain in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": "v1beta2"},
+        {"resource_name": "null"},
+        {"resource_name": "/null"},
+        {"resource_name": "node.kubernetes.io/null"},
+        {"resource_name": "requests.example.org/null"},
+        {"resource_name": "Example.org/null"},
+        {"resource_name": f"{'a' * 245}/null"},
+        {"resource_name": "example.org/_null"},
+        {"resource_name": "example.org/n@ll"},
+        {"resource_name": f"example.org/{'n' * 64}"},
+        {"endpoint": "nobody.sock"},
+    ],
+)
+def test_the_stand_in_refuses_what_kubelet_refuses(node: Node, kubelet: Kubelet, wrong: dict[str, str]) -> None:
+    good = {"version": "v1beta1", "resource_name": "example.org/null", "endpoint": "null.sock"}
+    channel = grpc.insecure_channel(f"unix:{node.plugins}/kubelet.sock")
+    with channel, pytest.raises(grpc.RpcError) as caught:
+        sdm.rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**{**good, **wrong}), timeout=PATIENCE)
+    assert caught.value.code() == grpc.StatusCode.UNKNOWN
+    words = {"version": "v1beta2", "resource_name": "is invalid", "endpoint": "failed to dial device plugin"}
+    assert words[next(iter(wrong))] in caught.value.details()
+    assert not kubelet.registrations
+
+
+def test_device_ids_are_0_to_n_less_1(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES[:3])
+    node.rules(
+        "- devicematch: ^full$\n- devicematch: ^null$\n  nummaxdevices: 3\n"
+        "- devicematch: ^random$\n  nummaxdevices: 0\n"
+    )
+    start()
+    wait_ready(kubelet, NAMES[:3])
+    assert kubelet.health("full") == {"0": "Healthy"}
+    assert kubelet.health("null") == {"0": "Healthy", "1": "Healthy", "2": "Healthy"}
+    assert kubelet.health("random") == {}
+
+
+def test_sockets_are_for_root_alone_from_their_first_moment_on(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    modes: dict[str, set[int]] = {}
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            for item in os.scandir(node.plugins):
+                with contextlib.suppress(FileNotFoundError):
+                    if item.name != "kubelet.sock":
+                        modes.setdefault(item.name, set()).add(stat.S_IMODE(item.stat(follow_symlinks=False).st_mode))
+
+    offer(node, *NAMES)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        start(umask=0)
+        wait_ready(kubelet, NAMES)
+    finally:
+        is_over.set()
+        thread.join(PATIENCE)
+    assert set(sockets(node)) <= modes.keys()
+    assert set.union(*modes.values()) == {0o600}
+
+
+def lengthen(node: Node, length: int) -> None:
+    """Have the node's plugin directory at a path of LENGTH bytes."""
+    node.plugins = node.plugins / "x".ljust(length - len(str(node.plugins)) - 1, "x")
+    node.plugins.mkdir()
+    assert len(str(node.plugins)) == length
+
+
+@pytest.mark.parametrize("length", [60, 83])
+def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter, length: int) -> None:
+    lengthen(node, length)
+    kubelet = Kubelet(node).up()
+    try:
+        offer(node, "null", "urandom")
+        node.rules("- devicematch: ^null$\n- devicematch: ^urandom$\n  resource: a_name_of_some_length_for_a_device\n")
+        start()
+        wait_ready(kubelet, ["null", "a_name_of_some_length_for_a_device"])
+        names = sorted(sockets(node))
+        assert names[1] == "smarter-null.sock"
+        assert re.fullmatch(r"smarter-a[a-z_]*-[0-9a-f]{8}\.sock", names[0])
+        assert len(f"{node.plugins}/{names[0]}") == 107
+        assert kubelet.gives("a_name_of_some_length_for_a_device") == {"/dev/urandom": "/dev/urandom"}
+    finally:
+        kubelet.down()
+
+
+@pytest.mark.parametrize("length", [84, 115])
+def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: int) -> None:
+    offer(node, "null")
+    lengthen(node, length)
+    done = node.run()
+    assert done.returncode == 1
+    assert f"the path {node.plugins} is {length - 83} bytes too long" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
+    offer(node, "null")
+    done = node.run("--plugin-dir", f"{node.root}/nowhere")
+    assert done.returncode == 1
+    assert f"{node.root}/nowhere" in done.stderr and "--dry-run" in done.stderr
+
+
+# Allocate
+
+
+@needs_root
+def test_a_node_once_a_container_whatever_its_slots(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("snd/controlC0")
+    node.plug("snd/pcmC0D0p")
+    node.rules("- devicematch: ^snd$\n  nummaxdevices: 4\n")
+    start()
+    kubelet.wait_for("snd", Healthy=4)
+    given = kubelet.take("snd", "0", "1", "3")
+    assert [(spec.host_path, spec.container_path, spec.permissions) for spec in given.devices] == [
+        ("/dev/snd/controlC0", "/dev/snd/controlC0", "rw"),
+        ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D0p", "rw"),
+    ]
+    with plugin_stub(node, "snd") as stub:
+        asked = [pb.ContainerAllocateRequest(devices_ids=["0"]), pb.ContainerAllocateRequest(devices_ids=["1", "2"])]
+        both = stub.Allocate(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE).container_responses
+    assert [len(one.devices) for one in both] == [2, 2]
+
+
+def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", slots=2)
+    daemon = start()
+    kubelet.wait_for("null", Healthy=2)
+    for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
+        status, words = refusal(kubelet, "null", "0", wrong)
+        assert status == "INVALID_ARGUMENT"
+        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+    assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
+    daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
+
+
+@needs_root
+def test_a_device_that_is_gone_is_unavailable_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null")
+    start("--interval", "3600")
+    kubelet.wait_for("null", Healthy=1)
+    node.unplug("null")
+    status, words = refusal(kubelet, "null", "0")
+    assert status == "UNAVAILABLE"
+    assert "/dev/null" in words and "gone" in words
+
+
+@needs_root
+def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("ttyUSB0")
+    node.plug("ttyUSB1")
+    node.plug("snd/controlC0")
+    node.link("serial/by-id/usb-a", "../../ttyUSB0")
+    node.rules("- devicematch: ^serial/by-id/usb-a$\n- devicematch: ^snd$\n")
+    start("--interval", "3600")
+    kubelet.wait_for("serial_by-id_usb-a", Healthy=1)
+    kubelet.wait_for("snd", Healthy=1)
+    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB0"}
+    node.link("serial/by-id/usb-a", "../../ttyUSB1")
+    node.plug("snd/controlC1")
+    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB1"}
+    assert sorted(kubelet.gives("snd")) == ["/dev/snd/controlC0", "/dev/snd/controlC1"]
+
+
+# The list
+
+
+@needs_root
+def test_gone_is_unhealthy_and_back_is_healthy_without_a_registration(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, "null", slots=2)
+    start()
+    kubelet.wait_for("null", Healthy=2)
+    node.unplug("null")
+    kubelet.wait_for("null", Unhealthy=2)
+    node.plug("null")
+    kubelet.wait_for("null", Healthy=2)
+    assert kubelet.count("null") == 1
+    assert len(kubelet.client("null").lists) == 3
+
+
+@needs_root
+def test_no_list_is_sent_that_changes_nothing(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    daemon = start()
+    wait_ready(kubelet, ["null", "zero"])
+    (node.dev / "null").chmod(0o666)
+    daemon.hang_up()
+    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n- devicematch: ^full$\n")
+    node.plug("full")
+    wait_ready(kubelet, ["full"])
+    node.unplug("zero")
+    kubelet.wait_for("zero", Unhealthy=1)
+    assert len(kubelet.client("null").lists) == 1
+    assert len(kubelet.client("zero").lists) == 2
+    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 1, 1]
+
+
+def test_a_device_that_no_rule_names_any_more_is_retired_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    start()
+    wait_ready(kubelet, ["null", "zero"])
+    node.rules("- devicematch: ^null$\n")
+    wait_for(lambda: not kubelet.client("zero").is_open)
+    assert list(sockets(node)) == ["smarter-null.sock"]
+    assert len(kubelet.client("null").lists) == 1
+
+
+def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """An old server has ended before the next of its name registers, however fast the rules flip."""
+    offer(node, "null", "zero")
+    daemon = start("--interval", "0.01")
+    wait_ready(kubelet, ["null", "zero"])
+    usual = descriptors(daemon)
+    for turn in range(60):
+        node.rules("- devicematch: ^null$\n" if turn % 2 else "- devicematch: ^(null|zero)$\n")
+        daemon.hang_up()
+        time.sleep(0.01 * (turn % 5))
+    node.rules("- devicematch: ^(null|zero)$\n")
+    wait_for(lambda: all_ready(kubelet, ["null", "zero"]) and len(sockets(node)) == 2)
+    assert kubelet.count("null") == 1
+    wait_for(lambda: descriptors(daemon) <= usual)
+    stops_well(daemon, node)
+
+
+@needs_root
+def test_a_list_longer_than_kubelet_takes_is_not_sent(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", *(f"{'x' * 100}{number}" for number in range(4)))
+    node.rules("- devicematch: ^null$\n- devicematch: ^x\n  resource: pool\n  nummaxdevices: 10000\n")
+    daemon = start()
+    daemon.says("smarter-devices/pool: its list of slots is longer than kubelet takes .*; lower its nummaxdevices")
+    kubelet.wait_for("null", Healthy=1)
+    assert kubelet.count("pool") == 0
+
+
+# kubelet comes and goes
+
+
+def test_no_kubelet_is_one_line_and_waiting(node: Node, start: Starter) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    daemon.says("INFO .*offers 5 resources")
+    daemon.says("kubelet is not there: no .*/kubelet.sock; waiting for it")
+    settle(daemon)
+    assert daemon.log.count("kubelet") == 2  # in one line
+    kubelet = Kubelet(node).up()
+    wait_ready(kubelet, NAMES)
+    kubelet.down()
+
+
+def test_a_dead_kubelet_sock_is_a_kubelet_that_is_down(node: Node, start: Starter) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(f"{node.plugins}/kubelet.sock")
+    offer(node, *NAMES)
+    daemon = start()
+    daemon.says("kubelet does not answer on .*/kubelet.sock; waiting for it")
+    settle(daemon)
+    assert daemon.log.count("kubelet does not answer") == 1
+    kubelet = Kubelet(node).up()
+    wait_ready(kubelet, NAMES)
+    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    kubelet.down()
+
+
+def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    before = sockets(node)
+    kubelet.down()
+    daemon.says("kubelet does not answer")
+    settle(daemon, 2.0)
+    assert sockets(node) == before
+    assert daemon.log.count("WARNING") == 1
+    with plugin_stub(node, "null") as stub:
+        assert next(iter(stub.ListAndWatch(pb.Empty(), timeout=PATIENCE))).devices[0].health == "Healthy"
+    kubelet.up()
+    wait_ready(kubelet, NAMES, 2.0)
+    assert [kubelet.count(name) for name in NAMES] == [2] * 5
+
+
+def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """The streams are open still: kubelet.sock gone says nothing against them."""
+    offer(node, *NAMES)
+    daemon = start("--log-format", "json")
+    wait_ready(kubelet, NAMES)
+    before = sockets(node)
+    (node.plugins / "kubelet.sock").rename(node.plugins / "elsewhere")
+    daemon.says("kubelet is not there")
+    (node.plugins / "elsewhere").rename(node.plugins / "kubelet.sock")
+    wait_for(lambda: daemon.log.count("kubelet answers") == 2)
+    settle(daemon)
+    assert sockets(node) == before
+    assert all_ready(kubelet, NAMES)
+    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    assert daemon.log.count('"kubelet-found"') == 2 and "kubelet-restarted" not in daemon.log
+    kubelet.down()
+    kubelet.up()
+    wait_for(lambda: daemon.log.count('"kubelet-restarted"') == 1)
+
+
+@pytest.mark.parametrize("is_seen_down", [False, True])
+def test_a_new_kubelet_has_everything_at_once(node: Node, kubelet: Kubelet, start: Starter, is_seen_down: bool) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    kubelet.down()
+    if is_seen_down:
+        daemon.says("kubelet does not answer")
+    kubelet.delay = 0.3
+    kubelet.most_open_calls = 0
+    began = time.monotonic()
+    kubelet.up()
+    wait_ready(kubelet, NAMES, 2.0)
+    assert time.monotonic() - began < 2.0
+    assert kubelet.most_open_calls == len(NAMES)
+    assert [kubelet.count(name) for name in NAMES] == [2] * 5
+    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+    daemon.says(r"(?s)kubelet answers; registering.*kubelet answers; registering")
+
+
+def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """ext4 gives it to the next file at once; then the time tells that it is another kubelet."""
+    offer(node, *NAMES)
+    start()
+    wait_ready(kubelet, NAMES)
+    os.utime(node.plugins / "kubelet.sock")
+    wait_for(lambda: [kubelet.count(name) for name in NAMES] == [2] * 5)
+    wait_ready(kubelet, NAMES)
+
+
+def test_kubelet_crashes_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.delay = 60.0
+    offer(node, *NAMES)
+    daemon = start()
+    wait_for(lambda: kubelet.open_calls == 5)
+    kubelet.down()
+    daemon.says("kubelet does not answer")
+    kubelet.delay = 0.0
+    kubelet.up()
+    wait_ready(kubelet, NAMES, 2.0)
+    assert [kubelet.count(name) for name in NAMES] == [2] * 5
+    assert "refused its registration" not in daemon.log
+
+
+def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """The new kubelet.sock counts at once, though calls to the old kubelet are open still."""
+    kubelet.delay = 60.0
+    offer(node, *NAMES)
+    start()
+    wait_for(lambda: kubelet.open_calls == 5)
+    other = Kubelet(node).up()
+    try:
+        wait_ready(other, NAMES, 2.0)
+        assert [other.count(name) for name in NAMES] == [1] * 5
+    finally:
+        other.down()
+
+
+@needs_root
+def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    names = offer_many(node, 200)
+    daemon = start()
+    wait_ready(kubelet, names)
+    daemon.says("200 resources: registered with kubelet")
+    before = daemon.log
+    kubelet.down()
+    daemon.says("kubelet does not answer")
+    settle(daemon, 1.0)
+    assert daemon.log[len(before) :].count("\n") == 1
+    kubelet.up()
+    wait_ready(kubelet, names, 3.0)
+    daemon.says("(?s)200 resources: registered with kubelet.*200 resources: registered with kubelet")
+    assert daemon.log[len(before) :].count("\n") == 3
+    assert len(kubelet.requests) == 400
+    stops_well(daemon, node)
+
+
+# What goes wrong with one resource
+
+
+@pytest.mark.parametrize("lost", [["null"], list(NAMES)])
+def test_a_deleted_socket_is_put_back_and_registered(
+    node: Node, kubelet: Kubelet, start: Starter, lost: list[str]
+) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    for turn in (2, 3):
+        streams = [kubelet.client(name) for name in lost]
+        for name in lost:
+            (node.plugins / f"smarter-{name}.sock").unlink()
+        wait_for(lambda streams=streams: not any(client.is_open for client in streams))
+        wait_ready(kubelet, NAMES)
+        assert len(sockets(node)) == 5
+        assert [kubelet.count(name) for name in NAMES] == [turn if name in lost else 1 for name in NAMES]
+    daemon.says("its socket file was deleted")
+
+
+def test_a_stream_that_kubelet_ends_is_registered_anew(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    kubelet.end_stream("null")
+    wait_ready(kubelet, NAMES)
+    wait_for(lambda: kubelet.count("null") == 2)
+    assert [kubelet.count(name) for name in NAMES] == [1, 2, 1, 1, 1]
+    daemon.says("WARNING smarter-devices/null: kubelet ended its stream")
+
+
+def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.ends_streams = True
+    offer(node, "null", "zero")
+    start()
+    wait_for(lambda: min(kubelet.count("null"), kubelet.count("zero")) == 3)
+    for name in ("null", "zero"):
+        first, second, third = kubelet.times(name)
+        assert 0.9 < second - first < 1.9
+        assert 1.9 < third - second < 3.9
+    kubelet.ends_streams = False
+    wait_ready(kubelet, ["null", "zero"])
+
+
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
+    side = sdm.KubeletSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
+    session = sdm.Session(sdm.Resource("null", False, ()), side, None)
+    pauses = []
+    for _ in range(7):
+        session.back_off(100.0)
+        pauses.append(session.retry_at - 100.0)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    session.stream, session.stream_since = object(), 100.0
+    session.back_off(120.0)
+    assert session.retry_at == 150.0
+    session.back_off(131.0)
+    assert session.retry_at == 132.0
+    side._loop.close()
+
+
+def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.opens_streams = False
+    offer(node, "null")
+    daemon = start()
+    wait_for(lambda: any(task.done() for task in list(kubelet._watchers.values())))  # it has opened none
+    kubelet.opens_streams = True
+    kubelet.wait_for("null", Healthy=1)
+    first, second = kubelet.times("null")
+    assert 5.0 < second - first < 8.0
+    assert daemon.log.count("kubelet opened no stream in 5 s") == 1
+
+
+def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_served(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    kubelet.refused["null"] = "no room\nat the inn"
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, [name for name in NAMES if name != "null"], 3.0)
+    wait_for(lambda: kubelet.count("null") == 3)
+    first, second, third = kubelet.times("null")
+    assert 0.9 < second - first < 1.9
+    assert 1.9 < third - second < 3.9
+    wait_for(lambda: "no room" in daemon.log)
+    assert daemon.log.count("no room") == 1
+    daemon.says(r"WARNING smarter-devices/null: kubelet refused its registration \(UNKNOWN\): no room\\nat the inn")
+    assert sum(kubelet.count(name) for name in NAMES) == 7
+    kubelet.refused.clear()
+    kubelet.down()
+    kubelet.up()  # another kubelet: what the last one refused is forgotten, and so are the pauses
+    wait_ready(kubelet, NAMES, 2.0)
+
+
+def test_a_slow_kubelet_has_no_registration_twice(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.delay = 3.0
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    assert "WARNING" not in daemon.log
+
+
+# Other instances
+
+
+def test_another_instance_is_left_alone_and_taken_over_from_later(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    before = sockets(node)
+    second = start()
+    second.says("2 resources: another instance serves it")
+    settle(second)
+    assert sockets(node) == before
+    assert len(kubelet.requests) == 2
+    assert second.log.count("another instance") == 1
+    stopping = time.monotonic()
+    assert first.stop() == 0
+    wait_ready(kubelet, ["null", "zero"])
+    assert time.monotonic() - stopping < 12.0
+    assert second.log.count("another instance") == 1
+
+
+def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES)
+    first = start()
+    wait_ready(kubelet, NAMES)
+    first.kill()
+    assert len(sockets(node)) == 5
+    second = start()
+    wait_for(lambda: len(kubelet.requests) == 10)
+    wait_ready(kubelet, NAMES)
+    assert "another instance" not in second.log
+    stops_well(second, node)
+
+
+def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    rules = node.conf.read_text().splitlines(keepends=True)
+    other = node.root / "other.yaml"
+    node.rules("".join(rules[:2]))
+    other.write_text("".join(rules[2:]))
+    first = start()
+    second = start("--conf", str(other))
+    third = start("--domain", "example.org")
+    wait_ready(kubelet, ["null", "zero"])
+    wait_for(lambda: "example.org/null" in kubelet.clients)
+    assert sorted(sockets(node)) == ["smarter-null.example.org.sock", "smarter-null.sock", "smarter-zero.sock"]
+    kubelet.down()
+    kubelet.up()
+    wait_for(lambda: len(kubelet.requests) == 6)
+    assert first.stop() == second.stop() == 0
+    assert list(sockets(node)) == ["smarter-null.example.org.sock"]
+    assert third.stop() == 0
+    assert not sockets(node)
+
+
+@needs_root
+def test_instances_in_containers_of_their_own_share_a_node(node: Node, kubelet: Kubelet) -> None:
+    """Each is process 1 there. They see one kubelet restart at one moment, and must not take each other's sockets."""
+    alone = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("unshare(1) may not make a PID namespace here")
+    offer_many(node, 30)
+    domains = ("a", "b", "c")
+    parents = []
+    try:
+        for domain in domains:
+            command = [*alone, sys.executable, str(SCRIPT), *node.options(), "--domain", domain]
+            with (node.root / domain).open("w") as log:
+                parents.append(subprocess.Popen(command, stderr=log))
+        for turn in (1, 2, 3):
+            wait_for(lambda turn=turn: len(kubelet.requests) == 90 * turn)
+            wait_for(lambda: all(client.is_open and client.lists for client in kubelet.clients.values()))
+            assert len(sockets(node)) == 90
+            kubelet.down()
+            kubelet.up()
+        for parent in parents:  # unshare(1) passes no signal on
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+            os.kill(int(children), signal.SIGTERM)
+            assert parent.wait(PATIENCE) == 0
+    finally:
+        for parent in parents:
+            parent.kill()
+            parent.wait(PATIENCE)
+    logs = "".join((node.root / domain).read_text() for domain in domains)
+    assert "cannot listen" not in logs and "was deleted" not in logs
+    assert not sockets(node)
+
+
+# Signals, and the end
+
+
+def test_hang_up_reads_conf_and_devices_now(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n")
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, ["null"])
+    node.rules("- devicematch: ^(null|zero)$\n")
+    daemon.hang_up()
+    wait_ready(kubelet, ["null", "zero"])
+    if os.geteuid() == 0:
+        node.unplug("null")
+        daemon.hang_up()
+        kubelet.wait_for("null", Unhealthy=1)
+    node.rules("- devicematch: [\n")
+    daemon.hang_up()
+    daemon.says("ERROR .*conf.yaml:[0-9]+:[0-9]+: .*; the last good rules stay in force")
+    assert kubelet.count("null") == kubelet.count("zero") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_in_good_order(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    is_open = threading.Event()
+
+    async def read() -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(f"unix:{node.plugins}/smarter-null.sock") as channel:
+            stream = sdm.rpc.DevicePluginStub(channel).ListAndWatch(pb.Empty())
+            async for _ in stream:
+                is_open.set()
+            return await stream.code()
+
+    reading = asyncio.run_coroutine_threadsafe(read(), kubelet.loop)
+    assert is_open.wait(PATIENCE)
+    stops_well(daemon, node, signum)
+    assert reading.result(PATIENCE) == grpc.StatusCode.OK
+    wait_for(lambda: not any(client.is_open for client in kubelet.clients.values()))
+    assert "WARNING" not in daemon.log
+
+
+def test_it_ends_while_kubelet_is_down(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES)
+    never_met = start()
+    wait_ready(kubelet, NAMES)
+    kubelet.down()
+    never_met.says("kubelet does not answer")
+    stops_well(never_met, node)
+    early = start()
+    early.says("kubelet does not answer")
+    stops_well(early, node)
+
+
+def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kubelet.delay = 60.0
+    offer(node, *NAMES)
+    daemon = start()
+    wait_for(lambda: kubelet.open_calls == 5)
+    stops_well(daemon, node)
+    wait_for(lambda: kubelet.open_calls == 0)
+
+
+@needs_root
+def test_200_resources_start_over_dead_sockets_and_end(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    names = offer_many(node, 200)
+    crashed = start()
+    wait_ready(kubelet, names)
+    crashed.kill()
+    assert len(sockets(node)) == 200
+    daemon = start()
+    wait_for(lambda: len(kubelet.requests) == 400)
+    wait_ready(kubelet, names)
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= 16
+    stops_well(daemon, node)
+
+
+@needs_root
+def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    names = offer_many(node, 40)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    start(through=["prlimit", f"--nofile=64:{most}"])
+    wait_ready(kubelet, names)
+
+
+STARTS = {
+    "script": [str(SCRIPT)],
+    "script in its folder": [SCRIPT.name],
+    "module": ["-m", SCRIPT.stem],
+    "installed command": ["-c", f"import sys, {SCRIPT.stem}; sys.exit({SCRIPT.stem}.main())"],  # as pip makes it
+    "isolated": ["-I", str(SCRIPT)],
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, how: str) -> None:
+    offer(node, "null")
+    command = [sys.executable, *STARTS[how], *node.options()]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    try:
+        kubelet.wait_for("null", Healthy=1)
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_it_starts(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
+    """In a container the daemon is process 1, which loses signals that it has not asked for: they are held back."""
+    offer(node, "null")
+    daemon = start()
+    held = Path(f"/proc/{daemon.process.pid}/status")
+    wait_for(lambda: int(re.search("SigBlk:\t(.*)", held.read_text())[1], 16) & 1 << (signum - 1))
+    assert "offers" not in daemon.log  # it has not started yet
+    daemon.process.send_signal(signum)
+    if signum == signal.SIGHUP:
+        kubelet.wait_for("null", Healthy=1)
+    else:
+        assert daemon.process.wait(PATIENCE) == 0
+        assert not sockets(node)
+
+
+def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """The writer of a FIFO may never come, and whoever waits for it hears no signal."""
+    os.mkfifo(node.root / "fifo")
+    done = node.run("--conf", str(node.root / "fifo"))
+    assert done.returncode == 1
+    assert f"{node.root}/fifo:1:1: this is no plain file" in done.stderr and "Traceback" not in done.stderr
+    offer(node, "null")
+    daemon = start()
+    kubelet.wait_for("null", Healthy=1)
+    (node.root / "fifo").rename(node.conf)
+    daemon.says("this is no plain file; .* the last good rules stay in force")
+    stops_well(daemon, node)
+
+
+CRASHES = {
+    "device side": "sdm.Scanner.scan = fail",
+    "device side, later": "sdm.DeviceSide._forget = fail",
+    "kubelet side": "sdm.KubeletSide._look_at_sockets = fail",
+    "kubelet side, a plan": "sdm.slots_of = fail",
+    "kubelet side, a resource": "sdm.Session.find_trouble = fail",
+}
+
+
+@pytest.mark.parametrize("where", CRASHES)
+def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, where: str) -> None:
+    offer(node, "null")
+    driver = node.root / "driver.py"
+    driver.write_text(
+        "import smarter_device_manager as sdm, sys, time\n"
+        "began = time.monotonic()\n"
+        "def fail(*_):\n"
+        "    raise KeyError('nobody foresaw this')\n"
+        "start = sdm.KubeletThread.start\n"
+        f"def later(thread):\n    start(thread)\n    {CRASHES[where]}\n"
+        "sdm.KubeletThread.start = later\n"
+        "sys.exit(sdm.main())\n"
+    )
+    command = [sys.executable, str(driver), *node.options(), "--interval", "0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    if where == "device side, later":
+        wait_ready(kubelet, ["null"])
+        process.send_signal(signal.SIGHUP)
+    _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, told
+    assert told.count("Traceback") == 1 and "nobody foresaw this" in told
+    assert not sockets(node)
+
+
+# Whoever else talks to a plugin, or to the daemon in kubelet's place
+
+
+def test_idle_and_flooding_clients_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n  nummaxdevices: 2\n")
+    daemon = start()
+    wait_ready(kubelet, ["null"])
+    path = f"{node.plugins}/smarter-null.sock"
+    is_over = threading.Event()
+
+    def flood() -> None:
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["x" * 1000] * 100)])
+        with plugin_stub(node, "null") as stub:
+            while not is_over.is_set():
+                calls = [stub.Allocate.future(request) for _ in range(20)]
+                for call in calls:
+                    call.exception()
+
+    with contextlib.ExitStack() as stack:
+        for number in range(100):
+            idle = stack.enter_context(socket.socket(socket.AF_UNIX))
+            idle.connect(path)
+            if number % 2:
+                idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+        stub = stack.enter_context(plugin_stub(node, "null"))
+        streams = [stub.ListAndWatch(pb.Empty()) for _ in range(20)]  # which nobody reads
+        thread = threading.Thread(target=flood)
+        thread.start()
+        stack.callback(thread.join, PATIENCE)
+        stack.callback(is_over.set)
+        wait_for(lambda: "Allocate refused" in daemon.log)
+        began = time.monotonic()
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        node.rules("- devicematch: ^(null|zero)$\n  nummaxdevices: 3\n")
+        kubelet.wait_for("null", Healthy=3)
+        wait_ready(kubelet, ["null", "zero"])
+        assert time.monotonic() - began < 3.0
+        assert kubelet.count("null") == 1
+        stops_well(daemon, node)
+        del streams
+
+
+def test_the_stream_of_a_stranger_is_not_kubelets(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Somebody who listens in must not hide that kubelet's own stream has ended, nor look like it when he leaves."""
+    offer(node, "null")
+    daemon = start()
+    wait_ready(kubelet, ["null"])
+    with plugin_stub(node, "null") as stub:
+        stranger = stub.ListAndWatch(pb.Empty())
+        assert next(stranger).devices
+        kubelet.end_stream("null")
+        wait_for(lambda: kubelet.count("null") == 2)
+        wait_ready(kubelet, ["null"])
+    with plugin_stub(node, "null") as stub:
+        stranger = stub.ListAndWatch(pb.Empty())
+        assert next(stranger).devices
+    settle(daemon, 1.5)
+    assert kubelet.count("null") == 2
+
+
+METHODS = ("GetDevicePluginOptions", "ListAndWatch", "GetPreferredAllocation", "Allocate", "PreStartContainer")
+
+
+def test_any_bytes_are_an_error_or_an_answer_and_never_a_dead_server(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
+    daemon = start()
+    wait_ready(kubelet, ["null", "pool"])
+    rng = random.Random(1)
+    good = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0", "zero:0"])])
+    seeds = [good.SerializeToString(), b"\n\x0a\n\x03abc\x12\x03abc\x18\xff\xff\xff\xff\x07", b""]
+    statuses = set()
+    for name in ("null", "pool"):
+        path = f"{node.plugins}/smarter-{name}.sock"
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            for turn in range(300):
+                data = bytearray(rng.choice(seeds) if turn % 3 else rng.randbytes(rng.randrange(40)))
+                for _ in range(rng.randrange(4)):
+                    data.insert(rng.randrange(len(data) + 1), rng.randrange(256))
+                call = channel.unary_stream(f"/v1beta1.DevicePlugin/{METHODS[turn % 5]}")
+                answers = call(bytes(data), timeout=PATIENCE)
+                try:
+                    next(answers, None)
+                    answers.cancel()
+                except grpc.RpcError as error:
+                    statuses.add(error.code().name)
+        for turn in range(50):
+            with socket.socket(socket.AF_UNIX) as raw:
+                raw.connect(path)
+                with contextlib.suppress(OSError):
+                    raw.sendall((b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if turn % 2 else b"") + rng.randbytes(200))
+    assert "DEADLINE_EXCEEDED" not in statuses and "INVALID_ARGUMENT" in statuses
+    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+    assert kubelet.gives("pool", "zero:0") == {"/dev/zero": "/dev/zero"}
+    assert all_ready(kubelet, ["null", "pool"])
+    assert kubelet.count("null") == kubelet.count("pool") == 1
+    assert "Traceback" not in daemon.log
+
+
+def test_hostile_requests_for_a_preference(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^(null|zero)$\n  nummaxdevices: 3\n  resource: pool\n")
+    start()
+    wait_ready(kubelet, ["pool"])
+    with plugin_stub(node, "pool") as stub:
+
+        def prefer(available: list[str], must: list[str], size: int) -> list[str]:
+            asked = pb.PreferredAllocationRequest()
+            asked.container_requests.add(
+                available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
+            )
+            return list(stub.GetPreferredAllocation(asked, timeout=PATIENCE).container_responses[0].deviceIDs)
+
+        assert sorted(prefer(["null:0", "null:1", "zero:0"], [], 2)) == ["null:0", "zero:0"]
+        assert prefer([], [], 2**31 - 1) == []
+        assert prefer(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
+        assert prefer(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
+        assert sorted(prefer(["null:0", "null:1", "zero:2"] * 100_000, [], 9)) == ["null:0", "null:1", "zero:2"]
+        kept = [f"nobody:{number}" for number in range(100_000)]
+        assert prefer(kept, kept, 2) == kept
+
+
+def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """All that fits into 4 MiB: others wait for the answer to it, so that has to be quick."""
+    offer(node, "null", "zero")
+    node.rules("- devicematch: ^null$\n  nummaxdevices: 2\n- devicematch: ^zero$\n  resource: pool\n")
+    daemon = start()
+    wait_ready(kubelet, ["null", "pool"])
+    many = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest()] * 2_000_000)
+    repeated = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0", "1"] * 600_000)])
+    asked = pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()] * 2_000_000)
+    with plugin_stub(node, "null") as null, plugin_stub(node, "pool") as pool:
+        calls = [(null.Allocate, many), (pool.GetPreferredAllocation, asked), (null.Allocate, repeated)]
+        began = time.monotonic()
+        running = [call.future(request, timeout=PATIENCE) for call, request in calls]
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        assert time.monotonic() - began < 5.0
+        for call in running[:2]:
+            assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "asked for 2000000 containers at once" in call.details()
+        assert len(running[2].result().container_responses[0].devices) == 1
+    assert kubelet.count("null") == kubelet.count("pool") == 1
+    assert len(daemon.log) < 10_000
+
+
+@pytest.mark.parametrize("answer", [b"\xff\xff\xff", b"not gRPC at all", b""])
+def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: Starter, answer: bytes) -> None:
+    """Bytes that are no message, a listener that is no gRPC server, one that hangs up at once."""
+    kubelet.down()
+    (node.plugins / "kubelet.sock").unlink()
+
+    async def register(request: bytes, context: Any) -> bytes:
+        return answer
+
+    async def up() -> Any:
+        server = grpc.aio.server()
+        handler = grpc.method_handlers_generic_handler(
+            "v1beta1.Registration", {"Register": grpc.unary_unary_rpc_method_handler(register)}
+        )
+        server.add_generic_rpc_handlers((handler,))
+        server.add_insecure_port(f"unix:{node.plugins}/kubelet.sock")
+        await server.start()
+        return server
+
+    async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    if answer.startswith(b"\xff"):
+        server = kubelet.do(up())
+    else:
+        server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
+    offer(node, "null", "zero")
+    daemon = start()
+    if answer.startswith(b"\xff"):
+        daemon.says("WARNING what a client or kubelet sent is no message")
+    else:
+        daemon.says("WARNING 2 resources: kubelet refused its registration")
+    if answer.startswith(b"\xff"):
+        kubelet.do(server.stop(None))
+    else:
+        kubelet.loop.call_soon_threadsafe(server.close)
+    kubelet.up()
+    wait_ready(kubelet, ["null", "zero"], 3.0)
+
+
+# What the node runs out of
+
+
+WITHOUT_OVERRIDE = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"]  # root as others are
+
+
+@contextlib.contextmanager
+def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
+    """Let the daemon have no descriptors from COUNT on."""
+    pid = daemon.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starter, has_room: bool) -> None:
+    """Full for everything; or with room for as many as it has, so that it gets stuck halfway."""
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    usual = descriptors(daemon)
+    with descriptors_limited(daemon, usual - 1 if has_room else 3):
+        kubelet.down()
+        kubelet.up()
+        if has_room:
+            settle(daemon, 2.0)
+        else:
+            daemon.says("kubelet does not answer .*Too many open files")
+    wait_ready(kubelet, NAMES)
+    wait_for(lambda: descriptors(daemon) <= usual)
+    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+    assert daemon.log.count("\n") < 20, daemon.log
+
+
+def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null")
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, ["null"])
+    with descriptors_limited(daemon, 3):
+        status, words = refusal(kubelet, "null", "0")
+    assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
+    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+
+
+def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES)
+    daemon = start(through=WITHOUT_OVERRIDE if os.geteuid() == 0 else [])
+    wait_ready(kubelet, NAMES)
+    node.plugins.chmod(0o555)
+    try:
+        for name in NAMES:
+            kubelet.end_stream(name)
+        daemon.says(f"5 resources: cannot listen on a socket in {node.plugins}: Permission denied")
+        settle(daemon, 2.5)  # more tries, of which nothing is told
+    finally:
+        node.plugins.chmod(0o755)
+    wait_ready(kubelet, NAMES)
+    assert daemon.log.count("cannot listen") == 1, daemon.log
+    stops_well(daemon, node)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_plugin_directory_that_vanishes(node: Node, kubelet: Kubelet, start: Starter, comes_back: bool) -> None:
+    """Away for a while; or gone for good, and a new kubelet makes another."""
+    offer(node, *NAMES)
+    daemon = start()
+    wait_ready(kubelet, NAMES)
+    node.plugins.rename(node.root / "q")
+    daemon.says("kubelet is not there")
+    settle(daemon, 1.0)
+    if comes_back:
+        (node.root / "q").rename(node.plugins)
+        wait_for(lambda: daemon.log.count("kubelet answers") == 2)
+        settle(daemon)
+    else:
+        kubelet.down()
+        shutil.rmtree(node.root / "q")
+        node.plugins.mkdir()
+        kubelet.up()
+        wait_for(lambda: len(kubelet.requests) == 10)
+    wait_ready(kubelet, NAMES)
+    assert [kubelet.count(name) for name in NAMES] == [1 if comes_back else 2] * 5
+    stops_well(daemon, node)
+
+
+POD = "0b8c1f6e-5d9a-4b7e-9c38-4f2d5d1f7a10"
+GPUS = "- devicematch: nvidia-gpu\n  nummaxdevices: 4\n"  # devices that take no root: they are folders of /sys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers: a client of the status server, and what else a test of it needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: str
+
+
+class Status:
+    """The status server of a daemon, as a client sees it."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        host, _, port = daemon.says(r"serving health.* address=(\S+)")[1].rpartition(":")
+        self.host = {"[::]": "127.0.0.1"}.get(host, host.strip("[]"))
+        self.port = int(port)
+        self.address = sdm.tell_address((self.host, self.port))
+
+    def connect(self, host: str = "") -> socket.socket:
+        return socket.create_connection((host or self.host, self.port), PATIENCE)
+
+    def ask(self, path: str, method: str = "GET", host: str = "") -> Answer:
+        connection = http.client.HTTPConnection(host or self.host, self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            response = connection.getresponse()
+            body = response.read().decode()
+            return Answer(response.status, {key.lower(): value for key, value in response.getheaders()}, body)
+
+    def say(self, data: bytes, is_done: bool = False) -> bytes:
+        """Send DATA, and the end of it where IS_DONE; all that comes back until the server closes."""
+        with self.connect() as connection:
+            with contextlib.suppress(ConnectionError):  # it may have had enough before the last byte
+                connection.sendall(data)
+                if is_done:
+                    connection.shutdown(socket.SHUT_WR)
+            return received(connection)
+
+    def document(self) -> dict[str, Any]:
+        answer = self.ask("/status.json")
+        assert answer.status == 200
+        return json.loads(answer.body)
+
+    def resource(self, name: str) -> dict[str, Any]:
+        found = [resource for resource in self.document()["resources"] if resource["name"].endswith(f"/{name}")]
+        return found[0] if found else {}
+
+    def metrics(self) -> dict[Any, float]:
+        return samples(self.ask("/metrics").body)
+
+    def wait_for(self, path: str, status: int) -> Answer:
+        return wait_for(lambda: (answer := self.ask(path)).status == status and answer, f"{path}: {status}")
+
+
+def received(connection: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(1 << 16):
+            data += chunk
+    return data
+
+
+def samples(text: str) -> dict[Any, float]:
+    """Each sample's value by its name, or by that and its labels' values; names are without the prefix."""
+    return {
+        (name, *sample.labels.values()) if sample.labels else name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        for name in [sample.name.replace(sdm.PREFIX, "")]
+    }
+
+
+def checkpoint(node: Node, *entries: tuple[str, str, str, Any]) -> None:
+    """Write kubelet's checkpoint: of each entry the resource's whole name, the pod, the container and its IDs."""
+    document = {
+        "Data": {
+            "PodDeviceEntries": [
+                {"PodUID": pod, "ContainerName": container, "ResourceName": name, "DeviceIDs": ids, "AllocResp": "Cg=="}
+                for name, pod, container, ids in entries
+            ]
+            or None,
+            "RegisteredDevices": {"smarter-devices/nvidia-gpu0": ["0", "1", "2", "3"]},
+        },
+        "Checksum": 12345678901234567890,
+    }
+    write_checkpoint(node, json.dumps(document))
+
+
+def write_checkpoint(node: Node, text: str) -> None:
+    new = node.plugins / "checkpoint.new"
+    new.write_text(text)
+    new.rename(node.plugins / "kubelet_internal_checkpoint")
+
+
+class Tracer:
+    """Stops single threads of a child process, as a hang would (ptrace(2)); a context manager."""
+
+    SEIZE, INTERRUPT, DETACH, WALL = 0x4206, 0x4207, 17, 0x40000000
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+
+    def _do(self, request: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.ptrace(request, self.thread, None, None) != 0:
+            raise OSError(ctypes.get_errno(), "ptrace")
+
+    def __enter__(self) -> Tracer:
+        try:
+            self._do(self.SEIZE)
+        except PermissionError:
+            pytest.skip("ptrace(2) of a child is not allowed here")
+        self._do(self.INTERRUPT)
+        os.waitpid(self.thread, self.WALL)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self.DETACH)
+
+
+@pytest.fixture
+def folder(node: Node) -> Path:
+    """One device, with four slots, that takes no root to make: its folder."""
+    node.rules(GPUS)
+    return node.sysfs("gpu.0", {})
+
+
+@pytest.fixture
+def served(folder: Path, kubelet: Kubelet, start: Starter) -> Status:
+    """A daemon that has its one resource registered, and serves its status."""
+    status = Status(start("--listen", "127.0.0.1:0"))
+    status.wait_for("/readyz", 200)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The document
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["Data", "PodDeviceEntries", "PodUID", "ContainerName", "ResourceName", "DeviceIDs"]),
+                inner,
+            )
+            | inner.map(lambda value: {"Data": {"PodDeviceEntries": value}})
+        ),
+    )
+)
+def test_a_foreign_checkpoint_is_unknown_and_no_error(value: Any) -> None:
+    holders = sdm.find_holders(value, "smarter-devices")
+    assert holders is None or isinstance(holders, dict)
+
+
+@pytest.mark.parametrize(
+    ("ids", "slots"),
+    [
+        ({"-1": ["0", "2"]}, ["0", "2"]),
+        ({"0": ["0"], "1": ["3", "1"]}, ["0", "3", "1"]),
+        (["1", "0"], ["1", "0"]),  # kubelet before 1.20
+        ({"-1": None}, []),
+        (None, []),
+        ({}, []),
+    ],
+)
+def test_both_shapes_of_device_ids_are_read(ids: Any, slots: list[str]) -> None:
+    entry = {"PodUID": POD, "ContainerName": "c", "ResourceName": "smarter-devices/video0", "DeviceIDs": ids}
+    other = {**entry, "ResourceName": "example.org/video0"}
+    found = sdm.find_holders({"Data": {"PodDeviceEntries": [other, entry]}}, "smarter-devices")
+    assert found == {"video0": [sdm.Holder(slot, POD, "c") for slot in slots]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"PodUID": 1}, {"ContainerName": None}, {"ResourceName": []}, {"DeviceIDs": "01"}, {"DeviceIDs": [0]}],
+)
+def test_one_entry_of_a_strange_shape_makes_all_unknown(change: Mapping[str, Any]) -> None:
+    entry = {"PodUID": POD, "ContainerName": "c", "ResourceName": "smarter-devices/video0", "DeviceIDs": ["0"]}
+    assert sdm.find_holders({"Data": {"PodDeviceEntries": [entry, {**entry, **change}]}}, "smarter-devices") is None
+
+
+def test_the_checkpoint_is_cached_by_the_identity_of_its_file(node: Node) -> None:
+    checkpoint(node, ("smarter-devices/a", POD, "c", ["0"]))
+    path = node.plugins / "kubelet_internal_checkpoint"
+    os.utime(path, (1, 1))
+    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
+    assert found.holders() == {"a": [sdm.Holder("0", POD, "c")]}
+    path.write_text(path.read_text().replace('["0"]', '["7"]'))
+    os.utime(path, (1, 1))
+    assert found.holders() == {"a": [sdm.Holder("0", POD, "c")]}, "nothing of the file's identity changed"
+    os.utime(path, (2, 2))
+    assert found.holders() == {"a": [sdm.Holder("7", POD, "c")]}
+    path.unlink()
+    assert found.holders() is None
+
+
+def test_a_checkpoint_that_was_just_written_is_not_trusted_to_stay(node: Node) -> None:
+    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
+    path = node.plugins / "kubelet_internal_checkpoint"
+    for slot in "0123456789":
+        checkpoint(node, ("smarter-devices/a", POD, "c", [slot]))  # inode numbers and sizes come again within a tick
+        assert found.holders() == {"a": [sdm.Holder(slot, POD, "c")]}
+        path.unlink()
+
+
+BREAKING: Mapping[str, Callable[[Node, Path], object]] = {
+    "missing": lambda node, path: path.unlink(),
+    "empty": lambda node, path: write_checkpoint(node, ""),
+    "no JSON": lambda node, path: write_checkpoint(node, '{"Data": '),
+    "no UTF-8": lambda node, path: path.write_bytes(b'{"Data": "\xff"}'),
+    "foreign": lambda node, path: write_checkpoint(node, '{"kind": "Pod"}'),
+    "too deep": lambda node, path: write_checkpoint(node, "[" * 100_000),
+    "a huge number": lambda node, path: write_checkpoint(node, "9" * 1_000_000),
+    "too long": lambda node, path: write_checkpoint(node, '{"Data": {"PodDeviceEntries": null}}' + " " * (2 << 20)),
+    "a FIFO": lambda node, path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda node, path: (path.unlink(), path.mkdir()),
+    "a circle": lambda node, path: (path.unlink(), path.symlink_to(path)),
+}
+
+
+@pytest.mark.parametrize("how", BREAKING)
+def test_what_is_no_checkpoint_is_unknown(node: Node, how: str) -> None:
+    checkpoint(node, ("smarter-devices/a", POD, "c", ["0"]))
+    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
+    assert found.holders()
+    path = node.plugins / "kubelet_internal_checkpoint"
+    BREAKING[how](node, path)
+    assert found.holders() is None
+    assert found.holders() is None
+    if not path.is_dir():
+        checkpoint(node)
+        assert found.holders() == {}
+
+
+def test_slots_in_use_and_their_holders(node: Node, served: Status) -> None:
+    resource = served.resource("nvidia-gpu0")
+    assert resource["in_use"] is None
+    assert resource["holders"] is None
+    assert ("slots_in_use", "smarter-devices/nvidia-gpu0") not in served.metrics()
+    assert "use unknown" in served.ask("/").body
+    checkpoint(
+        node,
+        ("smarter-devices/nvidia-gpu0", POD, "detect", {"-1": ["3", "0"]}),
+        ("example.org/nvidia-gpu0", "other", "other", {"-1": ["1"]}),
+    )
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
+    held = [
+        (holder["slot"], holder["pod"], holder["container"], holder["device"])
+        for holder in served.resource("nvidia-gpu0")["holders"]
+    ]
+    assert held == [("0", POD, "detect", "nvidia-gpu0"), ("3", POD, "detect", "nvidia-gpu0")]
+    assert served.metrics()["slots_in_use", "smarter-devices/nvidia-gpu0"] == 2
+    page = served.ask("/").body
+    assert "2 of 4 in use" in page
+    assert 'width="50%"' in page
+    assert re.search(rf"slots 0, 3: <strong>detect</strong>.*{POD}", page)
+    write_checkpoint(node, "gone mad")
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] is None)
+
+
+def test_the_checkpoint_is_read_when_asked_and_never_else(node: Node, served: Status) -> None:
+    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "c", ["0"]))
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(node.plugins / "kubelet_internal_checkpoint"), 0x20) > 0  # IN_OPEN
+
+    def was_opened() -> bool:
+        try:
+            return bool(os.read(watch, 4096))
+        except BlockingIOError:
+            return False
+
+    try:
+        beat = time.monotonic()
+        wait_for(lambda: time.monotonic() > beat + 1 and served.ask("/healthz").status == 200)  # ten turns
+        assert served.ask("/readyz").status == 200
+        assert not was_opened()
+        served.ask("/metrics")
+        assert was_opened()
+    finally:
+        os.close(watch)
+
+
+def test_list_json_and_status_json_have_the_same_shapes(node: Node, folder: Path, start: Starter) -> None:
+    node.link("video9", "/etc/passwd")
+    node.rules(GPUS + "- devicematch: ^video\n- devicematch: ^nothing$\n")
+    status = Status(start("--listen", "127.0.0.1:0"))
+    listed, told = json.loads(node.run("--list", "--json").stdout), status.document()
+    assert listed["left_out"] == told["left_out"]
+    assert listed["left_out"][0]["path"] == "/dev/video9"
+    assert listed["unused"] == told["unused"] == [{"line": 4, "pattern": "^nothing$"}]
+    assert len(listed["resources"]) == len(told["resources"]) == 1
+    for document in (listed, told):
+        document["resources"][0]["devices"][0].pop("since")  # each saw it appear for itself
+    assert listed["resources"][0].items() <= told["resources"][0].items()
+
+
+def test_node_name_and_conf_and_times_are_in_the_document(node: Node, folder: Path, start: Starter) -> None:
+    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "greenhouse"}))
+    document = status.document()
+    assert document["node"] == "greenhouse"
+    assert document["conf"]["path"] == str(node.conf)
+    assert document["conf"]["rules"] == 1
+    now = sdm.utc(time.time())
+    for stamp in (document["time"], document["conf"]["read_at"], document["resources"][0]["devices"][0]["since"]):
+        assert sdm.utc(time.time() - 60) < stamp <= now
+    assert document["healthy"]
+    assert not document["ready"], "there is no kubelet"
+    assert "kubelet does not answer" in document["problems"][0]
+    assert str(node.plugins) in document["problems"][0]
+
+
+def test_events_are_told_newest_first_and_no_more_than_100(node: Node, served: Status, kubelet: Kubelet) -> None:
+    def events() -> list[str]:
+        return [event["event"] for event in served.document()["events"]]
+
+    wait_for(lambda: "registered" in events())
+    assert [event for event in events() if "kubelet" not in event] == ["registered", "plugged", "started", "listening"]
+    node.rules("- devicematch: [\n")
+    wait_for(lambda: events()[0] == "conf-refused")
+    node.rules(GPUS + "# better\n")
+    wait_for(lambda: "conf-reloaded" in events())
+    kubelet.down()
+    wait_for(lambda: "kubelet-gone" in events())
+    kubelet.up()
+    wait_for(lambda: "kubelet-restarted" in events())
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    for _ in range(120):
+        kubelet.take("nvidia-gpu0", "0")
+    wait_for(lambda: events() == ["allocated"] * 100)
+    times = [event["time"] for event in served.document()["events"]]
+    assert times == sorted(times, reverse=True)
+
+
+def test_an_event_of_many_ids_is_cut(served: Status, kubelet: Kubelet) -> None:
+    with pytest.raises(grpc.RpcError):
+        kubelet.take("nvidia-gpu0", *(f"x{number}" for number in range(10_000)))
+    event = wait_for(lambda: next((item for item in served.document()["events"] if item["event"] == "refused"), None))
+    assert max(len(str(value)) for value in event.values()) <= sdm.MOST_EVENT_TEXT + 3
+    assert event["ids"].startswith("x0,x1,")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Health and readiness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_healthz_is_503_while_the_device_side_hangs(served: Status, start: Starter, node: Node) -> None:
+    status, daemon = served, served.daemon
+    assert status.wait_for("/healthz", 200).body == "ok\n"
+    with Tracer(daemon.process.pid):  # its main thread, and no other
+        answer = status.wait_for("/healthz", 503)
+        assert re.fullmatch(r"the device side hangs: its last turn was \d+\.\d s ago\n", answer.body)
+        document = status.document()
+        assert not document["healthy"]
+        assert document["problems"][0].startswith("the device side hangs")
+        assert "the device side hangs" in status.ask("/").body
+        assert status.ask("/readyz").status == 200
+    status.wait_for("/healthz", 200)
+
+
+def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
+    served.daemon.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in Path(f"/proc/{served.daemon.process.pid}/status").read_text())
+    time.sleep(0.5)  # longer than its interval: it was to have woken meanwhile
+    served.daemon.process.send_signal(signal.SIGCONT)
+    served.wait_for("/healthz", 200)
+    beat = served.metrics()["conf_last_good_timestamp_seconds"]
+    served.daemon.hang_up()
+    wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > beat)
+
+
+def test_a_thread_is_said_to_hang_after_ten_turns() -> None:
+    beats = {"device side": 100.0, "kubelet side": 105.0}
+    assert sdm.find_hanging(beats, 10.0, 110.0) == []
+    assert sdm.find_hanging(beats, 10.0, 110.1) == ["the device side hangs: its last turn was 10.1 s ago"]
+    assert len(sdm.find_hanging(beats, 10.0, 116.0)) == 2
+
+
+@pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0)])
+def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
+    folder: Path, start: Starter, interval: str, seconds: float
+) -> None:
+    status = Status(start("--listen", "127.0.0.1:0", "--interval", interval))
+    assert [thread["most_seconds"] for thread in status.document()["threads"]] == [pytest.approx(seconds)] * 2
+    assert all(0 <= thread["seconds_since_turn"] < PATIENCE for thread in status.document()["threads"])
+
+
+def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: Starter) -> None:
+    node.sysfs("gpu.1", {})
+    status = Status(start("--listen", "127.0.0.1:0"))
+    answer = status.wait_for("/readyz", 503)
+    names = ["smarter-devices/nvidia-gpu0", "smarter-devices/nvidia-gpu1"]
+    assert [line.partition(": ")[0] for line in answer.body.splitlines()] == names
+    kubelet = Kubelet(node)
+    kubelet.refused["nvidia-gpu1"] = "not on my watch"
+    kubelet.up()
+    try:
+        told = "smarter-devices/nvidia-gpu1: not registered with kubelet: kubelet refused .*not on my watch\n"
+        wait_for(lambda: re.fullmatch(told, status.ask("/readyz").body))
+        assert status.ask("/readyz").status == 503
+        wait_for(lambda: re.search(r"nvidia-gpu1: not registered.*not on my watch", status.document()["problems"][0]))
+        metrics = status.metrics()
+        assert metrics["registered", names[0]] == 1
+        assert metrics["registered", names[1]] == 0
+        assert metrics["registrations_refused_total", names[1]] >= 1
+        kubelet.refused.clear()
+        assert status.wait_for("/readyz", 200).body == "ok\n"
+        assert wait_for(lambda: status.document()["ready"])
+    finally:
+        kubelet.down()
+    status.wait_for("/readyz", 503)
+
+
+def test_ready_takes_an_open_stream(node: Node, folder: Path, start: Starter) -> None:
+    kubelet = Kubelet(node)
+    kubelet.opens_streams = False
+    kubelet.up()
+    try:
+        status = Status(start("--listen", "127.0.0.1:0"))
+        wait_for(lambda: status.metrics()["registrations_total", "smarter-devices/nvidia-gpu0"] >= 1)
+        assert status.ask("/readyz").status == 503
+        wait_for(lambda: status.metrics()["stream_losses_total", "smarter-devices/nvidia-gpu0"] >= 1)
+        assert "opened no stream" in status.ask("/readyz").body
+    finally:
+        kubelet.down()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
+    answer = served.ask("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found = {family.name: family for family in text_string_to_metric_families(answer.body)}
+    for family in sdm.FAMILIES:
+        name = sdm.metric_name(family)
+        parsed = found.pop(name.removesuffix("_total") if family.kind == "counter" else name)
+        assert (parsed.type, parsed.documentation) == (family.kind, family.told)
+        assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
+        if family.name != "slots_in_use":
+            assert parsed.samples
+    assert not found
+    lines = answer.body.splitlines()
+    assert len([line for line in lines if line.startswith("# HELP ")]) == len(sdm.FAMILIES)
+    assert len([line for line in lines if line.startswith("# TYPE ")]) == len(sdm.FAMILIES)
+
+
+def test_metrics_follow_the_naming_rules() -> None:
+    for family in sdm.FAMILIES:
+        name = sdm.metric_name(family)
+        assert re.fullmatch(r"(smarter_device_manager|process)_[a-z]+(_[a-z]+)*", name)
+        assert (family.kind == "counter") == name.endswith("_total")
+        assert not re.search(r"_(count|sum|bucket|ms|milliseconds|kib|mib|percent)$", name)
+        assert family.told.endswith(".")
+    names = [sdm.metric_name(family) for family in sdm.FAMILIES]
+    assert len(set(names)) == len(names)
+
+
+def test_metrics_tell_what_happened(node: Node, served: Status, kubelet: Kubelet, folder: Path) -> None:
+    name = "smarter-devices/nvidia-gpu0"
+    first = served.metrics()
+    assert first["slots", name] == 4
+    assert first["devices", name, "present"] == 1
+    assert first["devices", name, "absent"] == 0
+    assert first["registered", name] == first["registrations_total", name] == 1
+    assert first["allocations_total", name] == first["kubelet_restarts_total"] == 0
+    assert first["conf_good"] == first["kubelet_answering"] == 1
+    assert abs(first["conf_last_good_timestamp_seconds"] - time.time()) < 60
+    assert 0 < first["scan_duration_seconds"] < PATIENCE
+    for _ in range(3):
+        kubelet.take("nvidia-gpu0", "1")
+    wait_for(lambda: served.metrics()["allocations_total", name] == 3)
+    node.rules("nonsense: [\n")
+    wait_for(lambda: served.metrics()["conf_refused_total"] == 1)
+    assert served.metrics()["conf_good"] == 0
+    assert "the conf file is refused" in served.document()["problems"][0]
+    node.rules(GPUS.replace("4", "5"))
+    wait_for(lambda: served.metrics()["slots", name] == 5)
+    last = served.metrics()
+    assert (last["conf_good"], last["conf_reloads_total"], last["conf_refused_total"]) == (1, 1, 1)
+    assert last["conf_last_good_timestamp_seconds"] > first["conf_last_good_timestamp_seconds"]
+    kubelet.down()
+    wait_for(lambda: served.metrics()["kubelet_answering"] == 0)
+    assert served.metrics()["registered", name] == 0
+    kubelet.up()
+    wait_for(lambda: served.metrics()["registrations_total", name] == 2)
+    assert served.metrics()["kubelet_restarts_total"] == 1
+
+
+def test_a_device_that_went_is_absent(node: Node, served: Status, folder: Path, start: Starter) -> None:
+    folder.rmdir()
+    served.daemon.hang_up()
+    name = "smarter-devices/nvidia-gpu0"
+    wait_for(lambda: served.metrics()["devices", name, "absent"] == 1)
+    assert served.metrics()["devices", name, "present"] == 0
+    assert served.metrics()["slots", name] == 4
+    document = served.document()
+    assert document["problems"] == ["nvidia-gpu0: it is gone"]
+    assert document["ready"], "it is registered, with Unhealthy slots"
+    page = served.ask("/").body
+    assert "1 thing is wrong" in page
+    assert page.index("nvidia-gpu0: it is gone") < page.index("<h2>Resources</h2>")
+
+
+def test_process_metrics_are_the_kernels_own(served: Status, start: Starter) -> None:
+    import psutil
+
+    process = psutil.Process(served.daemon.process.pid)
+    before = process.cpu_times()
+    told = served.metrics()
+    after = process.cpu_times()
+    assert before.user + before.system - 0.1 <= told["process_cpu_seconds_total"] <= after.user + after.system + 0.1
+    assert told["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
+    assert told["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
+
+
+def test_labels_are_escaped() -> None:
+    hostile = 'a"b\\c\nd{}=,'
+    family = sdm.Family("x", "gauge", "Help.", lambda document: [({"name": hostile}, 1.5), ({"name": "b"}, True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdm, "FAMILIES", (family,))
+        text = "".join(sdm.render_metrics({}))
+    assert samples(text) == {("x", hostile): 1.5, ("x", "b"): 1}
+
+
+def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> None:
+    (node.dev / "plain").write_text("")
+    (node.dev / "empty").mkdir()
+    (node.dev / "---").mkdir()
+    node.link("dangling", "nowhere")
+    node.link("outside", "/etc/passwd")
+    node.link("around", "around")
+    os.mkfifo(node.dev / "pipe")
+    node.rules("- devicematch: .*\n")
+    counts = {key[1]: value for key, value in Status(start("--listen", ":0")).metrics().items() if key[0] == "left_out"}
+    assert counts.pop("link") == 3
+    assert counts.pop("folder") == 2
+    assert counts.pop("not_a_device") == 2
+    assert len(counts) == 6
+    assert set(counts.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("reason", "label"),
+    [
+        ("a link to /dev/x, which is not there", "link"),
+        ("a link in the folder /dev/x, where others than root may make links", "link"),
+        ("a path through /dev/x, which is a plain file", "link"),
+        ("another file system", "file_system"),
+        ("a folder that cannot be listed (Permission denied), not a device", "folder"),
+        ("a socket, not a device", "not_a_device"),
+        ("its resource's name net_tun is taken by /dev/net/tun", "name_taken"),
+        (str(sdm.clash(sdm.Rule(1, re.compile(""), ""), sdm.Rule(2, re.compile(""), ""), "tun")), "name_taken"),
+        ("its name is not UTF-8", "bad_name"),
+        ("no letter or digit is left to name a resource by", "bad_name"),
+        ('its path in a container would be "/dev/../x"', "container_path"),
+        ('its idVendor is "1\n2" (asked for: 3); its serial is not there (asked for: x)', "attributes"),
+        ("something new", "other"),
+    ],
+)
+def test_each_reason_has_its_label(reason: str, label: str) -> None:
+    assert sdm.reason_label(reason) == label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATHS = ("/", "/healthz", "/readyz", "/metrics", "/status.json")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_answer_has_the_right_head(served: Status, path: str) -> None:
+    answer, head = served.ask(path), served.ask(path, "HEAD")
+    for given_ in (answer, head):
+        assert given_.status == 200
+        assert given_.headers["connection"] == "close"
+        assert given_.headers["cache-control"] == "no-store"
+        assert given_.headers["x-content-type-options"] == "nosniff"
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", given_.headers["date"])
+        policy = given_.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "script" not in policy
+        assert "unsafe" not in policy
+        for directive in ("base-uri", "form-action", "frame-ancestors"):
+            assert f"{directive} 'none'" in policy
+    assert head.body == ""
+    assert int(answer.headers["content-length"]) == len(answer.body.encode())
+    assert int(head.headers["content-length"]) > 0
+    kind = {"/": "text/html; charset=utf-8", "/status.json": "application/json"}.get(path, "text/plain")
+    assert answer.headers["content-type"].startswith(kind)
+    assert served.ask(f"{path}?x=1#y").status == 200
+
+
+GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (GOOD + b"\r\n", 200),
+        (GOOD.replace(b"\r", b"") + b"\n", 200),  # RFC 9112, 2.2: a lone LF may be taken for a line's end
+        (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+        (b"GET http://node:8080/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET http://node HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET /healthz HTTP/1.7\r\nHost: x\r\nX-Long: " + b"y" * 7000 + b"\r\n\r\n", 200),
+        (GOOD + b"Content-Length: 100000\r\n\r\n" + b"z" * 50_000, 200),
+        (GOOD + b"\r\n" + GOOD + b"\r\n", 200),  # a second request is not answered
+        (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"GET /healthz/ HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"GET //healthz HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"GET /../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + b"z" * 60_000, 405),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"DELETE / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"GET / HTTP/1.1\r\nHost: x\r\nhost: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /\r\n\r\n", 400),
+        (b"GET / HTTPS/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nnonsense\r\nHost: x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400),  # TLS
+        (b" GET / HTTP/1.1\r\n\r\n", 400),
+        (b"\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"GET / HTTP/3.0\r\nHost: x\r\n\r\n", 505),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (GOOD + b"X: " + b"y" * 9000 + b"\r\n\r\n", 431),
+        (GOOD + b"X: y\r\n" * 10_000 + b"\r\n", 431),
+    ],
+)
+def test_each_request_gets_its_status(served: Status, data: bytes, status: int) -> None:
+    answer = served.say(data)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1\.1 %d [A-Z]" % status, head), answer[:200]
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"\r\nConnection: close" in head
+    assert int(re.search(rb"Content-Length: (\d+)", head)[1]) == len(body)
+    assert (b"\r\nAllow: GET, HEAD\r\n" in head) == (status == 405)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
+    assert served.say(data, is_done=True).startswith(b"HTTP/1.1 400 ")
+
+
+@given(
+    st.binary(max_size=300)
+    | st.lists(
+        st.sampled_from(
+            [b"GET ", b"HEAD", b"/", b" HTTP/1.1", b"\r\n", b"\n", b"Host: x", b":", b" ", b"\0", b"http://"]
+        )
+    ).map(b"".join)
+)
+def test_any_bytes_are_a_request_or_unanswerable(head: bytes) -> None:
+    try:
+        request = sdm.parse_request(head)
+    except sdm.Unanswerable as error:
+        assert 400 <= error.status <= 505
+    else:
+        assert request.method in ("GET", "HEAD")
+
+
+def test_no_input_makes_it_hang_or_fail(served: Status, kubelet: Kubelet, start: Starter) -> None:
+    pieces = [
+        b"GET ",
+        b"POST ",
+        b"/",
+        b"/metrics",
+        b" HTTP/1.1",
+        b"\r\n",
+        b"\n",
+        b"Host: x",
+        b"\r\n\r\n",
+        b"\0",
+        b"\xff",
+    ]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.binary(max_size=100) | st.lists(st.sampled_from(pieces), max_size=12).map(b"".join))
+    def feed(data: bytes) -> None:
+        answer = served.say(data, is_done=True)
+        assert re.match(rb"HTTP/1\.1 (200|400|404|405|414|431|505) ", answer)
+
+    feed()
+    assert served.ask("/healthz").status == 200
+    assert "Traceback" not in served.daemon.log
+
+
+def test_a_client_has_five_seconds_for_its_request(served: Status) -> None:
+    connections = [served.connect() for _ in range(3)]
+    idle, partial, trickle = connections
+    begin = time.monotonic()
+    partial.sendall(GOOD)
+    trickle.settimeout(0.1)
+    dripping = b"G"
+    answer = b""
+    while time.monotonic() < begin + PATIENCE and not answer:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            trickle.sendall(dripping)
+            answer = trickle.recv(1 << 16)
+    waited = time.monotonic() - begin
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    assert waited > sdm.REQUEST_SECONDS - 0.5
+    assert received(idle).startswith(b"HTTP/1.1 408 ")
+    assert received(partial).startswith(b"HTTP/1.1 408 ")
+    for connection in connections:
+        connection.close()
+
+
+def open_sockets(daemon: Daemon) -> int:
+    """How many TCP connections the daemon has."""
+    import psutil
+
+    return len([item for item in psutil.Process(daemon.process.pid).net_connections("tcp") if item.raddr])
+
+
+def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(served: Status, start: Starter) -> None:
+    daemon = served.daemon
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MOST_CONNECTIONS)]
+        wait_for(lambda: open_sockets(daemon) >= sdm.MOST_CONNECTIONS)
+        assert served.ask("/healthz").status == 200
+        assert open_sockets(daemon) <= sdm.MOST_CONNECTIONS
+        assert received(idle[0]) == b""
+        newest = idle[-1]
+        newest.sendall(GOOD + b"\r\n")
+        assert received(newest).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(node: Node, served: Status, start: Starter) -> None:
+    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "c", [str(number) for number in range(100_000)]))
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 100_000)
+    daemon = served.daemon
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            slow = stack.enter_context(socket.socket())
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((served.host, served.port))
+            slow.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
+        wait_for(lambda: open_sockets(daemon) >= 8)
+        begin = time.monotonic()
+        assert served.ask("/healthz").status == 200
+        assert time.monotonic() - begin < sdm.REQUEST_SECONDS
+        wait_for(lambda: open_sockets(daemon) == 0)
+    assert served.ask("/healthz").status == 200
+
+
+class Flood:
+    """Threads that do to the status server what clients may do; a context manager."""
+
+    def __init__(self, *works: Callable[[], object]) -> None:
+        self._works = works
+        self._is_over = False
+        self.count = 0
+
+    def __enter__(self) -> Flood:
+        self._threads = [threading.Thread(target=self._run, args=(work,)) for work in self._works]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _run(self, work: Callable[[], object]) -> None:
+        while not self._is_over:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                work()
+                self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        for thread in self._threads:
+            thread.join()
+
+
+def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
+    """The seconds that each of COUNT Allocates took."""
+    stub = kubelet.clients[kubelet.name("nvidia-gpu0")].stub
+    request = sdm.pb.AllocateRequest(container_requests=[sdm.pb.ContainerAllocateRequest(devices_ids=["0"])])
+
+    async def allocate() -> list[float]:
+        times = []
+        for _ in range(count):
+            begin = time.monotonic()
+            await stub.Allocate(request, timeout=PATIENCE)
+            times.append(time.monotonic() - begin)
+        return times
+
+    return kubelet.do(allocate(), 5 * PATIENCE)
+
+
+def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in range(200):
+        node.sysfs(f"gpu.{number}", {})
+    node.rules(GPUS)
+    status = Status(start("--listen", "127.0.0.1:0"))
+    status.wait_for("/readyz", 200)
+    alone = allocate_times(kubelet, 100)
+    with contextlib.ExitStack() as stack:
+        for _ in range(sdm.MOST_CONNECTIONS):
+            stack.enter_context(status.connect())
+        idle = allocate_times(kubelet, 100)
+    with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
+        wait_for(lambda: flood.count > 10)
+        flooded = allocate_times(kubelet, 100)
+    told = {
+        name: f"{statistics.median(times) * 1000:.1f} ms, {max(times) * 1000:.1f} ms at most"
+        for name, times in (("alone", alone), ("idle connections", idle), ("flooded", flooded))
+    }
+    print(told)
+    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, told
+    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, told
+
+
+def test_rendering_lets_others_have_their_turn() -> None:
+    turns: list[float] = []
+
+    async def others() -> None:
+        while True:
+            turns.append(time.monotonic())
+            await asyncio.sleep(0)
+
+    async def both() -> list[int]:
+        other = asyncio.ensure_future(others())
+        made = await sdm.in_slices(number for number in range(100) if not time.sleep(0.001))
+        other.cancel()
+        return made
+
+    assert asyncio.run(both()) == list(range(100))
+    assert len(turns) >= 25
+
+
+def test_what_is_made_serves_all_who_ask_within_a_second(served: Status) -> None:
+    """One nonce, one time: the page was made once for all of these, and is made anew later."""
+    pages = [served.ask("/").body for _ in range(10)]
+    assert len(set(pages)) <= 5
+    wait_for(lambda: served.ask("/").body not in pages)
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        (":0", ["127.0.0.1", "::1"]),
+        ("[::]:0", ["127.0.0.1", "::1"]),
+        ("0.0.0.0:0", ["127.0.0.1"]),
+        ("127.0.0.1:0", ["127.0.0.1"]),
+        ("[::1]:0", ["::1"]),
+        ("localhost:0", ["127.0.0.1"]),
+    ],
+)
+def test_it_listens_where_it_is_told_to(folder: Path, start: Starter, address: str, hosts: list[str]) -> None:
+    if "::1" in hosts and not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    status = Status(start("--listen", address))
+    for host in hosts:
+        assert status.ask("/healthz", host=host).status == 200
+    for host in {"127.0.0.1", "::1"} - set(hosts):
+        with pytest.raises(OSError):
+            status.ask("/healthz", host=host)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no.such.host.invalid:8080", "a..b:80", "256.1.1.1:80"])
+def test_an_address_that_cannot_be_had_is_logged_and_the_daemon_goes_on(
+    folder: Path, kubelet: Kubelet, start: Starter, address: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = address.format(port=taken.getsockname()[1])
+        daemon = start("--listen", address)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    lines = [line for line in daemon.log.splitlines() if "listen" in line]
+    assert len(lines) == 1
+    assert re.search(rf" ERROR cannot listen on {re.escape(address)}: .+; going on without a status page", lines[0])
+    assert daemon.stop() == 0
+
+
+def test_without_listen_there_is_no_server(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    import psutil
+
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    assert psutil.Process(daemon.process.pid).net_connections("inet") == []
+
+
+def test_it_serves_without_modules_that_it_has_no_use_for(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start("--listen", "127.0.0.1:0", env={**os.environ, "PYTHONVERBOSE": "1"})
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+    for path in PATHS:
+        assert status.ask(path).status == 200
+    assert "import 'asyncio'" in daemon.log
+    loaded = set(re.findall(r"^import '([\w.]+)'", daemon.log, re.MULTILINE))
+    assert not loaded & {
+        "http.server",
+        "http.client",
+        "http",
+        "urllib.request",
+        "socketserver",
+        "html",
+        "ssl",
+        "hashlib",
+    }
+
+
+def broken_daemon(node: Node, fault: str) -> Daemon:
+    """A daemon with FAULT, a statement that is run before all else; so its log may show a traceback."""
+    driver = node.root / "driver.py"
+    driver.write_text(
+        f"import smarter_device_manager as sdm, sys\ndef fail(*_):\n    raise KeyError('nobody foresaw this')\n"
+        f"{fault}\nsys.exit(sdm.main())\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_smarter_device_manager.SCRIPT", driver)
+        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE)})
+
+
+def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: Path, kubelet: Kubelet) -> None:
+    daemon = broken_daemon(node, "sdm.render_page = fail")
+    status = Status(daemon)
+    assert status.ask("/").status == 500
+    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    assert status.ask("/metrics").status == 200
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    assert daemon.stop() == 0
+
+
+def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet) -> None:
+    """Half a daemon is worse than one that its supervisor starts again."""
+    daemon = broken_daemon(node, "sdm.StatusServer._welcome = fail")
+    status = Status(daemon)
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    with contextlib.suppress(OSError):
+        status.connect().close()
+    assert daemon.process.wait(PATIENCE) == 1
+    assert daemon.log.count("Traceback") == 1
+    assert [path.name for path in node.plugins.iterdir()] == ["kubelet.sock"]
+
+
+def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, start: Starter) -> None:
+    daemon = served.daemon
+    with served.connect() as idle, served.connect() as partial:
+        partial.sendall(GOOD)
+        wait_for(lambda: open_sockets(daemon) == 2)
+        begin = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begin < 2
+        assert received(idle) == received(partial) == b""
+    assert not re.search(r"Traceback|destroyed|never retrieved", daemon.log)
+
+
+def test_no_descriptor_leaks(served: Status, start: Starter) -> None:
+    folder = f"/proc/{served.daemon.process.pid}/fd"
+    served.ask("/")
+    before = len(os.listdir(folder))
+    for number in range(100):
+        served.say((GOOD + b"\r\n", b"x\r\n\r\n", b"", GOOD)[number % 4], is_done=True)
+    wait_for(lambda: len(os.listdir(folder)) <= before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+HOSTILE_WORD = "<img src=x onerror=alert(1)>&amp;'\"</style><script>alert(2)</script>\x1b[31m\udcff"
+
+
+class Tags(html.parser.HTMLParser):
+    """What tags and attributes a page has, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def hostile_document() -> dict[str, Any]:
+    """A document whose every text is hostile."""
+    device = sdm.Device(
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
+        specs=(sdm.Spec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
+    )  # fmt: skip
+    gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
+    plan = sdm.Plan(
+        {HOSTILE_WORD: sdm.Resource(HOSTILE_WORD, True, (device, gone))},
+        (sdm.LeftOut(HOSTILE_WORD, 1, HOSTILE_WORD),),
+        (sdm.Rule(1, re.compile(""), HOSTILE_WORD),),
+        (),
+    )
+    moment = sdm.Moment(1e9, 100.0)
+    state = sdm.State(
+        moment=moment, node=HOSTILE_WORD, domain=HOSTILE_WORD, plan=plan,
+        figures=sdm.Figures(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
+        beats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
+        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0},
+        events=[
+            {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
+        ],
+    )  # fmt: skip
+    holders = {HOSTILE_WORD: [sdm.Holder(f"{path}:0", HOSTILE_WORD, HOSTILE_WORD) for path in (HOSTILE_WORD, "other")]}
+    link = sdm.Link(False, HOSTILE_WORD)
+    return sdm.describe_daemon(
+        state,
+        [sdm.describe_offer(resource, HOSTILE_WORD, moment, link, holders) for resource in plan.resources.values()],
+    )
+
+
+def test_the_page_escapes_everything() -> None:
+    page = "".join(sdm.render_page(hostile_document(), "nonce"))
+    page.encode()
+    found = Tags(page)
+    allowed = (
+        "html head meta title link style body header h1 h2 h3 p span ul ol li div dl dt dd small section article svg"
+    )
+    assert found.tags <= {*allowed.split(), "rect", "code", "strong", "time", "footer", "a"}
+    assert not any(name.startswith("on") for name in found.attributes)
+    assert "style" not in found.attributes, "the policy would forbid it"
+    shown = "<img src=x onerror=alert(1)>&amp;'\"</style><script>alert(2)</script>\\x1b[31m\\udcff"
+    assert found.text.count(shown) >= 15
+    for outside in ("http:", "https:", "//", "url(", "@import"):
+        assert outside not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_json_metrics_and_terminal_bear_hostile_texts_too() -> None:
+    document = hostile_document()
+    assert json.loads(json.dumps(document))["node"] == HOSTILE_WORD
+    text = sdm.render_status(document)
+    assert "\x1b" not in text
+    text.encode()
+    names = {key[1] for key in samples("".join(sdm.render_metrics(document))) if key[0] == "slots"}
+    assert names == {f"{HOSTILE_WORD}/{HOSTILE_WORD}"}
+
+
+@needs_root
+def test_hostile_names_on_the_node_are_text_on_the_page(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    node.plug(name)
+    node.rules("- devicematch: img\n")
+    checkpoint(node, (f"smarter-devices/{sdm.resource_name(name)}", "<script>alert(2)</script>", "<b>", {"-1": ["0"]}))
+    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "<i>node</i>"}))
+    page = status.ask("/").body
+    found = Tags(page)
+    assert not found.tags & {"img", "script", "b", "i"}
+    for text in (f"/dev/{name}", "<script>alert(2)</script>", "<b>", "<i>node</i>"):
+        assert text in found.text
+
+
+def test_the_page_says_what_is_wrong_first_and_refreshes_itself(served: Status, kubelet: Kubelet) -> None:
+    page = served.ask("/").body
+    assert "all is well" in page
+    assert re.search(r'<meta http-equiv="refresh" content="\d+">', page)
+    assert "<script" not in page
+    kubelet.down()
+    page = wait_for(lambda: "1 thing is wrong" in (body := served.ask("/").body) and body)
+    assert page.index("kubelet does not answer") < page.index("<h2>Resources</h2>") < page.index("<h2>Last events</h2>")
+
+
+def test_the_page_without_a_device_says_so(node: Node, start: Starter) -> None:
+    node.rules("- devicematch: ^nothing$\n")
+    status = Status(start("--listen", "127.0.0.1:0"))
+    assert "No device is offered" in status.ask("/").body
+    assert status.ask("/readyz").status == 200
+    assert "No device is offered" in node.run("--status", status.address).stdout
+
+
+# In Chromium
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+
+
+def chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Chromium without a screen, on a profile of its own."""
+    quiet = "--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+    options = [*quiet.split(), "--disable-component-update", "--hide-scrollbars", "--enable-logging=stderr", "--v=0"]
+    if os.geteuid() == 0:
+        options.append("--no-sandbox")  # root has to
+    with tempfile.TemporaryDirectory(prefix="sdm-chromium-", ignore_cleanup_errors=True) as profile:
+        command = [str(CHROMIUM), *options, f"--user-data-dir={profile}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE, check=True)
+
+
+def seen_in_chromium(status: Status) -> Tags:
+    run = chromium("--dump-dom", f"http://{status.address}/")
+    assert not re.search(r"Content Security Policy|CONSOLE", run.stderr), run.stderr
+    return Tags(run.stdout)
+
+
+def plug_a_greenhouse(node: Node) -> None:
+    """What a small node of the field has: good for a picture."""
+    for path in ("video0", "ttyACM0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
+        node.plug(path)
+    node.link("ttyUSB9", "ttyUSB7")
+    node.rules(
+        "- devicematch: ^video[0-9]*$\n  nummaxdevices: 20\n- devicematch: ^snd$\n  nummaxdevices: 20\n"
+        "- devicematch: ^gpiochip[0-9]*$\n  nummaxdevices: 4\n- devicematch: ^i2c-[0-9]*$\n"
+        "- devicematch: ^tty(USB|ACM)[0-9]*$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
+    )
+    checkpoint(
+        node,
+        ("smarter-devices/video0", "0b8c1f6e-5d9a-4b7e-9c38-4f2d5d1f7a10", "detector", {"-1": ["0", "1", "2"]}),
+        ("smarter-devices/video0", "c51b2f80-7a07-4d57-8a0e-53c1b0c6f2d9", "recorder", {"-1": ["3"]}),
+        ("smarter-devices/i2c-1", "7e4a9b1d-22c6-4f0a-b1de-9f0b6f0c3c55", "climate", {"-1": ["0"]}),
+        ("smarter-devices/ttyACM0", "7e4a9b1d-22c6-4f0a-b1de-9f0b6f0c3c55", "climate", {"-1": ["0"]}),
+        ("smarter-devices/gpiochip0", "f3c6d2aa-0b64-4b8c-8f6e-1d2a4d7e9b02", "valves", {"-1": ["0"]}),
+    )
+
+
+@needs_chromium
+@needs_root
+def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
+    node: Node, kubelet: Kubelet, start: Starter, tmp_path: Path
+) -> None:
+    """The pictures of README.md are made by this: STATUS_PICTURES=docs pytest -k chromium_shows."""
+    plug_a_greenhouse(node)
+    daemon = start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "greenhouse-pi"})
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+    found = seen_in_chromium(status)
+    assert "all is well" in found.text
+    assert "4 of 20 in use" in found.text
+    assert "detector" in found.text
+    assert "ttyUSB0" not in found.text
+    node.plug("ttyUSB0")
+    wait_for(lambda: "ttyUSB0" in status.ask("/").body)
+    assert "/dev/ttyUSB0" in seen_in_chromium(status).text
+    node.unplug("ttyACM0")
+    wait_for(lambda: status.document()["problems"])
+    wait_for(lambda: "is wrong" in status.ask("/").body)
+    found = seen_in_chromium(status)
+    assert "1 thing is wrong" in found.text
+    assert "/dev/ttyACM0: it is gone, in use by climate" in found.text
+    folder = Path(os.environ.get("STATUS_PICTURES", tmp_path))
+    for name, size, more in (
+        ("status.png", "1100,1170", ()),
+        ("status-dark.png", "1100,1170", ("--blink-settings=preferredColorScheme=0",)),
+        ("status-phone.png", "500,1400", ()),
+    ):
+        picture = (tmp_path if "phone" in name else folder) / name
+        run = chromium(f"--window-size={size}", f"--screenshot={picture}", *more, f"http://{status.address}/")
+        assert "Content Security Policy" not in run.stderr
+        colours = colours_of(picture)
+        assert picture.stat().st_size < 200_000
+        back = (0x0F, 0x13, 0x18) if "dark" in name else (0xF4, 0xF5, 0xF7)
+        wrong = (0xFF, 0x7F, 0x7F) if "dark" in name else (0xC0, 0x2B, 0x30)
+        used = (0x6A, 0xA1, 0xFF) if "dark" in name else (0x2F, 0x6F, 0xDB)
+        assert {back, wrong, used} <= colours, "the style is in force: the page's ground, what is wrong, a slot in use"
+
+
+def colours_of(picture: Path) -> set[tuple[int, ...]]:
+    """The colours of a PNG of 8-bit RGB or RGBA that is not interlaced (PNG specification, 9 and 11)."""
+    import zlib
+
+    data = picture.read_bytes()
+    width, _, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    assert (depth, interlaced) == (8, 0)
+    size = {2: 3, 6: 4}[kind]
+    packed, position = b"", 8
+    while position < len(data):
+        (length,) = struct.unpack(">I", data[position : position + 4])
+        if data[position + 4 : position + 8] == b"IDAT":
+            packed += data[position + 8 : position + 8 + length]
+        position += length + 12
+    raw = zlib.decompress(packed)
+    stride = width * size
+    before = bytearray(stride)
+    colours: set[tuple[int, ...]] = set()
+    for start in range(0, len(raw), stride + 1):
+        line = bytearray(raw[start + 1 : start + 1 + stride])
+        for index in range(stride):
+            left = line[index - size] if index >= size else 0
+            corner = before[index - size] if index >= size else 0
+            line[index] = (line[index] + _predicted(raw[start], left, before[index], corner)) & 255
+        colours |= set(zip(line[0::size], line[1::size], line[2::size]))
+        before = line
+    return colours
+
+
+def _predicted(filtered: int, left: int, above: int, corner: int) -> int:
+    if filtered < 4:
+        return (0, left, above, (left + above) // 2)[filtered]
+    guess = left + above - corner
+    return min((left, above, corner), key=lambda value: abs(guess - value))
+
+
+@needs_chromium
+@needs_root
+def test_chromium_runs_nothing_that_a_name_says(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("<img src=x onerror=document.title='taken'>")
+    node.rules("- devicematch: img\n")
+    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "</title><script>x</script>"}))
+    status.wait_for("/readyz", 200)
+    found = seen_in_chromium(status)
+    assert not found.tags & {"img", "script"}
+    assert "<img src=x onerror=document.title='taken'>" in found.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --status
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_status_prints_a_running_daemons_state(node: Node, served: Status, folder: Path, start: Starter) -> None:
+    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "detect", {"-1": ["3", "0"]}))
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
+    run = node.run("--status", served.address)
+    assert run.returncode == 0
+    assert re.match(r"\S+: well, as of \d{4}-", run.stdout)
+    assert re.search(r"^2/4 +smarter-devices/nvidia-gpu0 +yes +nvidia-gpu0$", run.stdout, re.MULTILINE)
+    assert re.search(rf"^ +3  nvidia-gpu0 +{POD}  detect$", run.stdout, re.MULTILINE)
+    assert "1 device: offered" in run.stdout or "nvidia-gpu0: offered" in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert json.loads(node.run("--status", served.address, "--json").stdout)["node"] == served.document()["node"]
+    folder.rmdir()
+    served.daemon.hang_up()
+    wait_for(lambda: served.document()["problems"])
+    told = node.run("--status", served.address).stdout
+    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by detect\n", told)
+
+
+def test_status_looks_where_listen_says(node: Node, served: Status) -> None:
+    for address in (served.address, f":{served.port}", f"0.0.0.0:{served.port}", f"[::]:{served.port}"):
+        assert node.run("--status", "--listen", address).returncode == 0
+    assert node.run("--status", env={**os.environ, "SMARTER_DEVICE_MANAGER_LISTEN": served.address}).returncode == 0
+
+
+def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> None:
+    """The image has no http, email or urllib (Dockerfile); kubectl exec POD -- ... --status is to work in it."""
+    run = node.run("--status", served.address, env={**os.environ, "PYTHONVERBOSE": "1"})
+    assert run.returncode == 0
+    assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
+
+
+def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        run = node.run("--status", f"127.0.0.1:{port}")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith(
+        f"smarter_device_manager.py: no daemon answers on 127.0.0.1:{port} (Connection refused)"
+    )
+    for way in ("--listen", "--status ADDRESS:PORT", f"kubectl -n kube-system port-forward POD {port}"):
+        assert way in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\xff",
+        b"220 mail.example.org ESMTP\r\n",
+        b"",
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_status_of_something_else_is_refused(node: Node, answer: bytes, more: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        run = node.run("--status", f"127.0.0.1:{server.getsockname()[1]}", *more)
+        thread.join()
+    assert run.returncode == 1
+    assert re.search("is no smarter-device-manager|no daemon answers", run.stderr)
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["", "8080", "node", ":70000", "http://node:8080/"])
+def test_status_of_no_address_is_a_usage_error(node: Node, address: str) -> None:
+    run = node.run("--status", address)
+    assert run.returncode == 2
+    assert f'"{address}" is no ADDRESS:PORT, such as' in run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_as_json_is_an_object_a_line(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start("--log-format", "json", "--listen", "127.0.0.1:0")
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    kubelet.take("nvidia-gpu0", "1")
+    with pytest.raises(grpc.RpcError):
+        kubelet.take("nvidia-gpu0", "99")
+    node.rules("- devicematch: [\n")
+    daemon.says("conf-refused")
+    assert daemon.stop() == 0
+    records = [json.loads(line) for line in daemon.log.splitlines()]
+    for record in records:
+        assert {"time", "level", "event", "message"} <= record.keys()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["time"])
+    by_event = {record["event"]: record for record in records}
+    assert by_event["allocated"]["ids"] == "1"
+    assert by_event["refused"]["level"] == "warning"
+    assert by_event["refused"]["resource"] == "smarter-devices/nvidia-gpu0"
+    assert by_event["refused"]["status"] == "INVALID_ARGUMENT"
+    assert by_event["conf-refused"]["level"] == "error"
+    assert {"listening", "started", "plugged", "registered", "stopping"} <= by_event.keys()
+
+
+def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    kubelet.take("nvidia-gpu0", "1", "2")
+    daemon.says("allocated")
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+    line = next(line for line in daemon.log.splitlines() if "allocated" in line)
+    assert re.fullmatch(
+        rf"{stamp} INFO allocated to a container resource=smarter-devices/nvidia-gpu0 ids=1,2 devices=(\"\")?", line
+    )
+    for line in daemon.log.splitlines():
+        assert re.fullmatch(rf'{stamp} (INFO|WARNING) [^=]+( [a-z]+=(\S*|"[^"]*"))*', line)
+
+
+def test_what_was_refused_is_logged_at_any_level_and_nothing_else(node: Node, folder: Path, start: Starter) -> None:
+    node.sysfs("gpu.1", {})
+    kubelet = Kubelet(node)
+    kubelet.refused["nvidia-gpu1"] = "not on my watch"
+    kubelet.up()
+    try:
+        daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        with pytest.raises(grpc.RpcError):
+            kubelet.take("nvidia-gpu0", "99")
+        daemon.says(r'WARNING Allocate refused: no device ID "99"')
+        daemon.says(r"WARNING smarter-devices/nvidia-gpu1: kubelet refused its registration .*not on my watch")
+        assert daemon.stop() == 0
+        assert all("refused" in line for line in daemon.log.splitlines()), daemon.log
+    finally:
+        kubelet.down()
+
+
+def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
+    import psutil
+
+    daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
+    listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
+
+    def events() -> set[str]:
+        run = node.run("--status", f"127.0.0.1:{listening[0].laddr.port}", "--json")
+        return {event["event"] for event in json.loads(run.stdout)["events"]}
+
+    wait_for(lambda: {"registered", "plugged", "started"} <= events())
+    assert daemon.log == ""
