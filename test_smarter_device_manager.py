@@ -36,6 +36,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
+import psutil
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
@@ -5413,8 +5414,6 @@ def test_a_device_that_went_is_absent(node: Node, served: Status, folder: Path, 
 
 
 def test_process_metrics_are_the_kernels_own(served: Status, start: Starter) -> None:
-    import psutil
-
     process = psutil.Process(served.daemon.process.pid)
     before = process.cpu_times()
     told = served.metrics()
@@ -5470,6 +5469,21 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(reason: str, label: str) -> None:
     assert sdm.reason_label(reason) == label
+
+
+def test_the_readme_has_every_metric_and_no_other() -> None:
+    readme = (HERE / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+    families = [(sdm.metric_name(family), family.kind, family.told) for family in sdm.FAMILIES]
+    assert [(name, kind, told) for name, kind, _, told in rows] == families
+
+
+def test_the_readmes_alerts_ask_for_metrics_that_there_are() -> None:
+    (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    rules = yaml.safe_load(alerts)["groups"][0]["rules"]
+    asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
+    assert len(asked) == 3
+    assert set(asked) <= {sdm.metric_name(family) for family in sdm.FAMILIES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5629,8 +5643,6 @@ def test_a_client_has_five_seconds_for_its_request(served: Status) -> None:
 
 def open_sockets(daemon: Daemon) -> int:
     """How many TCP connections the daemon has."""
-    import psutil
-
     return len([item for item in psutil.Process(daemon.process.pid).net_connections("tcp") if item.raddr])
 
 
@@ -5792,8 +5804,6 @@ def test_an_address_that_cannot_be_had_is_logged_and_the_daemon_goes_on(
 
 
 def test_without_listen_there_is_no_server(folder: Path, kubelet: Kubelet, start: Starter) -> None:
-    import psutil
-
     daemon = start()
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert psutil.Process(daemon.process.pid).net_connections("inet") == []
@@ -6271,8 +6281,6 @@ def test_what_was_refused_is_logged_at_any_level_and_nothing_else(node: Node, fo
 
 
 def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
-    import psutil
-
     daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
     listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
 
