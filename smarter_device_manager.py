@@ -2791,7 +2791,7 @@ class Checkpoint:
 
     def _parse(self, data: bytes) -> Optional[Holders]:
         try:
-            checkpoint = json.loads(data, parse_int=float)  # a number of a million digits would take int() minutes
+            checkpoint = json.loads(data)
         except (ValueError, RecursionError):
             return None
         return find_holders(checkpoint, self._domain)
