@@ -5244,7 +5244,7 @@ def test_events_are_told_newest_first_and_no_more_than_100(node: Node, served: S
     assert times == sorted(times, reverse=True)
 
 
-def test_an_event_of_a_long_text_is_cut(node: Node, gpu: Path, start: Callable[..., Daemon]) -> None:
+def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter) -> None:
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu0"] = "no " * 1000
     kubelet.up()
