@@ -4067,14 +4067,15 @@ def restart_lean() -> None:
     Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
     it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
     """
-    given = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.10 and newer know the flags
+    with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+        given = file.read().split("\0")[:-1]
     flags = given[1 : len(given) - len(sys.argv)]
-    if "-m" in flags:
-        return  # a debugger or profiler runs the script
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    code = f"import sys; sys.path[0] = {folder!r}; import {module}; sys.exit({module}.main())"
+    module, ending = os.path.splitext(name)
+    if "-m" in flags or ending != ".py":
+        return  # a debugger or profiler runs the script, or it is none to import
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    code = f"import sys; sys.path[0] = {folder!r}; sys.exit(__import__({module!r}).main())"
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
