@@ -45,6 +45,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import smarter_device_manager as sdm
 
+# Python 3.9 starts processes by fork(2), and what grpc's core does around that hangs one start in a hundred.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 sdm.load_grpc()
 import grpc  # noqa: E402
 
