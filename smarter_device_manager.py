@@ -2293,6 +2293,7 @@ class KubeletSide:
 
     async def _step(self, session: Session) -> Optional[float]:
         """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
+        self._look_at_kubelet()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
         now = time.monotonic()
         if not self.is_answering:
             return None  # kubelet is down, and nothing is to be torn down for that
@@ -2350,8 +2351,10 @@ class KubeletSide:
         os.rename(temporary, session.path)
 
     async def _register(self, session: Session) -> Optional[float]:
+        self._look_at_kubelet()
+        if session.kubelet != self._identity:
+            return 0  # another one came while this was served, and the channel would lead to that one
         assert self._channel
-        identity = session.kubelet
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(session.path),
@@ -2364,7 +2367,8 @@ class KubeletSide:
         except asyncio.CancelledError:
             return 0  # it is retired, or its channel was closed: there is a new kubelet
         except grpc.RpcError as error:
-            if identity != self._identity or not self._is_kubelet_there():
+            self._look_at_kubelet()
+            if session.kubelet != self._identity or not self._is_kubelet_there():
                 session.kubelet = None
                 return None
             session.refusals += 1

@@ -4198,6 +4198,19 @@ def test_a_new_kubelet_has_everything_at_once(node: Node, kubelet: Kubelet, star
     daemon.says(r"(?s)kubelet answers; registering.*kubelet answers; registering")
 
 
+def test_streams_that_end_with_a_new_kubelet_there_are_no_trouble(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """They end before kubelet.sock is looked at the next time, and tell of the new kubelet."""
+    offer(node, *NAMES)
+    daemon = start()
+    for _ in range(5):
+        wait_ready(kubelet, NAMES)
+        old, kubelet = kubelet, Kubelet(node).up()
+        old.down()
+    wait_ready(kubelet, NAMES)
+    kubelet.down()
+    assert "ended its stream" not in daemon.log and "refused its registration" not in daemon.log
+
+
 def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """ext4 gives it to the next file at once; then the time tells that it is another kubelet."""
     offer(node, *NAMES)
