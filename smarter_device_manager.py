@@ -1876,6 +1876,11 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
+def counted(number: int, noun: str) -> str:
+    """NUMBER of what NOUN names: 1 slot, 2 slots."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def printable(text: str) -> str:
     """TEXT with whatever a terminal would not show as itself written as an escape."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -3203,16 +3208,16 @@ def _page_facts(document: Document) -> Iterator[str]:
     slots = sum(resource["slots"] for resource in resources)
     yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
     answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{kubelet['restarts']} restarts seen")
+    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{counted(kubelet['restarts'], 'restart')} seen")
     good_told = "refused" if conf["error"] else "good"
     read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{conf['rules']} rules, read {read_at}")
+    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{counted(conf['rules'], 'rule')}, read {read_at}")
     yield "</dl>\n"
 
 
 def _page_row(resource: Document, document: Document) -> Iterator[str]:
     slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{slots} slots, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+    use = f"{counted(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
     domain, _, name = resource["name"].partition("/")
     yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
@@ -4012,7 +4017,7 @@ def serve(options: argparse.Namespace) -> int:
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
-    note("started", f"smarter-device-manager {__version__} offers {len(devices.plan.resources)} resources")
+    note("started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}")
     tell_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -4166,7 +4171,7 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
-    print(f"{options.conf}: good, {len(devices.rules)} rule{'s' * (len(devices.rules) > 1)}")
+    print(f"{options.conf}: good, {counted(len(devices.rules), 'rule')}")
     return 0
 
 
@@ -4184,7 +4189,9 @@ def dry_run(options: argparse.Namespace) -> int:
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
-    print(f"\n{count} resources, " + ("all registered and allocated." if is_good else "not all of them well."))
+    print(
+        f"\n{counted(count, 'resource')}, " + ("all registered and allocated." if is_good else "not all of them well.")
+    )
     return 0 if is_good else 1
 
 

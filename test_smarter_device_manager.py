@@ -6226,6 +6226,11 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
     assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
+def test_one_is_not_many(number: int, told: str) -> None:
+    assert sdm.counted(number, "slot") == told
+
+
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
