@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import io
 import itertools
@@ -90,7 +89,7 @@ _MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
 _END = "\0"  # marks the end of the text: no YAML text may contain it
 
 # Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
-_BAD_CHARACTER = re.compile("[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 # All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
 _GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
@@ -489,7 +488,7 @@ _CHARACTER = re.compile(
       \\ x (?: \{ (?P<wide> [0-9A-Fa-f]+ ) \} | (?P<hex> [0-9A-Fa-f]{2} ) )
     | \\ (?P<octal> 0[0-7]{0,2} | [1-7][0-7]{1,2} )
     | \\ (?P<control> [aftnrv] )
-    | \\ (?P<sign> [^0-9A-Za-z\x80-\U0010ffff] )
+    | \\ (?P<sign> (?![0-9A-Za-z]) [\x00-\x7f] )
     | (?P<plain> [^\\] )
     """,
     re.VERBOSE | re.DOTALL,
@@ -829,6 +828,8 @@ def _parse_rule(node: Node) -> Rule:
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
         if key.value not in _KEYS:
+            import difflib  # for a wrong conf only
+
             near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
             raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
         nodes[key.value] = value
