@@ -17,10 +17,10 @@ of kubelet are followed.
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Command line. Each chapter needs
-only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled) and sends whole
-plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream). Nothing is shared, so
-nothing is locked.
+The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Stand-in kubelet, Command line.
+Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled)
+and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream).
+Nothing is shared, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
