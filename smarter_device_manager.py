@@ -2373,6 +2373,8 @@ class KubeletSide:
         except asyncio.CancelledError:
             return 0  # it is retired, or its channel was closed: there is a new kubelet
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
             self._look_at_kubelet()
             if session.kubelet != self._identity or not self._is_kubelet_there():
                 session.kubelet = None
