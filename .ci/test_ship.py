@@ -282,6 +282,7 @@ TESTS = "".join(path.read_text() for path in (Path(__file__), ROOT / "test_smart
 
 # What runs each command of the README. "cannot": there is no cluster, no engine of containers and no registry here.
 RUN_BY_CI = "by .ci/run"
+TOOL_OF_CI = "by .ci/run too, in less time"
 CANNOT = "cannot be run here: "
 COMMANDS = {
     r"python3 -m venv .* --dry-run": RUN_BY_CI,
@@ -290,6 +291,7 @@ COMMANDS = {
     r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0": (
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
     ),
+    r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
     r"sudo (k3s|k0s|microk8s) ctr images? import image\.tar": CANNOT + "no such Kubernetes",
     r"sudo ctr -n k8s\.io images import image\.tar": CANNOT + "no containerd",
@@ -313,7 +315,8 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+    lines = [line.partition(" # ")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -322,6 +325,8 @@ def test_every_command_of_the_readme_is_run_or_cannot_be(command: str) -> None:
     if how == RUN_BY_CI:
         looked_up = re.findall(r"grep -m1 '(.*)' README\.md", (ROOT / ".ci/run").read_text())
         assert any(re.match(pattern, command) for pattern in looked_up)
+    elif how == TOOL_OF_CI:
+        assert re.search(r"\.venv/bin/python \.ci/\w+", command)[0] in (ROOT / ".ci/run").read_text()
     elif not how.startswith(CANNOT):
         assert f"def {how}(" in TESTS
 
