@@ -20,7 +20,7 @@ of kubelet are followed.
 The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Stand-in kubelet, Command line.
 Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled)
 and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream).
-Nothing is shared, so nothing is locked.
+What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -2048,10 +2049,12 @@ def _grant_message(granted: Grant) -> pb.ContainerAllocateResponse:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet side: serves every plugin, watches kubelet.sock, registers, heals. All of it runs on one asyncio loop. What
 # kubelet really does, and every rule followed here, is in KUBELET.md's terms; the status chapter reads the counters.
+# kubelet.sock is looked at, always; that the kernel tells of changes only lets the looks be fewer, and sooner.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-SOCKETS_EVERY = 10  # looks at kubelet.sock to one at our own sockets
+CALM_LOOK_SECONDS = 5.0  # at the most, while kubelet answers and the kernel will tell of a change
+NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 FIRST_PAUSE, MOST_PAUSE = 1.0, 30.0  # before a resource is registered again
@@ -2116,6 +2119,35 @@ def bind(server: grpc.aio.Server, path: str) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
     finally:
         os.umask(mask)
+
+
+class Watch:
+    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+
+    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
+    taken by sigtimedwait(2), or it ends the process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # another directory has the path now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
+        except OSError:
+            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+        return True
+
+    def close(self) -> None:
+        """Ask for nothing any more."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
 
 
 class Session:
@@ -2197,7 +2229,15 @@ class Session:
 class KubeletSide:
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
 
-    def __init__(self, plugin_dir: str, domain: str, dev_dir: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        plugin_dir: str,
+        domain: str,
+        dev_dir: str,
+        loop: asyncio.AbstractEventLoop,
+        watch: Optional[Watch] = None,
+        calm_look: float = CALM_LOOK_SECONDS,
+    ) -> None:
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.dev_dir = dev_dir
@@ -2216,18 +2256,23 @@ class KubeletSide:
         self._gathered_since = 0.0
         self._flushing: Optional[asyncio.TimerHandle] = None
         self._closing: Dict[str, asyncio.Task[None]] = {}
+        self._watch = watch  # of the plugin directory; whoever takes its SIGIO calls look_now()
+        self.calm_look = calm_look
+        self._next_look: Optional[asyncio.TimerHandle] = None
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
-        self._tick(0)
+        self.look()
         try:
             await self._done
         finally:
             self.apply(EMPTY_PLAN)
             await asyncio.gather(*self._closing.values(), return_exceptions=True)
             self._flush()
+            if self._watch:
+                self._watch.close()
             if self._channel:
                 await self._channel.close()
 
@@ -2241,17 +2286,31 @@ class KubeletSide:
         if not self._done.done():
             self._done.set_exception(error)
 
-    def _tick(self, turn: int) -> None:
-        """Look at kubelet.sock, and now and then at our sockets; a plain timer, for it costs half of a coroutine."""
+    def look(self) -> None:
+        """Look at kubelet.sock and our own sockets, and again when that is due."""
+        will_be_told = self._watch is not None and self._watch.ask()  # before the look: no change falls between
+        self._look()
+        self._look_in(self.calm_look if will_be_told and self.is_answering else LOOK_SECONDS)
+
+    def look_now(self) -> None:
+        """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
+        self._look()
+        self._look_in(NEXT_LOOK_SECONDS)
+
+    def _look(self) -> None:
+        self.beat = time.monotonic()
         try:
-            self.beat = time.monotonic()
             self._look_at_kubelet()
-            if turn % SOCKETS_EVERY == 0:
-                self._look_at_sockets()
+            self._look_at_sockets()
         except Exception as error:
             self._fail(error)
+
+    def _look_in(self, seconds: float) -> None:
+        """Put the next look() so far off; a plain timer, for it costs half of a coroutine."""
+        if self._next_look:
+            self._next_look.cancel()
         if not self._done.done():
-            self._loop.call_later(LOOK_SECONDS, self._tick, turn + 1)
+            self._next_look = self._loop.call_later(seconds, self.look)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -2473,6 +2532,7 @@ class KubeletSide:
             self._state = sentence
             self._flush()
             note(event, sentence, logging.WARNING, **fields)
+            self._look_in(LOOK_SECONDS)
 
     def _tell_trouble(self, session: Session, event: str, trouble: str) -> None:
         """Log TROUBLE of SESSION, unless it is what was logged of it last."""
@@ -3459,7 +3519,7 @@ class StatusServer:
         self._side = side
         self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
         self._node = node
-        self._most_age = MOST_TURNS_LATE * max(interval, LOOK_SECONDS)  # the kubelet side turns once in LOOK_SECONDS
+        self._most_age = MOST_TURNS_LATE * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._started = _process_start()
         self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
@@ -3756,6 +3816,7 @@ class StandInKubelet:
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
@@ -3941,7 +4002,9 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self.side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop)
+        calm_look = min(max(LOOK_SECONDS, options.interval * MOST_TURNS_LATE / 2), CALM_LOOK_SECONDS)  # for /healthz
+        watch = Watch(options.plugin_dir)
+        self.side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -3974,10 +4037,14 @@ class KubeletThread(threading.Thread):
         if self.status:
             self.status.plan = plan
 
+    def look(self) -> None:
+        """Have the kubelet side look at its directory: something changed there."""
+        self._loop.call_soon_threadsafe(self.side.look_now)
+
     def report(self, figures: Figures) -> None:
-        """Have the status server tell FIGURES from now on."""
+        """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
         if self.status:
-            self._loop.call_soon_threadsafe(setattr, self.status, "figures", figures)
+            self.status.figures = figures
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
@@ -4014,6 +4081,7 @@ def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
     raise_limit()
+
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
@@ -4059,18 +4127,22 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             thread.send(plan)
             old = plan
         thread.report(devices.figures())
-        taken = _take_signal(max(0.0, due - time.monotonic()))
+        taken = _take_signal(due, thread)
         if taken in (signal.SIGTERM, signal.SIGINT):
             note("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         reread = taken == signal.SIGHUP
 
 
-def _take_signal(seconds: float) -> int:
-    """The one of SIGNALS that comes within SECONDS; 0 where none does."""
-    taken = signal.sigtimedwait(SIGNALS, seconds)
-    # Stopped meanwhile and continued after that time (SIGSTOP, SIGCONT), CPython gives back no signal but stray bytes.
-    return taken.si_signo if taken and taken.si_signo in SIGNALS else 0
+def _take_signal(due: float, thread: KubeletThread) -> int:
+    """The one of SIGNALS that comes until DUE; 0 where none does. A SIGIO is a word for THREAD, passed on meanwhile."""
+    while True:
+        taken = signal.sigtimedwait(BLOCKED_SIGNALS, max(0.0, due - time.monotonic()))
+        number = taken.si_signo if taken else 0
+        if number != signal.SIGIO:
+            # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
+            return number if number in SIGNALS else 0
+        thread.look()
 
 
 def restart_lean() -> None:
@@ -4396,7 +4468,7 @@ def main() -> int:
     handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
     logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
     if mode is serve:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on, in every thread: taken by sigtimedwait
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
     try:

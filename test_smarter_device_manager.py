@@ -7,6 +7,7 @@ The chapters are the script's. As an ordinary user, what must make device nodes 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -4246,6 +4247,164 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
         other.down()
 
 
+# The kernel tells of changes in the plugin directory, and while kubelet answers there are few looks. These tests have
+# an --interval of an hour: nothing else wakes the daemon, and the next look of its own is CALM_LOOK_SECONDS away.
+
+AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
+
+
+def wakes(daemon: Daemon) -> int:
+    """How often the threads of Python have slept; grpc's own, which have names, sleep as they like."""
+    threads = [task / "status" for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
+    found = [status.read_text() for status in threads]
+    ours = [text for text in found if re.match("Name:\tpython", text)]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in ours)
+
+
+def wait_calm(daemon: Daemon) -> None:
+    """Wait until nothing has woken the daemon for the time of five looks at kubelet.sock."""
+
+    def is_calm() -> bool:
+        before = wakes(daemon)
+        settle(daemon, 5 * sdm.LOOK_SECONDS)
+        return wakes(daemon) == before
+
+    wait_for(is_calm, "a daemon that sleeps")
+
+
+def start_calm(start: Starter, node: Node, kubelet: Kubelet) -> Daemon:
+    offer(node, *NAMES)
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, NAMES)
+    wait_calm(daemon)
+    return daemon
+
+
+def test_a_calm_daemon_sleeps(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before = wakes(daemon)
+    settle(daemon, sdm.CALM_LOOK_SECONDS + 1.0)
+    assert 1 <= wakes(daemon) - before <= 3
+
+
+def test_a_calm_daemon_meets_a_new_kubelet_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Another one takes kubelet.sock, and the streams of the first are open still: only the kernel tells of it."""
+    daemon = start_calm(start, node, kubelet)
+    others = [kubelet]
+    try:
+        for _ in range(3):
+            others.append(Kubelet(node).up())
+            wait_ready(others[-1], NAMES, AT_ONCE)
+            wait_calm(daemon)
+    finally:
+        for other in others[1:]:
+            other.down()
+
+
+def test_a_calm_daemon_sees_a_deleted_socket_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start_calm(start, node, kubelet)
+    for turn in (2, 3):
+        (node.plugins / "smarter-null.sock").unlink()
+        wait_for(lambda turn=turn: kubelet.count("null") == turn and len(sockets(node)) == 5, patience=AT_ONCE)
+        wait_ready(kubelet, NAMES)
+        wait_calm(daemon)
+
+
+def test_a_calm_daemon_sees_kubelet_sock_come_and_go_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start_calm(start, node, kubelet)
+    sock = node.plugins / "kubelet.sock"
+    for turn in (1, 2):
+        sock.rename(node.plugins / "elsewhere")
+        wait_for(lambda turn=turn: daemon.log.count("kubelet is not there") == turn, patience=AT_ONCE)
+        (node.plugins / "elsewhere").rename(sock)
+        wait_for(lambda turn=turn: daemon.log.count("kubelet answers") == turn + 1, patience=AT_ONCE)
+        wait_calm(daemon)
+    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+
+
+def test_a_calm_daemon_finds_that_its_directory_is_another(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """No change in either of them tells of that; but then the new one is watched."""
+    daemon = start_calm(start, node, kubelet)
+    node.plugins.rename(node.root / "q")
+    node.plugins.mkdir(0o755)
+    other = Kubelet(node).up()
+    try:
+        wait_ready(other, NAMES)
+        wait_calm(daemon)
+        (node.plugins / "smarter-null.sock").unlink()
+        wait_for(lambda: other.count("null") == 2, patience=AT_ONCE)
+    finally:
+        other.down()
+
+
+def test_the_end_of_its_streams_is_the_end_of_the_calm(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """The plugin directory is another one, too; only the streams tell that something happened."""
+    start_calm(start, node, kubelet)
+    node.plugins.rename(node.root / "q")
+    kubelet.down()
+    node.plugins.mkdir(0o755)
+    kubelet.up()
+    wait_ready(kubelet, NAMES, AT_ONCE)
+
+
+def test_a_kubelet_that_does_not_answer_is_looked_at_again_soon(node: Node, start: Starter) -> None:
+    """A socket is in its place before anybody listens on it, and no change in the directory tells of the latter."""
+    offer(node, *NAMES)
+    daemon = start("--interval", "3600")
+    daemon.says("kubelet is not there")
+    with socket.socket(socket.AF_UNIX) as kubelet:
+        kubelet.bind(f"{node.plugins}/kubelet.sock")
+        daemon.says("kubelet does not answer on .*/kubelet.sock; waiting for it")
+        settle(daemon)
+        kubelet.listen()
+        wait_for(lambda: "kubelet answers; registering" in daemon.log, patience=AT_ONCE)
+        stops_well(daemon, node)
+
+
+def test_many_changes_are_few_looks(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before, began = wakes(daemon), time.monotonic()
+    for number in range(4000):
+        (node.plugins / f"file{number}").touch()
+        (node.plugins / f"file{number}").unlink()
+    looks = (time.monotonic() - began) / sdm.NEXT_LOOK_SECONDS
+    wait_calm(daemon)
+    # A look that comes of a change wakes the main thread and the loop, the one after it the loop again.
+    assert 3 <= wakes(daemon) - before < 4 * looks + 20
+    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+
+
+def test_a_signal_that_nobody_asked_for_is_a_look_and_no_more(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before = daemon.log
+    for _ in range(100):
+        daemon.process.send_signal(signal.SIGIO)
+    wait_calm(daemon)
+    assert daemon.log == before
+    stops_well(daemon, node)
+
+
+def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, kubelet: Kubelet) -> None:
+    """Linux without CONFIG_DNOTIFY answers EINVAL; then kubelet.sock is looked at ten times a second."""
+    offer(node, *NAMES)
+    driver = node.root / "driver.py"
+    driver.write_text(
+        "import fcntl, sys\nimport smarter_device_manager as sdm\nfcntl.F_NOTIFY = 0x7FFF\nsys.exit(sdm.main())\n"
+    )
+    command = [sys.executable, str(driver), *node.options(), "--interval", "3600", "--log-level", "debug"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    wait_ready(kubelet, NAMES)
+    other = Kubelet(node).up()
+    try:
+        wait_ready(other, NAMES, AT_ONCE)
+    finally:
+        other.down()
+        process.terminate()
+        _, told = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert "Traceback" not in told
+
+
 def told_registered(log: str) -> list[int]:
     """How many resources each line of LOG says to be registered: all in one, unless the machine is slow meanwhile."""
     found = re.findall(r"INFO (?:(\d+) resources|\S+): registered with kubelet", log)
@@ -5325,6 +5484,15 @@ def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
     status = Status(start("--listen", "127.0.0.1:0", "--interval", interval))
     assert [thread["most_seconds"] for thread in status.document()["threads"]] == [pytest.approx(seconds)] * 2
     assert all(0 <= thread["seconds_since_turn"] < PATIENCE for thread in status.document()["threads"])
+
+
+@pytest.mark.parametrize("interval", [0.01, 0.1, 0.5, 1.0, 60.0])
+def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, interval: float) -> None:
+    given = argparse.Namespace(interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev")
+    thread = sdm.KubeletThread(given)
+    thread._loop.close()
+    allowed = sdm.MOST_TURNS_LATE * max(interval, sdm.LOOK_SECONDS)
+    assert sdm.LOOK_SECONDS <= thread.side.calm_look <= min(allowed / 2, sdm.CALM_LOOK_SECONDS)
 
 
 def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: Starter) -> None:
