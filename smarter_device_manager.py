@@ -1309,12 +1309,15 @@ class Sysfs:
         self._asked: Dict[int, float] = {}  # when a serial was first asked for
         self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
-    def forget(self, serials: Iterable[int]) -> None:
-        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold."""
+    def forget(self, serials: Iterable[int]) -> bool:
+        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
+        there were such, so that misfit() may say something else now."""
         keep = set(serials)
         self._numa = {serial: numa for serial, numa in self._numa.items() if serial in keep}
+        has_misfits = any(self._misfits.values())
         self._misfits = {key: "" for key, misfit in self._misfits.items() if not misfit and key[0] in keep}
         self._asked = {serial: asked for serial, asked in self._asked.items() if serial in keep}
+        return has_misfits
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -2067,7 +2070,7 @@ DEFAULT_DOMAIN = "smarter-devices"
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    ("grpc.max_connection_idle_ms", 60_000),  # a client that has no call open; kubelet has its stream
+    ("grpc.max_connection_idle_ms", 3_600_000),  # a client that has no call open; kubelet has its stream
 )
 
 Identity = Tuple[int, int, int]
@@ -3871,16 +3874,16 @@ class DeviceSide:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        if full:
-            self._gpus = self._sysfs.tegra_gpus()
         has_new_rules = self._reload(reread)
         flapped, has_changed = self._look(full)
-        if full:
-            self._forget()
-        if not (has_new_rules or has_changed or full or self._sysfs.has_news()):
-            return []
-        plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
-        plans.append(self._make_plan(self.snapshot))
+        may_differ = full and self._look_beyond_dev(now)
+        plans = []
+        if has_new_rules or has_changed or may_differ or self._sysfs.has_news():
+            old = self.plan
+            plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
+            plans.append(self._make_plan(self.snapshot))
+            if plans == [old]:
+                plans = []
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *retirements(self._sightings)])
         return plans
@@ -3899,11 +3902,16 @@ class DeviceSide:
             scan_seconds=self.scan_seconds,
         )
 
-    def _forget(self) -> None:
-        """Drop what is remembered of names and nodes that are no more."""
+    def _look_beyond_dev(self, now: float) -> bool:
+        """Look at all that no change in /dev tells of; whether the plan may be another for that."""
+        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+        return self._forget() or gpus != self._gpus or any(when <= now for when in retirements(self._sightings))
+
+    def _forget(self) -> bool:
+        """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
         self._matcher.forget(self.snapshot.entries.keys() | self._sightings.keys())
         nodes = (node for sighting in self._sightings.values() for node in sighting.nodes)
-        self._sysfs.forget(node.entry.serial for node in nodes)
+        return self._sysfs.forget(node.entry.serial for node in nodes)
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""

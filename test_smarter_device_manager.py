@@ -2556,6 +2556,18 @@ def test_attributes_that_come_after_the_node_are_found(
 
 
 @needs_root
+@pytest.mark.parametrize("is_asked_again", [False, True])
+def test_a_full_look_that_finds_nothing_new_sends_nothing(node: Node, is_asked_again: bool) -> None:
+    """Nor is a plan made, unless what did not fit is asked again."""
+    node.plug("stick0")
+    side = device_side(node, STICK if is_asked_again else "- devicematch: stick\n")
+    side.start()
+    before = side.plan
+    assert side.turn(reread=True) == []
+    assert (side.plan is not before) == is_asked_again
+
+
+@needs_root
 def test_attributes_that_come_much_later_are_found_at_a_full_look(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     stick = node.plug("stick0")
