@@ -2070,7 +2070,8 @@ DEFAULT_DOMAIN = "smarter-devices"
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    ("grpc.max_connection_idle_ms", 3_600_000),  # a client that has no call open; kubelet has its stream
+    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    ("grpc.max_connection_idle_ms", 3_600_000),
 )
 
 Identity = Tuple[int, int, int]
