@@ -2536,7 +2536,7 @@ class KubeletSide:
             self._state = sentence
             self._flush()
             note(event, sentence, logging.WARNING, **fields)
-            self._look_in(LOOK_SECONDS)
+            self._look_in(LOOK_SECONDS)  # the calm is over
 
     def _tell_trouble(self, session: Session, event: str, trouble: str) -> None:
         """Log TROUBLE of SESSION, unless it is what was logged of it last."""
@@ -4090,7 +4090,6 @@ def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
