@@ -443,8 +443,8 @@ def _shown(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONF_BYTES = 1 << 20  # a ConfigMap holds no more
-MOST_SLOTS = 10_000
-MOST_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
+MAX_SLOTS = 10_000
+MAX_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
 TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -551,8 +551,8 @@ def translate(pattern: str) -> str:
 def _check_repeat(text: str, is_repeatable: bool) -> None:
     if not is_repeatable:
         raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
-    if any(len(count) > 4 or int(count) > MOST_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{_shown(text)} is more than the {MOST_REPEATS} repetitions that RE2 takes")
+    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in re.findall("[0-9]+", text)):
+        raise _Untranslatable(f"{_shown(text)} is more than the {MAX_REPEATS} repetitions that RE2 takes")
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
@@ -714,8 +714,8 @@ def _text(node: Node) -> str:
 def _read_slots(node: Node) -> int:
     if type(node.value) is not int:
         raise _wrong(node, "a number of slots")
-    if not 0 <= node.value <= MOST_SLOTS:
-        raise ConfigError(f"{node.value} slots: must be 0 to {MOST_SLOTS}", node.line, node.column)
+    if not 0 <= node.value <= MAX_SLOTS:
+        raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
     return node.value
 
 
@@ -938,9 +938,9 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFIFO: "FIFO",
 }
-MOST_LINKS = 40  # that one path may lead through, as in path_resolution(7)
+MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MOST_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
 
 
@@ -955,8 +955,8 @@ class Entry(NamedTuple):
     device: int = 0  # st_rdev of a node
     inode: int = 0
     target: str = ""  # of a link
-    shared: bool = False  # a folder in which others than root may make names
-    serial: int = 0  # another one whenever this name came to stand for something else
+    untrusted: bool = False  # a folder in which others than root may make names
+    generation: int = 0  # another one whenever this name came to stand for something else
 
 
 class DeviceNode(NamedTuple):
@@ -1061,9 +1061,9 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
         links += 1
         for depth in range(len(done) + 1):
             folder = tree.look("/".join(done[:depth]))
-            if folder is None or folder.shared:
+            if folder is None or folder.untrusted:
                 raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
-        if links > MOST_LINKS:
+        if links > MAX_LINKS:
             raise NotADevice("a link that leads in a circle")
         target, inside = entry.target, _inside(entry.target, dev_dir)
         if inside is None:
@@ -1086,16 +1086,16 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
 def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
     """FOUND as an Entry of the tree whose /dev is ROOT."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
-    shared = False
+    untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
-        shared = (
+        untrusted = (
             bool(found.st_mode & stat.S_IWOTH)
             or (bool(found.st_mode & stat.S_IWGRP) and found.st_gid not in (0, root.st_gid))
             or found.st_uid not in (0, root.st_uid)
         )
     device = found.st_rdev if kind in NODES else 0
-    return Entry(kind, device, found.st_ino, target, shared)
+    return Entry(kind, device, found.st_ino, target, untrusted)
 
 
 class LiveTree:
@@ -1190,7 +1190,7 @@ class Scanner:
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
         self._listings: Dict[str, _Listing] = {}
-        self._serials = itertools.count(1)
+        self._generations = itertools.count(1)
         self._device = -1  # st_dev of /dev
         self._needs_times = True
         self._snapshot = Snapshot({}, {})
@@ -1246,7 +1246,7 @@ class Scanner:
         )
 
     def _continued(self, path: str, old: _Listing, entry: Entry, times: Tuple[int, int], moved: bool) -> Entry:
-        """ENTRY with the serial it had, if it is what OLD has under its name.
+        """ENTRY with the generation it had, if it is what OLD has under its name.
 
         Where a node made anew may have its predecessor's inode number again, both its times are new, and its folder's;
         a touch (as udev does it, often to many nodes at once) leaves the folder's alone.
@@ -1254,12 +1254,12 @@ class Scanner:
         name = path.rpartition("/")[2]
         before = old.entries.get(name)
         if before is None:
-            return entry._replace(serial=next(self._serials))
+            return entry._replace(generation=next(self._generations))
         remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before[:-1] == entry[:-1] and not remade:  # all but the serial
+        if before[:-1] == entry[:-1] and not remade:  # all but the generation
             return before
         self._flapped.append(path)
-        return entry._replace(serial=next(self._serials))
+        return entry._replace(generation=next(self._generations))
 
 
 def _join(folder: str, name: str) -> str:
@@ -1297,7 +1297,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. Read when a node appears, then remembered by its serial.
+    """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
 
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
@@ -1305,55 +1305,55 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._misfits: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
-        self._asked: Dict[int, float] = {}  # when a serial was first asked for
+        self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
+        self._asked: Dict[int, float] = {}  # when a generation was first asked for
         self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
     def forget(self, serials: Iterable[int]) -> bool:
         """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
-        there were such, so that misfit() may say something else now."""
+        there were such, so that attribute_mismatch() may say something else now."""
         keep = set(serials)
-        self._numa = {serial: numa for serial, numa in self._numa.items() if serial in keep}
-        has_misfits = any(self._misfits.values())
-        self._misfits = {key: "" for key, misfit in self._misfits.items() if not misfit and key[0] in keep}
-        self._asked = {serial: asked for serial, asked in self._asked.items() if serial in keep}
-        return has_misfits
+        self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
+        has_mismatches = any(self._mismatches.values())
+        self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
+        self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
+        return has_mismatches
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
-        serial = node.entry.serial
-        if serial not in self._numa:
+        generation = node.entry.generation
+        if generation not in self._numa:
             values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[serial] = next(known, None)
-        return self._numa[serial]
+            self._numa[generation] = next(known, None)
+        return self._numa[generation]
 
-    def misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
         else what it has instead."""
-        key = (node.entry.serial, attributes)
-        misfit = self._misfits.get(key)
-        if misfit is None:
-            misfit = self._misfits[key] = self._find_misfit(attributes, node)
+        key = (node.entry.generation, attributes)
+        mismatch = self._mismatches.get(key)
+        if mismatch is None:
+            mismatch = self._mismatches[key] = self._find_mismatch(attributes, node)
             now = time.monotonic()
-            if misfit and now - self._asked.setdefault(node.entry.serial, now) < SETTLE_SECONDS:
+            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
                 self._settling[key] = node
-        return misfit
+        return mismatch
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when misfit() was asked."""
+        """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
         now = time.monotonic()
         has_changed = False
         for key, node in list(self._settling.items()):
-            misfit = self._find_misfit(key[1], node)
-            if misfit != self._misfits.get(key):
-                self._misfits[key] = misfit
+            mismatch = self._find_mismatch(key[1], node)
+            if mismatch != self._mismatches.get(key):
+                self._mismatches[key] = mismatch
                 has_changed = True
-            if not misfit or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+            if not mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
                 del self._settling[key]
         return has_changed
 
-    def _find_misfit(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         chain = list(self.chain(node.entry))
         if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
             return ""
@@ -1428,7 +1428,7 @@ def _attribute_names(folder: str) -> List[str]:
 
 def _is_telling(value: str) -> bool:
     """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MOST_TELLING and value.isprintable() and "\\x" not in value
+    return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
 
 
 def _attribute_holds(folder: str, attribute: Attribute) -> bool:
@@ -1441,13 +1441,13 @@ def _attribute_holds(folder: str, attribute: Attribute) -> bool:
 # nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
-RETIRE_SECONDS = 600.0  # a device gone for longer is offered no more
-MOST_SHOWN = 200  # characters of an ID that nobody was ever given
+EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
+MAX_SHOWN = 200  # characters of an ID that nobody was ever given
 
 T = TypeVar("T")
 
 
-class Spec(NamedTuple):
+class DeviceSpec(NamedTuple):
     """A node that a container is given: DeviceSpec of the device plugin API."""
 
     host: str
@@ -1475,7 +1475,7 @@ class Device:
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
     identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
-    specs: Tuple[Spec, ...]  # what a container would be given now
+    specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
 
@@ -1519,8 +1519,8 @@ EMPTY_PLAN = Plan({}, (), (), ())
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """A path that a rule names and that stands for a device, or did so within RETIRE_SECONDS."""
+class TrackedDevice:
+    """A path that a rule names and that stands for a device, or did so within EXPIRY_SECONDS."""
 
     nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
     problem: str  # why it is no device any more; empty: it is one
@@ -1559,15 +1559,15 @@ class Matcher:
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
 
 
-Sightings = Mapping[str, Sighting]
+TrackedDevices = Mapping[str, TrackedDevice]
 
 
-def sight(
-    old: Sightings, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
-) -> Tuple[Sightings, List[LeftOut]]:
+def track(
+    old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
+) -> Tuple[TrackedDevices, List[LeftOut]]:
     """The devices that rules name, those that went lately among them, and the paths that are none.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in sightings are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's. NOW and the times in tracked are time.monotonic()'s.
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, str] = {}
@@ -1578,48 +1578,53 @@ def sight(
             except NotADevice as error:
                 problems[path] = str(error)
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
-    new: Dict[str, Sighting] = {}
+    new: Dict[str, TrackedDevice] = {}
     for path, nodes in found.items():
         before = old.get(path)
         since = before.since if before and not before.problem else now
-        new[path] = Sighting(nodes, "", since)
+        new[path] = TrackedDevice(nodes, "", since)
     for path, before in old.items():
         if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
-            if now - since < RETIRE_SECONDS:
-                new[path] = Sighting(before.nodes, problems.pop(path, "it is gone"), since)
+            if now - since < EXPIRY_SECONDS:
+                new[path] = TrackedDevice(before.nodes, problems.pop(path, "it is gone"), since)
     left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
     return new, left_out
 
 
-def retirements(sightings: Sightings) -> Iterator[float]:
+def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
     """When each device of SIGHTINGS that is gone is to be offered no more."""
-    return (sighting.since + RETIRE_SECONDS for sighting in sightings.values() if sighting.problem)
+    return (device_seen.since + EXPIRY_SECONDS for device_seen in tracked.values() if device_seen.problem)
 
 
-def _named(path: str, sighting: Sighting, matcher: Matcher) -> Named:
+def _named(path: str, device_seen: TrackedDevice, matcher: Matcher) -> Named:
     """The rules that name the device that was sighted at PATH."""
-    return matcher(path) if sighting.nodes else matcher.gpu(path)
+    return matcher(path) if device_seen.nodes else matcher.gpu(path)
 
 
 def make_plan(
-    sightings: Sightings, left_out: Iterable[LeftOut], snapshot: Snapshot, sysfs: Sysfs, matcher: Matcher, dev_dir: str
+    tracked: TrackedDevices,
+    left_out: Iterable[LeftOut],
+    snapshot: Snapshot,
+    sysfs: Sysfs,
+    matcher: Matcher,
+    dev_dir: str,
 ) -> Plan:
     """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     own: Dict[str, Device] = {}
     pools: Dict[str, List[Device]] = {}
-    for path in sorted(sightings):
-        sighting = sightings[path]
-        named = _named(path, sighting, matcher)
+    for path in sorted(tracked):
+        device_seen = tracked[path]
+        named = _named(path, device_seen, matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, misfits = _follow(path, sighting, named, sysfs)
-        problems += misfits
+        rule, match, mismatches = _follow(path, device_seen, named, sysfs)
+        problems += mismatches
         if rule is None or match is None:
             continue
         name = resource_name(expand(rule.resource, match) if rule.resource else path)
-        device = _device(path, sighting, rule, match, snapshot, sysfs, dev_dir)
+        device = _device(path, device_seen, rule, match, snapshot, sysfs, dev_dir)
         if not name:
             problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
         elif isinstance(device, str):
@@ -1645,20 +1650,28 @@ def make_plan(
 
 
 def _follow(
-    path: str, sighting: Sighting, named: Named, sysfs: Sysfs
+    path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
     """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
-    misfits: List[LeftOut] = []
+    mismatches: List[LeftOut] = []
     for rule, match in named:
-        reasons = [sysfs.misfit(rule.attributes, node) for node in sighting.nodes] if rule.attributes else [""]
+        reasons = (
+            [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
+        )
         if "" in reasons:
-            return rule, match, misfits
-        misfits.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
-    return None, None, misfits
+            return rule, match, mismatches
+        mismatches.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
+    return None, None, mismatches
 
 
 def _device(
-    path: str, sighting: Sighting, rule: Rule, match: re.Match[str], snapshot: Snapshot, sysfs: Sysfs, dev_dir: str
+    path: str,
+    device_seen: TrackedDevice,
+    rule: Rule,
+    match: re.Match[str],
+    snapshot: Snapshot,
+    sysfs: Sysfs,
+    dev_dir: str,
 ) -> Union[Device, str]:
     """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
     container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
@@ -1681,11 +1694,11 @@ def _device(
         parts=tuple(parts[tegra:]),
         permissions=rule.permissions,
         env=tuple(env.items()),
-        numa=tuple(sorted({numa for node in sighting.nodes for numa in [sysfs.numa(node)] if numa is not None})),
-        identity=tuple(_identity(node) for node in sighting.nodes) if rule.attributes else (),
+        numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
+        identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
         specs=(),
-        problem=sighting.problem,
-        since=sighting.since,
+        problem=device_seen.problem,
+        since=device_seen.since,
     )
     if device.problem:
         return device
@@ -1699,9 +1712,9 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
     return node.entry.device, node.entry.inode
 
 
-def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[Spec]:
+def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
     """The nodes that a container with DEVICE is given, as TREE has them. Raises NotADevice, naming what is missing."""
-    specs: Dict[str, Spec] = {}
+    specs: Dict[str, DeviceSpec] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -1715,12 +1728,12 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[Spec]:
         if part.path == device.path and is_changed:
             raise NotADevice("another device stands there since just now")
         for node in nodes:
-            spec = Spec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
+            spec = DeviceSpec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
             _place(specs, spec)
     return list(specs.values())
 
 
-def _place(specs: Dict[str, Spec], spec: Spec) -> None:
+def _place(specs: Dict[str, DeviceSpec], spec: DeviceSpec) -> None:
     """Add SPEC to SPECS, which are by container path. Raises NotADevice where another node has that path."""
     there = specs.setdefault(spec.container, spec)
     if there.host != spec.host:
@@ -1750,7 +1763,7 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
     return None
 
 
-class Refused(Exception):
+class AllocationError(Exception):
     """An Allocate that cannot be granted: the name of a gRPC status code, and a text that reaches the pod's events."""
 
     def __init__(self, code: str, text: str) -> None:
@@ -1758,41 +1771,44 @@ class Refused(Exception):
         self.code = code
 
 
-class Grant(NamedTuple):
+class ContainerAllocation(NamedTuple):
     """What one container is given: ContainerAllocateResponse of the device plugin API."""
 
-    specs: Tuple[Spec, ...]
+    specs: Tuple[DeviceSpec, ...]
     env: Mapping[str, str]
 
 
-def grant(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> Grant:
-    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices. Raises Refused."""
+def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
+    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices.
+
+    Raises AllocationError.
+    """
     chosen: Dict[str, Device] = {}
     for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
         if device is None:
-            raise Refused("INVALID_ARGUMENT", f'no device ID "{slot_id[:MOST_SHOWN]}"')
+            raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[device.path] = device
-    specs: Dict[str, Spec] = {}
+    specs: Dict[str, DeviceSpec] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
         if not device.parts and device.problem:
-            raise Refused("UNAVAILABLE", f"{device.path}: {device.problem}")
+            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
         except NotADevice as error:
-            raise Refused("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
+            raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
         for spec in found:
             try:
                 _place(specs, spec)
             except NotADevice as error:
-                raise Refused("FAILED_PRECONDITION", str(error)) from None
+                raise AllocationError("FAILED_PRECONDITION", str(error)) from None
         for name, value in device.env:
             env.setdefault(name, {})[value] = None
-    return Grant(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
+    return ContainerAllocation(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
 
 
-def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
+def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
     """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
     ones with the fewest slots in use before the others."""
     preferred = list(must)
@@ -1814,10 +1830,10 @@ def prefer(resource: Resource, available: Iterable[str], must: Iterable[str], si
 # on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOST_NAMES = 8  # in one line of the log
-MOST_LISTS_WAITING = 16  # of one stream whose reader is slow
-MOST_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
-MOST_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_NAMES = 8  # in one line of the log
+MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
+MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
+MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 
 log = logging.getLogger("smarter-device-manager")
 
@@ -1826,19 +1842,19 @@ class Problem(Exception):
     """Something that a person can put right; the text is one sentence that says what, where and how."""
 
 
-def note(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
+def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
     """Log one EVENT: a plain SENTENCE, then its FIELDS."""
     log.log(level, sentence, extra={"event": event, "fields": fields})
 
 
-def note_many(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
+def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    note(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+    log_event(event, f"{who}: {sentence}", level, **{key: _joined(names)})
 
 
 def _joined(names: Sequence[str]) -> str:
-    return ",".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
+    return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
@@ -1965,7 +1981,7 @@ class Plugin:
 
     def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
         for queue in self._waiting:
-            if queue.qsize() >= MOST_LISTS_WAITING:
+            if queue.qsize() >= MAX_LISTS_WAITING:
                 queue.get_nowait()
             queue.put_nowait(item)
 
@@ -1998,33 +2014,39 @@ class Plugin:
         await self._check_containers(len(request.container_requests), context)
         response = pb.PreferredAllocationResponse()
         for item in request.container_requests:
-            ids = prefer(self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size)
+            ids = preferred_allocation(
+                self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size
+            )
             response.container_responses.add(deviceIDs=ids)
         return response
 
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
         await self._check_containers(len(request.container_requests), context)
         asked = [list(item.devices_ids) for item in request.container_requests]
-        told = _joined([slot_id[:MOST_SHOWN] for ids in asked for slot_id in ids])
+        told = _joined([slot_id[:MAX_SHOWN] for ids in asked for slot_id in ids])
         try:
             with LiveTree(self._dev_dir) as tree:
-                grants = [grant(self.resource, ids, tree, self._dev_dir) for ids in asked]
-        except (Refused, OSError) as error:
-            code = error.code if isinstance(error, Refused) else "UNAVAILABLE"
-            text = str(error) if isinstance(error, Refused) else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-            note(
+                grants = [allocate(self.resource, ids, tree, self._dev_dir) for ids in asked]
+        except (AllocationError, OSError) as error:
+            code = error.code if isinstance(error, AllocationError) else "UNAVAILABLE"
+            text = (
+                str(error)
+                if isinstance(error, AllocationError)
+                else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+            )
+            log_event(
                 "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
             )
             await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
         self.allocations += len(grants)
         hosts = _joined([spec.host for granted in grants for spec in granted.specs])
-        note("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
-        return pb.AllocateResponse(container_responses=[_grant_message(granted) for granted in grants])
+        log_event("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
+        return pb.AllocateResponse(container_responses=[_allocation_message(granted) for granted in grants])
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
         """Refuse what would take the loop long: others wait for it meanwhile."""
-        if count > MOST_CONTAINERS:
-            text = f"{self.full_name}: asked for {count} containers at once, more than {MOST_CONTAINERS}"
+        if count > MAX_CONTAINERS:
+            text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
 
     async def PreStartContainer(
@@ -2042,7 +2064,7 @@ def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
     return response
 
 
-def _grant_message(granted: Grant) -> pb.ContainerAllocateResponse:
+def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateResponse:
     response = pb.ContainerAllocateResponse(envs=granted.env)
     for spec in granted.specs:
         response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
@@ -2060,9 +2082,9 @@ CALM_LOOK_SECONDS = 5.0  # at the most, while kubelet answers and the kernel wil
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
-FIRST_PAUSE, MOST_PAUSE = 1.0, 30.0  # before a resource is registered again
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
 OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
-GATHER_SECONDS, MOST_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+GATHER_SECONDS, MAX_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
@@ -2098,7 +2120,7 @@ def socket_name(name: str, domain: str, plugin_dir: str) -> str:
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
-def why_silent(path: str) -> str:
+def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty where somebody does."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -2154,13 +2176,13 @@ class Watch:
             self._directory = -1
 
 
-class Session:
+class Registration:
     """What one resource has with kubelet: its plugin, server and socket, and how its registration stands."""
 
-    def __init__(self, resource: Resource, side: KubeletSide, previous: Optional[asyncio.Task[None]]) -> None:
+    def __init__(self, resource: Resource, side: DevicePluginSide, previous: Optional[asyncio.Task[None]]) -> None:
         self.plugin = Plugin(resource, f"{side.domain}/{resource.name}", side.dev_dir, self._stream_changed)
         self.path = f"{side.plugin_dir}/{socket_name(resource.name, side.domain, side.plugin_dir)}"
-        self.previous = previous  # the end of an older session of the same name, to be waited for
+        self.previous = previous  # the end of an older registration of the same name, to be waited for
         self.task: Optional[asyncio.Task[None]] = None
         self.server: Optional[grpc.aio.Server] = None
         self.inode = 0  # of our socket file; 0: it has none now
@@ -2213,7 +2235,7 @@ class Session:
             self.is_stream_open = is_open
             self.wake()
 
-    def find_trouble(self, now: float) -> str:
+    def registration_problem(self, now: float) -> str:
         """Why it must be served and registered anew; empty where it need not."""
         if self.is_lost:
             return "its socket file was deleted"
@@ -2222,15 +2244,15 @@ class Session:
         return "kubelet ended its stream" if self.stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
 
     def back_off(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try, longer each time until a stream has held for MOST_PAUSE."""
-        if self.stream and now - self.stream_since > MOST_PAUSE:
+        """Put off the next try, longer each time until a stream has held for MAX_BACKOFF_SECONDS."""
+        if self.stream and now - self.stream_since > MAX_BACKOFF_SECONDS:
             self.pause = 0.0
-        pause = self.pause if at_once else max(self.pause, FIRST_PAUSE)
-        self.pause = min(max(2 * pause, FIRST_PAUSE), MOST_PAUSE)
+        pause = self.pause if at_once else max(self.pause, MIN_BACKOFF_SECONDS)
+        self.pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
         self.retry_at = now + pause
 
 
-class KubeletSide:
+class DevicePluginSide:
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
 
     def __init__(
@@ -2245,8 +2267,8 @@ class KubeletSide:
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.dev_dir = dev_dir
-        self.sessions: Dict[str, Session] = {}
-        self.beat = time.monotonic()  # of the last look at kubelet.sock
+        self.registrations: Dict[str, Registration] = {}
+        self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
         self.is_answering = False
         self.kubelet_restarts = 0
         self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
@@ -2302,7 +2324,7 @@ class KubeletSide:
         self._look_in(NEXT_LOOK_SECONDS)
 
     def _look(self) -> None:
-        self.beat = time.monotonic()
+        self.heartbeat = time.monotonic()
         try:
             self._look_at_kubelet()
             self._look_at_sockets()
@@ -2325,151 +2347,151 @@ class KubeletSide:
             self._fail(error)
 
     def apply(self, plan: Plan) -> None:
-        """Do the least that makes PLAN true: start, update or retire a session of each resource."""
-        for name, session in list(self.sessions.items()):
+        """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
+        for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
-            if resource and resource.pool == session.plugin.resource.pool:
-                session.plugin.update(resource)
+            if resource and resource.pool == registration.plugin.resource.pool:
+                registration.plugin.update(resource)
             else:
                 self._retire(name)
         for name, resource in plan.resources.items():
-            if name not in self.sessions:
-                session = self.sessions[name] = Session(resource, self, self._closing.get(name))
-                session.task = asyncio.ensure_future(self._keep(session))
-                session.task.add_done_callback(self._keeper_ended)
+            if name not in self.registrations:
+                registration = self.registrations[name] = Registration(resource, self, self._closing.get(name))
+                registration.task = asyncio.ensure_future(self._keep(registration))
+                registration.task.add_done_callback(self._keeper_ended)
 
     def _retire(self, name: str) -> None:
-        session = self.sessions.pop(name)
-        assert session.task
-        task = self._closing[name] = session.task
+        registration = self.registrations.pop(name)
+        assert registration.task
+        task = self._closing[name] = registration.task
         task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
-        session.retire()
+        registration.retire()
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error:
             self._fail(error)
 
-    async def _keep(self, session: Session) -> None:
+    async def _keep(self, registration: Registration) -> None:
         """Serve SESSION and keep it registered until it is retired."""
         try:
-            if session.previous:
-                await asyncio.wait([session.previous])
-            while not session.is_retired:
-                await session.sleep(await self._step(session))
+            if registration.previous:
+                await asyncio.wait([registration.previous])
+            while not registration.is_retired:
+                await registration.sleep(await self._step(registration))
         finally:
-            await self._end(session)
+            await self._end(registration)
 
-    async def _step(self, session: Session) -> Optional[float]:
+    async def _step(self, registration: Registration) -> Optional[float]:
         """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
         self._look_at_kubelet()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
         now = time.monotonic()
         if not self.is_answering:
             return None  # kubelet is down, and nothing is to be torn down for that
-        if session.kubelet != self._identity:
-            session.pause = 0.0
-            return await self._open(session)
-        if session.is_registered:
-            trouble = session.find_trouble(now)
+        if registration.kubelet != self._identity:
+            registration.pause = 0.0
+            return await self._open(registration)
+        if registration.is_registered:
+            trouble = registration.registration_problem(now)
             if not trouble:
-                return None if session.stream else session.deadline - now
+                return None if registration.stream else registration.deadline - now
             if not self._is_kubelet_there():
                 return None
-            session.stream_losses += not session.is_lost
-            session.is_registered = False
-            session.back_off(now, at_once=session.is_lost)
-            self._tell_trouble(session, "stream-lost", trouble)
-        if now < session.retry_at:
-            return session.retry_at - now
-        return await self._open(session)
+            registration.stream_losses += not registration.is_lost
+            registration.is_registered = False
+            registration.back_off(now, at_once=registration.is_lost)
+            self._tell_trouble(registration, "stream-lost", trouble)
+        if now < registration.retry_at:
+            return registration.retry_at - now
+        return await self._open(registration)
 
-    async def _open(self, session: Session) -> Optional[float]:
+    async def _open(self, registration: Registration) -> Optional[float]:
         """Serve SESSION anew and register it; the seconds until the next look at it."""
-        await self._end(session)  # first: kubelet takes the end of an older stream for the end of the newest
-        session.kubelet = self._identity
-        trouble = self._find_obstacle(session)
+        await self._end(registration)  # first: kubelet takes the end of an older stream for the end of the newest
+        registration.kubelet = self._identity
+        trouble = self._find_obstacle(registration)
         if trouble:
-            self._tell_trouble(session, "not-served", trouble)
-            session.retry_at = time.monotonic() + OBSTACLE_PAUSE
+            self._tell_trouble(registration, "not-served", trouble)
+            registration.retry_at = time.monotonic() + OBSTACLE_PAUSE
             return OBSTACLE_PAUSE
         try:
-            await self._serve(session)
+            await self._serve(registration)
         except OSError as error:
-            session.back_off(time.monotonic())
+            registration.back_off(time.monotonic())
             trouble = f"cannot listen on a socket in {self.plugin_dir}: {error.strerror}"
-            self._tell_trouble(session, "not-served", trouble)
-            return session.retry_at - time.monotonic()
-        return None if session.is_retired else await self._register(session)
+            self._tell_trouble(registration, "not-served", trouble)
+            return registration.retry_at - time.monotonic()
+        return None if registration.is_retired else await self._register(registration)
 
-    def _find_obstacle(self, session: Session) -> str:
+    def _find_obstacle(self, registration: Registration) -> str:
         """Why SESSION is not to be served for now; empty where it is."""
-        if not why_silent(session.path):
+        if not connect_error(registration.path):
             return "another instance serves it"
-        if session.plugin.list_bytes() > MOST_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MOST_LIST_BYTES} bytes); lower its nummaxdevices"
+        if registration.plugin.list_bytes() > MAX_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
         return ""
 
-    async def _serve(self, session: Session) -> None:
+    async def _serve(self, registration: Registration) -> None:
         """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
-        server = session.server = grpc.aio.server(options=_SERVER_OPTIONS)
-        rpc.add_DevicePluginServicer_to_server(session.plugin, server)
+        server = registration.server = grpc.aio.server(options=_SERVER_OPTIONS)
+        rpc.add_DevicePluginServicer_to_server(registration.plugin, server)
         temporary = f"{self.plugin_dir}/.{os.urandom(8).hex()}"  # instances in containers may have one PID
         bind(server, temporary)
         await server.start()
-        session.inode = os.stat(temporary).st_ino
-        os.rename(temporary, session.path)
+        registration.inode = os.stat(temporary).st_ino
+        os.rename(temporary, registration.path)
 
-    async def _register(self, session: Session) -> Optional[float]:
+    async def _register(self, registration: Registration) -> Optional[float]:
         self._look_at_kubelet()
-        if session.kubelet != self._identity:
+        if registration.kubelet != self._identity:
             return 0  # another one came while this was served, and the channel would lead to that one
         assert self._channel
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(session.path),
-            resource_name=session.plugin.full_name,
-            options=session.plugin.options(),
+            endpoint=os.path.basename(registration.path),
+            resource_name=registration.plugin.full_name,
+            options=registration.plugin.options(),
         )
-        session.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
+        registration.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
         try:
-            await session.call
+            await registration.call
         except asyncio.CancelledError:
             return 0  # it is retired, or its channel was closed: there is a new kubelet
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
             self._look_at_kubelet()
-            if session.kubelet != self._identity or not self._is_kubelet_there():
-                session.kubelet = None
+            if registration.kubelet != self._identity or not self._is_kubelet_there():
+                registration.kubelet = None
                 return None
-            session.refusals += 1
-            session.back_off(time.monotonic())
+            registration.refusals += 1
+            registration.back_off(time.monotonic())
             code = error.code().name
-            self._tell_trouble(session, "refused", f"kubelet refused its registration ({code}): {error.details()}")
-            return session.retry_at - time.monotonic()
+            self._tell_trouble(registration, "refused", f"kubelet refused its registration ({code}): {error.details()}")
+            return registration.retry_at - time.monotonic()
         finally:
-            session.call = None
-        session.registrations += 1
-        session.is_registered = True
-        session.deadline = time.monotonic() + STREAM_SECONDS
-        self._gather("registered", "registered with kubelet", logging.INFO, session.plugin.full_name)
+            registration.call = None
+        registration.registrations += 1
+        registration.is_registered = True
+        registration.deadline = time.monotonic() + STREAM_SECONDS
+        self._gather("registered", "registered with kubelet", logging.INFO, registration.plugin.full_name)
         return 0
 
-    async def _end(self, session: Session) -> None:
+    async def _end(self, registration: Registration) -> None:
         """End the server of SESSION, its streams, and its socket file if that is ours still."""
-        server, session.server = session.server, None
-        inode, session.inode = session.inode, 0
-        session.is_registered = session.is_lost = False
+        server, registration.server = registration.server, None
+        inode, registration.inode = registration.inode, 0
+        registration.is_registered = registration.is_lost = False
         if server:
             try:
-                if os.stat(session.path).st_ino == inode:
-                    os.unlink(session.path)
+                if os.stat(registration.path).st_ino == inode:
+                    os.unlink(registration.path)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    log.warning("cannot remove %s: %s", session.path, error.strerror)
-            session.plugin.end_streams()
+                    log.warning("cannot remove %s: %s", registration.path, error.strerror)
+            registration.plugin.end_streams()
             await server.stop(STOP_SECONDS)
-        session.stream, session.is_stream_open = None, False
+        registration.stream, registration.is_stream_open = None, False
 
     def _look_at_kubelet(self) -> None:
         try:
@@ -2486,8 +2508,8 @@ class KubeletSide:
             self._meet_kubelet()
 
     def _is_kubelet_there(self) -> bool:
-        """Whether kubelet answers at this moment; if not, every session waits until it does."""
-        reason = why_silent(self._kubelet_sock)
+        """Whether kubelet answers at this moment; if not, every registration waits until it does."""
+        reason = connect_error(self._kubelet_sock)
         self.is_answering = not reason
         if reason and self._identity:
             sentence = f"kubelet does not answer on {self._kubelet_sock}; waiting for it"
@@ -2506,9 +2528,9 @@ class KubeletSide:
         self.kubelet_restarts += is_another
         self._state = ""
         self._flush()
-        note("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
-        for session in self.sessions.values():
-            session.wake()
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        for registration in self.registrations.values():
+            registration.wake()
 
     def _look_at_sockets(self) -> None:
         """Find socket files of ours that were deleted or replaced."""
@@ -2525,24 +2547,24 @@ class KubeletSide:
         except OSError as error:
             log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
             return
-        for session in self.sessions.values():
-            if session.inode and inodes.get(os.path.basename(session.path)) != session.inode:
-                session.is_lost = True
-                session.wake()
+        for registration in self.registrations.values():
+            if registration.inode and inodes.get(os.path.basename(registration.path)) != registration.inode:
+                registration.is_lost = True
+                registration.wake()
 
     def _tell_kubelet(self, event: str, sentence: str, **fields: str) -> None:
         """Log SENTENCE of a kubelet that is not there, unless it is what was logged of it last."""
         if sentence != self._state:
             self._state = sentence
             self._flush()
-            note(event, sentence, logging.WARNING, **fields)
+            log_event(event, sentence, logging.WARNING, **fields)
             self._look_in(LOOK_SECONDS)  # the calm is over
 
-    def _tell_trouble(self, session: Session, event: str, trouble: str) -> None:
+    def _tell_trouble(self, registration: Registration, event: str, trouble: str) -> None:
         """Log TROUBLE of SESSION, unless it is what was logged of it last."""
-        if trouble != session.trouble:
-            session.trouble = trouble
-            self._gather(event, trouble, logging.WARNING, session.plugin.full_name)
+        if trouble != registration.trouble:
+            registration.trouble = trouble
+            self._gather(event, trouble, logging.WARNING, registration.plugin.full_name)
 
     def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
         """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
@@ -2551,13 +2573,13 @@ class KubeletSide:
             self._flushing.cancel()
         if not self._gathered:
             self._gathered_since = now
-        until = min(now + GATHER_SECONDS, self._gathered_since + MOST_GATHER_SECONDS)
+        until = min(now + GATHER_SECONDS, self._gathered_since + MAX_GATHER_SECONDS)
         self._flushing = self._loop.call_at(until, self._flush)
         self._gathered.setdefault((event, sentence, level), set()).add(name)
 
     def _flush(self) -> None:
         for (event, sentence, level), names in self._gathered.items():
-            note_many(event, sentence, level, "resources", sorted(names))
+            log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._gathered.clear()
 
 
@@ -2568,23 +2590,23 @@ class KubeletSide:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_BYTES = 2 << 20  # longer ones are not looked into: parsing must not keep a gRPC call waiting
-MOST_EVENTS = 100
+MAX_EVENTS = 100
 EVENTS_SHOWN = 10  # by --status
-MOST_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
-MOST_TURNS_LATE = 10  # of the slower one's, before a thread is said to hang
+MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
+MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
 REFRESH_SECONDS = 5  # of the page
 
 Document = Dict[str, Any]
 
 
-class Moment(NamedTuple):
+class Now(NamedTuple):
     """One moment on both clocks: time.time() and time.monotonic()."""
 
     wall: float
     monotonic: float
 
     @classmethod
-    def now(cls) -> Moment:
+    def now(cls) -> Now:
         return cls(time.time(), time.monotonic())
 
     def utc(self, monotonic: float) -> str:
@@ -2592,10 +2614,10 @@ class Moment(NamedTuple):
         return utc(self.wall - self.monotonic + monotonic)
 
 
-class Figures(NamedTuple):
+class DeviceSideStats(NamedTuple):
     """What the device side says of itself after each turn."""
 
-    beat: float  # time.monotonic() of that
+    heartbeat: float  # time.monotonic() of that
     conf: str  # the path of the conf file
     rules: int
     reloads: int
@@ -2606,7 +2628,7 @@ class Figures(NamedTuple):
     scan_seconds: float  # that the last look at /dev took
 
 
-class Link(NamedTuple):
+class RegistrationState(NamedTuple):
     """How one resource stands with kubelet."""
 
     ready: bool = False  # registered, and kubelet's stream is open
@@ -2631,7 +2653,7 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 # The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
 
 
-def describe_plan(plan: Plan, domain: str, moment: Moment) -> Document:
+def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
     """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing."""
     resources = [describe_resource(resource, domain, moment) for resource in plan.resources.values()]
     return {"resources": resources, **_describe_rest(plan)}
@@ -2644,7 +2666,7 @@ def _describe_rest(plan: Plan) -> Document:
     }
 
 
-def describe_resource(resource: Resource, domain: str, moment: Moment) -> Document:
+def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
     """RESOURCE as a document."""
     return {
         "name": f"{domain}/{resource.name}",
@@ -2673,7 +2695,9 @@ def device_path(device: Device) -> str:
     return f"/dev/{device.path}" if has_node else device.path
 
 
-def describe_offer(resource: Resource, domain: str, moment: Moment, link: Link, holders: Optional[Holders]) -> Document:
+def describe_offer(
+    resource: Resource, domain: str, moment: Now, link: RegistrationState, holders: Optional[Holders]
+) -> Document:
     """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
     document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
     if holders is not None:
@@ -2695,13 +2719,13 @@ def _slot_order(holder: Holder) -> Tuple[str, int, str]:
 class State:
     """The daemon at one moment, but for its resources."""
 
-    moment: Moment
+    moment: Now
     node: str
     domain: str
     plan: Plan
-    figures: Figures
-    beats: Mapping[str, float]  # time.monotonic() of each thread's last turn
-    most_age: float  # of a beat, in seconds
+    stats: DeviceSideStats
+    heartbeats: Mapping[str, float]  # time.monotonic() of each thread's last turn
+    most_age: float  # of a heartbeat, in seconds
     is_answering: bool
     kubelet_restarts: int
     plugin_dir: str
@@ -2711,8 +2735,8 @@ class State:
 
 def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
     """The whole document: STATE, and the RESOURCES as describe_offer() has them."""
-    moment, figures = state.moment, state.figures
-    hanging = find_hanging(state.beats, state.most_age, moment.monotonic)
+    moment, stats = state.moment, state.stats
+    hanging = find_hanging(state.heartbeats, state.most_age, moment.monotonic)
     document = {
         "smarter_device_manager": __version__,
         "node": state.node,
@@ -2722,8 +2746,8 @@ def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
         "ready": all(resource["ready"] for resource in resources),
         "problems": [],
         "threads": [
-            {"name": name, "seconds_since_turn": moment.monotonic - beat, "most_seconds": state.most_age}
-            for name, beat in state.beats.items()
+            {"name": name, "seconds_since_turn": moment.monotonic - heartbeat, "most_seconds": state.most_age}
+            for name, heartbeat in state.heartbeats.items()
         ],
         "kubelet": {
             "answering": state.is_answering,
@@ -2731,16 +2755,16 @@ def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
             "plugin_dir": state.plugin_dir,
         },
         "conf": {
-            "path": figures.conf,
-            "rules": figures.rules,
-            "error": figures.conf_error,
-            "read_at": utc(figures.read_at),
-            "read_at_seconds": figures.read_at,
-            "reloads": figures.reloads,
-            "failed_reloads": figures.failed_reloads,
+            "path": stats.conf,
+            "rules": stats.rules,
+            "error": stats.conf_error,
+            "read_at": utc(stats.read_at),
+            "read_at_seconds": stats.read_at,
+            "reloads": stats.reloads,
+            "failed_reloads": stats.failed_reloads,
         },
-        "dev_problem": figures.dev_problem,
-        "scan_seconds": figures.scan_seconds,
+        "dev_problem": stats.dev_problem,
+        "scan_seconds": stats.scan_seconds,
         "process": state.process,
         "resources": resources,
         **_describe_rest(state.plan),
@@ -2750,9 +2774,9 @@ def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
     return document
 
 
-def find_hanging(beats: Mapping[str, float], most_age: float, now: float) -> List[str]:
-    """What to say NOW of each thread of BEATS whose last turn was more than MOST_AGE seconds ago."""
-    ages = {name: now - beat for name, beat in beats.items()}
+def find_hanging(heartbeats: Mapping[str, float], most_age: float, now: float) -> List[str]:
+    """What to say NOW of each thread of BEATS whose last turn was more than MAX_AGE seconds ago."""
+    ages = {name: now - heartbeat for name, heartbeat in heartbeats.items()}
     return [f"the {name} hangs: its last turn was {age:.1f} s ago" for name, age in ages.items() if age > most_age]
 
 
@@ -2802,8 +2826,8 @@ def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
 
 
 def _named_briefly(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 # Who has what: kubelet's checkpoint, an internal file of it.
@@ -2883,7 +2907,7 @@ class EventRing(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "event"):
             event = {key: value if type(value) is int else _cut(str(value)) for key, value in event_of(record).items()}
-            self._events = [event, *self._events[: MOST_EVENTS - 1]]
+            self._events = [event, *self._events[: MAX_EVENTS - 1]]
 
     def events(self) -> Sequence[Document]:
         """As they are now; the list is replaced, never changed."""
@@ -2891,7 +2915,7 @@ class EventRing(logging.Handler):
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MOST_EVENT_TEXT else text[:MOST_EVENT_TEXT] + "..."
+    return text if len(text) <= MAX_EVENT_TEXT else text[:MAX_EVENT_TEXT] + "..."
 
 
 # Text: for terminals.
@@ -3337,7 +3361,7 @@ def _clock(time_of_day: str, now: str) -> str:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
 
-MOST_CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
@@ -3514,16 +3538,22 @@ class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
     def __init__(
-        self, listener: socket.socket, side: KubeletSide, node: str, interval: float, plan: Plan, figures: Figures
+        self,
+        listener: socket.socket,
+        side: DevicePluginSide,
+        node: str,
+        interval: float,
+        plan: Plan,
+        stats: DeviceSideStats,
     ) -> None:
         self.plan = plan
-        self.figures = figures
+        self.stats = stats
         self.events = EventRing()
         self._listener = listener
         self._side = side
         self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
         self._node = node
-        self._most_age = MOST_TURNS_LATE * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
+        self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._started = _process_start()
         self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
@@ -3553,7 +3583,7 @@ class StatusServer:
 
     def _welcome(self, connection: socket.socket) -> None:
         """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
-        if len(self._connections) >= MOST_CONNECTIONS:
+        if len(self._connections) >= MAX_CONNECTIONS:
             oldest = next(iter(self._connections))
             del self._connections[oldest]
             oldest.cancel()
@@ -3591,14 +3621,14 @@ class StatusServer:
         return failure(404)
 
     def _healthz(self) -> Response:
-        hanging = find_hanging(self._beats(), self._most_age, time.monotonic())
+        hanging = find_hanging(self._heartbeats(), self._most_age, time.monotonic())
         return plain(503 if hanging else 200, hanging or ["ok"])
 
-    def _beats(self) -> Mapping[str, float]:
-        return {"device side": self.figures.beat, "kubelet side": self._side.beat}
+    def _heartbeats(self) -> Mapping[str, float]:
+        return {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
 
     def _readyz(self) -> Response:
-        links = {name: self._link(name) for name in self.plan.resources}
+        links = {name: self._registration_state(name) for name in self.plan.resources}
         unready = [
             f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
             for name, link in links.items()
@@ -3606,18 +3636,18 @@ class StatusServer:
         ]
         return plain(503 if unready else 200, unready or ["ok"])
 
-    def _link(self, name: str) -> Link:
+    def _registration_state(self, name: str) -> RegistrationState:
         """How the resource NAME stands with kubelet."""
-        session = self._side.sessions.get(name)
-        if session is None:
-            return Link()
-        return Link(
-            ready=session.is_ready,
-            trouble="" if session.is_ready else session.trouble,
-            allocations=session.plugin.allocations,
-            registrations=session.registrations,
-            refusals=session.refusals,
-            stream_losses=session.stream_losses,
+        registration = self._side.registrations.get(name)
+        if registration is None:
+            return RegistrationState()
+        return RegistrationState(
+            ready=registration.is_ready,
+            trouble="" if registration.is_ready else registration.trouble,
+            allocations=registration.plugin.allocations,
+            registrations=registration.registrations,
+            refusals=registration.refusals,
+            stream_losses=registration.stream_losses,
         )
 
     async def _metrics(self) -> Response:
@@ -3651,7 +3681,7 @@ class StatusServer:
 
     async def _describe(self) -> Document:
         state, side = self._state(), self._side
-        links = {name: self._link(name) for name in state.plan.resources}
+        links = {name: self._registration_state(name) for name in state.plan.resources}
         holders = self._checkpoint.holders()
         offers = (
             describe_offer(resource, side.domain, state.moment, links[name], holders)
@@ -3662,12 +3692,12 @@ class StatusServer:
     def _state(self) -> State:
         side = self._side
         return State(
-            moment=Moment.now(),
+            moment=Now.now(),
             node=self._node,
             domain=side.domain,
             plan=self.plan,
-            figures=self.figures,
-            beats=self._beats(),
+            stats=self.stats,
+            heartbeats=self._heartbeats(),
             most_age=self._most_age,
             is_answering=side.is_answering,
             kubelet_restarts=side.kubelet_restarts,
@@ -3711,7 +3741,7 @@ class Client:
         await self._channel.close()
 
 
-class StandInKubelet:
+class SimulatedKubelet:
     """A kubelet whose directory for device plugins is FOLDER."""
 
     def __init__(self, folder: str) -> None:
@@ -3844,7 +3874,7 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
         self._matcher = Matcher(())
-        self._sightings: Sightings = {}
+        self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
         self._conf_stamp: Tuple[int, ...] = ()
         self._conf_text: Optional[str] = None  # of the rules in force
@@ -3886,13 +3916,13 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *retirements(self._sightings)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
-    def figures(self) -> Figures:
+    def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
-        return Figures(
-            beat=time.monotonic(),
+        return DeviceSideStats(
+            heartbeat=time.monotonic(),
             conf=self._conf,
             rules=len(self.rules),
             reloads=self.reloads,
@@ -3906,13 +3936,13 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        return self._forget() or gpus != self._gpus or any(when <= now for when in retirements(self._sightings))
+        return self._forget() or gpus != self._gpus or any(when <= now for when in expiry_times(self._tracked))
 
     def _forget(self) -> bool:
         """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
-        self._matcher.forget(self.snapshot.entries.keys() | self._sightings.keys())
-        nodes = (node for sighting in self._sightings.values() for node in sighting.nodes)
-        return self._sysfs.forget(node.entry.serial for node in nodes)
+        self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
+        nodes = (node for device_seen in self._tracked.values() for node in device_seen.nodes)
+        return self._sysfs.forget(node.entry.generation for node in nodes)
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
@@ -3925,18 +3955,18 @@ class DeviceSide:
             self.snapshot, flapped = Snapshot({}, {}), ()
             problem = f"cannot look at {self._dev_dir}: {error.strerror}"
         if problem and problem != self._dev_problem:
-            note("dev-lost", problem, logging.ERROR)
+            log_event("dev-lost", problem, logging.ERROR)
         self._dev_problem = problem
         self.scan_seconds = time.monotonic() - started
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._sightings, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
         return self.plan
 
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[Sightings, Plan]:
-        sightings, left_out = sight(self._sightings, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return sightings, make_plan(sightings, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
+    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
+        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
+        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
 
     def _reload(self, reread: bool) -> bool:
         """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
@@ -3946,13 +3976,13 @@ class DeviceSide:
             told = self._told(error)
             if reread or told != self.conf_error:
                 self.failed_reloads += 1
-                note("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
+                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
             self.conf_error = told
             self._conf_stamp = ()
             return False
         if has_new_rules or (self.conf_error and self._conf_stamp):
             self.reloads += 1
-            note("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
+            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
             self.conf_error = ""
         return has_new_rules
 
@@ -4001,19 +4031,21 @@ def tell_changes(old: Plan, new: Plan) -> None:
     for left in sorted(set(new.left_out) - set(old.left_out)):
         groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
-        note_many(event, sentence, level, "devices", paths)
+        log_event_for_all(event, sentence, level, "devices", paths)
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: a loop, and the KubeletSide and the StatusServer, if there is one, that run on it."""
+    """The gRPC thread: a loop, and the DevicePluginSide and the StatusServer, if there is one, that run on it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        calm_look = min(max(LOOK_SECONDS, options.interval * MOST_TURNS_LATE / 2), CALM_LOOK_SECONDS)  # for /healthz
+        calm_look = min(
+            max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
+        )  # for /healthz
         watch = Watch(options.plugin_dir)
-        self.side = KubeletSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
+        self.side = DevicePluginSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -4050,10 +4082,10 @@ class KubeletThread(threading.Thread):
         """Have the kubelet side look at its directory: something changed there."""
         self._loop.call_soon_threadsafe(self.side.look_now)
 
-    def report(self, figures: Figures) -> None:
+    def report(self, stats: DeviceSideStats) -> None:
         """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
         if self.status:
-            self.status.figures = figures
+            self.status.stats = stats
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
@@ -4096,7 +4128,9 @@ def serve(options: argparse.Namespace) -> int:
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
-    note("started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}")
+    log_event(
+        "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
+    )
     tell_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -4108,19 +4142,19 @@ def serve(options: argparse.Namespace) -> int:
     return int(thread.has_failed)
 
 
-def _open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> Optional[StatusServer]:
+def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide) -> Optional[StatusServer]:
     """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
     if not options.listen:
         return None
     try:
         listener = listen(options.listen)
     except Problem as problem:
-        note("not-listening", f"{problem}; going on without a status page", logging.ERROR)
+        log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
     node = os.environ.get("NODE_NAME") or socket.gethostname()
-    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.figures())
+    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
-    note("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
+    log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
     return status
 
 
@@ -4134,10 +4168,10 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             tell_changes(old, plan)
             thread.send(plan)
             old = plan
-        thread.report(devices.figures())
+        thread.report(devices.stats())
         taken = _take_signal(due, thread)
         if taken in (signal.SIGTERM, signal.SIGINT):
-            note("stopping", f"stopping: {signal.Signals(taken).name}")
+            log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         reread = taken == signal.SIGHUP
 
@@ -4214,7 +4248,7 @@ def show_list(options: argparse.Namespace) -> int:
         return show_attributes(options)
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
     devices.start()
-    document = describe_plan(devices.plan, options.domain, Moment.now())
+    document = describe_plan(devices.plan, options.domain, Now.now())
     print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
     return 0
 
@@ -4290,9 +4324,9 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
 
 async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
     """The table's rows, and whether every resource was registered, listed and allocated."""
-    kubelet = StandInKubelet(folder)
+    kubelet = SimulatedKubelet(folder)
     await kubelet.start()
-    side = KubeletSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
+    side = DevicePluginSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
@@ -4314,7 +4348,7 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     return rows, is_good
 
 
-async def _try_one(kubelet: StandInKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
+async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
     """What a container with one slot of RESOURCE is given, in words; and whether it could be had."""
     if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
         return ["not registered"], False

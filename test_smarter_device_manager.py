@@ -174,7 +174,7 @@ class Daemon:
         self.process.wait(PATIENCE)
 
 
-class Kubelet(sdm.StandInKubelet):
+class Kubelet(sdm.SimulatedKubelet):
     """The stand-in kubelet on a thread of its own, and faults for it to show."""
 
     loop: asyncio.AbstractEventLoop  # one for all of them: grpc.aio wants it so
@@ -1436,11 +1436,11 @@ def snapshot_of(tree: Mapping[str, str]) -> sdm.Snapshot:
             entries.setdefault("/".join(path.split("/")[:depth]), sdm.Entry(sdm.FOLDER))
         kind, _, number = told.partition(" ")
         if kind == "->":
-            entries[path] = sdm.Entry(sdm.LINK, target=number, serial=serial)
+            entries[path] = sdm.Entry(sdm.LINK, target=number, generation=serial)
         else:
             major, _, minor = (number or f"240:{serial}").partition(":")
             device = os.makedev(int(major), int(minor)) if KINDS[kind] in sdm.NODES else 0
-            entries[path] = sdm.Entry(KINDS[kind], device, serial, shared=kind == "shared", serial=serial)
+            entries[path] = sdm.Entry(KINDS[kind], device, serial, untrusted=kind == "shared", generation=serial)
     folders: dict[str, list[str]] = {path: [] for path, entry in entries.items() if entry.kind == sdm.FOLDER}
     for path in sorted(entries):
         if path:
@@ -1898,7 +1898,7 @@ def names_that_flap(node: Node, change: Callable[[], Any], dev: Path | None = No
     change()
     after, flapped = scanner.scan(full)
     for path in flapped:
-        assert after.entries[path].serial != before.entries[path].serial
+        assert after.entries[path].generation != before.entries[path].generation
     for path in set(before.entries) & set(after.entries) - set(flapped):
         assert after.entries[path] == before.entries[path]
     assert scanner.scan()[1] == []
@@ -2032,8 +2032,8 @@ def test_who_may_write_into_a_folder_is_looked_at_once_a_minute(node: Node) -> N
     scanner = sdm.Scanner(str(node.dev))
     settle_times(scanner)
     (node.dev / "d").chmod(0o777)
-    assert not scanner.scan()[0].entries["d"].shared
-    assert scanner.scan(full=True)[0].entries["d"].shared
+    assert not scanner.scan()[0].entries["d"].untrusted
+    assert scanner.scan(full=True)[0].entries["d"].untrusted
 
 
 def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2139,16 +2139,16 @@ def tries(least: int, is_enough: Callable[[], bool]) -> Iterator[int]:
 def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: Sequence[str] = ()) -> sdm.Plan:
     """The plan of a first look."""
     matcher = sdm.Matcher(sdm.parse_rules(conf))
-    sightings, left_out = sdm.sight({}, snapshot, gpus, matcher, "/dev", 0.0)
-    return sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
+    tracked, left_out = sdm.track({}, snapshot, gpus, matcher, "/dev", 0.0)
+    return sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
     """The host path that a container with the first slot of RESOURCE is given now, or the reason why none."""
     try:
         with sdm.LiveTree(str(dev)) as tree:
-            given = sdm.grant(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
-    except sdm.Refused as error:
+            given = sdm.allocate(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
+    except sdm.AllocationError as error:
         assert error.code == "UNAVAILABLE"
         return str(error)
     return " ".join(spec.host for spec in given.specs)
@@ -2623,10 +2623,12 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
     sysfs = sdm.Sysfs(str(board.node.sys))
     entry = snapshot_of(board.tree).entries["ttyUSB0"]
     for serial in range(1000):
-        assert not sysfs.misfit(rule.attributes, sdm.DeviceNode("ttyUSB0", "", entry._replace(serial=serial)))
-        sysfs.numa(sdm.DeviceNode("ttyUSB0", "", entry._replace(serial=serial)))
+        assert not sysfs.attribute_mismatch(
+            rule.attributes, sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
+        )
+        sysfs.numa(sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial)))
         sysfs.forget([serial])
-    assert max(len(vars(sysfs)[name]) for name in ("_numa", "_misfits", "_asked")) == 1
+    assert max(len(vars(sysfs)[name]) for name in ("_numa", "_mismatches", "_asked")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2766,7 +2768,7 @@ def at(*names: str) -> Given:
 
 def given_to(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[Given, Given]:
     """The nodes and the variables of a container with these slots of FOUND, the first one if none is named."""
-    grant = sdm.grant(found, ids or [sdm.slots_of(found)[0].id], tree, "/dev")
+    grant = sdm.allocate(found, ids or [sdm.slots_of(found)[0].id], tree, "/dev")
     nodes = {
         spec.container: spec.host + ("" if spec.permissions == "rw" else f" {spec.permissions}") for spec in grant.specs
     }
@@ -2775,8 +2777,8 @@ def given_to(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[Given, Giv
 
 
 def refused(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[str, str]:
-    with pytest.raises(sdm.Refused) as caught:
-        sdm.grant(found, ids, tree, "/dev")
+    with pytest.raises(sdm.AllocationError) as caught:
+        sdm.allocate(found, ids, tree, "/dev")
     return caught.value.code, str(caught.value)
 
 
@@ -2875,7 +2877,7 @@ def test_a_place_in_the_container_must_be_one() -> None:
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     conf = "- {devicematch: ^nvidia0$, with: [nvidiactl, 'nvidia-modeset?']}\n"
     matcher = sdm.Matcher(sdm.parse_rules(conf))
-    sightings: sdm.Sightings = {}
+    tracked: sdm.TrackedDevices = {}
     for tree, problem in (
         ({}, "it goes with /dev/nvidiactl: it is gone"),
         ({"nvidiactl": "file"}, "it goes with /dev/nvidiactl: a plain file, not a device"),
@@ -2888,8 +2890,8 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
         ({}, "it goes with /dev/nvidiactl: it is gone"),
     ):
         snapshot = snapshot_of({"nvidia0": "char", **tree})
-        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
+        plan = sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
         device = plan.resources["nvidia0"].devices[0]
         assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
         assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
@@ -2931,11 +2933,11 @@ def test_the_slots_of_a_pool_name_their_device() -> None:
 
 def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
     matcher = sdm.Matcher(sdm.parse_rules(CAMERAS))
-    sightings: sdm.Sightings = {}
+    tracked: sdm.TrackedDevices = {}
     for names in (("video0", "video1"), ("video1",)):
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
-        sightings, left_out = sdm.sight(sightings, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
+    plan = sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
     assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
     assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
     assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
@@ -2960,7 +2962,7 @@ def test_what_is_no_id_of_a_pool_is_refused_by_name() -> None:
         assert refused(found, snapshot, "video0:0", wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong}"')
     own = offered("- devicematch: .\n", snapshot).resources["video0"]
     for wrong in ("1", "video0:0", ":0", "", "00", "0\n", "9" * 5000):
-        assert refused(own, snapshot, wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong[: sdm.MOST_SHOWN]}"')
+        assert refused(own, snapshot, wrong) == ("INVALID_ARGUMENT", f'no device ID "{wrong[: sdm.MAX_SHOWN]}"')
 
 
 def test_several_devices_of_a_pool_in_one_container() -> None:
@@ -3068,10 +3070,10 @@ def test_a_pool_prefers_different_devices_and_the_least_used(
     conf = "- {devicematch: ^.$, resource: pool, nummaxdevices: 2}\n"
     found = offered(conf, snapshot_of(dict.fromkeys("abc", "char"))).resources["pool"]
     available = [slot_id for slot_id in ids_of(found) if slot_id not in in_use]
-    assert sdm.prefer(found, available, must, size) == wanted
-    assert sdm.prefer(found, reversed(available), must, size) == wanted
+    assert sdm.preferred_allocation(found, available, must, size) == wanted
+    assert sdm.preferred_allocation(found, reversed(available), must, size) == wanted
     strange = [*available, "z:0", "a:7", "junk"]
-    assert sdm.prefer(found, strange, must, size) == wanted
+    assert sdm.preferred_allocation(found, strange, must, size) == wanted
 
 
 @given(st.data())
@@ -3082,7 +3084,7 @@ def test_what_is_preferred_is_available_and_spread(data: st.DataObject) -> None:
     available = data.draw(st.lists(st.sampled_from(ids_of(found)), unique=True, min_size=1))
     must = data.draw(st.lists(st.sampled_from(available), unique=True))
     size = data.draw(st.integers(len(must), len(available)))
-    preferred = sdm.prefer(found, available, must, size)
+    preferred = sdm.preferred_allocation(found, available, must, size)
     assert len(preferred) == len(set(preferred)) == size
     assert preferred[: len(must)] == must and set(preferred) <= set(available)
     devices = {slot_id[0] for slot_id in available}
@@ -3099,15 +3101,15 @@ class Looks:
     """One look after the other under a conf that may change."""
 
     def __init__(self) -> None:
-        self.sightings: sdm.Sightings = {}
+        self.tracked: sdm.TrackedDevices = {}
         self.plan = sdm.EMPTY_PLAN
 
     def look(self, now: float, conf: str, names: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, str]:
         """The problem of each resource's device."""
         matcher = sdm.Matcher(sdm.parse_rules(conf))
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
-        self.sightings, left_out = sdm.sight(self.sightings, snapshot, gpus, matcher, "/dev", now)
-        self.plan = sdm.make_plan(self.sightings, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        self.tracked, left_out = sdm.track(self.tracked, snapshot, gpus, matcher, "/dev", now)
+        self.plan = sdm.make_plan(self.tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
 
@@ -3133,7 +3135,7 @@ def test_a_device_that_is_gone_for_ten_minutes_is_retired() -> None:
 def test_a_device_is_retired_when_its_time_is_over_and_not_at_some_later_look(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdm, "RETIRE_SECONDS", 1.0)
+    monkeypatch.setattr(sdm, "EXPIRY_SECONDS", 1.0)
     node.plug("video0")
     node.rules("- devicematch: ^video\n")
     side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
@@ -3159,7 +3161,7 @@ def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
     looks.look(0, "- devicematch: a\n", ["a"])
     looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
     assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
-    assert looks.plan.resources["a"].devices[0].specs == (sdm.Spec("/dev/a", "/dev/b", "rw"),)
+    assert looks.plan.resources["a"].devices[0].specs == (sdm.DeviceSpec("/dev/a", "/dev/b", "rw"),)
     looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
     assert listed(looks.plan) == {"b": ["a"]}
 
@@ -3739,7 +3741,7 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
     clock.now += sdm.FULL_LOOK_SECONDS
     side.turn()
     assert left(side.plan) == {}
-    assert len(side._matcher._matches) <= 3 and not side._sightings
+    assert len(side._matcher._matches) <= 3 and not side._tracked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4489,8 +4491,8 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
 
 
 def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
-    side = sdm.KubeletSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
-    session = sdm.Session(sdm.Resource("null", False, ()), side, None)
+    side = sdm.DevicePluginSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
+    session = sdm.Registration(sdm.Resource("null", False, ()), side, None)
     pauses = []
     for _ in range(7):
         session.back_off(100.0)
@@ -4776,9 +4778,9 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
-    "kubelet side": "sdm.KubeletSide._look_at_sockets = fail",
+    "kubelet side": "sdm.DevicePluginSide._look_at_sockets = fail",
     "kubelet side, a plan": "sdm.slots_of = fail",
-    "kubelet side, a resource": "sdm.Session.find_trouble = fail",
+    "kubelet side, a resource": "sdm.Registration.registration_problem = fail",
 }
 
 
@@ -4917,20 +4919,24 @@ def test_hostile_requests_for_a_preference(node: Node, kubelet: Kubelet, start: 
     wait_ready(kubelet, ["pool"])
     with plugin_stub(node, "pool") as stub:
 
-        def prefer(available: list[str], must: list[str], size: int) -> list[str]:
+        def preferred_allocation(available: list[str], must: list[str], size: int) -> list[str]:
             asked = pb.PreferredAllocationRequest()
             asked.container_requests.add(
                 available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
             )
             return list(stub.GetPreferredAllocation(asked, timeout=PATIENCE).container_responses[0].deviceIDs)
 
-        assert sorted(prefer(["null:0", "null:1", "zero:0"], [], 2)) == ["null:0", "zero:0"]
-        assert prefer([], [], 2**31 - 1) == []
-        assert prefer(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
-        assert prefer(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
-        assert sorted(prefer(["null:0", "null:1", "zero:2"] * 100_000, [], 9)) == ["null:0", "null:1", "zero:2"]
+        assert sorted(preferred_allocation(["null:0", "null:1", "zero:0"], [], 2)) == ["null:0", "zero:0"]
+        assert preferred_allocation([], [], 2**31 - 1) == []
+        assert preferred_allocation(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
+        assert preferred_allocation(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
+        assert sorted(preferred_allocation(["null:0", "null:1", "zero:2"] * 100_000, [], 9)) == [
+            "null:0",
+            "null:1",
+            "zero:2",
+        ]
         kept = [f"nobody:{number}" for number in range(100_000)]
-        assert prefer(kept, kept, 2) == kept
+        assert preferred_allocation(kept, kept, 2) == kept
 
 
 def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -5374,8 +5380,8 @@ def test_the_checkpoint_is_read_when_asked_and_never_else(node: Node, served: St
             return False
 
     try:
-        beat = time.monotonic()
-        wait_for(lambda: time.monotonic() > beat + 1 and served.ask("/healthz").status == 200)  # ten turns
+        heartbeat = time.monotonic()
+        wait_for(lambda: time.monotonic() > heartbeat + 1 and served.ask("/healthz").status == 200)  # ten turns
         assert served.ask("/readyz").status == 200
         assert not was_opened()
         served.ask("/metrics")
@@ -5447,7 +5453,7 @@ def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter
 
         message = wait_for(refused)[0]["message"]
         assert "kubelet refused its registration (UNKNOWN): no no no" in message
-        assert len(message) == sdm.MOST_EVENT_TEXT + len("...")
+        assert len(message) == sdm.MAX_EVENT_TEXT + len("...")
     finally:
         kubelet.down()
 
@@ -5477,16 +5483,16 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
     time.sleep(0.5)  # longer than its interval: it was to have woken meanwhile
     served.daemon.process.send_signal(signal.SIGCONT)
     served.wait_for("/healthz", 200)
-    beat = served.metrics()["conf_last_good_timestamp_seconds"]
+    heartbeat = served.metrics()["conf_last_good_timestamp_seconds"]
     served.daemon.hang_up()
-    wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > beat)
+    wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > heartbeat)
 
 
 def test_a_thread_is_said_to_hang_after_ten_turns() -> None:
-    beats = {"device side": 100.0, "kubelet side": 105.0}
-    assert sdm.find_hanging(beats, 10.0, 110.0) == []
-    assert sdm.find_hanging(beats, 10.0, 110.1) == ["the device side hangs: its last turn was 10.1 s ago"]
-    assert len(sdm.find_hanging(beats, 10.0, 116.0)) == 2
+    heartbeats = {"device side": 100.0, "kubelet side": 105.0}
+    assert sdm.find_hanging(heartbeats, 10.0, 110.0) == []
+    assert sdm.find_hanging(heartbeats, 10.0, 110.1) == ["the device side hangs: its last turn was 10.1 s ago"]
+    assert len(sdm.find_hanging(heartbeats, 10.0, 116.0)) == 2
 
 
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0)])
@@ -5503,7 +5509,7 @@ def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, i
     given = argparse.Namespace(interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev")
     thread = sdm.KubeletThread(given)
     thread._loop.close()
-    allowed = sdm.MOST_TURNS_LATE * max(interval, sdm.LOOK_SECONDS)
+    allowed = sdm.MAX_MISSED_HEARTBEATS * max(interval, sdm.LOOK_SECONDS)
     assert sdm.LOOK_SECONDS <= thread.side.calm_look <= min(allowed / 2, sdm.CALM_LOOK_SECONDS)
 
 
@@ -5880,10 +5886,10 @@ def open_sockets(daemon: Daemon) -> int:
 def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(served: Status, start: Starter) -> None:
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MOST_CONNECTIONS)]
-        wait_for(lambda: open_sockets(daemon) >= sdm.MOST_CONNECTIONS)
+        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CONNECTIONS)]
+        wait_for(lambda: open_sockets(daemon) >= sdm.MAX_CONNECTIONS)
         assert served.ask("/healthz").status == 200
-        assert open_sockets(daemon) <= sdm.MOST_CONNECTIONS
+        assert open_sockets(daemon) <= sdm.MAX_CONNECTIONS
         assert received(idle[0]) == b""
         newest = idle[-1]
         newest.sendall(GOOD + b"\r\n")
@@ -5958,7 +5964,7 @@ def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: 
     status.wait_for("/readyz", 200)
     alone = allocate_times(kubelet, 100)
     with contextlib.ExitStack() as stack:
-        for _ in range(sdm.MOST_CONNECTIONS):
+        for _ in range(sdm.MAX_CONNECTIONS):
             stack.enter_context(status.connect())
         idle = allocate_times(kubelet, 100)
     with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
@@ -6150,7 +6156,7 @@ def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
         path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
-        specs=(sdm.Spec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
+        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
     )  # fmt: skip
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
@@ -6159,18 +6165,18 @@ def hostile_document() -> dict[str, Any]:
         (sdm.Rule(1, re.compile(""), HOSTILE_WORD),),
         (),
     )
-    moment = sdm.Moment(1e9, 100.0)
+    moment = sdm.Now(1e9, 100.0)
     state = sdm.State(
         moment=moment, node=HOSTILE_WORD, domain=HOSTILE_WORD, plan=plan,
-        figures=sdm.Figures(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
-        beats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
+        stats=sdm.DeviceSideStats(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
+        heartbeats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
         process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0},
         events=[
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
         ],
     )  # fmt: skip
     holders = {HOSTILE_WORD: [sdm.Holder(f"{path}:0", HOSTILE_WORD, HOSTILE_WORD) for path in (HOSTILE_WORD, "other")]}
-    link = sdm.Link(False, HOSTILE_WORD)
+    link = sdm.RegistrationState(False, HOSTILE_WORD)
     return sdm.describe_daemon(
         state,
         [sdm.describe_offer(resource, HOSTILE_WORD, moment, link, holders) for resource in plan.resources.values()],
