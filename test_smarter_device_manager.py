@@ -281,6 +281,10 @@ class Kubelet(sdm.SimulatedKubelet):
 
         return self.do(allocate()).container_responses[0]
 
+    def starts(self, resource: str, *ids: str) -> None:
+        """Ask whether a container with these IDs may start, as before each start of it."""
+        self.do(self.start_container(self.name(resource), ids))
+
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The nodes that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
@@ -4031,7 +4035,7 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+        assert words == sdm.printable(f'smarter-devices/null: no device ID "{wrong[:200]}"')
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -4279,7 +4283,7 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
-OWN_THREADS = 2  # the device side, the kubelet side
+OWN_THREADS = 3  # the device side, the log, the kubelet side
 
 
 def wakes(daemon: Daemon) -> int:
@@ -4506,7 +4510,9 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
 
 
 def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
-    side = sdm.DevicePluginSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
+    side = sdm.DevicePluginSide(
+        str(node.plugins), sdm.DEFAULT_DOMAIN, sdm.HostDevices("/dev", "/sys", print), asyncio.new_event_loop()
+    )
     session = sdm.Registration(sdm.Resource("null", False, ()), side, None)
     pauses = []
     for _ in range(7):
@@ -4794,7 +4800,7 @@ CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
     "kubelet side": "sdm.DevicePluginSide._look_at_sockets = fail",
-    "kubelet side, a plan": "sdm.slots_of = fail",
+    "kubelet side, a plan": "sdm.Plugin.update = fail",
     "kubelet side, a resource": "sdm.Registration.registration_problem = fail",
 }
 
@@ -6102,7 +6108,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     daemon = broken_daemon(node, "sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
-    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -6429,7 +6435,7 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
 def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.counted(number, "slot") == told
+    assert sdm.pluralize(number, "slot") == told
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
