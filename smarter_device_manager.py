@@ -17,10 +17,10 @@ of kubelet are followed.
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Stand-in kubelet, Command line.
-Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled)
-and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream).
-What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
+Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
+/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
+stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -1826,14 +1826,11 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plugin: the DevicePlugin service of one resource, and the line of the log that each event makes. Everything from here
-# on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
+# Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
+# programs and are in the README; a sentence may be put better at any time.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 
 log = logging.getLogger("smarter-device-manager")
 
@@ -1915,6 +1912,26 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
+# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
+# served. All of it runs on one asyncio loop, the kubelet thread's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+STOP_SECONDS = 0.3  # for calls in progress when a server ends
+SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    ("grpc.max_connection_idle_ms", 3_600_000),
+)
+
+Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
+
+
 def load_grpc() -> None:
     """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
 
@@ -1943,6 +1960,237 @@ def load_grpc() -> None:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(tell_in_one_line)
+
+
+def connect_error(path: str) -> str:
+    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:
+        return ""  # listens, and has many waiting
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+class UnixServer:
+    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+
+    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    """
+
+    def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
+        self.path = path
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._inode = 0  # of our socket file; 0 while there is none
+        add_services(self._server)
+
+    async def start(self) -> None:
+        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
+
+        Raises OSError.
+        """
+        # The name is random, since two instances in containers may have the same PID.
+        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
+        self._bind(temporary)
+        await self._server.start()
+        self._inode = os.stat(temporary).st_ino
+        os.rename(temporary, self.path)
+
+    def is_lost(self, inodes: Mapping[str, int]) -> bool:
+        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+
+    async def stop(self) -> None:
+        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+        try:
+            if self._inode and os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                log.warning("cannot remove %s: %s", self.path, error.strerror)
+        await self._server.stop(STOP_SECONDS)
+
+    def _bind(self, path: str) -> None:
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(path)  # grpc does not say why it cannot; this does
+            os.unlink(path)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
+
+
+class Watch:
+    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+
+    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
+    taken by sigtimedwait(2), or it ends the process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # another directory has the path now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
+        except OSError:
+            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+        return True
+
+    def close(self) -> None:
+        """Ask for nothing any more."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+class DirectoryInodes:
+    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+
+    def read_changed(self) -> Optional[Mapping[str, int]]:
+        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        found = os.stat(self._path)
+        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
+        with os.scandir(self._path) as items:
+            return {item.name: item.inode() for item in items}
+
+
+class GroupedLog:
+    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._names: Dict[Tuple[str, str, int], Set[str]] = {}
+        self._since = 0.0
+        self._timer: Optional[asyncio.TimerHandle] = None
+
+    def add(self, event: str, sentence: str, level: int, name: str) -> None:
+        """Log this EVENT of the resource NAME, together with others like it."""
+        now = self._loop.time()
+        if self._timer:
+            self._timer.cancel()
+        if not self._names:
+            self._since = now
+        self._timer = self._loop.call_at(min(now + GROUP_SECONDS, self._since + MAX_GROUP_SECONDS), self.flush)
+        self._names.setdefault((event, sentence, level), set()).add(name)
+
+    def flush(self) -> None:
+        """Log now what is waiting."""
+        for (event, sentence, level), names in self._names.items():
+            log_event_for_all(event, sentence, level, "resources", sorted(names))
+        self._names.clear()
+
+
+class KubeletConnection:
+    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+
+    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    """
+
+    def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.is_answering = False
+        self.restarts = 0
+        self._path = path
+        self._events = events
+        self._on_change = on_change
+        self._channel: Optional[grpc.aio.Channel] = None
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._last_logged = ""  # of a kubelet that does not answer
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        assert self._channel
+        return self._channel
+
+    def check(self) -> None:
+        """Look at kubelet.sock, and connect to it if it is another than before."""
+        try:
+            found = os.stat(self._path)
+            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        except OSError:
+            identity = None
+        if identity != self.identity:
+            self.identity = identity
+            self.is_answering = False
+        if identity is None:
+            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+        elif not self.is_answering and self.check_answering():
+            self._meet()
+
+    def check_answering(self) -> bool:
+        """Whether kubelet answers at this moment."""
+        reason = connect_error(self._path)
+        self.is_answering = not reason
+        if reason and self.identity:
+            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+        return self.is_answering
+
+    async def close(self) -> None:
+        """End the channel."""
+        if self._channel:
+            await self._channel.close()
+
+    def _meet(self) -> None:
+        if self._channel:
+            self._old_channel = asyncio.ensure_future(self._channel.close())
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{self._path}",
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
+        )
+        is_another = self._last_met not in (None, self.identity)
+        self._last_met = self.identity
+        self.restarts += is_another
+        self._last_logged = ""
+        self._events.flush()
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        self._on_change()
+
+    def _log_gone(self, sentence: str, **fields: str) -> None:
+        """Log SENTENCE, unless it is what was logged last."""
+        if sentence != self._last_logged:
+            self._last_logged = sentence
+            self._events.flush()
+            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
+            self._on_change()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
+# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
+MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
+MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
+NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
+OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+DEFAULT_DOMAIN = "smarter-devices"
 
 
 class Plugin:
@@ -2071,34 +2319,6 @@ def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateRes
     return response
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kubelet side: serves every plugin, watches kubelet.sock, registers, heals. All of it runs on one asyncio loop. What
-# kubelet really does, and every rule followed here, is in KUBELET.md's terms; the status chapter reads the counters.
-# kubelet.sock is looked at, always; that the kernel tells of changes only lets the looks be fewer, and sooner.
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-CALM_LOOK_SECONDS = 5.0  # at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
-GATHER_SECONDS, MAX_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
-STOP_SECONDS = 0.3  # for calls in progress when a server ends
-SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
-DEFAULT_DOMAIN = "smarter-devices"
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
-
-Identity = Tuple[int, int, int]
-
-
 def is_domain(text: str) -> bool:
     """Whether kubelet takes TEXT as the domain of a resource.
 
@@ -2120,104 +2340,97 @@ def socket_name(name: str, domain: str, plugin_dir: str) -> str:
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
-def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except BlockingIOError:
-        return ""  # listens, and has many waiting
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+class Backoff:
+    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAX_BACKOFF_SECONDS."""
+
+    def __init__(self) -> None:
+        self.retry_at = 0.0  # as time.monotonic() has it
+        self._pause = 0.0
+
+    def reset(self) -> None:
+        """Forget what failed."""
+        self.retry_at = self._pause = 0.0
+
+    def fail(self, now: float, at_once: bool = False) -> None:
+        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
+        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
+        self.put_off(now + pause)
+
+    def put_off(self, until: float) -> None:
+        """Put off the next try UNTIL then, whatever failed."""
+        self.retry_at = until
 
 
-def bind(server: grpc.aio.Server, path: str) -> None:
-    """Have SERVER listen on a Unix socket at PATH, for this user alone. Raises OSError."""
-    mask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    except RuntimeError:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.bind(path)  # grpc does not say why it cannot; this does
-        os.unlink(path)
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-    finally:
-        os.umask(mask)
+class RegistrationContext(NamedTuple):
+    """What all registrations share."""
 
-
-class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
-
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._directory = -1  # its descriptor
-
-    def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
-        try:
-            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
-        except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
-        return True
-
-    def close(self) -> None:
-        """Ask for nothing any more."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+    plugin_dir: str
+    domain: str
+    dev_dir: str
+    kubelet: KubeletConnection
+    events: GroupedLog
 
 
 class Registration:
-    """What one resource has with kubelet: its plugin, server and socket, and how its registration stands."""
+    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
 
-    def __init__(self, resource: Resource, side: DevicePluginSide, previous: Optional[asyncio.Task[None]]) -> None:
-        self.plugin = Plugin(resource, f"{side.domain}/{resource.name}", side.dev_dir, self._stream_changed)
-        self.path = f"{side.plugin_dir}/{socket_name(resource.name, side.domain, side.plugin_dir)}"
-        self.previous = previous  # the end of an older registration of the same name, to be waited for
-        self.task: Optional[asyncio.Task[None]] = None
-        self.server: Optional[grpc.aio.Server] = None
-        self.inode = 0  # of our socket file; 0: it has none now
-        self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
-        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # a registration going on
-        self.is_registered = False
-        self.is_lost = False  # our socket file is gone or another's
-        self.stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
-        self.is_stream_open = False
-        self.stream_since = 0.0
-        self.deadline = 0.0  # for kubelet to open its stream
-        self.pause = 0.0
-        self.retry_at = 0.0
-        self.trouble = ""  # why it does not work, as last logged
-        self.is_retired = False
+    def __init__(self, resource: Resource, context: RegistrationContext) -> None:
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.dev_dir, self._stream_changed)
+        self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
+        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self._kubelet = context.kubelet
+        self._events = context.events
+        self._server: Optional[UnixServer] = None
+        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
+        self._is_registered = False
+        self._is_socket_lost = False  # our socket file is gone or another's
+        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_stream_open = False
+        self._stream_since = 0.0
+        self._stream_deadline = 0.0  # for kubelet to open it
+        self._backoff = Backoff()
+        self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
-        return self.is_registered and self.is_stream_open
+        return self._is_registered and self._is_stream_open
+
+    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+
+        It must not be cancelled: grpc's servers do not survive that.
+        """
+        try:
+            if previous:
+                await asyncio.wait([previous])
+            while not self._is_retired:
+                await self._sleep(await self._advance())
+        finally:
+            await self._end_server()
 
     def retire(self) -> None:
-        """Have its keeper end it. A task that is in grpc must not be cancelled: servers do not survive that."""
-        self.is_retired = True
-        if self.call:
-            self.call.cancel()
+        """Let run() end."""
+        self._is_retired = True
+        if self._call:
+            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have its keeper look again."""
+        """Have run() look again at what there is to do."""
         self._wake.set()
 
-    async def sleep(self, seconds: Optional[float]) -> None:
+    def check_socket(self, inodes: Mapping[str, int]) -> None:
+        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        if self._server and self._server.is_lost(inodes):
+            self._is_socket_lost = True
+            self.wake()
+
+    async def _sleep(self, seconds: Optional[float]) -> None:
         """Wait until woken, for SECONDS at the most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
@@ -2227,33 +2440,140 @@ class Registration:
             self._wake.clear()
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self.stream is None:
-            self.stream = stream
-            self.stream_since = time.monotonic()
+        if is_open and self._stream is None:
+            self._stream = stream
+            self._stream_since = time.monotonic()
             self.trouble = ""
-        if stream is self.stream:
-            self.is_stream_open = is_open
+        if stream is self._stream:
+            self._is_stream_open = is_open
             self.wake()
 
-    def registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
-        if self.is_lost:
-            return "its socket file was deleted"
-        if self.is_stream_open or (not self.stream and now < self.deadline):
-            return ""
-        return "kubelet ended its stream" if self.stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+    async def _advance(self) -> Optional[float]:
+        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        now = time.monotonic()
+        if not self._kubelet.is_answering:
+            return None  # kubelet is down, and nothing is to be torn down for that
+        if self._registered_with != self._kubelet.identity:
+            self._backoff.reset()
+            return await self._serve_and_register()
+        if self._is_registered:
+            problem = self._registration_problem(now)
+            if not problem:
+                return None if self._stream else self._stream_deadline - now
+            if not self._kubelet.check_answering():
+                return None
+            self._lose_registration(problem, now)
+        if now < self._backoff.retry_at:
+            return self._backoff.retry_at - now
+        return await self._serve_and_register()
 
-    def back_off(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try, longer each time until a stream has held for MAX_BACKOFF_SECONDS."""
-        if self.stream and now - self.stream_since > MAX_BACKOFF_SECONDS:
-            self.pause = 0.0
-        pause = self.pause if at_once else max(self.pause, MIN_BACKOFF_SECONDS)
-        self.pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
-        self.retry_at = now + pause
+    def _registration_problem(self, now: float) -> str:
+        """Why it must be served and registered anew; empty where it need not."""
+        if self._is_socket_lost:
+            return "its socket file was deleted"
+        if self._is_stream_open or (not self._stream and now < self._stream_deadline):
+            return ""
+        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+
+    def _lose_registration(self, problem: str, now: float) -> None:
+        self._is_registered = False
+        self.stream_losses += not self._is_socket_lost
+        if self._stream and now - self._stream_since > MAX_BACKOFF_SECONDS:
+            self._backoff.reset()
+        self._backoff.fail(now, at_once=self._is_socket_lost)
+        self._log_trouble("stream-lost", problem)
+
+    async def _serve_and_register(self) -> Optional[float]:
+        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
+        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        self._registered_with = self._kubelet.identity
+        obstacle = self._find_obstacle()
+        if obstacle:
+            self._log_trouble("not-served", obstacle)
+            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
+            return OBSTACLE_PAUSE
+        self._server = UnixServer(
+            self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
+        )
+        try:
+            await self._server.start()
+        except OSError as error:
+            self._backoff.fail(time.monotonic())
+            self._log_trouble(
+                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
+            )
+            return self._backoff.retry_at - time.monotonic()
+        return None if self._is_retired else await self._register()
+
+    def _find_obstacle(self) -> str:
+        """Why the resource is not to be served for now; empty where it is."""
+        if not connect_error(self._path):
+            return "another instance serves it"
+        if self.plugin.list_bytes() > MAX_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
+        return ""
+
+    async def _register(self) -> Optional[float]:
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity:
+            return 0  # another one came while this was served, and the channel would lead to that one
+        request = pb.RegisterRequest(
+            version="v1beta1",
+            endpoint=os.path.basename(self._path),
+            resource_name=self.plugin.full_name,
+            options=self.plugin.options(),
+        )
+        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        try:
+            await self._call
+        except asyncio.CancelledError:
+            return 0  # it is retired, or its channel was closed: there is a new kubelet
+        except grpc.RpcError as error:
+            return await self._registration_failed(error)
+        finally:
+            self._call = None
+        self.registrations += 1
+        self._is_registered = True
+        self._stream_deadline = time.monotonic() + STREAM_SECONDS
+        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        return 0
+
+    async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
+            self._registered_with = None
+            return None
+        self.refusals += 1
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        return self._backoff.retry_at - time.monotonic()
+
+    async def _end_server(self) -> None:
+        """End the server with its streams and its socket file."""
+        server, self._server = self._server, None
+        self._is_registered = self._is_socket_lost = False
+        if server:
+            self.plugin.end_streams()
+            await server.stop()
+        self._stream, self._is_stream_open = None, False
+
+    def _log_trouble(self, event: str, trouble: str) -> None:
+        """Log TROUBLE, unless it is what was logged last."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
 
 
 class DevicePluginSide:
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
+
+    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
+    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
+    to look_now()) only lets the looks be fewer, and sooner.
+    """
 
     def __init__(
         self,
@@ -2266,27 +2586,28 @@ class DevicePluginSide:
     ) -> None:
         self.plugin_dir = plugin_dir
         self.domain = domain
-        self.dev_dir = dev_dir
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
-        self.is_answering = False
-        self.kubelet_restarts = 0
-        self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
-        self._identity: Optional[Identity] = None
-        self._met: Optional[Identity] = None  # the kubelet that answered last
-        self._state = ""  # of kubelet, as last logged
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
-        self._directory: Tuple[int, ...] = ()  # the plugin directory's times, when our sockets in it were well
-        self._gathered: Dict[Tuple[str, str, int], Set[str]] = {}
-        self._gathered_since = 0.0
-        self._flushing: Optional[asyncio.TimerHandle] = None
-        self._closing: Dict[str, asyncio.Task[None]] = {}
-        self._watch = watch  # of the plugin directory; whoever takes its SIGIO calls look_now()
         self.calm_look = calm_look
+        self._events = GroupedLog(loop)
+        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
+        self._context = RegistrationContext(plugin_dir, domain, dev_dir, self._kubelet, self._events)
+        self._files = DirectoryInodes(plugin_dir)
+        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
+        self._watch = watch
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether kubelet answers."""
+        return self._kubelet.is_answering
+
+    @property
+    def kubelet_restarts(self) -> int:
+        """How often another kubelet was met."""
+        return self._kubelet.restarts
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
@@ -2295,12 +2616,11 @@ class DevicePluginSide:
             await self._done
         finally:
             self.apply(EMPTY_PLAN)
-            await asyncio.gather(*self._closing.values(), return_exceptions=True)
-            self._flush()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self._events.flush()
             if self._watch:
                 self._watch.close()
-            if self._channel:
-                await self._channel.close()
+            await self._kubelet.close()
 
     def stop(self) -> None:
         """Let run() end."""
@@ -2326,8 +2646,8 @@ class DevicePluginSide:
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
         try:
-            self._look_at_kubelet()
-            self._look_at_sockets()
+            self._kubelet.check()
+            self._check_sockets()
         except Exception as error:
             self._fail(error)
 
@@ -2337,6 +2657,26 @@ class DevicePluginSide:
             self._next_look.cancel()
         if not self._done.done():
             self._next_look = self._loop.call_later(seconds, self.look)
+
+    def _kubelet_changed(self) -> None:
+        if self.is_answering:
+            for registration in self.registrations.values():
+                registration.wake()
+        else:
+            self._look_in(LOOK_SECONDS)  # the calm is over
+
+    def _check_sockets(self) -> None:
+        """Have registrations heal whose socket files were deleted or replaced."""
+        if not self.is_answering:
+            return
+        try:
+            inodes = self._files.read_changed()
+        except OSError as error:
+            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
+            return
+        if inodes is not None:
+            for registration in self.registrations.values():
+                registration.check_socket(inodes)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -2353,234 +2693,24 @@ class DevicePluginSide:
             if resource and resource.pool == registration.plugin.resource.pool:
                 registration.plugin.update(resource)
             else:
-                self._retire(name)
+                self.registrations.pop(name).retire()
         for name, resource in plan.resources.items():
             if name not in self.registrations:
-                registration = self.registrations[name] = Registration(resource, self, self._closing.get(name))
-                registration.task = asyncio.ensure_future(self._keep(registration))
-                registration.task.add_done_callback(self._keeper_ended)
+                registration = self.registrations[name] = Registration(resource, self._context)
+                self._start(name, registration)
 
-    def _retire(self, name: str) -> None:
-        registration = self.registrations.pop(name)
-        assert registration.task
-        task = self._closing[name] = registration.task
-        task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
-        registration.retire()
+    def _start(self, name: str, registration: Registration) -> None:
+        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+        self._tasks[name] = task
 
-    def _keeper_ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+        def ended(_: object) -> None:
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+            error = None if task.cancelled() else task.exception()
+            if error:
+                self._fail(error)
 
-    async def _keep(self, registration: Registration) -> None:
-        """Serve SESSION and keep it registered until it is retired."""
-        try:
-            if registration.previous:
-                await asyncio.wait([registration.previous])
-            while not registration.is_retired:
-                await registration.sleep(await self._step(registration))
-        finally:
-            await self._end(registration)
-
-    async def _step(self, registration: Registration) -> Optional[float]:
-        """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
-        self._look_at_kubelet()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
-        now = time.monotonic()
-        if not self.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
-        if registration.kubelet != self._identity:
-            registration.pause = 0.0
-            return await self._open(registration)
-        if registration.is_registered:
-            trouble = registration.registration_problem(now)
-            if not trouble:
-                return None if registration.stream else registration.deadline - now
-            if not self._is_kubelet_there():
-                return None
-            registration.stream_losses += not registration.is_lost
-            registration.is_registered = False
-            registration.back_off(now, at_once=registration.is_lost)
-            self._tell_trouble(registration, "stream-lost", trouble)
-        if now < registration.retry_at:
-            return registration.retry_at - now
-        return await self._open(registration)
-
-    async def _open(self, registration: Registration) -> Optional[float]:
-        """Serve SESSION anew and register it; the seconds until the next look at it."""
-        await self._end(registration)  # first: kubelet takes the end of an older stream for the end of the newest
-        registration.kubelet = self._identity
-        trouble = self._find_obstacle(registration)
-        if trouble:
-            self._tell_trouble(registration, "not-served", trouble)
-            registration.retry_at = time.monotonic() + OBSTACLE_PAUSE
-            return OBSTACLE_PAUSE
-        try:
-            await self._serve(registration)
-        except OSError as error:
-            registration.back_off(time.monotonic())
-            trouble = f"cannot listen on a socket in {self.plugin_dir}: {error.strerror}"
-            self._tell_trouble(registration, "not-served", trouble)
-            return registration.retry_at - time.monotonic()
-        return None if registration.is_retired else await self._register(registration)
-
-    def _find_obstacle(self, registration: Registration) -> str:
-        """Why SESSION is not to be served for now; empty where it is."""
-        if not connect_error(registration.path):
-            return "another instance serves it"
-        if registration.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
-        return ""
-
-    async def _serve(self, registration: Registration) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
-        server = registration.server = grpc.aio.server(options=_SERVER_OPTIONS)
-        rpc.add_DevicePluginServicer_to_server(registration.plugin, server)
-        temporary = f"{self.plugin_dir}/.{os.urandom(8).hex()}"  # instances in containers may have one PID
-        bind(server, temporary)
-        await server.start()
-        registration.inode = os.stat(temporary).st_ino
-        os.rename(temporary, registration.path)
-
-    async def _register(self, registration: Registration) -> Optional[float]:
-        self._look_at_kubelet()
-        if registration.kubelet != self._identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
-        assert self._channel
-        request = pb.RegisterRequest(
-            version="v1beta1",
-            endpoint=os.path.basename(registration.path),
-            resource_name=registration.plugin.full_name,
-            options=registration.plugin.options(),
-        )
-        registration.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await registration.call
-        except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
-            self._look_at_kubelet()
-            if registration.kubelet != self._identity or not self._is_kubelet_there():
-                registration.kubelet = None
-                return None
-            registration.refusals += 1
-            registration.back_off(time.monotonic())
-            code = error.code().name
-            self._tell_trouble(registration, "refused", f"kubelet refused its registration ({code}): {error.details()}")
-            return registration.retry_at - time.monotonic()
-        finally:
-            registration.call = None
-        registration.registrations += 1
-        registration.is_registered = True
-        registration.deadline = time.monotonic() + STREAM_SECONDS
-        self._gather("registered", "registered with kubelet", logging.INFO, registration.plugin.full_name)
-        return 0
-
-    async def _end(self, registration: Registration) -> None:
-        """End the server of SESSION, its streams, and its socket file if that is ours still."""
-        server, registration.server = registration.server, None
-        inode, registration.inode = registration.inode, 0
-        registration.is_registered = registration.is_lost = False
-        if server:
-            try:
-                if os.stat(registration.path).st_ino == inode:
-                    os.unlink(registration.path)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    log.warning("cannot remove %s: %s", registration.path, error.strerror)
-            registration.plugin.end_streams()
-            await server.stop(STOP_SECONDS)
-        registration.stream, registration.is_stream_open = None, False
-
-    def _look_at_kubelet(self) -> None:
-        try:
-            found = os.stat(self._kubelet_sock)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self._identity:
-            self._identity = identity
-            self.is_answering = False
-        if identity is None:
-            self._tell_kubelet("kubelet-gone", f"kubelet is not there: no {self._kubelet_sock}; waiting for it")
-        elif not self.is_answering and self._is_kubelet_there():
-            self._meet_kubelet()
-
-    def _is_kubelet_there(self) -> bool:
-        """Whether kubelet answers at this moment; if not, every registration waits until it does."""
-        reason = connect_error(self._kubelet_sock)
-        self.is_answering = not reason
-        if reason and self._identity:
-            sentence = f"kubelet does not answer on {self._kubelet_sock}; waiting for it"
-            self._tell_kubelet("kubelet-gone", sentence, reason=reason)
-        return self.is_answering
-
-    def _meet_kubelet(self) -> None:
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._kubelet_sock}",
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._met not in (None, self._identity)
-        self._met = self._identity
-        self.kubelet_restarts += is_another
-        self._state = ""
-        self._flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
-        for registration in self.registrations.values():
-            registration.wake()
-
-    def _look_at_sockets(self) -> None:
-        """Find socket files of ours that were deleted or replaced."""
-        if not self.is_answering:
-            return
-        try:
-            found = os.stat(self.plugin_dir)
-            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            if stamp == self._directory:
-                return
-            self._directory = stamp if is_settled(found.st_mtime_ns) else ()
-            with os.scandir(self.plugin_dir) as items:
-                inodes = {item.name: item.inode() for item in items}
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        for registration in self.registrations.values():
-            if registration.inode and inodes.get(os.path.basename(registration.path)) != registration.inode:
-                registration.is_lost = True
-                registration.wake()
-
-    def _tell_kubelet(self, event: str, sentence: str, **fields: str) -> None:
-        """Log SENTENCE of a kubelet that is not there, unless it is what was logged of it last."""
-        if sentence != self._state:
-            self._state = sentence
-            self._flush()
-            log_event(event, sentence, logging.WARNING, **fields)
-            self._look_in(LOOK_SECONDS)  # the calm is over
-
-    def _tell_trouble(self, registration: Registration, event: str, trouble: str) -> None:
-        """Log TROUBLE of SESSION, unless it is what was logged of it last."""
-        if trouble != registration.trouble:
-            registration.trouble = trouble
-            self._gather(event, trouble, logging.WARNING, registration.plugin.full_name)
-
-    def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
-        now = self._loop.time()
-        if self._flushing:
-            self._flushing.cancel()
-        if not self._gathered:
-            self._gathered_since = now
-        until = min(now + GATHER_SECONDS, self._gathered_since + MAX_GATHER_SECONDS)
-        self._flushing = self._loop.call_at(until, self._flush)
-        self._gathered.setdefault((event, sentence, level), set()).add(name)
-
-    def _flush(self) -> None:
-        for (event, sentence, level), names in self._gathered.items():
-            log_event_for_all(event, sentence, level, "resources", sorted(names))
-        self._gathered.clear()
+        task.add_done_callback(ended)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4490,20 +4490,72 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
     wait_ready(kubelet, ["null", "zero"])
 
 
-def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
-    side = sdm.DevicePluginSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
-    session = sdm.Registration(sdm.Resource("null", False, ()), side, None)
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held() -> None:
+    backoff = sdm.Backoff()
     pauses = []
     for _ in range(7):
-        session.back_off(100.0)
-        pauses.append(session.retry_at - 100.0)
+        backoff.fail(100.0)
+        pauses.append(backoff.retry_at - 100.0)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    session.stream, session.stream_since = object(), 100.0
-    session.back_off(120.0)
-    assert session.retry_at == 150.0
-    session.back_off(131.0)
-    assert session.retry_at == 132.0
-    side._loop.close()
+    backoff.reset()
+    assert backoff.retry_at == 0.0
+    backoff.fail(120.0, at_once=True)
+    assert backoff.retry_at == 120.0
+    backoff.fail(131.0, at_once=True)
+    assert backoff.retry_at == 132.0
+
+
+class AnsweringKubelet:
+    """A kubelet as a registration sees it: one that answers, on a channel, and changes when a test says so."""
+
+    def __init__(self, path: str) -> None:
+        self.identity = (1, 2, 3)
+        self.is_answering = True
+        self.channel = grpc.aio.insecure_channel(f"unix:{path}")
+
+    def check(self) -> None:
+        pass
+
+    def check_answering(self) -> bool:
+        return self.is_answering
+
+
+async def a_registration_alone(plugin_dir: str) -> None:
+    """One registration on this loop, without a side; each step is a condition that is waited for."""
+
+    async def until(condition: Callable[[], Any]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < give_up
+            await asyncio.sleep(0.01)
+
+    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    await kubelet.start()
+    seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
+    events = sdm.GroupedLog(asyncio.get_running_loop())
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, events)
+    registration = sdm.Registration(sdm.Resource("null", False, ()), context)
+    assert not registration.is_ready
+    running = asyncio.ensure_future(registration.run())
+    await until(lambda: registration.is_ready)
+    registration.check_socket({"smarter-null.d.sock": 1})  # another's
+    await until(lambda: registration.registrations == 2 and registration.is_ready)
+    assert registration.trouble == "" and registration.stream_losses == 0
+    inode = os.stat(f"{plugin_dir}/smarter-null.d.sock").st_ino
+    registration.check_socket({"smarter-null.d.sock": inode})
+    registration.wake()
+    seen.identity = (1, 2, 4)  # another kubelet, which is told by wake() alone
+    registration.wake()
+    await until(lambda: registration.registrations == 3 and registration.is_ready)
+    registration.retire()
+    await asyncio.wait_for(running, PATIENCE)
+    assert not registration.is_ready and os.listdir(plugin_dir) == ["kubelet.sock"]
+    await seen.channel.close()
+    await kubelet.stop()
+
+
+def test_a_registration_lives_alone(node: Node) -> None:
+    asyncio.run_coroutine_threadsafe(a_registration_alone(str(node.plugins)), Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4778,9 +4830,9 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
-    "kubelet side": "sdm.DevicePluginSide._look_at_sockets = fail",
+    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
     "kubelet side, a plan": "sdm.slots_of = fail",
-    "kubelet side, a resource": "sdm.Registration.registration_problem = fail",
+    "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
 
