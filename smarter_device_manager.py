@@ -3380,11 +3380,11 @@ def _clock(time_of_day: str, now: str) -> str:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
 
-MAX_CONNECTIONS = 32
+BACKLOG = 1024  # of connections that are not yet accepted: a probe among them can wait, and must not be dropped
+MAX_CONNECTIONS = 64  # of clients whose request is awaited, and as many that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ACCEPT_PAUSE = 0.002  # between two clients: a flood of them gets a fraction of the loop's time, kubelet the rest
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
 SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
@@ -3498,10 +3498,10 @@ def listen(address: Tuple[str, int]) -> socket.socket:
     host, port = address
     try:
         if host in ("", "::") and socket.has_dualstack_ipv6():
-            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", "") or error
         raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
@@ -3553,6 +3553,9 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+Clients = Dict["asyncio.Task[None]", None]  # the oldest first
+
+
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
@@ -3575,7 +3578,8 @@ class StatusServer:
         self._node = node
         self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._started = _process_start()
-        self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._asking: Clients = {}  # those whose request is awaited
+        self._answered: Clients = {}  # those that are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
         self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
         self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
@@ -3592,25 +3596,33 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(ACCEPT_PAUSE)
         finally:
             self._listener.close()
-            tasks = [*self._connections, *self._made.values()]
+            tasks = [*self._asking, *self._answered, *self._made.values()]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            oldest = next(iter(self._connections))
-            del self._connections[oldest]
-            oldest.cancel()
+        """Talk to a new client."""
         task = asyncio.ensure_future(self._talk(connection))
-        self._connections[task] = None
-        task.add_done_callback(lambda _: connection.close())
-        task.add_done_callback(lambda _: self._connections.pop(task, None))
+        self._add(self._asking, task)
+
+        def end(_: object) -> None:
+            connection.close()
+            self._asking.pop(task, None)
+            self._answered.pop(task, None)
+
+        task.add_done_callback(end)
+
+    def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
+        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        if len(clients) >= MAX_CONNECTIONS:
+            oldest = next(iter(clients))
+            del clients[oldest]
+            oldest.cancel()
+        clients[task] = None
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
@@ -3618,6 +3630,10 @@ class StatusServer:
         try:
             try:
                 request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
+                task = asyncio.current_task()
+                assert task
+                self._asking.pop(task, None)
+                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
                 with_body = request.method != "HEAD"
                 response = await self._respond(request.path)
             except Unanswerable as error:

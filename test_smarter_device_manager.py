@@ -5989,7 +5989,7 @@ def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(ser
         idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CONNECTIONS)]
         wait_for(lambda: open_sockets(daemon) >= sdm.MAX_CONNECTIONS)
         assert served.ask("/healthz").status == 200
-        assert open_sockets(daemon) <= sdm.MAX_CONNECTIONS
+        wait_for(lambda: open_sockets(daemon) <= sdm.MAX_CONNECTIONS)
         assert received(idle[0]) == b""
         newest = idle[-1]
         newest.sendall(GOOD + b"\r\n")
@@ -6084,6 +6084,42 @@ def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: 
     print(told)
     assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, told
     assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, told
+
+
+FLOODING = """
+import socket, sys, time
+port, rate, data, kept = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].encode(), []
+begin, count = time.monotonic(), 0
+while True:
+    while count < (time.monotonic() - begin) * rate:
+        count += 1
+        try:
+            kept.append(socket.create_connection(("127.0.0.1", port), 1))
+            kept[-1].sendall(data)
+        except OSError:
+            pass
+        if len(kept) > 100:
+            kept.pop(0).close()
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
+def test_a_thousand_connections_a_second_starve_no_probe(
+    served: Status, kubelet: Kubelet, start: Starter, data: str
+) -> None:
+    flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
+    try:
+        wait_for(lambda: open_sockets(served.daemon) > sdm.MAX_CONNECTIONS / 2)
+        for _ in range(25):
+            begin = time.monotonic()
+            assert served.ask("/healthz").status == 200
+            assert time.monotonic() - begin < 1, "the kubelet's probes wait no longer"
+        assert statistics.median(allocate_times(kubelet, 100)) < 0.1
+        assert open_sockets(served.daemon) < 3 * sdm.MAX_CONNECTIONS
+    finally:
+        flood.kill()
+        flood.wait()
 
 
 def test_rendering_lets_others_have_their_turn() -> None:
