@@ -130,9 +130,7 @@ def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
     mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
     assert {name for name, mount in mounts.items() if not mount.get("readOnly")} == {"plugins"}
     host = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
-    kubelet = "/var/lib/kubelet"
-    folders = {"plugins": f"{kubelet}/device-plugins", "pod-resources": f"{kubelet}/pod-resources"}
-    assert host == {**folders, "dev": "/dev", "sys": "/sys"}
+    assert host == {"plugins": "/var/lib/kubelet/device-plugins", "dev": "/dev", "sys": "/sys"}
 
 
 def test_its_options_are_ones_that_the_daemon_has(tmp_path: Path) -> None:
