@@ -1755,12 +1755,15 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
     """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
+
+
+def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
     path, _, number = slot_id.rpartition(":")
-    for device in resource.devices:
-        if path == (device.path if resource.pool else ""):
-            is_slot = re.fullmatch("0|[1-9][0-9]{0,4}", number) and int(number) < device.slots
-            return device if is_slot and _slot_id(resource, device, int(number)) == slot_id else None
-    return None
+    if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
+        return False
+    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -2719,7 +2722,9 @@ class DevicePluginSide:
 # are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_BYTES = 2 << 20  # longer ones are not looked into: parsing must not keep a gRPC call waiting
+POD_RESOURCES_BYTES = 2 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
+POD_RESOURCES_SECONDS = 1.0  # for such an answer
+MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 MAX_EVENTS = 100
 EVENTS_SHOWN = 10  # by --status
 MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
@@ -2770,10 +2775,11 @@ class RegistrationState(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A container that has a slot."""
+    """A container that has a slot of a resource."""
 
-    slot: str
-    pod: str  # its UID
+    slot: str  # its ID
+    namespace: str
+    pod: str
     container: str
 
 
@@ -2831,18 +2837,22 @@ def describe_offer(
     """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
     document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
     if holders is not None:
-        paths = {device.path if resource.pool else "": device_path(device) for device in resource.devices}
-        document["holders"] = [
-            {**holder._asdict(), "device": paths.get(holder.slot.rpartition(":")[0])}
-            for holder in sorted(holders.get(resource.name, ()), key=_slot_order)
-        ]
-        document["in_use"] = len(document["holders"])
+        held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
+        document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
     return document
 
 
-def _slot_order(holder: Holder) -> Tuple[str, int, str]:
-    path, _, number = holder.slot.rpartition(":")
-    return path, len(number), number
+def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Document]:
+    """The HOLDERS of slots that RESOURCE offers now, as documents in the order of the slots."""
+    devices = {device.path if resource.pool else "": device for device in resource.devices}
+    found = []
+    for holder in set(holders):
+        path, _, number = holder.slot.rpartition(":")
+        device = devices.get(path)
+        if device and is_slot_of(device, resource, holder.slot):
+            document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
+            found.append((path, int(number), holder, document))
+    return [document for *_, document in sorted(found, key=lambda each: each[:3])]
 
 
 @dataclass(frozen=True)
@@ -2942,9 +2952,14 @@ def find_problems(document: Document) -> List[str]:
 
 def _told_holders(resource: Document, device: Document) -> str:
     """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
-    held = (holder["container"] for holder in resource["holders"] or () if holder["device"] == device["path"])
-    containers = list(dict.fromkeys(held))
+    held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
+    containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
     return f", in use by {_named_briefly(containers)}" if containers else ""
+
+
+def _pod_and_container(holder: Document) -> Tuple[str, str]:
+    """The names of HOLDER as kubectl has them: namespace/pod, and the container."""
+    return f"{holder['namespace']}/{holder['pod']}", holder["container"]
 
 
 def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
@@ -2960,71 +2975,65 @@ def _named_briefly(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-# Who has what: kubelet's checkpoint, an internal file of it.
+# Who has what: asked of the kubelet, by its PodResources API.
 
 
-def find_holders(checkpoint: object, domain: str) -> Optional[Holders]:
-    """Who has slots of the resources of DOMAIN, by kubelet's CHECKPOINT; None where it is not of a known shape."""
-    holders: Dict[str, List[Holder]] = {}
-    try:
-        for entry in checkpoint["Data"]["PodDeviceEntries"] or ():  # type: ignore[index]
-            owner, _, name = _told_text(entry["ResourceName"]).partition("/")
-            if owner == domain:
-                pod, container = _told_text(entry["PodUID"]), _told_text(entry["ContainerName"])
-                slots = (Holder(_told_text(slot), pod, container) for slot in _slot_ids(entry["DeviceIDs"]))
-                holders.setdefault(name, []).extend(slots)
-    except (LookupError, TypeError):
-        return None
-    return holders
+def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
+    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+    """
+    count = 0
+    for pod in response.pod_resources:
+        names = _cut(pod.namespace), _cut(pod.name)
+        for container in pod.containers:
+            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
+            count += sum(len(item.device_ids) for item in ours)
+            if count > MAX_HOLDERS:
+                raise ValueError("more holders than any node has")
+            yield [
+                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, _cut(container.name)))
+                for item in ours
+                for slot in item.device_ids
+            ]
 
 
-def _slot_ids(value: object) -> List[object]:
-    """The IDs of VALUE: lists by NUMA node, or one list as older kubelets have it. Raises TypeError."""
-    lists = value.values() if isinstance(value, dict) else [value]
-    return [slot for group in lists for slot in _told_list(group)]
+class PodResources:
+    """Asks the kubelet which container has which slots of the resources of DOMAIN.
 
+    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
+    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    """
 
-def _told_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def _told_list(value: object) -> List[object]:
-    if value is not None and not isinstance(value, list):  # Go writes an empty list as null
-        raise TypeError("not a list")
-    return value or []
-
-
-class Checkpoint:
-    """kubelet's checkpoint in PLUGIN_DIR, read when asked and if it changed."""
-
-    def __init__(self, plugin_dir: str, domain: str) -> None:
-        self._path = f"{plugin_dir}/kubelet_internal_checkpoint"
+    def __init__(self, path: str, domain: str) -> None:
+        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
         self._domain = domain
-        self._stamp: Tuple[int, ...] = ()  # of the file that holders are from
-        self._holders: Optional[Holders] = None
 
-    def holders(self) -> Optional[Holders]:
-        """Who has slots of our resources; None where the file is missing, foreign, broken or too long."""
-        try:
-            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-                found = os.fstat(file.fileno())
-                stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-                if stamp != self._stamp:
-                    is_readable = stat.S_ISREG(found.st_mode) and found.st_size <= CHECKPOINT_BYTES
-                    self._holders = self._parse(file.read(CHECKPOINT_BYTES)) if is_readable else None
-                    self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
-        except OSError:
-            return None
-        return self._holders
+    async def holders(self) -> Optional[Holders]:
+        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+        from google.protobuf.message import DecodeError
 
-    def _parse(self, data: bytes) -> Optional[Holders]:
+        holders: Dict[str, List[Holder]] = {}
         try:
-            checkpoint = json.loads(data)
-        except (ValueError, RecursionError):
+            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            for pairs in await in_slices(find_holders(response, self._domain)):
+                for name, holder in pairs:
+                    holders.setdefault(name, []).append(holder)
+        except (grpc.RpcError, DecodeError, ValueError) as error:
+            log.debug("the kubelet does not say who has what: %s", error)
             return None
-        return find_holders(checkpoint, self._domain)
+        return holders
+
+    async def _list(self) -> bytes:
+        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
+        ]
+        async with grpc.aio.insecure_channel(self._target, options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            return answer
 
 
 class EventRing(logging.Handler):
@@ -3145,12 +3154,12 @@ def render_status(document: Document) -> str:
     header = ("IN USE", "RESOURCE", "READY", "DEVICE")
     text += render_table(header, offered) if offered else "No device is offered.\n"
     held = [
-        (holder["slot"], resource["name"].partition("/")[2], holder["pod"], holder["container"])
+        (holder["slot"], resource["name"].partition("/")[2], *_pod_and_container(holder))
         for resource in resources
         for holder in resource["holders"] or ()
     ]
     if held:
-        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD UID", "CONTAINER"), held)
+        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
     events = [
         (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
     ]
@@ -3218,6 +3227,16 @@ def _devices(document: Document) -> Samples:
         yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
 
 
+def _slot_holders(document: Document) -> Samples:
+    keys = ("device", "namespace", "pod", "container")
+    held = {
+        (resource["name"], *(holder[key] for key in keys))
+        for resource in document["resources"]
+        for holder in resource["holders"] or ()
+    }
+    return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
+
+
 def _left_out(document: Document) -> Samples:
     counts = {label: 0 for label, _ in _REASONS}
     for left in document["left_out"]:
@@ -3236,9 +3255,10 @@ FAMILIES = (
     Family(
         "slots_in_use",
         "gauge",
-        "Slots that containers have, by kubelet's checkpoint; absent: unknown.",
+        "Slots that containers have, as the kubelet says; absent: unknown.",
         _each("in_use"),
     ),
+    Family("slot_holder", "gauge", "1 for each container that has a slot, as the kubelet says.", _slot_holders),
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
@@ -3368,7 +3388,7 @@ _DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{m
 _GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
 <span class="dim">since {since}</span></li>\n'
 _UNREADY = '<li class="why">{trouble}</li>\n'
-_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">in pod <code>{pod}</code>\
+_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">of <code>{pod}</code>\
 </span></li>\n'
 _ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
 _EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
@@ -3453,17 +3473,16 @@ def _page_row(resource: Document, document: Document) -> Iterator[str]:
             more = f"since {since}, by the rule of line {device['line']}"
             told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
             yield _fill(_DEVICE, path=device["path"], more=told)
-        yield from held.pop(device["path"], ())
-    yield from itertools.chain.from_iterable(held.values())
+        yield from held.get(device["path"], ())
     yield "</ul>\n</article>\n"
 
 
-def _page_holders(holders: Iterable[Document]) -> Dict[Optional[str], List[str]]:
-    """A line for each container that holds slots, by the path of their device (None: one that is offered no more)."""
-    slots: Dict[Tuple[Optional[str], str, str], List[str]] = {}
+def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
+    """A line for each container that holds slots, by the path of their device."""
+    slots: Dict[Tuple[str, str, str], List[str]] = {}
     for holder in holders:
-        slots.setdefault((holder["device"], holder["pod"], holder["container"]), []).append(holder["slot"])
-    lines: Dict[Optional[str], List[str]] = {}
+        slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
+    lines: Dict[str, List[str]] = {}
     for (path, pod, container), ids in slots.items():
         told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
         lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
@@ -3491,11 +3510,11 @@ def _clock(time_of_day: str, now: str) -> str:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
 
-MAX_CONNECTIONS = 32
+BACKLOG = 1024  # of connections that are not yet accepted: a probe among them can wait, and must not be dropped
+MAX_CONNECTIONS = 64  # of clients whose request is awaited, and as many that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ACCEPT_PAUSE = 0.002  # between two clients: a flood of them gets a fraction of the loop's time, kubelet the rest
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
 SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
@@ -3609,10 +3628,10 @@ def listen(address: Tuple[str, int]) -> socket.socket:
     host, port = address
     try:
         if host in ("", "::") and socket.has_dualstack_ipv6():
-            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", "") or error
         raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
@@ -3664,6 +3683,9 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+Clients = Dict["asyncio.Task[None]", None]  # the oldest first
+
+
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
@@ -3671,6 +3693,7 @@ class StatusServer:
         self,
         listener: socket.socket,
         side: DevicePluginSide,
+        pod_resources: PodResources,
         node: str,
         interval: float,
         plan: Plan,
@@ -3681,11 +3704,12 @@ class StatusServer:
         self.events = EventRing()
         self._listener = listener
         self._side = side
-        self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
+        self._pod_resources = pod_resources
         self._node = node
         self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._started = _process_start()
-        self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._asking: Clients = {}  # those whose request is awaited
+        self._answered: Clients = {}  # those that are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
         self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
         self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
@@ -3702,25 +3726,33 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(ACCEPT_PAUSE)
         finally:
             self._listener.close()
-            tasks = [*self._connections, *self._made.values()]
+            tasks = [*self._asking, *self._answered, *self._made.values()]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            oldest = next(iter(self._connections))
-            del self._connections[oldest]
-            oldest.cancel()
+        """Talk to a new client."""
         task = asyncio.ensure_future(self._talk(connection))
-        self._connections[task] = None
-        task.add_done_callback(lambda _: connection.close())
-        task.add_done_callback(lambda _: self._connections.pop(task, None))
+        self._add(self._asking, task)
+
+        def end(_: object) -> None:
+            connection.close()
+            self._asking.pop(task, None)
+            self._answered.pop(task, None)
+
+        task.add_done_callback(end)
+
+    def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
+        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        if len(clients) >= MAX_CONNECTIONS:
+            oldest = next(iter(clients))
+            del clients[oldest]
+            oldest.cancel()
+        clients[task] = None
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
@@ -3728,6 +3760,10 @@ class StatusServer:
         try:
             try:
                 request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
+                task = asyncio.current_task()
+                assert task
+                self._asking.pop(task, None)
+                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
                 with_body = request.method != "HEAD"
                 response = await self._respond(request.path)
             except Unanswerable as error:
@@ -3810,9 +3846,9 @@ class StatusServer:
         return await self._shared("", self._describe)
 
     async def _describe(self) -> Document:
+        holders = await self._pod_resources.holders()
         state, side = self._state(), self._side
         links = {name: self._registration_state(name) for name in state.plan.resources}
-        holders = self._checkpoint.holders()
         offers = (
             describe_offer(resource, side.domain, state.moment, links[name], holders)
             for name, resource in state.plan.resources.items()
@@ -3982,6 +4018,7 @@ ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
+DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
@@ -4282,7 +4319,8 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
         log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
     node = os.environ.get("NODE_NAME") or socket.gethostname()
-    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.stats())
+    holders = PodResources(options.pod_resources_socket, options.domain)
+    status = StatusServer(listener, side, holders, node, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
     return status
@@ -4511,6 +4549,14 @@ def build_parser() -> argparse.ArgumentParser:
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
     _add(parser, "--conf", "FILE", os.path.abspath, beside, "the conf file: a YAML list of rules", "--config")
     _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(
+        parser,
+        "--pod-resources-socket",
+        "PATH",
+        os.path.abspath,
+        DEFAULT_POD_RESOURCES,
+        "the kubelet's socket for the PodResources API, which tells who has what",
+    )
     _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
     _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
