@@ -1102,8 +1102,7 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. What comes of it is a path free of links, for the
-    container runtime opens it later and by itself. Raises OSError where /dev cannot be looked at.
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1448,11 +1447,17 @@ T = TypeVar("T")
 
 
 class DeviceSpec(NamedTuple):
-    """A node that a container is given: DeviceSpec of the device plugin API."""
+    """What a container is given: DeviceSpec of the device plugin API.
+
+    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
+    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
+    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    """
 
     host: str
     container: str
     permissions: str
+    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
 
 
 class Part(NamedTuple):
@@ -1713,8 +1718,9 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """The nodes that a container with DEVICE is given, as TREE has them. Raises NotADevice, naming what is missing."""
-    specs: Dict[str, DeviceSpec] = {}
+    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -1727,17 +1733,32 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
             raise NotADevice("another device stands there since just now")
-        for node in nodes:
-            spec = DeviceSpec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
-            _place(specs, spec)
-    return list(specs.values())
+        places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+    return specs
 
 
-def _place(specs: Dict[str, DeviceSpec], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS, which are by container path. Raises NotADevice where another node has that path."""
-    there = specs.setdefault(spec.container, spec)
-    if there.host != spec.host:
-        raise NotADevice(f"{there.host} and {spec.host} would both be {spec.container} in the container")
+def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
+    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+
+    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    """
+    for host, container in spec.nodes:
+        if given.get(container, host) != host:
+            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+    if all(container in given for _, container in spec.nodes):
+        return
+    for other in specs:
+        if other.container == spec.container:  # the kubelet would drop the second one
+            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+    specs.append(spec)
+    given.update((container, host) for host, container in spec.nodes)
+
+
+def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
+    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
+    return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
@@ -1792,7 +1813,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
         if device is None:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[device.path] = device
-    specs: Dict[str, DeviceSpec] = {}
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
         if not device.parts and device.problem:
@@ -1803,12 +1825,12 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
             raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
         for spec in found:
             try:
-                _place(specs, spec)
+                _add_spec(specs, given, spec)
             except NotADevice as error:
                 raise AllocationError("FAILED_PRECONDITION", str(error)) from None
         for name, value in device.env:
             env.setdefault(name, {})[value] = None
-    return ContainerAllocation(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
+    return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
@@ -2817,7 +2839,15 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
                 "problem": device.problem,
                 "since": moment.utc(device.since),
                 "numa": list(device.numa),
-                "nodes": [spec._asdict() for spec in device.specs],
+                "nodes": [
+                    {
+                        "host": spec.host,
+                        "container": spec.container,
+                        "permissions": spec.permissions,
+                        "targets": [host for host, _ in spec.nodes],
+                    }
+                    for spec in device.specs
+                ],
                 "env": dict(device.env),
             }
             for device in resource.devices
@@ -3122,18 +3152,21 @@ def _yaml_quoted(text: str) -> str:
 
 
 def _told(device: Document) -> str:
-    """DEVICE, and where its container sees it if that is not where the host has it."""
+    """DEVICE, where its link leads, and where its container sees it if that is not where the host has it."""
     nodes = device["nodes"]
-    told: str = device["path"]
+    text: str = device["path"]
     if device["problem"]:
-        told += f" (Unhealthy: {device['problem']})"
-    elif len(nodes) > 1:
-        told += f" ({len(nodes)} nodes)"
-    elif nodes and not nodes[0]["host"].startswith(told):
-        told += f" (now {nodes[0]['host']})"
-    if nodes and not nodes[0]["container"].startswith(device["path"]):
-        told += f" as {nodes[0]['container']}"
-    return told
+        return f"{text} (Unhealthy: {device['problem']})"
+    if not nodes:
+        return text
+    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
+    text += f" -> {link}" if link else ""
+    count = sum(len(node["targets"]) for node in nodes)
+    if is_folder or count > 1:
+        text += f" ({counted(count, 'node')})"
+    if not nodes[0]["container"].startswith(device["path"]):
+        text += f" as {nodes[0]['container']}"
+    return text
 
 
 def render_status(document: Document) -> str:
@@ -4528,12 +4561,21 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
         return [f"nothing: {error.details()}"], False
+    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
     lines = [
-        f"{spec.container_path} {spec.permissions}"
-        + (f" (the host's {spec.host_path})" if spec.host_path != spec.container_path else "")
+        _given_text(
+            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
+        )
         for spec in given.devices
     ]
     return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
+
+
+def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
+    """What a container sees at CONTAINER, and what the host has in its place."""
+    link, is_folder = target_of(host, targets)
+    more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
+    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
 def build_parser() -> argparse.ArgumentParser:

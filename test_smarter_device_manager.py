@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import html
 import html.parser
 import http.client
 import itertools
@@ -1750,7 +1751,9 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
         "smarter-devices/" + name for name in ("video0", "both", "both_n")
     }
     folder = next(found for found in document["resources"] if found["name"].endswith("both"))
-    assert [spec["host"] for spec in folder["devices"][0]["nodes"]] == ["/dev/both/n"]
+    assert folder["devices"][0]["nodes"] == [
+        {"host": "/dev/both", "container": "/dev/both", "permissions": "rw", "targets": ["/dev/both/n"]}
+    ]
     assert {left["path"]: left["reason"] for left in document["left_out"]} == {
         "/dev/shm": "another file system",
         "/dev/both/pts": "another file system",
@@ -2209,14 +2212,14 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
-    """The host path that a container with the first slot of RESOURCE is given now, or the reason why none."""
+    """The nodes that a container with the first slot of RESOURCE is given now, or the reason why none."""
     try:
         with sdm.LiveTree(str(dev)) as tree:
             given = sdm.allocate(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
     except sdm.AllocationError as error:
         assert error.code == "UNAVAILABLE"
         return str(error)
-    return " ".join(spec.host for spec in given.specs)
+    return " ".join(host for spec in given.specs for host, _ in spec.nodes)
 
 
 @needs_root
@@ -2858,24 +2861,17 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
     ("rule", "nodes", "env"),
     [
         ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}, {}),
-        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}, {}),
-        (
-            "devicematch: ^snd$",
-            {f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/cam"}, {}),
+        ("devicematch: ^snd$", {"/dev/snd": "/dev/snd"}, {}),
         ("{devicematch: ^video0$, permissions: r}", {"/dev/video0": "/dev/video0 r"}, {}),
         ("{devicematch: ^video0$, permissions: mwr}", {"/dev/video0": "/dev/video0 rwm"}, {}),
         (r"{devicematch: '^video([0-9])$', containerpath: '/dev/cam\1'}", {"/dev/cam0": "/dev/video0"}, {}),
         (r"{devicematch: ^video, containerpath: '/dev/c/\g<0>/x'}", {"/dev/c/video/x": "/dev/video0"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev/x/}", {"/dev/x/video0": "/dev/video0"}, {}),
-        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/cam"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev//x///y}", {"/dev/x/y": "/dev/video0"}, {}),
-        (
-            "{devicematch: ^snd$, containerpath: /dev/card}",
-            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("{devicematch: ^snd$, containerpath: /dev/card}", {"/dev/card": "/dev/snd"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/video0, with: [video0]}", {"/dev/video0": "/dev/cam"}, {}),
         (
             r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic, with: ['snd/controlC\1', 'snd/timer?', 'none?']}",
             {
@@ -2889,7 +2885,7 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             {
                 "/dev/mic/pcmC1D0c": "/dev/snd/pcmC1D0c r",
                 "/dev/mic/controlC1": "/dev/snd/controlC1 r",
-                "/dev/mic/cam": "/dev/video0 r",
+                "/dev/mic/cam": "/dev/cam r",
             },
             {},
         ),
@@ -2897,8 +2893,8 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
             {
                 "/dev/video0": "/dev/video0",
-                "/dev/cam": "/dev/video0",
-                **{f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+                "/dev/cam": "/dev/cam",
+                "/dev/snd": "/dev/snd",
             },
             {},
         ),
@@ -2914,6 +2910,31 @@ def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
     (found,) = offered(f"- {rule}\n", snapshot).resources.values()
     assert given_to(found, snapshot) == (nodes, env)
     assert {spec.container for spec in found.devices[0].specs} == set(nodes)  # as --list shows it
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes"),
+    [
+        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}),
+        ("devicematch: ^snd$", at("snd/controlC1", "snd/pcmC1D0c", "snd/timer")),
+        (
+            "{devicematch: ^snd$, containerpath: /dev/card}",
+            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+        ),
+        (
+            "{devicematch: ^video0$, with: [snd, snd/timer, cam]}",
+            {**at("video0", "snd/controlC1", "snd/pcmC1D0c", "snd/timer"), "/dev/cam": "/dev/video0"},
+        ),
+    ],
+)
+def test_the_plan_knows_the_nodes_behind_links_and_in_folders(rule: str, nodes: Given) -> None:
+    snapshot = snapshot_of(SOUND)
+    (found,) = offered(f"- {rule}\n", snapshot).resources.values()
+    grant = sdm.allocate(found, ["0"], snapshot, "/dev")
+    assert {container: host for spec in grant.specs for host, container in spec.nodes} == nodes
+    assert grant.specs == found.devices[0].specs
 
 
 def test_resources_are_named_by_templates() -> None:
@@ -2978,10 +2999,24 @@ def test_a_planted_companion_is_not_given() -> None:
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
 
 
+AB = {"a/x": "char", "b/x": "char"}
+
+
 def test_two_nodes_of_a_device_at_one_place_in_the_container_make_it_unhealthy() -> None:
-    snapshot = snapshot_of({"a/x": "char", "b/x": "char"})
+    snapshot = snapshot_of(AB)
     plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
     assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
+    plan = offered("- {devicematch: ^a$, containerpath: /dev/b, with: [b/x]}\n", snapshot)
+    assert plan.resources["a"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/b/x in the container"
+
+
+def test_two_folders_at_one_place_in_the_container_are_refused() -> None:
+    """Even with different names in them: kubelet would drop the second one."""
+    snapshot = snapshot_of({"a/x": "char", "b/y": "char"})
+    plan = offered("- {devicematch: '^[ab]$', resource: ab, containerpath: /dev/c}\n", snapshot)
+    told = "/dev/a and /dev/b would both be /dev/c in the container"
+    assert refused(plan.resources["ab"], snapshot, "a:0", "b:0") == ("FAILED_PRECONDITION", told)
+    assert given_to(plan.resources["ab"], snapshot, "b:0")[0] == {"/dev/c": "/dev/b"}
 
 
 CAMERAS = "- {devicematch: '^video[0-9]+$', resource: camera, nummaxdevices: 2}\n"
@@ -3226,7 +3261,9 @@ def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
     looks.look(0, "- devicematch: a\n", ["a"])
     looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
     assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
-    assert looks.plan.resources["a"].devices[0].specs == (sdm.DeviceSpec("/dev/a", "/dev/b", "rw"),)
+    assert looks.plan.resources["a"].devices[0].specs == (
+        sdm.DeviceSpec("/dev/a", "/dev/b", "rw", (("/dev/a", "/dev/b"),)),
+    )
     looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
     assert listed(looks.plan) == {"b": ["a"]}
 
@@ -3360,7 +3397,7 @@ def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
     for name, found in plan.resources.items():
         nodes, env = given_to(found, snapshot)
         if name == "snd":
-            assert nodes == at("snd/controlC0", "snd/timer")
+            assert nodes == at("snd")
         elif name == "nvidia-gpu0":
             assert (nodes, env) == ({}, {"NVIDIA_VISIBLE_DEVICES": "0"})
         else:
@@ -3765,7 +3802,7 @@ def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, ku
     start("--interval", "3600")
     kubelet.wait_for("by-id_cam", Healthy=1)
     kubelet.wait_for("pub_x", Healthy=1)
-    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/video0"}
+    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/by-id/cam"}
     node.link("by-id/cam", "../../outside")
     node.link("pub/x", "../sda")
     for name, told in (
@@ -4068,13 +4105,12 @@ def test_a_node_once_a_container_whatever_its_slots(node: Node, kubelet: Kubelet
     kubelet.wait_for("snd", Healthy=4)
     given = kubelet.take("snd", "0", "1", "3")
     assert [(spec.host_path, spec.container_path, spec.permissions) for spec in given.devices] == [
-        ("/dev/snd/controlC0", "/dev/snd/controlC0", "rw"),
-        ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D0p", "rw"),
+        ("/dev/snd", "/dev/snd", "rw"),
     ]
     with plugin_stub(node, "snd") as stub:
         asked = [pb.ContainerAllocateRequest(devices_ids=["0"]), pb.ContainerAllocateRequest(devices_ids=["1", "2"])]
         both = stub.Allocate(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE).container_responses
-    assert [len(one.devices) for one in both] == [2, 2]
+    assert [len(one.devices) for one in both] == [1, 1]
 
 
 def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4101,7 +4137,8 @@ def test_a_device_that_is_gone_is_unavailable_and_named(node: Node, kubelet: Kub
 
 
 @needs_root
-def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_links_and_folders_are_given_as_they_are(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """For the runtime resolves what the kubelet keeps, at every start of a container."""
     node.plug("ttyUSB0")
     node.plug("ttyUSB1")
     node.plug("snd/controlC0")
@@ -4110,11 +4147,47 @@ def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kube
     start("--interval", "3600")
     kubelet.wait_for("serial_by-id_usb-a", Healthy=1)
     kubelet.wait_for("snd", Healthy=1)
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB0"}
+    given = {name: kubelet.gives(name) for name in ("serial_by-id_usb-a", "snd")}
+    assert given == {"serial_by-id_usb-a": at("serial/by-id/usb-a"), "snd": at("snd")}
     node.link("serial/by-id/usb-a", "../../ttyUSB1")
-    node.plug("snd/controlC1")
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB1"}
-    assert sorted(kubelet.gives("snd")) == ["/dev/snd/controlC0", "/dev/snd/controlC1"]
+    assert {name: kubelet.gives(name) for name in given} == given
+    node.unplug("snd/controlC0")
+    node.unplug("ttyUSB1")
+    for name, told in (
+        ("serial_by-id_usb-a", "/dev/serial/by-id/usb-a: a link to /dev/ttyUSB1, which is not there"),
+        ("snd", "/dev/snd: a folder that holds no device node"),
+    ):
+        assert refusal(kubelet, name, "0") == ("UNAVAILABLE", f"smarter-devices/{name}: {told}")
+
+
+@needs_root
+def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("ttyUSB0")
+    node.plug("snd/controlC0")
+    node.link("serial/by-id/usb-a", "../../ttyUSB0")
+    node.rules("- devicematch: ^serial/by-id/\n- devicematch: ^snd$\n- {devicematch: U, containerpath: /dev/tty}\n")
+    link = "/dev/serial/by-id/usb-a -> /dev/ttyUSB0"
+    told = node.run("--list").stdout
+    assert link in told and "/dev/snd (1 node)\n" in told and "/dev/ttyUSB0 as /dev/tty\n" in told
+    node.plug("snd/timer")
+    told = node.run("--dry-run").stdout
+    assert f"/dev/serial/by-id/usb-a rw (the host's {link})" in told
+    assert "/dev/snd rw (the host's /dev/snd, 2 nodes)" in told and "/dev/tty rw (the host's /dev/ttyUSB0)" in told
+    daemon = start("--listen", "127.0.0.1:0")
+    kubelet.wait_for("snd", Healthy=1)
+    status = Status(daemon)
+    told = node.run("--status", status.address).stdout
+    assert link in told and "/dev/snd (2 nodes)" in told
+    page = html.unescape(status.ask("/").body)
+    assert "-> /dev/ttyUSB0" in page and "(2 nodes)" in page
+    assert status.resource("serial_by-id_usb-a")["devices"][0]["nodes"] == [
+        {
+            "host": "/dev/serial/by-id/usb-a",
+            "container": "/dev/serial/by-id/usb-a",
+            "permissions": "rw",
+            "targets": ["/dev/ttyUSB0"],
+        }
+    ]
 
 
 # The list
@@ -6351,7 +6424,8 @@ def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
         path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
-        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
+        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
+        problem="", since=1.0,
     )  # fmt: skip
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
