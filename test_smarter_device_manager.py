@@ -62,15 +62,16 @@ Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
-    """Wait until CONDITION is true, and return what it gave."""
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", patience: float = PATIENCE) -> Any:
+    """Wait until CONDITION is true, and return what it gave. WHAT says what is missing; as a function, at the end."""
     give_up = time.monotonic() + patience
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > give_up:
-            raise AssertionError(f"not within {patience} s: {what or condition}")
+            missing = what() if callable(what) else what or condition
+            raise AssertionError(f"not within {patience} s: {missing}")
         time.sleep(0.01)
 
 
@@ -163,9 +164,9 @@ class Daemon:
     def log(self) -> str:
         return Path(self._log).read_text()
 
-    def says(self, pattern: str) -> re.Match[str]:
+    def says(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
         """Wait until the log has PATTERN."""
-        return wait_for(lambda: re.search(pattern, self.log), f"{pattern!r} in the log:\n{self.log}")
+        return wait_for(lambda: re.search(pattern, self.log), lambda: f"{pattern!r} in the log:\n{self.log}", patience)
 
     def hang_up(self) -> None:
         """Have conf and devices read again."""
@@ -333,7 +334,7 @@ class Kubelet(sdm.SimulatedKubelet):
                 found.count(word) == count for word, count in health.items()
             )
 
-        wait_for(counts, f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
+        wait_for(counts, lambda: f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
 
     def take(self, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
         """Allocate these IDs (the first Healthy one where none is named) to one container."""
@@ -403,6 +404,17 @@ def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Starter)
     kubelet.wait_for("video0", Healthy=2)
     assert kubelet.gives("video0", "1") == {"/dev/video0": "/dev/video0"}
     assert daemon.stop() == 0
+
+
+def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: Node, start: Starter) -> None:
+    """This file's own helper: the failures of all tests are read by what it shows."""
+    node.rules("[]")
+    daemon = start()
+    daemon.process.wait(PATIENCE)
+    Path(daemon._log).write_text("")
+    threading.Timer(0.05, lambda: Path(daemon._log).write_text("the last line")).start()
+    with pytest.raises(AssertionError, match="'no such line' in the log:\nthe last line"):
+        daemon.says("no such line", patience=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4405,12 +4417,15 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
+OWN_THREADS = 2  # the device side, the kubelet side
+
+
 def wakes(daemon: Daemon) -> int:
-    """How often the threads of Python have slept; grpc's own, which have names, sleep as they like."""
-    threads = [task / "status" for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
-    found = [status.read_text() for status in threads]
-    ours = [text for text in found if re.match("Name:\tpython", text)]
-    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in ours)
+    """How often the daemon's own threads have slept. They start before all threads of grpc, which sleep as they like;
+    their names say nothing, for Python sets them only since 3.14."""
+    threads = sorted(int(thread) for thread in os.listdir(f"/proc/{daemon.process.pid}/task"))[:OWN_THREADS]
+    found = [Path(f"/proc/{daemon.process.pid}/task/{thread}/status").read_text() for thread in threads]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in found)
 
 
 def wait_calm(daemon: Daemon) -> None:
