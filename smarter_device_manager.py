@@ -922,6 +922,84 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+# The rules where there is no conf file: conf.yaml, word for word.
+DEFAULT_CONF = r"""
+# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
+# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
+# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+
+# Sound: the whole folder, every card with its controls, goes to a container.
+- devicematch: ^snd$
+  nummaxdevices: 20
+
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+- devicematch: ^gpiomem[0-9]*$
+  nummaxdevices: 40
+- devicematch: ^gpiochip[0-9]*$
+  nummaxdevices: 20
+
+# Bluetooth.
+- devicematch: ^hci[0-9]*$
+  nummaxdevices: 1
+
+# I2C and SPI buses.
+- devicematch: ^i2c-[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^spidev[0-9]*\.[0-9]*$
+  nummaxdevices: 1
+
+# The real-time clock.
+- devicematch: ^rtc0$
+  nummaxdevices: 20
+
+# Cameras, tuners, codecs (V4L).
+- devicematch: ^video[0-9]*$
+  nummaxdevices: 20
+
+# The VideoCore's own interfaces: message queue and shared memory.
+- devicematch: ^vchiq$
+  nummaxdevices: 20
+- devicematch: ^vcsm.*$
+  nummaxdevices: 20
+
+# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+- devicematch: ^ttyUSB[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyACM[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyTHS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyAMA[0-9]*$
+  nummaxdevices: 1
+
+# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+- devicematch: nvidia-gpu
+  nummaxdevices: 10
+
+# More than most containers should have. Take away the "# " of what you need.
+
+# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
+# - devicematch: ^net/tun$
+#   nummaxdevices: 20
+
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# - devicematch: ^fuse$
+#   nummaxdevices: 20
+
+# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
+# - devicematch: ^kvm$
+#   nummaxdevices: 20
+
+# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# - devicematch: ^dri/renderD[0-9]*$
+#   nummaxdevices: 20
+# - devicematch: ^dri/card[0-9]*$
+#   nummaxdevices: 1
+""".lstrip()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
 # algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
@@ -4048,6 +4126,8 @@ class SimulatedKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+DEFAULT_CONF_NAME = "the built-in default rules"
+WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
@@ -4123,7 +4203,7 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf,
+            conf=self._conf or DEFAULT_CONF_NAME,
             rules=len(self.rules),
             reloads=self.reloads,
             failed_reloads=self.failed_reloads,
@@ -4188,6 +4268,8 @@ class DeviceSide:
 
     def _follow_conf(self, reread: bool = False) -> bool:
         """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
+        if not self._conf:
+            return self._use_default_rules()
         found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if stamp == self._conf_stamp and not reread:
@@ -4203,6 +4285,13 @@ class DeviceSide:
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
+
+    def _use_default_rules(self) -> bool:
+        """Take over the built-in rules, which never change; whether they are new."""
+        is_first = self._conf_text is None
+        if is_first:
+            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
+        return is_first
 
     def _told(self, error: Union[ConfigError, OSError]) -> str:
         if isinstance(error, ConfigError):
@@ -4331,6 +4420,8 @@ def serve(options: argparse.Namespace) -> int:
     log_event(
         "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
     )
+    if not options.conf:
+        log_event("default-rules", WITHOUT_CONF)
     tell_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -4402,8 +4493,18 @@ def restart_lean() -> None:
     if "-m" in flags or ending != ".py":
         return  # a debugger or profiler runs the script, or it is none to import
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0] = {folder!r}; sys.exit(__import__({module!r}).main())"
+    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
+    code += f"sys.exit(__import__({module!r}).main())"
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+
+
+def _look_once(options: argparse.Namespace) -> DeviceSide:
+    """The device side after its first look, for the modes that end then. Raises Problem."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    if not options.conf:
+        print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
+    return devices
 
 
 def show_attributes(options: argparse.Namespace) -> int:
@@ -4447,8 +4548,7 @@ def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, Now.now())
     print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
     return 0
@@ -4487,16 +4587,14 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
-    print(f"{options.conf}: good, {counted(len(devices.rules), 'rule')}")
+    devices = _look_once(options)
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {counted(len(devices.rules), 'rule')}")
     return 0
 
 
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     if not devices.plan.resources:
         print(_nothing_found(devices, options))
         return 1
@@ -4515,7 +4613,7 @@ def dry_run(options: argparse.Namespace) -> int:
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf} looks for"]
+    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
@@ -4581,15 +4679,16 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
-        prog="smarter_device_manager.py",
+        prog=program_name(),
         usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    _add(parser, "--conf", "FILE", os.path.abspath, beside, "the conf file: a YAML list of rules", "--config")
+    beside = _conf_beside()
+    told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
     _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
@@ -4631,6 +4730,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
     return parser
+
+
+def program_name() -> str:
+    """The name that this program was called by."""
+    name = os.path.basename(sys.argv[0])
+    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
+
+
+def _conf_beside() -> str:
+    """The path of the conf.yaml beside the script; empty where there is none."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    return beside if os.path.lexists(beside) else ""
+
+
+def _conf_path(text: str) -> str:
+    return os.path.abspath(text) if text else ""
 
 
 def _add(
@@ -4734,7 +4849,7 @@ def main() -> int:
     try:
         return mode(options)
     except Problem as error:
-        print(f"smarter_device_manager.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1220,6 +1220,62 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
     assert done.stderr == f"smarter_device_manager.py: cannot read the conf file {node.conf}: Permission denied\n"
 
 
+def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
+    """Copied to a machine by itself, without a conf: what it uses then is said, and is conf.yaml word for word."""
+    assert (HERE / "conf.yaml").read_text() == sdm.DEFAULT_CONF
+    alone = node.root / "alone.py"
+    shutil.copy(SCRIPT, alone)
+    node.sysfs("gpu.0", {})
+    options = node.options()[2:]
+    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+    done = run("--check")
+    assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
+    assert done.stderr == told
+    done = run("--list")
+    assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == told
+    (node.root / "conf.yaml").write_text("- devicematch: a\n")  # beside the script
+    assert run("--check").stdout == f"{node.root}/conf.yaml: good, 1 rule\n"
+    assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the conf file /nowhere: ")
+
+
+def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> None:
+    called = node.root / "sdm"
+    called.symlink_to(SCRIPT)
+    assert os.access(SCRIPT, os.X_OK)
+    for arguments in (["--no-such-option"], [*node.options(), "--check"]):
+        done = subprocess.run([sys.executable, called, *arguments], check=False, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith("sdm: ")
+    assert "usage: sdm " in subprocess.run([called, "--help"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_daemon_says_that_it_has_the_built_in_rules(node: Node) -> None:
+    """And under the name that it was called by, also where it has started itself over."""
+    alone = node.root / "alone.py"
+    for name in ("smarter_device_manager.py", "api_pb2.py", "api_pb2_grpc.py"):
+        shutil.copy(HERE / name, node.root / ("alone.py" if name.startswith("smarter") else name))
+    command = [sys.executable, str(alone), *node.options()[2:], "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        lines = []
+        for line in daemon.stderr or ():
+            lines.append(line)
+            if "waiting for it" in line:
+                break
+        daemon.send_signal(signal.SIGHUP)  # which has nothing to read again
+        daemon.terminate()
+        lines += daemon.stderr or ()
+    assert daemon.returncode == 0
+    assert sum("the built-in default rules are used" in line for line in lines) == 1
+    assert not any("read again" in line or "cannot" in line for line in lines)
+    shutil.rmtree(node.plugins)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("alone.py: there is no directory")
+
+
 def test_list_shows_what_is_offered_what_not_and_why(node: Node) -> None:
     node.sysfs("gpu.0", {})
     (node.dev / "video0").write_text("")
