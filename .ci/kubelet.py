@@ -19,7 +19,8 @@ async def main() -> None:
         for name in kubelet.clients.keys() - said:
             if kubelet.clients[name].lists:
                 said.add(name)
-                print(f"{name} has {len(kubelet.devices(name))} slots after {time.monotonic() - started:.3f} s", flush=True)
+                seconds = time.monotonic() - started
+                print(f"{name} has {len(kubelet.devices(name))} slots after {seconds:.3f} s", flush=True)
         await asyncio.sleep(0.005)
 
 

@@ -238,6 +238,98 @@ def test_a_config_becomes_a_configmap_that_the_daemon_reads(tmp_path: Path) -> N
     assert_valid(objects)
 
 
+# ------------------------------------------- The values of the Go program's chart
+
+
+GO_RULES = [
+    {"devicematch": "^snd$", "nummaxdevices": 20},
+    {"devicematch": "^ttyUSB[0-9]*$", "nummaxdevices": 1},
+    {"devicematch": "^nitro_enclaves$", "nummaxdevices": 1},
+]
+GO_VALUES = f"""
+application:
+  appName: smarter-device-manager
+image:
+  repository: ghcr.io/smarter-project/smarter-device-manager
+  tag: ""
+  pullPolicy: IfNotPresent
+config: {json.dumps(GO_RULES)}
+"""
+
+
+def test_the_go_charts_values_mean_the_same(tmp_path: Path) -> None:
+    """Its values file, which has no nodeSelector and no other key than these; config there is a comment at first."""
+    values = yaml.safe_load(GO_VALUES)
+    objects = render(values)
+    assert pick(objects, "DaemonSet")["metadata"]["name"] == pick(objects, "ConfigMap")["metadata"]["name"] == NAME
+    assert container(objects)["image"] == f"{values['image']['repository']}:{sdm.__version__}"  # its appVersion, then
+    assert pod(objects)["nodeSelector"] == {NAME: "enabled"}
+    conf = pick(objects, "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == GO_RULES
+    check(conf, tmp_path)
+    del values["config"]
+    assert yaml.safe_load(pick(render(values), "ConfigMap")["data"]["conf.yaml"]) == RULES
+
+
+def test_a_node_selector_replaces_the_default_one() -> None:
+    assert pod(render())["nodeSelector"] == {NAME: "enabled"}
+    assert pod(render({"nodeSelector": {"edge": "yes"}}))["nodeSelector"] == {"edge": "yes"}
+    two = {"kubernetes.io/os": "linux", "disk": "ssd"}
+    assert pod(render({"nodeSelector": two}))["nodeSelector"] == two
+
+
+TEXT = "# Two rules\n- devicematch: ^snd$\n  nummaxdevices: 20\n\n- devicematch: 'ü{{x}}'\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "conf"),
+    [
+        (TEXT, TEXT),
+        ("\n" + TEXT + "\n\n", TEXT),
+        ([], CONF.read_text()),
+        (None, CONF.read_text()),
+        ("", CONF.read_text()),
+    ],
+)
+def test_config_can_be_a_block_of_text_or_nothing(tmp_path: Path, config: Any, conf: str) -> None:
+    objects = render({"config": config})
+    assert pick(objects, "ConfigMap")["data"]["conf.yaml"] == conf
+    check(conf, tmp_path)
+    assert_valid(objects)
+
+
+@pytest.mark.parametrize(("slots", "number"), [("20", 20), ("0020", 20), ("0", 0), ("10000", 10000), (7, 7)])
+def test_a_number_of_slots_may_be_in_quotes(tmp_path: Path, slots: Any, number: int) -> None:
+    objects = render({"config": [{"devicematch": "^a$", "nummaxdevices": slots, "env": {"A": "20"}}]})
+    conf = pick(objects, "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == [{"devicematch": "^a$", "nummaxdevices": number, "env": {"A": "20"}}]
+    check(conf, tmp_path)
+
+
+def test_a_parent_chart_can_have_it_under_a_condition(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(CHART, parent / "charts" / NAME)
+    dependency = {"name": NAME, "version": "1.0.0", "repository": "", "condition": f"{NAME}.enabled"}
+    metadata = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(metadata))
+    for enabled in (True, False):
+        values = {"global": {"site": "home"}, NAME: {"enabled": enabled, "config": TEXT}}
+        assert [item["kind"] for item in render(values, parent)] == (["ConfigMap", "DaemonSet"] if enabled else [])
+
+
+def test_the_notes_name_the_label_and_warn_of_the_go_programs_image() -> None:
+    def notes(values: dict[str, Any]) -> str:
+        with helm().chart.Chart.load(CHART) as chart:
+            texts = chart.render(values, name="r", namespace="kube-system")
+        (text,) = (text for path, text in texts.items() if path.endswith("NOTES.txt"))
+        return text
+
+    assert "kubectl label node NAME smarter-device-manager=enabled\n" in notes({})
+    assert "kubectl label node NAME edge=yes\n" in notes({"nodeSelector": {"edge": "yes"}})
+    assert "WARNING" not in notes({})
+    assert "is the image of the Go program" in notes(yaml.safe_load(GO_VALUES))
+
+
 def test_a_changed_config_rolls_nothing() -> None:
     one, other = ([{"devicematch": text}] for text in ("^a$", "^b$"))
     assert pick(render({"config": one}), "DaemonSet") == pick(render({"config": other}), "DaemonSet")
@@ -258,8 +350,9 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "application.appName": ("cameras", '"name": "cameras"'),
     "image.repository": ("registry.local:5000/sdm", '"registry.local:5000/sdm:1.0.0"'),
     "image.tag": ("2.0.0", '"smarter-device-manager:2.0.0"'),
+    "image.tag ": ("1.0.0@sha256:" + "0a" * 32, '"smarter-device-manager:1.0.0@sha256:' + "0a" * 32 + '"'),
     "image.pullPolicy": ("Always", '"imagePullPolicy": "Always"'),
-    "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes", "smarter-device-manager": "enabled"}'),
+    "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes"}'),
     "config": ([{"devicematch": "^null$"}], r'- {\"devicematch\":\"^null$\"}\n'),
     "kubeletDir": ("/data/kubelet", '"/data/kubelet/device-plugins"'),
     "domain": ("example.com", '"--domain=example.com"'),
@@ -276,7 +369,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
-    for key in reversed(path.split(".")):
+    for key in reversed(path.strip().split(".")):
         value = {key: value}
     return value
 
@@ -294,7 +387,7 @@ def test_no_value_is_without_a_case() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     groups = ("application", "image", "metrics", "podMonitor")
     paths = [f"{key}.{name}" for key in groups for name in values[key]] + [key for key in values if key not in groups]
-    assert sorted(paths) == sorted(CHANGED)
+    assert sorted(paths) == sorted(path for path in CHANGED if not path.endswith(" "))
 
 
 def test_without_metrics_there_is_no_port_and_no_probe() -> None:
@@ -310,8 +403,11 @@ def test_without_metrics_there_is_no_port_and_no_probe() -> None:
         {"config": [{"nummaxdevices": 1}]},
         {"config": [{"devicematch": "^a$", "nummaxdevices": 10001}]},
         {"config": [{"devicematch": "^a$", "attributes": {"idVendor": 1234}}]},
-        {"config": []},
-        {"config": "- devicematch: x"},
+        {"config": [{"devicematch": "^a$", "nummaxdevices": "10001"}]},
+        {"config": [{"devicematch": "^a$", "nummaxdevices": "1.5"}]},
+        {"config": {"devicematch": "^a$"}},
+        {"enabled": "yes"},
+        {"image": {"tag": "1.0.0@sha256:0a"}},
         {"kubeletDir": "var/lib/kubelet"},
         {"kubeletDir": "/var/lib/kubelet/"},
         {"domain": "Smarter"},
