@@ -16,6 +16,8 @@ of kubelet are followed.
     smarter_device_manager.py --check           is the conf file good?
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
+    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
 The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
 Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
@@ -4605,7 +4607,7 @@ ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
@@ -5164,13 +5166,415 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
+# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
+DEFAULT_NAMESPACE = "kube-system"
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
+# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
+# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths={plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+MANIFEST = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+  conf.yaml: |2
+{conf}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager-script
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: smarter-device-manager
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxSurge: 1
+      maxUnavailable: 0
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: smarter-device-manager
+      annotations:
+        smarter-device-manager/script: {digest} # another script is another pod
+    spec:
+      nodeSelector:
+        smarter-device-manager: enabled
+      tolerations:
+        - operator: Exists
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -c
+            - |2
+{install}
+          workingDir: /app
+          env:
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: TMPDIR
+              value: /packages
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+      containers:
+        - name: smarter-device-manager
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -m
+            - smarter_device_manager
+          args:
+            - --plugin-dir=/var/lib/kubelet/device-plugins
+            - --dev-dir=/host/dev
+            - --sys-dir=/host/sys
+            - --listen=:8080
+{options}          workingDir: /app
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+            - name: SMARTER_DEVICE_MANAGER_CONF
+              value: /root/config/conf.yaml
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: PYTHONDONTWRITEBYTECODE
+              value: "1"
+            - name: MALLOC_ARENA_MAX
+              value: "1"
+          ports:
+            - name: http
+              containerPort: 8080
+          startupProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            initialDelaySeconds: 2
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 30
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            periodSeconds: 10
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet:
+              path: /readyz
+              port: http
+            periodSeconds: 5
+            timeoutSeconds: 5
+          resources:
+            requests:
+              cpu: 10m
+              memory: 48Mi
+            limits:
+              memory: 192Mi
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: plugins
+              mountPath: /var/lib/kubelet/device-plugins
+            - name: pod-resources
+              mountPath: /var/lib/kubelet/pod-resources
+              readOnly: true
+            - name: dev
+              mountPath: /host/dev
+              readOnly: true
+              recursiveReadOnly: IfPossible
+            - name: sys-dev
+              mountPath: /host/sys/dev
+              readOnly: true
+            - name: sys-devices
+              mountPath: /host/sys/devices
+              readOnly: true
+            - name: config
+              mountPath: /root/config
+              readOnly: true
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+              readOnly: true
+      volumes:
+        - name: plugins
+          hostPath:
+            path: {plugin_dir}
+            type: Directory
+        - name: pod-resources
+          hostPath:
+            path: {pod_resources}
+            type: DirectoryOrCreate
+        - name: dev
+          hostPath:
+            path: /dev
+            type: Directory
+        - name: sys-dev
+          hostPath:
+            path: /sys/dev
+            type: Directory
+        - name: sys-devices
+          hostPath:
+            path: /sys/devices
+            type: Directory
+        - name: config
+          configMap:
+            name: smarter-device-manager
+        - name: script
+          configMap:
+            name: smarter-device-manager-script
+        - name: packages
+          hostPath:
+            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
+            type: DirectoryOrCreate
+"""
+
+# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
+# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
+    if status:
+        sys.exit(status)
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+
+def print_systemd_unit(options: argparse.Namespace) -> int:
+    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    for path in (sys.executable, f"{folder}/{name}", options.conf):
+        if path.startswith(HOME_FOLDERS):
+            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
+    if options.listen:
+        given.append(f"--listen={tell_address(options.listen)}")
+        network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
+        if options.listen[0] in LOOPBACK:
+            network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
+    print(
+        SYSTEMD_UNIT.format(
+            folder=_systemd_word(folder),
+            module=os.path.splitext(name)[0],
+            python=_systemd_word(sys.executable),
+            plugin_dir=_systemd_word(options.plugin_dir),
+            options="".join(f" {_systemd_word(option)}" for option in given),
+            network=network,
+        ),
+        end="",
+    )
+    return 0
+
+
+def _systemd_word(text: str) -> str:
+    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
+    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
+    what is as it is by default is left out."""
+    shown = {
+        **{path: getattr(options, path) for path in paths},
+        "domain": options.domain,
+        "interval": f"{options.interval:g}",
+        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
+        "log_format": options.log_format,
+    }
+    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
+    defaults.update(interval="1", log_format="text")
+    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def print_manifest(options: argparse.Namespace) -> int:
+    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
+    import hashlib
+
+    print(
+        MANIFEST.format(
+            namespace=options.namespace or DEFAULT_NAMESPACE,
+            image=options.image or DEFAULT_IMAGE,
+            conf=_indented(_read_good_conf(options.conf), 4),
+            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
+            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
+            install=_indented(INSTALL_PACKAGES, 14),
+            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
+            plugin_dir=json.dumps(options.plugin_dir),
+            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _indented(text: str, spaces: int) -> str:
+    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise Problem(
+            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+        ) from None
+
+
+def _read_good_conf(path: str) -> str:
+    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    try:
+        text = read_conf(path) if path else DEFAULT_CONF
+        parse_rules(text)
+    except ConfigError as error:
+        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    except OSError as error:
+        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
+        "        --systemd-unit | --manifest | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
+        "says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
@@ -5214,9 +5618,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
+    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
+    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
     return parser
 
 
@@ -5289,6 +5699,18 @@ def _domain(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
+        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+    return text
+
+
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
@@ -5328,10 +5750,21 @@ def main() -> int:
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
+    if (options.image or options.namespace) and not options.manifest:
+        parser.error("--image and --namespace go with --manifest")
+    if options.json and not options.list and options.status is None:
+        parser.error("--json goes with --list and --status")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
+    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": check,
+        "list": show_list,
+        "dry_run": dry_run,
+        "status": show_status,
+        "systemd_unit": print_systemd_unit,
+        "manifest": print_manifest,
+    }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
     try:
         if mode is not serve:

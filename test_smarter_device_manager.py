@@ -1231,7 +1231,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1392,6 +1392,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
