@@ -4430,25 +4430,108 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class ConfFile:
+    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+
+    Where PATH is empty the built-in rules are in force, which never change.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.error = ""  # why the file as it is now is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
+        self._text: Optional[str] = None  # that the rules in force come from
+        self._refused_text: Optional[str] = None
+
+    def start(self) -> None:
+        """Take over the first rules. Raises Problem where there are no good ones."""
+        try:
+            self._take_over(self._read())
+        except (ConfigError, OSError) as error:
+            raise Problem(self._describe(error)) from None
+
+    def follow(self, reread: bool = False) -> bool:
+        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+
+        What is wrong with it is logged once.
+        """
+        text = None
+        try:
+            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
+                return False
+            text = self._read()
+            if text == self._refused_text and not reread:
+                return False
+            has_new_rules = self._take_over(text)
+        except (ConfigError, OSError) as error:
+            self._refuse(error, text, reread)
+            return False
+        if has_new_rules or self.error:
+            self.reloads += 1
+            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+        self.error, self._refused_text = "", None
+        return has_new_rules
+
+    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
+        """What tells one content of the file from another, and whether it does so already."""
+        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def _read(self) -> str:
+        """The text of the file. Raises ConfigError and OSError."""
+        if not self._path:
+            return DEFAULT_CONF
+        self._stamp = ()
+        stamp, has_settled = self._find_stamp()
+        try:
+            return read_conf(self._path)
+        except OSError:
+            has_settled = False
+            raise
+        finally:
+            self._stamp = stamp if has_settled else ()
+
+    def _take_over(self, text: str) -> bool:
+        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        has_new_rules = text != self._text
+        if has_new_rules:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+        return has_new_rules
+
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], is_told_again: bool) -> None:
+        """Note that the file as it is now, which has TEXT if that is known, is refused."""
+        description = self._describe(error)
+        if is_told_again or description != self.error:
+            self.failed_reloads += 1
+            log_event("conf-refused", f"{description}; the last good rules stay in force", logging.ERROR)
+        self.error, self._refused_text = description, text
+
+    def _describe(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._path}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._path}: {error.strerror}"
+
+
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
     def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.conf_error = ""
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() of the last good conf
         self.scan_seconds = 0.0  # that the last look at /dev took
-        self._conf = conf
+        self._conf_name = conf or DEFAULT_CONF_NAME
+        self._conf = ConfFile(conf)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
-        self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -4464,19 +4547,17 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        try:
-            self._follow_conf()
-            self.turn()
-            if self.plan.clashes:
-                raise self.plan.clashes[0]
-        except (ConfigError, OSError) as error:
-            raise Problem(self._told(error)) from None
+        self._conf.start()
+        self._matcher = Matcher(self._conf.rules)
+        self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        has_new_rules = self._reload(reread)
+        has_new_rules = self._conf.follow(reread)
+        if has_new_rules:
+            self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
         plans = []
@@ -4494,12 +4575,12 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf or DEFAULT_CONF_NAME,
+            conf=self._conf_name,
             rules=len(self.rules),
-            reloads=self.reloads,
-            failed_reloads=self.failed_reloads,
-            read_at=self.read_at,
-            conf_error=self.conf_error,
+            reloads=self._conf.reloads,
+            failed_reloads=self._conf.failed_reloads,
+            read_at=self._conf.read_at,
+            conf_error=self._conf.error,
             dev_problem=self._dev_problem,
             scan_seconds=self.scan_seconds,
         )
@@ -4532,62 +4613,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, left_out = track(
+            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        )
+        self.plan = make_plan(self._tracked, left_out, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
-        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
-
-    def _reload(self, reread: bool) -> bool:
-        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
-        try:
-            has_new_rules = self._follow_conf(reread)
-        except (ConfigError, OSError) as error:
-            told = self._told(error)
-            if reread or told != self.conf_error:
-                self.failed_reloads += 1
-                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
-            self.conf_error = told
-            self._conf_stamp = ()
-            return False
-        if has_new_rules or (self.conf_error and self._conf_stamp):
-            self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
-            self.conf_error = ""
-        return has_new_rules
-
-    def _follow_conf(self, reread: bool = False) -> bool:
-        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
-        if not self._conf:
-            return self._use_default_rules()
-        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._conf_stamp and not reread:
-            return False
-        text = read_conf(self._conf)
-        has_changed = text != self._conf_text
-        if has_changed:
-            matcher = Matcher(parse_rules(text))
-            _, plan = self._plan_with(matcher, self.snapshot)
-            if plan.clashes:
-                raise plan.clashes[0]
-            self._matcher, self._conf_text = matcher, text
-        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
-        self.read_at = time.time()
-        return has_changed
-
-    def _use_default_rules(self) -> bool:
-        """Take over the built-in rules, which never change; whether they are new."""
-        is_first = self._conf_text is None
-        if is_first:
-            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
-        return is_first
-
-    def _told(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
 def tell_changes(old: Plan, new: Plan) -> None:
