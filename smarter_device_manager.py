@@ -28,6 +28,7 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import binascii
 import dataclasses
 import errno
 import fcntl
@@ -4202,7 +4203,9 @@ class StatusServer:
             for name, link in links.items()
             if not link.ready
         ]
-        return plain(503 if unready else 200, unready or ["ok"])
+        error = self.stats.conf_error
+        more = [f"the conf file is refused, the last good rules are in force: {printable(error)}"] if error else []
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *more])
 
     def _registration_state(self, name: str) -> RegistrationState:
         """How the resource NAME stands with kubelet."""
@@ -4430,13 +4433,83 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class KeptConf:
+    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+
+    Its first line says which file that is, and has a checksum of the rest.
+    """
+
+    def __init__(self, path: str, conf: str) -> None:
+        self.path = path
+        self._conf = conf
+        self._is_failing = False
+
+    def read(self) -> Tuple[str, float]:
+        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
+        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no plain file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("others than root can have written it")
+            first_line = file.readline(CONF_BYTES)
+            data = file.read(CONF_BYTES + 1)
+        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
+            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+        return data.decode(), found.st_mtime
+
+    def write(self, text: str) -> None:
+        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+        try:
+            if self.read()[0] == text:
+                return
+        except (OSError, ValueError):
+            pass  # it is replaced
+        try:
+            self._replace(text.encode())
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                log_event("conf-not-kept", sentence, logging.WARNING)
+            self._is_failing = True
+
+    def _replace(self, data: bytes) -> None:
+        new = f"{self.path}.new"
+        if os.path.lexists(new):
+            os.unlink(new)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._first_line(data) + data)
+            os.rename(new, self.path)
+        except OSError:
+            os.unlink(new)
+            raise
+
+    def _first_line(self, data: bytes) -> bytes:
+        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
+        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+
+
+def _open_no_link_at_once(path: str, flags: int) -> int:
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def kept_conf_path(plugin_dir: str, domain: str) -> str:
+    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+
+
 class ConfFile:
     """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
 
-    Where PATH is empty the built-in rules are in force, which never change.
+    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
+    text is kept there, and its rules are in force after a start with a broken one.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: Tuple[Rule, ...] = ()  # in force
         self.error = ""  # why the file as it is now is refused
         self.reloads = self.failed_reloads = 0
@@ -4445,13 +4518,31 @@ class ConfFile:
         self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
         self._text: Optional[str] = None  # that the rules in force come from
         self._refused_text: Optional[str] = None
+        self._kept = KeptConf(kept_path, path) if kept_path and path else None
 
     def start(self) -> None:
         """Take over the first rules. Raises Problem where there are no good ones."""
+        text = None
         try:
-            self._take_over(self._read())
+            text = self._read()
+            self._take_over(text)
         except (ConfigError, OSError) as error:
-            raise Problem(self._describe(error)) from None
+            if not self._kept or not self._restore(self._kept):
+                raise Problem(self._describe(error)) from None
+            self._refuse(error, text, f", from {self._kept.path}")
+
+    def _restore(self, kept: KeptConf) -> bool:
+        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        try:
+            text, kept_at = kept.read()
+            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or str(error)
+            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            return False
+        return True
 
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
@@ -4467,7 +4558,11 @@ class ConfFile:
                 return False
             has_new_rules = self._take_over(text)
         except (ConfigError, OSError) as error:
-            self._refuse(error, text, reread)
+            if isinstance(error, OSError):
+                self._stamp = ()
+            if reread or self._describe(error) != self.error:
+                self._refuse(error, text)
+            self._refused_text = text
             return False
         if has_new_rules or self.error:
             self.reloads += 1
@@ -4501,15 +4596,15 @@ class ConfFile:
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
         self.read_at = time.time()
+        if self._kept:
+            self._kept.write(text)
         return has_new_rules
 
-    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], is_told_again: bool) -> None:
-        """Note that the file as it is now, which has TEXT if that is known, is refused."""
-        description = self._describe(error)
-        if is_told_again or description != self.error:
-            self.failed_reloads += 1
-            log_event("conf-refused", f"{description}; the last good rules stay in force", logging.ERROR)
-        self.error, self._refused_text = description, text
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
+        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        self.error, self._refused_text = self._describe(error), text
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
 
     def _describe(self, error: Union[ConfigError, OSError]) -> str:
         if isinstance(error, ConfigError):
@@ -4520,12 +4615,13 @@ class ConfFile:
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "") -> None:
+        """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
         self.scan_seconds = 0.0  # that the last look at /dev took
         self._conf_name = conf or DEFAULT_CONF_NAME
-        self._conf = ConfFile(conf)
+        self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
@@ -4732,7 +4828,8 @@ def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    kept_path = kept_conf_path(options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
     devices.start()
     load_grpc()
     thread = KubeletThread(options)
