@@ -347,6 +347,10 @@ class Kubelet(sdm.SimulatedKubelet):
 
         return self.do(allocate()).container_responses[0]
 
+    def starts(self, resource: str, *ids: str) -> None:
+        """Ask whether a container with these IDs may start, as before each start of it."""
+        self.do(self.start_container(self.name(resource), ids))
+
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The nodes that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
@@ -1451,7 +1455,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1603,7 +1607,7 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
     done = bare("--check", f"--{option}={value}")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 3  # two of usage
+    assert done.stderr.count("\n") == 4  # three of usage
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert variable not in last
@@ -1612,6 +1616,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4576,7 +4673,7 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+        assert words == sdm.printable(f'smarter-devices/null: no device ID "{wrong[:200]}"')
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -4861,7 +4958,7 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
-OWN_THREADS = 2  # the device side, the kubelet side
+OWN_THREADS = 3  # the device side, the log, the kubelet side
 
 
 def wakes(daemon: Daemon) -> int:
@@ -5428,7 +5525,7 @@ CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
-    "kubelet side, a plan": "sdm.slots_of = fail",
+    "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
@@ -6190,7 +6287,9 @@ def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
 
 @pytest.mark.parametrize("interval", [0.01, 0.1, 0.5, 1.0, 60.0])
 def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, interval: float) -> None:
-    given = argparse.Namespace(interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev")
+    given = argparse.Namespace(
+        interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev", sys_dir="/sys"
+    )
     thread = sdm.KubeletThread(given)
     thread._loop.close()
     allowed = sdm.MAX_MISSED_HEARTBEATS * max(interval, sdm.LOOK_SECONDS)
@@ -6816,7 +6915,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     daemon = broken_daemon(node, "sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
-    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -6884,7 +6983,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
@@ -6900,7 +6999,8 @@ def hostile_document() -> dict[str, Any]:
         moment=moment, node=HOSTILE_WORD, domain=HOSTILE_WORD, plan=plan,
         stats=sdm.DeviceSideStats(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
         heartbeats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
-        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0},
+        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0,
+                 "internal_errors": 1, "log_lines_dropped": 1},
         events=[
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
         ],
@@ -7147,7 +7247,7 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
 def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.counted(number, "slot") == told
+    assert sdm.pluralize(number, "slot") == told
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
