@@ -16,11 +16,13 @@ of kubelet are followed.
     smarter_device_manager.py --check           is the conf file good?
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
+    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Stand-in kubelet, Command line.
-Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled)
-and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream).
-What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
+Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
+/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
+stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -31,12 +33,16 @@ import argparse
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import itertools
 import json
 import logging
+import logging.handlers
 import os
+import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -922,6 +928,84 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+# The rules where there is no conf file: conf.yaml, word for word.
+DEFAULT_CONF = r"""
+# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
+# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
+# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+
+# Sound: the whole folder, every card with its controls, goes to a container.
+- devicematch: ^snd$
+  nummaxdevices: 20
+
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+- devicematch: ^gpiomem[0-9]*$
+  nummaxdevices: 40
+- devicematch: ^gpiochip[0-9]*$
+  nummaxdevices: 20
+
+# Bluetooth.
+- devicematch: ^hci[0-9]*$
+  nummaxdevices: 1
+
+# I2C and SPI buses.
+- devicematch: ^i2c-[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^spidev[0-9]*\.[0-9]*$
+  nummaxdevices: 1
+
+# The real-time clock.
+- devicematch: ^rtc0$
+  nummaxdevices: 20
+
+# Cameras, tuners, codecs (V4L).
+- devicematch: ^video[0-9]*$
+  nummaxdevices: 20
+
+# The VideoCore's own interfaces: message queue and shared memory.
+- devicematch: ^vchiq$
+  nummaxdevices: 20
+- devicematch: ^vcsm.*$
+  nummaxdevices: 20
+
+# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+- devicematch: ^ttyUSB[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyACM[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyTHS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyAMA[0-9]*$
+  nummaxdevices: 1
+
+# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+- devicematch: nvidia-gpu
+  nummaxdevices: 10
+
+# More than most containers should have. Take away the "# " of what you need.
+
+# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
+# - devicematch: ^net/tun$
+#   nummaxdevices: 20
+
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# - devicematch: ^fuse$
+#   nummaxdevices: 20
+
+# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
+# - devicematch: ^kvm$
+#   nummaxdevices: 20
+
+# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# - devicematch: ^dri/renderD[0-9]*$
+#   nummaxdevices: 20
+# - devicematch: ^dri/card[0-9]*$
+#   nummaxdevices: 1
+""".lstrip()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
 # algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
@@ -1102,8 +1186,7 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. What comes of it is a path free of links, for the
-    container runtime opens it later and by itself. Raises OSError where /dev cannot be looked at.
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1296,6 +1379,13 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
+class HeldAttribute(NamedTuple):
+    """An attribute that a rule asked for, and the value with which a device had it."""
+
+    name: str
+    value: str
+
+
 class Sysfs:
     """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
 
@@ -1306,6 +1396,7 @@ class Sysfs:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
         self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
+        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[HeldAttribute, ...]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
         self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
@@ -1316,6 +1407,7 @@ class Sysfs:
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         has_mismatches = any(self._mismatches.values())
         self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
+        self._held = {key: held for key, held in self._held.items() if key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         return has_mismatches
 
@@ -1340,6 +1432,11 @@ class Sysfs:
                 self._settling[key] = node
         return mismatch
 
+    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
+        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
+        keys = ((node.entry.generation, attributes) for node in nodes)
+        return next((self._held[key] for key in keys if self._mismatches.get(key) == ""), ())
+
     def has_news(self) -> bool:
         """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
         now = time.monotonic()
@@ -1355,13 +1452,16 @@ class Sysfs:
 
     def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         chain = list(self.chain(node.entry))
-        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
-            return ""
+        for folder in chain:
+            held = _held_in(folder, attributes)
+            if held:
+                self._held[node.entry.generation, attributes] = held
+                return ""
         told = []
         for attribute in attributes:
-            values = (read_attribute(folder, attribute.name) for folder in chain)
-            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
-            told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
+            told.append(
+                f"its {attribute.name} is {shown_values(chain, attribute.name)} (asked for: {attribute.pattern})"
+            )
         return "; ".join(told)
 
     def chain(self, entry: Entry) -> Iterator[str]:
@@ -1431,9 +1531,33 @@ def _is_telling(value: str) -> bool:
     return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
 
 
-def _attribute_holds(folder: str, attribute: Attribute) -> bool:
-    value = read_attribute(folder, attribute.name)
-    return value is not None and attribute.match.fullmatch(value) is not None
+def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
+    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    held = []
+    for attribute in attributes:
+        value = read_attribute(folder, attribute.name)
+        if value is None or not attribute.match.fullmatch(value):
+            return ()
+        held.append(HeldAttribute(attribute.name, value))
+    return tuple(held)
+
+
+def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    folders = list(chain)
+    if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
+        return ""
+    changes = []
+    for name, old in attributes:
+        if old not in [read_attribute(folder, name) for folder in folders]:
+            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
+    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+
+
+def shown_values(folders: Iterable[str], name: str) -> str:
+    """The values that the attribute NAME has in FOLDERS, in words."""
+    values = (read_attribute(folder, name) for folder in folders)
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1448,11 +1572,17 @@ T = TypeVar("T")
 
 
 class DeviceSpec(NamedTuple):
-    """A node that a container is given: DeviceSpec of the device plugin API."""
+    """What a container is given: DeviceSpec of the device plugin API.
+
+    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
+    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
+    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    """
 
     host: str
     container: str
     permissions: str
+    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
 
 
 class Part(NamedTuple):
@@ -1475,6 +1605,7 @@ class Device:
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
     identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
@@ -1696,6 +1827,7 @@ def _device(
         env=tuple(env.items()),
         numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
         identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
+        attributes=sysfs.held(rule.attributes, device_seen.nodes) if rule.attributes else (),
         specs=(),
         problem=device_seen.problem,
         since=device_seen.since,
@@ -1713,8 +1845,9 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """The nodes that a container with DEVICE is given, as TREE has them. Raises NotADevice, naming what is missing."""
-    specs: Dict[str, DeviceSpec] = {}
+    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -1727,17 +1860,32 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
             raise NotADevice("another device stands there since just now")
-        for node in nodes:
-            spec = DeviceSpec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
-            _place(specs, spec)
-    return list(specs.values())
+        places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+    return specs
 
 
-def _place(specs: Dict[str, DeviceSpec], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS, which are by container path. Raises NotADevice where another node has that path."""
-    there = specs.setdefault(spec.container, spec)
-    if there.host != spec.host:
-        raise NotADevice(f"{there.host} and {spec.host} would both be {spec.container} in the container")
+def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
+    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+
+    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    """
+    for host, container in spec.nodes:
+        if given.get(container, host) != host:
+            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+    if all(container in given for _, container in spec.nodes):
+        return
+    for other in specs:
+        if other.container == spec.container:  # the kubelet would drop the second one
+            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+    specs.append(spec)
+    given.update((container, host) for host, container in spec.nodes)
+
+
+def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
+    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
+    return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
@@ -1792,7 +1940,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
         if device is None:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[device.path] = device
-    specs: Dict[str, DeviceSpec] = {}
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
         if not device.parts and device.problem:
@@ -1803,12 +1952,12 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
             raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
         for spec in found:
             try:
-                _place(specs, spec)
+                _add_spec(specs, given, spec)
             except NotADevice as error:
                 raise AllocationError("FAILED_PRECONDITION", str(error)) from None
         for name, value in device.env:
             env.setdefault(name, {})[value] = None
-    return ContainerAllocation(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
+    return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
@@ -1829,14 +1978,15 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plugin: the DevicePlugin service of one resource, and the line of the log that each event makes. Everything from here
-# on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
+# Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
+# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
+MAX_TRACEBACK_LINES = 100
+MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
+FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
 
 MAX_EVENTS = 100  # that are kept for whoever asks
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
@@ -1850,6 +2000,17 @@ class Problem(Exception):
     """Something that a person can put right; the text is one sentence that says what, where and how."""
 
 
+@dataclass
+class LogCounts:
+    """What the log has counted since the process started."""
+
+    dropped_lines: int = 0
+    internal_errors: int = 0
+
+
+log_counts = LogCounts()
+
+
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
     """Log one EVENT: a plain SENTENCE, then its FIELDS."""
     log.log(level, sentence, extra={"event": event, "fields": fields})
@@ -1858,25 +2019,41 @@ def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: ob
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    log_event(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+    log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
-def _joined(names: Sequence[str]) -> str:
+def log_internal_error(sentence: str) -> None:
+    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    log_counts.internal_errors += 1
+    extra = {"event": "internal-error", "fields": {}}
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """NAMES as the value of a field, the first MAX_NAMES of them."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value."""
+    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        told = [f"{key}={_quoted(str(value))}" for key, value in fields.items()]
-        line = " ".join([utc(record.created), record.levelname, printable(record.getMessage()), *told])
-        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        line = " ".join([utc(record.created), record.levelname, message, *fields])
+        return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+
+
+def _traceback_lines(record: logging.LogRecord) -> List[str]:
+    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    if not record.exc_info:
+        return []
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
 class JsonFormatter(logging.Formatter):
@@ -1885,7 +2062,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
         if record.exc_info:
-            document["traceback"] = self.formatException(record.exc_info)
+            document["traceback"] = "\n".join(_traceback_lines(record))
         return json.dumps(document)
 
 
@@ -1895,9 +2072,70 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
         "time": utc(record.created),
         "level": record.levelname.lower(),
         "event": getattr(record, "event", "log"),
-        "message": record.getMessage(),
+        "message": truncate(record.getMessage(), MAX_MESSAGE),
         **getattr(record, "fields", {}),
     }
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
+        super().__init__(self.lines)
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            log_counts.dropped_lines += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
+    manager."""
+
+    def __init__(self, log_queue: LogQueue) -> None:
+        super().__init__(log_queue.lines)
+        self._lines = log_queue.lines
+        # Where there is no stderr, some other file may have its number.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
+        self._reported = 0  # of the lines that were dropped
+
+    def __enter__(self) -> LogWriter:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
+        base class, would wait for a reader that may never come."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+
+    def handle(self, record: Any) -> None:
+        try:
+            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
+        except OSError:
+            log_counts.dropped_lines += 1
+            return
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
+            self._reported += dropped
+            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+
+    def _write(self, data: bytes) -> None:
+        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # who else has this file made it so
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
 
 
 def utc(seconds: float) -> str:
@@ -1905,13 +2143,18 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """NUMBER of what NOUN names: 1 slot, 2 slots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def truncate(text: str, limit: int) -> str:
+    """TEXT, or its first LIMIT characters and three dots."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape."""
+    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -1925,7 +2168,8 @@ class EventRing(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "event"):
             event = {
-                key: value if type(value) is int else cut_text(str(value)) for key, value in event_of(record).items()
+                key: value if type(value) is int else truncate(str(value), MAX_TEXT)
+                for key, value in event_of(record).items()
             }
             self._events = [event, *self._events[: MAX_EVENTS - 1]]
 
@@ -1934,16 +2178,33 @@ class EventRing(logging.Handler):
         return self._events
 
 
-def cut_text(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
-
-
-def tell_in_one_line(record: logging.LogRecord) -> bool:
+def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
         record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
+# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
+# served. All of it runs on one asyncio loop, the kubelet thread's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+STOP_SECONDS = 0.3  # for calls in progress when a server ends
+MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    ("grpc.max_connection_idle_ms", 3_600_000),
+)
+
+Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
 
 
 def load_grpc() -> None:
@@ -1973,182 +2234,39 @@ def load_grpc() -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(tell_in_one_line)
+        logging.getLogger(name).addFilter(shorten_decode_error)
 
 
-class Plugin:
-    """v1beta1.DevicePlugin for one resource.
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
-    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+
+def answered(method: Method) -> Method:
+    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+
+    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
     """
 
-    def __init__(
-        self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[object, bool], None]
-    ) -> None:
-        self.resource = resource
-        self.full_name = full_name
-        self.allocations = 0
-        self._dev_dir = dev_dir
-        self._on_stream = on_stream
-        self._slots = slots_of(resource)
-        self._waiting: List[asyncio.Queue[Optional[Tuple[Slot, ...]]]] = []
-
-    def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
-        self.resource = resource
-        slots = slots_of(resource)
-        if slots != self._slots:
-            self._slots = slots
-            self._put(slots)
-
-    def list_bytes(self) -> int:
-        """The size of the list as a message."""
-        size: int = _list_message(self._slots).ByteSize()
-        return size
-
-    def end_streams(self) -> None:
-        """Let every open stream end in good order."""
-        self._put(None)
-
-    def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
-        for queue in self._waiting:
-            if queue.qsize() >= MAX_LISTS_WAITING:
-                queue.get_nowait()
-            queue.put_nowait(item)
-
-    async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
-        queue.put_nowait(self._slots)
-        self._waiting.append(queue)
-        self._on_stream(queue, True)
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            while True:
-                slots = await queue.get()
-                if slots is None:
-                    return
-                await context.write(_list_message(slots))
-        finally:
-            self._waiting.remove(queue)
-            self._on_stream(queue, False)
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            log_internal_error(f"{self.full_name}: {method.__name__} failed")
+            text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
+            await abort(context, "INTERNAL", f"{self.full_name}: {text}")
 
-    async def GetDevicePluginOptions(
-        self, request: pb.Empty, context: grpc.aio.ServicerContext
-    ) -> pb.DevicePluginOptions:
-        return self.options()
-
-    def options(self) -> pb.DevicePluginOptions:
-        return pb.DevicePluginOptions(get_preferred_allocation_available=self.resource.pool)
-
-    async def GetPreferredAllocation(
-        self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
-    ) -> pb.PreferredAllocationResponse:
-        await self._check_containers(len(request.container_requests), context)
-        response = pb.PreferredAllocationResponse()
-        for item in request.container_requests:
-            ids = preferred_allocation(
-                self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size
-            )
-            response.container_responses.add(deviceIDs=ids)
-        return response
-
-    async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
-        await self._check_containers(len(request.container_requests), context)
-        asked = [list(item.devices_ids) for item in request.container_requests]
-        told = _joined([slot_id[:MAX_SHOWN] for ids in asked for slot_id in ids])
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                grants = [allocate(self.resource, ids, tree, self._dev_dir) for ids in asked]
-        except (AllocationError, OSError) as error:
-            code = error.code if isinstance(error, AllocationError) else "UNAVAILABLE"
-            text = (
-                str(error)
-                if isinstance(error, AllocationError)
-                else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-            )
-            log_event(
-                "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
-            )
-            await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
-        self.allocations += len(grants)
-        hosts = _joined([spec.host for granted in grants for spec in granted.specs])
-        log_event("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
-        return pb.AllocateResponse(container_responses=[_allocation_message(granted) for granted in grants])
-
-    async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse what would take the loop long: others wait for it meanwhile."""
-        if count > MAX_CONTAINERS:
-            text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-
-    async def PreStartContainer(
-        self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
-    ) -> pb.PreStartContainerResponse:
-        return pb.PreStartContainerResponse()
+    return answer  # type: ignore[return-value]
 
 
-def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
-    response = pb.ListAndWatchResponse()
-    for slot in slots:
-        device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
-        for numa in slot.numa:
-            device.topology.nodes.add(ID=numa)
-    return response
-
-
-def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=granted.env)
-    for spec in granted.specs:
-        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
-    return response
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kubelet side: serves every plugin, watches kubelet.sock, registers, heals. All of it runs on one asyncio loop. What
-# kubelet really does, and every rule followed here, is in KUBELET.md's terms; the status chapter reads the counters.
-# kubelet.sock is looked at, always; that the kernel tells of changes only lets the looks be fewer, and sooner.
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-CALM_LOOK_SECONDS = 5.0  # at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
-GATHER_SECONDS, MAX_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
-STOP_SECONDS = 0.3  # for calls in progress when a server ends
-SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
-DEFAULT_DOMAIN = "smarter-devices"
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
-
-Identity = Tuple[int, int, int]
-
-
-def is_domain(text: str) -> bool:
-    """Whether kubelet takes TEXT as the domain of a resource.
-
-    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
-    """
-    label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-    is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
-    return bool(is_subdomain) and not text.startswith("requests.") and "kubernetes.io" not in text
-
-
-def socket_room(plugin_dir: str) -> int:
-    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
-    return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
-
-
-def socket_name(name: str, domain: str, plugin_dir: str) -> str:
-    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
-    own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
-    return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
+async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
+    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    data = printable(text).encode()
+    if len(data) > MAX_ERROR_BYTES:
+        data = data[:MAX_ERROR_BYTES] + b"..."
+    await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
+    raise AssertionError("abort() of grpc raises an exception, always")
 
 
 def connect_error(path: str) -> str:
@@ -2164,18 +2282,55 @@ def connect_error(path: str) -> str:
     return ""
 
 
-def bind(server: grpc.aio.Server, path: str) -> None:
-    """Have SERVER listen on a Unix socket at PATH, for this user alone. Raises OSError."""
-    mask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    except RuntimeError:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.bind(path)  # grpc does not say why it cannot; this does
-        os.unlink(path)
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-    finally:
-        os.umask(mask)
+class UnixServer:
+    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+
+    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    """
+
+    def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
+        self.path = path
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._inode = 0  # of our socket file; 0 while there is none
+        add_services(self._server)
+
+    async def start(self) -> None:
+        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
+
+        Raises OSError.
+        """
+        # The name is random, since two instances in containers may have the same PID.
+        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
+        self._bind(temporary)
+        await self._server.start()
+        self._inode = os.stat(temporary).st_ino
+        os.rename(temporary, self.path)
+
+    def is_lost(self, inodes: Mapping[str, int]) -> bool:
+        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+
+    async def stop(self) -> None:
+        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+        try:
+            if self._inode and os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                log.warning("cannot remove %s: %s", self.path, error.strerror)
+        await self._server.stop(STOP_SECONDS)
+
+    def _bind(self, path: str) -> None:
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(path)  # grpc does not say why it cannot; this does
+            os.unlink(path)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
 
 
 class Watch:
@@ -2207,48 +2362,650 @@ class Watch:
             self._directory = -1
 
 
-class Registration:
-    """What one resource has with kubelet: its plugin, server and socket, and how its registration stands."""
+class DirectoryInodes:
+    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
 
-    def __init__(self, resource: Resource, side: DevicePluginSide, previous: Optional[asyncio.Task[None]]) -> None:
-        self.plugin = Plugin(resource, f"{side.domain}/{resource.name}", side.dev_dir, self._stream_changed)
-        self.path = f"{side.plugin_dir}/{socket_name(resource.name, side.domain, side.plugin_dir)}"
-        self.previous = previous  # the end of an older registration of the same name, to be waited for
-        self.task: Optional[asyncio.Task[None]] = None
-        self.server: Optional[grpc.aio.Server] = None
-        self.inode = 0  # of our socket file; 0: it has none now
-        self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
-        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # a registration going on
-        self.is_registered = False
-        self.is_lost = False  # our socket file is gone or another's
-        self.stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
-        self.is_stream_open = False
-        self.stream_since = 0.0
-        self.deadline = 0.0  # for kubelet to open its stream
-        self.pause = 0.0
-        self.retry_at = 0.0
-        self.trouble = ""  # why it does not work, as last logged
-        self.is_retired = False
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+
+    def read_changed(self) -> Optional[Mapping[str, int]]:
+        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        found = os.stat(self._path)
+        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
+        with os.scandir(self._path) as items:
+            return {item.name: item.inode() for item in items}
+
+
+class GroupedLog:
+    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._names: Dict[Tuple[str, str, int], Set[str]] = {}
+        self._since = 0.0
+        self._timer: Optional[asyncio.TimerHandle] = None
+
+    def add(self, event: str, sentence: str, level: int, name: str) -> None:
+        """Log this EVENT of the resource NAME, together with others like it."""
+        now = self._loop.time()
+        if self._timer:
+            self._timer.cancel()
+        if not self._names:
+            self._since = now
+        self._timer = self._loop.call_at(min(now + GROUP_SECONDS, self._since + MAX_GROUP_SECONDS), self.flush)
+        self._names.setdefault((event, sentence, level), set()).add(name)
+
+    def flush(self) -> None:
+        """Log now what is waiting."""
+        for (event, sentence, level), names in self._names.items():
+            log_event_for_all(event, sentence, level, "resources", sorted(names))
+        self._names.clear()
+
+
+class KubeletConnection:
+    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+
+    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    """
+
+    def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.is_answering = False
+        self.restarts = 0
+        self._path = path
+        self._events = events
+        self._on_change = on_change
+        self._channel: Optional[grpc.aio.Channel] = None
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._last_logged = ""  # of a kubelet that does not answer
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        assert self._channel
+        return self._channel
+
+    def check(self) -> None:
+        """Look at kubelet.sock, and connect to it if it is another than before."""
+        try:
+            found = os.stat(self._path)
+            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        except OSError:
+            identity = None
+        if identity != self.identity:
+            self.identity = identity
+            self.is_answering = False
+        if identity is None:
+            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+        elif not self.is_answering and self.check_answering():
+            self._meet()
+
+    def check_answering(self) -> bool:
+        """Whether kubelet answers at this moment."""
+        reason = connect_error(self._path)
+        self.is_answering = not reason
+        if reason and self.identity:
+            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+        return self.is_answering
+
+    async def close(self) -> None:
+        """End the channel."""
+        if self._channel:
+            await self._channel.close()
+
+    def _meet(self) -> None:
+        if self._channel:
+            self._old_channel = asyncio.ensure_future(self._channel.close())
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{self._path}",
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
+        )
+        is_another = self._last_met not in (None, self.identity)
+        self._last_met = self.identity
+        self.restarts += is_another
+        self._last_logged = ""
+        self._events.flush()
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        self._on_change()
+
+    def _log_gone(self, sentence: str, **fields: str) -> None:
+        """Log SENTENCE, unless it is what was logged last."""
+        if sentence != self._last_logged:
+            self._last_logged = sentence
+            self._events.flush()
+            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
+            self._on_change()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
+# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
+MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
+MAX_REFUSALS = 1000  # that are remembered, to log each once
+READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
+LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
+CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
+NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
+OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+DEFAULT_DOMAIN = "smarter-devices"
+
+
+class SysfsReader:
+    """Runs functions that read from sysfs on a thread of its own, since a driver can make a read hang for ever.
+
+    There is one thread, started when it is first needed. Belongs to one loop.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+        self._overdue = 0  # jobs that have not ended, and that nobody waits for any more
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """What JOB returns. Raises asyncio.TimeoutError after READ_SECONDS; at once, while an earlier one hangs."""
+        if self._overdue:
+            raise asyncio.TimeoutError
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sysfs", daemon=True)
+            self._thread.start()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), READ_SECONDS)
+        finally:
+            if not done.done():
+                self._overdue += 1
+                done.add_done_callback(self._end_overdue)
+
+    def _end_overdue(self, done: asyncio.Future[Any]) -> None:
+        done.exception()  # otherwise asyncio logs that nobody asked for it
+        self._overdue -= 1
+
+    def _work(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                finish = functools.partial(done.set_result, job())
+            except Exception as error:
+                finish = functools.partial(done.set_exception, error)
+            try:
+                done.get_loop().call_soon_threadsafe(finish)
+            except RuntimeError:
+                return  # the loop is closed, since the process ends
+
+
+class HostDevices:
+    """The devices of the host as they are at this moment, of which the plan may not know yet.
+
+    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    """
+
+    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+        self._dev_dir = dev_dir
+        self._sysfs = Sysfs(sys_dir)
+        self._reader = SysfsReader()
+        self._look_again = look_again
+        self._next_look: Optional[asyncio.TimerHandle] = None
+
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
+        except OSError as error:
+            raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
+
+    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+
+        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        """
+        chosen = []
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                for device in devices:
+                    try:
+                        chosen.append((device, self._find_nodes(device, tree)))
+                    except NotADevice as error:
+                        return device, str(error)
+        except OSError as error:
+            return devices[0], _cannot_look(error)
+        with_attributes = [(device, nodes) for device, nodes in chosen if device.attributes]
+        if not with_attributes:
+            return None
+        try:
+            return await self._reader.call(functools.partial(self._find_changed, with_attributes))
+        except asyncio.TimeoutError:
+            return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
+
+    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
+        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
+        if device.problem:
+            raise NotADevice(device.problem)
+        specs_of(device, tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.attributes else []
+
+    def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
+        for device, nodes in chosen:
+            changes = [changed_attributes(self._sysfs.chain(node.entry), device.attributes) for node in nodes]
+            if "" not in changes:
+                return device, changes[0]
+        return None
+
+    async def describe(self, path: str, names: Sequence[str]) -> str:
+        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                entry = resolve(tree, path, self._dev_dir)[0].entry
+            values = await self._reader.call(functools.partial(self._find_values, entry, names))
+        except NotADevice as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_look(error)
+        except asyncio.TimeoutError:
+            values = []
+        return "; ".join(values) or f"a {entry.kind} stands there"
+
+    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
+        chain = list(self._sysfs.chain(entry))
+        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+
+    def look_again(self) -> None:
+        """Have the device side look again, soon."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._next_look = None
+        self._look_again()
+
+
+def _cannot_look(error: OSError) -> str:
+    return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+
+
+class ListStream:
+    """What one ListAndWatch stream is still to be sent of a resource.
+
+    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
+    Unhealthy for a moment meanwhile, one before it in which that device is.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self._newest = resource
+        self._sent: Optional[ListKey] = None
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._is_ended = False
+        self._has_news = asyncio.Event()
+        self._has_news.set()
+
+    def update(self, resource: Resource) -> None:
+        """Have the list of RESOURCE sent, unless it is the same."""
+        self._newest = resource
+        self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
+        self._has_news.set()
+
+    def end(self) -> None:
+        """Let next() return None, whatever waits."""
+        self._is_ended = True
+        self._has_news.set()
+
+    async def next(self) -> Optional[Resource]:
+        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        while True:
+            await self._has_news.wait()
+            if self._is_ended:
+                return None
+            were_healthy = {path for path, _, is_healthy, _ in self._sent or () if is_healthy}
+            resource = _with_unhealthy(self._newest, were_healthy & self._were_unhealthy)
+            self._were_unhealthy.clear()
+            if _list_key(resource) != self._sent:
+                self._sent = _list_key(resource)
+                return resource
+            self._has_news.clear()
+
+
+ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
+
+
+def _list_key(resource: Resource) -> ListKey:
+    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
+
+
+def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
+    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    if not paths:
+        return resource
+    devices = (
+        dataclasses.replace(device, problem="it was gone for a moment") if device.path in paths else device
+        for device in resource.devices
+    )
+    return dataclasses.replace(resource, devices=tuple(devices))
+
+
+class PluginOptions(NamedTuple):
+    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+
+    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
+    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+
+
+def options_of(resource: Resource) -> PluginOptions:
+    """The options that RESOURCE needs.
+
+    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    """
+    return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
+
+
+class Plugin:
+    """v1beta1.DevicePlugin for one resource.
+
+    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    """
+
+    def __init__(
+        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
+    ) -> None:
+        self.resource = resource
+        self.full_name = full_name
+        self.allocations = self.start_refusals = 0
+        self._options = options_of(resource)
+        self._devices = devices
+        self._on_stream = on_stream
+        self._streams: List[ListStream] = []
+        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+
+    def can_offer(self, resource: Resource) -> bool:
+        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+
+        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        """
+        needed = options_of(resource)
+        return (
+            needed.has_preference == self._options.has_preference
+            and needed.checks_starts <= self._options.checks_starts
+        )
+
+    def update(self, resource: Resource) -> None:
+        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        self.resource = resource
+        for stream in self._streams:
+            stream.update(resource)
+
+    def list_bytes(self) -> int:
+        """The size of the list as a message."""
+        size: int = _list_message(self.resource).ByteSize()
+        return size
+
+    def end_streams(self) -> None:
+        """Let every open stream end in good order."""
+        for stream in self._streams:
+            stream.end()
+
+    @answered
+    async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
+        stream = ListStream(self.resource)
+        self._streams.append(stream)
+        self._on_stream(stream, True)
+        try:
+            while True:
+                resource = await stream.next()
+                if resource is None:
+                    return
+                await context.write(_list_message(resource))
+        finally:
+            self._streams.remove(stream)
+            self._on_stream(stream, False)
+
+    def options(self) -> pb.DevicePluginOptions:
+        """The options as a message, for Register and GetDevicePluginOptions."""
+        return pb.DevicePluginOptions(
+            get_preferred_allocation_available=self._options.has_preference,
+            pre_start_required=self._options.checks_starts,
+        )
+
+    @answered
+    async def GetDevicePluginOptions(
+        self, request: pb.Empty, context: grpc.aio.ServicerContext
+    ) -> pb.DevicePluginOptions:
+        return self.options()
+
+    @answered
+    async def GetPreferredAllocation(
+        self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PreferredAllocationResponse:
+        await self._check_containers(len(request.container_requests), context)
+        response = pb.PreferredAllocationResponse()
+        for item in request.container_requests:
+            ids = preferred_allocation(
+                self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size
+            )
+            response.container_responses.add(deviceIDs=ids)
+        return response
+
+    @answered
+    async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
+        await self._check_containers(len(request.container_requests), context)
+        asked = [list(item.devices_ids) for item in request.container_requests]
+        ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
+        try:
+            allocations = self._devices.allocate(self.resource, asked)
+        except AllocationError as error:
+            sentence = f"Allocate refused: {error}"
+            log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
+            await abort(context, error.code, f"{self.full_name}: {error}")
+        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
+        self.allocations += len(allocations)
+        hosts = join_names([spec.host for found in allocations for spec in found.specs])
+        log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
+        return response
+
+    async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
+        """Refuse what would take the loop long: others wait for it meanwhile."""
+        if count > MAX_CONTAINERS:
+            text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
+            await abort(context, "INVALID_ARGUMENT", text)
+
+    @answered
+    async def PreStartContainer(
+        self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PreStartContainerResponse:
+        """Let a container start if its devices are those that their rules chose.
+
+        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
+        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        """
+        slot_ids: Dict[str, str] = {}  # by the path of their device
+        for slot_id in dict.fromkeys(request.devices_ids):
+            device = device_of(self.resource, slot_id)
+            if device is None:
+                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
+            slot_ids.setdefault(device.path, slot_id)
+        devices = [device for device in self.resource.devices if device.path in slot_ids]
+        found = await self._devices.find_start_problem(devices)
+        if found:
+            device, problem = found
+            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+        for device in devices:
+            self._refusals.pop(device_path(device), None)
+        return pb.PreStartContainerResponse()
+
+    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
+        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
+        if not path or not path.isprintable():
+            return "", "the resource has no such ID"
+        names = next((device.attributes for device in self.resource.devices if device.attributes), ())
+        problem = await self._devices.describe(path, [held.name for held in names])
+        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
+
+    async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        text = (
+            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
+            "once the right device is back; delete the pod to have it given a device anew"
+        )
+        self.start_refusals += 1
+        self._devices.look_again()
+        key = path or slot_id[:MAX_SHOWN]
+        if self._refusals.get(key) != text:
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[key] = text
+            log_event(
+                "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
+            )
+        await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
+
+
+def _shorten_problem(text: str) -> str:
+    return truncate(printable(text), MAX_PROBLEM)
+
+
+def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
+    response = pb.ListAndWatchResponse()
+    for slot in slots_of(resource):
+        device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
+        for numa in slot.numa:
+            device.topology.nodes.add(ID=numa)
+    return response
+
+
+def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
+    response = pb.ContainerAllocateResponse(envs=found.env)
+    for spec in found.specs:
+        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
+    return response
+
+
+def is_domain(text: str) -> bool:
+    """Whether kubelet takes TEXT as the domain of a resource.
+
+    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    """
+    label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+    is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
+    return bool(is_subdomain) and not text.startswith("requests.") and "kubernetes.io" not in text
+
+
+def socket_room(plugin_dir: str) -> int:
+    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
+
+
+def socket_name(name: str, domain: str, plugin_dir: str) -> str:
+    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
+    return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
+
+
+class Backoff:
+    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAX_BACKOFF_SECONDS."""
+
+    def __init__(self) -> None:
+        self.retry_at = 0.0  # as time.monotonic() has it
+        self._pause = 0.0
+
+    def reset(self) -> None:
+        """Forget what failed."""
+        self.retry_at = self._pause = 0.0
+
+    def fail(self, now: float, at_once: bool = False) -> None:
+        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
+        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
+        self.put_off(now + pause)
+
+    def put_off(self, until: float) -> None:
+        """Put off the next try UNTIL then, whatever failed."""
+        self.retry_at = until
+
+
+class RegistrationContext(NamedTuple):
+    """What all registrations share."""
+
+    plugin_dir: str
+    domain: str
+    devices: HostDevices
+    kubelet: KubeletConnection
+    events: GroupedLog
+
+
+class Registration:
+    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
+
+    def __init__(self, resource: Resource, context: RegistrationContext) -> None:
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
+        self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
+        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self._kubelet = context.kubelet
+        self._events = context.events
+        self._server: Optional[UnixServer] = None
+        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
+        self._is_registered = False
+        self._is_socket_lost = False  # our socket file is gone or another's
+        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_stream_open = False
+        self._stream_since = 0.0
+        self._stream_deadline = 0.0  # for kubelet to open it
+        self._backoff = Backoff()
+        self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
-        return self.is_registered and self.is_stream_open
+        return self._is_registered and self._is_stream_open
+
+    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+
+        It must not be cancelled: grpc's servers do not survive that.
+        """
+        try:
+            if previous:
+                await asyncio.wait([previous])
+            while not self._is_retired:
+                await self._sleep(await self._advance())
+        finally:
+            await self._end_server()
 
     def retire(self) -> None:
-        """Have its keeper end it. A task that is in grpc must not be cancelled: servers do not survive that."""
-        self.is_retired = True
-        if self.call:
-            self.call.cancel()
+        """Let run() end."""
+        self._is_retired = True
+        if self._call:
+            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have its keeper look again."""
+        """Have run() look again at what there is to do."""
         self._wake.set()
 
-    async def sleep(self, seconds: Optional[float]) -> None:
+    def check_socket(self, inodes: Mapping[str, int]) -> None:
+        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        if self._server and self._server.is_lost(inodes):
+            self._is_socket_lost = True
+            self.wake()
+
+    async def _sleep(self, seconds: Optional[float]) -> None:
         """Wait until woken, for SECONDS at the most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
@@ -2258,66 +3015,174 @@ class Registration:
             self._wake.clear()
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self.stream is None:
-            self.stream = stream
-            self.stream_since = time.monotonic()
+        if is_open and self._stream is None:
+            self._stream = stream
+            self._stream_since = time.monotonic()
             self.trouble = ""
-        if stream is self.stream:
-            self.is_stream_open = is_open
+        if stream is self._stream:
+            self._is_stream_open = is_open
             self.wake()
 
-    def registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
-        if self.is_lost:
-            return "its socket file was deleted"
-        if self.is_stream_open or (not self.stream and now < self.deadline):
-            return ""
-        return "kubelet ended its stream" if self.stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+    async def _advance(self) -> Optional[float]:
+        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        now = time.monotonic()
+        if not self._kubelet.is_answering:
+            return None  # kubelet is down, and nothing is to be torn down for that
+        if self._registered_with != self._kubelet.identity:
+            self._backoff.reset()
+            return await self._serve_and_register()
+        if self._is_registered:
+            problem = self._registration_problem(now)
+            if not problem:
+                return None if self._stream else self._stream_deadline - now
+            if not self._kubelet.check_answering():
+                return None
+            self._lose_registration(problem, now)
+        if now < self._backoff.retry_at:
+            return self._backoff.retry_at - now
+        return await self._serve_and_register()
 
-    def back_off(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try, longer each time until a stream has held for MAX_BACKOFF_SECONDS."""
-        if self.stream and now - self.stream_since > MAX_BACKOFF_SECONDS:
-            self.pause = 0.0
-        pause = self.pause if at_once else max(self.pause, MIN_BACKOFF_SECONDS)
-        self.pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
-        self.retry_at = now + pause
+    def _registration_problem(self, now: float) -> str:
+        """Why it must be served and registered anew; empty where it need not."""
+        if self._is_socket_lost:
+            return "its socket file was deleted"
+        if self._is_stream_open or (not self._stream and now < self._stream_deadline):
+            return ""
+        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+
+    def _lose_registration(self, problem: str, now: float) -> None:
+        self._is_registered = False
+        self.stream_losses += not self._is_socket_lost
+        if self._stream and now - self._stream_since > MAX_BACKOFF_SECONDS:
+            self._backoff.reset()
+        self._backoff.fail(now, at_once=self._is_socket_lost)
+        self._log_trouble("stream-lost", problem)
+
+    async def _serve_and_register(self) -> Optional[float]:
+        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
+        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        self._registered_with = self._kubelet.identity
+        obstacle = self._find_obstacle()
+        if obstacle:
+            self._log_trouble("not-served", obstacle)
+            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
+            return OBSTACLE_PAUSE
+        self._server = UnixServer(
+            self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
+        )
+        try:
+            await self._server.start()
+        except OSError as error:
+            self._backoff.fail(time.monotonic())
+            self._log_trouble(
+                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
+            )
+            return self._backoff.retry_at - time.monotonic()
+        return None if self._is_retired else await self._register()
+
+    def _find_obstacle(self) -> str:
+        """Why the resource is not to be served for now; empty where it is."""
+        if not connect_error(self._path):
+            return "another instance serves it"
+        if self.plugin.list_bytes() > MAX_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
+        return ""
+
+    async def _register(self) -> Optional[float]:
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity:
+            return 0  # another one came while this was served, and the channel would lead to that one
+        request = pb.RegisterRequest(
+            version="v1beta1",
+            endpoint=os.path.basename(self._path),
+            resource_name=self.plugin.full_name,
+            options=self.plugin.options(),
+        )
+        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        try:
+            await self._call
+        except asyncio.CancelledError:
+            return 0  # it is retired, or its channel was closed: there is a new kubelet
+        except grpc.RpcError as error:
+            return await self._registration_failed(error)
+        finally:
+            self._call = None
+        self.registrations += 1
+        self._is_registered = True
+        self._stream_deadline = time.monotonic() + STREAM_SECONDS
+        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        return 0
+
+    async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
+            self._registered_with = None
+            return None
+        self.refusals += 1
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        return self._backoff.retry_at - time.monotonic()
+
+    async def _end_server(self) -> None:
+        """End the server with its streams and its socket file."""
+        server, self._server = self._server, None
+        self._is_registered = self._is_socket_lost = False
+        if server:
+            self.plugin.end_streams()
+            await server.stop()
+        self._stream, self._is_stream_open = None, False
+
+    def _log_trouble(self, event: str, trouble: str) -> None:
+        """Log TROUBLE, unless it is what was logged last."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
 
 
 class DevicePluginSide:
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
+
+    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
+    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
+    to look_now()) only lets the looks be fewer, and sooner.
+    """
 
     def __init__(
         self,
         plugin_dir: str,
         domain: str,
-        dev_dir: str,
+        devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
     ) -> None:
         self.plugin_dir = plugin_dir
         self.domain = domain
-        self.dev_dir = dev_dir
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
-        self.is_answering = False
-        self.kubelet_restarts = 0
-        self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
-        self._identity: Optional[Identity] = None
-        self._met: Optional[Identity] = None  # the kubelet that answered last
-        self._state = ""  # of kubelet, as last logged
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
-        self._directory: Tuple[int, ...] = ()  # the plugin directory's times, when our sockets in it were well
-        self._gathered: Dict[Tuple[str, str, int], Set[str]] = {}
-        self._gathered_since = 0.0
-        self._flushing: Optional[asyncio.TimerHandle] = None
-        self._closing: Dict[str, asyncio.Task[None]] = {}
-        self._watch = watch  # of the plugin directory; whoever takes its SIGIO calls look_now()
         self.calm_look = calm_look
+        self._events = GroupedLog(loop)
+        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
+        self._files = DirectoryInodes(plugin_dir)
+        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
+        self._watch = watch
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether kubelet answers."""
+        return self._kubelet.is_answering
+
+    @property
+    def kubelet_restarts(self) -> int:
+        """How often another kubelet was met."""
+        return self._kubelet.restarts
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
@@ -2326,12 +3191,11 @@ class DevicePluginSide:
             await self._done
         finally:
             self.apply(EMPTY_PLAN)
-            await asyncio.gather(*self._closing.values(), return_exceptions=True)
-            self._flush()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self._events.flush()
             if self._watch:
                 self._watch.close()
-            if self._channel:
-                await self._channel.close()
+            await self._kubelet.close()
 
     def stop(self) -> None:
         """Let run() end."""
@@ -2357,8 +3221,8 @@ class DevicePluginSide:
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
         try:
-            self._look_at_kubelet()
-            self._look_at_sockets()
+            self._kubelet.check()
+            self._check_sockets()
         except Exception as error:
             self._fail(error)
 
@@ -2368,6 +3232,26 @@ class DevicePluginSide:
             self._next_look.cancel()
         if not self._done.done():
             self._next_look = self._loop.call_later(seconds, self.look)
+
+    def _kubelet_changed(self) -> None:
+        if self.is_answering:
+            for registration in self.registrations.values():
+                registration.wake()
+        else:
+            self._look_in(LOOK_SECONDS)  # the calm is over
+
+    def _check_sockets(self) -> None:
+        """Have registrations heal whose socket files were deleted or replaced."""
+        if not self.is_answering:
+            return
+        try:
+            inodes = self._files.read_changed()
+        except OSError as error:
+            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
+            return
+        if inodes is not None:
+            for registration in self.registrations.values():
+                registration.check_socket(inodes)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -2381,237 +3265,27 @@ class DevicePluginSide:
         """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
-            if resource and resource.pool == registration.plugin.resource.pool:
+            if resource and registration.plugin.can_offer(resource):
                 registration.plugin.update(resource)
             else:
-                self._retire(name)
+                self.registrations.pop(name).retire()
         for name, resource in plan.resources.items():
             if name not in self.registrations:
-                registration = self.registrations[name] = Registration(resource, self, self._closing.get(name))
-                registration.task = asyncio.ensure_future(self._keep(registration))
-                registration.task.add_done_callback(self._keeper_ended)
+                registration = self.registrations[name] = Registration(resource, self._context)
+                self._start(name, registration)
 
-    def _retire(self, name: str) -> None:
-        registration = self.registrations.pop(name)
-        assert registration.task
-        task = self._closing[name] = registration.task
-        task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
-        registration.retire()
+    def _start(self, name: str, registration: Registration) -> None:
+        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+        self._tasks[name] = task
 
-    def _keeper_ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+        def ended(_: object) -> None:
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+            error = None if task.cancelled() else task.exception()
+            if error:
+                self._fail(error)
 
-    async def _keep(self, registration: Registration) -> None:
-        """Serve SESSION and keep it registered until it is retired."""
-        try:
-            if registration.previous:
-                await asyncio.wait([registration.previous])
-            while not registration.is_retired:
-                await registration.sleep(await self._step(registration))
-        finally:
-            await self._end(registration)
-
-    async def _step(self, registration: Registration) -> Optional[float]:
-        """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
-        self._look_at_kubelet()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
-        now = time.monotonic()
-        if not self.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
-        if registration.kubelet != self._identity:
-            registration.pause = 0.0
-            return await self._open(registration)
-        if registration.is_registered:
-            trouble = registration.registration_problem(now)
-            if not trouble:
-                return None if registration.stream else registration.deadline - now
-            if not self._is_kubelet_there():
-                return None
-            registration.stream_losses += not registration.is_lost
-            registration.is_registered = False
-            registration.back_off(now, at_once=registration.is_lost)
-            self._tell_trouble(registration, "stream-lost", trouble)
-        if now < registration.retry_at:
-            return registration.retry_at - now
-        return await self._open(registration)
-
-    async def _open(self, registration: Registration) -> Optional[float]:
-        """Serve SESSION anew and register it; the seconds until the next look at it."""
-        await self._end(registration)  # first: kubelet takes the end of an older stream for the end of the newest
-        registration.kubelet = self._identity
-        trouble = self._find_obstacle(registration)
-        if trouble:
-            self._tell_trouble(registration, "not-served", trouble)
-            registration.retry_at = time.monotonic() + OBSTACLE_PAUSE
-            return OBSTACLE_PAUSE
-        try:
-            await self._serve(registration)
-        except OSError as error:
-            registration.back_off(time.monotonic())
-            trouble = f"cannot listen on a socket in {self.plugin_dir}: {error.strerror}"
-            self._tell_trouble(registration, "not-served", trouble)
-            return registration.retry_at - time.monotonic()
-        return None if registration.is_retired else await self._register(registration)
-
-    def _find_obstacle(self, registration: Registration) -> str:
-        """Why SESSION is not to be served for now; empty where it is."""
-        if not connect_error(registration.path):
-            return "another instance serves it"
-        if registration.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
-        return ""
-
-    async def _serve(self, registration: Registration) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
-        server = registration.server = grpc.aio.server(options=_SERVER_OPTIONS)
-        rpc.add_DevicePluginServicer_to_server(registration.plugin, server)
-        temporary = f"{self.plugin_dir}/.{os.urandom(8).hex()}"  # instances in containers may have one PID
-        bind(server, temporary)
-        await server.start()
-        registration.inode = os.stat(temporary).st_ino
-        os.rename(temporary, registration.path)
-
-    async def _register(self, registration: Registration) -> Optional[float]:
-        self._look_at_kubelet()
-        if registration.kubelet != self._identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
-        assert self._channel
-        request = pb.RegisterRequest(
-            version="v1beta1",
-            endpoint=os.path.basename(registration.path),
-            resource_name=registration.plugin.full_name,
-            options=registration.plugin.options(),
-        )
-        registration.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await registration.call
-        except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
-            self._look_at_kubelet()
-            if registration.kubelet != self._identity or not self._is_kubelet_there():
-                registration.kubelet = None
-                return None
-            registration.refusals += 1
-            registration.back_off(time.monotonic())
-            code = error.code().name
-            self._tell_trouble(registration, "refused", f"kubelet refused its registration ({code}): {error.details()}")
-            return registration.retry_at - time.monotonic()
-        finally:
-            registration.call = None
-        registration.registrations += 1
-        registration.is_registered = True
-        registration.deadline = time.monotonic() + STREAM_SECONDS
-        self._gather("registered", "registered with kubelet", logging.INFO, registration.plugin.full_name)
-        return 0
-
-    async def _end(self, registration: Registration) -> None:
-        """End the server of SESSION, its streams, and its socket file if that is ours still."""
-        server, registration.server = registration.server, None
-        inode, registration.inode = registration.inode, 0
-        registration.is_registered = registration.is_lost = False
-        if server:
-            try:
-                if os.stat(registration.path).st_ino == inode:
-                    os.unlink(registration.path)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    log.warning("cannot remove %s: %s", registration.path, error.strerror)
-            registration.plugin.end_streams()
-            await server.stop(STOP_SECONDS)
-        registration.stream, registration.is_stream_open = None, False
-
-    def _look_at_kubelet(self) -> None:
-        try:
-            found = os.stat(self._kubelet_sock)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self._identity:
-            self._identity = identity
-            self.is_answering = False
-        if identity is None:
-            self._tell_kubelet("kubelet-gone", f"kubelet is not there: no {self._kubelet_sock}; waiting for it")
-        elif not self.is_answering and self._is_kubelet_there():
-            self._meet_kubelet()
-
-    def _is_kubelet_there(self) -> bool:
-        """Whether kubelet answers at this moment; if not, every registration waits until it does."""
-        reason = connect_error(self._kubelet_sock)
-        self.is_answering = not reason
-        if reason and self._identity:
-            sentence = f"kubelet does not answer on {self._kubelet_sock}; waiting for it"
-            self._tell_kubelet("kubelet-gone", sentence, reason=reason)
-        return self.is_answering
-
-    def _meet_kubelet(self) -> None:
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._kubelet_sock}",
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._met not in (None, self._identity)
-        self._met = self._identity
-        self.kubelet_restarts += is_another
-        self._state = ""
-        self._flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
-        for registration in self.registrations.values():
-            registration.wake()
-
-    def _look_at_sockets(self) -> None:
-        """Find socket files of ours that were deleted or replaced."""
-        if not self.is_answering:
-            return
-        try:
-            found = os.stat(self.plugin_dir)
-            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            if stamp == self._directory:
-                return
-            self._directory = stamp if is_settled(found.st_mtime_ns) else ()
-            with os.scandir(self.plugin_dir) as items:
-                inodes = {item.name: item.inode() for item in items}
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        for registration in self.registrations.values():
-            if registration.inode and inodes.get(os.path.basename(registration.path)) != registration.inode:
-                registration.is_lost = True
-                registration.wake()
-
-    def _tell_kubelet(self, event: str, sentence: str, **fields: str) -> None:
-        """Log SENTENCE of a kubelet that is not there, unless it is what was logged of it last."""
-        if sentence != self._state:
-            self._state = sentence
-            self._flush()
-            log_event(event, sentence, logging.WARNING, **fields)
-            self._look_in(LOOK_SECONDS)  # the calm is over
-
-    def _tell_trouble(self, registration: Registration, event: str, trouble: str) -> None:
-        """Log TROUBLE of SESSION, unless it is what was logged of it last."""
-        if trouble != registration.trouble:
-            registration.trouble = trouble
-            self._gather(event, trouble, logging.WARNING, registration.plugin.full_name)
-
-    def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
-        now = self._loop.time()
-        if self._flushing:
-            self._flushing.cancel()
-        if not self._gathered:
-            self._gathered_since = now
-        until = min(now + GATHER_SECONDS, self._gathered_since + MAX_GATHER_SECONDS)
-        self._flushing = self._loop.call_at(until, self._flush)
-        self._gathered.setdefault((event, sentence, level), set()).add(name)
-
-    def _flush(self) -> None:
-        for (event, sentence, level), names in self._gathered.items():
-            log_event_for_all(event, sentence, level, "resources", sorted(names))
-        self._gathered.clear()
+        task.add_done_callback(ended)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2645,6 +3319,7 @@ class RegistrationState(NamedTuple):
     registrations: int = 0
     refusals: int = 0
     stream_losses: int = 0
+    start_refusals: int = 0
 
 
 class Holder(NamedTuple):
@@ -2693,7 +3368,15 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
                 "problem": device.problem,
                 "since": utc(epoch + device.since),
                 "numa": list(device.numa),
-                "nodes": [spec._asdict() for spec in device.specs],
+                "nodes": [
+                    {
+                        "host": spec.host,
+                        "container": spec.container,
+                        "permissions": spec.permissions,
+                        "targets": [host for host, _ in spec.nodes],
+                    }
+                    for spec in device.specs
+                ],
                 "env": dict(device.env),
             }
             for device in resource.devices
@@ -2834,14 +3517,14 @@ def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator
     """
     count = 0
     for pod in response.pod_resources:
-        names = cut_text(pod.namespace), cut_text(pod.name)
+        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
         for container in pod.containers:
             ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
             count += sum(len(item.device_ids) for item in ours)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
             yield [
-                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, cut_text(container.name)))
+                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, truncate(container.name, MAX_TEXT)))
                 for item in ours
                 for slot in item.device_ids
             ]
@@ -2934,15 +3617,17 @@ def _device_text(device: Document) -> str:
 
 
 def _device_details(device: Document) -> str:
-    """What there is to say of DEVICE after its path: how many nodes it has, and where its container sees it if that is
-    not where the host has it."""
+    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
+    container sees it if that is not where the host has it."""
     nodes = device["nodes"]
-    details = ""
-    if len(nodes) > 1:
-        details += f" ({len(nodes)} nodes)"
-    elif nodes and not nodes[0]["host"].startswith(device["path"]):
-        details += f" (now {nodes[0]['host']})"
-    if nodes and not nodes[0]["container"].startswith(device["path"]):
+    if not nodes:
+        return ""
+    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
+    details = f" -> {link}" if link else ""
+    count = sum(len(node["targets"]) for node in nodes)
+    if is_folder or count > 1:
+        details += f" ({pluralize(count, 'node')})"
+    if not nodes[0]["container"].startswith(device["path"]):
         details += f" as {nodes[0]['container']}"
     return details
 
@@ -3074,6 +3759,12 @@ FAMILIES = (
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
+    Family(
+        "starts_refused_total",
+        "counter",
+        "Starts of containers that were refused, since another device stands there.",
+        _each("start_refusals"),
+    ),
     Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
     Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
     Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
@@ -3092,6 +3783,18 @@ FAMILIES = (
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family(
+        "internal_errors_total",
+        "counter",
+        "Calls that failed for a reason that nobody foresaw: a bug.",
+        _one("process", "internal_errors"),
+    ),
+    Family(
+        "log_lines_dropped_total",
+        "counter",
+        "Lines of the log that were dropped, since nobody read it.",
+        _one("process", "log_lines_dropped"),
+    ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
     Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
@@ -3315,8 +4018,8 @@ def _page_facts(document: Document) -> Iterator[str]:
             "unknown" if None in in_use else sum(in_use),
             f"of {sum(resource['slots'] for resource in resources)}",
         ),
-        ("kubelet", "answers" if kubelet["answering"] else "down", f"{counted(kubelet['restarts'], 'restart')} seen"),
-        ("Conf file", "refused" if conf["error"] else "good", counted(conf["rules"], "rule")),
+        ("kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
+        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
     )
     yield '<dl class="facts">\n'
     yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
@@ -3547,6 +4250,8 @@ def describe_process() -> Document:
         "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
         "cpu_seconds": time.process_time(),
         "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
+        "internal_errors": log_counts.internal_errors,
+        "log_lines_dropped": log_counts.dropped_lines,
     }
 
 
@@ -3681,6 +4386,7 @@ class StatusServer:
             registrations=registration.registrations,
             refusals=registration.refusals,
             stream_losses=registration.stream_losses,
+            start_refusals=registration.plugin.start_refusals,
         )
 
     async def _metrics(self) -> Response:
@@ -3869,6 +4575,15 @@ class SimulatedKubelet:
         response = await client.stub.Allocate(request)
         return ids, response.container_responses[0]
 
+    async def start_container(self, name: str, ids: Iterable[str]) -> None:
+        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+
+        Raises grpc.RpcError where the plugin refuses.
+        """
+        client = self.clients[name]
+        if client.options.pre_start_required:
+            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
@@ -3876,7 +4591,11 @@ class SimulatedKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
+DEFAULT_CONF_NAME = "the built-in default rules"
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
@@ -3947,12 +4666,16 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def hasten_full_look(self) -> None:
+        """Let the next turn look at everything."""
+        self._next_full_look = 0.0
+
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
             conf={
-                "path": self._conf,
+                "path": self._conf or DEFAULT_CONF_NAME,
                 "rules": len(self.rules),
                 "error": self.conf_error,
                 "read_at": utc(self.read_at),
@@ -4019,6 +4742,8 @@ class DeviceSide:
 
     def _follow_conf(self, reread: bool = False) -> bool:
         """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
+        if not self._conf:
+            return self._use_default_rules()
         found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if stamp == self._conf_stamp and not reread:
@@ -4034,6 +4759,13 @@ class DeviceSide:
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
+
+    def _use_default_rules(self) -> bool:
+        """Take over the built-in rules, which never change; whether they are new."""
+        is_first = self._conf_text is None
+        if is_first:
+            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
+        return is_first
 
     def _told(self, error: Union[ConfigError, OSError]) -> str:
         if isinstance(error, ConfigError):
@@ -4076,7 +4808,8 @@ class KubeletThread(threading.Thread):
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
         watch = Watch(options.plugin_dir)
-        self.side = DevicePluginSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
+        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -4160,8 +4893,10 @@ def serve(options: argparse.Namespace) -> int:
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
     log_event(
-        "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
+        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
     )
+    if not options.conf:
+        log_event("default-rules", WITHOUT_CONF)
     tell_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -4206,6 +4941,8 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         reread = taken == signal.SIGHUP
+        if taken == LOOK_SIGNAL:
+            devices.hasten_full_look()
 
 
 def _take_signal(due: float, thread: KubeletThread) -> int:
@@ -4233,8 +4970,18 @@ def restart_lean() -> None:
     if "-m" in flags or ending != ".py":
         return  # a debugger or profiler runs the script, or it is none to import
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0] = {folder!r}; sys.exit(__import__({module!r}).main())"
+    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
+    code += f"sys.exit(__import__({module!r}).main())"
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+
+
+def _look_once(options: argparse.Namespace) -> DeviceSide:
+    """The device side after its first look, for the modes that end then. Raises Problem."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    if not options.conf:
+        print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
+    return devices
 
 
 def show_attributes(options: argparse.Namespace) -> int:
@@ -4305,8 +5052,7 @@ def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
     print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
     return 0
@@ -4345,16 +5091,14 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
-    print(f"{options.conf}: good, {counted(len(devices.rules), 'rule')}")
+    devices = _look_once(options)
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
     return 0
 
 
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     if not devices.plan.resources:
         print(_nothing_found(devices, options))
         return 1
@@ -4366,14 +5110,15 @@ def dry_run(options: argparse.Namespace) -> int:
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
     print(
-        f"\n{counted(count, 'resource')}, " + ("all registered and allocated." if is_good else "not all of them well.")
+        f"\n{pluralize(count, 'resource')}, "
+        + ("all registered and allocated." if is_good else "not all of them well.")
     )
     return 0 if is_good else 1
 
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf} looks for"]
+    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
@@ -4385,7 +5130,8 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     """The table's rows, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
-    side = DevicePluginSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
@@ -4414,31 +5160,444 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
     if not kubelet.devices(name):
         return ["nothing: it has no slot"], True
     try:
-        _, given = await kubelet.allocate(name)
+        ids, given = await kubelet.allocate(name)
+        await kubelet.start_container(name, ids)
     except Problem:
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
         return [f"nothing: {error.details()}"], False
+    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
     lines = [
-        f"{spec.container_path} {spec.permissions}"
-        + (f" (the host's {spec.host_path})" if spec.host_path != spec.container_path else "")
+        _given_text(
+            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
+        )
         for spec in given.devices
     ]
     return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
 
 
+def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
+    """What a container sees at CONTAINER, and what the host has in its place."""
+    link, is_folder = target_of(host, targets)
+    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
+    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+
+
+# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
+DEFAULT_NAMESPACE = "kube-system"
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
+# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
+# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths={plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+MANIFEST = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+  conf.yaml: |2
+{conf}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager-script
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: smarter-device-manager
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxSurge: 1
+      maxUnavailable: 0
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: smarter-device-manager
+      annotations:
+        smarter-device-manager/script: {digest} # another script is another pod
+    spec:
+      nodeSelector:
+        smarter-device-manager: enabled
+      tolerations:
+        - operator: Exists
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -c
+            - |2
+{install}
+          workingDir: /app
+          env:
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: TMPDIR
+              value: /packages
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+      containers:
+        - name: smarter-device-manager
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -m
+            - smarter_device_manager
+          args:
+            - --plugin-dir=/var/lib/kubelet/device-plugins
+            - --dev-dir=/host/dev
+            - --sys-dir=/host/sys
+            - --listen=:8080
+{options}          workingDir: /app
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+            - name: SMARTER_DEVICE_MANAGER_CONF
+              value: /root/config/conf.yaml
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: PYTHONDONTWRITEBYTECODE
+              value: "1"
+            - name: MALLOC_ARENA_MAX
+              value: "1"
+          ports:
+            - name: http
+              containerPort: 8080
+          startupProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            initialDelaySeconds: 2
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 30
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            periodSeconds: 10
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet:
+              path: /readyz
+              port: http
+            periodSeconds: 5
+            timeoutSeconds: 5
+          resources:
+            requests:
+              cpu: 10m
+              memory: 48Mi
+            limits:
+              memory: 192Mi
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: plugins
+              mountPath: /var/lib/kubelet/device-plugins
+            - name: pod-resources
+              mountPath: /var/lib/kubelet/pod-resources
+              readOnly: true
+            - name: dev
+              mountPath: /host/dev
+              readOnly: true
+              recursiveReadOnly: IfPossible
+            - name: sys-dev
+              mountPath: /host/sys/dev
+              readOnly: true
+            - name: sys-devices
+              mountPath: /host/sys/devices
+              readOnly: true
+            - name: config
+              mountPath: /root/config
+              readOnly: true
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+              readOnly: true
+      volumes:
+        - name: plugins
+          hostPath:
+            path: {plugin_dir}
+            type: Directory
+        - name: pod-resources
+          hostPath:
+            path: {pod_resources}
+            type: DirectoryOrCreate
+        - name: dev
+          hostPath:
+            path: /dev
+            type: Directory
+        - name: sys-dev
+          hostPath:
+            path: /sys/dev
+            type: Directory
+        - name: sys-devices
+          hostPath:
+            path: /sys/devices
+            type: Directory
+        - name: config
+          configMap:
+            name: smarter-device-manager
+        - name: script
+          configMap:
+            name: smarter-device-manager-script
+        - name: packages
+          hostPath:
+            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
+            type: DirectoryOrCreate
+"""
+
+# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
+# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
+    if status:
+        sys.exit(status)
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+
+def print_systemd_unit(options: argparse.Namespace) -> int:
+    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    for path in (sys.executable, f"{folder}/{name}", options.conf):
+        if path.startswith(HOME_FOLDERS):
+            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
+    if options.listen:
+        given.append(f"--listen={address_text(options.listen)}")
+        network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
+        if options.listen[0] in LOOPBACK:
+            network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
+    print(
+        SYSTEMD_UNIT.format(
+            folder=_systemd_word(folder),
+            module=os.path.splitext(name)[0],
+            python=_systemd_word(sys.executable),
+            plugin_dir=_systemd_word(options.plugin_dir),
+            options="".join(f" {_systemd_word(option)}" for option in given),
+            network=network,
+        ),
+        end="",
+    )
+    return 0
+
+
+def _systemd_word(text: str) -> str:
+    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
+    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
+    what is as it is by default is left out."""
+    shown = {
+        **{path: getattr(options, path) for path in paths},
+        "domain": options.domain,
+        "interval": f"{options.interval:g}",
+        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
+        "log_format": options.log_format,
+    }
+    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
+    defaults.update(interval="1", log_format="text")
+    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def print_manifest(options: argparse.Namespace) -> int:
+    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
+    import hashlib
+
+    print(
+        MANIFEST.format(
+            namespace=options.namespace or DEFAULT_NAMESPACE,
+            image=options.image or DEFAULT_IMAGE,
+            conf=_indented(_read_good_conf(options.conf), 4),
+            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
+            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
+            install=_indented(INSTALL_PACKAGES, 14),
+            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
+            plugin_dir=json.dumps(options.plugin_dir),
+            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _indented(text: str, spaces: int) -> str:
+    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise Problem(
+            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+        ) from None
+
+
+def _read_good_conf(path: str) -> str:
+    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    try:
+        text = read_conf(path) if path else DEFAULT_CONF
+        parse_rules(text)
+    except ConfigError as error:
+        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    except OSError as error:
+        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
-        prog="smarter_device_manager.py",
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
+        prog=program_name(),
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
+        "        --systemd-unit | --manifest | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
+        "says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    _add(parser, "--conf", "FILE", os.path.abspath, beside, "the conf file: a YAML list of rules", "--config")
+    beside = _conf_beside()
+    told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
     _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
@@ -4476,10 +5635,32 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
+    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
+    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
     return parser
+
+
+def program_name() -> str:
+    """The name that this program was called by."""
+    name = os.path.basename(sys.argv[0])
+    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
+
+
+def _conf_beside() -> str:
+    """The path of the conf.yaml beside the script; empty where there is none."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    return beside if os.path.lexists(beside) else ""
+
+
+def _conf_path(text: str) -> str:
+    return os.path.abspath(text) if text else ""
 
 
 def _add(
@@ -4535,6 +5716,18 @@ def _domain(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
+        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+    return text
+
+
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
@@ -4559,31 +5752,50 @@ def _address(text: str) -> Tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
+    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    least = options.log_level or level
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
+    if (options.image or options.namespace) and not options.manifest:
+        parser.error("--image and --namespace go with --manifest")
+    if options.json and not options.list and options.status is None:
+        parser.error("--json goes with --list and --status")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
+    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": check,
+        "list": show_list,
+        "dry_run": dry_run,
+        "status": show_status,
+        "systemd_unit": print_systemd_unit,
+        "manifest": print_manifest,
+    }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
-    handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
-    logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
-    if mode is serve:
+    try:
+        if mode is not serve:
+            set_up_log(options, logging.StreamHandler(), logging.WARNING)
+            return mode(options)
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
-    try:
-        return mode(options)
+        log_queue = LogQueue()
+        set_up_log(options, log_queue, logging.INFO)
+        with LogWriter(log_queue):
+            return serve(options)
     except Problem as error:
-        print(f"smarter_device_manager.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

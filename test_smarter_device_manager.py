@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import html
 import html.parser
 import http.client
 import itertools
@@ -62,15 +63,16 @@ Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
-    """Wait until CONDITION is true, and return what it gave."""
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", patience: float = PATIENCE) -> Any:
+    """Wait until CONDITION is true, and return what it gave. WHAT says what is missing; as a function, at the end."""
     give_up = time.monotonic() + patience
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > give_up:
-            raise AssertionError(f"not within {patience} s: {what or condition}")
+            missing = what() if callable(what) else what or condition
+            raise AssertionError(f"not within {patience} s: {missing}")
         time.sleep(0.01)
 
 
@@ -163,9 +165,9 @@ class Daemon:
     def log(self) -> str:
         return Path(self._log).read_text()
 
-    def says(self, pattern: str) -> re.Match[str]:
+    def says(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
         """Wait until the log has PATTERN."""
-        return wait_for(lambda: re.search(pattern, self.log), f"{pattern!r} in the log:\n{self.log}")
+        return wait_for(lambda: re.search(pattern, self.log), lambda: f"{pattern!r} in the log:\n{self.log}", patience)
 
     def hang_up(self) -> None:
         """Have conf and devices read again."""
@@ -333,7 +335,7 @@ class Kubelet(sdm.SimulatedKubelet):
                 found.count(word) == count for word, count in health.items()
             )
 
-        wait_for(counts, f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
+        wait_for(counts, lambda: f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
 
     def take(self, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
         """Allocate these IDs (the first Healthy one where none is named) to one container."""
@@ -345,6 +347,10 @@ class Kubelet(sdm.SimulatedKubelet):
             return await client.stub.Allocate(request, timeout=PATIENCE)
 
         return self.do(allocate()).container_responses[0]
+
+    def starts(self, resource: str, *ids: str) -> None:
+        """Ask whether a container with these IDs may start, as before each start of it."""
+        self.do(self.start_container(self.name(resource), ids))
 
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The nodes that a container with these IDs is given: container path -> host path."""
@@ -403,6 +409,17 @@ def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Starter)
     kubelet.wait_for("video0", Healthy=2)
     assert kubelet.gives("video0", "1") == {"/dev/video0": "/dev/video0"}
     assert daemon.stop() == 0
+
+
+def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: Node, start: Starter) -> None:
+    """This file's own helper: the failures of all tests are read by what it shows."""
+    node.rules("[]")
+    daemon = start()
+    daemon.process.wait(PATIENCE)
+    Path(daemon._log).write_text("")
+    threading.Timer(0.05, lambda: Path(daemon._log).write_text("the last line")).start()
+    with pytest.raises(AssertionError, match="'no such line' in the log:\nthe last line"):
+        daemon.says("no such line", patience=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1208,6 +1225,62 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
     assert done.stderr == f"smarter_device_manager.py: cannot read the conf file {node.conf}: Permission denied\n"
 
 
+def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
+    """Copied to a machine by itself, without a conf: what it uses then is said, and is conf.yaml word for word."""
+    assert (HERE / "conf.yaml").read_text() == sdm.DEFAULT_CONF
+    alone = node.root / "alone.py"
+    shutil.copy(SCRIPT, alone)
+    node.sysfs("gpu.0", {})
+    options = node.options()[2:]
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+    done = run("--check")
+    assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
+    assert done.stderr == told
+    done = run("--list")
+    assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == told
+    (node.root / "conf.yaml").write_text("- devicematch: a\n")  # beside the script
+    assert run("--check").stdout == f"{node.root}/conf.yaml: good, 1 rule\n"
+    assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the conf file /nowhere: ")
+
+
+def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> None:
+    called = node.root / "sdm"
+    called.symlink_to(SCRIPT)
+    assert os.access(SCRIPT, os.X_OK)
+    for arguments in (["--no-such-option"], [*node.options(), "--check"]):
+        done = subprocess.run([sys.executable, called, *arguments], check=False, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith("sdm: ")
+    assert "usage: sdm " in subprocess.run([called, "--help"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_daemon_says_that_it_has_the_built_in_rules(node: Node) -> None:
+    """And under the name that it was called by, also where it has started itself over."""
+    alone = node.root / "alone.py"
+    for name in ("smarter_device_manager.py", "api_pb2.py", "api_pb2_grpc.py"):
+        shutil.copy(HERE / name, node.root / ("alone.py" if name.startswith("smarter") else name))
+    command = [sys.executable, str(alone), *node.options()[2:], "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        lines = []
+        for line in daemon.stderr or ():
+            lines.append(line)
+            if "waiting for it" in line:
+                break
+        daemon.send_signal(signal.SIGHUP)  # which has nothing to read again
+        daemon.terminate()
+        lines += daemon.stderr or ()
+    assert daemon.returncode == 0
+    assert sum("the built-in default rules are used" in line for line in lines) == 1
+    assert not any("read again" in line or "cannot" in line for line in lines)
+    shutil.rmtree(node.plugins)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("alone.py: there is no directory")
+
+
 def test_list_shows_what_is_offered_what_not_and_why(node: Node) -> None:
     node.sysfs("gpu.0", {})
     (node.dev / "video0").write_text("")
@@ -1320,6 +1393,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1751,7 +1917,9 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
         "smarter-devices/" + name for name in ("video0", "both", "both_n")
     }
     folder = next(found for found in document["resources"] if found["name"].endswith("both"))
-    assert [spec["host"] for spec in folder["devices"][0]["nodes"]] == ["/dev/both/n"]
+    assert folder["devices"][0]["nodes"] == [
+        {"host": "/dev/both", "container": "/dev/both", "permissions": "rw", "targets": ["/dev/both/n"]}
+    ]
     assert {left["path"]: left["reason"] for left in document["left_out"]} == {
         "/dev/shm": "another file system",
         "/dev/both/pts": "another file system",
@@ -2210,14 +2378,14 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
-    """The host path that a container with the first slot of RESOURCE is given now, or the reason why none."""
+    """The nodes that a container with the first slot of RESOURCE is given now, or the reason why none."""
     try:
         with sdm.LiveTree(str(dev)) as tree:
             given = sdm.allocate(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
     except sdm.AllocationError as error:
         assert error.code == "UNAVAILABLE"
         return str(error)
-    return " ".join(spec.host for spec in given.specs)
+    return " ".join(host for spec in given.specs for host, _ in spec.nodes)
 
 
 @needs_root
@@ -2859,24 +3027,17 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
     ("rule", "nodes", "env"),
     [
         ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}, {}),
-        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}, {}),
-        (
-            "devicematch: ^snd$",
-            {f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/cam"}, {}),
+        ("devicematch: ^snd$", {"/dev/snd": "/dev/snd"}, {}),
         ("{devicematch: ^video0$, permissions: r}", {"/dev/video0": "/dev/video0 r"}, {}),
         ("{devicematch: ^video0$, permissions: mwr}", {"/dev/video0": "/dev/video0 rwm"}, {}),
         (r"{devicematch: '^video([0-9])$', containerpath: '/dev/cam\1'}", {"/dev/cam0": "/dev/video0"}, {}),
         (r"{devicematch: ^video, containerpath: '/dev/c/\g<0>/x'}", {"/dev/c/video/x": "/dev/video0"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev/x/}", {"/dev/x/video0": "/dev/video0"}, {}),
-        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/cam"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev//x///y}", {"/dev/x/y": "/dev/video0"}, {}),
-        (
-            "{devicematch: ^snd$, containerpath: /dev/card}",
-            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("{devicematch: ^snd$, containerpath: /dev/card}", {"/dev/card": "/dev/snd"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/video0, with: [video0]}", {"/dev/video0": "/dev/cam"}, {}),
         (
             r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic, with: ['snd/controlC\1', 'snd/timer?', 'none?']}",
             {
@@ -2890,7 +3051,7 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             {
                 "/dev/mic/pcmC1D0c": "/dev/snd/pcmC1D0c r",
                 "/dev/mic/controlC1": "/dev/snd/controlC1 r",
-                "/dev/mic/cam": "/dev/video0 r",
+                "/dev/mic/cam": "/dev/cam r",
             },
             {},
         ),
@@ -2898,8 +3059,8 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
             {
                 "/dev/video0": "/dev/video0",
-                "/dev/cam": "/dev/video0",
-                **{f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+                "/dev/cam": "/dev/cam",
+                "/dev/snd": "/dev/snd",
             },
             {},
         ),
@@ -2915,6 +3076,31 @@ def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
     (found,) = offered(f"- {rule}\n", snapshot).resources.values()
     assert given_to(found, snapshot) == (nodes, env)
     assert {spec.container for spec in found.devices[0].specs} == set(nodes)  # as --list shows it
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes"),
+    [
+        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}),
+        ("devicematch: ^snd$", at("snd/controlC1", "snd/pcmC1D0c", "snd/timer")),
+        (
+            "{devicematch: ^snd$, containerpath: /dev/card}",
+            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+        ),
+        (
+            "{devicematch: ^video0$, with: [snd, snd/timer, cam]}",
+            {**at("video0", "snd/controlC1", "snd/pcmC1D0c", "snd/timer"), "/dev/cam": "/dev/video0"},
+        ),
+    ],
+)
+def test_the_plan_knows_the_nodes_behind_links_and_in_folders(rule: str, nodes: Given) -> None:
+    snapshot = snapshot_of(SOUND)
+    (found,) = offered(f"- {rule}\n", snapshot).resources.values()
+    grant = sdm.allocate(found, ["0"], snapshot, "/dev")
+    assert {container: host for spec in grant.specs for host, container in spec.nodes} == nodes
+    assert grant.specs == found.devices[0].specs
 
 
 def test_resources_are_named_by_templates() -> None:
@@ -2979,10 +3165,24 @@ def test_a_planted_companion_is_not_given() -> None:
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
 
 
+AB = {"a/x": "char", "b/x": "char"}
+
+
 def test_two_nodes_of_a_device_at_one_place_in_the_container_make_it_unhealthy() -> None:
-    snapshot = snapshot_of({"a/x": "char", "b/x": "char"})
+    snapshot = snapshot_of(AB)
     plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
     assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
+    plan = offered("- {devicematch: ^a$, containerpath: /dev/b, with: [b/x]}\n", snapshot)
+    assert plan.resources["a"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/b/x in the container"
+
+
+def test_two_folders_at_one_place_in_the_container_are_refused() -> None:
+    """Even with different names in them: kubelet would drop the second one."""
+    snapshot = snapshot_of({"a/x": "char", "b/y": "char"})
+    plan = offered("- {devicematch: '^[ab]$', resource: ab, containerpath: /dev/c}\n", snapshot)
+    told = "/dev/a and /dev/b would both be /dev/c in the container"
+    assert refused(plan.resources["ab"], snapshot, "a:0", "b:0") == ("FAILED_PRECONDITION", told)
+    assert given_to(plan.resources["ab"], snapshot, "b:0")[0] == {"/dev/c": "/dev/b"}
 
 
 CAMERAS = "- {devicematch: '^video[0-9]+$', resource: camera, nummaxdevices: 2}\n"
@@ -3227,7 +3427,9 @@ def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
     looks.look(0, "- devicematch: a\n", ["a"])
     looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
     assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
-    assert looks.plan.resources["a"].devices[0].specs == (sdm.DeviceSpec("/dev/a", "/dev/b", "rw"),)
+    assert looks.plan.resources["a"].devices[0].specs == (
+        sdm.DeviceSpec("/dev/a", "/dev/b", "rw", (("/dev/a", "/dev/b"),)),
+    )
     looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
     assert listed(looks.plan) == {"b": ["a"]}
 
@@ -3361,7 +3563,7 @@ def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
     for name, found in plan.resources.items():
         nodes, env = given_to(found, snapshot)
         if name == "snd":
-            assert nodes == at("snd/controlC0", "snd/timer")
+            assert nodes == at("snd")
         elif name == "nvidia-gpu0":
             assert (nodes, env) == ({}, {"NVIDIA_VISIBLE_DEVICES": "0"})
         else:
@@ -3766,7 +3968,7 @@ def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, ku
     start("--interval", "3600")
     kubelet.wait_for("by-id_cam", Healthy=1)
     kubelet.wait_for("pub_x", Healthy=1)
-    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/video0"}
+    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/by-id/cam"}
     node.link("by-id/cam", "../../outside")
     node.link("pub/x", "../sda")
     for name, told in (
@@ -4069,13 +4271,12 @@ def test_a_node_once_a_container_whatever_its_slots(node: Node, kubelet: Kubelet
     kubelet.wait_for("snd", Healthy=4)
     given = kubelet.take("snd", "0", "1", "3")
     assert [(spec.host_path, spec.container_path, spec.permissions) for spec in given.devices] == [
-        ("/dev/snd/controlC0", "/dev/snd/controlC0", "rw"),
-        ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D0p", "rw"),
+        ("/dev/snd", "/dev/snd", "rw"),
     ]
     with plugin_stub(node, "snd") as stub:
         asked = [pb.ContainerAllocateRequest(devices_ids=["0"]), pb.ContainerAllocateRequest(devices_ids=["1", "2"])]
         both = stub.Allocate(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE).container_responses
-    assert [len(one.devices) for one in both] == [2, 2]
+    assert [len(one.devices) for one in both] == [1, 1]
 
 
 def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4085,7 +4286,7 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+        assert words == sdm.printable(f'smarter-devices/null: no device ID "{wrong[:200]}"')
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -4102,7 +4303,8 @@ def test_a_device_that_is_gone_is_unavailable_and_named(node: Node, kubelet: Kub
 
 
 @needs_root
-def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_links_and_folders_are_given_as_they_are(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """For the runtime resolves what the kubelet keeps, at every start of a container."""
     node.plug("ttyUSB0")
     node.plug("ttyUSB1")
     node.plug("snd/controlC0")
@@ -4111,11 +4313,47 @@ def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kube
     start("--interval", "3600")
     kubelet.wait_for("serial_by-id_usb-a", Healthy=1)
     kubelet.wait_for("snd", Healthy=1)
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB0"}
+    given = {name: kubelet.gives(name) for name in ("serial_by-id_usb-a", "snd")}
+    assert given == {"serial_by-id_usb-a": at("serial/by-id/usb-a"), "snd": at("snd")}
     node.link("serial/by-id/usb-a", "../../ttyUSB1")
-    node.plug("snd/controlC1")
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB1"}
-    assert sorted(kubelet.gives("snd")) == ["/dev/snd/controlC0", "/dev/snd/controlC1"]
+    assert {name: kubelet.gives(name) for name in given} == given
+    node.unplug("snd/controlC0")
+    node.unplug("ttyUSB1")
+    for name, told in (
+        ("serial_by-id_usb-a", "/dev/serial/by-id/usb-a: a link to /dev/ttyUSB1, which is not there"),
+        ("snd", "/dev/snd: a folder that holds no device node"),
+    ):
+        assert refusal(kubelet, name, "0") == ("UNAVAILABLE", f"smarter-devices/{name}: {told}")
+
+
+@needs_root
+def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("ttyUSB0")
+    node.plug("snd/controlC0")
+    node.link("serial/by-id/usb-a", "../../ttyUSB0")
+    node.rules("- devicematch: ^serial/by-id/\n- devicematch: ^snd$\n- {devicematch: U, containerpath: /dev/tty}\n")
+    link = "/dev/serial/by-id/usb-a -> /dev/ttyUSB0"
+    told = node.run("--list").stdout
+    assert link in told and "/dev/snd (1 node)\n" in told and "/dev/ttyUSB0 as /dev/tty\n" in told
+    node.plug("snd/timer")
+    told = node.run("--dry-run").stdout
+    assert f"/dev/serial/by-id/usb-a rw (the host's {link})" in told
+    assert "/dev/snd rw (the host's /dev/snd, 2 nodes)" in told and "/dev/tty rw (the host's /dev/ttyUSB0)" in told
+    daemon = start("--listen", "127.0.0.1:0")
+    kubelet.wait_for("snd", Healthy=1)
+    status = Status(daemon)
+    told = node.run("--status", status.address).stdout
+    assert link in told and "/dev/snd (2 nodes)" in told
+    page = html.unescape(status.ask("/").body)
+    assert "-> /dev/ttyUSB0" in page and "(2 nodes)" in page
+    assert status.resource("serial_by-id_usb-a")["devices"][0]["nodes"] == [
+        {
+            "host": "/dev/serial/by-id/usb-a",
+            "container": "/dev/serial/by-id/usb-a",
+            "permissions": "rw",
+            "targets": ["/dev/ttyUSB0"],
+        }
+    ]
 
 
 # The list
@@ -4333,12 +4571,15 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
+OWN_THREADS = 3  # the device side, the log, the kubelet side
+
+
 def wakes(daemon: Daemon) -> int:
-    """How often the threads of Python have slept; grpc's own, which have names, sleep as they like."""
-    threads = [task / "status" for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
-    found = [status.read_text() for status in threads]
-    ours = [text for text in found if re.match("Name:\tpython", text)]
-    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in ours)
+    """How often the daemon's own threads have slept. They start before all threads of grpc, which sleep as they like;
+    their names say nothing, for Python sets them only since 3.14."""
+    threads = sorted(int(thread) for thread in os.listdir(f"/proc/{daemon.process.pid}/task"))[:OWN_THREADS]
+    found = [Path(f"/proc/{daemon.process.pid}/task/{thread}/status").read_text() for thread in threads]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in found)
 
 
 def wait_calm(daemon: Daemon) -> None:
@@ -4556,20 +4797,72 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
     wait_ready(kubelet, ["null", "zero"])
 
 
-def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
-    side = sdm.DevicePluginSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
-    session = sdm.Registration(sdm.Resource("null", False, ()), side, None)
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held() -> None:
+    backoff = sdm.Backoff()
     pauses = []
     for _ in range(7):
-        session.back_off(100.0)
-        pauses.append(session.retry_at - 100.0)
+        backoff.fail(100.0)
+        pauses.append(backoff.retry_at - 100.0)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    session.stream, session.stream_since = object(), 100.0
-    session.back_off(120.0)
-    assert session.retry_at == 150.0
-    session.back_off(131.0)
-    assert session.retry_at == 132.0
-    side._loop.close()
+    backoff.reset()
+    assert backoff.retry_at == 0.0
+    backoff.fail(120.0, at_once=True)
+    assert backoff.retry_at == 120.0
+    backoff.fail(131.0, at_once=True)
+    assert backoff.retry_at == 132.0
+
+
+class AnsweringKubelet:
+    """A kubelet as a registration sees it: one that answers, on a channel, and changes when a test says so."""
+
+    def __init__(self, path: str) -> None:
+        self.identity = (1, 2, 3)
+        self.is_answering = True
+        self.channel = grpc.aio.insecure_channel(f"unix:{path}")
+
+    def check(self) -> None:
+        pass
+
+    def check_answering(self) -> bool:
+        return self.is_answering
+
+
+async def a_registration_alone(plugin_dir: str) -> None:
+    """One registration on this loop, without a side; each step is a condition that is waited for."""
+
+    async def until(condition: Callable[[], Any]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < give_up
+            await asyncio.sleep(0.01)
+
+    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    await kubelet.start()
+    seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
+    events = sdm.GroupedLog(asyncio.get_running_loop())
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, events)
+    registration = sdm.Registration(sdm.Resource("null", False, ()), context)
+    assert not registration.is_ready
+    running = asyncio.ensure_future(registration.run())
+    await until(lambda: registration.is_ready)
+    registration.check_socket({"smarter-null.d.sock": 1})  # another's
+    await until(lambda: registration.registrations == 2 and registration.is_ready)
+    assert registration.trouble == "" and registration.stream_losses == 0
+    inode = os.stat(f"{plugin_dir}/smarter-null.d.sock").st_ino
+    registration.check_socket({"smarter-null.d.sock": inode})
+    registration.wake()
+    seen.identity = (1, 2, 4)  # another kubelet, which is told by wake() alone
+    registration.wake()
+    await until(lambda: registration.registrations == 3 and registration.is_ready)
+    registration.retire()
+    await asyncio.wait_for(running, PATIENCE)
+    assert not registration.is_ready and os.listdir(plugin_dir) == ["kubelet.sock"]
+    await seen.channel.close()
+    await kubelet.stop()
+
+
+def test_a_registration_lives_alone(node: Node) -> None:
+    asyncio.run_coroutine_threadsafe(a_registration_alone(str(node.plugins)), Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4844,9 +5137,9 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
-    "kubelet side": "sdm.DevicePluginSide._look_at_sockets = fail",
-    "kubelet side, a plan": "sdm.slots_of = fail",
-    "kubelet side, a resource": "sdm.Registration.registration_problem = fail",
+    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
+    "kubelet side, a plan": "sdm.Plugin.update = fail",
+    "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
 
@@ -5740,7 +6033,7 @@ def test_a_device_that_went_is_absent(node: Node, served: Status, folder: Path, 
     assert document["ready"], "it is registered, with Unhealthy slots"
     page = served.ask("/").body
     assert "1 thing is wrong" in page
-    assert page.index("nvidia-gpu0: it is gone") < page.index("<h2>Resources</h2>")
+    assert '<li><a href="#nvidia-gpu0">nvidia-gpu0</a>: it is gone</li>' in page[: page.index("<h2>Resources</h2>")]
 
 
 def test_process_metrics_are_the_kernels_own(served: Status, start: Starter) -> None:
@@ -6250,7 +6543,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     daemon = broken_daemon(node, "sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
-    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -6319,7 +6612,8 @@ def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
         path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
-        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
+        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
+        problem="", since=1.0,
     )  # fmt: skip
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
@@ -6797,7 +7091,7 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
 def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.counted(number, "slot") == told
+    assert sdm.pluralize(number, "slot") == told
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
