@@ -2480,8 +2480,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
-# served. All of it runs on one asyncio loop, the kubelet thread's.
+# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
+# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
@@ -2489,6 +2489,10 @@ GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: 
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
+POD_RESOURCES_SECONDS = 1.0  # for such an answer
+MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
+SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
@@ -2772,6 +2776,88 @@ class KubeletConnection:
             self._events.flush()
             log_event("kubelet-gone", sentence, logging.WARNING, **fields)
             self._on_change()
+
+
+class Holder(NamedTuple):
+    """A container that has a slot of a resource."""
+
+    slot: str  # its ID
+    namespace: str
+    pod: str
+    container: str
+
+
+Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+
+
+def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
+    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+    """
+    count = 0
+    for pod in response.pod_resources:
+        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
+        for container in pod.containers:
+            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
+            count += sum(len(item.device_ids) for item in ours)
+            if count > MAX_HOLDERS:
+                raise ValueError("more holders than any node has")
+            yield [
+                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, truncate(container.name, MAX_TEXT)))
+                for item in ours
+                for slot in item.device_ids
+            ]
+
+
+class PodResources:
+    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+
+    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
+    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    """
+
+    def __init__(self, path: str, domain: str) -> None:
+        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._domain = domain
+
+    async def holders(self) -> Optional[Holders]:
+        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+        from google.protobuf.message import DecodeError
+
+        holders: Dict[str, List[Holder]] = {}
+        try:
+            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            for pairs in await in_slices(find_holders(response, self._domain)):
+                for name, holder in pairs:
+                    holders.setdefault(name, []).append(holder)
+        except (grpc.RpcError, DecodeError, ValueError) as error:
+            log.debug("the kubelet does not say who has what: %s", error)
+            return None
+        return holders
+
+    async def _list(self) -> bytes:
+        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
+        ]
+        async with grpc.aio.insecure_channel(self._target, options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            return answer
+
+
+async def in_slices(items: Iterable[T]) -> List[T]:
+    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    done = []
+    end = time.monotonic() + SLICE_SECONDS
+    for item in items:
+        done.append(item)
+        if time.monotonic() >= end:
+            await asyncio.sleep(0)
+            end = time.monotonic() + SLICE_SECONDS
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3586,9 +3672,6 @@ class DevicePluginSide:
 # the server's paths are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
-POD_RESOURCES_SECONDS = 1.0  # for such an answer
-MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 EVENTS_SHOWN = 10  # by --status
 MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
 
@@ -3612,18 +3695,6 @@ class RegistrationState(NamedTuple):
     refusals: int = 0
     stream_losses: int = 0
     start_refusals: int = 0
-
-
-class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
-
-    slot: str  # its ID
-    namespace: str
-    pod: str
-    container: str
-
-
-Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
 
 
 # The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
@@ -3798,67 +3869,6 @@ def _first_names(names: Sequence[str]) -> str:
 def clock(time_of_day: str) -> str:
     """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
     return f"{time_of_day[:10]} {time_of_day[11:19]}"
-
-
-# Who has what: asked of the kubelet, by its PodResources API.
-
-
-def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
-    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
-    """
-    count = 0
-    for pod in response.pod_resources:
-        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
-        for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            count += sum(len(item.device_ids) for item in ours)
-            if count > MAX_HOLDERS:
-                raise ValueError("more holders than any node has")
-            yield [
-                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, truncate(container.name, MAX_TEXT)))
-                for item in ours
-                for slot in item.device_ids
-            ]
-
-
-class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
-
-    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
-    """
-
-    def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
-        self._domain = domain
-
-    async def holders(self) -> Optional[Holders]:
-        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
-        from google.protobuf.message import DecodeError
-
-        holders: Dict[str, List[Holder]] = {}
-        try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
-            for pairs in await in_slices(find_holders(response, self._domain)):
-                for name, holder in pairs:
-                    holders.setdefault(name, []).append(holder)
-        except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
-            return None
-        return holders
-
-    async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
 
 
 # Text: for terminals.
@@ -4052,12 +4062,7 @@ FAMILIES = (
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family(
-        "starts_refused_total",
-        "counter",
-        "Starts of containers that were refused, since another device stands there.",
-        _each("start_refusals"),
-    ),
+    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
     Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
     Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
     Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
@@ -4065,13 +4070,11 @@ FAMILIES = (
     Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
     Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
     Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
-    Family(
-        "conf_good", "gauge", "0 if the conf file as it is now is refused.", lambda d: [({}, not d["conf"]["error"])]
-    ),
+    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
     Family(
         "conf_last_good_timestamp_seconds",
         "gauge",
-        "When the conf file was last found good.",
+        "When the conf file was last good.",
         _one("conf", "read_at_seconds"),
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
@@ -4079,14 +4082,11 @@ FAMILIES = (
     Family(
         "internal_errors_total",
         "counter",
-        "Calls that failed for a reason that nobody foresaw: a bug.",
+        "Calls that failed for an unforeseen reason.",
         _one("process", "internal_errors"),
     ),
     Family(
-        "log_lines_dropped_total",
-        "counter",
-        "Lines of the log that were dropped, since nobody read it.",
-        _one("process", "log_lines_dropped"),
+        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
     ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
@@ -4121,55 +4121,44 @@ STYLE = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
   --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
   --bad-back: #fdecec; --goal: #fff7d6; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0; --line: #2a313a; --track: #2c343e;
-    --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f; --bad: #ff8a8a; --bad-back: #3a1719;
-    --goal: #33301a; } }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
+  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
+  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
-header p { flex-basis: 100%; }
+header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
 h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-a { color: var(--used); }
 code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border-radius: 99px; padding: .15rem .8rem; font: 600 .9rem/1.5 inherit; font-family: inherit; }
+.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
 button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
-.good { color: var(--good); background: var(--good-back); }
-.bad { color: var(--bad); background: var(--bad-back); }
+.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
+.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
 .why, small { display: block; }
-.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); }
-.why { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-ul { list-style: none; }
 .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
-.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; }
-.wrong li { display: block; }
-.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; }
-.facts div { padding: .6rem 1rem; }
+.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
+.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
 .facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
 table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
 thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
 .bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); }
-.full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: var(--good); }
-.off { background: var(--bad); }
+.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
+.dot { background: var(--good); } .off { background: var(--bad); }
 .hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-footer { margin-top: 2rem; }
 @media (max-width: 44rem) {
   .list li, .facts { grid-template-columns: 1fr; }
   .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
   .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
   .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
-  table, tbody, tr, th, td { display: block; } thead { display: none; }
-  table.card { background: none; border: 0; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
@@ -4311,7 +4300,7 @@ def _page_facts(document: Document) -> Iterator[str]:
             "unknown" if None in in_use else sum(in_use),
             f"of {sum(resource['slots'] for resource in resources)}",
         ),
-        ("kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
+        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
         ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
     )
     yield '<dl class="facts">\n'
@@ -4386,7 +4375,6 @@ HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
 
 _PHRASES = {
@@ -4463,18 +4451,6 @@ def format_head(response: Response, now: float) -> bytes:
         "Connection: close",
     ]
     return "\r\n".join([*head, "", ""]).encode()
-
-
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
-    done = []
-    end = time.monotonic() + SLICE_SECONDS
-    for item in items:
-        done.append(item)
-        if time.monotonic() >= end:
-            await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
-    return done
 
 
 async def encoded(pieces: Iterable[str]) -> bytes:
