@@ -4985,6 +4985,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    socket_path = options.pod_resources_socket
+    if socket_path == DEFAULT_POD_RESOURCES:
+        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    if socket_path != DEFAULT_POD_RESOURCES:
+        given.append(f"--pod-resources-socket={socket_path}")
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         given.append(f"--listen={tell_address(options.listen)}")
@@ -5003,6 +5008,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         end="",
     )
     return 0
+
+
+def _pod_resources_beside(plugin_dir: str) -> str:
+    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
@@ -5043,7 +5053,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             install=_indented(INSTALL_PACKAGES, 14),
             options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
             plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
         ),
         end="",

@@ -24,6 +24,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1413,13 +1414,34 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
-    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
-    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    options = {
+        "--conf": "/etc/sdm.yaml",
+        "--plugin-dir": "/p/50%",
+        "--pod-resources-socket": "/r/kubelet.sock",
+        "--dev-dir": "/d",
+        "--sys-dir": "/s y",
+        "--domain": "lab",
+        "--interval": "0.50",
+        "--log-level": "WARNING",
+        "--log-format": "json",
+        "--listen": ":1",
+    }
+    unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["/p/50%%"]
-    assert unit["ExecStart"] == [
-        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
-        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
-    ]
+    told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
+    shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
+    assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
+    environment = {  # every option that the daemon has, by the name of its variable in the environment
+        action.option_strings[0]
+        for action in sdm.build_parser()._actions
+        if action.metavar and action.default is not None
+    }
+    assert environment == options.keys()
+
+
+def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
+    unit = systemd_unit(node, "--plugin-dir=/var/lib/k0s/kubelet/device-plugins")
+    assert unit["ExecStart"][0].endswith(" --pod-resources-socket=/var/lib/k0s/kubelet/pod-resources/kubelet.sock")
 
 
 def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
