@@ -19,10 +19,10 @@ of kubelet are followed.
     smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
-Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
-/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
-stream). What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
+kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
+file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
+socket and stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -31,14 +31,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import errno
 import fcntl
+import functools
 import io
 import itertools
 import json
 import logging
+import logging.handlers
 import os
+import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -447,33 +452,153 @@ def _shown(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
+# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
+# for it: it is written out here, or refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
-MAX_SLOTS = 10_000
-MAX_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
+MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
+MAX_GROUPS = 1000  # one inside the other, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+
+S = TypeVar("S")
 
 
-class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
-
-    template: str
-    optional: bool
+class ExpressionError(ValueError):
+    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
 
 
-class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
-
-    name: str
-    pattern: str
-    match: re.Pattern[str]
+class SearchTimeout(Exception):
+    """A search took too long, so nobody knows what it would have found."""
 
 
-# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re can have it.
-# Nothing that some version of re reads otherwise, or warns of, is left for it: it is written out here, or refused.
+class _Alarm:
+    """Ends work that takes too long, by an exception that the handler of a signal raises.
+
+    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
+    be such that it may end anywhere. The signal is SIGVTALRM, whose timer counts CPU time: a machine that is busy with
+    something else makes no search take too long.
+    """
+
+    def __init__(self) -> None:
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._is_installed = False
+
+    def limit(self, work: Callable[[], S], seconds: float) -> S:
+        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+
+        For the main thread only. WORK must not call this itself.
+        """
+        if not self._is_installed:
+            signal.signal(signal.SIGVTALRM, self._ring)
+            self._is_installed = True
+        try:
+            self._due = time.thread_time() + seconds
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            return work()
+        finally:
+            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            self._due = 0.0
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _ring(self, *_: object) -> None:
+        if not self._due:
+            return
+        left = self._due - time.thread_time()
+        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            return
+        self._due = 0.0
+        raise SearchTimeout
+
+
+_ALARM = _Alarm()
+
+
+class Expression:
+    """An expression of RE2, searched by Python's re within a limit of CPU time.
+
+    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
+    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Raises ExpressionError."""
+        self.pattern = pattern
+        try:
+            self.compiled = re.compile(translate(pattern), re.ASCII)
+        except ExpressionError as error:
+            raise ExpressionError(f"{_shown(pattern)}: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            problem = getattr(error, "msg", "") or "it is too large"
+            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+        self._slow_texts: Dict[str, None] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expression) and self.pattern == other.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)
+
+    def search(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.search, text)
+
+    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.fullmatch, text)
+
+    def was_slow(self, text: str) -> bool:
+        """Whether a search in TEXT took too long."""
+        return text in self._slow_texts
+
+    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
+        if self.was_slow(text):
+            raise SearchTimeout
+        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
+        try:
+            return _ALARM.limit(lambda: find(text), seconds)
+        except SearchTimeout:
+            if len(self._slow_texts) == MAX_SLOW_TEXTS:
+                del self._slow_texts[next(iter(self._slow_texts))]
+            self._slow_texts[text] = None
+            time.sleep(seconds)
+            raise
+
+
+class Expressions:
+    """Several expressions that are all searched in one text. For the main thread only."""
+
+    def __init__(self, expressions: Iterable[Expression]) -> None:
+        self._expressions = tuple(expressions)
+        self._searches = [expression.compiled.search for expression in self._expressions]
+        self._were_slow = False
+
+    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
+        """What the search for each of them finds in TEXT, or that it took too long."""
+        if not self._were_slow:
+            try:  # one limit for all of them: to set it takes longer than most searches
+                return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
+            except SearchTimeout:
+                self._were_slow = True
+                time.sleep(SEARCH_SECONDS)
+        return [_outcome(expression, text) for expression in self._expressions]
+
+
+def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
+    try:
+        return expression.search(text)
+    except SearchTimeout:
+        return SearchTimeout()  # without a traceback, for it is kept
+
+
+# The translation.
+
 _POSIX_CLASSES = {  # the first and last character of each range
     "alnum": "09AZaz",
     "alpha": "AZaz",
@@ -506,142 +631,275 @@ _CHARACTER = re.compile(
 _REGEX_TOKEN = re.compile(
     r"""
       (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
-    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | <?[=!] ) | (?!\?) ) )
+    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<close> \) )
     | (?P<or> \| )
-    | (?P<repeat> (?: [*+?] | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \} ) \?? )
+    | (?P<repeat> (?: [*+?] | \{ (?P<min> 0|[1-9][0-9]* ) (?P<to> , (?P<max> 0|[1-9][0-9]* )? )? \} ) \?? )
     | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
-class _Untranslatable(ValueError):
-    """An expression that is none of RE2, or that Python's re cannot take over; the text says what to write instead."""
+class _Part(NamedTuple):
+    """A part of an expression, translated, and what must be known of it to repeat it."""
+
+    text: str
+    may_be_empty: bool  # whether it can match without taking a character
+    may_take: bool  # whether it can take one
+    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    instructions: int = 1  # that Go compiles it to
+
+
+class _Group:
+    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+
+    def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
+        self.opening = opening
+        self.flags = flags  # in force for each further atom
+        self.parts: List[_Part] = []
+        self._alternatives: List[_Part] = []
+        self._is_look_around = is_look_around
+
+    def end_alternative(self) -> None:
+        """Begin the next alternative."""
+        self._alternatives.append(
+            _Part(
+                "".join(part.text for part in self.parts),
+                all(part.may_be_empty for part in self.parts),
+                any(part.may_take for part in self.parts),
+                max((part.repeats for part in self.parts), default=1),
+                max(1, sum(part.instructions for part in self.parts)),
+            )
+        )
+        self.parts = []
+
+    def close(self, closing: str) -> _Part:
+        """The whole group as one part."""
+        self.end_alternative()
+        return _Part(
+            self.opening + "|".join(part.text for part in self._alternatives) + closing,
+            self._is_look_around or any(part.may_be_empty for part in self._alternatives),
+            not self._is_look_around and any(part.may_take for part in self._alternatives),
+            max(part.repeats for part in self._alternatives),
+            sum(part.instructions + 1 for part in self._alternatives) + 1,
+        )
 
 
 def translate(pattern: str) -> str:
     """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
 
-    Look-around is taken too, which only Python has. Raises ValueError for what Python cannot express and for most of
-    what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
+    of what RE2 refuses; the rest of that is left for re.compile to refuse.
     """
-    out: List[str] = []
-    scopes: List[FrozenSet[str]] = [frozenset()]  # the flags in force in each open group, for each atom
+    groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
         assert token  # its last alternative takes any character
-        kind, text, position = token.lastgroup, token[0], token.end()
+        kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
-            position, text = _translate_atom(pattern, token.start(), scopes[-1])
+            position, part = _translate_atom(pattern, token.start(), group.flags)
+            group.parts.append(part)
+        elif kind == "flags" and token["scope"] == ")":
+            group.flags = _flags(token, group.flags)
         elif kind == "flags":
-            flags = _flags(token, scopes[-1])
-            text = "(?:" if token["scope"] == ":" else ""
-            if text:
-                scopes.append(flags)
-            else:
-                scopes[-1] = flags
+            groups.append(_Group("(?:", _flags(token, group.flags)))
         elif kind == "open":
-            scopes.append(scopes[-1])
-            text = f"(?P<{token['name']}>" if token["name"] else text
+            opening = f"(?P<{token['name']}>" if token["name"] else token[0]
+            groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise _Untranslatable(f"{text} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do")
-        elif kind == "close" and len(scopes) > 1:
-            scopes.pop()
-        elif kind == "repeat":
-            _check_repeat(text, is_repeatable)
+            raise ExpressionError(
+                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
+            )
+        elif kind == "close" and len(groups) > 1:
+            groups.pop()
+            groups[-1].parts.append(group.close(")"))
+        elif kind == "close":
+            group.parts.append(_assertion(")"))  # re refuses it
+        elif kind == "or":
+            group.end_alternative()
+        elif not is_repeatable:
+            raise ExpressionError(
+                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+            )
+        else:
+            group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
-        out.append(text)
-    return "".join(out)
+        if len(groups) > MAX_GROUPS:
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
+    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
 
 
-def _check_repeat(text: str, is_repeatable: bool) -> None:
-    if not is_repeatable:
-        raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
-    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{_shown(text)} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+def _repeat(part: _Part, token: re.Match[str]) -> _Part:
+    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    text = token[0]
+    least, most = _bounds(token)  # most: None where there is no limit
+    copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
+    instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
+    if copies > MAX_REPEATS:
+        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+    if instructions > MAX_INSTRUCTIONS:
+        raise ExpressionError(f"{text} makes it too large for Go")
+    if part.may_be_empty and part.may_take and (most is None or most - least > 1):
+        raise ExpressionError(
+            f"{text} repeats what may be empty, which Go and Python understand differently; "
+            f"let it take a character at least, such as (a+)* for (a*)*"
+        )
+    if part.may_take:
+        written = part.text + text
+    elif least:
+        written = part.text  # a place is no other the second time; and re repeats none
+    else:
+        is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
+        written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
+    return _Part(written, part.may_be_empty or not least, part.may_take and most != 0, copies, max(1, instructions))
+
+
+def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
+    """How often TOKEN repeats at least and at most; None: without limit."""
+    if not token["min"]:
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
+    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+    least = int(token["min"])
+    most = int(token["max"]) if token["max"] else None if token["to"] else least
+    if most is not None and most < least:
+        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+    return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
     return before.union(on) - set(off)
 
 
-def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
     """What stands at POSITION for one character or one place, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
-    if char in ".^$":
-        flag = "s" if char == "." else "m"
-        return position + 1, f"(?{flag}:{char})" if flag in flags else {".": ".", "^": r"\A", "$": r"\Z"}[char]
+    if char in "^$":
+        return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
-    if char == "[":
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+    named = _NAMED_CLASS.match(pattern, position)
+    if char == ".":
+        position, text = position + 1, "(?s:.)" if "s" in flags else "."
+    elif char == "[":
         position, text = _translate_class(pattern, position, flags)
+    elif named:
+        position, text = named.end(), _write_class(_named_ranges(named, flags), is_negated=False)
     else:
-        named = _NAMED_CLASS.match(pattern, position)
-        text = f"[{_expand_class(named, flags)}]" if named else ""
-        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
-        text = text or _literal(char)
-    return position, f"(?i:{text})" if "i" in flags else text
+        position, char = _read_char(pattern, position, flags)
+        is_letter = "i" in flags and char.isalpha() and char.isascii()
+        text = _write_class(_fold([(ord(char), ord(char))]), is_negated=False) if is_letter else _literal(char)
+    return position, _Part(text, may_be_empty=False, may_take=True)
+
+
+def _assertion(text: str) -> _Part:
+    return _Part(text, may_be_empty=True, may_take=False)
 
 
 def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
-    opening = "[^" if pattern.startswith("[^", position) else "["
-    out = [opening]
-    position = first = position + len(opening)
-    while position < len(pattern) and (pattern[position] != "]" or position == first):
+    """The [class] at POSITION, and where it ends."""
+    is_negated = pattern.startswith("[^", position)
+    position = first = position + len("[^" if is_negated else "[")
+    ranges: Ranges = []
+    while pattern[position : position + 1] != "]" or position == first:
         named = _NAMED_CLASS.match(pattern, position)
+        if position >= len(pattern):
+            return position, "["  # re refuses it
         if named:
-            position, text = named.end(), _expand_class(named, flags)
-        else:
-            position, char = _read_char(pattern, position, flags)
-            text = _literal(char)
-            if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-                position, last = _read_char(pattern, position + 1, flags)
-                text += "-" + _literal(last)
-                if last < char:
-                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
-        out.append(text)
-    return position + 1, "".join(out) + pattern[position : position + 1]
+            position = named.end()
+            ranges += _named_ranges(named, flags)
+            continue
+        position, low = _read_char(pattern, position, flags)
+        high = low
+        if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
+            position, high = _read_char(pattern, position + 1, flags)
+            _check_range(low, high, flags)
+        chosen = [(ord(low), ord(high))]
+        ranges += _fold(chosen) if "i" in flags else chosen
+    return position + 1, _write_class(ranges, is_negated)
 
 
-def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
-    r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
+def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
+    if high < low:
+        raise ExpressionError(f"the range {low}-{high} runs backwards")
+    if "i" in flags and not high.isascii():
+        raise ExpressionError(
+            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+        )
+
+
+def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
+    r"""The characters that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
     if named["perl"]:
         is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
         bounds = _POSIX_CLASSES[name]
-    if is_negated and "i" in flags and bounds in ("AZ", "az"):
-        bounds = "AZaz"  # what is left out is left out in either case
-    codes = [ord(char) for char in bounds]
-    if is_negated:
-        codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
-    ranges = [(low, high) for low, high in zip(codes[::2], codes[1::2]) if low <= high]
-    return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
+    ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
+    if "i" in flags:
+        ranges = _fold(ranges)
+    return _complement(ranges) if is_negated else ranges
+
+
+def _fold(ranges: Ranges) -> Ranges:
+    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
+    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    found = list(ranges)
+    for low, high in ranges:
+        for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
+            if low <= last and high >= first:
+                found.append((max(low, first) + other, min(high, last) + other))
+    for letter, third in ((ord("k"), 0x212A), (ord("s"), 0x017F)):
+        if any(low <= letter <= high for low, high in found):
+            found.append((third, third))
+    return found
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    """All characters that are not in RANGES, in sorted order."""
+    found, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            found.append((start, low - 1))
+        start = max(start, high + 1)
+    return [*found, (start, sys.maxunicode)] if start <= sys.maxunicode else found
+
+
+def _write_class(ranges: Ranges, is_negated: bool) -> str:
+    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    others = _complement(ranges)
+    ranges = _complement(others)
+    if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
+        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+    if not ranges:
+        return r"[\s\S]" if is_negated else r"[^\s\S]"
+    written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
+    return f"[{'^' if is_negated else ''}{''.join(written)}]"
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
-        raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
+        raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
     char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
     if not char:
         code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
         if code > sys.maxunicode:
-            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
+            raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
-        raise _Untranslatable(
+        raise ExpressionError(
             f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
@@ -664,16 +922,36 @@ def _literal(char: str) -> str:
     return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
 
 
-def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
-    """The expression that NODE of the conf holds, as written and compiled."""
-    text = _text(node)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
+# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+MAX_SLOTS = 10_000
+TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+
+
+class Companion(NamedTuple):
+    """A node that goes along with a device: a template of its path below /dev."""
+
+    template: str
+    optional: bool
+
+
+class Attribute(NamedTuple):
+    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+
+    name: str
+    match: Expression
+
+
+def _compile(node: Node) -> Expression:
+    """The expression that NODE of the conf holds."""
     try:
-        return text, re.compile(translate(text), re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = getattr(error, "msg", "") or "it is too large"
-        raise ConfigError(f"{_shown(text)} is no regular expression: {problem}", node.line, node.column) from None
-    except _Untranslatable as error:
-        raise ConfigError(f"{_shown(text)}: {error}", node.line, node.column) from None
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise ConfigError(str(error), node.line, node.column) from None
 
 
 # Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
@@ -690,13 +968,13 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
+def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference[3] is not None:
             problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
         else:
             group = _group(reference)
-            if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
+            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
@@ -775,7 +1053,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, *_compile(value)))
+        found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
 
@@ -813,7 +1091,7 @@ class Rule:
     """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
 
     line: int  # of the conf file
-    match: re.Pattern[str]  # searched in a path below /dev
+    match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
@@ -861,9 +1139,9 @@ def _parse_rule(node: Node) -> Rule:
         nodes[key.value] = value
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])[1]
+    match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
-        match = re.compile(rf"^{TEGRA}([0-9]+)\Z", re.ASCII)
+        match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
     for template in _template_nodes(nodes):
         _check_template(template, match)
@@ -885,11 +1163,13 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
+    expressions = Expressions(rule.match for rule in rules)
     for path, rule in last.items():
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
-            follows = next(other for other in reversed(rules) if other.match.search(path))
-            if follows is rule:
+            found = expressions.search(path)
+            last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
+            if last_rule and last_rule[0] is rule:
                 raise clash(pool, rule, path)
 
 
@@ -1026,8 +1306,9 @@ DEFAULT_CONF = r"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
-# algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
+# Devices: what stands below /dev, and what sysfs knows of it. One look at /dev is plain data (Snapshot), and resolve()
+# is one algorithm over such data or over /dev itself (LiveTree). The chapters below rely on it never to lead to a node
+# outside /dev, nor through a folder where others than root may write.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
@@ -1043,12 +1324,52 @@ _KINDS = {
 }
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+
+
+class Reason(enum.Enum):
+    """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
+
+    GONE = "other", "it is gone"
+    SWAPPED = "other", "another device stands there since just now"
+    COMPANION = "other", "it goes with /dev/{path}: {why}"
+    LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
+    LINK_CIRCLE = "link", "a link that leads in a circle"
+    LINK_CLIMBS_OUT = "link", "a link that leaves /dev"
+    LINK_OUT = "link", "a link to {target}, which leaves /dev"
+    LINK_TO_DEV = "link", "a link to all of /dev"
+    THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
+    UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
+    EMPTY_FOLDER = "folder", "a folder that holds no device node"
+    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
+    FILE_SYSTEM = "file_system", "another file system"
+    MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
+    NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
+    NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
+    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
+    NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
+    CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'
+    SAME_PLACE = "container_path", "{one} and {other} would both be {path} in the container"
+    ATTRIBUTES = "attributes", "{why}"
+    PATTERN_TIMEOUT = "pattern_timeout", "{why}"
+    NO_ATTRIBUTES = "attributes", "a Tegra's GPU has no attributes"
+    SAME_NODE = "duplicate", "its pool offers the same node already, as /dev/{path}"
+    LIST_TOO_LONG = "list_too_long", "the list of its resource's slots would be longer than {limit} bytes"
+
+    def __init__(self, label: str, template: str) -> None:
+        self.label = label
+        self.template = template
 
 
 class NotADevice(Exception):
     """A path names no device; the text says why, to follow the path and a colon."""
+
+    def __init__(self, reason: Reason, **details: object) -> None:
+        super().__init__(reason.template.format(**details))
+        self.reason = reason
 
 
 class Entry(NamedTuple):
@@ -1059,6 +1380,7 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which others than root may make names
+    error: str = ""  # why a folder cannot be listed
     generation: int = 0  # another one whenever this name came to stand for something else
 
 
@@ -1073,7 +1395,7 @@ class DeviceNode(NamedTuple):
 class Tree(Protocol):
     """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
 
-    def look(self, path: str) -> Optional[Entry]: ...
+    def entry(self, path: str) -> Optional[Entry]: ...
 
     def names(self, path: str) -> Sequence[str]: ...
 
@@ -1085,7 +1407,7 @@ class Snapshot:
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
@@ -1099,24 +1421,25 @@ class Snapshot:
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
 
-    Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
+    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
+    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
-    entry = tree.look(real)
+    entry = tree.entry(real)
     if entry is None:
-        raise NotADevice("it is gone")
+        raise NotADevice(Reason.GONE)
     if not real:
-        raise NotADevice("a link to all of /dev")
+        raise NotADevice(Reason.LINK_TO_DEV)
     if entry.kind == MOUNT:
-        raise NotADevice("another file system")
+        raise NotADevice(Reason.FILE_SYSTEM)
     if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(f"a {entry.kind}, not a device")
+        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     nodes = list(_nodes_below(tree, real))
     if not nodes:
-        raise NotADevice("a folder that holds no device node")
+        raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
         if not name.isascii() and not _is_utf8(name):
-            raise NotADevice(f"the name /dev/{name} is not UTF-8, and kubelet takes no other")
+            raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
@@ -1129,13 +1452,23 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP; no link in it is followed."""
+    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+
+    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
+    find nodes in another file system.
+    """
     todo = [top]
     while todo:
         path = todo.pop()
-        entry = tree.look(path)
+        entry = tree.entry(path)
         if entry and entry.kind in NODES:
             yield DeviceNode(path, path[len(top) :], entry)
+        elif entry and entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=path)
+        elif entry and entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
+        elif entry and entry.error:
+            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
         elif entry and entry.kind == FOLDER:
             todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
 
@@ -1148,29 +1481,29 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     while todo:
         name = todo.pop()
         if name == ".." and not done:
-            raise NotADevice("a link that leaves /dev")
+            raise NotADevice(Reason.LINK_CLIMBS_OUT)
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        here = "/".join([*done, name])
-        entry = tree.look(here)
+        folder = "/".join(done)
+        here = _join(folder, name)
+        entry = tree.entry(here)
         if entry is None:
-            raise NotADevice(f"a link to /dev/{here}, which is not there" if links else "it is gone")
+            raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
+        parent = tree.entry(folder)
+        if parent is None or parent.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=folder)
         if entry.kind != LINK:
             if todo and entry.kind != FOLDER:
-                raise NotADevice(f"a path through /dev/{here}, which is a {entry.kind}")
+                raise NotADevice(Reason.THROUGH, path=here, kind=entry.kind)
             done.append(name)
             continue
         links += 1
-        for depth in range(len(done) + 1):
-            folder = tree.look("/".join(done[:depth]))
-            if folder is None or folder.untrusted:
-                raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
         if links > MAX_LINKS:
-            raise NotADevice("a link that leads in a circle")
+            raise NotADevice(Reason.LINK_CIRCLE)
         target, inside = entry.target, _inside(entry.target, dev_dir)
         if inside is None:
-            raise NotADevice(f"a link to {target}, which leaves /dev")
+            raise NotADevice(Reason.LINK_OUT, target=target)
         done = done if inside == target else []
         todo += inside.split("/")[::-1]
     return "/".join(done)
@@ -1221,14 +1554,14 @@ class LiveTree:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
             self._entries[path] = self._open(path)
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
         parent, _, name = path.rpartition("/")
-        if self.look(parent) is None or parent not in self._folders:
+        if self.entry(parent) is None or parent not in self._folders:
             return None
         try:
             descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
@@ -1358,7 +1691,7 @@ class Scanner:
         if before is None:
             return entry._replace(generation=next(self._generations))
         remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before[:-1] == entry[:-1] and not remade:  # all but the generation
+        if before == entry._replace(generation=before.generation) and not remade:
             return before
         self._flapped.append(path)
         return entry._replace(generation=next(self._generations))
@@ -1394,12 +1727,27 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
         entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
     for path, listing in listings.items():
         if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(kind=f"folder that cannot be listed ({listing.problem})")
+            entries[path] = entries[path]._replace(error=listing.problem)
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
+class HeldAttribute(NamedTuple):
+    """An attribute that a rule asked for, and the value with which a device had it."""
+
+    name: str
+    value: str
+
+
+class AttributeAnswer(NamedTuple):
+    """Whether a device has the attributes that a rule asks for."""
+
+    mismatch: str  # what it has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
 class Sysfs:
-    """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
+    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
@@ -1407,19 +1755,19 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
+        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
+        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
 
-    def forget(self, serials: Iterable[int]) -> bool:
-        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
-        there were such, so that attribute_mismatch() may say something else now."""
-        keep = set(serials)
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
+        answer() has another one now."""
+        keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
-        has_mismatches = any(self._mismatches.values())
-        self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
-        return has_mismatches
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
+        self._settling &= self._answers.keys()
+        return self._renew(self._answers)
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1427,44 +1775,54 @@ class Sysfs:
         if generation not in self._numa:
             values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[generation] = next(known, None)
+            self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
-        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
-        else what it has instead."""
+    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
         key = (node.entry.generation, attributes)
-        mismatch = self._mismatches.get(key)
-        if mismatch is None:
-            mismatch = self._mismatches[key] = self._find_mismatch(attributes, node)
+        if key not in self._answers:
+            answer = self._ask(attributes, node)
+            self._answers[key] = node, answer
             now = time.monotonic()
-            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
-                self._settling[key] = node
-        return mismatch
+            if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
+                self._settling.add(key)
+        return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
+        """Whether a node that is new has by now other attributes than when answer() was asked."""
+        has_changed = self._renew(self._settling)
         now = time.monotonic()
-        has_changed = False
-        for key, node in list(self._settling.items()):
-            mismatch = self._find_mismatch(key[1], node)
-            if mismatch != self._mismatches.get(key):
-                self._mismatches[key] = mismatch
-                has_changed = True
-            if not mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
-                del self._settling[key]
+        for key in list(self._settling):
+            if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                self._settling.remove(key)
         return has_changed
 
-    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
+        """Ask anew for KEYS; whether an answer is another one now."""
+        has_changed = False
+        for key in keys:
+            node, before = self._answers[key]
+            answer = self._ask(key[1], node)
+            if answer != before:
+                self._answers[key] = node, answer
+                has_changed = True
+        return has_changed
+
+    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
         chain = list(self.chain(node.entry))
-        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
-            return ""
-        told = []
+        for folder in chain:
+            held = _held_in(folder, attributes)
+            if held:
+                return AttributeAnswer("", held)
+        slow, others = [], []
         for attribute in attributes:
-            values = (read_attribute(folder, attribute.name) for folder in chain)
-            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
-            told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
-        return "; ".join(told)
+            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+                slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
+            shown = shown_values(chain, attribute.name)
+            others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
+        return AttributeAnswer("; ".join(slow + others), (), reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1481,9 +1839,9 @@ class Sysfs:
         found = []
         for folder in self.chain(entry):
             values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            telling = {name: value for name, value in values.items() if value and _is_telling(value)}
-            if telling:
-                found.append((folder, telling))
+            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+            if usable:
+                found.append((folder, usable))
         return found
 
     def tegra_gpus(self) -> List[str]:
@@ -1528,23 +1886,56 @@ def _attribute_names(folder: str) -> List[str]:
     return sorted({*files, *links} - {"dev", "uevent"})
 
 
-def _is_telling(value: str) -> bool:
+def _is_usable(value: str) -> bool:
     """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
-def _attribute_holds(folder: str, attribute: Attribute) -> bool:
-    value = read_attribute(folder, attribute.name)
-    return value is not None and attribute.match.fullmatch(value) is not None
+def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
+    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    held = []
+    for attribute in attributes:
+        value = read_attribute(folder, attribute.name)
+        try:
+            if value is None or not attribute.match.fullmatch(value):
+                return ()
+        except SearchTimeout:
+            return ()
+        held.append(HeldAttribute(attribute.name, value))
+    return tuple(held)
+
+
+def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    folders = list(chain)
+    if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
+        return ""
+    changes = []
+    for name, old in attributes:
+        if old not in [read_attribute(folder, name) for folder in folders]:
+            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
+    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+
+
+def shown_values(folders: Iterable[str], name: str) -> str:
+    """The values that the attribute NAME has in FOLDERS, in words."""
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
+
+
+def values_of(folders: Iterable[str], name: str) -> List[str]:
+    """The values that the attribute NAME has in FOLDERS, of those that have it."""
+    values = (read_attribute(folder, name) for folder in folders)
+    return [value for value in values if value is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules x what stands below /dev -> resources by name. Immutable data and pure functions (sysfs is only asked for
-# nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
+# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
+# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 T = TypeVar("T")
 
@@ -1583,6 +1974,7 @@ class Device:
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
     identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
@@ -1610,7 +2002,13 @@ class LeftOut(NamedTuple):
 
     path: str
     line: int
-    reason: str
+    reason: Reason
+    text: str  # of the reason
+
+    @classmethod
+    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
+        """What ERROR says of PATH, which the rule of LINE names."""
+        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1620,10 +2018,9 @@ class Plan:
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
     unused: Tuple[Rule, ...]  # rules that matched nothing
-    clashes: Tuple[ConfigError, ...]  # pools with the name of a device
 
 
-EMPTY_PLAN = Plan({}, (), (), ())
+EMPTY_PLAN = Plan({}, (), ())
 
 
 @dataclass(frozen=True)
@@ -1635,36 +2032,40 @@ class TrackedDevice:
     since: float
 
 
-Named = Sequence[Tuple[Rule, re.Match[str]]]
+Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
+    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
+    since /dev's names hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
         self._matches: Dict[str, Named] = {}
+        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
+        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
+        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
+        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
         """The rules that name the PATH of something below /dev."""
         found = self._matches.get(path)
         if found is None:
-            found = self._matches[path] = self._search(path, is_gpu=False)
+            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
         return found
 
     def gpu(self, name: str) -> Named:
         """The rules that name the GPU NAME of a Tegra."""
-        return self._search(name, is_gpu=True)
-
-    def _search(self, path: str, is_gpu: bool) -> Named:
-        rules = (rule for rule in reversed(self.rules) if (rule.pattern == TEGRA) == is_gpu)
-        pairs = ((rule, rule.match.search(path)) for rule in rules)
-        return tuple((rule, match) for rule, match in pairs if match)
+        return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered of all but PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
+
+
+def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
+    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
 TrackedDevices = Mapping[str, TrackedDevice]
@@ -1675,16 +2076,16 @@ def track(
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
     """The devices that rules name, those that went lately among them, and the paths that are none.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, str] = {}
+    problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
         if path and matcher(path):
             try:
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
-                problems[path] = str(error)
+                problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
     new: Dict[str, TrackedDevice] = {}
     for path, nodes in found.items():
@@ -1695,118 +2096,225 @@ def track(
         if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
             if now - since < EXPIRY_SECONDS:
-                new[path] = TrackedDevice(before.nodes, problems.pop(path, "it is gone"), since)
-    left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
+                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
+                new[path] = TrackedDevice(before.nodes, problem, since)
+    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
     return new, left_out
 
 
 def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each device of SIGHTINGS that is gone is to be offered no more."""
-    return (device_seen.since + EXPIRY_SECONDS for device_seen in tracked.values() if device_seen.problem)
+    """When each of the TRACKED devices that is gone is to be offered no more."""
+    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
 
 
-def _named(path: str, device_seen: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that was sighted at PATH."""
-    return matcher(path) if device_seen.nodes else matcher.gpu(path)
+def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
+    """The rules that name the device that is tracked at PATH."""
+    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+
+
+class Claim(NamedTuple):
+    """A device, and how it is to be offered under a resource's name."""
+
+    device: Device
+    is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
+    is_gone: bool
+    nodes: Tuple[DeviceNode, ...]  # none while it is gone
 
 
 def make_plan(
     tracked: TrackedDevices,
     left_out: Iterable[LeftOut],
+    previous: Plan,
     snapshot: Snapshot,
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
 ) -> Plan:
-    """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
+    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    """
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    own: Dict[str, Device] = {}
-    pools: Dict[str, List[Device]] = {}
+    claims: Dict[str, List[Claim]] = {}
     for path in sorted(tracked):
-        device_seen = tracked[path]
-        named = _named(path, device_seen, matcher)
+        tracked_device = tracked[path]
+        named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, device_seen, named, sysfs)
+        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
         problems += mismatches
         if rule is None or match is None:
             continue
-        name = resource_name(expand(rule.resource, match) if rule.resource else path)
-        device = _device(path, device_seen, rule, match, snapshot, sysfs, dev_dir)
-        if not name:
-            problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
-        elif isinstance(device, str):
-            problems.append(LeftOut(path, rule.line, device))
-        elif rule.resource:
-            pools.setdefault(name, []).append(device)
-        elif name in own:
-            taken = f"its resource's name {name} is taken by /dev/{own[name].path}"
-            problems.append(LeftOut(path, rule.line, taken))
-        else:
-            own[name] = device
-    clashes = []
-    by_line = {rule.line: rule for rule in matcher.rules}
-    for name in sorted(own.keys() & pools.keys()):
-        device = own.pop(name)
-        error = clash(by_line[pools[name][0].line], by_line[device.line], device.path)
-        clashes.append(error)
-        problems.append(LeftOut(device.path, device.line, str(error)))
-    resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
-    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
+        try:
+            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            if not name:
+                raise NotADevice(Reason.NO_NAME)
+            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+        except NotADevice as error:
+            problems.append(LeftOut.of(path, rule.line, error))
+            continue
+        is_gone = bool(tracked_device.problem)
+        claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
+        claims.setdefault(name, []).append(claim)
+    resources: Dict[str, Resource] = {}
+    for name in sorted(claims):
+        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
+        problems += losers
+        if resource.devices:
+            resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
+    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _make_resource(
+    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+) -> Tuple[Resource, Sequence[LeftOut]]:
+    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    winners, losers = _choose(name, claims, previous)
+    is_pool = winners[0].is_pool
+    if is_pool:
+        winners, doubles = _once_each(winners)
+        losers += doubles
+    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
+    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+    losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
+    return Resource(name, is_pool, devices), losers
+
+
+def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+
+    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
+    unchanged, then the first path in sorted order.
+    """
+    holder = previous.devices[0].path if previous and not previous.pool else ""
+
+    def order(claim: Claim) -> Tuple[object, ...]:
+        path = claim.device.path
+        return path != holder, claim.is_gone, path != name, path
+
+    pool = [claim for claim in claims if claim.is_pool]
+    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    if pool and not (own and own[0].device.path == holder):
+        winners, losers = pool, own
+        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
+    else:
+        winners, losers = own[:1], own[1:] + pool
+        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
+    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+
+
+def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these."""
+    kept: List[Claim] = []
+    doubles: List[LeftOut] = []
+    paths: Dict[int, str] = {}  # by the node's generation
+    for claim in claims:
+        nodes = [node.entry.generation for node in claim.nodes]
+        path = next((paths[node] for node in nodes if node in paths), None)
+        if path is None:
+            kept.append(claim)
+            paths.update((node, claim.device.path) for node in nodes)
+        else:
+            error = NotADevice(Reason.SAME_NODE, path=path)
+            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+    return kept, doubles
+
+
+def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
+    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+
+    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    """
+    offered = {device.path for device in previous.devices} if previous else set()
+    room = MAX_LIST_BYTES
+    too_many = {}
+    for device in sorted(devices, key=lambda device: device.path not in offered):
+        size = list_bytes(device, is_pool)
+        if size > room:
+            too_many[device.path] = device.line
+        else:
+            room -= size
+    return too_many
+
+
+def list_bytes(device: Device, is_pool: bool) -> int:
+    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+
+    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    """
+    nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
+    rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
+    prefix = len(f"{device.path}:".encode()) if is_pool else 0
+    size, first, digits = 0, 0, 1
+    while first < device.slots:  # the slots whose numbers have so many digits
+        end = min(device.slots, 10**digits)
+        size += (end - first) * _field_bytes(_field_bytes(prefix + digits) + rest)
+        first, digits = end, digits + 1
+    return size
+
+
+def _field_bytes(length: int) -> int:
+    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    return 1 + _varint_bytes(length) + length
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
 
 
 def _follow(
-    path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
-    mismatches: List[LeftOut] = []
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
+    it."""
+    left_out: List[LeftOut] = []
     for rule, match in named:
-        reasons = (
-            [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
-        )
-        if "" in reasons:
-            return rule, match, mismatches
-        mismatches.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
-    return None, None, mismatches
+        if isinstance(match, SearchTimeout):
+            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+        elif not rule.attributes:
+            return rule, match, left_out
+        else:
+            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
+            if any(answer.held for answer in answers):
+                return rule, match, left_out
+            error = (
+                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+            )
+        left_out.append(LeftOut.of(path, rule.line, error))
+    return None, None, left_out
 
 
 def _device(
     path: str,
-    device_seen: TrackedDevice,
+    tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
-) -> Union[Device, str]:
-    """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
-    folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    parts = []
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            return f'its path in a container would be "{place}"'
-        parts.append(Part(part, place, optional))
+) -> Device:
+    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match)) for name, template in rule.env)
+    nodes = tracked_device.nodes
+    numas = {sysfs.numa(node) for node in nodes}
+    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(parts[tegra:]),
+        parts=tuple(_parts(path, rule, match))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
-        numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
-        identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
+        numa=tuple(sorted(numa for numa in numas if numa is not None)),
+        identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
+        attributes=next(filter(None, held), ()),
         specs=(),
-        problem=device_seen.problem,
-        since=device_seen.since,
+        problem=tracked_device.problem,
+        since=tracked_device.since,
     )
     if device.problem:
         return device
@@ -1814,6 +2322,19 @@ def _device(
         return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
+
+
+def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    folder = container if container.endswith("/") else ""
+    wanted = [(path, container, False)]
+    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
+    for part, base, optional in wanted:
+        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        yield Part(part, place, optional)
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -1832,10 +2353,10 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
                 continue
             if part.path == device.path:
                 raise
-            raise NotADevice(f"it goes with /dev/{part.path}: {error}") from None
+            raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
-            raise NotADevice("another device stands there since just now")
+            raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
     return specs
@@ -1848,12 +2369,12 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
-            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
     if all(container in given for _, container in spec.nodes):
         return
     for other in specs:
         if other.container == spec.container:  # the kubelet would drop the second one
-            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=other.host, other=spec.host, path=spec.container)
     specs.append(spec)
     given.update((container, host) for host, container in spec.nodes)
 
@@ -1955,16 +2476,31 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
-# programs and are in the README; a sentence may be put better at any time.
+# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
+MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
+MAX_TRACEBACK_LINES = 100
+MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
+FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
 
 log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
     """Something that a person can put right; the text is one sentence that says what, where and how."""
+
+
+@dataclass
+class LogCounts:
+    """What the log has counted since the process started."""
+
+    dropped_lines: int = 0
+    internal_errors: int = 0
+
+
+log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
@@ -1975,25 +2511,41 @@ def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: ob
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    log_event(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+    log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
-def _joined(names: Sequence[str]) -> str:
+def log_internal_error(sentence: str) -> None:
+    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    log_counts.internal_errors += 1
+    extra = {"event": "internal-error", "fields": {}}
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """NAMES as the value of a field, the first MAX_NAMES of them."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value."""
+    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        told = [f"{key}={_quoted(str(value))}" for key, value in fields.items()]
-        line = " ".join([utc(record.created), record.levelname, printable(record.getMessage()), *told])
-        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        line = " ".join([utc(record.created), record.levelname, message, *fields])
+        return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+
+
+def _traceback_lines(record: logging.LogRecord) -> List[str]:
+    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    if not record.exc_info:
+        return []
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
 class JsonFormatter(logging.Formatter):
@@ -2002,7 +2554,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
         if record.exc_info:
-            document["traceback"] = self.formatException(record.exc_info)
+            document["traceback"] = "\n".join(_traceback_lines(record))
         return json.dumps(document)
 
 
@@ -2012,9 +2564,70 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
         "time": utc(record.created),
         "level": record.levelname.lower(),
         "event": getattr(record, "event", "log"),
-        "message": record.getMessage(),
+        "message": truncate(record.getMessage(), MAX_MESSAGE),
         **getattr(record, "fields", {}),
     }
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
+        super().__init__(self.lines)
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            log_counts.dropped_lines += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
+    manager."""
+
+    def __init__(self, log_queue: LogQueue) -> None:
+        super().__init__(log_queue.lines)
+        self._lines = log_queue.lines
+        # Where there is no stderr, some other file may have its number.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
+        self._reported = 0  # of the lines that were dropped
+
+    def __enter__(self) -> LogWriter:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
+        base class, would wait for a reader that may never come."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+
+    def handle(self, record: Any) -> None:
+        try:
+            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
+        except OSError:
+            log_counts.dropped_lines += 1
+            return
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
+            self._reported += dropped
+            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+
+    def _write(self, data: bytes) -> None:
+        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # who else has this file made it so
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
 
 
 def utc(seconds: float) -> str:
@@ -2022,17 +2635,22 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """NUMBER of what NOUN names: 1 slot, 2 slots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def truncate(text: str, limit: int) -> str:
+    """TEXT, or its first LIMIT characters and three dots."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape."""
+    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def tell_in_one_line(record: logging.LogRecord) -> bool:
+def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
         record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
@@ -2049,6 +2667,7 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
+MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -2087,7 +2706,39 @@ def load_grpc() -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(tell_in_one_line)
+        logging.getLogger(name).addFilter(shorten_decode_error)
+
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def answered(method: Method) -> Method:
+    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+
+    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    """
+
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            log_internal_error(f"{self.full_name}: {method.__name__} failed")
+            text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
+            await abort(context, "INTERNAL", f"{self.full_name}: {text}")
+
+    return answer  # type: ignore[return-value]
+
+
+async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
+    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    data = printable(text).encode()
+    if len(data) > MAX_ERROR_BYTES:
+        data = data[:MAX_ERROR_BYTES] + b"..."
+    await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
+    raise AssertionError("abort() of grpc raises an exception, always")
 
 
 def connect_error(path: str) -> str:
@@ -2308,9 +2959,11 @@ class KubeletConnection:
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
+MAX_REFUSALS = 1000  # that are remembered, to log each once
+READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
+LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
@@ -2321,6 +2974,215 @@ SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash 
 DEFAULT_DOMAIN = "smarter-devices"
 
 
+class SysfsReader:
+    """Runs functions that read from sysfs on a thread of its own, since a driver can make a read hang for ever.
+
+    There is one thread, started when it is first needed. Belongs to one loop.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+        self._overdue = 0  # jobs that have not ended, and that nobody waits for any more
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """What JOB returns. Raises asyncio.TimeoutError after READ_SECONDS; at once, while an earlier one hangs."""
+        if self._overdue:
+            raise asyncio.TimeoutError
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sysfs", daemon=True)
+            self._thread.start()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), READ_SECONDS)
+        finally:
+            if not done.done():
+                self._overdue += 1
+                done.add_done_callback(self._end_overdue)
+
+    def _end_overdue(self, done: asyncio.Future[Any]) -> None:
+        done.exception()  # otherwise asyncio logs that nobody asked for it
+        self._overdue -= 1
+
+    def _work(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                finish = functools.partial(done.set_result, job())
+            except Exception as error:
+                finish = functools.partial(done.set_exception, error)
+            try:
+                done.get_loop().call_soon_threadsafe(finish)
+            except RuntimeError:
+                return  # the loop is closed, since the process ends
+
+
+class HostDevices:
+    """The devices of the host as they are at this moment, of which the plan may not know yet.
+
+    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    """
+
+    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+        self._dev_dir = dev_dir
+        self._sysfs = Sysfs(sys_dir)
+        self._reader = SysfsReader()
+        self._look_again = look_again
+        self._next_look: Optional[asyncio.TimerHandle] = None
+
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
+        except OSError as error:
+            raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
+
+    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+
+        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        """
+        chosen = []
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                for device in devices:
+                    if device.problem:
+                        return device, device.problem
+                    try:
+                        chosen.append((device, self._find_nodes(device, tree)))
+                    except NotADevice as error:
+                        return device, str(error)
+        except OSError as error:
+            return devices[0], _cannot_look(error)
+        with_attributes = [(device, nodes) for device, nodes in chosen if device.attributes]
+        if not with_attributes:
+            return None
+        try:
+            return await self._reader.call(functools.partial(self._find_changed, with_attributes))
+        except asyncio.TimeoutError:
+            return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
+
+    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
+        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
+        specs_of(device, tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.attributes else []
+
+    def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
+        for device, nodes in chosen:
+            changes = [changed_attributes(self._sysfs.chain(node.entry), device.attributes) for node in nodes]
+            if "" not in changes:
+                return device, changes[0]
+        return None
+
+    async def describe(self, path: str, names: Sequence[str]) -> str:
+        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                entry = resolve(tree, path, self._dev_dir)[0].entry
+            values = await self._reader.call(functools.partial(self._find_values, entry, names))
+        except NotADevice as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_look(error)
+        except asyncio.TimeoutError:
+            values = []
+        return "; ".join(values) or f"a {entry.kind} stands there"
+
+    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
+        chain = list(self._sysfs.chain(entry))
+        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+
+    def look_again(self) -> None:
+        """Have the device side look again, soon."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._next_look = None
+        self._look_again()
+
+
+def _cannot_look(error: OSError) -> str:
+    return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+
+
+class ListStream:
+    """What one ListAndWatch stream is still to be sent of a resource.
+
+    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
+    Unhealthy for a moment meanwhile, one before it in which that device is.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self._newest = resource
+        self._sent: Optional[ListKey] = None
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._is_ended = False
+        self._has_news = asyncio.Event()
+        self._has_news.set()
+
+    def update(self, resource: Resource) -> None:
+        """Have the list of RESOURCE sent, unless it is the same."""
+        self._newest = resource
+        self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
+        self._has_news.set()
+
+    def end(self) -> None:
+        """Let next() return None, whatever waits."""
+        self._is_ended = True
+        self._has_news.set()
+
+    async def next(self) -> Optional[Resource]:
+        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        while True:
+            await self._has_news.wait()
+            if self._is_ended:
+                return None
+            were_healthy = {path for path, _, is_healthy, _ in self._sent or () if is_healthy}
+            resource = _with_unhealthy(self._newest, were_healthy & self._were_unhealthy)
+            self._were_unhealthy.clear()
+            if _list_key(resource) != self._sent:
+                self._sent = _list_key(resource)
+                return resource
+            self._has_news.clear()
+
+
+ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
+
+
+def _list_key(resource: Resource) -> ListKey:
+    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
+
+
+def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
+    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    if not paths:
+        return resource
+    devices = (
+        dataclasses.replace(device, problem="it was gone for a moment") if device.path in paths else device
+        for device in resource.devices
+    )
+    return dataclasses.replace(resource, devices=tuple(devices))
+
+
+class PluginOptions(NamedTuple):
+    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+
+    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
+    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+
+
+def options_of(resource: Resource) -> PluginOptions:
+    """The options that RESOURCE needs.
+
+    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    """
+    return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
+
+
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
@@ -2328,62 +3190,68 @@ class Plugin:
     """
 
     def __init__(
-        self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
         self.full_name = full_name
-        self.allocations = 0
-        self._dev_dir = dev_dir
+        self.allocations = self.start_refusals = 0
+        self._options = options_of(resource)
+        self._devices = devices
         self._on_stream = on_stream
-        self._slots = slots_of(resource)
-        self._waiting: List[asyncio.Queue[Optional[Tuple[Slot, ...]]]] = []
+        self._streams: List[ListStream] = []
+        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+
+    def can_offer(self, resource: Resource) -> bool:
+        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+
+        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        """
+        needed = options_of(resource)
+        return (
+            needed.has_preference == self._options.has_preference
+            and needed.checks_starts <= self._options.checks_starts
+        )
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
         self.resource = resource
-        slots = slots_of(resource)
-        if slots != self._slots:
-            self._slots = slots
-            self._put(slots)
-
-    def list_bytes(self) -> int:
-        """The size of the list as a message."""
-        size: int = _list_message(self._slots).ByteSize()
-        return size
+        for stream in self._streams:
+            stream.update(resource)
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
-        self._put(None)
+        for stream in self._streams:
+            stream.end()
 
-    def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
-        for queue in self._waiting:
-            if queue.qsize() >= MAX_LISTS_WAITING:
-                queue.get_nowait()
-            queue.put_nowait(item)
-
+    @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
-        queue.put_nowait(self._slots)
-        self._waiting.append(queue)
-        self._on_stream(queue, True)
+        stream = ListStream(self.resource)
+        self._streams.append(stream)
+        self._on_stream(stream, True)
         try:
             while True:
-                slots = await queue.get()
-                if slots is None:
+                resource = await stream.next()
+                if resource is None:
                     return
-                await context.write(_list_message(slots))
+                await context.write(_list_message(resource))
         finally:
-            self._waiting.remove(queue)
-            self._on_stream(queue, False)
+            self._streams.remove(stream)
+            self._on_stream(stream, False)
 
+    def options(self) -> pb.DevicePluginOptions:
+        """The options as a message, for Register and GetDevicePluginOptions."""
+        return pb.DevicePluginOptions(
+            get_preferred_allocation_available=self._options.has_preference,
+            pre_start_required=self._options.checks_starts,
+        )
+
+    @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
         return self.options()
 
-    def options(self) -> pb.DevicePluginOptions:
-        return pb.DevicePluginOptions(get_preferred_allocation_available=self.resource.pool)
-
+    @answered
     async def GetPreferredAllocation(
         self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreferredAllocationResponse:
@@ -2396,53 +3264,98 @@ class Plugin:
             response.container_responses.add(deviceIDs=ids)
         return response
 
+    @answered
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
         await self._check_containers(len(request.container_requests), context)
         asked = [list(item.devices_ids) for item in request.container_requests]
-        told = _joined([slot_id[:MAX_SHOWN] for ids in asked for slot_id in ids])
+        ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
-            with LiveTree(self._dev_dir) as tree:
-                grants = [allocate(self.resource, ids, tree, self._dev_dir) for ids in asked]
-        except (AllocationError, OSError) as error:
-            code = error.code if isinstance(error, AllocationError) else "UNAVAILABLE"
-            text = (
-                str(error)
-                if isinstance(error, AllocationError)
-                else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-            )
-            log_event(
-                "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
-            )
-            await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
-        self.allocations += len(grants)
-        hosts = _joined([spec.host for granted in grants for spec in granted.specs])
-        log_event("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
-        return pb.AllocateResponse(container_responses=[_allocation_message(granted) for granted in grants])
+            allocations = self._devices.allocate(self.resource, asked)
+        except AllocationError as error:
+            sentence = f"Allocate refused: {error}"
+            log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
+            await abort(context, error.code, f"{self.full_name}: {error}")
+        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
+        self.allocations += len(allocations)
+        hosts = join_names([spec.host for found in allocations for spec in found.specs])
+        log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
+        return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
         """Refuse what would take the loop long: others wait for it meanwhile."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+            await abort(context, "INVALID_ARGUMENT", text)
 
+    @answered
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
+        """Let a container start if its devices are those that their rules chose.
+
+        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
+        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        """
+        slot_ids: Dict[str, str] = {}  # by the path of their device
+        for slot_id in dict.fromkeys(request.devices_ids):
+            device = device_of(self.resource, slot_id)
+            if device is None:
+                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
+            slot_ids.setdefault(device.path, slot_id)
+        devices = [device for device in self.resource.devices if device.path in slot_ids]
+        found = await self._devices.find_start_problem(devices)
+        if found:
+            device, problem = found
+            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+        for device in devices:
+            self._refusals.pop(device_path(device), None)
         return pb.PreStartContainerResponse()
 
+    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
+        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
+        if not path or not path.isprintable():
+            return "", "the resource has no such ID"
+        names = next((device.attributes for device in self.resource.devices if device.attributes), ())
+        problem = await self._devices.describe(path, [held.name for held in names])
+        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
-def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
+    async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        text = (
+            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
+            "once the right device is back; delete the pod to have it given a device anew"
+        )
+        self.start_refusals += 1
+        self._devices.look_again()
+        key = path or slot_id[:MAX_SHOWN]
+        if self._refusals.get(key) != text:
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[key] = text
+            log_event(
+                "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
+            )
+        await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
+
+
+def _shorten_problem(text: str) -> str:
+    return truncate(printable(text), MAX_PROBLEM)
+
+
+def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
-    for slot in slots:
+    for slot in slots_of(resource):
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.numa:
             device.topology.nodes.add(ID=numa)
     return response
 
 
-def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=granted.env)
-    for spec in granted.specs:
+def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
+    response = pb.ContainerAllocateResponse(envs=found.env)
+    for spec in found.specs:
         response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
@@ -2495,7 +3408,7 @@ class RegistrationContext(NamedTuple):
 
     plugin_dir: str
     domain: str
-    dev_dir: str
+    devices: HostDevices
     kubelet: KubeletConnection
     events: GroupedLog
 
@@ -2504,7 +3417,7 @@ class Registration:
     """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.dev_dir, self._stream_changed)
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
         self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -2638,8 +3551,6 @@ class Registration:
         """Why the resource is not to be served for now; empty where it is."""
         if not connect_error(self._path):
             return "another instance serves it"
-        if self.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
         return ""
 
     async def _register(self) -> Optional[float]:
@@ -2707,7 +3618,7 @@ class DevicePluginSide:
         self,
         plugin_dir: str,
         domain: str,
-        dev_dir: str,
+        devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
@@ -2719,7 +3630,7 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, dev_dir, self._kubelet, self._events)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -2818,7 +3729,7 @@ class DevicePluginSide:
         """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
-            if resource and resource.pool == registration.plugin.resource.pool:
+            if resource and registration.plugin.can_offer(resource):
                 registration.plugin.update(resource)
             else:
                 self.registrations.pop(name).retire()
@@ -2897,6 +3808,7 @@ class RegistrationState(NamedTuple):
     registrations: int = 0
     refusals: int = 0
     stream_losses: int = 0
+    start_refusals: int = 0
 
 
 class Holder(NamedTuple):
@@ -2922,7 +3834,10 @@ def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
 
 def _describe_rest(plan: Plan) -> Document:
     return {
-        "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
+        "left_out": [
+            {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
+            for left in plan.left_out
+        ],
         "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
     }
 
@@ -3266,7 +4181,7 @@ def _told(device: Document) -> str:
     text += f" -> {link}" if link else ""
     count = sum(len(node["targets"]) for node in nodes)
     if is_folder or count > 1:
-        text += f" ({counted(count, 'node')})"
+        text += f" ({pluralize(count, 'node')})"
     if not nodes[0]["container"].startswith(device["path"]):
         text += f" as {nodes[0]['container']}"
     return text
@@ -3306,24 +4221,6 @@ def render_status(document: Document) -> str:
 
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
-
-# What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
-_REASONS = (
-    ("attributes", r"its .* \(asked for: "),
-    ("link", r"a link |a path through "),
-    ("folder", r"a folder that "),
-    ("file_system", r"another file system"),
-    ("not_a_device", r"a .*, not a device"),
-    ("name_taken", r"its resource's name .* is taken|.*the pool "),
-    ("bad_name", r"its name is not UTF-8|no letter or digit"),
-    ("container_path", r"its path in a container"),
-    ("other", r""),
-)
-
-
-def reason_label(reason: str) -> str:
-    """The value of the label for REASON, of LeftOut."""
-    return next(label for label, pattern in _REASONS if re.match(pattern, reason, re.DOTALL))
 
 
 class Family(NamedTuple):
@@ -3374,9 +4271,9 @@ def _slot_holders(document: Document) -> Samples:
 
 
 def _left_out(document: Document) -> Samples:
-    counts = {label: 0 for label, _ in _REASONS}
+    counts = {reason.label: 0 for reason in Reason}
     for left in document["left_out"]:
-        counts[reason_label(left["reason"])] += 1
+        counts[left["label"]] += 1
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
@@ -3398,6 +4295,12 @@ FAMILIES = (
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
+    Family(
+        "starts_refused_total",
+        "counter",
+        "Starts of containers that were refused, since another device stands there.",
+        _each("start_refusals"),
+    ),
     Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
     Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
     Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
@@ -3421,6 +4324,18 @@ FAMILIES = (
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family(
+        "internal_errors_total",
+        "counter",
+        "Calls that failed for a reason that nobody foresaw: a bug.",
+        _one("process", "internal_errors"),
+    ),
+    Family(
+        "log_lines_dropped_total",
+        "counter",
+        "Lines of the log that were dropped, since nobody read it.",
+        _one("process", "log_lines_dropped"),
+    ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
     Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
@@ -3585,16 +4500,16 @@ def _page_facts(document: Document) -> Iterator[str]:
     slots = sum(resource["slots"] for resource in resources)
     yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
     answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{counted(kubelet['restarts'], 'restart')} seen")
+    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{pluralize(kubelet['restarts'], 'restart')} seen")
     good_told = "refused" if conf["error"] else "good"
     read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{counted(conf['rules'], 'rule')}, read {read_at}")
+    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{pluralize(conf['rules'], 'rule')}, read {read_at}")
     yield "</dl>\n"
 
 
 def _page_row(resource: Document, document: Document) -> Iterator[str]:
     slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{counted(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+    use = f"{pluralize(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
     domain, _, name = resource["name"].partition("/")
     yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
@@ -3950,6 +4865,7 @@ class StatusServer:
             registrations=registration.registrations,
             refusals=registration.refusals,
             stream_losses=registration.stream_losses,
+            start_refusals=registration.plugin.start_refusals,
         )
 
     async def _metrics(self) -> Response:
@@ -4008,6 +4924,8 @@ class StatusServer:
                 "resident_memory_bytes": _resident_bytes(),
                 "cpu_seconds": time.process_time(),
                 "start_time_seconds": self._started,
+                "internal_errors": log_counts.internal_errors,
+                "log_lines_dropped": log_counts.dropped_lines,
             },
             events=self.events.events(),
         )
@@ -4144,6 +5062,15 @@ class SimulatedKubelet:
         response = await client.stub.Allocate(request)
         return ids, response.container_responses[0]
 
+    async def start_container(self, name: str, ids: Iterable[str]) -> None:
+        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+
+        Raises grpc.RpcError where the plugin refuses.
+        """
+        client = self.clients[name]
+        if client.options.pre_start_required:
+            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
@@ -4151,9 +5078,11 @@ class SimulatedKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
@@ -4201,8 +5130,6 @@ class DeviceSide:
         try:
             self._follow_conf()
             self.turn()
-            if self.plan.clashes:
-                raise self.plan.clashes[0]
         except (ConfigError, OSError) as error:
             raise Problem(self._told(error)) from None
 
@@ -4224,6 +5151,10 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def hasten_full_look(self) -> None:
+        """Let the next turn look at everything."""
+        self._next_full_look = 0.0
+
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
@@ -4241,13 +5172,11 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        return self._forget() or gpus != self._gpus or any(when <= now for when in expiry_times(self._tracked))
-
-    def _forget(self) -> bool:
-        """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = (node for device_seen in self._tracked.values() for node in device_seen.nodes)
-        return self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
@@ -4266,12 +5195,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, left_out = track(
+            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        )
+        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
-        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
 
     def _reload(self, reread: bool) -> bool:
         """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
@@ -4302,11 +5230,7 @@ class DeviceSide:
         text = read_conf(self._conf)
         has_changed = text != self._conf_text
         if has_changed:
-            matcher = Matcher(parse_rules(text))
-            _, plan = self._plan_with(matcher, self.snapshot)
-            if plan.clashes:
-                raise plan.clashes[0]
-            self._matcher, self._conf_text = matcher, text
+            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
@@ -4324,7 +5248,7 @@ class DeviceSide:
         return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
-def tell_changes(old: Plan, new: Plan) -> None:
+def log_changes(old: Plan, new: Plan) -> None:
     """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
@@ -4342,8 +5266,10 @@ def tell_changes(old: Plan, new: Plan) -> None:
             change = ("plugged", "Healthy again", logging.INFO)
         if change:
             groups.setdefault(change, []).append(device_path(now or before[key]))
-    for left in sorted(set(new.left_out) - set(old.left_out)):
-        groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
+    known = set(old.left_out)
+    for left in new.left_out:
+        if left not in known:
+            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
 
@@ -4359,7 +5285,8 @@ class KubeletThread(threading.Thread):
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
         watch = Watch(options.plugin_dir)
-        self.side = DevicePluginSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
+        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -4452,13 +5379,13 @@ def serve(options: argparse.Namespace) -> int:
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
     log_event(
-        "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
+        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    tell_changes(EMPTY_PLAN, devices.plan)
+    log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
         _run(devices, thread, options.interval)
@@ -4493,7 +5420,7 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
         due = time.monotonic() + interval
         old = devices.plan
         for plan in devices.turn(reread):
-            tell_changes(old, plan)
+            log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
@@ -4502,6 +5429,8 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         reread = taken == signal.SIGHUP
+        if taken == LOOK_SIGNAL:
+            devices.hasten_full_look()
 
 
 def _take_signal(due: float, thread: KubeletThread) -> int:
@@ -4628,7 +5557,7 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {counted(len(devices.rules), 'rule')}")
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
     print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
     return 0
 
@@ -4659,7 +5588,8 @@ def dry_run(options: argparse.Namespace) -> int:
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
     print(
-        f"\n{counted(count, 'resource')}, " + ("all registered and allocated." if is_good else "not all of them well.")
+        f"\n{pluralize(count, 'resource')}, "
+        + ("all registered and allocated." if is_good else "not all of them well.")
     )
     return 0 if is_good else 1
 
@@ -4670,7 +5600,7 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.reason}") for left in devices.plan.left_out]
+        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
     return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
 
 
@@ -4678,7 +5608,8 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     """The table's rows, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
-    side = DevicePluginSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
@@ -4707,7 +5638,8 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
     if not kubelet.devices(name):
         return ["nothing: it has no slot"], True
     try:
-        _, given = await kubelet.allocate(name)
+        ids, given = await kubelet.allocate(name)
+        await kubelet.start_container(name, ids)
     except Problem:
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
@@ -4725,7 +5657,7 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """What a container sees at CONTAINER, and what the host has in its place."""
     link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
+    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
@@ -5307,6 +6239,15 @@ def _address(text: str) -> Tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
+    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    least = options.log_level or level
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -5320,8 +6261,6 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     modes: Dict[str, Callable[[argparse.Namespace], int]] = {
         "check": check,
         "list": show_list,
@@ -5331,18 +6270,19 @@ def main() -> int:
         "manifest": print_manifest,
     }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
-    handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
-    logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
-    if mode is serve:
+    try:
+        if mode is not serve:
+            set_up_log(options, logging.StreamHandler(), logging.WARNING)
+            status = mode(options)
+            sys.stdout.flush()
+            return status
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
-    try:
-        status = mode(options)
-        sys.stdout.flush()
-        return status
+        log_queue = LogQueue()
+        set_up_log(options, log_queue, logging.INFO)
+        with LogWriter(log_queue):
+            return serve(options)
     except Problem as error:
         print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
