@@ -83,6 +83,9 @@ if TYPE_CHECKING:
     import api_pb2 as pb
     import api_pb2_grpc as rpc
 
+if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
+    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
+
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,6 +407,10 @@ class _Parser:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
             return self.node(int(text), start)
+        number = re.fullmatch(r"[+]?0*([0-9]+)(?:\.[0-9]*)?", text, re.ASCII)
+        if number:
+            told = "a number must be whole, and without zeros before it"
+            self.fail(f"{text[:40]}: {told}: write {number[1][:40]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -995,8 +1002,11 @@ def _text(node: Node) -> str:
 
 
 def _read_slots(node: Node) -> int:
+    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
+        number = int(node.value)
+        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
     if type(node.value) is not int:
-        raise _wrong(node, "a number of slots")
+        raise _wrong(node, "a whole number of slots")
     if not 0 <= node.value <= MAX_SLOTS:
         raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
     return node.value
@@ -1006,6 +1016,15 @@ def _read_template(node: Node) -> str:
     text = _text(node)
     if not text or "\0" in text:
         raise _wrong(node, "a text that is not empty")
+    return text
+
+
+def _read_resource(node: Node) -> str:
+    text = _read_template(node)
+    domain, slash, name = text.partition("/")
+    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        raise ConfigError(message, node.line, node.column)
     return text
 
 
@@ -1078,7 +1097,7 @@ class Rule:
     match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
+    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
     permissions: str = _key("permissions", _read_permissions, default="rw")
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
@@ -1094,6 +1113,10 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 
     Raises ConfigError with the line and column of what is wrong.
     """
+    manifest = re.search("^apiVersion:", text, re.MULTILINE)
+    if manifest:
+        line = text.count("\n", 0, manifest.start()) + 1
+        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
     document = compose_yaml(text)
     if document.value is None:
         raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
@@ -5414,11 +5437,20 @@ class KubeletThread(threading.Thread):
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem where no plugin can listen in the directory PATH."""
-    if not os.path.isdir(path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        is_allowed = os.access(path, os.R_OK | os.X_OK)
+    except PermissionError:
+        is_directory, is_allowed = True, False
+    except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run shows everything without one)"
-        )
+        ) from None
+    if not is_directory:
+        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
+    if not is_allowed:
+        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -5437,11 +5469,11 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
-    check_plugin_dir(options.plugin_dir)
-    raise_limit()
     kept_path = kept_conf_path(options.plugin_dir, options.domain)
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
-    devices.start()
+    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
+    check_plugin_dir(options.plugin_dir)
+    raise_limit()
     load_grpc()
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
@@ -5451,6 +5483,8 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
+    if not devices.plan.resources:
+        log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -5608,7 +5642,11 @@ def show_list(options: argparse.Namespace) -> int:
         return show_attributes(options)
     devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
-    print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
+    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
@@ -5647,7 +5685,20 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
     print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
+    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
     return 0
+
+
+def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
+    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    for rule in rules:
+        name = resource_name(rule.resource)
+        if rule.resource != name and "\\" not in rule.resource:
+            yield printable(f'line {rule.line}: the resource "{rule.resource}" is offered as {domain}/{name}')
+        path = re.sub(r"^\^?/dev/", "", rule.pattern)
+        if path != rule.pattern:
+            end = "$" if re.fullmatch(r"[\w/-]+", path, re.ASCII) else ""
+            yield printable(f"line {rule.line}: paths are matched without /dev/: write ^{path}{end}")
 
 
 def dry_run(options: argparse.Namespace) -> int:
@@ -6044,6 +6095,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    socket_path = options.pod_resources_socket
+    if socket_path == DEFAULT_POD_RESOURCES:
+        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    if socket_path != DEFAULT_POD_RESOURCES:
+        given.append(f"--pod-resources-socket={socket_path}")
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         given.append(f"--listen={address_text(options.listen)}")
@@ -6062,6 +6118,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         end="",
     )
     return 0
+
+
+def _pod_resources_beside(plugin_dir: str) -> str:
+    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
@@ -6102,7 +6163,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             install=_indented(INSTALL_PACKAGES, 14),
             options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
             plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
         ),
         end="",
@@ -6141,8 +6202,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
-        "        --systemd-unit | --manifest | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
         "says.",
@@ -6340,7 +6400,9 @@ def main() -> int:
     try:
         if mode is not serve:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            status = mode(options)
+            sys.stdout.flush()
+            return status
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
@@ -6353,6 +6415,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # --list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

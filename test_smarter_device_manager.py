@@ -8,6 +8,7 @@ The chapters are the script's. As an ordinary user, what must make device nodes 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import base64
 import concurrent.futures
@@ -25,6 +26,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1266,11 +1268,24 @@ BAD_RULES = [
     ("- devicematch: '^a('", 1, 16, '"^a(" is no regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
-    ("- devicematch: a\n  nummaxdevices: '1'", 2, 18, 'expected a number of slots, found a text ("1")'),
-    ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a number of slots, found true or false"),
+    ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
+    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, '"20" must be a whole number: write 20'),
+    (
+        "- devicematch: a\n  nummaxdevices: 0020",
+        2,
+        18,
+        "0020: a number must be whole, and without zeros before it: write 20;",
+    ),
+    (
+        "- devicematch: a\n  nummaxdevices: 1.5",
+        2,
+        18,
+        '1.5: a number must be whole, and without zeros before it: write 1; a text must be in quotes: "1.5"',
+    ),
+    ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
     ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, "quote it"),
-    ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a number of slots, found nothing"),
-    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a number of slots, found a list"),
+    ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a whole number of slots, found nothing"),
+    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
     ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": \1: devicematch has no such group'),
@@ -1642,13 +1657,34 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
-    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
-    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    options = {
+        "--conf": "/etc/sdm.yaml",
+        "--plugin-dir": "/p/50%",
+        "--pod-resources-socket": "/r/kubelet.sock",
+        "--dev-dir": "/d",
+        "--sys-dir": "/s y",
+        "--domain": "lab",
+        "--interval": "0.50",
+        "--log-level": "WARNING",
+        "--log-format": "json",
+        "--listen": ":1",
+    }
+    unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["/p/50%%"]
-    assert unit["ExecStart"] == [
-        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
-        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
-    ]
+    told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
+    shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
+    assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
+    environment = {  # every option that the daemon has, by the name of its variable in the environment
+        action.option_strings[0]
+        for action in sdm.build_parser()._actions
+        if action.metavar and action.default is not None
+    }
+    assert environment == options.keys()
+
+
+def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
+    unit = systemd_unit(node, "--plugin-dir=/var/lib/k0s/kubelet/device-plugins")
+    assert unit["ExecStart"][0].endswith(" --pod-resources-socket=/var/lib/k0s/kubelet/pod-resources/kubelet.sock")
 
 
 def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
@@ -1710,6 +1746,114 @@ def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
     done = bare(*arguments)
     assert done.returncode == 2
     assert done.stderr.endswith("error: --json goes with --list and --status\n")
+
+
+CONFIG_MAP = """\
+# Rules
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+data:
+  conf.yaml: |
+    - devicematch: ^video0$
+"""
+
+
+@pytest.mark.parametrize(
+    ("conf", "told"),
+    [
+        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf"),
+        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; only the text"),
+        (
+            "- devicematch: a\n  resource: smarter-devices/zigbee\n",
+            '2:13: "smarter-devices/zigbee" must be without the domain, which --domain says: write zigbee',
+        ),
+        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must be without the domain'),
+    ],
+)
+def test_a_conf_that_is_for_somewhere_else(node: Node, conf: str, told: str) -> None:
+    node.rules(conf)
+    done = bare(*node.options(), "--check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
+    rules = [
+        "devicematch: a\n  resource: My Zigbee!",
+        "devicematch: /dev/video0",
+        "devicematch: ^/dev/tty(USB|ACM)[0-9]*$",
+        "devicematch: ^/dev/snd",
+        "devicematch: ^(x)\n  resource: 'my \\1!'",  # what it becomes is known when there is a device
+        "devicematch: ^dev/video0$\n  resource: zigbee",
+    ]
+    node.rules("".join(f"- {rule}\n" for rule in rules))
+    notes = [
+        'line 1: the resource "My Zigbee!" is offered as smarter-devices/My_Zigbee',
+        "line 3: paths are matched without /dev/: write ^video0$",
+        "line 4: paths are matched without /dev/: write ^tty(USB|ACM)[0-9]*$",
+        "line 5: paths are matched without /dev/: write ^snd$",
+    ]
+    assert bare(*node.options(), "--check").stdout.splitlines()[1:] == notes
+    assert bare(*node.options(), "--list").stdout.splitlines()[-4:] == notes
+    assert bare(*node.options(), "--list", "--domain=lab").stdout.splitlines()[-4].endswith(" lab/My_Zigbee")
+    json.loads(bare(*node.options(), "--list", "--json").stdout)
+    node.rules("- devicematch: ^a$\n")
+    assert "without /dev/" not in bare(*node.options(), "--list").stdout
+
+
+def test_the_conf_is_refused_before_the_plugin_directory(node: Node) -> None:
+    """Somebody typed --conf just now; the other is as it is by default."""
+    done = bare(*node.options(), "--conf=/nowhere", "--plugin-dir=/nowhere")
+    assert done.stderr == "smarter_device_manager.py: cannot read the conf file /nowhere: No such file or directory\n"
+
+
+def test_a_plugin_directory_that_is_a_file(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    done = bare(*node.options(), f"--plugin-dir={node.conf}")
+    told = f"{node.conf} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
+    assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every directory")
+def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    (node.plugins / "below").mkdir()
+    node.plugins.chmod(0)
+    for path in (node.plugins, node.plugins / "below"):
+        done = bare(*node.options(), f"--plugin-dir={path}")
+        told = f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs"
+        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+    node.plugins.chmod(0o700)
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--json"], ["--manifest"]])
+def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
+    node.rules(GPU_RULE.format(1))
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does when it has seen enough
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_daemon_that_offers_nothing_says_where_to_look(node: Node, start: Starter) -> None:
+    node.rules("- devicematch: ^nothing$\n")
+    daemon = start()
+    daemon.says("WARNING no rule matches a device that can be offered; see --list\n")
+
+
+def test_an_older_python_is_told_so_in_one_line() -> None:
+    """The whole file must be text that it can read until then."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
+    older = shutil.which("python3.8")
+    if older is None or subprocess.run([older, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("no Python 3.8 here")
+    done = subprocess.run([older, SCRIPT, "--list"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"smarter_device_manager\.py needs Python 3\.9 or newer; this is 3\.8\.\d+\n", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
