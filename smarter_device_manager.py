@@ -5068,6 +5068,7 @@ class KeptConf:
     def __init__(self, path: str, conf: str) -> None:
         self.path = path
         self._conf = conf
+        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
@@ -5085,26 +5086,52 @@ class KeptConf:
             raise ValueError(f"it does not come from {self._conf}, or is damaged")
         return data.decode(), found.st_mtime
 
-    def write(self, text: str) -> None:
-        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+    def keep(self, text: str) -> None:
+        """Have the file hold TEXT. Where that cannot be done, it is logged once, and tried again at the next call.
+
+        Cheap where nothing changed: one stat(2).
+        """
+        if (text, self._find_stamp()) == self._kept:
+            return
         try:
-            if self.read()[0] == text:
-                return
-        except (OSError, ValueError):
-            pass  # it is replaced
-        try:
-            self._replace(text.encode())
+            if not self._holds(text):
+                self._replace(text.encode())
+            self._kept = text, self._find_stamp()
             self._is_failing = False
+        except FileNotFoundError:
+            return  # the directory is not there; others say so
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
                 log_event("conf-not-kept", sentence, logging.WARNING)
             self._is_failing = True
+            self._invalidate()
+
+    def _holds(self, text: str) -> bool:
+        try:
+            return self.read()[0] == text
+        except (OSError, ValueError):
+            return False
+
+    def _find_stamp(self) -> Tuple[int, ...]:
+        """What tells whether somebody else wrote or removed the file; nothing where there is none."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _invalidate(self) -> None:
+        """Empty the file in its place: old rules would be worse than none."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            log.debug("cannot empty %s: %s", self.path, error.strerror)
 
     def _replace(self, data: bytes) -> None:
         new = f"{self.path}.new"
         if os.path.lexists(new):
-            os.unlink(new)
+            os.unlink(new)  # that a daemon left behind which was killed
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -5156,6 +5183,7 @@ class ConfFile:
             if not self._kept or not self._restore(self._kept):
                 raise Problem(self._describe(error)) from None
             self._refuse(error, text, f", from {self._kept.path}")
+        self._keep()
 
     def _restore(self, kept: KeptConf) -> bool:
         """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
@@ -5173,8 +5201,17 @@ class ConfFile:
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
 
-        What is wrong with it is logged once.
+        What is wrong with it is logged once. The text of the rules in force is kept, also where it could not be so far.
         """
+        has_new_rules = self._follow(reread)
+        self._keep()
+        return has_new_rules
+
+    def _keep(self) -> None:
+        if self._kept and self._text is not None:
+            self._kept.keep(self._text)
+
+    def _follow(self, reread: bool) -> bool:
         text = None
         try:
             if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
@@ -5222,8 +5259,6 @@ class ConfFile:
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
         self.read_at = time.time()
-        if self._kept:
-            self._kept.write(text)
         return has_new_rules
 
     def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:

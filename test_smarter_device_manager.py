@@ -2164,6 +2164,29 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
     assert node.conf.read_text() == GPU_RULE.format(4)
 
 
+def test_rules_that_could_not_be_kept_are_kept_later_and_old_ones_are_no_more(node: Node) -> None:
+    """A kept conf with rules of the past would be worse than none, and a directory made anew has none."""
+    texts = [GPU_RULE.format(slots) for slots in (1, 2)]
+    node.rules(texts[0])
+    conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
+    conf.start()
+    assert kept_conf(node).read_text().endswith(texts[0])
+    new = kept_conf(node).with_name(kept_conf(node).name + ".new")
+    (new / "x").mkdir(parents=True)  # so that no file can be made there
+    node.rules(texts[1])
+    assert conf.follow()
+    assert kept_conf(node).read_text() == ""
+    shutil.rmtree(new)
+    assert not conf.follow()
+    assert kept_conf(node).read_text().endswith(texts[1])
+    kept_conf(node).unlink()
+    conf.follow()
+    assert kept_conf(node).read_text().endswith(texts[1])
+    before = kept_conf(node).stat()
+    conf.follow(reread=True)
+    assert kept_conf(node).stat() == before
+
+
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
     paths = {sdm.kept_conf_path("/p", "a" * 240 + letter) for letter in "bc"}
     assert len(paths) == 2
