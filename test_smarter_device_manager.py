@@ -2065,7 +2065,7 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     status = Status(again)
     answer = status.wait_for("/readyz", 200)
     assert answer.body.splitlines()[0] == "ok"
-    assert re.search("the conf file is refused, the last good rules are in force: .*conf.yaml:3:3:", answer.body)
+    assert re.search("the conf file is refused, the rules of .* stay in force: .*conf.yaml:3:3:", answer.body)
     assert status.metrics()["conf_good"] == 0
     conf = status.document()["conf"]
     assert ":3:3: unknown key" in conf["error"]
