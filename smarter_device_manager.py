@@ -19,10 +19,10 @@ of kubelet are followed.
     smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
-Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
-/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
-stream). What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
+kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
+file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
+socket and stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -444,33 +444,153 @@ def _shown(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
+# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
+# for it: it is written out here, or refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
-MAX_SLOTS = 10_000
-MAX_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
+MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
+MAX_GROUPS = 1000  # one inside the other, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+
+S = TypeVar("S")
 
 
-class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
-
-    template: str
-    optional: bool
+class ExpressionError(ValueError):
+    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
 
 
-class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
-
-    name: str
-    pattern: str
-    match: re.Pattern[str]
+class SearchTimeout(Exception):
+    """A search took too long, so nobody knows what it would have found."""
 
 
-# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re can have it.
-# Nothing that some version of re reads otherwise, or warns of, is left for it: it is written out here, or refused.
+class _Alarm:
+    """Ends work that takes too long, by an exception that the handler of a signal raises.
+
+    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
+    be such that it may end anywhere. The signal is SIGVTALRM, whose timer counts CPU time: a machine that is busy with
+    something else makes no search take too long.
+    """
+
+    def __init__(self) -> None:
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._is_installed = False
+
+    def limit(self, work: Callable[[], S], seconds: float) -> S:
+        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+
+        For the main thread only. WORK must not call this itself.
+        """
+        if not self._is_installed:
+            signal.signal(signal.SIGVTALRM, self._ring)
+            self._is_installed = True
+        try:
+            self._due = time.thread_time() + seconds
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            return work()
+        finally:
+            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            self._due = 0.0
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _ring(self, *_: object) -> None:
+        if not self._due:
+            return
+        left = self._due - time.thread_time()
+        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            return
+        self._due = 0.0
+        raise SearchTimeout
+
+
+_ALARM = _Alarm()
+
+
+class Expression:
+    """An expression of RE2, searched by Python's re within a limit of CPU time.
+
+    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
+    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Raises ExpressionError."""
+        self.pattern = pattern
+        try:
+            self.compiled = re.compile(translate(pattern), re.ASCII)
+        except ExpressionError as error:
+            raise ExpressionError(f"{_shown(pattern)}: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            problem = getattr(error, "msg", "") or "it is too large"
+            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+        self._slow_texts: Dict[str, None] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expression) and self.pattern == other.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)
+
+    def search(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.search, text)
+
+    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.fullmatch, text)
+
+    def was_slow(self, text: str) -> bool:
+        """Whether a search in TEXT took too long."""
+        return text in self._slow_texts
+
+    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
+        if self.was_slow(text):
+            raise SearchTimeout
+        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
+        try:
+            return _ALARM.limit(lambda: find(text), seconds)
+        except SearchTimeout:
+            if len(self._slow_texts) == MAX_SLOW_TEXTS:
+                del self._slow_texts[next(iter(self._slow_texts))]
+            self._slow_texts[text] = None
+            time.sleep(seconds)
+            raise
+
+
+class Expressions:
+    """Several expressions that are all searched in one text. For the main thread only."""
+
+    def __init__(self, expressions: Iterable[Expression]) -> None:
+        self._expressions = tuple(expressions)
+        self._searches = [expression.compiled.search for expression in self._expressions]
+        self._were_slow = False
+
+    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
+        """What the search for each of them finds in TEXT, or that it took too long."""
+        if not self._were_slow:
+            try:  # one limit for all of them: to set it takes longer than most searches
+                return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
+            except SearchTimeout:
+                self._were_slow = True
+                time.sleep(SEARCH_SECONDS)
+        return [_outcome(expression, text) for expression in self._expressions]
+
+
+def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
+    try:
+        return expression.search(text)
+    except SearchTimeout:
+        return SearchTimeout()  # without a traceback, for it is kept
+
+
+# The translation.
+
 _POSIX_CLASSES = {  # the first and last character of each range
     "alnum": "09AZaz",
     "alpha": "AZaz",
@@ -503,142 +623,275 @@ _CHARACTER = re.compile(
 _REGEX_TOKEN = re.compile(
     r"""
       (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
-    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | <?[=!] ) | (?!\?) ) )
+    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<close> \) )
     | (?P<or> \| )
-    | (?P<repeat> (?: [*+?] | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \} ) \?? )
+    | (?P<repeat> (?: [*+?] | \{ (?P<min> 0|[1-9][0-9]* ) (?P<to> , (?P<max> 0|[1-9][0-9]* )? )? \} ) \?? )
     | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
-class _Untranslatable(ValueError):
-    """An expression that is none of RE2, or that Python's re cannot take over; the text says what to write instead."""
+class _Part(NamedTuple):
+    """A part of an expression, translated, and what must be known of it to repeat it."""
+
+    text: str
+    may_be_empty: bool  # whether it can match without taking a character
+    may_take: bool  # whether it can take one
+    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    instructions: int = 1  # that Go compiles it to
+
+
+class _Group:
+    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+
+    def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
+        self.opening = opening
+        self.flags = flags  # in force for each further atom
+        self.parts: List[_Part] = []
+        self._alternatives: List[_Part] = []
+        self._is_look_around = is_look_around
+
+    def end_alternative(self) -> None:
+        """Begin the next alternative."""
+        self._alternatives.append(
+            _Part(
+                "".join(part.text for part in self.parts),
+                all(part.may_be_empty for part in self.parts),
+                any(part.may_take for part in self.parts),
+                max((part.repeats for part in self.parts), default=1),
+                max(1, sum(part.instructions for part in self.parts)),
+            )
+        )
+        self.parts = []
+
+    def close(self, closing: str) -> _Part:
+        """The whole group as one part."""
+        self.end_alternative()
+        return _Part(
+            self.opening + "|".join(part.text for part in self._alternatives) + closing,
+            self._is_look_around or any(part.may_be_empty for part in self._alternatives),
+            not self._is_look_around and any(part.may_take for part in self._alternatives),
+            max(part.repeats for part in self._alternatives),
+            sum(part.instructions + 1 for part in self._alternatives) + 1,
+        )
 
 
 def translate(pattern: str) -> str:
     """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
 
-    Look-around is taken too, which only Python has. Raises ValueError for what Python cannot express and for most of
-    what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
+    of what RE2 refuses; the rest of that is left for re.compile to refuse.
     """
-    out: List[str] = []
-    scopes: List[FrozenSet[str]] = [frozenset()]  # the flags in force in each open group, for each atom
+    groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
         assert token  # its last alternative takes any character
-        kind, text, position = token.lastgroup, token[0], token.end()
+        kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
-            position, text = _translate_atom(pattern, token.start(), scopes[-1])
+            position, part = _translate_atom(pattern, token.start(), group.flags)
+            group.parts.append(part)
+        elif kind == "flags" and token["scope"] == ")":
+            group.flags = _flags(token, group.flags)
         elif kind == "flags":
-            flags = _flags(token, scopes[-1])
-            text = "(?:" if token["scope"] == ":" else ""
-            if text:
-                scopes.append(flags)
-            else:
-                scopes[-1] = flags
+            groups.append(_Group("(?:", _flags(token, group.flags)))
         elif kind == "open":
-            scopes.append(scopes[-1])
-            text = f"(?P<{token['name']}>" if token["name"] else text
+            opening = f"(?P<{token['name']}>" if token["name"] else token[0]
+            groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise _Untranslatable(f"{text} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do")
-        elif kind == "close" and len(scopes) > 1:
-            scopes.pop()
-        elif kind == "repeat":
-            _check_repeat(text, is_repeatable)
+            raise ExpressionError(
+                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
+            )
+        elif kind == "close" and len(groups) > 1:
+            groups.pop()
+            groups[-1].parts.append(group.close(")"))
+        elif kind == "close":
+            group.parts.append(_assertion(")"))  # re refuses it
+        elif kind == "or":
+            group.end_alternative()
+        elif not is_repeatable:
+            raise ExpressionError(
+                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+            )
+        else:
+            group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
-        out.append(text)
-    return "".join(out)
+        if len(groups) > MAX_GROUPS:
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
+    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
 
 
-def _check_repeat(text: str, is_repeatable: bool) -> None:
-    if not is_repeatable:
-        raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
-    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{_shown(text)} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+def _repeat(part: _Part, token: re.Match[str]) -> _Part:
+    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    text = token[0]
+    least, most = _bounds(token)  # most: None where there is no limit
+    copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
+    instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
+    if copies > MAX_REPEATS:
+        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+    if instructions > MAX_INSTRUCTIONS:
+        raise ExpressionError(f"{text} makes it too large for Go")
+    if part.may_be_empty and part.may_take and (most is None or most - least > 1):
+        raise ExpressionError(
+            f"{text} repeats what may be empty, which Go and Python understand differently; "
+            f"let it take a character at least, such as (a+)* for (a*)*"
+        )
+    if part.may_take:
+        written = part.text + text
+    elif least:
+        written = part.text  # a place is no other the second time; and re repeats none
+    else:
+        is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
+        written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
+    return _Part(written, part.may_be_empty or not least, part.may_take and most != 0, copies, max(1, instructions))
+
+
+def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
+    """How often TOKEN repeats at least and at most; None: without limit."""
+    if not token["min"]:
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
+    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+    least = int(token["min"])
+    most = int(token["max"]) if token["max"] else None if token["to"] else least
+    if most is not None and most < least:
+        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+    return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
     return before.union(on) - set(off)
 
 
-def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
     """What stands at POSITION for one character or one place, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
-    if char in ".^$":
-        flag = "s" if char == "." else "m"
-        return position + 1, f"(?{flag}:{char})" if flag in flags else {".": ".", "^": r"\A", "$": r"\Z"}[char]
+    if char in "^$":
+        return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
-    if char == "[":
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+    named = _NAMED_CLASS.match(pattern, position)
+    if char == ".":
+        position, text = position + 1, "(?s:.)" if "s" in flags else "."
+    elif char == "[":
         position, text = _translate_class(pattern, position, flags)
+    elif named:
+        position, text = named.end(), _write_class(_named_ranges(named, flags), is_negated=False)
     else:
-        named = _NAMED_CLASS.match(pattern, position)
-        text = f"[{_expand_class(named, flags)}]" if named else ""
-        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
-        text = text or _literal(char)
-    return position, f"(?i:{text})" if "i" in flags else text
+        position, char = _read_char(pattern, position, flags)
+        is_letter = "i" in flags and char.isalpha() and char.isascii()
+        text = _write_class(_fold([(ord(char), ord(char))]), is_negated=False) if is_letter else _literal(char)
+    return position, _Part(text, may_be_empty=False, may_take=True)
+
+
+def _assertion(text: str) -> _Part:
+    return _Part(text, may_be_empty=True, may_take=False)
 
 
 def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
-    opening = "[^" if pattern.startswith("[^", position) else "["
-    out = [opening]
-    position = first = position + len(opening)
-    while position < len(pattern) and (pattern[position] != "]" or position == first):
+    """The [class] at POSITION, and where it ends."""
+    is_negated = pattern.startswith("[^", position)
+    position = first = position + len("[^" if is_negated else "[")
+    ranges: Ranges = []
+    while pattern[position : position + 1] != "]" or position == first:
         named = _NAMED_CLASS.match(pattern, position)
+        if position >= len(pattern):
+            return position, "["  # re refuses it
         if named:
-            position, text = named.end(), _expand_class(named, flags)
-        else:
-            position, char = _read_char(pattern, position, flags)
-            text = _literal(char)
-            if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-                position, last = _read_char(pattern, position + 1, flags)
-                text += "-" + _literal(last)
-                if last < char:
-                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
-        out.append(text)
-    return position + 1, "".join(out) + pattern[position : position + 1]
+            position = named.end()
+            ranges += _named_ranges(named, flags)
+            continue
+        position, low = _read_char(pattern, position, flags)
+        high = low
+        if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
+            position, high = _read_char(pattern, position + 1, flags)
+            _check_range(low, high, flags)
+        chosen = [(ord(low), ord(high))]
+        ranges += _fold(chosen) if "i" in flags else chosen
+    return position + 1, _write_class(ranges, is_negated)
 
 
-def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
-    r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
+def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
+    if high < low:
+        raise ExpressionError(f"the range {low}-{high} runs backwards")
+    if "i" in flags and not high.isascii():
+        raise ExpressionError(
+            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+        )
+
+
+def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
+    r"""The characters that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
     if named["perl"]:
         is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
         bounds = _POSIX_CLASSES[name]
-    if is_negated and "i" in flags and bounds in ("AZ", "az"):
-        bounds = "AZaz"  # what is left out is left out in either case
-    codes = [ord(char) for char in bounds]
-    if is_negated:
-        codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
-    ranges = [(low, high) for low, high in zip(codes[::2], codes[1::2]) if low <= high]
-    return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
+    ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
+    if "i" in flags:
+        ranges = _fold(ranges)
+    return _complement(ranges) if is_negated else ranges
+
+
+def _fold(ranges: Ranges) -> Ranges:
+    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
+    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    found = list(ranges)
+    for low, high in ranges:
+        for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
+            if low <= last and high >= first:
+                found.append((max(low, first) + other, min(high, last) + other))
+    for letter, third in ((ord("k"), 0x212A), (ord("s"), 0x017F)):
+        if any(low <= letter <= high for low, high in found):
+            found.append((third, third))
+    return found
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    """All characters that are not in RANGES, in sorted order."""
+    found, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            found.append((start, low - 1))
+        start = max(start, high + 1)
+    return [*found, (start, sys.maxunicode)] if start <= sys.maxunicode else found
+
+
+def _write_class(ranges: Ranges, is_negated: bool) -> str:
+    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    others = _complement(ranges)
+    ranges = _complement(others)
+    if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
+        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+    if not ranges:
+        return r"[\s\S]" if is_negated else r"[^\s\S]"
+    written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
+    return f"[{'^' if is_negated else ''}{''.join(written)}]"
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
-        raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
+        raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
     char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
     if not char:
         code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
         if code > sys.maxunicode:
-            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
+            raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
-        raise _Untranslatable(
+        raise ExpressionError(
             f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
@@ -661,16 +914,36 @@ def _literal(char: str) -> str:
     return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
 
 
-def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
-    """The expression that NODE of the conf holds, as written and compiled."""
-    text = _text(node)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
+# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+MAX_SLOTS = 10_000
+TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+
+
+class Companion(NamedTuple):
+    """A node that goes along with a device: a template of its path below /dev."""
+
+    template: str
+    optional: bool
+
+
+class Attribute(NamedTuple):
+    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+
+    name: str
+    match: Expression
+
+
+def _compile(node: Node) -> Expression:
+    """The expression that NODE of the conf holds."""
     try:
-        return text, re.compile(translate(text), re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = getattr(error, "msg", "") or "it is too large"
-        raise ConfigError(f"{_shown(text)} is no regular expression: {problem}", node.line, node.column) from None
-    except _Untranslatable as error:
-        raise ConfigError(f"{_shown(text)}: {error}", node.line, node.column) from None
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise ConfigError(str(error), node.line, node.column) from None
 
 
 # Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
@@ -687,13 +960,13 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
+def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference[3] is not None:
             problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
         else:
             group = _group(reference)
-            if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
+            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
@@ -760,7 +1033,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, *_compile(value)))
+        found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
 
@@ -798,7 +1071,7 @@ class Rule:
     """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
 
     line: int  # of the conf file
-    match: re.Pattern[str]  # searched in a path below /dev
+    match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
@@ -842,9 +1115,9 @@ def _parse_rule(node: Node) -> Rule:
         nodes[key.value] = value
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])[1]
+    match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
-        match = re.compile(rf"^{TEGRA}([0-9]+)\Z", re.ASCII)
+        match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
     for template in _template_nodes(nodes):
         _check_template(template, match)
@@ -866,11 +1139,13 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
+    expressions = Expressions(rule.match for rule in rules)
     for path, rule in last.items():
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
-            follows = next(other for other in reversed(rules) if other.match.search(path))
-            if follows is rule:
+            found = expressions.search(path)
+            last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
+            if last_rule and last_rule[0] is rule:
                 raise clash(pool, rule, path)
 
 
@@ -1457,12 +1732,14 @@ class Sysfs:
             if held:
                 self._held[node.entry.generation, attributes] = held
                 return ""
-        told = []
+        problems: List[str] = []
         for attribute in attributes:
-            told.append(
-                f"its {attribute.name} is {shown_values(chain, attribute.name)} (asked for: {attribute.pattern})"
-            )
-        return "; ".join(told)
+            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+                slow = f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}'
+                problems.insert(0, slow)
+            shown = shown_values(chain, attribute.name)
+            problems.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        return "; ".join(problems)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1536,7 +1813,10 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     held = []
     for attribute in attributes:
         value = read_attribute(folder, attribute.name)
-        if value is None or not attribute.match.fullmatch(value):
+        try:
+            if value is None or not attribute.match.fullmatch(value):
+                return ()
+        except SearchTimeout:
             return ()
         held.append(HeldAttribute(attribute.name, value))
     return tuple(held)
@@ -1556,8 +1836,13 @@ def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]
 
 def shown_values(folders: Iterable[str], name: str) -> str:
     """The values that the attribute NAME has in FOLDERS, in words."""
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
+
+
+def values_of(folders: Iterable[str], name: str) -> List[str]:
+    """The values that the attribute NAME has in FOLDERS, of those that have it."""
     values = (read_attribute(folder, name) for folder in folders)
-    return " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
+    return [value for value in values if value is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1658,36 +1943,40 @@ class TrackedDevice:
     since: float
 
 
-Named = Sequence[Tuple[Rule, re.Match[str]]]
+Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
+    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
+    since /dev's names hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
         self._matches: Dict[str, Named] = {}
+        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
+        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
+        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
+        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
         """The rules that name the PATH of something below /dev."""
         found = self._matches.get(path)
         if found is None:
-            found = self._matches[path] = self._search(path, is_gpu=False)
+            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
         return found
 
     def gpu(self, name: str) -> Named:
         """The rules that name the GPU NAME of a Tegra."""
-        return self._search(name, is_gpu=True)
-
-    def _search(self, path: str, is_gpu: bool) -> Named:
-        rules = (rule for rule in reversed(self.rules) if (rule.pattern == TEGRA) == is_gpu)
-        pairs = ((rule, rule.match.search(path)) for rule in rules)
-        return tuple((rule, match) for rule, match in pairs if match)
+        return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered of all but PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
+
+
+def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
+    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
 TrackedDevices = Mapping[str, TrackedDevice]
@@ -1783,9 +2072,12 @@ def make_plan(
 def _follow(
     path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and those before it."""
     mismatches: List[LeftOut] = []
     for rule, match in named:
+        if isinstance(match, SearchTimeout):
+            mismatches.append(LeftOut(path, rule.line, f"{TOOK_TOO_LONG} in this name: {rule.pattern}"))
+            continue
         reasons = (
             [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
         )
@@ -3732,6 +4024,7 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
 # What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
 _REASONS = (
+    ("pattern_timeout", TOOK_TOO_LONG),
     ("attributes", r"its .* \(asked for: "),
     ("link", r"a link |a path through "),
     ("folder", r"a folder that "),
