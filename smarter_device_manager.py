@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
@@ -1282,8 +1283,9 @@ DEFAULT_CONF = r"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
-# algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
+# Devices: what stands below /dev, and what sysfs knows of it. One look at /dev is plain data (Snapshot), and resolve()
+# is one algorithm over such data or over /dev itself (LiveTree). The chapters below rely on it never to lead to a node
+# outside /dev, nor through a folder where others than root may write.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
@@ -1299,12 +1301,52 @@ _KINDS = {
 }
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+
+
+class Reason(enum.Enum):
+    """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
+
+    GONE = "other", "it is gone"
+    SWAPPED = "other", "another device stands there since just now"
+    COMPANION = "other", "it goes with /dev/{path}: {why}"
+    LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
+    LINK_CIRCLE = "link", "a link that leads in a circle"
+    LINK_CLIMBS_OUT = "link", "a link that leaves /dev"
+    LINK_OUT = "link", "a link to {target}, which leaves /dev"
+    LINK_TO_DEV = "link", "a link to all of /dev"
+    THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
+    UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
+    EMPTY_FOLDER = "folder", "a folder that holds no device node"
+    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
+    FILE_SYSTEM = "file_system", "another file system"
+    MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
+    NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
+    NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
+    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
+    NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
+    CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'
+    SAME_PLACE = "container_path", "{one} and {other} would both be {path} in the container"
+    ATTRIBUTES = "attributes", "{why}"
+    PATTERN_TIMEOUT = "pattern_timeout", "{why}"
+    NO_ATTRIBUTES = "attributes", "a Tegra's GPU has no attributes"
+    SAME_NODE = "duplicate", "its pool offers the same node already, as /dev/{path}"
+    LIST_TOO_LONG = "list_too_long", "the list of its resource's slots would be longer than {limit} bytes"
+
+    def __init__(self, label: str, template: str) -> None:
+        self.label = label
+        self.template = template
 
 
 class NotADevice(Exception):
     """A path names no device; the text says why, to follow the path and a colon."""
+
+    def __init__(self, reason: Reason, **details: object) -> None:
+        super().__init__(reason.template.format(**details))
+        self.reason = reason
 
 
 class Entry(NamedTuple):
@@ -1315,6 +1357,7 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which others than root may make names
+    error: str = ""  # why a folder cannot be listed
     generation: int = 0  # another one whenever this name came to stand for something else
 
 
@@ -1329,7 +1372,7 @@ class DeviceNode(NamedTuple):
 class Tree(Protocol):
     """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
 
-    def look(self, path: str) -> Optional[Entry]: ...
+    def entry(self, path: str) -> Optional[Entry]: ...
 
     def names(self, path: str) -> Sequence[str]: ...
 
@@ -1341,7 +1384,7 @@ class Snapshot:
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
@@ -1355,24 +1398,25 @@ class Snapshot:
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
 
-    Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
+    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
+    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
-    entry = tree.look(real)
+    entry = tree.entry(real)
     if entry is None:
-        raise NotADevice("it is gone")
+        raise NotADevice(Reason.GONE)
     if not real:
-        raise NotADevice("a link to all of /dev")
+        raise NotADevice(Reason.LINK_TO_DEV)
     if entry.kind == MOUNT:
-        raise NotADevice("another file system")
+        raise NotADevice(Reason.FILE_SYSTEM)
     if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(f"a {entry.kind}, not a device")
+        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     nodes = list(_nodes_below(tree, real))
     if not nodes:
-        raise NotADevice("a folder that holds no device node")
+        raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
         if not name.isascii() and not _is_utf8(name):
-            raise NotADevice(f"the name /dev/{name} is not UTF-8, and kubelet takes no other")
+            raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
@@ -1385,13 +1429,23 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP; no link in it is followed."""
+    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+
+    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
+    find nodes in another file system.
+    """
     todo = [top]
     while todo:
         path = todo.pop()
-        entry = tree.look(path)
+        entry = tree.entry(path)
         if entry and entry.kind in NODES:
             yield DeviceNode(path, path[len(top) :], entry)
+        elif entry and entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=path)
+        elif entry and entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
+        elif entry and entry.error:
+            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
         elif entry and entry.kind == FOLDER:
             todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
 
@@ -1404,29 +1458,29 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     while todo:
         name = todo.pop()
         if name == ".." and not done:
-            raise NotADevice("a link that leaves /dev")
+            raise NotADevice(Reason.LINK_CLIMBS_OUT)
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        here = "/".join([*done, name])
-        entry = tree.look(here)
+        folder = "/".join(done)
+        here = _join(folder, name)
+        entry = tree.entry(here)
         if entry is None:
-            raise NotADevice(f"a link to /dev/{here}, which is not there" if links else "it is gone")
+            raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
+        parent = tree.entry(folder)
+        if parent is None or parent.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=folder)
         if entry.kind != LINK:
             if todo and entry.kind != FOLDER:
-                raise NotADevice(f"a path through /dev/{here}, which is a {entry.kind}")
+                raise NotADevice(Reason.THROUGH, path=here, kind=entry.kind)
             done.append(name)
             continue
         links += 1
-        for depth in range(len(done) + 1):
-            folder = tree.look("/".join(done[:depth]))
-            if folder is None or folder.untrusted:
-                raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
         if links > MAX_LINKS:
-            raise NotADevice("a link that leads in a circle")
+            raise NotADevice(Reason.LINK_CIRCLE)
         target, inside = entry.target, _inside(entry.target, dev_dir)
         if inside is None:
-            raise NotADevice(f"a link to {target}, which leaves /dev")
+            raise NotADevice(Reason.LINK_OUT, target=target)
         done = done if inside == target else []
         todo += inside.split("/")[::-1]
     return "/".join(done)
@@ -1477,14 +1531,14 @@ class LiveTree:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
             self._entries[path] = self._open(path)
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
         parent, _, name = path.rpartition("/")
-        if self.look(parent) is None or parent not in self._folders:
+        if self.entry(parent) is None or parent not in self._folders:
             return None
         try:
             descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
@@ -1614,7 +1668,7 @@ class Scanner:
         if before is None:
             return entry._replace(generation=next(self._generations))
         remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before[:-1] == entry[:-1] and not remade:  # all but the generation
+        if before == entry._replace(generation=before.generation) and not remade:
             return before
         self._flapped.append(path)
         return entry._replace(generation=next(self._generations))
@@ -1650,7 +1704,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
         entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
     for path, listing in listings.items():
         if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(kind=f"folder that cannot be listed ({listing.problem})")
+            entries[path] = entries[path]._replace(error=listing.problem)
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
@@ -1661,8 +1715,16 @@ class HeldAttribute(NamedTuple):
     value: str
 
 
+class AttributeAnswer(NamedTuple):
+    """Whether a device has the attributes that a rule asks for."""
+
+    mismatch: str  # what it has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
 class Sysfs:
-    """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
+    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
@@ -1670,21 +1732,19 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
-        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[HeldAttribute, ...]] = {}
+        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
+        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
 
-    def forget(self, serials: Iterable[int]) -> bool:
-        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
-        there were such, so that attribute_mismatch() may say something else now."""
-        keep = set(serials)
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
+        answer() has another one now."""
+        keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
-        has_mismatches = any(self._mismatches.values())
-        self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
-        self._held = {key: held for key, held in self._held.items() if key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
-        return has_mismatches
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
+        self._settling &= self._answers.keys()
+        return self._renew(self._answers)
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1692,54 +1752,54 @@ class Sysfs:
         if generation not in self._numa:
             values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[generation] = next(known, None)
+            self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
-        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
-        else what it has instead."""
+    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
         key = (node.entry.generation, attributes)
-        mismatch = self._mismatches.get(key)
-        if mismatch is None:
-            mismatch = self._mismatches[key] = self._find_mismatch(attributes, node)
+        if key not in self._answers:
+            answer = self._ask(attributes, node)
+            self._answers[key] = node, answer
             now = time.monotonic()
-            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
-                self._settling[key] = node
-        return mismatch
-
-    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
-        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
-        keys = ((node.entry.generation, attributes) for node in nodes)
-        return next((self._held[key] for key in keys if self._mismatches.get(key) == ""), ())
+            if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
+                self._settling.add(key)
+        return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
+        """Whether a node that is new has by now other attributes than when answer() was asked."""
+        has_changed = self._renew(self._settling)
         now = time.monotonic()
-        has_changed = False
-        for key, node in list(self._settling.items()):
-            mismatch = self._find_mismatch(key[1], node)
-            if mismatch != self._mismatches.get(key):
-                self._mismatches[key] = mismatch
-                has_changed = True
-            if not mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
-                del self._settling[key]
+        for key in list(self._settling):
+            if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                self._settling.remove(key)
         return has_changed
 
-    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
+        """Ask anew for KEYS; whether an answer is another one now."""
+        has_changed = False
+        for key in keys:
+            node, before = self._answers[key]
+            answer = self._ask(key[1], node)
+            if answer != before:
+                self._answers[key] = node, answer
+                has_changed = True
+        return has_changed
+
+    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
         chain = list(self.chain(node.entry))
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                self._held[node.entry.generation, attributes] = held
-                return ""
-        problems: List[str] = []
+                return AttributeAnswer("", held)
+        slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
-                slow = f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}'
-                problems.insert(0, slow)
+                slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
             shown = shown_values(chain, attribute.name)
-            problems.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
-        return "; ".join(problems)
+            others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
+        return AttributeAnswer("; ".join(slow + others), (), reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1756,9 +1816,9 @@ class Sysfs:
         found = []
         for folder in self.chain(entry):
             values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            telling = {name: value for name, value in values.items() if value and _is_telling(value)}
-            if telling:
-                found.append((folder, telling))
+            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+            if usable:
+                found.append((folder, usable))
         return found
 
     def tegra_gpus(self) -> List[str]:
@@ -1803,9 +1863,9 @@ def _attribute_names(folder: str) -> List[str]:
     return sorted({*files, *links} - {"dev", "uevent"})
 
 
-def _is_telling(value: str) -> bool:
+def _is_usable(value: str) -> bool:
     """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
 def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
@@ -1846,12 +1906,13 @@ def values_of(folders: Iterable[str], name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules x what stands below /dev -> resources by name. Immutable data and pure functions (sysfs is only asked for
-# nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
+# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
+# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 T = TypeVar("T")
 
@@ -1918,7 +1979,13 @@ class LeftOut(NamedTuple):
 
     path: str
     line: int
-    reason: str
+    reason: Reason
+    text: str  # of the reason
+
+    @classmethod
+    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
+        """What ERROR says of PATH, which the rule of LINE names."""
+        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1928,10 +1995,9 @@ class Plan:
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
     unused: Tuple[Rule, ...]  # rules that matched nothing
-    clashes: Tuple[ConfigError, ...]  # pools with the name of a device
 
 
-EMPTY_PLAN = Plan({}, (), (), ())
+EMPTY_PLAN = Plan({}, (), ())
 
 
 @dataclass(frozen=True)
@@ -1987,16 +2053,16 @@ def track(
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
     """The devices that rules name, those that went lately among them, and the paths that are none.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, str] = {}
+    problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
         if path and matcher(path):
             try:
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
-                problems[path] = str(error)
+                problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
     new: Dict[str, TrackedDevice] = {}
     for path, nodes in found.items():
@@ -2007,122 +2073,225 @@ def track(
         if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
             if now - since < EXPIRY_SECONDS:
-                new[path] = TrackedDevice(before.nodes, problems.pop(path, "it is gone"), since)
-    left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
+                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
+                new[path] = TrackedDevice(before.nodes, problem, since)
+    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
     return new, left_out
 
 
 def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each device of SIGHTINGS that is gone is to be offered no more."""
-    return (device_seen.since + EXPIRY_SECONDS for device_seen in tracked.values() if device_seen.problem)
+    """When each of the TRACKED devices that is gone is to be offered no more."""
+    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
 
 
-def _named(path: str, device_seen: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that was sighted at PATH."""
-    return matcher(path) if device_seen.nodes else matcher.gpu(path)
+def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
+    """The rules that name the device that is tracked at PATH."""
+    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+
+
+class Claim(NamedTuple):
+    """A device, and how it is to be offered under a resource's name."""
+
+    device: Device
+    is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
+    is_gone: bool
+    nodes: Tuple[DeviceNode, ...]  # none while it is gone
 
 
 def make_plan(
     tracked: TrackedDevices,
     left_out: Iterable[LeftOut],
+    previous: Plan,
     snapshot: Snapshot,
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
 ) -> Plan:
-    """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
+    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    """
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    own: Dict[str, Device] = {}
-    pools: Dict[str, List[Device]] = {}
+    claims: Dict[str, List[Claim]] = {}
     for path in sorted(tracked):
-        device_seen = tracked[path]
-        named = _named(path, device_seen, matcher)
+        tracked_device = tracked[path]
+        named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, device_seen, named, sysfs)
+        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
         problems += mismatches
         if rule is None or match is None:
             continue
-        name = resource_name(expand(rule.resource, match) if rule.resource else path)
-        device = _device(path, device_seen, rule, match, snapshot, sysfs, dev_dir)
-        if not name:
-            problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
-        elif isinstance(device, str):
-            problems.append(LeftOut(path, rule.line, device))
-        elif rule.resource:
-            pools.setdefault(name, []).append(device)
-        elif name in own:
-            taken = f"its resource's name {name} is taken by /dev/{own[name].path}"
-            problems.append(LeftOut(path, rule.line, taken))
-        else:
-            own[name] = device
-    clashes = []
-    by_line = {rule.line: rule for rule in matcher.rules}
-    for name in sorted(own.keys() & pools.keys()):
-        device = own.pop(name)
-        error = clash(by_line[pools[name][0].line], by_line[device.line], device.path)
-        clashes.append(error)
-        problems.append(LeftOut(device.path, device.line, str(error)))
-    resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
-    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
+        try:
+            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            if not name:
+                raise NotADevice(Reason.NO_NAME)
+            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+        except NotADevice as error:
+            problems.append(LeftOut.of(path, rule.line, error))
+            continue
+        is_gone = bool(tracked_device.problem)
+        claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
+        claims.setdefault(name, []).append(claim)
+    resources: Dict[str, Resource] = {}
+    for name in sorted(claims):
+        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
+        problems += losers
+        if resource.devices:
+            resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
+    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _make_resource(
+    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+) -> Tuple[Resource, Sequence[LeftOut]]:
+    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    winners, losers = _choose(name, claims, previous)
+    is_pool = winners[0].is_pool
+    if is_pool:
+        winners, doubles = _once_each(winners)
+        losers += doubles
+    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
+    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+    losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
+    return Resource(name, is_pool, devices), losers
+
+
+def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+
+    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
+    unchanged, then the first path in sorted order.
+    """
+    holder = previous.devices[0].path if previous and not previous.pool else ""
+
+    def order(claim: Claim) -> Tuple[object, ...]:
+        path = claim.device.path
+        return path != holder, claim.is_gone, path != name, path
+
+    pool = [claim for claim in claims if claim.is_pool]
+    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    if pool and not (own and own[0].device.path == holder):
+        winners, losers = pool, own
+        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
+    else:
+        winners, losers = own[:1], own[1:] + pool
+        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
+    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+
+
+def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these."""
+    kept: List[Claim] = []
+    doubles: List[LeftOut] = []
+    paths: Dict[int, str] = {}  # by the node's generation
+    for claim in claims:
+        nodes = [node.entry.generation for node in claim.nodes]
+        path = next((paths[node] for node in nodes if node in paths), None)
+        if path is None:
+            kept.append(claim)
+            paths.update((node, claim.device.path) for node in nodes)
+        else:
+            error = NotADevice(Reason.SAME_NODE, path=path)
+            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+    return kept, doubles
+
+
+def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
+    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+
+    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    """
+    offered = {device.path for device in previous.devices} if previous else set()
+    room = MAX_LIST_BYTES
+    too_many = {}
+    for device in sorted(devices, key=lambda device: device.path not in offered):
+        size = list_bytes(device, is_pool)
+        if size > room:
+            too_many[device.path] = device.line
+        else:
+            room -= size
+    return too_many
+
+
+def list_bytes(device: Device, is_pool: bool) -> int:
+    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+
+    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    """
+    nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
+    rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
+    prefix = len(f"{device.path}:".encode()) if is_pool else 0
+    size, first, digits = 0, 0, 1
+    while first < device.slots:  # the slots whose numbers have so many digits
+        end = min(device.slots, 10**digits)
+        size += (end - first) * _field_bytes(_field_bytes(prefix + digits) + rest)
+        first, digits = end, digits + 1
+    return size
+
+
+def _field_bytes(length: int) -> int:
+    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    return 1 + _varint_bytes(length) + length
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
 
 
 def _follow(
-    path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and those before it."""
-    mismatches: List[LeftOut] = []
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
+    it."""
+    left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
-            mismatches.append(LeftOut(path, rule.line, f"{TOOK_TOO_LONG} in this name: {rule.pattern}"))
-            continue
-        reasons = (
-            [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
-        )
-        if "" in reasons:
-            return rule, match, mismatches
-        mismatches.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
-    return None, None, mismatches
+            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+        elif not rule.attributes:
+            return rule, match, left_out
+        else:
+            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
+            if any(answer.held for answer in answers):
+                return rule, match, left_out
+            error = (
+                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+            )
+        left_out.append(LeftOut.of(path, rule.line, error))
+    return None, None, left_out
 
 
 def _device(
     path: str,
-    device_seen: TrackedDevice,
+    tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
-) -> Union[Device, str]:
-    """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
-    folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    parts = []
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            return f'its path in a container would be "{place}"'
-        parts.append(Part(part, place, optional))
+) -> Device:
+    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match)) for name, template in rule.env)
+    nodes = tracked_device.nodes
+    numas = {sysfs.numa(node) for node in nodes}
+    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(parts[tegra:]),
+        parts=tuple(_parts(path, rule, match))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
-        numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
-        identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
-        attributes=sysfs.held(rule.attributes, device_seen.nodes) if rule.attributes else (),
+        numa=tuple(sorted(numa for numa in numas if numa is not None)),
+        identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
+        attributes=next(filter(None, held), ()),
         specs=(),
-        problem=device_seen.problem,
-        since=device_seen.since,
+        problem=tracked_device.problem,
+        since=tracked_device.since,
     )
     if device.problem:
         return device
@@ -2130,6 +2299,19 @@ def _device(
         return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
+
+
+def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    folder = container if container.endswith("/") else ""
+    wanted = [(path, container, False)]
+    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
+    for part, base, optional in wanted:
+        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        yield Part(part, place, optional)
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2148,10 +2330,10 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
                 continue
             if part.path == device.path:
                 raise
-            raise NotADevice(f"it goes with /dev/{part.path}: {error}") from None
+            raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
-            raise NotADevice("another device stands there since just now")
+            raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
     return specs
@@ -2164,12 +2346,12 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
-            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
     if all(container in given for _, container in spec.nodes):
         return
     for other in specs:
         if other.container == spec.container:  # the kubelet would drop the second one
-            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=other.host, other=spec.host, path=spec.container)
     specs.append(spec)
     given.update((container, host) for host, container in spec.nodes)
 
@@ -2754,7 +2936,6 @@ class KubeletConnection:
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
 MAX_REFUSALS = 1000  # that are remembered, to log each once
@@ -2844,6 +3025,8 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
+                    if device.problem:
+                        return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
                     except NotADevice as error:
@@ -2860,8 +3043,6 @@ class HostDevices:
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        if device.problem:
-            raise NotADevice(device.problem)
         specs_of(device, tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
@@ -3013,11 +3194,6 @@ class Plugin:
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
-
-    def list_bytes(self) -> int:
-        """The size of the list as a message."""
-        size: int = _list_message(self.resource).ByteSize()
-        return size
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
@@ -3352,8 +3528,6 @@ class Registration:
         """Why the resource is not to be served for now; empty where it is."""
         if not connect_error(self._path):
             return "another instance serves it"
-        if self.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
         return ""
 
     async def _register(self) -> Optional[float]:
@@ -3637,7 +3811,10 @@ def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
 
 def _describe_rest(plan: Plan) -> Document:
     return {
-        "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
+        "left_out": [
+            {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
+            for left in plan.left_out
+        ],
         "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
     }
 
@@ -4022,25 +4199,6 @@ def render_status(document: Document) -> str:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
-# What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
-_REASONS = (
-    ("pattern_timeout", TOOK_TOO_LONG),
-    ("attributes", r"its .* \(asked for: "),
-    ("link", r"a link |a path through "),
-    ("folder", r"a folder that "),
-    ("file_system", r"another file system"),
-    ("not_a_device", r"a .*, not a device"),
-    ("name_taken", r"its resource's name .* is taken|.*the pool "),
-    ("bad_name", r"its name is not UTF-8|no letter or digit"),
-    ("container_path", r"its path in a container"),
-    ("other", r""),
-)
-
-
-def reason_label(reason: str) -> str:
-    """The value of the label for REASON, of LeftOut."""
-    return next(label for label, pattern in _REASONS if re.match(pattern, reason, re.DOTALL))
-
 
 class Family(NamedTuple):
     """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
@@ -4090,9 +4248,9 @@ def _slot_holders(document: Document) -> Samples:
 
 
 def _left_out(document: Document) -> Samples:
-    counts = {label: 0 for label, _ in _REASONS}
+    counts = {reason.label: 0 for reason in Reason}
     for left in document["left_out"]:
-        counts[reason_label(left["reason"])] += 1
+        counts[left["label"]] += 1
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
@@ -4949,8 +5107,6 @@ class DeviceSide:
         try:
             self._follow_conf()
             self.turn()
-            if self.plan.clashes:
-                raise self.plan.clashes[0]
         except (ConfigError, OSError) as error:
             raise Problem(self._told(error)) from None
 
@@ -4993,13 +5149,11 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        return self._forget() or gpus != self._gpus or any(when <= now for when in expiry_times(self._tracked))
-
-    def _forget(self) -> bool:
-        """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = (node for device_seen in self._tracked.values() for node in device_seen.nodes)
-        return self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
@@ -5018,12 +5172,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, left_out = track(
+            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        )
+        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
-        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
 
     def _reload(self, reread: bool) -> bool:
         """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
@@ -5054,11 +5207,7 @@ class DeviceSide:
         text = read_conf(self._conf)
         has_changed = text != self._conf_text
         if has_changed:
-            matcher = Matcher(parse_rules(text))
-            _, plan = self._plan_with(matcher, self.snapshot)
-            if plan.clashes:
-                raise plan.clashes[0]
-            self._matcher, self._conf_text = matcher, text
+            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
@@ -5076,7 +5225,7 @@ class DeviceSide:
         return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
-def tell_changes(old: Plan, new: Plan) -> None:
+def log_changes(old: Plan, new: Plan) -> None:
     """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
@@ -5094,8 +5243,10 @@ def tell_changes(old: Plan, new: Plan) -> None:
             change = ("plugged", "Healthy again", logging.INFO)
         if change:
             groups.setdefault(change, []).append(device_path(now or before[key]))
-    for left in sorted(set(new.left_out) - set(old.left_out)):
-        groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
+    known = set(old.left_out)
+    for left in new.left_out:
+        if left not in known:
+            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
 
@@ -5200,7 +5351,7 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
-    tell_changes(EMPTY_PLAN, devices.plan)
+    log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
         _run(devices, thread, options.interval)
@@ -5235,7 +5386,7 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
         due = time.monotonic() + interval
         old = devices.plan
         for plan in devices.turn(reread):
-            tell_changes(old, plan)
+            log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
@@ -5398,7 +5549,7 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.reason}") for left in devices.plan.left_out]
+        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
     return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
 
 
