@@ -30,6 +30,7 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import binascii
 import dataclasses
 import enum
 import errno
@@ -484,8 +485,10 @@ class _Alarm:
     def limit(self, work: Callable[[], S], seconds: float) -> S:
         """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
 
-        For the main thread only. WORK must not call this itself.
+        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("only the main thread can search within a limit of time")
         if not self._is_installed:
             signal.signal(signal.SIGVTALRM, self._ring)
             self._is_installed = True
@@ -4828,7 +4831,9 @@ class StatusServer:
             for name, link in links.items()
             if not link.ready
         ]
-        return plain(503 if unready else 200, unready or ["ok"])
+        error = self.stats.conf_error
+        more = [f"the conf file is refused, the last good rules are in force: {printable(error)}"] if error else []
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *more])
 
     def _registration_state(self, name: str) -> RegistrationState:
         """How the resource NAME stands with kubelet."""
@@ -5070,25 +5075,201 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class KeptConf:
+    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+
+    Its first line says which file that is, and has a checksum of the rest.
+    """
+
+    def __init__(self, path: str, conf: str) -> None:
+        self.path = path
+        self._conf = conf
+        self._is_failing = False
+
+    def read(self) -> Tuple[str, float]:
+        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
+        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no plain file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("others than root can have written it")
+            first_line = file.readline(CONF_BYTES)
+            data = file.read(CONF_BYTES + 1)
+        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
+            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+        return data.decode(), found.st_mtime
+
+    def write(self, text: str) -> None:
+        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+        try:
+            if self.read()[0] == text:
+                return
+        except (OSError, ValueError):
+            pass  # it is replaced
+        try:
+            self._replace(text.encode())
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                log_event("conf-not-kept", sentence, logging.WARNING)
+            self._is_failing = True
+
+    def _replace(self, data: bytes) -> None:
+        new = f"{self.path}.new"
+        if os.path.lexists(new):
+            os.unlink(new)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._first_line(data) + data)
+            os.rename(new, self.path)
+        except OSError:
+            os.unlink(new)
+            raise
+
+    def _first_line(self, data: bytes) -> bytes:
+        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
+        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+
+
+def _open_no_link_at_once(path: str, flags: int) -> int:
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def kept_conf_path(plugin_dir: str, domain: str) -> str:
+    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+
+
+class ConfFile:
+    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+
+    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
+    text is kept there, and its rules are in force after a start with a broken one.
+    """
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.error = ""  # why the file as it is now is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
+        self._text: Optional[str] = None  # that the rules in force come from
+        self._refused_text: Optional[str] = None
+        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+
+    def start(self) -> None:
+        """Take over the first rules. Raises Problem where there are no good ones."""
+        text = None
+        try:
+            text = self._read()
+            self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if not self._kept or not self._restore(self._kept):
+                raise Problem(self._describe(error)) from None
+            self._refuse(error, text, f", from {self._kept.path}")
+
+    def _restore(self, kept: KeptConf) -> bool:
+        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        try:
+            text, kept_at = kept.read()
+            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or str(error)
+            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            return False
+        return True
+
+    def follow(self, reread: bool = False) -> bool:
+        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+
+        What is wrong with it is logged once.
+        """
+        text = None
+        try:
+            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
+                return False
+            text = self._read()
+            if text == self._refused_text and not reread:
+                return False
+            has_new_rules = self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if isinstance(error, OSError):
+                self._stamp = ()
+            if reread or self._describe(error) != self.error:
+                self._refuse(error, text)
+            self._refused_text = text
+            return False
+        if has_new_rules or self.error:
+            self.reloads += 1
+            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+        self.error, self._refused_text = "", None
+        return has_new_rules
+
+    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
+        """What tells one content of the file from another, and whether it does so already."""
+        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def _read(self) -> str:
+        """The text of the file. Raises ConfigError and OSError."""
+        if not self._path:
+            return DEFAULT_CONF
+        self._stamp = ()
+        stamp, has_settled = self._find_stamp()
+        try:
+            return read_conf(self._path)
+        except OSError:
+            has_settled = False
+            raise
+        finally:
+            self._stamp = stamp if has_settled else ()
+
+    def _take_over(self, text: str) -> bool:
+        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        has_new_rules = text != self._text
+        if has_new_rules:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+        if self._kept:
+            self._kept.write(text)
+        return has_new_rules
+
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
+        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        self.error, self._refused_text = self._describe(error), text
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
+
+    def _describe(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._path}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._path}: {error.strerror}"
+
+
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "") -> None:
+        """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.conf_error = ""
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() of the last good conf
         self.scan_seconds = 0.0  # that the last look at /dev took
-        self._conf = conf
+        self._conf_name = conf or DEFAULT_CONF_NAME
+        self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
-        self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -5104,17 +5285,17 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        try:
-            self._follow_conf()
-            self.turn()
-        except (ConfigError, OSError) as error:
-            raise Problem(self._told(error)) from None
+        self._conf.start()
+        self._matcher = Matcher(self._conf.rules)
+        self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        has_new_rules = self._reload(reread)
+        has_new_rules = self._conf.follow(reread)
+        if has_new_rules:
+            self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
         plans = []
@@ -5136,12 +5317,12 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf or DEFAULT_CONF_NAME,
+            conf=self._conf_name,
             rules=len(self.rules),
-            reloads=self.reloads,
-            failed_reloads=self.failed_reloads,
-            read_at=self.read_at,
-            conf_error=self.conf_error,
+            reloads=self._conf.reloads,
+            failed_reloads=self._conf.failed_reloads,
+            read_at=self._conf.read_at,
+            conf_error=self._conf.error,
             dev_problem=self._dev_problem,
             scan_seconds=self.scan_seconds,
         )
@@ -5177,52 +5358,6 @@ class DeviceSide:
         )
         self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _reload(self, reread: bool) -> bool:
-        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
-        try:
-            has_new_rules = self._follow_conf(reread)
-        except (ConfigError, OSError) as error:
-            told = self._told(error)
-            if reread or told != self.conf_error:
-                self.failed_reloads += 1
-                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
-            self.conf_error = told
-            self._conf_stamp = ()
-            return False
-        if has_new_rules or (self.conf_error and self._conf_stamp):
-            self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
-            self.conf_error = ""
-        return has_new_rules
-
-    def _follow_conf(self, reread: bool = False) -> bool:
-        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
-        if not self._conf:
-            return self._use_default_rules()
-        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._conf_stamp and not reread:
-            return False
-        text = read_conf(self._conf)
-        has_changed = text != self._conf_text
-        if has_changed:
-            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
-        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
-        self.read_at = time.time()
-        return has_changed
-
-    def _use_default_rules(self) -> bool:
-        """Take over the built-in rules, which never change; whether they are new."""
-        is_first = self._conf_text is None
-        if is_first:
-            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
-        return is_first
-
-    def _told(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
 def log_changes(old: Plan, new: Plan) -> None:
@@ -5340,7 +5475,8 @@ def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    kept_path = kept_conf_path(options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
     devices.start()
     load_grpc()
     thread = KubeletThread(options)

@@ -1095,6 +1095,8 @@ def test_an_alarm_rings_in_the_work_that_it_is_for_or_not_at_all() -> None:
     with pytest.raises(ZeroDivisionError):
         sdm._ALARM.limit(lambda: 1 / 0, 1)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    with concurrent.futures.ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match="only the main thread"):
+        pool.submit(sdm.Expression("a").search, "a").result(PATIENCE)
     early = [lambda: signal.raise_signal(signal.SIGVTALRM)] * 3  # other threads have used the time
     assert sdm._ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
 
@@ -1848,6 +1850,179 @@ def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: St
     daemon.hang_up()
     kubelet.wait_for("nvidia-gpu0", Healthy=2)
     kubelet.wait_for("nvidia-gpu1", Healthy=2)
+
+
+def test_a_conf_that_is_broken_is_parsed_once_for_each_change(node: Node) -> None:
+    good, bad = "- devicematch: ^a$\n", "- devicematch: ^a$\n" * 40000 + "- devicematch: (\n"
+    node.rules(good)
+    conf = sdm.ConfFile(str(node.conf))
+    conf.start()
+    node.conf.write_text(bad)
+    parsing = cpu_seconds(conf.follow)
+    assert conf.error == f'{node.conf}:40001:16: "(" is no regular expression: missing ), unterminated subpattern'
+    assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
+    time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
+    conf.follow()
+    assert cpu_seconds(conf.follow) < parsing / 200  # not even read
+    assert cpu_seconds(lambda: conf.follow(reread=True)) > parsing / 3
+    assert (conf.failed_reloads, conf.reloads, len(conf.rules)) == (2, 0, 1)
+    for number, text in enumerate((bad[:-2] + ")\n", bad[:-2] + "[\n")):  # within one tick of the clock, of one size
+        node.conf.write_text(text)
+        conf.follow()
+        assert conf.failed_reloads == 3 + number
+    node.conf.unlink()
+    conf.follow()
+    assert "No such file" in conf.error
+    node.conf.write_text(text)
+    conf.follow()
+    assert ":40001:16: " in conf.error
+    node.conf.write_text(good)
+    assert not conf.follow()  # these rules are in force
+    away = node.root / "away"
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    conf.follow()
+    node.conf.rename(away)
+    conf.follow()
+    away.rename(node.conf)
+    assert "No such file" in conf.error
+    conf.follow()
+    assert (conf.error, conf.reloads) == ("", 2)
+    node.conf.write_bytes(b"\xff" * 900_000)
+    conf.follow()
+    assert ":1:1: this is not UTF-8" in conf.error
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    conf.follow()
+    assert cpu_seconds(conf.follow) < parsing / 200
+
+
+def kept_conf(node: Node) -> Path:
+    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.conf"
+
+
+def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    node.rules(GPU_RULE.format(2) + "# é\n")
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+    assert stat.S_IMODE(kept_conf(node).stat().st_mode) == 0o600
+    assert kept_conf(node).read_text().partition("\n")[2] == GPU_RULE.format(2) + "# é\n"
+    before = kept_conf(node).stat()
+    node.rules(GPU_RULE.format(3) + "  nummaxdevice: 1\n")
+    daemon.says("did you mean nummaxdevices.; the last good rules stay in force\n")
+    daemon.stop()
+    kubelet.down()
+    kubelet.up()  # it removes sockets only
+    again = start("--listen", "127.0.0.1:0")
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+    again.says(f"ERROR .*conf.yaml:3:3: unknown key .* stay in force, from {kept_conf(node)}\n")
+    status = Status(again)
+    answer = status.wait_for("/readyz", 200)
+    assert answer.body.splitlines()[0] == "ok"
+    assert re.search("the conf file is refused, the last good rules are in force: .*conf.yaml:3:3:", answer.body)
+    assert status.metrics()["conf_good"] == 0
+    conf = status.document()["conf"]
+    assert ":3:3: unknown key" in conf["error"]
+    assert abs(conf["read_at_seconds"] - before.st_mtime) < 1
+    assert "the conf file is refused, the rules of " in status.ask("/").body
+    assert kept_conf(node).stat() == before
+    assert "Traceback" not in again.log
+    node.rules(GPU_RULE.format(4))
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    wait_for(lambda: status.metrics()["conf_good"] == 1)
+    assert status.ask("/readyz").body == "ok\n"
+    assert kept_conf(node).read_text().endswith(GPU_RULE.format(4))
+    again.stop()
+    node.conf.unlink()
+    start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+
+
+def test_the_modes_that_print_neither_use_the_kept_conf_nor_keep_one(node: Node) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    for mode in ("--check", "--list", "--dry-run"):
+        assert node.run(mode).returncode == 0
+    assert not any(node.plugins.iterdir())
+    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    node.rules("- devicematch: (\n")
+    for mode in ("--check", "--list", "--dry-run"):
+        assert node.run(mode).returncode == 1
+
+
+def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    good, kept = kept_conf(node).read_bytes(), kept_conf(node)
+    node.rules("- devicematch: (\n")
+
+    def is_ignored(why: str) -> None:
+        done = node.run()
+        assert done.returncode == 1
+        first, second = done.stderr.splitlines()
+        assert re.search(f"WARNING the conf kept in {kept} is ignored: {why}$", first), done.stderr
+        assert f"{node.conf}:1:16: " in second
+
+    not_whole = f"it does not come from {node.conf}, or is damaged"
+    for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
+        kept.write_bytes(data)
+        is_ignored(not_whole)
+    kept.write_bytes(good.replace(os.fsencode(node.conf), b"/etc/other.yaml"))
+    is_ignored(not_whole)
+    kept.write_bytes(good)
+    kept.chmod(0o620)
+    is_ignored("others than root can have written it")
+    if os.geteuid() == 0:
+        kept.chmod(0o600)
+        os.chown(kept, 1000, -1)
+        is_ignored("others than root can have written it")
+    kept.rename(node.root / "elsewhere")
+    kept.symlink_to(node.root / "elsewhere")
+    is_ignored("Too many levels of symbolic links")
+    kept.unlink()
+    kept.mkdir()
+    is_ignored("Is a directory")
+    kept.rmdir()
+    os.mkfifo(kept)
+    is_ignored("it is no plain file")
+    kept.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(kept))
+        is_ignored("No such device or address")
+    kept.unlink()
+    done = node.run()
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    kept.write_bytes(good)
+    kept.chmod(0o600)
+    conf = sdm.ConfFile(str(node.conf), str(kept))
+    conf.start()
+    assert conf.rules == sdm.parse_rules(GPU_RULE.format(1))
+
+
+def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kept_conf(node).mkdir()
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    daemon = start()
+    for slots in (2, 3):
+        node.rules(GPU_RULE.format(slots))
+        kubelet.wait_for("nvidia-gpu0", Healthy=slots)
+    daemon.says(f"WARNING cannot keep the conf for a restart with a broken one: {kept_conf(node)}: Is a directory\n")
+    assert daemon.log.count("cannot keep") == 1
+    assert not kept_conf(node).with_name(kept_conf(node).name + ".new").exists()
+    kept_conf(node).rmdir()
+    kept_conf(node).with_name(kept_conf(node).name + ".new").symlink_to(node.conf)  # of a daemon that was killed, say
+    node.rules(GPU_RULE.format(4))
+    wait_for(lambda: kept_conf(node).exists() and kept_conf(node).read_text().endswith(GPU_RULE.format(4)))
+    assert node.conf.read_text() == GPU_RULE.format(4)
+
+
+def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
+    paths = {sdm.kept_conf_path("/p", "a" * 240 + letter) for letter in "bc"}
+    assert len(paths) == 2
+    assert all(len(os.path.basename(path)) < 250 for path in paths)
 
 
 def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
