@@ -6028,6 +6028,24 @@ def test_holders_of_a_pool_name_the_device() -> None:
     assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
 
 
+def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
+    names = [f"video{number}" for number in range(1000)]
+    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 10\n"
+    (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
+    gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
+    held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
+    document = {
+        "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "",
+        "resources": [described(gone, *held)],
+    }  # fmt: skip
+    begin = time.process_time()
+    (problem, *others) = sdm.find_problems(document).items()
+    assert time.process_time() - begin < 0.3
+    assert problem == ("not registered with the kubelet yet", ["smarter-devices/cameras"])
+    text = ", ".join(f"main of default/pod-{number}" for number in range(8)) + " and 2 more"
+    assert others == [(f"gone, in use by {text}", [f"/dev/{name}" for name in sorted(names)])]
+
+
 HELD = ("nvidia-gpu0", "default/detector-0/main", ["3", "0"])
 
 
