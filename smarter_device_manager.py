@@ -4723,6 +4723,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
+                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]

@@ -6728,6 +6728,18 @@ def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(ser
         assert received(newest).startswith(b"HTTP/1.1 200 ")
 
 
+def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
+    process = served.daemon.process
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.MAX_CLIENTS)]
+        for client in clients:
+            client.sendall(GOOD + b"\r\n")
+        process.send_signal(signal.SIGCONT)
+        assert [received(client)[:12] for client in clients] == [b"HTTP/1.1 200"] * len(clients)
+
+
 def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
     node: Node, served: Status, kubelet: Kubelet, start: Starter
 ) -> None:
