@@ -30,6 +30,7 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import binascii
 import dataclasses
 import enum
 import errno
@@ -81,6 +82,9 @@ if TYPE_CHECKING:
 
     import api_pb2 as pb
     import api_pb2_grpc as rpc
+
+if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
+    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 __version__ = "1.0.0"
 
@@ -403,6 +407,10 @@ class _Parser:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
             return self.node(int(text), start)
+        number = re.fullmatch(r"[+]?0*([0-9]+)(?:\.[0-9]*)?", text, re.ASCII)
+        if number:
+            told = "a number must be whole, and without zeros before it"
+            self.fail(f"{text[:40]}: {told}: write {number[1][:40]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -484,8 +492,10 @@ class _Alarm:
     def limit(self, work: Callable[[], S], seconds: float) -> S:
         """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
 
-        For the main thread only. WORK must not call this itself.
+        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("only the main thread can search within a limit of time")
         if not self._is_installed:
             signal.signal(signal.SIGVTALRM, self._ring)
             self._is_installed = True
@@ -992,8 +1002,11 @@ def _text(node: Node) -> str:
 
 
 def _read_slots(node: Node) -> int:
+    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
+        number = int(node.value)
+        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
     if type(node.value) is not int:
-        raise _wrong(node, "a number of slots")
+        raise _wrong(node, "a whole number of slots")
     if not 0 <= node.value <= MAX_SLOTS:
         raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
     return node.value
@@ -1003,6 +1016,15 @@ def _read_template(node: Node) -> str:
     text = _text(node)
     if not text or "\0" in text:
         raise _wrong(node, "a text that is not empty")
+    return text
+
+
+def _read_resource(node: Node) -> str:
+    text = _read_template(node)
+    domain, slash, name = text.partition("/")
+    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        raise ConfigError(message, node.line, node.column)
     return text
 
 
@@ -1075,7 +1097,7 @@ class Rule:
     match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
+    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
     permissions: str = _key("permissions", _read_permissions, default="rw")
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
@@ -1091,6 +1113,10 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 
     Raises ConfigError with the line and column of what is wrong.
     """
+    manifest = re.search("^apiVersion:", text, re.MULTILINE)
+    if manifest:
+        line = text.count("\n", 0, manifest.start()) + 1
+        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
     document = compose_yaml(text)
     if document.value is None:
         raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
@@ -5033,25 +5059,201 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class KeptConf:
+    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+
+    Its first line says which file that is, and has a checksum of the rest.
+    """
+
+    def __init__(self, path: str, conf: str) -> None:
+        self.path = path
+        self._conf = conf
+        self._is_failing = False
+
+    def read(self) -> Tuple[str, float]:
+        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
+        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no plain file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("others than root can have written it")
+            first_line = file.readline(CONF_BYTES)
+            data = file.read(CONF_BYTES + 1)
+        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
+            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+        return data.decode(), found.st_mtime
+
+    def write(self, text: str) -> None:
+        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+        try:
+            if self.read()[0] == text:
+                return
+        except (OSError, ValueError):
+            pass  # it is replaced
+        try:
+            self._replace(text.encode())
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                log_event("conf-not-kept", sentence, logging.WARNING)
+            self._is_failing = True
+
+    def _replace(self, data: bytes) -> None:
+        new = f"{self.path}.new"
+        if os.path.lexists(new):
+            os.unlink(new)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._first_line(data) + data)
+            os.rename(new, self.path)
+        except OSError:
+            os.unlink(new)
+            raise
+
+    def _first_line(self, data: bytes) -> bytes:
+        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
+        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+
+
+def _open_no_link_at_once(path: str, flags: int) -> int:
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def kept_conf_path(plugin_dir: str, domain: str) -> str:
+    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+
+
+class ConfFile:
+    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+
+    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
+    text is kept there, and its rules are in force after a start with a broken one.
+    """
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.error = ""  # why the file as it is now is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
+        self._text: Optional[str] = None  # that the rules in force come from
+        self._refused_text: Optional[str] = None
+        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+
+    def start(self) -> None:
+        """Take over the first rules. Raises Problem where there are no good ones."""
+        text = None
+        try:
+            text = self._read()
+            self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if not self._kept or not self._restore(self._kept):
+                raise Problem(self._describe(error)) from None
+            self._refuse(error, text, f", from {self._kept.path}")
+
+    def _restore(self, kept: KeptConf) -> bool:
+        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        try:
+            text, kept_at = kept.read()
+            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or str(error)
+            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            return False
+        return True
+
+    def follow(self, reread: bool = False) -> bool:
+        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+
+        What is wrong with it is logged once.
+        """
+        text = None
+        try:
+            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
+                return False
+            text = self._read()
+            if text == self._refused_text and not reread:
+                return False
+            has_new_rules = self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if isinstance(error, OSError):
+                self._stamp = ()
+            if reread or self._describe(error) != self.error:
+                self._refuse(error, text)
+            self._refused_text = text
+            return False
+        if has_new_rules or self.error:
+            self.reloads += 1
+            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+        self.error, self._refused_text = "", None
+        return has_new_rules
+
+    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
+        """What tells one content of the file from another, and whether it does so already."""
+        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def _read(self) -> str:
+        """The text of the file. Raises ConfigError and OSError."""
+        if not self._path:
+            return DEFAULT_CONF
+        self._stamp = ()
+        stamp, has_settled = self._find_stamp()
+        try:
+            return read_conf(self._path)
+        except OSError:
+            has_settled = False
+            raise
+        finally:
+            self._stamp = stamp if has_settled else ()
+
+    def _take_over(self, text: str) -> bool:
+        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        has_new_rules = text != self._text
+        if has_new_rules:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+        if self._kept:
+            self._kept.write(text)
+        return has_new_rules
+
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
+        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        self.error, self._refused_text = self._describe(error), text
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
+
+    def _describe(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._path}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._path}: {error.strerror}"
+
+
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "") -> None:
+        """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.conf_error = ""
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() of the last good conf
         self.scan_seconds = 0.0  # that the last look at /dev took
-        self._conf = conf
+        self._conf_name = conf or DEFAULT_CONF_NAME
+        self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
-        self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -5067,17 +5269,17 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        try:
-            self._follow_conf()
-            self.turn()
-        except (ConfigError, OSError) as error:
-            raise Problem(self._told(error)) from None
+        self._conf.start()
+        self._matcher = Matcher(self._conf.rules)
+        self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        has_new_rules = self._reload(reread)
+        has_new_rules = self._conf.follow(reread)
+        if has_new_rules:
+            self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
         plans = []
@@ -5100,13 +5302,13 @@ class DeviceSide:
         return DeviceSideStats(
             heartbeat=time.monotonic(),
             conf={
-                "path": self._conf or DEFAULT_CONF_NAME,
+                "path": self._conf_name,
                 "rules": len(self.rules),
-                "error": self.conf_error,
-                "read_at": utc(self.read_at),
-                "read_at_seconds": self.read_at,
-                "reloads": self.reloads,
-                "failed_reloads": self.failed_reloads,
+                "error": self._conf.error,
+                "read_at": utc(self._conf.read_at),
+                "read_at_seconds": self._conf.read_at,
+                "reloads": self._conf.reloads,
+                "failed_reloads": self._conf.failed_reloads,
             },
             dev_problem=self._dev_problem,
             scan_seconds=self.scan_seconds,
@@ -5143,52 +5345,6 @@ class DeviceSide:
         )
         self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _reload(self, reread: bool) -> bool:
-        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
-        try:
-            has_new_rules = self._follow_conf(reread)
-        except (ConfigError, OSError) as error:
-            told = self._told(error)
-            if reread or told != self.conf_error:
-                self.failed_reloads += 1
-                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
-            self.conf_error = told
-            self._conf_stamp = ()
-            return False
-        if has_new_rules or (self.conf_error and self._conf_stamp):
-            self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
-            self.conf_error = ""
-        return has_new_rules
-
-    def _follow_conf(self, reread: bool = False) -> bool:
-        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
-        if not self._conf:
-            return self._use_default_rules()
-        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._conf_stamp and not reread:
-            return False
-        text = read_conf(self._conf)
-        has_changed = text != self._conf_text
-        if has_changed:
-            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
-        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
-        self.read_at = time.time()
-        return has_changed
-
-    def _use_default_rules(self) -> bool:
-        """Take over the built-in rules, which never change; whether they are new."""
-        is_first = self._conf_text is None
-        if is_first:
-            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
-        return is_first
-
-    def _told(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
 def log_changes(old: Plan, new: Plan) -> None:
@@ -5281,11 +5437,20 @@ class KubeletThread(threading.Thread):
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem where no plugin can listen in the directory PATH."""
-    if not os.path.isdir(path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        is_allowed = os.access(path, os.R_OK | os.X_OK)
+    except PermissionError:
+        is_directory, is_allowed = True, False
+    except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run shows everything without one)"
-        )
+        ) from None
+    if not is_directory:
+        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
+    if not is_allowed:
+        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -5304,10 +5469,11 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    kept_path = kept_conf_path(options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
+    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
     load_grpc()
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
@@ -5317,6 +5483,8 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
+    if not devices.plan.resources:
+        log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -5474,7 +5642,11 @@ def show_list(options: argparse.Namespace) -> int:
         return show_attributes(options)
     devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
-    print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
+    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
@@ -5513,7 +5685,20 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
     print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
+    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
     return 0
+
+
+def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
+    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    for rule in rules:
+        name = resource_name(rule.resource)
+        if rule.resource != name and "\\" not in rule.resource:
+            yield printable(f'line {rule.line}: the resource "{rule.resource}" is offered as {domain}/{name}')
+        path = re.sub(r"^\^?/dev/", "", rule.pattern)
+        if path != rule.pattern:
+            end = "$" if re.fullmatch(r"[\w/-]+", path, re.ASCII) else ""
+            yield printable(f"line {rule.line}: paths are matched without /dev/: write ^{path}{end}")
 
 
 def dry_run(options: argparse.Namespace) -> int:
@@ -5910,6 +6095,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    socket_path = options.pod_resources_socket
+    if socket_path == DEFAULT_POD_RESOURCES:
+        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    if socket_path != DEFAULT_POD_RESOURCES:
+        given.append(f"--pod-resources-socket={socket_path}")
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         given.append(f"--listen={address_text(options.listen)}")
@@ -5928,6 +6118,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         end="",
     )
     return 0
+
+
+def _pod_resources_beside(plugin_dir: str) -> str:
+    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
@@ -5968,7 +6163,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             install=_indented(INSTALL_PACKAGES, 14),
             options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
             plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
         ),
         end="",
@@ -6007,8 +6202,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
-        "        --systemd-unit | --manifest | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
         "says.",
@@ -6206,7 +6400,9 @@ def main() -> int:
     try:
         if mode is not serve:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            status = mode(options)
+            sys.stdout.flush()
+            return status
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
@@ -6219,6 +6415,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # --list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The chapters are the script's. As an ordinary user, what must make device nodes 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import base64
 import concurrent.futures
@@ -25,6 +26,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1096,6 +1098,8 @@ def test_an_alarm_rings_in_the_work_that_it_is_for_or_not_at_all() -> None:
     with pytest.raises(ZeroDivisionError):
         sdm._ALARM.limit(lambda: 1 / 0, 1)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    with concurrent.futures.ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match="only the main thread"):
+        pool.submit(sdm.Expression("a").search, "a").result(PATIENCE)
     early = [lambda: signal.raise_signal(signal.SIGVTALRM)] * 3  # other threads have used the time
     assert sdm._ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
 
@@ -1264,11 +1268,24 @@ BAD_RULES = [
     ("- devicematch: '^a('", 1, 16, '"^a(" is no regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
-    ("- devicematch: a\n  nummaxdevices: '1'", 2, 18, 'expected a number of slots, found a text ("1")'),
-    ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a number of slots, found true or false"),
+    ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
+    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, '"20" must be a whole number: write 20'),
+    (
+        "- devicematch: a\n  nummaxdevices: 0020",
+        2,
+        18,
+        "0020: a number must be whole, and without zeros before it: write 20;",
+    ),
+    (
+        "- devicematch: a\n  nummaxdevices: 1.5",
+        2,
+        18,
+        '1.5: a number must be whole, and without zeros before it: write 1; a text must be in quotes: "1.5"',
+    ),
+    ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
     ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, "quote it"),
-    ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a number of slots, found nothing"),
-    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a number of slots, found a list"),
+    ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a whole number of slots, found nothing"),
+    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
     ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": \1: devicematch has no such group'),
@@ -1640,13 +1657,34 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
-    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
-    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    options = {
+        "--conf": "/etc/sdm.yaml",
+        "--plugin-dir": "/p/50%",
+        "--pod-resources-socket": "/r/kubelet.sock",
+        "--dev-dir": "/d",
+        "--sys-dir": "/s y",
+        "--domain": "lab",
+        "--interval": "0.50",
+        "--log-level": "WARNING",
+        "--log-format": "json",
+        "--listen": ":1",
+    }
+    unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["/p/50%%"]
-    assert unit["ExecStart"] == [
-        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
-        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
-    ]
+    told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
+    shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
+    assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
+    environment = {  # every option that the daemon has, by the name of its variable in the environment
+        action.option_strings[0]
+        for action in sdm.build_parser()._actions
+        if action.metavar and action.default is not None
+    }
+    assert environment == options.keys()
+
+
+def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
+    unit = systemd_unit(node, "--plugin-dir=/var/lib/k0s/kubelet/device-plugins")
+    assert unit["ExecStart"][0].endswith(" --pod-resources-socket=/var/lib/k0s/kubelet/pod-resources/kubelet.sock")
 
 
 def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
@@ -1708,6 +1746,114 @@ def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
     done = bare(*arguments)
     assert done.returncode == 2
     assert done.stderr.endswith("error: --json goes with --list and --status\n")
+
+
+CONFIG_MAP = """\
+# Rules
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+data:
+  conf.yaml: |
+    - devicematch: ^video0$
+"""
+
+
+@pytest.mark.parametrize(
+    ("conf", "told"),
+    [
+        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf"),
+        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; only the text"),
+        (
+            "- devicematch: a\n  resource: smarter-devices/zigbee\n",
+            '2:13: "smarter-devices/zigbee" must be without the domain, which --domain says: write zigbee',
+        ),
+        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must be without the domain'),
+    ],
+)
+def test_a_conf_that_is_for_somewhere_else(node: Node, conf: str, told: str) -> None:
+    node.rules(conf)
+    done = bare(*node.options(), "--check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
+    rules = [
+        "devicematch: a\n  resource: My Zigbee!",
+        "devicematch: /dev/video0",
+        "devicematch: ^/dev/tty(USB|ACM)[0-9]*$",
+        "devicematch: ^/dev/snd",
+        "devicematch: ^(x)\n  resource: 'my \\1!'",  # what it becomes is known when there is a device
+        "devicematch: ^dev/video0$\n  resource: zigbee",
+    ]
+    node.rules("".join(f"- {rule}\n" for rule in rules))
+    notes = [
+        'line 1: the resource "My Zigbee!" is offered as smarter-devices/My_Zigbee',
+        "line 3: paths are matched without /dev/: write ^video0$",
+        "line 4: paths are matched without /dev/: write ^tty(USB|ACM)[0-9]*$",
+        "line 5: paths are matched without /dev/: write ^snd$",
+    ]
+    assert bare(*node.options(), "--check").stdout.splitlines()[1:] == notes
+    assert bare(*node.options(), "--list").stdout.splitlines()[-4:] == notes
+    assert bare(*node.options(), "--list", "--domain=lab").stdout.splitlines()[-4].endswith(" lab/My_Zigbee")
+    json.loads(bare(*node.options(), "--list", "--json").stdout)
+    node.rules("- devicematch: ^a$\n")
+    assert "without /dev/" not in bare(*node.options(), "--list").stdout
+
+
+def test_the_conf_is_refused_before_the_plugin_directory(node: Node) -> None:
+    """Somebody typed --conf just now; the other is as it is by default."""
+    done = bare(*node.options(), "--conf=/nowhere", "--plugin-dir=/nowhere")
+    assert done.stderr == "smarter_device_manager.py: cannot read the conf file /nowhere: No such file or directory\n"
+
+
+def test_a_plugin_directory_that_is_a_file(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    done = bare(*node.options(), f"--plugin-dir={node.conf}")
+    told = f"{node.conf} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
+    assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may search every directory")
+def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    (node.plugins / "below").mkdir()
+    node.plugins.chmod(0)
+    for path in (node.plugins, node.plugins / "below"):
+        done = bare(*node.options(), f"--plugin-dir={path}")
+        told = f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs"
+        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+    node.plugins.chmod(0o700)
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--json"], ["--manifest"]])
+def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
+    node.rules(GPU_RULE.format(1))
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does when it has seen enough
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_daemon_that_offers_nothing_says_where_to_look(node: Node, start: Starter) -> None:
+    node.rules("- devicematch: ^nothing$\n")
+    daemon = start()
+    daemon.says("WARNING no rule matches a device that can be offered; see --list\n")
+
+
+def test_an_older_python_is_told_so_in_one_line() -> None:
+    """The whole file must be text that it can read until then."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
+    older = shutil.which("python3.8")
+    if older is None or subprocess.run([older, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("no Python 3.8 here")
+    done = subprocess.run([older, SCRIPT, "--list"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"smarter_device_manager\.py needs Python 3\.9 or newer; this is 3\.8\.\d+\n", done.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1849,6 +1995,179 @@ def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: St
     daemon.hang_up()
     kubelet.wait_for("nvidia-gpu0", Healthy=2)
     kubelet.wait_for("nvidia-gpu1", Healthy=2)
+
+
+def test_a_conf_that_is_broken_is_parsed_once_for_each_change(node: Node) -> None:
+    good, bad = "- devicematch: ^a$\n", "- devicematch: ^a$\n" * 40000 + "- devicematch: (\n"
+    node.rules(good)
+    conf = sdm.ConfFile(str(node.conf))
+    conf.start()
+    node.conf.write_text(bad)
+    parsing = cpu_seconds(conf.follow)
+    assert conf.error == f'{node.conf}:40001:16: "(" is no regular expression: missing ), unterminated subpattern'
+    assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
+    time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
+    conf.follow()
+    assert cpu_seconds(conf.follow) < parsing / 200  # not even read
+    assert cpu_seconds(lambda: conf.follow(reread=True)) > parsing / 3
+    assert (conf.failed_reloads, conf.reloads, len(conf.rules)) == (2, 0, 1)
+    for number, text in enumerate((bad[:-2] + ")\n", bad[:-2] + "[\n")):  # within one tick of the clock, of one size
+        node.conf.write_text(text)
+        conf.follow()
+        assert conf.failed_reloads == 3 + number
+    node.conf.unlink()
+    conf.follow()
+    assert "No such file" in conf.error
+    node.conf.write_text(text)
+    conf.follow()
+    assert ":40001:16: " in conf.error
+    node.conf.write_text(good)
+    assert not conf.follow()  # these rules are in force
+    away = node.root / "away"
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    conf.follow()
+    node.conf.rename(away)
+    conf.follow()
+    away.rename(node.conf)
+    assert "No such file" in conf.error
+    conf.follow()
+    assert (conf.error, conf.reloads) == ("", 2)
+    node.conf.write_bytes(b"\xff" * 900_000)
+    conf.follow()
+    assert ":1:1: this is not UTF-8" in conf.error
+    time.sleep(2 * sdm.FRESH_NS / 1e9)
+    conf.follow()
+    assert cpu_seconds(conf.follow) < parsing / 200
+
+
+def kept_conf(node: Node) -> Path:
+    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.conf"
+
+
+def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=1)
+    node.rules(GPU_RULE.format(2) + "# é\n")
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+    assert stat.S_IMODE(kept_conf(node).stat().st_mode) == 0o600
+    assert kept_conf(node).read_text().partition("\n")[2] == GPU_RULE.format(2) + "# é\n"
+    before = kept_conf(node).stat()
+    node.rules(GPU_RULE.format(3) + "  nummaxdevice: 1\n")
+    daemon.says("did you mean nummaxdevices.; the last good rules stay in force\n")
+    daemon.stop()
+    kubelet.down()
+    kubelet.up()  # it removes sockets only
+    again = start("--listen", "127.0.0.1:0")
+    kubelet.wait_for("nvidia-gpu0", Healthy=2)
+    again.says(f"ERROR .*conf.yaml:3:3: unknown key .* stay in force, from {kept_conf(node)}\n")
+    status = Status(again)
+    answer = status.wait_for("/readyz", 200)
+    assert answer.body.splitlines()[0] == "ok"
+    assert re.search("the conf file is refused, the last good rules are in force: .*conf.yaml:3:3:", answer.body)
+    assert status.metrics()["conf_good"] == 0
+    conf = status.document()["conf"]
+    assert ":3:3: unknown key" in conf["error"]
+    assert abs(conf["read_at_seconds"] - before.st_mtime) < 1
+    assert "the conf file is refused, the rules of " in status.ask("/").body
+    assert kept_conf(node).stat() == before
+    assert "Traceback" not in again.log
+    node.rules(GPU_RULE.format(4))
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    wait_for(lambda: status.metrics()["conf_good"] == 1)
+    assert status.ask("/readyz").body == "ok\n"
+    assert kept_conf(node).read_text().endswith(GPU_RULE.format(4))
+    again.stop()
+    node.conf.unlink()
+    start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+
+
+def test_the_modes_that_print_neither_use_the_kept_conf_nor_keep_one(node: Node) -> None:
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    for mode in ("--check", "--list", "--dry-run"):
+        assert node.run(mode).returncode == 0
+    assert not any(node.plugins.iterdir())
+    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    node.rules("- devicematch: (\n")
+    for mode in ("--check", "--list", "--dry-run"):
+        assert node.run(mode).returncode == 1
+
+
+def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
+    node.rules(GPU_RULE.format(1))
+    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    good, kept = kept_conf(node).read_bytes(), kept_conf(node)
+    node.rules("- devicematch: (\n")
+
+    def is_ignored(why: str) -> None:
+        done = node.run()
+        assert done.returncode == 1
+        first, second = done.stderr.splitlines()
+        assert re.search(f"WARNING the conf kept in {kept} is ignored: {why}$", first), done.stderr
+        assert f"{node.conf}:1:16: " in second
+
+    not_whole = f"it does not come from {node.conf}, or is damaged"
+    for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
+        kept.write_bytes(data)
+        is_ignored(not_whole)
+    kept.write_bytes(good.replace(os.fsencode(node.conf), b"/etc/other.yaml"))
+    is_ignored(not_whole)
+    kept.write_bytes(good)
+    kept.chmod(0o620)
+    is_ignored("others than root can have written it")
+    if os.geteuid() == 0:
+        kept.chmod(0o600)
+        os.chown(kept, 1000, -1)
+        is_ignored("others than root can have written it")
+    kept.rename(node.root / "elsewhere")
+    kept.symlink_to(node.root / "elsewhere")
+    is_ignored("Too many levels of symbolic links")
+    kept.unlink()
+    kept.mkdir()
+    is_ignored("Is a directory")
+    kept.rmdir()
+    os.mkfifo(kept)
+    is_ignored("it is no plain file")
+    kept.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(kept))
+        is_ignored("No such device or address")
+    kept.unlink()
+    done = node.run()
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    kept.write_bytes(good)
+    kept.chmod(0o600)
+    conf = sdm.ConfFile(str(node.conf), str(kept))
+    conf.start()
+    assert conf.rules == sdm.parse_rules(GPU_RULE.format(1))
+
+
+def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    kept_conf(node).mkdir()
+    node.sysfs("gpu.0", {})
+    node.rules(GPU_RULE.format(1))
+    daemon = start()
+    for slots in (2, 3):
+        node.rules(GPU_RULE.format(slots))
+        kubelet.wait_for("nvidia-gpu0", Healthy=slots)
+    daemon.says(f"WARNING cannot keep the conf for a restart with a broken one: {kept_conf(node)}: Is a directory\n")
+    assert daemon.log.count("cannot keep") == 1
+    assert not kept_conf(node).with_name(kept_conf(node).name + ".new").exists()
+    kept_conf(node).rmdir()
+    kept_conf(node).with_name(kept_conf(node).name + ".new").symlink_to(node.conf)  # of a daemon that was killed, say
+    node.rules(GPU_RULE.format(4))
+    wait_for(lambda: kept_conf(node).exists() and kept_conf(node).read_text().endswith(GPU_RULE.format(4)))
+    assert node.conf.read_text() == GPU_RULE.format(4)
+
+
+def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
+    paths = {sdm.kept_conf_path("/p", "a" * 240 + letter) for letter in "bc"}
+    assert len(paths) == 2
+    assert all(len(os.path.basename(path)) < 250 for path in paths)
 
 
 def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
