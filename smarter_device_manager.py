@@ -4509,6 +4509,8 @@ def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
             yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
             if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
                 yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            if resource["start_refusals"]:
+                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
             use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
             yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
         yield from _page_device(device)

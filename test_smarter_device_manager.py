@@ -7418,6 +7418,13 @@ def test_the_page_escapes_everything() -> None:
         assert outside not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_page_counts_the_starts_that_were_refused() -> None:
+    document = hostile_document()
+    assert "refused</span>" not in "".join(sdm.render_page(document, "nonce"))
+    document["resources"][0]["start_refusals"] = 2
+    assert "2 starts of a container refused</span>" in "".join(sdm.render_page(document, "nonce"))
+
+
 def test_json_metrics_and_terminal_bear_hostile_texts_too() -> None:
     document = hostile_document()
     assert json.loads(json.dumps(document))["node"] == HOSTILE_WORD
@@ -7564,13 +7571,14 @@ def url_of(status: Status) -> str:
 
 def plug_a_greenhouse(node: Node, kubelet: Kubelet) -> None:
     """What a small node of the field has: good for a picture."""
-    for path in ("video0", "ttyACM0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
+    for path in ("video0", "ttyACM0", "ttyAMA0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
         node.plug(path)
+    node.link("serial0", "ttyAMA0")
     node.link("ttyUSB9", "ttyUSB7")
     node.rules(
         "- devicematch: ^video[0-9]*$\n  nummaxdevices: 20\n- devicematch: ^snd$\n  nummaxdevices: 20\n"
         "- devicematch: ^gpiochip[0-9]*$\n  nummaxdevices: 4\n- devicematch: ^i2c-[0-9]*$\n"
-        "- devicematch: ^tty(USB|ACM)[0-9]*$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
+        "- devicematch: ^(tty(USB|ACM)[0-9]*|serial0)$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
     )
     kubelet.hold(
         ("video0", "wildlife/detector-7c9d8b6f5-x2x9k/detector", ["0", "1", "2"]),
@@ -7605,6 +7613,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
     text = chromium.text()
     assert "all is well" in text
     assert "4 of 20" in text
+    assert "/dev/serial0 -> /dev/ttyAMA0" in text
     assert "detector of wildlife/detector-7c9d8b6f5-x2x9k slots 0, 1, 2" in " ".join(text.split())
     assert "ttyUSB0" not in text
     node.plug("ttyUSB0")
