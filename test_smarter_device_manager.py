@@ -6422,6 +6422,25 @@ def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status
     assert len(served.daemon.log.splitlines()) == 5, "none of this is worth a line of the log"
 
 
+def test_any_bytes_are_an_answer_or_make_the_use_unknown(node: Node, kubelet: Kubelet) -> None:
+    asked = sdm.PodResources(kubelet.pod_resources.path, "smarter-devices")
+    good = holders_message(("smarter-devices/a", "default/pod/main", ["0", "1"])).SerializeToString()
+    seen = set()
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.binary(max_size=50), st.integers(0, len(good)), st.integers(0, len(good)))
+    @example(b"", 0, 0)
+    @example(b"\xff", 0, 0)
+    def answer(data: bytes, start: int, end: int) -> None:
+        kubelet.pod_resources.answer = good[:start] + data + good[end:]
+        holders = kubelet.do(asked.holders())
+        seen.add(type(holders))
+        assert holders is None or all(isinstance(holder, sdm.Holder) for held in holders.values() for holder in held)
+
+    answer()
+    assert seen == {dict, type(None)}
+
+
 def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status, kubelet: Kubelet) -> None:
     long = "x" * 400
     entries = [("nvidia-gpu0", f"default/pod-{number}/main", ["1"]) for number in range(5000)]
