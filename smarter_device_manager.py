@@ -4030,9 +4030,11 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     if conf["error"]:
         problems[conf_error_text(conf["error"], conf["read_at"])] = []
     for resource in resources:
+        holders = _holders_by_device(resource)
         for device in resource["devices"]:
             if not device["healthy"]:
-                sentence = device["problem"] + _holders_text(resource, device)
+                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
+                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
                 problems.setdefault(sentence, []).append(device["path"])
     return problems
 
@@ -4052,11 +4054,12 @@ def conf_error_text(error: str, read_at: str) -> str:
     return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
 
 
-def _holders_text(resource: Document, device: Document) -> str:
-    """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
-    held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
-    containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
-    return f", in use by {_first_names(containers)}" if containers else ""
+def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
+    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+    for holder in resource["holders"] or ():
+        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
+    return found
 
 
 def _pod_and_container(holder: Document) -> Tuple[str, str]:
@@ -4353,7 +4356,7 @@ let isPaused = false;
 const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement.getAttribute("href");
+  const focused = document.activeElement?.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
     if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
@@ -4450,7 +4453,7 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield "".join(_page_resource(resource, document["kubelet"]["answering"]))
+            yield from _page_resource(resource, document["kubelet"]["answering"])
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
@@ -4499,18 +4502,20 @@ def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
     full = "full" if percent == 100 else ""
     domain, _, name = resource["name"].partition("/")
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    held = _page_holders(resource["holders"] or ())
+    holders = _holders_by_device(resource)
     for number, device in enumerate(devices):
         yield _fill('<tr id="{path}" role="row">', path=device["path"])
         if number == 0:
             yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
             if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
                 yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            if resource["start_refusals"]:
+                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
             use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
             yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
         yield from _page_device(device)
-        holders = "".join(held.get(device["path"], ()))
-        yield f'<td role="cell" data-name="Used by:"><ul>{holders}</ul></td></tr>\n' if holders else "<td></td></tr>\n"
+        yield from _page_holders(holders.get(device["path"], {}))
+        yield "</tr>\n"
     yield "</tbody>\n"
 
 
@@ -4529,16 +4534,12 @@ def _page_device(device: Document) -> Iterator[str]:
     yield "</td>\n"
 
 
-def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
-    """An item of a list for each container that holds slots, by the path of their device."""
-    slots: Dict[Tuple[str, str, str], List[str]] = {}
-    for holder in holders:
-        slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
-    items: Dict[str, List[str]] = {}
-    for (path, pod, container), ids in slots.items():
-        text = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        items.setdefault(path, []).append(_fill(_HOLDER, slots=text, pod=pod, container=container))
-    return items
+def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
+    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
+    for (pod, container), ids in holders.items():
+        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
+        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
+    yield "</ul></td>" if holders else "</td>"
 
 
 def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
@@ -4750,6 +4751,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
+                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]

@@ -6370,6 +6370,24 @@ def test_holders_of_a_pool_name_the_device() -> None:
     assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
 
 
+def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
+    names = [f"video{number}" for number in range(1000)]
+    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 10\n"
+    (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
+    gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
+    held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
+    document = {
+        "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "",
+        "resources": [described(gone, *held)],
+    }  # fmt: skip
+    begin = time.process_time()
+    (problem, *others) = sdm.find_problems(document).items()
+    assert time.process_time() - begin < 0.3
+    assert problem == ("not registered with the kubelet yet", ["smarter-devices/cameras"])
+    text = ", ".join(f"main of default/pod-{number}" for number in range(8)) + " and 2 more"
+    assert others == [(f"gone, in use by {text}", [f"/dev/{name}" for name in sorted(names)])]
+
+
 HELD = ("nvidia-gpu0", "default/detector-0/main", ["3", "0"])
 
 
@@ -6425,6 +6443,25 @@ def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status
     kubelet.pod_resources.answer = good
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     assert len(served.daemon.log.splitlines()) == 5, "none of this is worth a line of the log"
+
+
+def test_any_bytes_are_an_answer_or_make_the_use_unknown(node: Node, kubelet: Kubelet) -> None:
+    asked = sdm.PodResources(kubelet.pod_resources.path, "smarter-devices")
+    good = holders_message(("smarter-devices/a", "default/pod/main", ["0", "1"])).SerializeToString()
+    seen = set()
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.binary(max_size=50), st.integers(0, len(good)), st.integers(0, len(good)))
+    @example(b"", 0, 0)
+    @example(b"\xff", 0, 0)
+    def answer(data: bytes, start: int, end: int) -> None:
+        kubelet.pod_resources.answer = good[:start] + data + good[end:]
+        holders = kubelet.do(asked.holders())
+        seen.add(type(holders))
+        assert holders is None or all(isinstance(holder, sdm.Holder) for held in holders.values() for holder in held)
+
+    answer()
+    assert seen == {dict, type(None)}
 
 
 def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status, kubelet: Kubelet) -> None:
@@ -7052,6 +7089,18 @@ def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(ser
         assert received(newest).startswith(b"HTTP/1.1 200 ")
 
 
+def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
+    process = served.daemon.process
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.MAX_CLIENTS)]
+        for client in clients:
+            client.sendall(GOOD + b"\r\n")
+        process.send_signal(signal.SIGCONT)
+        assert [received(client)[:12] for client in clients] == [b"HTTP/1.1 200"] * len(clients)
+
+
 def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
     node: Node, served: Status, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -7411,6 +7460,13 @@ def test_the_page_escapes_everything() -> None:
         assert outside not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_page_counts_the_starts_that_were_refused() -> None:
+    document = hostile_document()
+    assert "refused</span>" not in "".join(sdm.render_page(document, "nonce"))
+    document["resources"][0]["start_refusals"] = 2
+    assert "2 starts of a container refused</span>" in "".join(sdm.render_page(document, "nonce"))
+
+
 def test_json_metrics_and_terminal_bear_hostile_texts_too() -> None:
     document = hostile_document()
     assert json.loads(json.dumps(document))["node"] == HOSTILE_WORD
@@ -7557,13 +7613,14 @@ def url_of(status: Status) -> str:
 
 def plug_a_greenhouse(node: Node, kubelet: Kubelet) -> None:
     """What a small node of the field has: good for a picture."""
-    for path in ("video0", "ttyACM0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
+    for path in ("video0", "ttyACM0", "ttyAMA0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
         node.plug(path)
+    node.link("serial0", "ttyAMA0")
     node.link("ttyUSB9", "ttyUSB7")
     node.rules(
         "- devicematch: ^video[0-9]*$\n  nummaxdevices: 20\n- devicematch: ^snd$\n  nummaxdevices: 20\n"
         "- devicematch: ^gpiochip[0-9]*$\n  nummaxdevices: 4\n- devicematch: ^i2c-[0-9]*$\n"
-        "- devicematch: ^tty(USB|ACM)[0-9]*$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
+        "- devicematch: ^(tty(USB|ACM)[0-9]*|serial0)$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
     )
     kubelet.hold(
         ("video0", "wildlife/detector-7c9d8b6f5-x2x9k/detector", ["0", "1", "2"]),
@@ -7598,6 +7655,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
     text = chromium.text()
     assert "all is well" in text
     assert "4 of 20" in text
+    assert "/dev/serial0 -> /dev/ttyAMA0" in text
     assert "detector of wildlife/detector-7c9d8b6f5-x2x9k slots 0, 1, 2" in " ".join(text.split())
     assert "ttyUSB0" not in text
     node.plug("ttyUSB0")
