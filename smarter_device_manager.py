@@ -5100,8 +5100,6 @@ class KeptConf:
                 self._replace(text.encode())
             self._kept = text, self._find_stamp()
             self._is_failing = False
-        except FileNotFoundError:
-            return  # the directory is not there; others say so
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
@@ -5506,11 +5504,15 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    try:
+        check_plugin_dir(options.plugin_dir)
+    except Problem:
+        ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
+        raise
+    raise_limit()
     kept_path = kept_conf_path(options.plugin_dir, options.domain)
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
-    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
-    check_plugin_dir(options.plugin_dir)
-    raise_limit()
+    devices.start()
     load_grpc()
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
