@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import binascii
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -41,6 +42,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
@@ -2696,6 +2698,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
@@ -2786,42 +2789,66 @@ def connect_error(path: str) -> str:
     return ""
 
 
+def _temporary_name(path: str) -> str:
+    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+
+
 class UnixServer:
     """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
 
-    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
+    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
+    is_lost() says so.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
+        self._temporary = _temporary_name(path)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while there is none
+        self._inode = 0  # of our socket file at PATH; 0 while it is not there
         add_services(self._server)
 
     async def start(self) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
-
-        Raises OSError.
-        """
-        # The name is random, since two instances in containers may have the same PID.
-        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
-        self._bind(temporary)
+        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        self._bind(self._temporary)
         await self._server.start()
-        self._inode = os.stat(temporary).st_ino
-        os.rename(temporary, self.path)
+
+    def publish(self) -> bool:
+        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        is_published = self._link()
+        if not is_published and connect_error(self.path):
+            _remove_dead_socket(self.path)
+            is_published = self._link()
+        return is_published
+
+    def _link(self) -> bool:
+        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        try:
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            return False
+        self._inode = os.stat(self._temporary).st_ino
+        os.unlink(self._temporary)
+        return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
-    async def stop(self) -> None:
-        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+    def withdraw(self) -> None:
+        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        inode, self._inode = self._inode, 0
         try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
+            if inode and os.stat(self.path).st_ino == inode:
                 os.unlink(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
+
+    async def stop(self) -> None:
+        """End the server; calls in progress have STOP_SECONDS."""
+        self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
     def _bind(self, path: str) -> None:
@@ -2835,6 +2862,107 @@ class UnixServer:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         finally:
             os.umask(mask)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the sockets with temporary names that killed instances left in FOLDER."""
+    try:
+        for name in os.listdir(folder):
+            path = f"{folder}/{name}"
+            if re.fullmatch(r"\.[0-9a-f]{16}", name) and stat.S_ISSOCK(os.lstat(path).st_mode) and connect_error(path):
+                os.unlink(path)
+    except OSError as error:
+        log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
+
+    Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
+    last look at it, and put back if it turns out to be that one.
+    """
+    aside = _temporary_name(path)
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if not connect_error(aside):
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    os.unlink(aside)
+
+
+class OtherInstances:
+    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+
+    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
+    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: Dict[str, Callable[[], None]] = {}
+        self._path = ""  # that the connection leads to
+        self._connection: Optional[socket.socket] = None
+        self._retry: Optional[asyncio.TimerHandle] = None
+
+    def wait_for(self, path: str, wake: Callable[[], None]) -> None:
+        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        self._waiting[path] = wake
+        if self._connection is None:
+            self._connect()
+
+    def forget(self, path: str) -> None:
+        """Wait for that one no more."""
+        self._waiting.pop(path, None)
+        if not self._waiting:
+            self._disconnect()
+
+    def _connect(self) -> None:
+        """Hold a connection to the server that has been waited for longest."""
+        self._disconnect()
+        self._path = next(iter(self._waiting))
+        connection = None
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.setblocking(False)
+            connection.connect(self._path)
+        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+            if connection:
+                connection.close()
+            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
+            return
+        self._connection = connection
+        self._loop.add_reader(connection, self._read)
+
+    def _disconnect(self) -> None:
+        if self._retry:
+            self._retry.cancel()
+            self._retry = None
+        if self._connection:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def _read(self) -> None:
+        """Read what the server says, which is of no interest, until it ends the connection."""
+        assert self._connection
+        try:
+            if self._connection.recv(1 << 16):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # this is an end, too
+        if connect_error(self._path):
+            self._wake_all()
+        else:
+            self._connect()  # a server bears a client that says nothing for some seconds only
+
+    def _wake_all(self) -> None:
+        self._disconnect()
+        for wake in self._waiting.values():
+            wake()
 
 
 class Watch:
@@ -3083,7 +3211,8 @@ NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are m
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
+OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
 DEFAULT_DOMAIN = "smarter-devices"
 
@@ -3524,6 +3653,7 @@ class RegistrationContext(NamedTuple):
     domain: str
     devices: HostDevices
     kubelet: KubeletConnection
+    others: OtherInstances
     events: GroupedLog
 
 
@@ -3536,14 +3666,17 @@ class Registration:
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
+        self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
         self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
+        self._is_waiting = False  # for another instance to end
         self._is_socket_lost = False  # our socket file is gone or another's
         self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
         self._is_stream_open = False
+        self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
         self._stream_deadline = 0.0  # for kubelet to open it
         self._backoff = Backoff()
@@ -3554,6 +3687,11 @@ class Registration:
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
+
+    @property
+    def served_by_other(self) -> bool:
+        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        return self._is_waiting and self._kubelet.is_answering
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
         """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
@@ -3580,9 +3718,11 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
+            self.wake()
+        elif self._is_waiting and os.path.basename(self._path) not in inodes:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
@@ -3601,6 +3741,8 @@ class Registration:
             self.trouble = ""
         if stream is self._stream:
             self._is_stream_open = is_open
+            if not is_open:
+                self._stream_ended.set()
             self.wake()
 
     async def _advance(self) -> Optional[float]:
@@ -3612,6 +3754,8 @@ class Registration:
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
+        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+            return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
             if not problem:
@@ -3643,29 +3787,37 @@ class Registration:
         """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
         await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
         self._registered_with = self._kubelet.identity
-        obstacle = self._find_obstacle()
-        if obstacle:
-            self._log_trouble("not-served", obstacle)
-            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
-            return OBSTACLE_PAUSE
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
         )
         try:
             await self._server.start()
         except OSError as error:
-            self._backoff.fail(time.monotonic())
-            self._log_trouble(
-                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            )
-            return self._backoff.retry_at - time.monotonic()
-        return None if self._is_retired else await self._register()
+            return self._serving_failed(error)
+        return None if self._is_retired else await self._publish_and_register()
 
-    def _find_obstacle(self) -> str:
-        """Why the resource is not to be served for now; empty where it is."""
-        if not connect_error(self._path):
-            return "another instance serves it"
-        return ""
+    async def _publish_and_register(self) -> Optional[float]:
+        """Register what is ready to be served, unless another instance serves it."""
+        assert self._server
+        self._is_waiting = False
+        try:
+            self._is_waiting = not self._server.publish()
+        except OSError as error:
+            return self._serving_failed(error)
+        if self._is_waiting:
+            self._others.wait_for(self._path, self.wake)
+            self._log_trouble("not-served", OTHER_INSTANCE, logging.INFO)
+            return None
+        self._others.forget(self._path)
+        return await self._register()
+
+    def _serving_failed(self, error: OSError) -> Optional[float]:
+        if not self._kubelet.check_answering():
+            self._registered_with = None  # a new one removes sockets while it starts
+            return None
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
+        return self._backoff.retry_at - time.monotonic()
 
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
@@ -3705,19 +3857,28 @@ class Registration:
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
-        """End the server with its streams and its socket file."""
+        """End the server and its streams.
+
+        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
+        once, and must not do that while the older stream is open.
+        """
         server, self._server = self._server, None
-        self._is_registered = self._is_socket_lost = False
+        self._is_registered = self._is_socket_lost = self._is_waiting = False
+        self._others.forget(self._path)
         if server:
+            self._stream_ended.clear()
             self.plugin.end_streams()
+            if self._is_stream_open:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stream_ended.wait(), STOP_SECONDS)
             await server.stop()
         self._stream, self._is_stream_open = None, False
 
-    def _log_trouble(self, event: str, trouble: str) -> None:
+    def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
         """Log TROUBLE, unless it is what was logged last."""
         if trouble != self.trouble:
             self.trouble = trouble
-            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
+            self._events.add(event, trouble, level, self.plugin.full_name)
 
 
 class DevicePluginSide:
@@ -3744,7 +3905,8 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
+        others = OtherInstances(loop)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, others, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -3764,16 +3926,25 @@ class DevicePluginSide:
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        remove_leftovers(self.plugin_dir)
         self.look()
         try:
             await self._done
         finally:
-            self.apply(EMPTY_PLAN)
+            await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._events.flush()
             if self._watch:
                 self._watch.close()
             await self._kubelet.close()
+
+    async def _retire_all(self) -> None:
+        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
+        and they would all wait for the last one."""
+        while self.registrations:
+            for name in list(self.registrations)[:RETIRE_AT_ONCE]:
+                self.registrations.pop(name).retire()
+            await asyncio.sleep(RETIRE_PAUSE)
 
     def stop(self) -> None:
         """Let run() end."""
@@ -3889,6 +4060,7 @@ class RegistrationState(NamedTuple):
     """How one resource stands with the kubelet."""
 
     ready: bool = False  # registered, and the kubelet's stream is open
+    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
     trouble: str = ""  # why not
     allocations: int = 0
     registrations: int = 0
@@ -4821,8 +4993,13 @@ class StatusServer:
 
     def _readyz(self) -> Response:
         states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
-        return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
+        unready = [
+            f"{name}: {unready_text(state.trouble)}"
+            for name, state in states.items()
+            if not state.ready and not state.served_by_other
+        ]
+        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
+        return plain(503 if unready else 200, (unready or ["ok"]) + waiting + self._remarks())
 
     def _remarks(self) -> List[str]:
         """What is worth a line of /readyz and does not change its status."""
@@ -4836,6 +5013,7 @@ class StatusServer:
             return RegistrationState()
         return RegistrationState(
             ready=registration.is_ready,
+            served_by_other=registration.served_by_other,
             trouble="" if registration.is_ready else registration.trouble,
             allocations=registration.plugin.allocations,
             registrations=registration.registrations,
@@ -4918,12 +5096,14 @@ class Client:
         self.stub = rpc.DevicePluginStub(channel)
         self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
         self.is_open = True  # whether the stream is
+        self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
         """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
         self.is_open = False
+        self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
             self.stream.cancel()
         await self._channel.close()

@@ -245,6 +245,7 @@ class Kubelet(sdm.SimulatedKubelet):
         self.refusals: list[str] = []  # the names, in order
         self.requests: list[tuple[float, pb.RegisterRequest]] = []
         self.open_calls = self.most_open_calls = 0
+        self.streams: dict[str, list[tuple[float, sdm.Client]]] = {}  # of each resource, and when each was opened
         self.trapped: list[str] = []  # resources of which an older stream ended while a newer one was open
         self.pod_resources = PodResources(node)
 
@@ -294,6 +295,7 @@ class Kubelet(sdm.SimulatedKubelet):
     async def _watch(self, client: sdm.Client) -> None:
         if not self.opens_streams:
             return
+        self.streams.setdefault(client.name, []).append((time.monotonic(), client))
         ending = asyncio.ensure_future(self._disconnect_after_list(client)) if self.ends_streams else None
         await super()._watch(client)
         if ending:
@@ -5578,7 +5580,8 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await kubelet.start()
     seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
     events = sdm.GroupedLog(asyncio.get_running_loop())
-    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, events)
+    others = sdm.OtherInstances(asyncio.get_running_loop())
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, others, events)
     registration = sdm.Registration(sdm.Resource("null", False, ()), context)
     assert not registration.is_ready
     running = asyncio.ensure_future(registration.run())
@@ -5648,22 +5651,173 @@ def test_a_slow_kubelet_has_no_registration_twice(node: Node, kubelet: Kubelet, 
 # Other instances
 
 
+def longest_gap(streams: Sequence[tuple[float, float]]) -> float:
+    """How long at the most there was no open stream between the first and the last, each being open FROM and UNTIL."""
+    gaps, covered = [], min(streams)[0]
+    for opened, closed in sorted(streams):
+        gaps.append(opened - covered)
+        covered = max(covered, closed)
+    return max(gaps)
+
+
+def published(node: Node) -> dict[str, int]:
+    """The sockets under the names that kubelet is given, and their inodes."""
+    return {name: inode for name, inode in sockets(node).items() if name.startswith("smarter-")}
+
+
 def test_another_instance_is_left_alone_and_taken_over_from_later(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, "null", "zero")
     first = start()
     wait_ready(kubelet, ["null", "zero"])
-    before = sockets(node)
+    before = published(node)
     second = start()
-    second.says("2 resources: another instance serves it")
+    second.says(f"INFO 2 resources: {sdm.OTHER_INSTANCE}")
     settle(second)
-    assert sockets(node) == before
+    assert published(node) == before
     assert len(kubelet.requests) == 2
     assert second.log.count("another instance") == 1
     stopping = time.monotonic()
     assert first.stop() == 0
+    wait_for(lambda: len(kubelet.requests) == 4)
     wait_ready(kubelet, ["null", "zero"])
-    assert time.monotonic() - stopping < 12.0
+    assert time.monotonic() - stopping < 3.0
     assert second.log.count("another instance") == 1
+    stops_well(second, node)
+
+
+@needs_root
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_handover_leaves_each_resource_without_a_stream_for_a_moment_only(
+    node: Node, kubelet: Kubelet, start: Starter, signum: int
+) -> None:
+    """.ci/bench measures it for 200 resources, where the goal is 0.3 s; here the machine may be busy."""
+    names = offer_many(node, 20)
+    first = start()
+    wait_ready(kubelet, names)
+    second = start()
+    second.says(f"20 resources: {sdm.OTHER_INSTANCE}")
+    settle(second)
+    first.process.send_signal(signum)
+    wait_for(lambda: len(kubelet.requests) == 40)
+    wait_ready(kubelet, names)
+    assert first.process.wait(PATIENCE) == (0 if signum == signal.SIGTERM else -signum)
+    settle(second)
+    gaps = [
+        longest_gap([(opened, client.closed_at) for opened, client in kubelet.streams[kubelet.name(name)]])
+        for name in names
+    ]
+    print(f"longest without a stream: {max(gaps):.3f} s")
+    assert 0 < max(gaps) < 1.5
+    assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
+    assert "WARNING" not in second.log
+    stops_well(second, node)
+
+
+def test_a_handover_between_other_rules(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """What only the old one has ends with it, what only the new one has starts at once; the slots are the new one's."""
+    offer(node, "null", "zero", "full")
+    node.rules("- devicematch: ^(null|zero)$\n")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    other = node.root / "other.yaml"
+    other.write_text("- devicematch: ^(zero|full)$\n  nummaxdevices: 3\n")
+    second = start("--conf", str(other))
+    kubelet.wait_for("full", Healthy=3)
+    kubelet.wait_for("zero", Healthy=1)
+    assert first.stop() == 0
+    kubelet.wait_for("zero", Healthy=3)
+    kubelet.wait_for("null", Healthy=0, Unhealthy=1)
+    assert sorted(published(node)) == ["smarter-full.sock", "smarter-zero.sock"]
+    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 2, 1]
+    stops_well(second, node)
+
+
+def test_two_instances_of_one_conf_settle_at_once_when_kubelet_restarts(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, *NAMES)
+    daemons = [start()]
+    wait_ready(kubelet, NAMES)
+    daemons.append(start())
+    daemons[1].says("5 resources: another instance")
+    for turn in (2, 3, 4):
+        kubelet.down()
+        settle(daemons[0])
+        kubelet.up()
+        wait_for(lambda turn=turn: len(kubelet.requests) == 5 * turn, patience=3.0)
+        wait_ready(kubelet, NAMES, 3.0)
+        settle(daemons[0], 0.3)
+    logs = "\n".join(daemon.log for daemon in daemons)
+    assert len(kubelet.requests) == 20, logs  # each resource once, by one of them
+    assert "cannot listen" not in logs
+    daemons[0].kill()
+    wait_ready(kubelet, NAMES)
+    assert daemons[1].stop() == 0
+    assert not published(node)
+
+
+def test_readyz_counts_what_another_instance_serves(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Or a roll-out would never end: the old pod is deleted only when the new one is ready."""
+    offer(node, "null", "zero")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    status = Status(start("--listen", "127.0.0.1:0"))
+    names = ["smarter-devices/null", "smarter-devices/zero"]
+    assert status.wait_for("/readyz", 200).body == "".join(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)
+    assert [status.metrics()["registered", name] for name in names] == [0, 0]
+    assert status.resource("null")["served_by_other"] and not status.resource("null")["ready"]
+    assert first.stop() == 0
+    wait_for(lambda: status.ask("/readyz").body == "ok\n")
+    wait_for(lambda: [status.metrics()["registered", name] for name in names] == [1, 1])
+    kubelet.down()
+    status.wait_for("/readyz", 503)
+
+
+def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    second = start()
+    second.says("2 resources: another instance")
+    second.kill()
+    assert len(sockets(node)) == 4
+    third = start()
+    third.says("2 resources: another instance")
+    assert len(sockets(node)) == 4  # its own two
+    assert third.stop() == 0
+    assert len(sockets(node)) == 2
+    stops_well(first, node)
+
+
+async def servers_of_one_path(path: str) -> None:
+    first, second, third = (sdm.UnixServer(path, lambda server: None) for _ in range(3))
+    for server in (first, second, third):
+        await server.start()
+    assert sdm.connect_error(path) != ""
+    assert first.publish() and not second.publish()
+    inode = os.stat(path).st_ino
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
+    assert not second.is_lost({})  # it has nothing to lose yet
+    first.withdraw()
+    assert sdm.connect_error(path) != "" and second.publish()
+    await first.stop()  # what is at the path is no longer its own
+    assert sdm.connect_error(path) == ""
+    os.rename(path, f"{path}.saved")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    assert third.publish() and sdm.connect_error(path) == ""
+    await third.stop()
+    os.rename(f"{path}.saved", path)
+    sdm._remove_dead_socket(path)  # another instance put its own there after the first look
+    assert sdm.connect_error(path) == ""
+    await second.stop()
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_servers_of_one_path_take_over_from_each_other(node: Node) -> None:
+    work = servers_of_one_path(f"{node.plugins}/some.sock")
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
 
 
 def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
