@@ -16,6 +16,8 @@ of kubelet are followed.
     smarter_device_manager.py --check           is the conf file good?
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
+    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
 The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
 Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
@@ -32,12 +34,16 @@ import dataclasses
 import enum
 import errno
 import fcntl
+import functools
 import io
 import itertools
 import json
 import logging
+import logging.handlers
 import os
+import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -1426,6 +1432,24 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
+class HeldAttribute(NamedTuple):
+    """An attribute that a rule asked for, and the value with which a device had it."""
+
+    name: str
+    value: str
+
+
+class _Answer(NamedTuple):
+    """What Sysfs found when it was asked for attributes of a node."""
+
+    node: DeviceNode
+    mismatch: str  # empty: it has them all
+    held: Tuple[HeldAttribute, ...]
+
+
+_Question = Tuple[int, Tuple[Attribute, ...]]  # the generation of a node, and what its device is to have
+
+
 class Sysfs:
     """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
@@ -1435,19 +1459,22 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, str]] = {}  # of attribute_mismatch()
+        self._answers: Dict[_Question, _Answer] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
+        self._settling: Set[_Question] = set()  # what lacks something, and is new
 
-    def ask_again(self, generations: Iterable[int]) -> bool:
-        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
-        attribute_mismatch() has another answer now."""
+    def forget(self, generations: Iterable[int]) -> None:
+        """Drop what is remembered of nodes with other generations than GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
-        return self._renew(self._answers)
+
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        there = set(generations)
+        return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1463,43 +1490,43 @@ class Sysfs:
         else what it has instead."""
         key = (node.entry.generation, attributes)
         if key not in self._answers:
-            mismatch = self._find_mismatch(attributes, node)
-            self._answers[key] = node, mismatch
+            self._answers[key] = self._find(attributes, node)
             now = time.monotonic()
-            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
+            if self._answers[key].mismatch and now - self._asked.setdefault(key[0], now) < SETTLE_SECONDS:
                 self._settling.add(key)
-        return self._answers[key][1]
+        return self._answers[key].mismatch
+
+    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
+        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
+        answers = (self._answers.get((node.entry.generation, attributes)) for node in nodes)
+        return next((answer.held for answer in answers if answer and answer.held), ())
 
     def has_news(self) -> bool:
         """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
         has_changed = self._renew(self._settling)
         now = time.monotonic()
         for key in list(self._settling):
-            if not self._answers[key][1] or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+            if not self._answers[key].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
                 self._settling.remove(key)
         return has_changed
 
-    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
-        """Ask anew for KEYS; whether an answer is another one now."""
+    def _renew(self, keys: Iterable[_Question]) -> bool:
+        """Ask again for KEYS; whether an answer is another one now."""
         has_changed = False
         for key in keys:
-            node, mismatch = self._answers[key]
-            now = self._find_mismatch(key[1], node)
-            if now != mismatch:
-                self._answers[key] = node, now
-                has_changed = True
+            old = self._answers[key]
+            self._answers[key] = self._find(key[1], old.node)
+            has_changed = has_changed or self._answers[key] != old
         return has_changed
 
-    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _find(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> _Answer:
         chain = list(self.chain(node.entry))
-        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
-            return ""
-        mismatches = []
-        for attribute in attributes:
-            values = (read_attribute(folder, attribute.name) for folder in chain)
-            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
-            mismatches.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
-        return "; ".join(mismatches)
+        held = next(filter(None, (_held_in(folder, attributes) for folder in chain)), ())
+        mismatches = (
+            f"its {attribute.name} is {shown_values(chain, attribute.name)} (asked for: {attribute.pattern})"
+            for attribute in attributes
+        )
+        return _Answer(node, "" if held else "; ".join(mismatches), held)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1568,9 +1595,33 @@ def _is_usable(value: str) -> bool:
     return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
-def _attribute_holds(folder: str, attribute: Attribute) -> bool:
-    value = read_attribute(folder, attribute.name)
-    return value is not None and attribute.match.fullmatch(value) is not None
+def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
+    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    held = []
+    for attribute in attributes:
+        value = read_attribute(folder, attribute.name)
+        if value is None or not attribute.match.fullmatch(value):
+            return ()
+        held.append(HeldAttribute(attribute.name, value))
+    return tuple(held)
+
+
+def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    folders = list(chain)
+    if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
+        return ""
+    changes = []
+    for name, old in attributes:
+        if old not in [read_attribute(folder, name) for folder in folders]:
+            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
+    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+
+
+def shown_values(folders: Iterable[str], name: str) -> str:
+    """The values that the attribute NAME has in FOLDERS, in words."""
+    values = (read_attribute(folder, name) for folder in folders)
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1619,6 +1670,7 @@ class Device:
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
     identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
@@ -1945,6 +1997,7 @@ def _device(
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
         identity=tuple(_identity(node) for node in tracked_device.nodes) if rule.attributes else (),
+        attributes=sysfs.held(rule.attributes, tracked_device.nodes) if rule.attributes else (),
         specs=(),
         problem=tracked_device.problem,
         since=tracked_device.since,
@@ -2109,16 +2162,31 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
-# programs and are in the README; a sentence may be put better at any time.
+# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
+MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
+MAX_TRACEBACK_LINES = 100
+MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
+FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
 
 log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
     """Something that a person can put right; the text is one sentence that says what, where and how."""
+
+
+@dataclass
+class LogCounts:
+    """What the log has counted since the process started."""
+
+    dropped_lines: int = 0
+    internal_errors: int = 0
+
+
+log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
@@ -2129,25 +2197,41 @@ def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: ob
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    log_event(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+    log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
-def _joined(names: Sequence[str]) -> str:
+def log_internal_error(sentence: str) -> None:
+    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    log_counts.internal_errors += 1
+    extra = {"event": "internal-error", "fields": {}}
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """NAMES as the value of a field, the first MAX_NAMES of them."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value."""
+    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        told = [f"{key}={_quoted(str(value))}" for key, value in fields.items()]
-        line = " ".join([utc(record.created), record.levelname, printable(record.getMessage()), *told])
-        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        line = " ".join([utc(record.created), record.levelname, message, *fields])
+        return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+
+
+def _traceback_lines(record: logging.LogRecord) -> List[str]:
+    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    if not record.exc_info:
+        return []
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
 class JsonFormatter(logging.Formatter):
@@ -2156,7 +2240,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
         if record.exc_info:
-            document["traceback"] = self.formatException(record.exc_info)
+            document["traceback"] = "\n".join(_traceback_lines(record))
         return json.dumps(document)
 
 
@@ -2166,9 +2250,70 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
         "time": utc(record.created),
         "level": record.levelname.lower(),
         "event": getattr(record, "event", "log"),
-        "message": record.getMessage(),
+        "message": truncate(record.getMessage(), MAX_MESSAGE),
         **getattr(record, "fields", {}),
     }
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
+        super().__init__(self.lines)
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            log_counts.dropped_lines += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
+    manager."""
+
+    def __init__(self, log_queue: LogQueue) -> None:
+        super().__init__(log_queue.lines)
+        self._lines = log_queue.lines
+        # Where there is no stderr, some other file may have its number.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
+        self._reported = 0  # of the lines that were dropped
+
+    def __enter__(self) -> LogWriter:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
+        base class, would wait for a reader that may never come."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+
+    def handle(self, record: Any) -> None:
+        try:
+            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
+        except OSError:
+            log_counts.dropped_lines += 1
+            return
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
+            self._reported += dropped
+            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+
+    def _write(self, data: bytes) -> None:
+        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # who else has this file made it so
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
 
 
 def utc(seconds: float) -> str:
@@ -2176,17 +2321,22 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """NUMBER of what NOUN names: 1 slot, 2 slots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def truncate(text: str, limit: int) -> str:
+    """TEXT, or its first LIMIT characters and three dots."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape."""
+    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def tell_in_one_line(record: logging.LogRecord) -> bool:
+def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
         record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
@@ -2203,6 +2353,7 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
+MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -2241,7 +2392,39 @@ def load_grpc() -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(tell_in_one_line)
+        logging.getLogger(name).addFilter(shorten_decode_error)
+
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def answered(method: Method) -> Method:
+    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+
+    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    """
+
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            log_internal_error(f"{self.full_name}: {method.__name__} failed")
+            text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
+            await abort(context, "INTERNAL", f"{self.full_name}: {text}")
+
+    return answer  # type: ignore[return-value]
+
+
+async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
+    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    data = printable(text).encode()
+    if len(data) > MAX_ERROR_BYTES:
+        data = data[:MAX_ERROR_BYTES] + b"..."
+    await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
+    raise AssertionError("abort() of grpc raises an exception, always")
 
 
 def connect_error(path: str) -> str:
@@ -2309,14 +2492,15 @@ class UnixServer:
 
 
 class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
     This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
     taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
         self._path = path
+        self._signal = signal_number
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -2325,6 +2509,7 @@ class Watch:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # another directory has the path now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
             return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
@@ -2462,8 +2647,11 @@ class KubeletConnection:
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
+MAX_REFUSALS = 1000  # that are remembered, to log each once
+READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
+LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
@@ -2474,6 +2662,215 @@ SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash 
 DEFAULT_DOMAIN = "smarter-devices"
 
 
+class SysfsReader:
+    """Runs functions that read from sysfs on a thread of its own, since a driver can make a read hang for ever.
+
+    There is one thread, started when it is first needed. Belongs to one loop.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+        self._overdue = 0  # jobs that have not ended, and that nobody waits for any more
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """What JOB returns. Raises asyncio.TimeoutError after READ_SECONDS; at once, while an earlier one hangs."""
+        if self._overdue:
+            raise asyncio.TimeoutError
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sysfs", daemon=True)
+            self._thread.start()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), READ_SECONDS)
+        finally:
+            if not done.done():
+                self._overdue += 1
+                done.add_done_callback(self._end_overdue)
+
+    def _end_overdue(self, done: asyncio.Future[Any]) -> None:
+        done.exception()  # otherwise asyncio logs that nobody asked for it
+        self._overdue -= 1
+
+    def _work(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                finish = functools.partial(done.set_result, job())
+            except Exception as error:
+                finish = functools.partial(done.set_exception, error)
+            try:
+                done.get_loop().call_soon_threadsafe(finish)
+            except RuntimeError:
+                return  # the loop is closed, since the process ends
+
+
+class HostDevices:
+    """The devices of the host as they are at this moment, of which the plan may not know yet.
+
+    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    """
+
+    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+        self._dev_dir = dev_dir
+        self._sysfs = Sysfs(sys_dir)
+        self._reader = SysfsReader()
+        self._look_again = look_again
+        self._next_look: Optional[asyncio.TimerHandle] = None
+
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
+        except OSError as error:
+            raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
+
+    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+
+        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        """
+        chosen = []
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                for device in devices:
+                    if device.problem:
+                        return device, device.problem
+                    try:
+                        chosen.append((device, self._find_nodes(device, tree)))
+                    except NotADevice as error:
+                        return device, str(error)
+        except OSError as error:
+            return devices[0], _cannot_look(error)
+        with_attributes = [(device, nodes) for device, nodes in chosen if device.attributes]
+        if not with_attributes:
+            return None
+        try:
+            return await self._reader.call(functools.partial(self._find_changed, with_attributes))
+        except asyncio.TimeoutError:
+            return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
+
+    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
+        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
+        specs_of(device, tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.attributes else []
+
+    def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
+        for device, nodes in chosen:
+            changes = [changed_attributes(self._sysfs.chain(node.entry), device.attributes) for node in nodes]
+            if "" not in changes:
+                return device, changes[0]
+        return None
+
+    async def describe(self, path: str, names: Sequence[str]) -> str:
+        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                entry = resolve(tree, path, self._dev_dir)[0].entry
+            values = await self._reader.call(functools.partial(self._find_values, entry, names))
+        except NotADevice as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_look(error)
+        except asyncio.TimeoutError:
+            values = []
+        return "; ".join(values) or f"a {entry.kind} stands there"
+
+    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
+        chain = list(self._sysfs.chain(entry))
+        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+
+    def look_again(self) -> None:
+        """Have the device side look again, soon."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._next_look = None
+        self._look_again()
+
+
+def _cannot_look(error: OSError) -> str:
+    return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+
+
+class ListStream:
+    """What one ListAndWatch stream is still to be sent of a resource.
+
+    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
+    Unhealthy for a moment meanwhile, one before it in which that device is.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self._newest = resource
+        self._sent: Optional[ListKey] = None
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._is_ended = False
+        self._has_news = asyncio.Event()
+        self._has_news.set()
+
+    def update(self, resource: Resource) -> None:
+        """Have the list of RESOURCE sent, unless it is the same."""
+        self._newest = resource
+        self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
+        self._has_news.set()
+
+    def end(self) -> None:
+        """Let next() return None, whatever waits."""
+        self._is_ended = True
+        self._has_news.set()
+
+    async def next(self) -> Optional[Resource]:
+        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        while True:
+            await self._has_news.wait()
+            if self._is_ended:
+                return None
+            were_healthy = {path for path, _, is_healthy, _ in self._sent or () if is_healthy}
+            resource = _with_unhealthy(self._newest, were_healthy & self._were_unhealthy)
+            self._were_unhealthy.clear()
+            if _list_key(resource) != self._sent:
+                self._sent = _list_key(resource)
+                return resource
+            self._has_news.clear()
+
+
+ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
+
+
+def _list_key(resource: Resource) -> ListKey:
+    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
+
+
+def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
+    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    if not paths:
+        return resource
+    devices = (
+        dataclasses.replace(device, problem="it was gone for a moment") if device.path in paths else device
+        for device in resource.devices
+    )
+    return dataclasses.replace(resource, devices=tuple(devices))
+
+
+class PluginOptions(NamedTuple):
+    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+
+    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
+    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+
+
+def options_of(resource: Resource) -> PluginOptions:
+    """The options that RESOURCE needs.
+
+    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    """
+    return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
+
+
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
@@ -2481,57 +2878,68 @@ class Plugin:
     """
 
     def __init__(
-        self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
         self.full_name = full_name
-        self.allocations = 0
-        self._dev_dir = dev_dir
+        self.allocations = self.start_refusals = 0
+        self._options = options_of(resource)
+        self._devices = devices
         self._on_stream = on_stream
-        self._slots = slots_of(resource)
-        self._waiting: List[asyncio.Queue[Optional[Tuple[Slot, ...]]]] = []
+        self._streams: List[ListStream] = []
+        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+
+    def can_offer(self, resource: Resource) -> bool:
+        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+
+        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        """
+        needed = options_of(resource)
+        return (
+            needed.has_preference == self._options.has_preference
+            and needed.checks_starts <= self._options.checks_starts
+        )
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
         self.resource = resource
-        slots = slots_of(resource)
-        if slots != self._slots:
-            self._slots = slots
-            self._put(slots)
+        for stream in self._streams:
+            stream.update(resource)
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
-        self._put(None)
+        for stream in self._streams:
+            stream.end()
 
-    def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
-        for queue in self._waiting:
-            if queue.qsize() >= MAX_LISTS_WAITING:
-                queue.get_nowait()
-            queue.put_nowait(item)
-
+    @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
-        queue.put_nowait(self._slots)
-        self._waiting.append(queue)
-        self._on_stream(queue, True)
+        stream = ListStream(self.resource)
+        self._streams.append(stream)
+        self._on_stream(stream, True)
         try:
             while True:
-                slots = await queue.get()
-                if slots is None:
+                resource = await stream.next()
+                if resource is None:
                     return
-                await context.write(_list_message(slots))
+                await context.write(_list_message(resource))
         finally:
-            self._waiting.remove(queue)
-            self._on_stream(queue, False)
+            self._streams.remove(stream)
+            self._on_stream(stream, False)
 
+    def options(self) -> pb.DevicePluginOptions:
+        """The options as a message, for Register and GetDevicePluginOptions."""
+        return pb.DevicePluginOptions(
+            get_preferred_allocation_available=self._options.has_preference,
+            pre_start_required=self._options.checks_starts,
+        )
+
+    @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
         return self.options()
 
-    def options(self) -> pb.DevicePluginOptions:
-        return pb.DevicePluginOptions(get_preferred_allocation_available=self.resource.pool)
-
+    @answered
     async def GetPreferredAllocation(
         self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreferredAllocationResponse:
@@ -2544,53 +2952,98 @@ class Plugin:
             response.container_responses.add(deviceIDs=ids)
         return response
 
+    @answered
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
         await self._check_containers(len(request.container_requests), context)
         asked = [list(item.devices_ids) for item in request.container_requests]
-        told = _joined([slot_id[:MAX_SHOWN] for ids in asked for slot_id in ids])
+        ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
-            with LiveTree(self._dev_dir) as tree:
-                grants = [allocate(self.resource, ids, tree, self._dev_dir) for ids in asked]
-        except (AllocationError, OSError) as error:
-            code = error.code if isinstance(error, AllocationError) else "UNAVAILABLE"
-            text = (
-                str(error)
-                if isinstance(error, AllocationError)
-                else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-            )
-            log_event(
-                "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
-            )
-            await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
-        self.allocations += len(grants)
-        hosts = _joined([spec.host for granted in grants for spec in granted.specs])
-        log_event("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
-        return pb.AllocateResponse(container_responses=[_allocation_message(granted) for granted in grants])
+            allocations = self._devices.allocate(self.resource, asked)
+        except AllocationError as error:
+            sentence = f"Allocate refused: {error}"
+            log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
+            await abort(context, error.code, f"{self.full_name}: {error}")
+        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
+        self.allocations += len(allocations)
+        hosts = join_names([spec.host for found in allocations for spec in found.specs])
+        log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
+        return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
         """Refuse what would take the loop long: others wait for it meanwhile."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+            await abort(context, "INVALID_ARGUMENT", text)
 
+    @answered
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
+        """Let a container start if its devices are those that their rules chose.
+
+        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
+        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        """
+        slot_ids: Dict[str, str] = {}  # by the path of their device
+        for slot_id in dict.fromkeys(request.devices_ids):
+            device = device_of(self.resource, slot_id)
+            if device is None:
+                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
+            slot_ids.setdefault(device.path, slot_id)
+        devices = [device for device in self.resource.devices if device.path in slot_ids]
+        found = await self._devices.find_start_problem(devices)
+        if found:
+            device, problem = found
+            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+        for device in devices:
+            self._refusals.pop(device_path(device), None)
         return pb.PreStartContainerResponse()
 
+    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
+        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
+        if not path or not path.isprintable():
+            return "", "the resource has no such ID"
+        names = next((device.attributes for device in self.resource.devices if device.attributes), ())
+        problem = await self._devices.describe(path, [held.name for held in names])
+        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
-def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
+    async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        text = (
+            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
+            "once the right device is back; delete the pod to have it given a device anew"
+        )
+        self.start_refusals += 1
+        self._devices.look_again()
+        key = path or slot_id[:MAX_SHOWN]
+        if self._refusals.get(key) != text:
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[key] = text
+            log_event(
+                "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
+            )
+        await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
+
+
+def _shorten_problem(text: str) -> str:
+    return truncate(printable(text), MAX_PROBLEM)
+
+
+def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
-    for slot in slots:
+    for slot in slots_of(resource):
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.numa:
             device.topology.nodes.add(ID=numa)
     return response
 
 
-def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=granted.env)
-    for spec in granted.specs:
+def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
+    response = pb.ContainerAllocateResponse(envs=found.env)
+    for spec in found.specs:
         response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
@@ -2643,7 +3096,7 @@ class RegistrationContext(NamedTuple):
 
     plugin_dir: str
     domain: str
-    dev_dir: str
+    devices: HostDevices
     kubelet: KubeletConnection
     events: GroupedLog
 
@@ -2652,7 +3105,7 @@ class Registration:
     """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.dev_dir, self._stream_changed)
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
         self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -2853,7 +3306,7 @@ class DevicePluginSide:
         self,
         plugin_dir: str,
         domain: str,
-        dev_dir: str,
+        devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
@@ -2865,7 +3318,7 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, dev_dir, self._kubelet, self._events)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -2964,7 +3417,7 @@ class DevicePluginSide:
         """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
-            if resource and resource.pool == registration.plugin.resource.pool:
+            if resource and registration.plugin.can_offer(resource):
                 registration.plugin.update(resource)
             else:
                 self.registrations.pop(name).retire()
@@ -3043,6 +3496,7 @@ class RegistrationState(NamedTuple):
     registrations: int = 0
     refusals: int = 0
     stream_losses: int = 0
+    start_refusals: int = 0
 
 
 class Holder(NamedTuple):
@@ -3415,7 +3869,7 @@ def _told(device: Document) -> str:
     text += f" -> {link}" if link else ""
     count = sum(len(node["targets"]) for node in nodes)
     if is_folder or count > 1:
-        text += f" ({counted(count, 'node')})"
+        text += f" ({pluralize(count, 'node')})"
     if not nodes[0]["container"].startswith(device["path"]):
         text += f" as {nodes[0]['container']}"
     return text
@@ -3529,6 +3983,12 @@ FAMILIES = (
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
+    Family(
+        "starts_refused_total",
+        "counter",
+        "Starts of containers that were refused, since another device stands there.",
+        _each("start_refusals"),
+    ),
     Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
     Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
     Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
@@ -3552,6 +4012,18 @@ FAMILIES = (
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family(
+        "internal_errors_total",
+        "counter",
+        "Calls that failed for a reason that nobody foresaw: a bug.",
+        _one("process", "internal_errors"),
+    ),
+    Family(
+        "log_lines_dropped_total",
+        "counter",
+        "Lines of the log that were dropped, since nobody read it.",
+        _one("process", "log_lines_dropped"),
+    ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
     Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
@@ -3716,16 +4188,16 @@ def _page_facts(document: Document) -> Iterator[str]:
     slots = sum(resource["slots"] for resource in resources)
     yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
     answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{counted(kubelet['restarts'], 'restart')} seen")
+    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{pluralize(kubelet['restarts'], 'restart')} seen")
     good_told = "refused" if conf["error"] else "good"
     read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{counted(conf['rules'], 'rule')}, read {read_at}")
+    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{pluralize(conf['rules'], 'rule')}, read {read_at}")
     yield "</dl>\n"
 
 
 def _page_row(resource: Document, document: Document) -> Iterator[str]:
     slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{counted(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+    use = f"{pluralize(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
     domain, _, name = resource["name"].partition("/")
     yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
@@ -4081,6 +4553,7 @@ class StatusServer:
             registrations=registration.registrations,
             refusals=registration.refusals,
             stream_losses=registration.stream_losses,
+            start_refusals=registration.plugin.start_refusals,
         )
 
     async def _metrics(self) -> Response:
@@ -4139,6 +4612,8 @@ class StatusServer:
                 "resident_memory_bytes": _resident_bytes(),
                 "cpu_seconds": time.process_time(),
                 "start_time_seconds": self._started,
+                "internal_errors": log_counts.internal_errors,
+                "log_lines_dropped": log_counts.dropped_lines,
             },
             events=self.events.events(),
         )
@@ -4275,6 +4750,15 @@ class SimulatedKubelet:
         response = await client.stub.Allocate(request)
         return ids, response.container_responses[0]
 
+    async def start_container(self, name: str, ids: Iterable[str]) -> None:
+        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+
+        Raises grpc.RpcError where the plugin refuses.
+        """
+        client = self.clients[name]
+        if client.options.pre_start_required:
+            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
@@ -4282,10 +4766,19 @@ class SimulatedKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
+# where it is not blocked. SIGIO is the same for the plugin directory.
+FOLDER_SIGNAL = signal.SIGURG
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
+GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
+REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
+REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
@@ -4353,6 +4846,16 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def hasten_full_look(self) -> None:
+        """Let the next turn look at everything."""
+        self._next_full_look = 0.0
+
+    def folders(self) -> List[str]:
+        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
@@ -4372,7 +4875,9 @@ class DeviceSide:
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
-        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        self._sysfs.forget(node.entry.generation for node in nodes)
+        there = (node for device in self._tracked.values() if not device.problem for node in device.nodes)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
         has_expired = any(when <= now for when in expiry_times(self._tracked))
         return has_other_attributes or has_expired or gpus != self._gpus
 
@@ -4472,6 +4977,29 @@ def log_changes(old: Plan, new: Plan) -> None:
         log_event_for_all(event, sentence, level, "devices", paths)
 
 
+class FolderWatches:
+    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+
+    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
+    the kernel does not tell.
+    """
+
+    def __init__(self, dev_dir: str) -> None:
+        self._dev_dir = dev_dir
+        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
+        self._watches: Dict[str, Watch] = {}
+
+    def ask(self, folders: Sequence[str]) -> None:
+        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        wanted = folders[: self._limit]
+        for path in self._watches.keys() - set(wanted):
+            self._watches.pop(path).close()
+        for path in wanted:
+            if path not in self._watches:
+                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
+            self._watches[path].ask()
+
+
 class KubeletThread(threading.Thread):
     """The gRPC thread: a loop, and the DevicePluginSide and the StatusServer, if there is one, that run on it."""
 
@@ -4483,7 +5011,8 @@ class KubeletThread(threading.Thread):
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
         watch = Watch(options.plugin_dir)
-        self.side = DevicePluginSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
+        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -4567,14 +5096,14 @@ def serve(options: argparse.Namespace) -> int:
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
     log_event(
-        "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
+        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
-        _run(devices, thread, options.interval)
+        _run(devices, thread, options.interval, FolderWatches(options.dev_dir))
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
         thread.has_failed = True
@@ -4599,33 +5128,53 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
+def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches) -> None:
     """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
-    reread = False
+    watched: Optional[Snapshot] = None  # whose folders are
+    taken = 0
     while True:
-        due = time.monotonic() + interval
+        began = time.monotonic()
+        if taken or devices.snapshot is not watched:
+            watched = devices.snapshot
+            watches.ask(devices.folders())  # before the look: no change falls between
         old = devices.plan
-        for plan in devices.turn(reread):
+        for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
-        taken = _take_signal(due, thread)
+        now = time.monotonic()
+        rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
+        due = began + interval
+        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+            due = min(due, rested)
+        taken = _take_signal(due, rested, thread)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken == signal.SIGHUP
+        if taken == LOOK_SIGNAL:
+            devices.hasten_full_look()
 
 
-def _take_signal(due: float, thread: KubeletThread) -> int:
-    """The one of SIGNALS that comes until DUE; 0 where none does. A SIGIO is a word for THREAD, passed on meanwhile."""
+def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
+    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
+
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. SIGIO is a word for THREAD, passed on meanwhile.
+    """
+    awaited = set(BLOCKED_SIGNALS)
+    folder_signal = 0
     while True:
-        taken = signal.sigtimedwait(BLOCKED_SIGNALS, max(0.0, due - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
         number = taken.si_signo if taken else 0
-        if number != signal.SIGIO:
+        if number == signal.SIGIO:
+            thread.look()
+        elif number == FOLDER_SIGNAL:
+            folder_signal = number
+            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
+        else:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
-            return number if number in SIGNALS else 0
-        thread.look()
+            return number if number in SIGNALS else folder_signal
 
 
 def restart_lean() -> None:
@@ -4737,7 +5286,7 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {counted(len(devices.rules), 'rule')}")
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
     return 0
 
 
@@ -4755,7 +5304,8 @@ def dry_run(options: argparse.Namespace) -> int:
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
     print(
-        f"\n{counted(count, 'resource')}, " + ("all registered and allocated." if is_good else "not all of them well.")
+        f"\n{pluralize(count, 'resource')}, "
+        + ("all registered and allocated." if is_good else "not all of them well.")
     )
     return 0 if is_good else 1
 
@@ -4774,7 +5324,8 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     """The table's rows, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
-    side = DevicePluginSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
@@ -4803,7 +5354,8 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
     if not kubelet.devices(name):
         return ["nothing: it has no slot"], True
     try:
-        _, given = await kubelet.allocate(name)
+        ids, given = await kubelet.allocate(name)
+        await kubelet.start_container(name, ids)
     except Problem:
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
@@ -4821,17 +5373,419 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """What a container sees at CONTAINER, and what the host has in its place."""
     link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
+    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+
+
+# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
+DEFAULT_NAMESPACE = "kube-system"
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
+# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
+# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths={plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+MANIFEST = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+  conf.yaml: |2
+{conf}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager-script
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: smarter-device-manager
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxSurge: 1
+      maxUnavailable: 0
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: smarter-device-manager
+      annotations:
+        smarter-device-manager/script: {digest} # another script is another pod
+    spec:
+      nodeSelector:
+        smarter-device-manager: enabled
+      tolerations:
+        - operator: Exists
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -c
+            - |2
+{install}
+          workingDir: /app
+          env:
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: TMPDIR
+              value: /packages
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+      containers:
+        - name: smarter-device-manager
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -m
+            - smarter_device_manager
+          args:
+            - --plugin-dir=/var/lib/kubelet/device-plugins
+            - --dev-dir=/host/dev
+            - --sys-dir=/host/sys
+            - --listen=:8080
+{options}          workingDir: /app
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+            - name: SMARTER_DEVICE_MANAGER_CONF
+              value: /root/config/conf.yaml
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: PYTHONDONTWRITEBYTECODE
+              value: "1"
+            - name: MALLOC_ARENA_MAX
+              value: "1"
+          ports:
+            - name: http
+              containerPort: 8080
+          startupProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            initialDelaySeconds: 2
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 30
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            periodSeconds: 10
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet:
+              path: /readyz
+              port: http
+            periodSeconds: 5
+            timeoutSeconds: 5
+          resources:
+            requests:
+              cpu: 10m
+              memory: 48Mi
+            limits:
+              memory: 192Mi
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: plugins
+              mountPath: /var/lib/kubelet/device-plugins
+            - name: pod-resources
+              mountPath: /var/lib/kubelet/pod-resources
+              readOnly: true
+            - name: dev
+              mountPath: /host/dev
+              readOnly: true
+              recursiveReadOnly: IfPossible
+            - name: sys-dev
+              mountPath: /host/sys/dev
+              readOnly: true
+            - name: sys-devices
+              mountPath: /host/sys/devices
+              readOnly: true
+            - name: config
+              mountPath: /root/config
+              readOnly: true
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+              readOnly: true
+      volumes:
+        - name: plugins
+          hostPath:
+            path: {plugin_dir}
+            type: Directory
+        - name: pod-resources
+          hostPath:
+            path: {pod_resources}
+            type: DirectoryOrCreate
+        - name: dev
+          hostPath:
+            path: /dev
+            type: Directory
+        - name: sys-dev
+          hostPath:
+            path: /sys/dev
+            type: Directory
+        - name: sys-devices
+          hostPath:
+            path: /sys/devices
+            type: Directory
+        - name: config
+          configMap:
+            name: smarter-device-manager
+        - name: script
+          configMap:
+            name: smarter-device-manager-script
+        - name: packages
+          hostPath:
+            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
+            type: DirectoryOrCreate
+"""
+
+# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
+# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
+    if status:
+        sys.exit(status)
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+
+def print_systemd_unit(options: argparse.Namespace) -> int:
+    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    for path in (sys.executable, f"{folder}/{name}", options.conf):
+        if path.startswith(HOME_FOLDERS):
+            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
+    if options.listen:
+        given.append(f"--listen={tell_address(options.listen)}")
+        network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
+        if options.listen[0] in LOOPBACK:
+            network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
+    print(
+        SYSTEMD_UNIT.format(
+            folder=_systemd_word(folder),
+            module=os.path.splitext(name)[0],
+            python=_systemd_word(sys.executable),
+            plugin_dir=_systemd_word(options.plugin_dir),
+            options="".join(f" {_systemd_word(option)}" for option in given),
+            network=network,
+        ),
+        end="",
+    )
+    return 0
+
+
+def _systemd_word(text: str) -> str:
+    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
+    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
+    what is as it is by default is left out."""
+    shown = {
+        **{path: getattr(options, path) for path in paths},
+        "domain": options.domain,
+        "interval": f"{options.interval:g}",
+        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
+        "log_format": options.log_format,
+    }
+    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
+    defaults.update(interval="1", log_format="text")
+    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def print_manifest(options: argparse.Namespace) -> int:
+    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
+    import hashlib
+
+    print(
+        MANIFEST.format(
+            namespace=options.namespace or DEFAULT_NAMESPACE,
+            image=options.image or DEFAULT_IMAGE,
+            conf=_indented(_read_good_conf(options.conf), 4),
+            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
+            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
+            install=_indented(INSTALL_PACKAGES, 14),
+            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
+            plugin_dir=json.dumps(options.plugin_dir),
+            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _indented(text: str, spaces: int) -> str:
+    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise Problem(
+            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+        ) from None
+
+
+def _read_good_conf(path: str) -> str:
+    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    try:
+        text = read_conf(path) if path else DEFAULT_CONF
+        parse_rules(text)
+    except ConfigError as error:
+        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    except OSError as error:
+        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
+        "        --systemd-unit | --manifest | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
+        "says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
@@ -4875,9 +5829,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
+    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
+    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
     return parser
 
 
@@ -4950,6 +5910,18 @@ def _domain(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
+        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+    return text
+
+
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
@@ -4974,29 +5946,48 @@ def _address(text: str) -> Tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
+    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    least = options.log_level or level
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
+    if (options.image or options.namespace) and not options.manifest:
+        parser.error("--image and --namespace go with --manifest")
+    if options.json and not options.list and options.status is None:
+        parser.error("--json goes with --list and --status")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
+    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": check,
+        "list": show_list,
+        "dry_run": dry_run,
+        "status": show_status,
+        "systemd_unit": print_systemd_unit,
+        "manifest": print_manifest,
+    }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
-    handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
-    logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
-    if mode is serve:
+    try:
+        if mode is not serve:
+            set_up_log(options, logging.StreamHandler(), logging.WARNING)
+            return mode(options)
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
-    try:
-        return mode(options)
+        log_queue = LogQueue()
+        set_up_log(options, log_queue, logging.INFO)
+        with LogWriter(log_queue):
+            return serve(options)
     except Problem as error:
         print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -347,6 +347,10 @@ class Kubelet(sdm.SimulatedKubelet):
 
         return self.do(allocate()).container_responses[0]
 
+    def starts(self, resource: str, *ids: str) -> None:
+        """Ask whether a container with these IDs may start, as before each start of it."""
+        self.do(self.start_container(self.name(resource), ids))
+
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The nodes that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
@@ -1227,7 +1231,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1388,6 +1392,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2630,7 +2727,8 @@ def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
         "long": (1,),
         "most": (2**63 - 1,),
     }
-    sdm._list_message(slot for found in plan.resources.values() for slot in sdm.slots_of(found))
+    for found in plan.resources.values():
+        sdm._list_message(found)
     assert sdm.slots_of(plan.resources["snd"]) == (sdm.Slot("0", True, (0, 1)),)
 
 
@@ -2753,6 +2851,19 @@ def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, m
 
 
 @needs_root
+def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> None:
+    """Another device has its number by now; and it stays Unhealthy for its ten minutes."""
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
+    side = device_side(node, STICK)
+    side.start()
+    node.unplug("stick0")
+    node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("other", minor=7))
+    side.turn()
+    assert side.turn(reread=True) == []
+    assert side.plan.resources["stick0"].devices[0].problem == "it is gone"
+
+
+@needs_root
 def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
     node.rules(STICK)
@@ -2823,7 +2934,7 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
             rule.attributes, sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
         )
         sysfs.numa(sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial)))
-        sysfs.ask_again([serial])
+        sysfs.forget([serial])
     assert max(len(vars(sysfs)[name]) for name in ("_numa", "_answers", "_asked", "_settling")) == 1
 
 
@@ -3332,7 +3443,7 @@ def test_the_size_of_a_list_is_known_before_it_is_made(path: str, slots: int, nu
     )
     device = dataclasses.replace(device, path=path, numa=tuple(numa), problem="it is gone")
     for is_pool in (False, True):
-        message = sdm._list_message(sdm.slots_of(sdm.Resource("a", is_pool, (device,))))
+        message = sdm._list_message(sdm.Resource("a", is_pool, (device,)))
         assert sdm.list_bytes(device, is_pool) == message.ByteSize()
 
 
@@ -3349,7 +3460,7 @@ def test_a_pool_that_grows_beyond_its_list_leaves_the_newcomer_out() -> None:
     assert left(looks.plan) == {newcomer: "the list of its resource's slots would be longer than 4194304 bytes"}
     looks.look(2, conf, [newcomer])
     assert listed(looks.plan) == {"pool": [*there, "e"]}
-    assert sdm._list_message(sdm.slots_of(looks.plan.resources["pool"])).ByteSize() <= sdm.MAX_LIST_BYTES
+    assert sdm._list_message(looks.plan.resources["pool"]).ByteSize() <= sdm.MAX_LIST_BYTES
     looks.look(602, conf, [newcomer])
     assert listed(looks.plan) == {"pool": [newcomer]}
     fresh = offered(conf, snapshot_of(dict.fromkeys([newcomer, *there], "char")))
@@ -4354,7 +4465,7 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+        assert words == sdm.printable(f'smarter-devices/null: no device ID "{wrong[:200]}"')
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -4647,7 +4758,7 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
-OWN_THREADS = 2  # the device side, the kubelet side
+OWN_THREADS = 3  # the device side, the log, the kubelet side
 
 
 def wakes(daemon: Daemon) -> int:
@@ -4825,6 +4936,146 @@ def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: K
     wait_for(lambda: sum(told_registered(daemon.log[before:])) == 200)
     assert daemon.log[before:].count("\n") < 12
     assert len(kubelet.requests) == 400
+    stops_well(daemon, node)
+
+
+# The kernel tells of changes in the folders of /dev. Here, too, the --interval is an hour, so that no poll helps.
+
+
+@needs_root
+def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.rules("- {devicematch: '^(video|bus/usb/.*/|serial/|snd$)', resource: pool}\n")
+    node.plug("bus/usb/001/001")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for turn, work in enumerate(
+        (
+            lambda: node.plug("video0"),
+            lambda: node.plug("bus/usb/001/002"),  # in a folder that was there
+            lambda: node.plug("bus/usb/002/001"),  # in a new one
+            lambda: node.plug("bus/usb/002/002"),  # that is watched by now
+            lambda: node.link("serial/by-id/x", "../../ttyUSB0") and node.plug("ttyUSB0"),
+            lambda: node.plug("snd/a"),
+        ),
+        2,
+    ):
+        work()
+        kubelet.wait_for("pool", Healthy=turn)
+    for turn, path in enumerate(("bus/usb/002/001", "video0", "bus/usb/001/001", "snd/a"), 1):
+        node.unplug(path)
+        kubelet.wait_for("pool", Healthy=7 - turn, Unhealthy=turn)
+    shutil.rmtree(node.dev / "bus")
+    kubelet.wait_for("pool", Healthy=1, Unhealthy=6)
+    node.plug("bus/usb/001/001")  # all these folders are others now
+    kubelet.wait_for("pool", Healthy=2, Unhealthy=5)
+    node.plug("bus/usb/001/003")
+    kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
+    assert kubelet.count("pool") == 1
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """However the changes fall between the looks and the ticks of the clock, the last ones are seen, too."""
+    node.rules("- {devicematch: '^([abc]/)+[0-9]$', resource: pool}\n")
+    node.plug("a/0")
+    start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    rng = random.Random(1)
+    for _ in range(15):
+        for _ in range(rng.randrange(1, 60)):
+            path = "/".join([*rng.choices("abc", k=rng.randrange(1, 4)), str(rng.randrange(3))])
+            if (node.dev / path).exists():
+                node.unplug(path)
+            else:
+                node.plug(path)
+            if rng.random() < 0.2:
+                shutil.rmtree(node.dev / rng.choice("abc") / rng.choice("abc"), ignore_errors=True)
+            time.sleep(rng.choice((0, 0, 0.001, 0.02)))
+        found = {str(path.relative_to(node.dev)) for path in node.dev.rglob("[0-9]")}
+
+        def is_seen(found: set[str] = found) -> bool:
+            return {
+                slot.rpartition(":")[0] for slot, health in kubelet.health("pool").items() if health == "Healthy"
+            } == found
+
+        wait_for(is_seen, lambda found=found: f"{found}; kubelet has {dict(kubelet.health('pool'))}", patience=3.0)
+
+
+@needs_root
+def test_storms_of_changes_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_calm(daemon)
+    storm = node.dev / "storm"
+    before, used, began = wakes(daemon), psutil.Process(daemon.process.pid).cpu_times(), time.monotonic()
+    with Swapping(storm.touch, storm.unlink):
+        for number in range(1, 4):
+            node.plug(f"video{number}")
+            kubelet.wait_for("pool", Healthy=1 + number)
+            assert kubelet.gives("pool", f"video{number}:0")
+        kubelet.down()
+        kubelet.up()
+        wait_ready(kubelet, ["pool"], AT_ONCE)
+        wait_for(lambda: time.monotonic() - began > 2.0)
+        now = psutil.Process(daemon.process.pid).cpu_times()
+        looks, seconds = wakes(daemon) - before, time.monotonic() - began
+    assert looks < 4 * seconds / sdm.REST_SECONDS + 100  # a look wakes the main thread, and what it finds the others
+    assert now.user + now.system - used.user - used.system < 0.5 * seconds
+    wait_calm(daemon)
+
+
+def watched(daemon: Daemon) -> list[str]:
+    """The folders of /dev that the daemon holds open."""
+    folder = f"/proc/{daemon.process.pid}/fd"
+    paths = (os.path.realpath(f"{folder}/{name}") for name in os.listdir(folder))
+    return [path for path in paths if f"{path}/".startswith(f"{daemon.node.dev}/")]
+
+
+@needs_root
+def test_folders_beyond_the_limit_are_left_to_the_poll(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Those in which rules name something come first."""
+    count = sdm.MAX_WATCHED - 3  # and /dev, cpu, usb and usb/1
+    for number in range(count):
+        (node.dev / f"cpu/{number}").mkdir(parents=True)
+    node.plug("usb/1/1")
+    node.rules("- {devicematch: '^(usb/1/.|cpu/.*/x)$', resource: pool}\n")
+    daemon = start("--interval", "3")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == sdm.MAX_WATCHED)
+    assert str(node.dev / "usb/1") in watched(daemon)
+    (far,) = {f"cpu/{number}" for number in range(count)} - {path[len(str(node.dev)) + 1 :] for path in watched(daemon)}
+    began = time.monotonic()
+    node.plug("usb/1/2")
+    kubelet.wait_for("pool", Healthy=2)
+    assert time.monotonic() - began < 1.0
+    node.plug(f"{far}/x")
+    kubelet.wait_for("pool", Healthy=3)
+
+
+@needs_root
+def test_the_watches_take_no_more_than_a_part_of_the_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in range(100):
+        (node.dev / str(number)).mkdir()
+    offer(node, "null")
+    daemon = start(through=["prlimit", "--nofile=256:256"])
+    kubelet.wait_for("null", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == 16)
+    assert str(node.dev) in watched(daemon)
+
+
+@needs_root
+def test_a_signal_for_dev_that_nobody_asked_for_is_a_look_and_no_more(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before = daemon.log
+    for _ in range(100):
+        daemon.process.send_signal(sdm.FOLDER_SIGNAL)
+    wait_calm(daemon)
+    assert daemon.log == before
     stops_well(daemon, node)
 
 
@@ -5214,7 +5465,7 @@ CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
-    "kubelet side, a plan": "sdm.slots_of = fail",
+    "kubelet side, a plan": "sdm.Plugin.update = fail",
     "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
@@ -6608,7 +6859,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     daemon = broken_daemon(node, "sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
-    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -6676,7 +6927,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
@@ -6938,7 +7189,7 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
 def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.counted(number, "slot") == told
+    assert sdm.pluralize(number, "slot") == told
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
