@@ -936,10 +936,12 @@ TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegr
 
 
 class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
+    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
 
     template: str
-    optional: bool
+    optional: bool = False
+    containerpath: str = ""  # template; empty: beside the device, or as on the host
+    permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
@@ -957,30 +959,60 @@ def _compile(node: Node) -> Expression:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
-_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<([0-9]{1,2}|[A-Za-z_]\w*)>|(.?))", re.ASCII | re.DOTALL)
+# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+_REFERENCE = re.compile(
+    r"""
+    \\ (?: (?P<number> [1-9][0-9]? )
+         | g< (?P<group> [0-9]{1,2} | [A-Za-z_]\w* ) >
+         | g<attr: (?P<attribute> [^<>]+ ) >
+         | (?P<wrong> .? ) )
+    """,
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
 
 
-def expand(template: str, match: re.Match[str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds; a group that took no part is empty."""
-    return _REFERENCE.sub(lambda found: match[_group(found)] or "", template)
+def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+
+    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
+    it is one part of a path at the most, and never "." or "..".
+    """
+
+    def replacement(found: re.Match[str]) -> str:
+        if not found["attribute"]:
+            return match[_group(found)] or ""
+        value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
+        return value if value.strip(".") else "_" * len(value)
+
+    return _REFERENCE.sub(replacement, template)
 
 
 def _group(reference: re.Match[str]) -> Union[int, str]:
-    name = reference[1] or reference[2]
+    name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
-        if reference[3] is not None:
-            problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
+        if reference["wrong"] is not None:
+            problem = (
+                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
+            )
+        elif reference["attribute"]:
+            if _is_attribute(reference["attribute"]):
+                continue
+            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 # Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
@@ -1021,9 +1053,10 @@ def _read_template(node: Node) -> str:
 
 def _read_resource(node: Node) -> str:
     text = _read_template(node)
-    domain, slash, name = text.partition("/")
+    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        name = text[len(domain) + 1 :] or "a name"
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1054,7 +1087,7 @@ def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
 def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
+        if not _is_attribute(name.value):
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
@@ -1063,15 +1096,49 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
 def _read_companions(node: Node) -> Tuple[Companion, ...]:
     if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
         raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    found = []
-    for item in node.value:
-        template = _read_template(item)
-        if template.startswith("/") or ".." in template.split("/") or template == "?":
-            raise ConfigError(
-                f"{_shown(template)} must be a path below /dev, such as snd/controlC0", item.line, item.column
-            )
-        found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
-    return tuple(found)
+    return tuple(_read_companion(item) for item in node.value)
+
+
+def _read_companion(node: Node) -> Companion:
+    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
+        raise _wrong(node, "a path below /dev, or a mapping with it")
+    if not isinstance(node.value, Pairs):
+        template = _read_template(node)
+        is_optional = template.endswith("?")
+        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
+    nodes = _nodes_by_key(node, _COMPANION_KEYS)
+    if "path" not in nodes:
+        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+    if _read_template(nodes["path"]).endswith("?"):
+        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
+        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
+    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+
+
+def _read_companion_path(node: Node) -> str:
+    return _check_companion(node, _read_template(node))
+
+
+def _check_companion(node: Node, template: str) -> str:
+    if not template or template.startswith("/") or ".." in template.split("/"):
+        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
+        raise ConfigError(problem, node.line, node.column)
+    return template
+
+
+def _read_optional(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise _wrong(node, "true or false")
+    return node.value
+
+
+_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
+    "path": ("template", _read_companion_path),
+    "containerpath": ("containerpath", _read_containerpath),
+    "optional": ("optional", _read_optional),
+    "permissions": ("permissions", _read_permissions),
+}
 
 
 def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
@@ -1103,6 +1170,7 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
+    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
@@ -1132,31 +1200,43 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 def _parse_rule(node: Node) -> Rule:
     if not isinstance(node.value, Pairs):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in _KEYS:
-            import difflib  # for a wrong conf only
-
-            near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
-        nodes[key.value] = value
+    nodes = _nodes_by_key(node, _KEYS)
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
     match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
         match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    for template in _template_nodes(nodes):
+    templates = list(_template_nodes(nodes))
+    for template in templates:
         _check_template(template, match)
-    return Rule(line=node.line, match=match, **fields)
+    references = (reference for template in templates for reference in _REFERENCE.finditer(template.value))
+    values = dict.fromkeys(reference["attribute"] for reference in references if reference["attribute"])
+    return Rule(line=node.line, match=match, values=tuple(values), **fields)
+
+
+def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
+    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    nodes: Dict[str, Node] = {}
+    for key, value in node.value:
+        if key.value not in keys:
+            import difflib  # for a wrong conf only
+
+            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
+            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+        nodes[key.value] = value
+    return nodes
 
 
 def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
     for key in ("resource", "containerpath"):
         if key in nodes:
             yield nodes[key]
-    if "with" in nodes:
-        yield from nodes["with"].value
+    for item in nodes["with"].value if "with" in nodes else ():
+        if isinstance(item.value, Pairs):
+            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
+        else:
+            yield item
     if "env" in nodes:
         yield from (value for _, value in nodes["env"].value)
 
@@ -1746,10 +1826,12 @@ class AttributeAnswer(NamedTuple):
 
     mismatch: str  # what it has instead; empty: it has them
     held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
     reason: Reason = Reason.ATTRIBUTES  # of a mismatch
 
 
-_Question = Tuple[int, Tuple[Attribute, ...]]  # the generation of a node, and what its device is to have
+# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+_Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
 class Sysfs:
@@ -1787,11 +1869,14 @@ class Sysfs:
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
-        key = (node.entry.generation, attributes)
+    def answer(
+        self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
+    ) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
+        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        key = (node.entry.generation, attributes, names)
         if key not in self._answers:
-            answer = self._ask(attributes, node)
+            answer = self._ask(key, node)
             self._answers[key] = node, answer
             now = time.monotonic()
             if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
@@ -1812,18 +1897,21 @@ class Sysfs:
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
-            answer = self._ask(key[1], node)
+            answer = self._ask(key, node)
             if answer != before:
                 self._answers[key] = node, answer
                 has_changed = True
         return has_changed
 
-    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+    def _ask(self, question: _Question, node: DeviceNode) -> AttributeAnswer:
+        _, attributes, names = question
         chain = list(self.chain(node.entry))
+        if not attributes:
+            return _with_values(AttributeAnswer("", ()), chain, names)
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                return AttributeAnswer("", held)
+                return _with_values(AttributeAnswer("", held), [folder, *chain], names)
         slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
@@ -1831,7 +1919,7 @@ class Sysfs:
             shown = shown_values(chain, attribute.name)
             others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
-        return AttributeAnswer("; ".join(slow + others), (), reason)
+        return AttributeAnswer("; ".join(slow + others), (), reason=reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1914,6 +2002,20 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     return tuple(held)
 
 
+def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterable[str]) -> AttributeAnswer:
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    values, problems = [], []
+    for name in names:
+        value = next(iter(values_of(folders, name)), None)
+        if value is None:
+            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+        elif len(value) > MAX_VALUE:
+            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        else:
+            values.append(HeldAttribute(name, value))
+    return answer._replace(mismatch="; ".join(problems), values=tuple(values))
+
+
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
     """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
     folders = list(chain)
@@ -1969,6 +2071,7 @@ class Part(NamedTuple):
     path: str
     container: str
     optional: bool
+    permissions: str
 
 
 @dataclass(frozen=True)
@@ -2155,10 +2258,11 @@ def make_plan(
         if rule is None or match is None:
             continue
         try:
-            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            values = _template_values(rule, tracked_device, sysfs)
+            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
@@ -2173,6 +2277,25 @@ def make_plan(
             resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+class Overridden(NamedTuple):
+    """A rule that names a device without effect, because another rule has it."""
+
+    rule: Rule
+    device: Device
+
+
+def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    found = []
+    for device in (device for resource in plan.resources.values() for device in resource.devices):
+        named = [
+            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
+        ]
+        lines = [rule.line for rule in named]
+        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
 def _make_resource(
@@ -2295,11 +2418,26 @@ def _follow(
     return None, None, left_out
 
 
+def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    if not rule.values:
+        return {}
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    if not answers:
+        raise NotADevice(Reason.NO_ATTRIBUTES)
+    fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
+    answer = next((answer for answer in fitting if not answer.mismatch), fitting[0])
+    if answer.mismatch:
+        raise NotADevice(answer.reason, why=answer.mismatch)
+    return dict(answer.values)
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
+    values: Mapping[str, str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
@@ -2307,7 +2445,7 @@ def _device(
     """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
-    env.update((name, expand(template, match)) for name, template in rule.env)
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
     nodes = tracked_device.nodes
     numas = {sysfs.numa(node) for node in nodes}
     held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
@@ -2315,7 +2453,7 @@ def _device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match))[tegra:],
+        parts=tuple(_parts(path, rule, match, values))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
@@ -2333,17 +2471,23 @@ def _device(
         return dataclasses.replace(device, problem=str(error))
 
 
-def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
     """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            raise NotADevice(Reason.CONTAINER_PATH, path=place)
-        yield Part(part, place, optional)
+    yield Part(path, _place(container, path), False, rule.permissions)
+    for companion in rule.companions:
+        other = expand(companion.template, match, values)
+        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
+        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+
+
+def _place(container: str, path: str) -> str:
+    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
+    if {"", ".", ".."} & set(place.split("/")[2:]):
+        raise NotADevice(Reason.CONTAINER_PATH, path=place)
+    return place
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2367,7 +2511,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         if part.path == device.path and is_changed:
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
-        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
     return specs
 
 
@@ -4124,6 +4268,25 @@ def _render_rest(document: Document) -> str:
     return text
 
 
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    if not overridden:
+        return ""
+    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
+    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    if winners:
+        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
+        text += "\nRules that later rules override for every device that they name:\n"
+        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
+    return text
+
+
 def _device_text(device: Document) -> str:
     problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
     return f"{device['path']}{problem or _device_details(device)}"
@@ -5308,6 +5471,10 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def overridden(self) -> List[Overridden]:
+        """What rules name without effect, because other rules have it."""
+        return find_overridden(self.plan, self._tracked, self._matcher)
+
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_look = 0.0
@@ -5341,7 +5508,8 @@ class DeviceSide:
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
         self._sysfs.forget(node.entry.generation for node in nodes)
-        there = (node for device in self._tracked.values() if not device.problem for node in device.nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
         has_expired = any(when <= now for when in expiry_times(self._tracked))
         return has_other_attributes or has_expired or gpus != self._gpus
@@ -5670,6 +5838,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
+        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -5709,8 +5878,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(document, indent=2))
         return 0
+    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
+    print(text + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
