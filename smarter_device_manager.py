@@ -2242,6 +2242,12 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
     raise AssertionError("abort() of grpc raises an exception, always")
 
 
+def unix_target(path: str) -> str:
+    """What gRPC is to be given for the Unix socket PATH: it reads a URI. (A comma it takes for the end all the same.)"""
+    escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
+    return f"unix:{escaped.decode()}"
+
+
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty where somebody does."""
     try:
@@ -2296,7 +2302,7 @@ class UnixServer:
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(unix_target(path))
         except RuntimeError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.bind(path)  # grpc does not say why it cannot; this does
@@ -2435,7 +2441,7 @@ class KubeletConnection:
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._path}",
+            unix_target(self._path),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
         is_another = self._last_met not in (None, self.identity)
@@ -3559,7 +3565,7 @@ class PodResources:
     """
 
     def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._target = unix_target(path)
         self._domain = domain
 
     async def holders(self) -> Optional[Holders]:
@@ -4506,7 +4512,7 @@ class SimulatedKubelet:
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
-        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
 
@@ -4523,7 +4529,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -4874,6 +4880,8 @@ def check_plugin_dir(path: str) -> None:
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run shows everything without one)"
         )
+    if "," in path:
+        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -4894,7 +4902,7 @@ def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir)
     devices.start()
     load_grpc()
     thread = KubeletThread(options)
@@ -4985,7 +4993,7 @@ def restart_lean() -> None:
 
 def _look_once(options: argparse.Namespace) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -5176,18 +5184,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = _conf_beside()
     told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
-    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
         "--pod-resources-socket",
         "PATH",
-        os.path.abspath,
+        _path,
         DEFAULT_POD_RESOURCES,
         "the kubelet's socket for the PodResources API, which tells who has what",
     )
-    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
@@ -5226,14 +5234,10 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _conf_beside() -> str:
-    """The path of the conf.yaml beside the script; empty where there is none."""
+def _conf_beside() -> Optional[str]:
+    """The path of the conf.yaml beside the script, if there is one."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else ""
-
-
-def _conf_path(text: str) -> str:
-    return os.path.abspath(text) if text else ""
+    return beside if os.path.lexists(beside) else None
 
 
 def _add(
@@ -5241,7 +5245,7 @@ def _add(
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: str,
+    default: Optional[str],
     told: str,
     *others: str,
 ) -> None:
@@ -5268,6 +5272,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
             raise argparse.ArgumentTypeError(f"{error}{where}") from None
 
     return convert
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError('"" is no path')
+    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
 
 
 def _seconds(text: str) -> float:

@@ -1376,6 +1376,11 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
         ("interval", "-1", '"-1" is no number of seconds'),
         ("domain", "Bad_Domain", '"Bad_Domain" is no domain that kubelet takes'),
         ("domain", "x.kubernetes.io", '"x.kubernetes.io" is no domain that kubelet takes'),
+        ("plugin-dir", "", '"" is no path'),
+        ("dev-dir", "", '"" is no path'),
+        ("sys-dir", "", '"" is no path'),
+        ("pod-resources-socket", "", '"" is no path'),
+        ("conf", "", '"" is no path'),
         ("log-level", "loud", '"loud" is no level: debug, info, warning, error'),
     ],
 )
@@ -1385,8 +1390,10 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     assert done.returncode == 2
     assert done.stderr.count("\n") == 3  # two of usage
     last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {told}" in last
+    assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
     assert variable not in last
+    if not value:
+        return  # as if it were not set
     done = bare("--check", **{variable: value})
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -4158,6 +4165,41 @@ def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["a%41", "50%", "a b?c#d", "[@:;&=+$]", "\u00e9", "\udcff"])
+def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
+    """gRPC is given a URI."""
+    node.plugins = node.root / name
+    node.plugins.mkdir()
+    kubelet = Kubelet(node).up()
+    try:
+        offer(node, "null")
+        start()
+        kubelet.wait_for("null", Healthy=1)
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        kubelet.down()
+        kubelet.up()
+        wait_for(lambda: kubelet.count("null") == 2)
+        assert sorted(path.name for path in node.plugins.iterdir()) == ["kubelet.sock", "smarter-null.sock"]
+        assert not list(node.root.glob("aA*"))
+    finally:
+        kubelet.down()
+
+
+def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """After "unix:" that would be the name of a host."""
+    offer(node, "null")
+    start("--plugin-dir", f"/{node.plugins}")
+    kubelet.wait_for("null", Healthy=1)
+
+
+def test_a_plugin_directory_with_a_comma_is_refused(node: Node) -> None:
+    (node.root / "a,b").mkdir()
+    node.rules("[]")
+    done = node.run("--plugin-dir", f"{node.root}/a,b")
+    assert done.returncode == 1
+    assert f"{node.root}/a,b has a comma" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
     offer(node, "null")
     done = node.run("--plugin-dir", f"{node.root}/nowhere")
@@ -5044,7 +5086,7 @@ CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
-    "kubelet side, a plan": "sdm.Plugin.update = fail",
+    "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
@@ -5806,7 +5848,9 @@ def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
 
 @pytest.mark.parametrize("interval", [0.01, 0.1, 0.5, 1.0, 60.0])
 def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, interval: float) -> None:
-    given = argparse.Namespace(interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev")
+    given = argparse.Namespace(
+        interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev", sys_dir="/sys"
+    )
     thread = sdm.KubeletThread(given)
     thread._loop.close()
     allowed = sdm.MAX_MISSED_HEARTBEATS * max(interval, sdm.LOOK_SECONDS)
@@ -6498,7 +6542,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
@@ -6514,7 +6558,8 @@ def hostile_document() -> dict[str, Any]:
         moment=moment, node=HOSTILE_WORD, domain=HOSTILE_WORD, plan=plan,
         stats=sdm.DeviceSideStats(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
         heartbeats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
-        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0},
+        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0,
+                 "internal_errors": 1, "log_lines_dropped": 1},
         events=[
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
         ],
