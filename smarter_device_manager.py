@@ -2243,7 +2243,7 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
 
 
 def unix_target(path: str) -> str:
-    """What gRPC is to be given for the Unix socket PATH: it reads a URI. (A comma it takes for the end all the same.)"""
+    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 

@@ -5310,6 +5310,78 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     wait_ready(kubelet, ["null", "zero"], 3.0)
 
 
+# Every call is answered
+
+
+def test_every_method_of_the_service_is_one_that_answers() -> None:
+    methods = [name for name in vars(sdm.rpc.DevicePluginServicer) if not name.startswith("_")]
+    assert sorted(methods) == sorted(METHODS)
+    assert all(hasattr(getattr(sdm.Plugin, name), "__wrapped__") for name in methods)
+
+
+UNFORESEEN = {  # a request of each method, and what fails when it is looked at
+    "ListAndWatch": (pb.Empty(), "sdm.ListStream.next"),
+    "GetPreferredAllocation": (
+        pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()]),
+        "sdm.preferred_allocation",
+    ),
+    "Allocate": (
+        pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["video0:0"])]),
+        "sdm.allocate",
+    ),
+    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.device_of"),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("method", UNFORESEEN)
+def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet: Kubelet, method: str) -> None:
+    """The text of the exception is none that gRPC takes, nor one for a terminal; and it is long."""
+    node.plug("video0")
+    node.rules("- devicematch: video\n  resource: pool\n")
+    request, failing = UNFORESEEN[method]
+    text = r"nobody \udcff foresaw\x1b[31m\nINFO this" + " \u20ac" * 5000
+    daemon = broken_daemon(node, f"def fail(*_):\n    raise ValueError('{text}')\n{failing} = fail")
+    wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
+    with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError) as caught:
+        list(itertools.chain(getattr(stub, method)(request, timeout=PATIENCE)))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    words = caught.value.details()
+    assert words.startswith(
+        f"smarter-devices/pool: {method} failed, which is a bug of the plugin: "
+        r"ValueError: nobody \udcff foresaw\x1b[31m\nINFO this \u20ac"
+    )
+    assert words.endswith("\u20ac...") and len(words.encode()) < 3000
+    daemon.says(rf"CRITICAL smarter-devices/pool: {method} failed; this is a bug\n  Traceback \(most recent call last")
+    assert r"  ValueError: nobody \udcff foresaw\x1b[31m" in daemon.log
+    assert "\x1b" not in daemon.log and not re.search("^INFO", daemon.log, re.MULTILINE)
+    status = Status(daemon)
+    assert status.metrics()["internal_errors_total"] >= 1
+    assert any(event["event"] == "internal-error" for event in status.document()["events"])
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """A link's target, and a node in a folder, both of which came after the last look."""
+    node.plug("video0")
+    node.plug("snd/a")
+    node.link("cam", "video0")
+    node.rules("- devicematch: ^(cam|snd)$\n")
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, ["cam", "snd"])
+    node.link("cam", "gone\udcff\x1b[31m")
+    node.plug("snd/b\udcff")
+    assert refusal(kubelet, "cam", "0") == (
+        "UNAVAILABLE",
+        r"smarter-devices/cam: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which is not there",
+    )
+    status, words = refusal(kubelet, "snd", "0")
+    assert status == "UNAVAILABLE"
+    assert r"the name /dev/snd/b\udcff is not UTF-8" in words
+    assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
+
+
 # What the node runs out of
 
 
