@@ -16,11 +16,13 @@ of kubelet are followed.
     smarter_device_manager.py --check           is the conf file good?
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
+    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
-Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
-/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
-stream). What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
+kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
+file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
+socket and stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
@@ -442,33 +445,153 @@ def _shown(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
+# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
+# for it: it is written out here, or refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
-MAX_SLOTS = 10_000
-MAX_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
+MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
+MAX_GROUPS = 1000  # one inside the other, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+
+S = TypeVar("S")
 
 
-class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
-
-    template: str
-    optional: bool
+class ExpressionError(ValueError):
+    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
 
 
-class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
-
-    name: str
-    pattern: str
-    match: re.Pattern[str]
+class SearchTimeout(Exception):
+    """A search took too long, so nobody knows what it would have found."""
 
 
-# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re can have it.
-# Nothing that some version of re reads otherwise, or warns of, is left for it: it is written out here, or refused.
+class _Alarm:
+    """Ends work that takes too long, by an exception that the handler of a signal raises.
+
+    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
+    be such that it may end anywhere. The signal is SIGVTALRM, whose timer counts CPU time: a machine that is busy with
+    something else makes no search take too long.
+    """
+
+    def __init__(self) -> None:
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._is_installed = False
+
+    def limit(self, work: Callable[[], S], seconds: float) -> S:
+        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+
+        For the main thread only. WORK must not call this itself.
+        """
+        if not self._is_installed:
+            signal.signal(signal.SIGVTALRM, self._ring)
+            self._is_installed = True
+        try:
+            self._due = time.thread_time() + seconds
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            return work()
+        finally:
+            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            self._due = 0.0
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _ring(self, *_: object) -> None:
+        if not self._due:
+            return
+        left = self._due - time.thread_time()
+        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            return
+        self._due = 0.0
+        raise SearchTimeout
+
+
+_ALARM = _Alarm()
+
+
+class Expression:
+    """An expression of RE2, searched by Python's re within a limit of CPU time.
+
+    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
+    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Raises ExpressionError."""
+        self.pattern = pattern
+        try:
+            self.compiled = re.compile(translate(pattern), re.ASCII)
+        except ExpressionError as error:
+            raise ExpressionError(f"{_shown(pattern)}: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            problem = getattr(error, "msg", "") or "it is too large"
+            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+        self._slow_texts: Dict[str, None] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expression) and self.pattern == other.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)
+
+    def search(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.search, text)
+
+    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.fullmatch, text)
+
+    def was_slow(self, text: str) -> bool:
+        """Whether a search in TEXT took too long."""
+        return text in self._slow_texts
+
+    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
+        if self.was_slow(text):
+            raise SearchTimeout
+        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
+        try:
+            return _ALARM.limit(lambda: find(text), seconds)
+        except SearchTimeout:
+            if len(self._slow_texts) == MAX_SLOW_TEXTS:
+                del self._slow_texts[next(iter(self._slow_texts))]
+            self._slow_texts[text] = None
+            time.sleep(seconds)
+            raise
+
+
+class Expressions:
+    """Several expressions that are all searched in one text. For the main thread only."""
+
+    def __init__(self, expressions: Iterable[Expression]) -> None:
+        self._expressions = tuple(expressions)
+        self._searches = [expression.compiled.search for expression in self._expressions]
+        self._were_slow = False
+
+    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
+        """What the search for each of them finds in TEXT, or that it took too long."""
+        if not self._were_slow:
+            try:  # one limit for all of them: to set it takes longer than most searches
+                return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
+            except SearchTimeout:
+                self._were_slow = True
+                time.sleep(SEARCH_SECONDS)
+        return [_outcome(expression, text) for expression in self._expressions]
+
+
+def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
+    try:
+        return expression.search(text)
+    except SearchTimeout:
+        return SearchTimeout()  # without a traceback, for it is kept
+
+
+# The translation.
+
 _POSIX_CLASSES = {  # the first and last character of each range
     "alnum": "09AZaz",
     "alpha": "AZaz",
@@ -501,142 +624,275 @@ _CHARACTER = re.compile(
 _REGEX_TOKEN = re.compile(
     r"""
       (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
-    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | <?[=!] ) | (?!\?) ) )
+    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<close> \) )
     | (?P<or> \| )
-    | (?P<repeat> (?: [*+?] | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \} ) \?? )
+    | (?P<repeat> (?: [*+?] | \{ (?P<min> 0|[1-9][0-9]* ) (?P<to> , (?P<max> 0|[1-9][0-9]* )? )? \} ) \?? )
     | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
-class _Untranslatable(ValueError):
-    """An expression that is none of RE2, or that Python's re cannot take over; the text says what to write instead."""
+class _Part(NamedTuple):
+    """A part of an expression, translated, and what must be known of it to repeat it."""
+
+    text: str
+    may_be_empty: bool  # whether it can match without taking a character
+    may_take: bool  # whether it can take one
+    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    instructions: int = 1  # that Go compiles it to
+
+
+class _Group:
+    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+
+    def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
+        self.opening = opening
+        self.flags = flags  # in force for each further atom
+        self.parts: List[_Part] = []
+        self._alternatives: List[_Part] = []
+        self._is_look_around = is_look_around
+
+    def end_alternative(self) -> None:
+        """Begin the next alternative."""
+        self._alternatives.append(
+            _Part(
+                "".join(part.text for part in self.parts),
+                all(part.may_be_empty for part in self.parts),
+                any(part.may_take for part in self.parts),
+                max((part.repeats for part in self.parts), default=1),
+                max(1, sum(part.instructions for part in self.parts)),
+            )
+        )
+        self.parts = []
+
+    def close(self, closing: str) -> _Part:
+        """The whole group as one part."""
+        self.end_alternative()
+        return _Part(
+            self.opening + "|".join(part.text for part in self._alternatives) + closing,
+            self._is_look_around or any(part.may_be_empty for part in self._alternatives),
+            not self._is_look_around and any(part.may_take for part in self._alternatives),
+            max(part.repeats for part in self._alternatives),
+            sum(part.instructions + 1 for part in self._alternatives) + 1,
+        )
 
 
 def translate(pattern: str) -> str:
     """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
 
-    Look-around is taken too, which only Python has. Raises ValueError for what Python cannot express and for most of
-    what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
+    of what RE2 refuses; the rest of that is left for re.compile to refuse.
     """
-    out: List[str] = []
-    scopes: List[FrozenSet[str]] = [frozenset()]  # the flags in force in each open group, for each atom
+    groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
         assert token  # its last alternative takes any character
-        kind, text, position = token.lastgroup, token[0], token.end()
+        kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
-            position, text = _translate_atom(pattern, token.start(), scopes[-1])
+            position, part = _translate_atom(pattern, token.start(), group.flags)
+            group.parts.append(part)
+        elif kind == "flags" and token["scope"] == ")":
+            group.flags = _flags(token, group.flags)
         elif kind == "flags":
-            flags = _flags(token, scopes[-1])
-            text = "(?:" if token["scope"] == ":" else ""
-            if text:
-                scopes.append(flags)
-            else:
-                scopes[-1] = flags
+            groups.append(_Group("(?:", _flags(token, group.flags)))
         elif kind == "open":
-            scopes.append(scopes[-1])
-            text = f"(?P<{token['name']}>" if token["name"] else text
+            opening = f"(?P<{token['name']}>" if token["name"] else token[0]
+            groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise _Untranslatable(f"{text} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do")
-        elif kind == "close" and len(scopes) > 1:
-            scopes.pop()
-        elif kind == "repeat":
-            _check_repeat(text, is_repeatable)
+            raise ExpressionError(
+                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
+            )
+        elif kind == "close" and len(groups) > 1:
+            groups.pop()
+            groups[-1].parts.append(group.close(")"))
+        elif kind == "close":
+            group.parts.append(_assertion(")"))  # re refuses it
+        elif kind == "or":
+            group.end_alternative()
+        elif not is_repeatable:
+            raise ExpressionError(
+                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+            )
+        else:
+            group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
-        out.append(text)
-    return "".join(out)
+        if len(groups) > MAX_GROUPS:
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
+    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
 
 
-def _check_repeat(text: str, is_repeatable: bool) -> None:
-    if not is_repeatable:
-        raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
-    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{_shown(text)} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+def _repeat(part: _Part, token: re.Match[str]) -> _Part:
+    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    text = token[0]
+    least, most = _bounds(token)  # most: None where there is no limit
+    copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
+    instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
+    if copies > MAX_REPEATS:
+        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+    if instructions > MAX_INSTRUCTIONS:
+        raise ExpressionError(f"{text} makes it too large for Go")
+    if part.may_be_empty and part.may_take and (most is None or most - least > 1):
+        raise ExpressionError(
+            f"{text} repeats what may be empty, which Go and Python understand differently; "
+            f"let it take a character at least, such as (a+)* for (a*)*"
+        )
+    if part.may_take:
+        written = part.text + text
+    elif least:
+        written = part.text  # a place is no other the second time; and re repeats none
+    else:
+        is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
+        written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
+    return _Part(written, part.may_be_empty or not least, part.may_take and most != 0, copies, max(1, instructions))
+
+
+def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
+    """How often TOKEN repeats at least and at most; None: without limit."""
+    if not token["min"]:
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
+    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+    least = int(token["min"])
+    most = int(token["max"]) if token["max"] else None if token["to"] else least
+    if most is not None and most < least:
+        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+    return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
     return before.union(on) - set(off)
 
 
-def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
     """What stands at POSITION for one character or one place, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
-    if char in ".^$":
-        flag = "s" if char == "." else "m"
-        return position + 1, f"(?{flag}:{char})" if flag in flags else {".": ".", "^": r"\A", "$": r"\Z"}[char]
+    if char in "^$":
+        return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
-    if char == "[":
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+    named = _NAMED_CLASS.match(pattern, position)
+    if char == ".":
+        position, text = position + 1, "(?s:.)" if "s" in flags else "."
+    elif char == "[":
         position, text = _translate_class(pattern, position, flags)
+    elif named:
+        position, text = named.end(), _write_class(_named_ranges(named, flags), is_negated=False)
     else:
-        named = _NAMED_CLASS.match(pattern, position)
-        text = f"[{_expand_class(named, flags)}]" if named else ""
-        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
-        text = text or _literal(char)
-    return position, f"(?i:{text})" if "i" in flags else text
+        position, char = _read_char(pattern, position, flags)
+        is_letter = "i" in flags and char.isalpha() and char.isascii()
+        text = _write_class(_fold([(ord(char), ord(char))]), is_negated=False) if is_letter else _literal(char)
+    return position, _Part(text, may_be_empty=False, may_take=True)
+
+
+def _assertion(text: str) -> _Part:
+    return _Part(text, may_be_empty=True, may_take=False)
 
 
 def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
-    opening = "[^" if pattern.startswith("[^", position) else "["
-    out = [opening]
-    position = first = position + len(opening)
-    while position < len(pattern) and (pattern[position] != "]" or position == first):
+    """The [class] at POSITION, and where it ends."""
+    is_negated = pattern.startswith("[^", position)
+    position = first = position + len("[^" if is_negated else "[")
+    ranges: Ranges = []
+    while pattern[position : position + 1] != "]" or position == first:
         named = _NAMED_CLASS.match(pattern, position)
+        if position >= len(pattern):
+            return position, "["  # re refuses it
         if named:
-            position, text = named.end(), _expand_class(named, flags)
-        else:
-            position, char = _read_char(pattern, position, flags)
-            text = _literal(char)
-            if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-                position, last = _read_char(pattern, position + 1, flags)
-                text += "-" + _literal(last)
-                if last < char:
-                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
-        out.append(text)
-    return position + 1, "".join(out) + pattern[position : position + 1]
+            position = named.end()
+            ranges += _named_ranges(named, flags)
+            continue
+        position, low = _read_char(pattern, position, flags)
+        high = low
+        if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
+            position, high = _read_char(pattern, position + 1, flags)
+            _check_range(low, high, flags)
+        chosen = [(ord(low), ord(high))]
+        ranges += _fold(chosen) if "i" in flags else chosen
+    return position + 1, _write_class(ranges, is_negated)
 
 
-def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
-    r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
+def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
+    if high < low:
+        raise ExpressionError(f"the range {low}-{high} runs backwards")
+    if "i" in flags and not high.isascii():
+        raise ExpressionError(
+            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+        )
+
+
+def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
+    r"""The characters that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
     if named["perl"]:
         is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
         bounds = _POSIX_CLASSES[name]
-    if is_negated and "i" in flags and bounds in ("AZ", "az"):
-        bounds = "AZaz"  # what is left out is left out in either case
-    codes = [ord(char) for char in bounds]
-    if is_negated:
-        codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
-    ranges = [(low, high) for low, high in zip(codes[::2], codes[1::2]) if low <= high]
-    return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
+    ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
+    if "i" in flags:
+        ranges = _fold(ranges)
+    return _complement(ranges) if is_negated else ranges
+
+
+def _fold(ranges: Ranges) -> Ranges:
+    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
+    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    found = list(ranges)
+    for low, high in ranges:
+        for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
+            if low <= last and high >= first:
+                found.append((max(low, first) + other, min(high, last) + other))
+    for letter, third in ((ord("k"), 0x212A), (ord("s"), 0x017F)):
+        if any(low <= letter <= high for low, high in found):
+            found.append((third, third))
+    return found
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    """All characters that are not in RANGES, in sorted order."""
+    found, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            found.append((start, low - 1))
+        start = max(start, high + 1)
+    return [*found, (start, sys.maxunicode)] if start <= sys.maxunicode else found
+
+
+def _write_class(ranges: Ranges, is_negated: bool) -> str:
+    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    others = _complement(ranges)
+    ranges = _complement(others)
+    if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
+        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+    if not ranges:
+        return r"[\s\S]" if is_negated else r"[^\s\S]"
+    written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
+    return f"[{'^' if is_negated else ''}{''.join(written)}]"
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
-        raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
+        raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
     char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
     if not char:
         code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
         if code > sys.maxunicode:
-            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
+            raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
-        raise _Untranslatable(
+        raise ExpressionError(
             f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
@@ -659,16 +915,36 @@ def _literal(char: str) -> str:
     return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
 
 
-def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
-    """The expression that NODE of the conf holds, as written and compiled."""
-    text = _text(node)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
+# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+MAX_SLOTS = 10_000
+TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+
+
+class Companion(NamedTuple):
+    """A node that goes along with a device: a template of its path below /dev."""
+
+    template: str
+    optional: bool
+
+
+class Attribute(NamedTuple):
+    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+
+    name: str
+    match: Expression
+
+
+def _compile(node: Node) -> Expression:
+    """The expression that NODE of the conf holds."""
     try:
-        return text, re.compile(translate(text), re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = getattr(error, "msg", "") or "it is too large"
-        raise ConfigError(f"{_shown(text)} is no regular expression: {problem}", node.line, node.column) from None
-    except _Untranslatable as error:
-        raise ConfigError(f"{_shown(text)}: {error}", node.line, node.column) from None
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise ConfigError(str(error), node.line, node.column) from None
 
 
 # Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
@@ -685,13 +961,13 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
+def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference[3] is not None:
             problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
         else:
             group = _group(reference)
-            if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
+            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
@@ -758,7 +1034,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, *_compile(value)))
+        found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
 
@@ -796,7 +1072,7 @@ class Rule:
     """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
 
     line: int  # of the conf file
-    match: re.Pattern[str]  # searched in a path below /dev
+    match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
@@ -840,9 +1116,9 @@ def _parse_rule(node: Node) -> Rule:
         nodes[key.value] = value
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])[1]
+    match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
-        match = re.compile(rf"^{TEGRA}([0-9]+)\Z", re.ASCII)
+        match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
     for template in _template_nodes(nodes):
         _check_template(template, match)
@@ -864,11 +1140,13 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
+    expressions = Expressions(rule.match for rule in rules)
     for path, rule in last.items():
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
-            follows = next(other for other in reversed(rules) if other.match.search(path))
-            if follows is rule:
+            found = expressions.search(path)
+            last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
+            if last_rule and last_rule[0] is rule:
                 raise clash(pool, rule, path)
 
 
@@ -1005,8 +1283,9 @@ DEFAULT_CONF = r"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
-# algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
+# Devices: what stands below /dev, and what sysfs knows of it. One look at /dev is plain data (Snapshot), and resolve()
+# is one algorithm over such data or over /dev itself (LiveTree). The chapters below rely on it never to lead to a node
+# outside /dev, nor through a folder where others than root may write.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
@@ -1022,12 +1301,52 @@ _KINDS = {
 }
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+
+
+class Reason(enum.Enum):
+    """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
+
+    GONE = "other", "it is gone"
+    SWAPPED = "other", "another device stands there since just now"
+    COMPANION = "other", "it goes with /dev/{path}: {why}"
+    LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
+    LINK_CIRCLE = "link", "a link that leads in a circle"
+    LINK_CLIMBS_OUT = "link", "a link that leaves /dev"
+    LINK_OUT = "link", "a link to {target}, which leaves /dev"
+    LINK_TO_DEV = "link", "a link to all of /dev"
+    THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
+    UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
+    EMPTY_FOLDER = "folder", "a folder that holds no device node"
+    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
+    FILE_SYSTEM = "file_system", "another file system"
+    MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
+    NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
+    NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
+    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
+    NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
+    CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'
+    SAME_PLACE = "container_path", "{one} and {other} would both be {path} in the container"
+    ATTRIBUTES = "attributes", "{why}"
+    PATTERN_TIMEOUT = "pattern_timeout", "{why}"
+    NO_ATTRIBUTES = "attributes", "a Tegra's GPU has no attributes"
+    SAME_NODE = "duplicate", "its pool offers the same node already, as /dev/{path}"
+    LIST_TOO_LONG = "list_too_long", "the list of its resource's slots would be longer than {limit} bytes"
+
+    def __init__(self, label: str, template: str) -> None:
+        self.label = label
+        self.template = template
 
 
 class NotADevice(Exception):
     """A path names no device; the text says why, to follow the path and a colon."""
+
+    def __init__(self, reason: Reason, **details: object) -> None:
+        super().__init__(reason.template.format(**details))
+        self.reason = reason
 
 
 class Entry(NamedTuple):
@@ -1038,6 +1357,7 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which others than root may make names
+    error: str = ""  # why a folder cannot be listed
     generation: int = 0  # another one whenever this name came to stand for something else
 
 
@@ -1052,7 +1372,7 @@ class DeviceNode(NamedTuple):
 class Tree(Protocol):
     """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
 
-    def look(self, path: str) -> Optional[Entry]: ...
+    def entry(self, path: str) -> Optional[Entry]: ...
 
     def names(self, path: str) -> Sequence[str]: ...
 
@@ -1064,7 +1384,7 @@ class Snapshot:
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
@@ -1078,24 +1398,25 @@ class Snapshot:
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
 
-    Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
+    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
+    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
-    entry = tree.look(real)
+    entry = tree.entry(real)
     if entry is None:
-        raise NotADevice("it is gone")
+        raise NotADevice(Reason.GONE)
     if not real:
-        raise NotADevice("a link to all of /dev")
+        raise NotADevice(Reason.LINK_TO_DEV)
     if entry.kind == MOUNT:
-        raise NotADevice("another file system")
+        raise NotADevice(Reason.FILE_SYSTEM)
     if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(f"a {entry.kind}, not a device")
+        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     nodes = list(_nodes_below(tree, real))
     if not nodes:
-        raise NotADevice("a folder that holds no device node")
+        raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
         if not name.isascii() and not _is_utf8(name):
-            raise NotADevice(f"the name /dev/{name} is not UTF-8, and kubelet takes no other")
+            raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
@@ -1108,13 +1429,23 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP; no link in it is followed."""
+    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+
+    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
+    find nodes in another file system.
+    """
     todo = [top]
     while todo:
         path = todo.pop()
-        entry = tree.look(path)
+        entry = tree.entry(path)
         if entry and entry.kind in NODES:
             yield DeviceNode(path, path[len(top) :], entry)
+        elif entry and entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=path)
+        elif entry and entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
+        elif entry and entry.error:
+            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
         elif entry and entry.kind == FOLDER:
             todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
 
@@ -1127,29 +1458,29 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     while todo:
         name = todo.pop()
         if name == ".." and not done:
-            raise NotADevice("a link that leaves /dev")
+            raise NotADevice(Reason.LINK_CLIMBS_OUT)
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        here = "/".join([*done, name])
-        entry = tree.look(here)
+        folder = "/".join(done)
+        here = _join(folder, name)
+        entry = tree.entry(here)
         if entry is None:
-            raise NotADevice(f"a link to /dev/{here}, which is not there" if links else "it is gone")
+            raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
+        parent = tree.entry(folder)
+        if parent is None or parent.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=folder)
         if entry.kind != LINK:
             if todo and entry.kind != FOLDER:
-                raise NotADevice(f"a path through /dev/{here}, which is a {entry.kind}")
+                raise NotADevice(Reason.THROUGH, path=here, kind=entry.kind)
             done.append(name)
             continue
         links += 1
-        for depth in range(len(done) + 1):
-            folder = tree.look("/".join(done[:depth]))
-            if folder is None or folder.untrusted:
-                raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
         if links > MAX_LINKS:
-            raise NotADevice("a link that leads in a circle")
+            raise NotADevice(Reason.LINK_CIRCLE)
         target, inside = entry.target, _inside(entry.target, dev_dir)
         if inside is None:
-            raise NotADevice(f"a link to {target}, which leaves /dev")
+            raise NotADevice(Reason.LINK_OUT, target=target)
         done = done if inside == target else []
         todo += inside.split("/")[::-1]
     return "/".join(done)
@@ -1200,14 +1531,14 @@ class LiveTree:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
             self._entries[path] = self._open(path)
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
         parent, _, name = path.rpartition("/")
-        if self.look(parent) is None or parent not in self._folders:
+        if self.entry(parent) is None or parent not in self._folders:
             return None
         try:
             descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
@@ -1337,7 +1668,7 @@ class Scanner:
         if before is None:
             return entry._replace(generation=next(self._generations))
         remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before[:-1] == entry[:-1] and not remade:  # all but the generation
+        if before == entry._replace(generation=before.generation) and not remade:
             return before
         self._flapped.append(path)
         return entry._replace(generation=next(self._generations))
@@ -1373,7 +1704,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
         entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
     for path, listing in listings.items():
         if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(kind=f"folder that cannot be listed ({listing.problem})")
+            entries[path] = entries[path]._replace(error=listing.problem)
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
@@ -1384,8 +1715,16 @@ class HeldAttribute(NamedTuple):
     value: str
 
 
+class AttributeAnswer(NamedTuple):
+    """Whether a device has the attributes that a rule asks for."""
+
+    mismatch: str  # what it has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
 class Sysfs:
-    """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
+    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
@@ -1393,21 +1732,19 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
-        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[HeldAttribute, ...]] = {}
+        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
+        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
 
-    def forget(self, serials: Iterable[int]) -> bool:
-        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
-        there were such, so that attribute_mismatch() may say something else now."""
-        keep = set(serials)
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
+        answer() has another one now."""
+        keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
-        has_mismatches = any(self._mismatches.values())
-        self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
-        self._held = {key: held for key, held in self._held.items() if key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
-        return has_mismatches
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
+        self._settling &= self._answers.keys()
+        return self._renew(self._answers)
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1415,52 +1752,54 @@ class Sysfs:
         if generation not in self._numa:
             values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[generation] = next(known, None)
+            self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
-        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
-        else what it has instead."""
+    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
         key = (node.entry.generation, attributes)
-        mismatch = self._mismatches.get(key)
-        if mismatch is None:
-            mismatch = self._mismatches[key] = self._find_mismatch(attributes, node)
+        if key not in self._answers:
+            answer = self._ask(attributes, node)
+            self._answers[key] = node, answer
             now = time.monotonic()
-            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
-                self._settling[key] = node
-        return mismatch
-
-    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
-        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
-        keys = ((node.entry.generation, attributes) for node in nodes)
-        return next((self._held[key] for key in keys if self._mismatches.get(key) == ""), ())
+            if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
+                self._settling.add(key)
+        return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
+        """Whether a node that is new has by now other attributes than when answer() was asked."""
+        has_changed = self._renew(self._settling)
         now = time.monotonic()
-        has_changed = False
-        for key, node in list(self._settling.items()):
-            mismatch = self._find_mismatch(key[1], node)
-            if mismatch != self._mismatches.get(key):
-                self._mismatches[key] = mismatch
-                has_changed = True
-            if not mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
-                del self._settling[key]
+        for key in list(self._settling):
+            if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                self._settling.remove(key)
         return has_changed
 
-    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
+        """Ask anew for KEYS; whether an answer is another one now."""
+        has_changed = False
+        for key in keys:
+            node, before = self._answers[key]
+            answer = self._ask(key[1], node)
+            if answer != before:
+                self._answers[key] = node, answer
+                has_changed = True
+        return has_changed
+
+    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
         chain = list(self.chain(node.entry))
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                self._held[node.entry.generation, attributes] = held
-                return ""
-        told = []
+                return AttributeAnswer("", held)
+        slow, others = [], []
         for attribute in attributes:
-            told.append(
-                f"its {attribute.name} is {shown_values(chain, attribute.name)} (asked for: {attribute.pattern})"
-            )
-        return "; ".join(told)
+            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+                slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
+            shown = shown_values(chain, attribute.name)
+            others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
+        return AttributeAnswer("; ".join(slow + others), (), reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1477,9 +1816,9 @@ class Sysfs:
         found = []
         for folder in self.chain(entry):
             values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            telling = {name: value for name, value in values.items() if value and _is_telling(value)}
-            if telling:
-                found.append((folder, telling))
+            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+            if usable:
+                found.append((folder, usable))
         return found
 
     def tegra_gpus(self) -> List[str]:
@@ -1524,9 +1863,9 @@ def _attribute_names(folder: str) -> List[str]:
     return sorted({*files, *links} - {"dev", "uevent"})
 
 
-def _is_telling(value: str) -> bool:
+def _is_usable(value: str) -> bool:
     """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
 def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
@@ -1534,7 +1873,10 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     held = []
     for attribute in attributes:
         value = read_attribute(folder, attribute.name)
-        if value is None or not attribute.match.fullmatch(value):
+        try:
+            if value is None or not attribute.match.fullmatch(value):
+                return ()
+        except SearchTimeout:
             return ()
         held.append(HeldAttribute(attribute.name, value))
     return tuple(held)
@@ -1554,17 +1896,23 @@ def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]
 
 def shown_values(folders: Iterable[str], name: str) -> str:
     """The values that the attribute NAME has in FOLDERS, in words."""
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
+
+
+def values_of(folders: Iterable[str], name: str) -> List[str]:
+    """The values that the attribute NAME has in FOLDERS, of those that have it."""
     values = (read_attribute(folder, name) for folder in folders)
-    return " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
+    return [value for value in values if value is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules x what stands below /dev -> resources by name. Immutable data and pure functions (sysfs is only asked for
-# nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
+# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
+# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 T = TypeVar("T")
 
@@ -1631,7 +1979,13 @@ class LeftOut(NamedTuple):
 
     path: str
     line: int
-    reason: str
+    reason: Reason
+    text: str  # of the reason
+
+    @classmethod
+    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
+        """What ERROR says of PATH, which the rule of LINE names."""
+        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1641,10 +1995,9 @@ class Plan:
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
     unused: Tuple[Rule, ...]  # rules that matched nothing
-    clashes: Tuple[ConfigError, ...]  # pools with the name of a device
 
 
-EMPTY_PLAN = Plan({}, (), (), ())
+EMPTY_PLAN = Plan({}, (), ())
 
 
 @dataclass(frozen=True)
@@ -1656,36 +2009,40 @@ class TrackedDevice:
     since: float
 
 
-Named = Sequence[Tuple[Rule, re.Match[str]]]
+Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
+    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
+    since /dev's names hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
         self._matches: Dict[str, Named] = {}
+        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
+        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
+        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
+        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
         """The rules that name the PATH of something below /dev."""
         found = self._matches.get(path)
         if found is None:
-            found = self._matches[path] = self._search(path, is_gpu=False)
+            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
         return found
 
     def gpu(self, name: str) -> Named:
         """The rules that name the GPU NAME of a Tegra."""
-        return self._search(name, is_gpu=True)
-
-    def _search(self, path: str, is_gpu: bool) -> Named:
-        rules = (rule for rule in reversed(self.rules) if (rule.pattern == TEGRA) == is_gpu)
-        pairs = ((rule, rule.match.search(path)) for rule in rules)
-        return tuple((rule, match) for rule, match in pairs if match)
+        return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered of all but PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
+
+
+def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
+    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
 TrackedDevices = Mapping[str, TrackedDevice]
@@ -1696,16 +2053,16 @@ def track(
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
     """The devices that rules name, those that went lately among them, and the paths that are none.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, str] = {}
+    problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
         if path and matcher(path):
             try:
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
-                problems[path] = str(error)
+                problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
     new: Dict[str, TrackedDevice] = {}
     for path, nodes in found.items():
@@ -1716,119 +2073,225 @@ def track(
         if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
             if now - since < EXPIRY_SECONDS:
-                new[path] = TrackedDevice(before.nodes, problems.pop(path, "it is gone"), since)
-    left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
+                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
+                new[path] = TrackedDevice(before.nodes, problem, since)
+    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
     return new, left_out
 
 
 def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each device of SIGHTINGS that is gone is to be offered no more."""
-    return (device_seen.since + EXPIRY_SECONDS for device_seen in tracked.values() if device_seen.problem)
+    """When each of the TRACKED devices that is gone is to be offered no more."""
+    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
 
 
-def _named(path: str, device_seen: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that was sighted at PATH."""
-    return matcher(path) if device_seen.nodes else matcher.gpu(path)
+def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
+    """The rules that name the device that is tracked at PATH."""
+    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+
+
+class Claim(NamedTuple):
+    """A device, and how it is to be offered under a resource's name."""
+
+    device: Device
+    is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
+    is_gone: bool
+    nodes: Tuple[DeviceNode, ...]  # none while it is gone
 
 
 def make_plan(
     tracked: TrackedDevices,
     left_out: Iterable[LeftOut],
+    previous: Plan,
     snapshot: Snapshot,
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
 ) -> Plan:
-    """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
+    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    """
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    own: Dict[str, Device] = {}
-    pools: Dict[str, List[Device]] = {}
+    claims: Dict[str, List[Claim]] = {}
     for path in sorted(tracked):
-        device_seen = tracked[path]
-        named = _named(path, device_seen, matcher)
+        tracked_device = tracked[path]
+        named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, device_seen, named, sysfs)
+        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
         problems += mismatches
         if rule is None or match is None:
             continue
-        name = resource_name(expand(rule.resource, match) if rule.resource else path)
-        device = _device(path, device_seen, rule, match, snapshot, sysfs, dev_dir)
-        if not name:
-            problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
-        elif isinstance(device, str):
-            problems.append(LeftOut(path, rule.line, device))
-        elif rule.resource:
-            pools.setdefault(name, []).append(device)
-        elif name in own:
-            taken = f"its resource's name {name} is taken by /dev/{own[name].path}"
-            problems.append(LeftOut(path, rule.line, taken))
-        else:
-            own[name] = device
-    clashes = []
-    by_line = {rule.line: rule for rule in matcher.rules}
-    for name in sorted(own.keys() & pools.keys()):
-        device = own.pop(name)
-        error = clash(by_line[pools[name][0].line], by_line[device.line], device.path)
-        clashes.append(error)
-        problems.append(LeftOut(device.path, device.line, str(error)))
-    resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
-    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
+        try:
+            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            if not name:
+                raise NotADevice(Reason.NO_NAME)
+            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+        except NotADevice as error:
+            problems.append(LeftOut.of(path, rule.line, error))
+            continue
+        is_gone = bool(tracked_device.problem)
+        claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
+        claims.setdefault(name, []).append(claim)
+    resources: Dict[str, Resource] = {}
+    for name in sorted(claims):
+        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
+        problems += losers
+        if resource.devices:
+            resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
+    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _make_resource(
+    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+) -> Tuple[Resource, Sequence[LeftOut]]:
+    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    winners, losers = _choose(name, claims, previous)
+    is_pool = winners[0].is_pool
+    if is_pool:
+        winners, doubles = _once_each(winners)
+        losers += doubles
+    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
+    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+    losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
+    return Resource(name, is_pool, devices), losers
+
+
+def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+
+    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
+    unchanged, then the first path in sorted order.
+    """
+    holder = previous.devices[0].path if previous and not previous.pool else ""
+
+    def order(claim: Claim) -> Tuple[object, ...]:
+        path = claim.device.path
+        return path != holder, claim.is_gone, path != name, path
+
+    pool = [claim for claim in claims if claim.is_pool]
+    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    if pool and not (own and own[0].device.path == holder):
+        winners, losers = pool, own
+        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
+    else:
+        winners, losers = own[:1], own[1:] + pool
+        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
+    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+
+
+def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these."""
+    kept: List[Claim] = []
+    doubles: List[LeftOut] = []
+    paths: Dict[int, str] = {}  # by the node's generation
+    for claim in claims:
+        nodes = [node.entry.generation for node in claim.nodes]
+        path = next((paths[node] for node in nodes if node in paths), None)
+        if path is None:
+            kept.append(claim)
+            paths.update((node, claim.device.path) for node in nodes)
+        else:
+            error = NotADevice(Reason.SAME_NODE, path=path)
+            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+    return kept, doubles
+
+
+def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
+    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+
+    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    """
+    offered = {device.path for device in previous.devices} if previous else set()
+    room = MAX_LIST_BYTES
+    too_many = {}
+    for device in sorted(devices, key=lambda device: device.path not in offered):
+        size = list_bytes(device, is_pool)
+        if size > room:
+            too_many[device.path] = device.line
+        else:
+            room -= size
+    return too_many
+
+
+def list_bytes(device: Device, is_pool: bool) -> int:
+    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+
+    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    """
+    nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
+    rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
+    prefix = len(f"{device.path}:".encode()) if is_pool else 0
+    size, first, digits = 0, 0, 1
+    while first < device.slots:  # the slots whose numbers have so many digits
+        end = min(device.slots, 10**digits)
+        size += (end - first) * _field_bytes(_field_bytes(prefix + digits) + rest)
+        first, digits = end, digits + 1
+    return size
+
+
+def _field_bytes(length: int) -> int:
+    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    return 1 + _varint_bytes(length) + length
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
 
 
 def _follow(
-    path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
-    mismatches: List[LeftOut] = []
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
+    it."""
+    left_out: List[LeftOut] = []
     for rule, match in named:
-        reasons = (
-            [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
-        )
-        if "" in reasons:
-            return rule, match, mismatches
-        mismatches.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
-    return None, None, mismatches
+        if isinstance(match, SearchTimeout):
+            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+        elif not rule.attributes:
+            return rule, match, left_out
+        else:
+            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
+            if any(answer.held for answer in answers):
+                return rule, match, left_out
+            error = (
+                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+            )
+        left_out.append(LeftOut.of(path, rule.line, error))
+    return None, None, left_out
 
 
 def _device(
     path: str,
-    device_seen: TrackedDevice,
+    tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
-) -> Union[Device, str]:
-    """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
-    folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    parts = []
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            return f'its path in a container would be "{place}"'
-        parts.append(Part(part, place, optional))
+) -> Device:
+    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match)) for name, template in rule.env)
+    nodes = tracked_device.nodes
+    numas = {sysfs.numa(node) for node in nodes}
+    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(parts[tegra:]),
+        parts=tuple(_parts(path, rule, match))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
-        numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
-        identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
-        attributes=sysfs.held(rule.attributes, device_seen.nodes) if rule.attributes else (),
+        numa=tuple(sorted(numa for numa in numas if numa is not None)),
+        identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
+        attributes=next(filter(None, held), ()),
         specs=(),
-        problem=device_seen.problem,
-        since=device_seen.since,
+        problem=tracked_device.problem,
+        since=tracked_device.since,
     )
     if device.problem:
         return device
@@ -1836,6 +2299,19 @@ def _device(
         return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
+
+
+def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    folder = container if container.endswith("/") else ""
+    wanted = [(path, container, False)]
+    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
+    for part, base, optional in wanted:
+        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        yield Part(part, place, optional)
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -1854,10 +2330,10 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
                 continue
             if part.path == device.path:
                 raise
-            raise NotADevice(f"it goes with /dev/{part.path}: {error}") from None
+            raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
-            raise NotADevice("another device stands there since just now")
+            raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
     return specs
@@ -1870,12 +2346,12 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
-            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
     if all(container in given for _, container in spec.nodes):
         return
     for other in specs:
         if other.container == spec.container:  # the kubelet would drop the second one
-            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=other.host, other=spec.host, path=spec.container)
     specs.append(spec)
     given.update((container, host) for host, container in spec.nodes)
 
@@ -2466,7 +2942,6 @@ class KubeletConnection:
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
 MAX_REFUSALS = 1000  # that are remembered, to log each once
@@ -2556,6 +3031,8 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
+                    if device.problem:
+                        return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
                     except NotADevice as error:
@@ -2572,8 +3049,6 @@ class HostDevices:
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        if device.problem:
-            raise NotADevice(device.problem)
         specs_of(device, tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
@@ -2725,11 +3200,6 @@ class Plugin:
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
-
-    def list_bytes(self) -> int:
-        """The size of the list as a message."""
-        size: int = _list_message(self.resource).ByteSize()
-        return size
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
@@ -3064,8 +3534,6 @@ class Registration:
         """Why the resource is not to be served for now; empty where it is."""
         if not connect_error(self._path):
             return "another instance serves it"
-        if self.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
         return ""
 
     async def _register(self) -> Optional[float]:
@@ -3349,7 +3817,10 @@ def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
 
 def _describe_rest(plan: Plan) -> Document:
     return {
-        "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
+        "left_out": [
+            {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
+            for left in plan.left_out
+        ],
         "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
     }
 
@@ -3734,24 +4205,6 @@ def render_status(document: Document) -> str:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
-# What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
-_REASONS = (
-    ("attributes", r"its .* \(asked for: "),
-    ("link", r"a link |a path through "),
-    ("folder", r"a folder that "),
-    ("file_system", r"another file system"),
-    ("not_a_device", r"a .*, not a device"),
-    ("name_taken", r"its resource's name .* is taken|.*the pool "),
-    ("bad_name", r"its name is not UTF-8|no letter or digit"),
-    ("container_path", r"its path in a container"),
-    ("other", r""),
-)
-
-
-def reason_label(reason: str) -> str:
-    """The value of the label for REASON, of LeftOut."""
-    return next(label for label, pattern in _REASONS if re.match(pattern, reason, re.DOTALL))
-
 
 class Family(NamedTuple):
     """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
@@ -3801,9 +4254,9 @@ def _slot_holders(document: Document) -> Samples:
 
 
 def _left_out(document: Document) -> Samples:
-    counts = {label: 0 for label, _ in _REASONS}
+    counts = {reason.label: 0 for reason in Reason}
     for left in document["left_out"]:
-        counts[reason_label(left["reason"])] += 1
+        counts[left["label"]] += 1
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
@@ -4611,7 +5064,7 @@ ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
@@ -4660,8 +5113,6 @@ class DeviceSide:
         try:
             self._follow_conf()
             self.turn()
-            if self.plan.clashes:
-                raise self.plan.clashes[0]
         except (ConfigError, OSError) as error:
             raise Problem(self._told(error)) from None
 
@@ -4704,13 +5155,11 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        return self._forget() or gpus != self._gpus or any(when <= now for when in expiry_times(self._tracked))
-
-    def _forget(self) -> bool:
-        """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = (node for device_seen in self._tracked.values() for node in device_seen.nodes)
-        return self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
@@ -4729,12 +5178,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, left_out = track(
+            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        )
+        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
-        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
 
     def _reload(self, reread: bool) -> bool:
         """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
@@ -4765,11 +5213,7 @@ class DeviceSide:
         text = read_conf(self._conf)
         has_changed = text != self._conf_text
         if has_changed:
-            matcher = Matcher(parse_rules(text))
-            _, plan = self._plan_with(matcher, self.snapshot)
-            if plan.clashes:
-                raise plan.clashes[0]
-            self._matcher, self._conf_text = matcher, text
+            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
@@ -4787,7 +5231,7 @@ class DeviceSide:
         return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
-def tell_changes(old: Plan, new: Plan) -> None:
+def log_changes(old: Plan, new: Plan) -> None:
     """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
@@ -4805,8 +5249,10 @@ def tell_changes(old: Plan, new: Plan) -> None:
             change = ("plugged", "Healthy again", logging.INFO)
         if change:
             groups.setdefault(change, []).append(device_path(now or before[key]))
-    for left in sorted(set(new.left_out) - set(old.left_out)):
-        groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
+    known = set(old.left_out)
+    for left in new.left_out:
+        if left not in known:
+            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
 
@@ -4913,7 +5359,7 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
-    tell_changes(EMPTY_PLAN, devices.plan)
+    log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
         _run(devices, thread, options.interval)
@@ -4948,7 +5394,7 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
         due = time.monotonic() + interval
         old = devices.plan
         for plan in devices.turn(reread):
-            tell_changes(old, plan)
+            log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
@@ -5111,7 +5557,7 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.reason}") for left in devices.plan.left_out]
+        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
     return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
 
 
@@ -5172,13 +5618,415 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
+# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
+DEFAULT_NAMESPACE = "kube-system"
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
+# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
+# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths={plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+MANIFEST = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+  conf.yaml: |2
+{conf}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager-script
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: smarter-device-manager
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxSurge: 1
+      maxUnavailable: 0
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: smarter-device-manager
+      annotations:
+        smarter-device-manager/script: {digest} # another script is another pod
+    spec:
+      nodeSelector:
+        smarter-device-manager: enabled
+      tolerations:
+        - operator: Exists
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -c
+            - |2
+{install}
+          workingDir: /app
+          env:
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: TMPDIR
+              value: /packages
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+      containers:
+        - name: smarter-device-manager
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -m
+            - smarter_device_manager
+          args:
+            - --plugin-dir=/var/lib/kubelet/device-plugins
+            - --dev-dir=/host/dev
+            - --sys-dir=/host/sys
+            - --listen=:8080
+{options}          workingDir: /app
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+            - name: SMARTER_DEVICE_MANAGER_CONF
+              value: /root/config/conf.yaml
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: PYTHONDONTWRITEBYTECODE
+              value: "1"
+            - name: MALLOC_ARENA_MAX
+              value: "1"
+          ports:
+            - name: http
+              containerPort: 8080
+          startupProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            initialDelaySeconds: 2
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 30
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            periodSeconds: 10
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet:
+              path: /readyz
+              port: http
+            periodSeconds: 5
+            timeoutSeconds: 5
+          resources:
+            requests:
+              cpu: 10m
+              memory: 48Mi
+            limits:
+              memory: 192Mi
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: plugins
+              mountPath: /var/lib/kubelet/device-plugins
+            - name: pod-resources
+              mountPath: /var/lib/kubelet/pod-resources
+              readOnly: true
+            - name: dev
+              mountPath: /host/dev
+              readOnly: true
+              recursiveReadOnly: IfPossible
+            - name: sys-dev
+              mountPath: /host/sys/dev
+              readOnly: true
+            - name: sys-devices
+              mountPath: /host/sys/devices
+              readOnly: true
+            - name: config
+              mountPath: /root/config
+              readOnly: true
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+              readOnly: true
+      volumes:
+        - name: plugins
+          hostPath:
+            path: {plugin_dir}
+            type: Directory
+        - name: pod-resources
+          hostPath:
+            path: {pod_resources}
+            type: DirectoryOrCreate
+        - name: dev
+          hostPath:
+            path: /dev
+            type: Directory
+        - name: sys-dev
+          hostPath:
+            path: /sys/dev
+            type: Directory
+        - name: sys-devices
+          hostPath:
+            path: /sys/devices
+            type: Directory
+        - name: config
+          configMap:
+            name: smarter-device-manager
+        - name: script
+          configMap:
+            name: smarter-device-manager-script
+        - name: packages
+          hostPath:
+            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
+            type: DirectoryOrCreate
+"""
+
+# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
+# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
+    if status:
+        sys.exit(status)
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+
+def print_systemd_unit(options: argparse.Namespace) -> int:
+    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    for path in (sys.executable, f"{folder}/{name}", options.conf):
+        if path.startswith(HOME_FOLDERS):
+            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
+    if options.listen:
+        given.append(f"--listen={tell_address(options.listen)}")
+        network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
+        if options.listen[0] in LOOPBACK:
+            network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
+    print(
+        SYSTEMD_UNIT.format(
+            folder=_systemd_word(folder),
+            module=os.path.splitext(name)[0],
+            python=_systemd_word(sys.executable),
+            plugin_dir=_systemd_word(options.plugin_dir),
+            options="".join(f" {_systemd_word(option)}" for option in given),
+            network=network,
+        ),
+        end="",
+    )
+    return 0
+
+
+def _systemd_word(text: str) -> str:
+    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
+    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
+    what is as it is by default is left out."""
+    shown = {
+        **{path: getattr(options, path) for path in paths},
+        "domain": options.domain,
+        "interval": f"{options.interval:g}",
+        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
+        "log_format": options.log_format,
+    }
+    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
+    defaults.update(interval="1", log_format="text")
+    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def print_manifest(options: argparse.Namespace) -> int:
+    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
+    import hashlib
+
+    print(
+        MANIFEST.format(
+            namespace=options.namespace or DEFAULT_NAMESPACE,
+            image=options.image or DEFAULT_IMAGE,
+            conf=_indented(_read_good_conf(options.conf), 4),
+            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
+            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
+            install=_indented(INSTALL_PACKAGES, 14),
+            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
+            plugin_dir=json.dumps(options.plugin_dir),
+            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _indented(text: str, spaces: int) -> str:
+    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise Problem(
+            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+        ) from None
+
+
+def _read_good_conf(path: str) -> str:
+    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    try:
+        text = read_conf(path) if path else DEFAULT_CONF
+        parse_rules(text)
+    except ConfigError as error:
+        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    except OSError as error:
+        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
+        "        --systemd-unit | --manifest | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
+        "says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
@@ -5222,9 +6070,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
+    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
+    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
     return parser
 
 
@@ -5299,6 +6153,18 @@ def _domain(text: str) -> str:
     return text
 
 
+def _image(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
+        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+    return text
+
+
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
@@ -5338,10 +6204,21 @@ def main() -> int:
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
+    if (options.image or options.namespace) and not options.manifest:
+        parser.error("--image and --namespace go with --manifest")
+    if options.json and not options.list and options.status is None:
+        parser.error("--json goes with --list and --status")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
+    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": check,
+        "list": show_list,
+        "dry_run": dry_run,
+        "status": show_status,
+        "systemd_unit": print_systemd_unit,
+        "manifest": print_manifest,
+    }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
     try:
         if mode is not serve:

@@ -787,7 +787,7 @@ def test_yaml_of_a_mebibyte_is_read_in_time(piece: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: expressions
+# Expressions
 # ---------------------------------------------------------------------------------------------------------------------
 
 SAME = [
@@ -837,7 +837,22 @@ SAME = [
     (r"^[[:alpha:]]{2}$", ["ab"], ["a1"]),
     (r"^[:digit:]$", ["d", ":"], ["1"]),
     (r"^(?P<n>a)(?<m>b)$", ["ab"], []),
-    (r"^(|a)+$", ["", "aa"], ["b"]),
+    (r"^(|a)$", ["", "a"], ["b", "aa"]),
+    (r"^*tun$", ["tun", "xtun"], ["tunx"]),
+    (r"^+a", ["a"], ["ba"]),
+    (r"^?a$*", ["a", "bab"], ["b"]),
+    (r"\b*a", ["a", "ba"], ["b"]),
+    (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
+    (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
+    (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
+    (r"(?i)^[^k]$", ["j"], ["k", "K", "\u212a"]),
+    (r"(?i)^ks$", ["ks", "KS", "\u212a\u017f"], ["k"]),
+    (r"(?i)^[j-t]{2}$", ["KS", "\u212a\u017f"], ["ab"]),
+    (r"(?i)^\w[[:alpha:]]$", ["KS", "\u212a\u017f"], ["-a"]),
+    (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
+    (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
+    (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
+    (r"^(a{1000}b{1000}){0}$", [""], ["a"]),
     (r"^a??b*?c+?$", ["abbc", "c"], ["a"]),
     (r"^a(?)b$", ["ab"], []),
 ]
@@ -877,7 +892,15 @@ NOT_OF_RE2 = [
     (r"*a", r"the character itself is \*"),
     (r"(?i)*", "nothing that * could repeat"),
     (r"a|{2}", "nothing that {2} could repeat"),
-    (r"^*", "nothing to repeat"),
+    (r"^**", "nothing that * could repeat"),
+    (r"([a-c]*)*", "* repeats what may be empty"),
+    (r"(|a)+", "such as (a+)* for (a*)*"),
+    (r"(?:a|b?){1,3}", "{1,3} repeats what may be empty"),
+    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what is in it; RE2 takes 1000"),
+    (r"((a{500})*b){3}", "{3} makes 1500 copies"),
+    (f"({'ab' * 2000}){{1000}}", "too large for Go"),
+    ("(?:" * 1001 + ")" * 1001, "more than 1000 groups"),
+    (r"(?i)[€-₯]", "such as (?-i:[€-₯])"),
     (r"a{1001}", "more than the 1000 repetitions"),
     (r"a{2,99999999999}", "more than the 1000 repetitions"),
     ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 takes"),
@@ -901,7 +924,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """PATTERN as a conf's rule has it; raises ConfigError, and any warning of re as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match
+        return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match.compiled
 
 
 @pytest.mark.parametrize(("pattern", "matches", "others"), SAME)
@@ -929,11 +952,31 @@ def test_look_around_is_taken_too() -> None:
 
 
 ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\u017f\u212a\x7f\xa0"]
-ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {1,2} {2,} {,2} {01} {1,2 [a-c] [^a]
-    []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W] [^[:upper:][:digit:]]
-    [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
+ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
+    {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
+    [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
 ATOMS += [f"[[:{hat}{name}:]]" for name in sdm._POSIX_CLASSES for hat in ("", "^")]
 ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
+
+
+def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
+    """Check that PATTERN finds the same here as in RE2, or is refused here."""
+    re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        ours = compiled(pattern)
+    except sdm.ConfigError:
+        return
+    theirs = re2.compile(pattern, options)
+    assert ours.groups == theirs.groups
+    for name in [*names, "", "a", "video0"]:
+        found, expected = ours.search(name), theirs.search(name)
+        if not name.isascii() and r"\B" in pattern:
+            continue  # RE2 in C++ finds \B inside a character
+        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
+            expected and [expected.span(n) for n in range(ours.groups + 1)]
+        ), (pattern, name)
 
 
 @settings(thorough, max_examples=3000)
@@ -946,23 +989,202 @@ ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
     ),
 )
 def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
-    re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
-    options = re2.Options()
-    options.log_errors = False
     pattern += ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
-    try:
-        ours = compiled(pattern)
-    except sdm.ConfigError:
-        return
-    theirs = re2.compile(pattern, options)
-    assert ours.groups == theirs.groups
-    for name in [*names, "", "a", "video0"]:
-        found, expected = ours.search(name), theirs.search(name)
-        if not name.isascii() and (r"\B" in pattern or "(?i" in pattern):
-            continue  # RE2 in C++ finds \B inside a character; and under (?i) it takes the Kelvin sign for a k
-        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
-            expected and [expected.span(n) for n in range(ours.groups + 1)]
-        ), (pattern, name)
+    compare_with_re2(pattern, names)
+
+
+def nested_expression(rng: random.Random, depth: int = 5) -> str:
+    """Groups, alternatives and repeats inside one another, over few characters."""
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(NESTED_ATOMS)
+    inner, other = nested_expression(rng, depth - 1), nested_expression(rng, depth - 1)
+    kind = rng.choice(("both", "either", "group", "repeat", "repeat"))
+    if kind == "both":
+        return inner + other
+    if kind == "either":
+        return f"(?:{inner}|{other})"
+    group = f"({inner})" if len(inner) > 1 or kind == "group" else inner
+    return group if kind == "group" else group.replace("(", rng.choice(("(", "(?:")), 1) + rng.choice(NESTED_REPEATS)
+
+
+NESTED_ATOMS = (*"abks^$.", "", *cut(r"\b \B [ab] [^a] \d (?i:k) (?i:[a-s]) (?i:\W) (?i:[[:^lower:]]) (?m:^) (?m:$)"))
+NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} {2,} {0,} {1,}?")
+
+
+@settings(thorough, max_examples=3000)
+@given(
+    st.randoms(use_true_random=False).map(nested_expression),
+    st.lists(st.text(st.sampled_from("abkK\u212as\u017f0 \n"), max_size=5), min_size=5, max_size=5),
+)
+@example("(?:a|(?:|b))?c", ["ab"])
+@example("^*tun$", ["xtun"])
+def test_nested_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
+    compare_with_re2(pattern, names)
+
+
+SLOW = r"^serial/by-id/([A-Za-z0-9_-]+)*-if00$"  # from issues of other projects: re would take years for SLOW_NAME
+SLOW_NAME = "serial/by-id/usb-Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_{:04}-if01-port0"
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
+def test_a_search_that_takes_too_long_ends_and_is_not_made_again() -> None:
+    expression = sdm.Expression(SLOW)
+
+    def search() -> None:
+        with pytest.raises(sdm.SearchTimeout):
+            expression.search(SLOW_NAME.format(1))
+
+    assert sdm.SEARCH_SECONDS <= cpu_seconds(search) < 4 * sdm.SEARCH_SECONDS
+    assert cpu_seconds(search) < sdm.SEARCH_SECONDS / 10
+    assert expression.was_slow(SLOW_NAME.format(1))
+    assert expression.search("serial/by-id/usb-1a86-if00")
+    assert not expression.search("serial/by-id/usb-1a86")
+    attribute = sdm.Expression(r"(\w+[ _-]?)+Zigbee")
+    with pytest.raises(sdm.SearchTimeout):
+        attribute.fullmatch("Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_0001")
+    assert attribute.fullmatch("Sonoff Zigbee")
+
+
+def test_the_more_names_an_expression_takes_too_long_for_the_less_time_it_gets() -> None:
+    expressions = sdm.Expressions([sdm.Expression("a"), sdm.Expression(SLOW), sdm.Expression("b")])
+
+    def search() -> None:
+        for number in range(40):
+            first, second, third = expressions.search(SLOW_NAME.format(number))
+            assert isinstance(first, re.Match)
+            assert isinstance(second, sdm.SearchTimeout)
+            assert isinstance(third, re.Match)
+
+    assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
+
+
+def test_many_slow_texts_are_remembered_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdm, "MAX_SLOW_TEXTS", 2)
+    expression = sdm.Expression(SLOW)
+    for number in range(3):
+        with pytest.raises(sdm.SearchTimeout):
+            expression.search(SLOW_NAME.format(number))
+    assert [expression.was_slow(SLOW_NAME.format(number)) for number in range(3)] == [False, True, True]
+
+
+def test_an_alarm_rings_in_the_work_that_it_is_for_or_not_at_all() -> None:
+    def spin(seconds: float) -> bool:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return True
+
+    def is_done(seconds: float) -> bool:
+        try:
+            return sdm._ALARM.limit(lambda: spin(seconds), 0.004)
+        except sdm.SearchTimeout:
+            return False
+        finally:
+            assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+    outcomes = []
+    for step in range(200):  # as long as the work may take, more or less
+        outcomes.append(is_done(0.002 + step * 0.00004))
+        signal.raise_signal(signal.SIGVTALRM)  # one that comes late
+    assert set(outcomes) == {False, True}
+    with pytest.raises(ZeroDivisionError):
+        sdm._ALARM.limit(lambda: 1 / 0, 1)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    early = [lambda: signal.raise_signal(signal.SIGVTALRM)] * 3  # other threads have used the time
+    assert sdm._ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
+
+
+def slow_rules(*more: str) -> str:
+    return f"- devicematch: ^serial/by-id/\n- devicematch: {SLOW}\n  nummaxdevices: 2\n" + "".join(more)
+
+
+@needs_root
+def test_names_that_take_too_long_do_not_hold_up_the_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.plug("ttyUSB0")
+    node.rules("- devicematch: ^video\n" + slow_rules())
+    daemon = start("--listen", "127.0.0.1:0", "--interval", "0.5")
+    kubelet.wait_for("video0", Healthy=1)
+    status = Status(daemon)
+    for number in range(20):
+        node.link("serial/by-id/" + os.path.basename(SLOW_NAME.format(number)), "../../ttyUSB0")
+    node.link("serial/by-id/usb-good-if00", "../../ttyUSB0")
+    slowest = 0.0
+    while len(kubelet.clients) < 22:
+        started = time.monotonic()
+        kubelet.take("video0")
+        assert status.ask("/healthz").status == 200
+        slowest = max(slowest, time.monotonic() - started)
+    assert slowest < 1.0
+    kubelet.wait_for("serial_by-id_usb-good-if00", Healthy=2)
+    daemon.says(r"20 devices: left out: the expression took too long in this name: \^serial/by-id/\(")
+    assert status.metrics()["left_out", "pattern_timeout"] == 20
+    left_out = status.document()["left_out"]
+    assert {(left["path"], left["line"]) for left in left_out} == {
+        (f"/dev/{SLOW_NAME.format(number)}", 3) for number in range(20)
+    }
+    process = psutil.Process(daemon.process.pid)
+    daemon.hang_up()
+    before = sum(process.cpu_times()[:2])
+    turns(daemon, 10)
+    assert sum(process.cpu_times()[:2]) - before < 0.2  # they are not searched again
+    done = node.run("--list", "--json")
+    assert json.loads(done.stdout)["left_out"] == left_out
+    assert node.run("--check").stdout == f"{node.conf}: good, 3 rules\n"
+    assert daemon.log.count("took too long") == 1
+
+
+@needs_root
+def test_an_earlier_rule_may_take_a_name_that_took_a_later_one_too_long(node: Node) -> None:
+    node.plug(SLOW_NAME.format(1))
+    side = device_side(node, slow_rules("- devicematch: ^serial/by-id/x\n"))
+    side.start()
+    device = side.plan.resources[sdm.resource_name(SLOW_NAME.format(1))].devices[0]
+    assert (device.line, device.slots) == (1, 1)
+    assert [(found.path, found.line) for found in side.plan.left_out] == [(SLOW_NAME.format(1), 2)]
+    assert [rule.line for rule in side.plan.unused] == [4]
+    node.rules(f"- devicematch: {SLOW}\n")
+    side.turn()
+    assert side.plan.resources == {}
+    assert [(found.path, found.line) for found in side.plan.left_out] == [(SLOW_NAME.format(1), 1)]
+    node.unplug(SLOW_NAME.format(1))
+    assert cpu_seconds(side.turn) < sdm.SEARCH_SECONDS
+
+
+@needs_root
+def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    product = "Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_0001"
+    for name in ("stick0", "stick1"):
+        node.sysfs(f"usb1/{name}", {"product": product, "serial": name}, node.plug(name))
+    side = device_side(
+        node, "- devicematch: stick1\n- devicematch: stick\n  attributes: {product: '(\\w+[ _-]?)+Zigbee'}\n"
+    )
+    assert cpu_seconds(side.start) < 3 * sdm.SEARCH_SECONDS  # one search: they have the same product
+    assert set(side.plan.resources) == {"stick1"}
+    reason = f'the expression took too long for its product, "{product}": (\\w+[ _-]?)+Zigbee; its product is'
+    assert {found.path for found in side.plan.left_out if found.text.startswith(reason)} == {"stick0", "stick1"}
+    for reread in (False, False, True):
+        clock.now += 1
+        assert cpu_seconds(lambda reread=reread: side.turn(reread)) < sdm.SEARCH_SECONDS / 2
+    node.sysfs("usb1/stick0", {"product": "Sonoff Zigbee"})
+    clock.now += 1
+    side.turn()
+    assert side.plan.resources["stick0"].devices[0].line == 2
+
+
+def test_a_conf_whose_literal_names_take_another_rule_too_long_is_read_in_time() -> None:
+    names = [SLOW_NAME.format(number).replace("serial/by-id", "x") for number in range(20)]
+    conf = "".join(
+        f"- devicematch: ^{name}$\n- devicematch: a\n  resource: {sdm.resource_name(name)}\n" for name in names
+    )
+    conf += f"- devicematch: {SLOW.replace('serial/by-id', 'x')}\n"
+    assert cpu_seconds(lambda: sdm.parse_rules(conf)) < 20 * sdm.SEARCH_SECONDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -988,7 +1210,7 @@ def test_every_key_is_read() -> None:
     rule, other = sdm.parse_rules(EVERYTHING)
     assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
     assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
-    assert [(one.name, one.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
+    assert [(one.name, one.match.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
         ("idVendor", "10c4", False),
         ("serial", ".*A5XK.*", True),
     ]
@@ -1231,7 +1453,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1388,7 +1610,7 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
     done = bare("--check", f"--{option}={value}")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 3  # two of usage
+    assert done.stderr.count("\n") == 4  # three of usage
     last = done.stderr.splitlines()[-1]
     assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
     assert variable not in last
@@ -1399,6 +1621,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,12 +1857,8 @@ def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: St
     kubelet.wait_for("nvidia-gpu1", Healthy=2)
 
 
-@needs_root
 def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
-    node.plug("video0")
-    node.plug("ttyUSB0")
-    turns(gpu_daemon, 5)  # it has seen them
-    node.rules("- devicematch: ^video[0-9]\n- devicematch: ^ttyUSB\n  resource: video0\n")
+    node.rules("- devicematch: ^video0$\n- devicematch: ^ttyUSB\n  resource: video0\n")
     gpu_daemon.says(
         r"conf\.yaml:2:1: the pool .video0. .* /dev/video0, which line 1 offers.* the last good rules stay in force"
     )
@@ -1678,30 +1989,51 @@ CASES = [
     Case(
         "a link through a node", {"a": "-> n/b", "n": "char"}, "a", "a path through /dev/n, which is a character device"
     ),
-    Case("a node in a shared folder", {"pub": "shared", "pub/n": "char"}, "pub/n", {"pub/n": ""}),
+    Case("a node in a shared folder", {"pub": "shared", "pub/n": "char"}, "pub/n", "others than root may write in"),
+    Case("a node deep in a shared folder", {"pub": "shared", "pub/d/n": "char"}, "pub/d/n", "in the folder /dev/pub"),
+    Case(
+        "a shared folder",
+        {"pub": "shared", "pub/n": "char"},
+        "pub",
+        "others than root may write in the folder /dev/pub",
+    ),
+    Case("a shared folder in a folder", {"d/pub": "shared", "d/n": "char"}, "d", "write in the folder /dev/d/pub"),
+    Case("a link to a node in a shared folder", {"a": "-> pub/n", "pub": "shared", "pub/n": "char"}, "a", "/dev/pub"),
+    Case(
+        "a link through a shared folder and back",
+        {"a": "-> pub/../n", "pub": "shared", "n": "char"},
+        "a",
+        {"n": ""},
+    ),
     Case(
         "a planted link",
         {"pub": "shared", "pub/n": "-> ../sda", "sda": "block"},
         "pub/n",
-        "below /dev/pub, where others",
+        "others than root may write in the folder /dev/pub",
     ),
     Case(
-        "an absolute planted link", {"pub": "shared", "pub/n": "-> /dev/sda", "sda": "block"}, "pub/n", "where others"
+        "an absolute planted link",
+        {"pub": "shared", "pub/n": "-> /dev/sda", "sda": "block"},
+        "pub/n",
+        "others than root may",
     ),
     Case(
         "a link to a planted one",
         {"a": "-> pub/n", "pub": "shared", "pub/n": "-> ../s", "s": "block"},
         "a",
-        "where others",
+        "others than root may write in the folder /dev/pub",
     ),
     Case(
-        "a folder planted below", {"pub": "shared", "pub/d/n": "-> ../../s", "s": "block"}, "pub/d/n", "below /dev/pub,"
+        "a folder planted below",
+        {"pub": "shared", "pub/d/n": "-> ../../s", "s": "block"},
+        "pub/d/n",
+        "the folder /dev/pub",
     ),
     Case(
         "a folder with a planted link",
         {"pub": "shared", "pub/a": "char", "pub/b": "-> ../s", "s": "block"},
         "pub",
-        {"pub/a": "/a"},
+        "others than root may write in the folder /dev/pub",
     ),
     Case("a link with a name of bytes", {"a\udcff": "-> n", "n": "char"}, "a\udcff", "is not UTF-8"),
     Case("a link to a name of bytes", {"a": "-> n\udcff", "n\udcff": "char"}, "a", "is not UTF-8"),
@@ -1778,20 +2110,20 @@ def test_the_owner_and_the_group_of_a_folder_say_who_may_plant_links(node: Node)
         for tree in (snapshot, live):
             assert outcome(tree, "root/l", "/dev") == outcome(tree, "disk/l", "/dev") == {"n": ""}
             for name in ("group", "user", "sticky"):
-                assert f"below /dev/{name}, where others than root may make links" in outcome(tree, f"{name}/l", "/dev")
+                assert outcome(tree, f"{name}/l", "/dev") == f"others than root may write in the folder /dev/{name}"
 
 
 def test_names_too_long_for_a_file_are_not_there(node: Node) -> None:
     with sdm.LiveTree(str(node.dev)) as tree:
-        assert tree.look("n" * 256) is None
+        assert tree.entry("n" * 256) is None
         assert outcome(tree, "n" * 256, "/dev") == "it is gone"
 
 
 def test_a_path_of_the_live_tree_ends_at_what_is_no_folder(node: Node) -> None:
     build(node.dev, {"f": "file", "l": "-> d", "d/x": "file"})
     with sdm.LiveTree(str(node.dev)) as tree:
-        assert tree.look("f/x") is tree.look("l/x") is tree.look("nowhere/x") is None
-        assert tree.look("d/x") is not None
+        assert tree.entry("f/x") is tree.entry("l/x") is tree.entry("nowhere/x") is None
+        assert tree.entry("d/x") is not None
 
 
 def mounted(node: Node, script: str, *code: str) -> str:
@@ -1827,14 +2159,11 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
     command = [sys.executable, str(SCRIPT), *node.options(), "--list", "--json"]
     document = json.loads(mounted(node, MOUNTS, *command))
     assert {found["name"] for found in document["resources"]} == {
-        "smarter-devices/" + name for name in ("video0", "both", "both_n")
+        "smarter-devices/" + name for name in ("video0", "both_n")
     }
-    folder = next(found for found in document["resources"] if found["name"].endswith("both"))
-    assert folder["devices"][0]["nodes"] == [
-        {"host": "/dev/both", "container": "/dev/both", "permissions": "rw", "targets": ["/dev/both/n"]}
-    ]
     assert {left["path"]: left["reason"] for left in document["left_out"]} == {
         "/dev/shm": "another file system",
+        "/dev/both": "a folder with another file system in it, at /dev/both/pts",  # the runtime would look into it
         "/dev/both/pts": "another file system",
         "/dev/link": "a path through /dev/shm, which is a mount",
     }
@@ -1853,8 +2182,7 @@ with sdm.LiveTree({str(node.dev)!r}) as tree:
 """
     told = mounted(node, MOUNTS, sys.executable, "-c", code)
     assert told.splitlines() == [
-        *(f"{path} refused" for path in ("shm", "shm/evil", "shm/deep", "link", "shm/back", "both/pts/0")),
-        "both both/n",
+        f"{path} refused" for path in ("shm", "shm/evil", "shm/deep", "link", "shm/back", "both/pts/0", "both")
     ]
 
 
@@ -2223,7 +2551,7 @@ def test_a_folder_that_must_not_be_listed_is_told(node: Node) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     (node.dev / "d").chmod(0o755)
     assert {left["path"]: left["reason"] for left in json.loads(done.stdout)["left_out"]} == {
-        "/dev/d": "a folder that cannot be listed (Permission denied), not a device",
+        "/dev/d": "the folder /dev/d cannot be listed (Permission denied)",
         "/dev/e": "a folder that holds no device node",
     }
 
@@ -2287,7 +2615,7 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
     """The plan of a first look."""
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     tracked, left_out = sdm.track({}, snapshot, gpus, matcher, "/dev", 0.0)
-    return sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
+    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
@@ -2413,14 +2741,18 @@ def listed(plan: sdm.Plan) -> dict[str, list[str]]:
 
 
 def left(plan: sdm.Plan) -> dict[str, str]:
-    return {found.path: found.reason for found in plan.left_out}
+    return {found.path: found.text for found in plan.left_out}
 
 
-def test_of_two_paths_with_one_name_the_first_in_sorted_order_has_it() -> None:
+def test_of_paths_with_one_name_the_one_that_is_the_name_has_it_else_the_first_in_sorted_order() -> None:
     tree = {"a_b": "char", "a b": "char", "a/b": "char", "a.b": "char"}
     plan = offered("- devicematch: ^a.b$\n", snapshot_of(tree))
-    assert listed(plan) == {"a_b": ["a b"]}  # " " < "." < "/" < "_"
-    assert left(plan) == dict.fromkeys(("a.b", "a/b", "a_b"), "its resource's name a_b is taken by /dev/a b")
+    assert listed(plan) == {"a_b": ["a_b"]}
+    assert left(plan) == dict.fromkeys(("a b", "a.b", "a/b"), "its resource's name a_b is taken by /dev/a_b")
+    del tree["a_b"]
+    plan = offered("- devicematch: ^a.b$\n", snapshot_of(tree))
+    assert listed(plan) == {"a_b": ["a b"]}  # " " < "." < "/"
+    assert left(plan) == dict.fromkeys(("a.b", "a/b"), "its resource's name a_b is taken by /dev/a b")
 
 
 def test_a_path_without_a_letter_or_digit_is_left_out() -> None:
@@ -2567,7 +2899,7 @@ def test_a_rule_whose_attributes_do_not_hold_leaves_the_device_to_an_earlier_one
 """
     plan = board.plan(conf)
     assert {name: found.devices[0].line for name, found in plan.resources.items()} == {"ttyUSB0": 7, "ttyUSB1": 2}
-    assert [(found.path, found.line, found.reason) for found in plan.left_out] == [
+    assert [(found.path, found.line, found.text) for found in plan.left_out] == [
         (
             "ttyUSB1",
             4,
@@ -2609,7 +2941,10 @@ def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
     board.has("none", "1:1", "virtual/none", {"numa_node": "-1"})
     board.has("odd", "1:2", "virtual/odd", {"numa_node": "\u00b2"})
     board.tree["unknown"] = "char 1:4"
-    plan = board.plan("- devicematch: ^(nvidia.|snd|none|odd|unknown)$\n")
+    board.has("huge", "1:5", "virtual/huge", {"numa_node": str(2**63)})  # more than the API has bits for
+    board.has("long", "1:6", "pci0000:80/long", {"numa_node": "9" * 4000})
+    board.has("most", "1:7", "virtual/most", {"numa_node": str(2**63 - 1)})
+    plan = board.plan("- devicematch: ^(nvidia.|snd|none|odd|unknown|huge|long|most)$\n")
     assert {name: found.devices[0].numa for name, found in plan.resources.items()} == {
         "nvidia0": (1,),
         "nvidia1": (2,),
@@ -2617,7 +2952,12 @@ def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
         "none": (),
         "odd": (),
         "unknown": (),
+        "huge": (),
+        "long": (1,),
+        "most": (2**63 - 1,),
     }
+    for found in plan.resources.values():
+        sdm._list_message(found)
     assert sdm.slots_of(plan.resources["snd"]) == (sdm.Slot("0", True, (0, 1)),)
 
 
@@ -2704,14 +3044,50 @@ def test_attributes_that_come_after_the_node_are_found(
 
 @needs_root
 @pytest.mark.parametrize("is_asked_again", [False, True])
-def test_a_full_look_that_finds_nothing_new_sends_nothing(node: Node, is_asked_again: bool) -> None:
-    """Nor is a plan made, unless what did not fit is asked again."""
+def test_a_full_look_that_finds_nothing_new_sends_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch, is_asked_again: bool
+) -> None:
+    """Nor is a plan made for that, though all attributes are asked again."""
     node.plug("stick0")
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick1"))
     side = device_side(node, STICK if is_asked_again else "- devicematch: stick\n")
     side.start()
     before = side.plan
-    assert side.turn(reread=True) == []
-    assert (side.plan is not before) == is_asked_again
+    reads = Reads(monkeypatch, node.sys)
+    assert bool(reads.of(lambda: side.turn(reread=True))) == is_asked_again
+    assert side.plan is before
+
+
+@needs_root
+def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
+    side = device_side(node, STICK)
+    side.start()
+    (node.sys / "devices/usb1/1-1/idProduct").write_text("eb00\n")
+    clock.now += 59
+    assert side.turn() == []
+    clock.now += 1
+    assert len(side.turn()) == 1
+    assert side.plan.resources == {}
+    assert left(side.plan) == {
+        "stick0": 'its idVendor is "10c4" (asked for: 10c4); its idProduct is "eb00" (asked for: ea60)'
+    }
+    (node.sys / "devices/usb1/1-1/idProduct").write_text("ea60\n")
+    clock.now += 60
+    side.turn()
+    assert set(side.plan.resources) == {"stick0"}
+
+
+@needs_root
+def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
+    node.rules(STICK)
+    daemon = start()
+    kubelet.wait_for("stick0", Healthy=1)
+    (node.sys / "devices/usb1/1-1/idProduct").write_text("eb00\n")
+    daemon.hang_up()
+    daemon.says("stick0: offered no more")
 
 
 @needs_root
@@ -2770,12 +3146,11 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
     sysfs = sdm.Sysfs(str(board.node.sys))
     entry = snapshot_of(board.tree).entries["ttyUSB0"]
     for serial in range(1000):
-        assert not sysfs.attribute_mismatch(
-            rule.attributes, sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
-        )
-        sysfs.numa(sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial)))
-        sysfs.forget([serial])
-    assert max(len(vars(sysfs)[name]) for name in ("_numa", "_mismatches", "_asked")) == 1
+        node = sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
+        assert sysfs.answer(rule.attributes, node) == ("", (("idVendor", "10c4"),), sdm.Reason.ATTRIBUTES)
+        sysfs.numa(node)
+        sysfs.ask_again([serial])
+    assert max(len(vars(sysfs)[name]) for name in ("_numa", "_answers", "_asked", "_settling")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3048,7 +3423,7 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
         ({"nvidiactl": "file"}, "it goes with /dev/nvidiactl: a plain file, not a device"),
         (
             {"nvidiactl": "shared", "nvidiactl/x": "-> ../nvidia0"},
-            "it goes with /dev/nvidiactl: a folder that holds no",
+            "it goes with /dev/nvidiactl: others than root may write in the folder /dev/nvidiactl",
         ),
         ({"nvidiactl": "char"}, ""),
         ({"nvidiactl": "char", "nvidia-modeset": "char"}, ""),
@@ -3056,7 +3431,7 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     ):
         snapshot = snapshot_of({"nvidia0": "char", **tree})
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
         device = plan.resources["nvidia0"].devices[0]
         assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
         assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
@@ -3073,7 +3448,9 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
 def test_a_planted_companion_is_not_given() -> None:
     snapshot = snapshot_of({"a": "char", "sda": "block", "pub": "shared", "pub/b": "-> ../sda"})
     plan = offered("- {devicematch: ^a$, with: [pub/b]}\n", snapshot)
-    assert "where others than root may make links" in plan.resources["a"].devices[0].problem
+    assert plan.resources["a"].devices[0].problem == (
+        "it goes with /dev/pub/b: others than root may write in the folder /dev/pub"
+    )
     plan = offered("- {devicematch: ^a$, with: ['pub/b?']}\n", snapshot)
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
 
@@ -3116,7 +3493,7 @@ def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
     for names in (("video0", "video1"), ("video1",)):
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
     assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
     assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
     assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
@@ -3181,18 +3558,128 @@ def test_rules_share_a_pool_each_with_slots_and_paths_of_its_own() -> None:
     )
 
 
-def test_a_pool_with_the_name_of_a_device_that_is_plugged_in_later_is_an_error_with_both_lines() -> None:
-    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
-    assert listed(offered(conf, snapshot_of({"video0": "char", "cam": "char"}))) == {
-        "video0": ["video0"],
-        "video1": ["cam"],
+POOL_AND_OWN = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+
+
+def test_at_a_start_a_pool_has_its_name_and_only_the_device_of_that_name_is_left_out() -> None:
+    tree = {"video0": "char", "video1": "char", "cam": "char"}
+    plan = offered(POOL_AND_OWN, snapshot_of(tree))
+    assert listed(plan) == {"video0": ["video0"], "video1": ["cam"]} and plan.resources["video1"].pool
+    assert [(found.path, found.line, found.text) for found in plan.left_out] == [
+        ("video1", 1, "its resource's name video1 is taken by the pool of line 2; rename the pool")
+    ]
+
+
+@pytest.mark.parametrize("newcomer", ["cam.b", "a pool"])
+def test_a_newcomer_does_not_take_over_the_name_of_another_device(newcomer: str) -> None:
+    """Whatever it is, the holder keeps its name: while it is there, and in its ten minutes."""
+    conf = "- devicematch: ^cam.b$\n- {devicematch: '^video', resource: cam_b}\n"
+    other = {"cam.b": "cam.b", "a pool": "video0"}[newcomer]
+    looks = Looks()
+    assert looks.look(0, conf, ["cam_b"]) == {"cam_b": ""}
+    assert looks.look(1, conf, ["cam_b", other]) == {"cam_b": ""}
+    assert listed(looks.plan) == {"cam_b": ["cam_b"]}
+    assert left(looks.plan) == {other: "its resource's name cam_b is taken by /dev/cam_b"}
+    assert looks.look(2, conf, ["cam_b"]) == {"cam_b": ""} and left(looks.plan) == {}
+    assert looks.look(3, conf, [other]) == {"cam_b": "it is gone"}
+    assert listed(looks.plan) == {"cam_b": ["cam_b"]}
+    assert looks.look(602, conf, ["cam_b", other]) == {"cam_b": ""} and listed(looks.plan) == {"cam_b": ["cam_b"]}
+    assert looks.look(700, conf, [other]) == {"cam_b": "it is gone"}
+    assert looks.look(1300, conf, [other]) == {"cam_b": ""} and listed(looks.plan) == {"cam_b": [other]}
+    assert looks.look(1301, conf, ["cam_b", other]) == {"cam_b": ""} and listed(looks.plan) == {"cam_b": [other]}
+
+
+def test_new_rules_leave_a_name_with_its_holder() -> None:
+    looks = Looks()
+    looks.look(0, "- devicematch: ^cam.b$\n", ["cam.b"])
+    looks.look(1, "- devicematch: ^cam.b$\n  nummaxdevices: 2\n", ["cam.b", "cam_b"])
+    assert listed(looks.plan) == {"cam_b": ["cam.b"]} and ids_of(looks.plan.resources["cam_b"]) == ["0", "1"]
+    looks.look(2, "- devicematch: ^cam_b$\n", ["cam.b", "cam_b"])
+    assert listed(looks.plan) == {"cam_b": ["cam_b"]}
+
+
+@needs_root
+def test_the_daemon_leaves_a_name_with_its_holder(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.rules("- devicematch: ^cam.b$\n")
+    node.plug("cam_b")
+    daemon = start()
+    kubelet.wait_for("cam_b", Healthy=1)
+    node.plug("cam.b")
+    daemon.says("WARNING /dev/cam.b: left out: its resource's name cam_b is taken by /dev/cam_b")
+    assert kubelet.gives("cam_b") == {"/dev/cam_b": "/dev/cam_b"}
+    node.unplug("cam_b")
+    kubelet.wait_for("cam_b", Unhealthy=1)
+    assert refusal(kubelet, "cam_b", "0")[0] == "UNAVAILABLE"
+    node.plug("cam_b")
+    kubelet.wait_for("cam_b", Healthy=1)
+    node.unplug("cam.b")
+    kubelet.health("cam_b")
+    assert kubelet.gives("cam_b") == {"/dev/cam_b": "/dev/cam_b"}
+    assert kubelet.count("cam_b") == 1 and len(kubelet.client("cam_b").lists) == 3
+
+
+def test_a_pool_offers_a_node_once_as_its_first_path() -> None:
+    conf = "- {devicematch: '^(serial/|ttyUSB|snd)', resource: stick}\n"
+    tree = {"serial/by-id/b": "-> ../../ttyUSB0", "ttyUSB0": "char", "ttyUSB1": "char", "serial/a": "-> ../ttyUSB0"}
+    plan = offered(conf, snapshot_of({**tree, "snd/a": "char", "snd/b": "char"}))
+    assert listed(plan) == {"stick": ["serial/a", "snd", "ttyUSB1"]}
+    assert left(plan) == {
+        "serial/by-id/b": "its pool offers the same node already, as /dev/serial/a",
+        "ttyUSB0": "its pool offers the same node already, as /dev/serial/a",
+        "snd/a": "its pool offers the same node already, as /dev/snd",
+        "snd/b": "its pool offers the same node already, as /dev/snd",
+        "serial/by-id": "a folder that holds no device node",
     }
-    plan = offered(conf, snapshot_of({"video1": "char", "cam": "char"}))
-    assert listed(plan) == {"video1": ["cam"]}
-    (error,) = plan.clashes
-    assert error.line == 2
-    assert 'the pool "video1" has the name of the device /dev/video1, which line 1 offers' in str(error)
-    assert left(plan) == {"video1": str(error)}
+    own = offered("- devicematch: '^(serial/|ttyUSB)'\n", snapshot_of(tree))
+    assert len(own.resources) == 4  # each by its own name, as ever
+
+
+def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
+    matcher = sdm.Matcher(sdm.parse_rules("- {devicematch: '^(by-id/|tty)', resource: stick}\n"))
+    tracked: sdm.TrackedDevices = {}
+    plan = sdm.EMPTY_PLAN
+    for tree, wanted in (
+        ({"tty0": "char", "by-id/a": "-> ../tty0"}, {"by-id/a": ""}),
+        ({"tty0": "char"}, {"by-id/a": "it is gone", "tty0": ""}),
+        ({"tty0": "char", "by-id/b": "-> ../tty0"}, {"by-id/a": "it is gone", "by-id/b": ""}),
+    ):
+        snapshot = snapshot_of(tree)
+        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
+        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        assert {device.path: device.problem for device in plan.resources["stick"].devices} == wanted
+
+
+@given(st.text("aé/\U0001f600", min_size=1, max_size=300), st.integers(0, 10_000), st.lists(st.integers(0, 2**63 - 1)))
+@example("a" * 200, 10_000, [0, 1, 127, 128, 2**63 - 1])
+@settings(max_examples=30, deadline=None)
+def test_the_size_of_a_list_is_known_before_it_is_made(path: str, slots: int, numa: list[int]) -> None:
+    (device,) = (
+        offered(f"- {{devicematch: a, nummaxdevices: {slots}}}\n", snapshot_of({"a": "char"})).resources["a"].devices
+    )
+    device = dataclasses.replace(device, path=path, numa=tuple(numa), problem="it is gone")
+    for is_pool in (False, True):
+        message = sdm._list_message(sdm.Resource("a", is_pool, (device,)))
+        assert sdm.list_bytes(device, is_pool) == message.ByteSize()
+
+
+def test_a_pool_that_grows_beyond_its_list_leaves_the_newcomer_out() -> None:
+    """What was offered stays, though it sorts last and becomes Unhealthy; and whatever still fits is taken."""
+    conf = "- {devicematch: '^[a-z]+$', resource: pool, nummaxdevices: 10000}\n"
+    there = [letter * 100 for letter in "bcd"]
+    looks = Looks()
+    looks.look(0, conf, there)
+    assert listed(looks.plan) == {"pool": there}
+    newcomer = "a" * 100
+    looks.look(1, conf, [newcomer, *there, "e"])
+    assert listed(looks.plan) == {"pool": [*there, "e"]}
+    assert left(looks.plan) == {newcomer: "the list of its resource's slots would be longer than 4194304 bytes"}
+    looks.look(2, conf, [newcomer])
+    assert listed(looks.plan) == {"pool": [*there, "e"]}
+    assert sdm._list_message(looks.plan.resources["pool"]).ByteSize() <= sdm.MAX_LIST_BYTES
+    looks.look(602, conf, [newcomer])
+    assert listed(looks.plan) == {"pool": [newcomer]}
+    fresh = offered(conf, snapshot_of(dict.fromkeys([newcomer, *there], "char")))
+    assert listed(fresh) == {"pool": [newcomer, *there[:2]]}
 
 
 def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error_wherever_that_is() -> None:
@@ -3205,22 +3692,16 @@ def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error_wherever
 
 
 @needs_root
-def test_such_a_conf_is_refused_at_the_start_and_told_when_it_happens_later(node: Node) -> None:
-    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
-    build(node.dev, {"cam": "char"})
-    side = device_side(node, conf)
-    side.start()
-    assert listed(side.plan) == {"video1": ["cam"]}
-    build(node.dev, {"video1": "char"})
-    side.turn()
-    assert listed(side.plan) == {"video1": ["cam"]}
-    assert "which line 1 offers" in left(side.plan)["video1"]
-    done = node.run("--check")
-    assert done.returncode == 1
-    assert done.stderr == (
-        f'smarter_device_manager.py: {node.conf}:2:1: the pool "video1" has the name of the device /dev/video1, '
-        "which line 1 offers; rename it\n"
-    )
+def test_such_a_conf_is_good_and_the_others_are_offered(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for name in ("cam", "video0", "video1"):
+        node.plug(name)
+    node.rules(POOL_AND_OWN)
+    assert node.run("--check").returncode == 0
+    daemon = start()
+    kubelet.wait_for("video0", Healthy=1)
+    kubelet.wait_for("video1", Healthy=1)
+    assert kubelet.gives("video1") == {"/dev/cam": "/dev/cam"}
+    daemon.says("WARNING /dev/video1: left out: its resource's name video1 is taken by the pool of line 2")
 
 
 @pytest.mark.parametrize(
@@ -3288,7 +3769,7 @@ class Looks:
         matcher = sdm.Matcher(sdm.parse_rules(conf))
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         self.tracked, left_out = sdm.track(self.tracked, snapshot, gpus, matcher, "/dev", now)
-        self.plan = sdm.make_plan(self.tracked, left_out, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        self.plan = sdm.make_plan(self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
 
@@ -3713,11 +4194,11 @@ def test_the_examples_of_the_readme_find_what_they_say(
         for device in found.devices
         for one in [dataclasses.replace(found, devices=(device,))]
     } == wanted
-    reasons = {path: [one.reason for one in plan.left_out if one.path == path] for path in not_wanted}
+    reasons = {path: [one.text for one in plan.left_out if one.path == path] for path in not_wanted}
     for path, reason in not_wanted.items():
         assert any(reason in told for told in reasons[path]), (path, reasons[path])
     paths = {line.rpartition(" ")[2] for line in wanted}
-    assert not paths & not_wanted.keys() and not plan.clashes
+    assert not paths & not_wanted.keys()
 
 
 def test_every_example_of_the_readme_is_tested() -> None:
@@ -3876,17 +4357,17 @@ def test_the_gpus_of_a_tegra_come_and_go_with_a_full_look(node: Node, kubelet: K
 @needs_root
 def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, kubelet: Kubelet, start: Starter) -> None:
     build(node.dev, {"by-id/cam": "-> ../video0", "video0": "char", "sda": "block", "pub/x": "char"})
-    (node.dev / "pub").chmod(0o777)
     node.rules("- devicematch: ^by-id/cam$\n- devicematch: ^pub/x$\n")
     start("--interval", "3600")
     kubelet.wait_for("by-id_cam", Healthy=1)
     kubelet.wait_for("pub_x", Healthy=1)
     assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/by-id/cam"}
+    (node.dev / "pub").chmod(0o777)
     node.link("by-id/cam", "../../outside")
     node.link("pub/x", "../sda")
     for name, told in (
         ("by-id_cam", "/dev/by-id/cam: a link that leaves /dev"),
-        ("pub_x", "/dev/pub/x: a link below /dev/pub, where others than root may make links"),
+        ("pub_x", "/dev/pub/x: others than root may write in the folder /dev/pub"),
     ):
         with pytest.raises(grpc.RpcError) as caught:
             kubelet.gives(name)
@@ -4367,13 +4848,21 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Kubelet, s
 
 
 @needs_root
-def test_a_list_longer_than_kubelet_takes_is_not_sent(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", *(f"{'x' * 100}{number}" for number in range(4)))
-    node.rules("- devicematch: ^null$\n- devicematch: ^x\n  resource: pool\n  nummaxdevices: 10000\n")
+@needs_root
+def test_a_list_is_never_longer_than_the_kubelet_takes(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """A newcomer that has no room is left out; what was offered stays."""
+    names = [letter * 100 for letter in "bcd"]
+    for name in names:
+        node.plug(name)
+    node.rules("- {devicematch: '^[a-z]+$', resource: pool, nummaxdevices: 10000}\n")
     daemon = start()
-    daemon.says("smarter-devices/pool: its list of slots is longer than kubelet takes .*; lower its nummaxdevices")
-    kubelet.wait_for("null", Healthy=1)
-    assert kubelet.count("pool") == 0
+    kubelet.wait_for("pool", Healthy=30_000)
+    node.plug("a" * 100)
+    daemon.says("WARNING /dev/a+: left out: the list of its resource's slots would be longer than 4194304 bytes")
+    node.unplug(names[0])
+    kubelet.wait_for("pool", Healthy=20_000, Unhealthy=10_000)
+    assert kubelet.gives("pool", f"{names[2]}:9999") == {f"/dev/{names[2]}": f"/dev/{names[2]}"}
+    assert kubelet.count("pool") == 1
 
 
 # kubelet comes and goes
@@ -5084,7 +5573,7 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
-    "device side, later": "sdm.DeviceSide._forget = fail",
+    "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
@@ -6074,36 +6563,44 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
     node.link("dangling", "nowhere")
     node.link("outside", "/etc/passwd")
     node.link("around", "around")
+    node.link("public/link", "../plain")
+    (node.dev / "public").chmod(0o777)
     os.mkfifo(node.dev / "pipe")
     node.rules("- devicematch: .*\n")
     counts = {key[1]: value for key, value in Status(start("--listen", ":0")).metrics().items() if key[0] == "left_out"}
     assert counts.pop("link") == 3
     assert counts.pop("folder") == 2
     assert counts.pop("not_a_device") == 2
-    assert len(counts) == 6
+    assert counts.pop("untrusted") == 2  # the folder and what is in it
+    assert set(counts) == {
+        *("attributes", "file_system", "name_taken", "bad_name", "container_path", "other"),
+        *("duplicate", "list_too_long", "pattern_timeout"),
+    }
     assert set(counts.values()) == {0}
 
 
 @pytest.mark.parametrize(
-    ("reason", "label"),
+    ("conf", "tree", "label"),
     [
-        ("a link to /dev/x, which is not there", "link"),
-        ("a link in the folder /dev/x, where others than root may make links", "link"),
-        ("a path through /dev/x, which is a plain file", "link"),
-        ("another file system", "file_system"),
-        ("a folder that cannot be listed (Permission denied), not a device", "folder"),
-        ("a socket, not a device", "not_a_device"),
-        ("its resource's name net_tun is taken by /dev/net/tun", "name_taken"),
-        (str(sdm.clash(sdm.Rule(1, re.compile(""), ""), sdm.Rule(2, re.compile(""), ""), "tun")), "name_taken"),
-        ("its name is not UTF-8", "bad_name"),
-        ("no letter or digit is left to name a resource by", "bad_name"),
-        ('its path in a container would be "/dev/../x"', "container_path"),
-        ('its idVendor is "1\n2" (asked for: 3); its serial is not there (asked for: x)', "attributes"),
-        ("something new", "other"),
+        ("a", {"a": "-> x"}, "link"),
+        ("a", {"a": "-> f/x", "f": "file"}, "link"),
+        ("a", {"a": "folder"}, "folder"),
+        ("a", {"a": "socket"}, "not_a_device"),
+        ("a/n", {"a": "shared", "a/n": "char"}, "untrusted"),
+        ("^a.b", {"a.b": "char", "a_b": "char"}, "name_taken"),
+        ("a, resource: b}\n- {devicematch: ^b", {"a": "char", "b": "char"}, "name_taken"),
+        ("_", {"_": "char"}, "bad_name"),
+        ("a", {"a\udcff": "char"}, "bad_name"),
+        ("'^a()$', containerpath: '/dev/x/\\1.'", {"a": "char"}, "container_path"),
+        ("a, attributes: {idVendor: x}", {"a": "char"}, "attributes"),
+        ("., resource: x", {"a": "char", "b": "-> a"}, "duplicate"),
+        ("b, resource: x, nummaxdevices: 10000", {"b" * 500: "char"}, "list_too_long"),
     ],
 )
-def test_each_reason_has_its_label(reason: str, label: str) -> None:
-    assert sdm.reason_label(reason) == label
+def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
+    plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
+    document = sdm.describe_plan(plan, "d", sdm.Now.now())
+    assert [found["label"] for found in document["left_out"]] == [label]
 
 
 def test_the_readme_has_every_metric_and_no_other() -> None:
@@ -6621,9 +7118,8 @@ def hostile_document() -> dict[str, Any]:
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
         {HOSTILE_WORD: sdm.Resource(HOSTILE_WORD, True, (device, gone))},
-        (sdm.LeftOut(HOSTILE_WORD, 1, HOSTILE_WORD),),
+        (sdm.LeftOut(HOSTILE_WORD, 1, sdm.Reason.GONE, HOSTILE_WORD),),
         (sdm.Rule(1, re.compile(""), HOSTILE_WORD),),
-        (),
     )
     moment = sdm.Now(1e9, 100.0)
     state = sdm.State(
