@@ -3048,8 +3048,8 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        specs_of(device, tree, self._dev_dir)
+        """The nodes that stand where DEVICE stood, be they the same or not. Raises NotADevice where some are missing."""
+        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:

@@ -4785,6 +4785,121 @@ def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: K
     ]
 
 
+# Starts of containers, of which the kubelet asks where a rule has attributes
+
+
+STICKS = '- {devicematch: ^ttyUSB, attributes: {idVendor: "10c4", serial: "A.*"}}\n'
+STICK_POOL = STICKS.replace("^ttyUSB,", "^ttyUSB, resource: sticks,")
+
+
+def plug_stick(board: Board, tty: str, serial: str, port: str = "1-1.1", vendor: str = "10c4") -> None:
+    """Plug a serial adapter into PORT, which gets the node TTY."""
+    number = f"188:{tty[-1]}"
+    usb_serial(board, tty, number, port, vendor, "ea60", "CP2102", serial)
+    build(board.node.dev, {tty: f"char {number}"})
+
+
+def unplug_stick(board: Board, tty: str) -> None:
+    board.node.unplug(tty)
+    link = board.node.sys / f"dev/char/188:{tty[-1]}"
+    shutil.rmtree(link.resolve().parents[3])
+    link.unlink()
+
+
+def set_serial(board: Board, tty: str, serial: str) -> None:
+    """Have the stick at the node TTY another serial number, as firmware can."""
+    ((board.node.sys / f"dev/char/188:{tty[-1]}").resolve().parents[3] / "serial").write_text(serial + "\n")
+
+
+def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
+    """The words with which the start of a container with IDS is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.starts(resource, *ids)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    return caught.value.details()
+
+
+def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
+    try:
+        kubelet.starts(resource, *ids)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION, error
+        return False
+    return True
+
+
+def refused_words(resource: str, given: str, problem: str) -> str:
+    return (
+        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
+        "device is back; delete the pod to have it given a device anew"
+    )
+
+
+@needs_root
+def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("null")
+    node.plug("zero")
+    plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
+    node.rules(plain + STICKS + "- {devicematch: ^ttyUSB0$, attributes: {serial: B1}, resource: sticks}\n")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    start()
+    wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
+    wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
+    for name, (has_preference, checks_starts) in wanted.items():
+        options = pb.DevicePluginOptions(
+            get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
+        )
+        requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
+        assert [request.options for request in requests] == [options], name
+        assert kubelet.client(name).options == options, name
+
+
+@needs_root
+def test_a_container_starts_with_the_device_that_it_was_given(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
+    node.plug("null")
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    plug_stick(board, "ttyUSB2", "B2", "1-1.3")
+    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+    kubelet.starts("ttyUSB0", "0")
+    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0")
+    with plugin_stub(node, "null") as stub:
+        stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=["0"]), timeout=PATIENCE)
+    assert Status(daemon).metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 0
+    assert "refused" not in daemon.log
+
+
+@needs_root
+def test_a_start_is_refused_when_another_device_stands_there_and_counted_and_logged_once(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    kubelet.take("ttyUSB0")
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.2")
+    status = Status(daemon)
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
+    for count in (1, 2, 3):
+        assert start_refusal(kubelet, "ttyUSB0", "0") == words
+        assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == count
+        assert status.resource("ttyUSB0")["start_refusals"] == count
+        wait_for(lambda: daemon.log.count("looked") or True)
+    daemon.says('WARNING start of a container refused: .*its serial is .* resource=smarter-devices/ttyUSB0')
+    assert daemon.log.count("start of a container refused") == 1
+
+
 # The list
 
 
@@ -5838,9 +5953,9 @@ def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet:
     words = caught.value.details()
     assert words.startswith(
         f"smarter-devices/pool: {method} failed, which is a bug of the plugin: "
-        r"ValueError: nobody \udcff foresaw\x1b[31m\nINFO this \u20ac"
+        r"ValueError: nobody \udcff foresaw\x1b[31m\nINFO this " + "\u20ac \u20ac"
     )
-    assert words.endswith("\u20ac...") and len(words.encode()) < 3000
+    assert re.search(r"[ \u20ac]\.\.\.$", words) and len(words.encode()) < 3000
     daemon.says(rf"CRITICAL smarter-devices/pool: {method} failed; this is a bug\n  Traceback \(most recent call last")
     assert r"  ValueError: nobody \udcff foresaw\x1b[31m" in daemon.log
     assert "\x1b" not in daemon.log and not re.search("^INFO", daemon.log, re.MULTILINE)
