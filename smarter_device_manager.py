@@ -30,6 +30,7 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import binascii
 import dataclasses
 import enum
 import errno
@@ -81,6 +82,9 @@ if TYPE_CHECKING:
 
     import api_pb2 as pb
     import api_pb2_grpc as rpc
+
+if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
+    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 __version__ = "1.0.0"
 
@@ -403,6 +407,10 @@ class _Parser:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
             return self.node(int(text), start)
+        number = re.fullmatch(r"[+]?0*([0-9]+)(?:\.[0-9]*)?", text, re.ASCII)
+        if number:
+            told = "a number must be whole, and without zeros before it"
+            self.fail(f"{text[:40]}: {told}: write {number[1][:40]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -484,8 +492,10 @@ class _Alarm:
     def limit(self, work: Callable[[], S], seconds: float) -> S:
         """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
 
-        For the main thread only. WORK must not call this itself.
+        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("only the main thread can search within a limit of time")
         if not self._is_installed:
             signal.signal(signal.SIGVTALRM, self._ring)
             self._is_installed = True
@@ -992,8 +1002,11 @@ def _text(node: Node) -> str:
 
 
 def _read_slots(node: Node) -> int:
+    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
+        number = int(node.value)
+        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
     if type(node.value) is not int:
-        raise _wrong(node, "a number of slots")
+        raise _wrong(node, "a whole number of slots")
     if not 0 <= node.value <= MAX_SLOTS:
         raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
     return node.value
@@ -1003,6 +1016,15 @@ def _read_template(node: Node) -> str:
     text = _text(node)
     if not text or "\0" in text:
         raise _wrong(node, "a text that is not empty")
+    return text
+
+
+def _read_resource(node: Node) -> str:
+    text = _read_template(node)
+    domain, slash, name = text.partition("/")
+    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        raise ConfigError(message, node.line, node.column)
     return text
 
 
@@ -1075,7 +1097,7 @@ class Rule:
     match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
+    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
     permissions: str = _key("permissions", _read_permissions, default="rw")
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
@@ -1091,6 +1113,10 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 
     Raises ConfigError with the line and column of what is wrong.
     """
+    manifest = re.search("^apiVersion:", text, re.MULTILINE)
+    if manifest:
+        line = text.count("\n", 0, manifest.start()) + 1
+        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
     document = compose_yaml(text)
     if document.value is None:
         raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
@@ -2462,6 +2488,11 @@ MAX_TRACEBACK_LINES = 100
 MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
 FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
 
+MAX_EVENTS = 100  # that are kept for whoever asks
+MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
+
+Document = Dict[str, Any]  # what json.dumps() takes
+
 log = logging.getLogger("smarter-device-manager")
 
 
@@ -2627,6 +2658,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class EventRing(logging.Handler):
+    """The last events, as documents, the newest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: List[Document] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "event"):
+            event = {
+                key: value if type(value) is int else truncate(str(value), MAX_TEXT)
+                for key, value in event_of(record).items()
+            }
+            self._events = [event, *self._events[: MAX_EVENTS - 1]]
+
+    def events(self) -> Sequence[Document]:
+        """As they are now; the list is replaced, never changed."""
+        return self._events
+
+
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
@@ -2637,8 +2688,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
-# served. All of it runs on one asyncio loop, the kubelet thread's.
+# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
+# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
@@ -2646,6 +2697,10 @@ GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: 
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
+POD_RESOURCES_SECONDS = 1.0  # for such an answer
+MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
+SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
@@ -2935,6 +2990,88 @@ class KubeletConnection:
             self._events.flush()
             log_event("kubelet-gone", sentence, logging.WARNING, **fields)
             self._on_change()
+
+
+class Holder(NamedTuple):
+    """A container that has a slot of a resource."""
+
+    slot: str  # its ID
+    namespace: str
+    pod: str
+    container: str
+
+
+Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+
+
+def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
+    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+    """
+    count = 0
+    for pod in response.pod_resources:
+        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
+        for container in pod.containers:
+            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
+            count += sum(len(item.device_ids) for item in ours)
+            if count > MAX_HOLDERS:
+                raise ValueError("more holders than any node has")
+            yield [
+                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, truncate(container.name, MAX_TEXT)))
+                for item in ours
+                for slot in item.device_ids
+            ]
+
+
+class PodResources:
+    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+
+    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
+    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    """
+
+    def __init__(self, path: str, domain: str) -> None:
+        self._target = unix_target(path)
+        self._domain = domain
+
+    async def holders(self) -> Optional[Holders]:
+        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+        from google.protobuf.message import DecodeError
+
+        holders: Dict[str, List[Holder]] = {}
+        try:
+            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            for pairs in await in_slices(find_holders(response, self._domain)):
+                for name, holder in pairs:
+                    holders.setdefault(name, []).append(holder)
+        except (grpc.RpcError, DecodeError, ValueError) as error:
+            log.debug("the kubelet does not say who has what: %s", error)
+            return None
+        return holders
+
+    async def _list(self) -> bytes:
+        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
+        ]
+        async with grpc.aio.insecure_channel(self._target, options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            return answer
+
+
+async def in_slices(items: Iterable[T]) -> List[T]:
+    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    done = []
+    end = time.monotonic() + SLICE_SECONDS
+    for item in items:
+        done.append(item)
+        if time.monotonic() >= end:
+            await asyncio.sleep(0)
+            end = time.monotonic() + SLICE_SECONDS
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3737,55 +3874,27 @@ class DevicePluginSide:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
-# which are pure renderers of that document; last, the small server of them. The document's keys and the metrics' names
-# are a public interface. A new metric is one more line of FAMILIES.
+# which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
+# the server's paths are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-POD_RESOURCES_BYTES = 2 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
-POD_RESOURCES_SECONDS = 1.0  # for such an answer
-MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-MAX_EVENTS = 100
 EVENTS_SHOWN = 10  # by --status
-MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
 MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
-REFRESH_SECONDS = 5  # of the page
-
-Document = Dict[str, Any]
-
-
-class Now(NamedTuple):
-    """One moment on both clocks: time.time() and time.monotonic()."""
-
-    wall: float
-    monotonic: float
-
-    @classmethod
-    def now(cls) -> Now:
-        return cls(time.time(), time.monotonic())
-
-    def utc(self, monotonic: float) -> str:
-        """The time of day at MONOTONIC."""
-        return utc(self.wall - self.monotonic + monotonic)
 
 
 class DeviceSideStats(NamedTuple):
     """What the device side says of itself after each turn."""
 
     heartbeat: float  # time.monotonic() of that
-    conf: str  # the path of the conf file
-    rules: int
-    reloads: int
-    failed_reloads: int
-    read_at: float  # time.time() when the conf file was last found good
-    conf_error: str  # why the conf file as it is now is refused
+    conf: Document  # how it stands with the conf file, as the whole document has it
     dev_problem: str  # why /dev cannot be looked at
     scan_seconds: float  # that the last look at /dev took
 
 
 class RegistrationState(NamedTuple):
-    """How one resource stands with kubelet."""
+    """How one resource stands with the kubelet."""
 
-    ready: bool = False  # registered, and kubelet's stream is open
+    ready: bool = False  # registered, and the kubelet's stream is open
     trouble: str = ""  # why not
     allocations: int = 0
     registrations: int = 0
@@ -3794,24 +3903,15 @@ class RegistrationState(NamedTuple):
     start_refusals: int = 0
 
 
-class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
-
-    slot: str  # its ID
-    namespace: str
-    pod: str
-    container: str
-
-
-Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
-
-
 # The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
 
 
-def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
-    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing."""
-    resources = [describe_resource(resource, domain, moment) for resource in plan.resources.values()]
+def describe_plan(plan: Plan, domain: str, epoch: float) -> Document:
+    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing.
+
+    EPOCH is the time.time() at which time.monotonic() was 0.
+    """
+    resources = [describe_resource(resource, domain, epoch) for resource in plan.resources.values()]
     return {"resources": resources, **_describe_rest(plan)}
 
 
@@ -3825,7 +3925,7 @@ def _describe_rest(plan: Plan) -> Document:
     }
 
 
-def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
+def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
     """RESOURCE as a document."""
     return {
         "name": f"{domain}/{resource.name}",
@@ -3838,7 +3938,7 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
                 "slots": device.slots,
                 "healthy": not device.problem,
                 "problem": device.problem,
-                "since": moment.utc(device.since),
+                "since": utc(epoch + device.since),
                 "numa": list(device.numa),
                 "nodes": [
                     {
@@ -3863,10 +3963,10 @@ def device_path(device: Device) -> str:
 
 
 def describe_offer(
-    resource: Resource, domain: str, moment: Now, link: RegistrationState, holders: Optional[Holders]
+    resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
 ) -> Document:
-    """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
-    document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
+    """RESOURCE as a document, with how it stands with the kubelet and, where HOLDERS are known, who has its slots."""
+    document = {**describe_resource(resource, domain, epoch), **state._asdict(), "in_use": None, "holders": None}
     if holders is not None:
         held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
         document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
@@ -3886,106 +3986,83 @@ def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Doc
     return [document for *_, document in sorted(found, key=lambda each: each[:3])]
 
 
-@dataclass(frozen=True)
-class State:
-    """The daemon at one moment, but for its resources."""
-
-    moment: Now
-    node: str
-    domain: str
-    plan: Plan
-    stats: DeviceSideStats
-    heartbeats: Mapping[str, float]  # time.monotonic() of each thread's last turn
-    most_age: float  # of a heartbeat, in seconds
-    is_answering: bool
-    kubelet_restarts: int
-    plugin_dir: str
-    process: Document
-    events: Sequence[Document]
-
-
-def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
-    """The whole document: STATE, and the RESOURCES as describe_offer() has them."""
-    moment, stats = state.moment, state.stats
-    hanging = find_hanging(state.heartbeats, state.most_age, moment.monotonic)
+def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
+    """The whole document: what is in PLAN and STATS, the RESOURCES of describe_offer(), and OTHERS as they are."""
     document = {
         "smarter_device_manager": __version__,
-        "node": state.node,
-        "domain": state.domain,
-        "time": utc(moment.wall),
-        "healthy": not hanging,
+        **others,
+        "healthy": not find_hanging(others["threads"]),
         "ready": all(resource["ready"] for resource in resources),
         "problems": [],
-        "threads": [
-            {"name": name, "seconds_since_turn": moment.monotonic - heartbeat, "most_seconds": state.most_age}
-            for name, heartbeat in state.heartbeats.items()
-        ],
-        "kubelet": {
-            "answering": state.is_answering,
-            "restarts": state.kubelet_restarts,
-            "plugin_dir": state.plugin_dir,
-        },
-        "conf": {
-            "path": stats.conf,
-            "rules": stats.rules,
-            "error": stats.conf_error,
-            "read_at": utc(stats.read_at),
-            "read_at_seconds": stats.read_at,
-            "reloads": stats.reloads,
-            "failed_reloads": stats.failed_reloads,
-        },
+        "conf": stats.conf,
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
-        "process": state.process,
         "resources": resources,
-        **_describe_rest(state.plan),
-        "events": state.events,
+        **_describe_rest(plan),
     }
-    document["problems"] = hanging + find_problems(document)
+    document["problems"] = [problem_text(*problem) for problem in find_problems(document).items()]
     return document
 
 
-def find_hanging(heartbeats: Mapping[str, float], most_age: float, now: float) -> List[str]:
-    """What to say NOW of each thread of BEATS whose last turn was more than MAX_AGE seconds ago."""
-    ages = {name: now - heartbeat for name, heartbeat in heartbeats.items()}
-    return [f"the {name} hangs: its last turn was {age:.1f} s ago" for name, age in ages.items() if age > most_age]
+def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
+    """Each thread with its last of HEARTBEATS and the MAX_AGE that it may have, in seconds of time.monotonic()."""
+    return [
+        {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+        for name, heartbeat in heartbeats.items()
+    ]
 
 
-def told_trouble(trouble: str) -> str:
-    """Why a resource is not with kubelet, in words."""
-    return f"not registered with kubelet: {trouble or 'not yet'}"
+def find_hanging(threads: Iterable[Document]) -> List[str]:
+    """A sentence for each of THREADS that hangs."""
+    return [
+        f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
+        for thread in threads
+        if thread["seconds_since_turn"] > thread["most_seconds"]
+    ]
 
 
-def find_problems(document: Document) -> List[str]:
-    """What is wrong with the offer, in words, the worst first."""
-    conf, kubelet = document["conf"], document["kubelet"]
-    problems = []
+def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
+    """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
+    kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
+    problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
     if not kubelet["answering"]:
-        problems.append(
-            f"kubelet does not answer in {kubelet['plugin_dir']}: no pod can be given a device until it does"
-        )
-    else:
-        unready = [
-            (resource["name"], resource["trouble"]) for resource in document["resources"] if not resource["ready"]
-        ]
-        problems += _grouped((name, told_trouble(trouble)) for name, trouble in unready)
+        where = kubelet["plugin_dir"]
+        problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
+    for resource in resources:
+        if kubelet["answering"] and not resource["ready"]:
+            problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
     if document["dev_problem"]:
-        problems.append(document["dev_problem"])
+        problems[document["dev_problem"]] = []
     if conf["error"]:
-        problems.append(f"the conf file is refused, the rules of {conf['read_at']} stay in force: {conf['error']}")
-    return problems + _grouped(
-        (device["path"], device["problem"] + _told_holders(resource, device))
-        for resource in document["resources"]
-        for device in resource["devices"]
-        if not device["healthy"]
-    )
+        problems[conf_error_text(conf["error"], conf["read_at"])] = []
+    for resource in resources:
+        for device in resource["devices"]:
+            if not device["healthy"]:
+                sentence = device["problem"] + _holders_text(resource, device)
+                problems.setdefault(sentence, []).append(device["path"])
+    return problems
 
 
-def _told_holders(resource: Document, device: Document) -> str:
+def problem_text(sentence: str, names: Sequence[str]) -> str:
+    """One of find_problems() as a line of text."""
+    return f"{_first_names(names)}: {sentence}" if names else sentence
+
+
+def unready_text(trouble: str) -> str:
+    """Why a resource is not with the kubelet, in words."""
+    return f"not registered with the kubelet: {trouble}" if trouble else "not registered with the kubelet yet"
+
+
+def conf_error_text(error: str, read_at: str) -> str:
+    """That the conf file is refused for ERROR, and of when the rules in force are."""
+    return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
+
+
+def _holders_text(resource: Document, device: Document) -> str:
     """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
     held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
     containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
-    return f", in use by {_named_briefly(containers)}" if containers else ""
+    return f", in use by {_first_names(containers)}" if containers else ""
 
 
 def _pod_and_container(holder: Document) -> Tuple[str, str]:
@@ -3993,99 +4070,14 @@ def _pod_and_container(holder: Document) -> Tuple[str, str]:
     return f"{holder['namespace']}/{holder['pod']}", holder["container"]
 
 
-def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
-    """A sentence for each problem of the pairs of a name and a problem in FOUND."""
-    groups: Dict[str, List[str]] = {}
-    for name, problem in found:
-        groups.setdefault(problem, []).append(name)
-    return [f"{_named_briefly(names)}: {problem}" for problem, names in groups.items()]
-
-
-def _named_briefly(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-# Who has what: asked of the kubelet, by its PodResources API.
-
-
-def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
-    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
-    """
-    count = 0
-    for pod in response.pod_resources:
-        names = _cut(pod.namespace), _cut(pod.name)
-        for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            count += sum(len(item.device_ids) for item in ours)
-            if count > MAX_HOLDERS:
-                raise ValueError("more holders than any node has")
-            yield [
-                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, _cut(container.name)))
-                for item in ours
-                for slot in item.device_ids
-            ]
-
-
-class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
-
-    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
-    """
-
-    def __init__(self, path: str, domain: str) -> None:
-        self._target = unix_target(path)
-        self._domain = domain
-
-    async def holders(self) -> Optional[Holders]:
-        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
-        from google.protobuf.message import DecodeError
-
-        holders: Dict[str, List[Holder]] = {}
-        try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
-            for pairs in await in_slices(find_holders(response, self._domain)):
-                for name, holder in pairs:
-                    holders.setdefault(name, []).append(holder)
-        except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
-            return None
-        return holders
-
-    async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
-
-
-class EventRing(logging.Handler):
-    """The last events, as documents, the newest first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._events: List[Document] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "event"):
-            event = {key: value if type(value) is int else _cut(str(value)) for key, value in event_of(record).items()}
-            self._events = [event, *self._events[: MAX_EVENTS - 1]]
-
-    def events(self) -> Sequence[Document]:
-        """As they are now; the list is replaced, never changed."""
-        return self._events
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_EVENT_TEXT else text[:MAX_EVENT_TEXT] + "..."
+def clock(time_of_day: str) -> str:
+    """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
+    return f"{time_of_day[:10]} {time_of_day[11:19]}"
 
 
 # Text: for terminals.
@@ -4106,7 +4098,12 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 def render_list(document: Document) -> str:
     """What --list prints of describe_plan()'s DOCUMENT."""
     rows: List[Tuple[object, ...]] = [
-        (device["slots"], device["line"], resource["name"] + (" (pool)" if resource["pool"] else ""), _told(device))
+        (
+            device["slots"],
+            device["line"],
+            resource["name"] + (" (pool)" if resource["pool"] else ""),
+            _device_text(device),
+        )
         for resource in document["resources"]
         for device in resource["devices"]
     ]
@@ -4125,63 +4122,38 @@ def _render_rest(document: Document) -> str:
     return text
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
-    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
-    attributes, each block such as it can stand in a rule."""
-    lines = [
-        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
-        "# take one of these blocks, and of its lines those that tell this device from others.",
-        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
-    ]
-    for folder, attributes in chain:
-        lines += ["", f"  # {printable(folder)}", "  attributes:"]
-        for name, value in attributes.items():
-            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
-    return "\n".join(lines) + "\n"
+def _device_text(device: Document) -> str:
+    problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
+    return f"{device['path']}{problem or _device_details(device)}"
 
 
-def _escaped(text: str) -> str:
-    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _told(device: Document) -> str:
-    """DEVICE, where its link leads, and where its container sees it if that is not where the host has it."""
+def _device_details(device: Document) -> str:
+    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
+    container sees it if that is not where the host has it."""
     nodes = device["nodes"]
-    text: str = device["path"]
-    if device["problem"]:
-        return f"{text} (Unhealthy: {device['problem']})"
     if not nodes:
-        return text
+        return ""
     link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
-    text += f" -> {link}" if link else ""
+    details = f" -> {link}" if link else ""
     count = sum(len(node["targets"]) for node in nodes)
     if is_folder or count > 1:
-        text += f" ({pluralize(count, 'node')})"
+        details += f" ({pluralize(count, 'node')})"
     if not nodes[0]["container"].startswith(device["path"]):
-        text += f" as {nodes[0]['container']}"
-    return text
+        details += f" as {nodes[0]['container']}"
+    return details
 
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
-    lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {document['time']}"]
-    lines += [f"  - {problem}" for problem in problems]
-    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
+    lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
+    text = "".join(f"{printable(line)}\n" for line in [*lines, *(f"  - {problem}" for problem in problems)]) + "\n"
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
             resource["name"],
             "yes" if resource["ready"] else "no",
-            _named_briefly([_told(device) for device in resource["devices"]]),
+            _first_names([_device_text(device) for device in resource["devices"]]),
         )
         for resource in resources
     ]
@@ -4194,10 +4166,24 @@ def render_status(document: Document) -> str:
     ]
     if held:
         text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
-    events = [
-        (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
-    ]
+    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
     return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+
+
+def event_text(event: Document) -> Tuple[str, str]:
+    """What EVENT says, with the resources or devices that it is about; and its other fields."""
+    sentence = event["message"]
+    others = []
+    for key, value in event.items():
+        if key in ("time", "level", "event", "message") or str(value) in sentence:
+            continue
+        if key == "resource":
+            sentence = f"{value}: {sentence}"
+        elif key in ("resources", "devices"):
+            sentence = f"{sentence} ({str(value).replace(',', ', ')})"
+        else:
+            others.append(f"{key} {value}")
+    return sentence, "; ".join(others)
 
 
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
@@ -4211,7 +4197,7 @@ class Family(NamedTuple):
 
     name: str
     kind: str
-    told: str
+    help: str
     read: Callable[[Document], Samples]
 
 
@@ -4224,16 +4210,9 @@ def _each(key: str) -> Callable[[Document], Samples]:
     )
 
 
-def _one(*keys: str) -> Callable[[Document], Samples]:
-    """The one value that KEYS lead to."""
-
-    def read(document: Document) -> Samples:
-        value: Any = document
-        for key in keys:
-            value = value[key]
-        return [({}, value)]
-
-    return read
+def _one(part: str, key: str) -> Callable[[Document], Samples]:
+    """The value KEY of a PART of the document."""
+    return lambda document: [({}, document[part][key])]
 
 
 def _devices(document: Document) -> Samples:
@@ -4268,56 +4247,36 @@ def _build(document: Document) -> Samples:
 FAMILIES = (
     Family("build_info", "gauge", "1; the labels tell the version.", _build),
     Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
-    Family(
-        "slots_in_use",
-        "gauge",
-        "Slots that containers have, as the kubelet says; absent: unknown.",
-        _each("in_use"),
-    ),
-    Family("slot_holder", "gauge", "1 for each container that has a slot, as the kubelet says.", _slot_holders),
+    Family("slots_in_use", "gauge", "Slots that containers have; absent: unknown.", _each("in_use")),
+    Family("slot_holder", "gauge", "1 for each container that has a slot.", _slot_holders),
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
-    Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
+    Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family(
-        "starts_refused_total",
-        "counter",
-        "Starts of containers that were refused, since another device stands there.",
-        _each("start_refusals"),
-    ),
-    Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
-    Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
-    Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
-    Family("kubelet_answering", "gauge", "1 if kubelet answers on its socket.", _one("kubelet", "answering")),
-    Family("kubelet_restarts_total", "counter", "Restarts of kubelet that were seen.", _one("kubelet", "restarts")),
-    Family("conf_reloads_total", "counter", "Times that a changed conf file was taken over.", _one("conf", "reloads")),
-    Family(
-        "conf_refused_total", "counter", "Times that a changed conf file was refused.", _one("conf", "failed_reloads")
-    ),
-    Family(
-        "conf_good",
-        "gauge",
-        "0 if the conf file as it is now is refused.",
-        lambda document: [({}, not document["conf"]["error"])],
-    ),
+    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
+    Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
+    Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
+    Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
+    Family("kubelet_answering", "gauge", "1 if the kubelet answers on its socket.", _one("kubelet", "answering")),
+    Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
+    Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
+    Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
+    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
     Family(
         "conf_last_good_timestamp_seconds",
         "gauge",
-        "When the conf file was last found good.",
+        "When the conf file was last good.",
         _one("conf", "read_at_seconds"),
     ),
-    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
+    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
     Family(
         "internal_errors_total",
         "counter",
-        "Calls that failed for a reason that nobody foresaw: a bug.",
+        "Calls that failed for an unforeseen reason.",
         _one("process", "internal_errors"),
     ),
     Family(
-        "log_lines_dropped_total",
-        "counter",
-        "Lines of the log that were dropped, since nobody read it.",
-        _one("process", "log_lines_dropped"),
+        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
     ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
@@ -4334,11 +4293,11 @@ def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
         name = metric_name(family)
-        yield f"# HELP {name} {family.told}\n# TYPE {name} {family.kind}\n"
+        yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
         for labels, value in family.read(document):
-            told = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+            pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, (int, bool)) else value
-            yield f"{name}{{{told}}} {number!r}\n" if told else f"{name} {number!r}\n"
+            yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
 def _label(text: str) -> str:
@@ -4347,53 +4306,88 @@ def _label(text: str) -> str:
 
 # The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
 
+REFRESH_SECONDS = 5  # of the page
 STYLE = """
-:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5f6975; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2f6fdb; --full: #c77700; --good: #1a7f45; --good-back: #e3f4e9; --bad: #c02b30;
-  --bad-back: #fdecec; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #949fac; --line: #2a313a; --track: #2c343e;
-    --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f; --bad: #ff7f7f; --bad-back: #3a1719; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
+:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
+  --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
+  --bad-back: #fdecec; --goal: #fff7d6; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
+  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
+  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; }
+header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
+h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-header p { margin: 0; color: var(--dim); flex-basis: 100%; font-size: .87rem; }
-.pill { border-radius: 99px; padding: .15rem .8rem; font-weight: 600; font-size: .9rem; }
-.good { color: var(--good); background: var(--good-back); }
-.bad { color: var(--bad); background: var(--bad-back); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.wrong { border-left: 5px solid var(--bad); padding: .7rem 1rem; margin: 0 0 1.25rem; list-style: none; }
-.wrong li + li { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid var(--line); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0; }
-.facts div { padding: .7rem 1rem; }
-.facts dt { color: var(--dim); font-size: .8rem; }
-.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.facts dd small { display: block; font-size: .78rem; font-weight: 400; color: var(--dim); }
-.row { display: grid; grid-template-columns: 15rem 11rem 1fr; gap: .4rem 1.5rem; padding: .8rem 1rem; }
-.row + .row { border-top: 1px solid var(--line); }
-.row h3 { font-size: 1rem; margin: 0; }
-.row h3 span { font-weight: 400; color: var(--dim); }
-.row ul { list-style: none; margin: 0; padding: 0; }
-.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); }
-.bar.full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: var(--good); }
-.dot.off { background: var(--bad); }
-.why { color: var(--bad); }
-.dim { color: var(--dim); font-size: .87rem; }
-.holder { margin-left: 1.12em; font-size: .87rem; }
 code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.list { padding: .3rem 1rem; margin: 0; list-style: none; font-size: .9rem; }
-.list li { display: grid; grid-template-columns: 10rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
-.list li + li { border-top: 1px solid var(--line); }
-.list time, .list .key { color: var(--dim); font-variant-numeric: tabular-nums; }
-footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
-a { color: var(--used); }
-@media (max-width: 44rem) { .row, .list li { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
+.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
+button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
+.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
+.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
+.why, small { display: block; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.list { padding: .3rem 1rem; }
+.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
+.list li + li, tbody th, td { border-top: 1px solid var(--line); }
+.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
+.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
+.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+table { width: 100%; border-spacing: 0; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
+thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+:target, :target td { background: var(--goal); }
+.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
+.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
+.dot { background: var(--good); } .off { background: var(--bad); }
+.hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@media (max-width: 44rem) {
+  .list li, .facts { grid-template-columns: 1fr; }
+  .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
+  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
+  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
+  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+"""
+SCRIPT = """
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
+let isPaused = false;
+const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
+
+function show(page) {
+  const focused = document.activeElement.getAttribute("href");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const made = page.getElementById(part.id);
+    if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
+  }
+  document.title = page.title;
+  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
+  if (focused && document.activeElement === document.body)
+    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+async function refresh() {
+  if (mayChange()) try {
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
+    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
+    trouble.textContent = "";
+  } catch {
+    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
+  }
+  setTimeout(refresh, 1000 * document.body.dataset.refresh);
+}
+
+button.onclick = () => {
+  isPaused = !isPaused;
+  button.textContent = isPaused ? "Resume" : "Pause";
+};
+button.hidden = false;
+setTimeout(refresh, 1000 * document.body.dataset.refresh);
 """
 
 _HEAD = """<!doctype html>
@@ -4401,36 +4395,40 @@ _HEAD = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="{refresh}">
+<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
+<style nonce="{nonce}">"""
+_TOP = """</style>
 <title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-<style nonce="{nonce}">"""
-_TOP = """</style>
 </head>
-<body>
-<header><h1>{node}</h1><span class="pill {mood}">{verdict}</span>
-<p>smarter-device-manager {version}, as of {time}. All times are UTC.</p></header>
+<body data-refresh="{refresh}">
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
+<strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
 """
-_FACT = '<div class="card"><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
-_ROW = """<article class="row">
-<h3><span>{domain}/</span>{name}</h3>
-<div>{use}<svg class="bar {full}" role="img" aria-label="{use}"><rect width="{percent}%" height="100%"/></svg></div>
-<ul>
+_LINK = '<a href="#{name}">{name}</a>'
+_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
+_TABLE = """<table class="card" role="table">
+<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
+scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
+Used by</th></tr></thead>
 """
-_DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{more}</span></li>\n'
-_GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
-<span class="dim">since {since}</span></li>\n'
-_UNREADY = '<li class="why">{trouble}</li>\n'
-_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">of <code>{pod}</code>\
-</span></li>\n'
-_ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
-_EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
-_FOOT = """<footer>This page is made anew every {refresh} seconds. The same, for programs: <a href="/status.json">\
-/status.json</a>, <a href="/metrics">/metrics</a>, <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.\
-</footer>
-</body>
-</html>
+_NAME = '<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}'
+_USE = """</th><td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg class="bar {full}" aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = '<td role="cell"><span title="{more}"><span class="dot {off}"></span><span class="hidden">{state} </span>\
+<code>{path}</code>{details}</span>'
+_WHY = '<span class="why">{why}</span>'
+_SINCE = "<small>since {since}</small>"
+_HOLDER = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+_ITEM = '<li><span class="key">{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+_FOOT = """</main>
+<footer class="dim">The page follows the daemon every {refresh} seconds. The same, for programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 """
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
@@ -4441,33 +4439,42 @@ def _fill(template: str, **values: object) -> str:
 
 
 def render_page(document: Document, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece; only a style with NONCE is in force."""
-    problems = document["problems"]
-    count = len(problems)
-    verdict = "all is well" if not problems else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
-    colour, mood = ("%23c02b30", "bad") if problems else ("%231a7f45", "good")
-    node, version = document["node"], document["smarter_device_manager"]
-    yield _fill(_HEAD, refresh=REFRESH_SECONDS, node=node, verdict=verdict, colour=colour, nonce=nonce) + STYLE
-    yield _fill(_TOP, node=node, verdict=verdict, mood=mood, version=version, time=_clock(document["time"], ""))
-    if problems:
-        yield '<ul class="card wrong">\n'
-        yield from (_fill("<li>{problem}</li>\n", problem=problem) for problem in problems)
+    """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
+    count = len(document["problems"])
+    verdict = "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
+    colour, mood = ("%23b3262b", "bad") if count else ("%23166a3a", "good")
+    node, version, refresh = document["node"], document["smarter_device_manager"], REFRESH_SECONDS
+    yield _fill(_HEAD, refresh=refresh, nonce=nonce) + STYLE
+    values = {"colour": colour, "mood": mood, "version": version, "time": clock(document["time"])}
+    yield _fill(_TOP, refresh=refresh, node=node, verdict=verdict, **values)
+    if count:
+        yield '<ul class="card list wrong">\n'
+        yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
     yield from _page_facts(document)
     yield "<h2>Resources</h2>\n"
-    if not document["resources"]:
+    if document["resources"]:
+        yield _TABLE
+        for resource in document["resources"]:
+            yield "".join(_page_resource(resource, document["kubelet"]["answering"]))
+        yield "</table>\n"
+    else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
-    yield '<section class="card">\n'
-    for resource in document["resources"]:
-        yield "".join(_page_row(resource, document))
-    yield "</section>\n"
-    left_out = ((left["path"], f"{left['reason']} (line {left['line']})") for left in document["left_out"])
+    left_out = ((left["path"], left["reason"], f"rule of line {left['line']}") for left in document["left_out"])
     yield from _page_list("Left out, though a rule names it", left_out)
-    unused = ((f"line {rule['line']}", rule["pattern"]) for rule in document["unused"])
+    unused = ((f"line {rule['line']}", rule["pattern"], "") for rule in document["unused"])
     yield from _page_list("Rules that matched nothing", unused)
-    yield '<h2>Last events</h2>\n<ol class="card list">\n'
-    yield from (_page_event(event, document["time"]) for event in document["events"])
-    yield "</ol>\n" + _fill(_FOOT, refresh=REFRESH_SECONDS)
+    events = ((clock(event["time"]), *event_text(event)) for event in document["events"])
+    yield from _page_list("Last events", events)
+    yield _fill(_FOOT, refresh=refresh) + _fill('<script nonce="{nonce}">', nonce=nonce) + SCRIPT
+    yield "</script>\n</body>\n</html>\n"
+
+
+def _page_problem(sentence: str, names: Sequence[str]) -> str:
+    """One of find_problems(); its names lead to their rows."""
+    links = [_fill(_LINK, name=name) for name in names[:MAX_NAMES]]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
 
 
 def _page_facts(document: Document) -> Iterator[str]:
@@ -4475,82 +4482,89 @@ def _page_facts(document: Document) -> Iterator[str]:
     devices = [device for resource in resources for device in resource["devices"]]
     present = sum(device["healthy"] for device in devices)
     in_use = [resource["in_use"] for resource in resources]
-    used = "unknown" if None in in_use else sum(in_use)
+    facts = (
+        ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
+        ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
+        (
+            "Slots in use",
+            "unknown" if None in in_use else sum(in_use),
+            f"of {sum(resource['slots'] for resource in resources)}",
+        ),
+        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
+        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
+    )
     yield '<dl class="facts">\n'
-    ready = sum(resource["ready"] for resource in resources)
-    yield _fill(_FACT, name="Resources", value=len(resources), more=f"{ready} registered")
-    yield _fill(_FACT, name="Devices", value=len(devices), more=f"{present} present, {len(devices) - present} absent")
-    slots = sum(resource["slots"] for resource in resources)
-    yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
-    answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{pluralize(kubelet['restarts'], 'restart')} seen")
-    good_told = "refused" if conf["error"] else "good"
-    read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{pluralize(conf['rules'], 'rule')}, read {read_at}")
+    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
     yield "</dl>\n"
 
 
-def _page_row(resource: Document, document: Document) -> Iterator[str]:
-    slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{pluralize(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
+    """The rows of RESOURCE: one for each device, with who holds it."""
+    slots, in_use, devices = resource["slots"], resource["in_use"], resource["devices"]
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
+    full = "full" if percent == 100 else ""
     domain, _, name = resource["name"].partition("/")
-    yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
-    if not resource["ready"]:
-        yield _fill(_UNREADY, trouble=told_trouble(resource["trouble"]))
+    yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     held = _page_holders(resource["holders"] or ())
-    for device in resource["devices"]:
-        since = _clock(device["since"], document["time"])
-        if device["problem"]:
-            yield _fill(_GONE, path=device["path"], problem=device["problem"], since=since)
-        else:
-            more = f"since {since}, by the rule of line {device['line']}"
-            told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
-            yield _fill(_DEVICE, path=device["path"], more=told)
-        yield from held.get(device["path"], ())
-    yield "</ul>\n</article>\n"
+    for number, device in enumerate(devices):
+        yield _fill('<tr id="{path}" role="row">', path=device["path"])
+        if number == 0:
+            yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
+            if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
+                yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
+            yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
+        yield from _page_device(device)
+        holders = "".join(held.get(device["path"], ()))
+        yield f'<td role="cell" data-name="Used by:"><ul>{holders}</ul></td></tr>\n' if holders else "<td></td></tr>\n"
+    yield "</tbody>\n"
+
+
+def _page_device(device: Document) -> Iterator[str]:
+    since, is_healthy = clock(device["since"]), device["healthy"]
+    yield _fill(
+        _DEVICE,
+        more=f"since {since}, by the rule of line {device['line']}",
+        off="" if is_healthy else "off",
+        state="Healthy:" if is_healthy else "",
+        path=device["path"],
+        details=_device_details(device) if is_healthy else "",
+    )
+    if not is_healthy:
+        yield _fill(_WHY + _SINCE, why=f"Unhealthy: {device['problem']}", since=since)
+    yield "</td>\n"
 
 
 def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
-    """A line for each container that holds slots, by the path of their device."""
+    """An item of a list for each container that holds slots, by the path of their device."""
     slots: Dict[Tuple[str, str, str], List[str]] = {}
     for holder in holders:
         slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
-    lines: Dict[str, List[str]] = {}
+    items: Dict[str, List[str]] = {}
     for (path, pod, container), ids in slots.items():
-        told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
-        lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
-    return lines
+        text = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
+        items.setdefault(path, []).append(_fill(_HOLDER, slots=text, pod=pod, container=container))
+    return items
 
 
-def _page_list(title: str, items: Iterable[Tuple[str, str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, told=told) for key, told in items]
+def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
+    pieces = [_fill(_ITEM, key=key, text=text, more=more) for key, text, more in items]
     if pieces:
         yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
         yield from pieces
         yield "</ul>\n"
 
 
-def _page_event(event: Document, now: str) -> str:
-    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
-    more = "; ".join(f"{key} {value}" for key, value in fields.items() if value not in event["message"])
-    return _fill(_EVENT, time=event["time"], clock=_clock(event["time"], now), message=event["message"], more=more)
-
-
-def _clock(time_of_day: str, now: str) -> str:
-    """TIME_OF_DAY, as utc() has it, for people: without the date where that is NOW's."""
-    return time_of_day[11:19] if time_of_day[:10] == now[:10] else f"{time_of_day[:10]} {time_of_day[11:19]}"
-
-
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
+# It reads and writes its sockets by itself: asyncio's streams accept a whole backlog of clients in one turn of the
+# loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-BACKLOG = 1024  # of connections that are not yet accepted: a probe among them can wait, and must not be dropped
-MAX_CONNECTIONS = 64  # of clients whose request is awaited, and as many that are being answered
+BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
+MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
 
 _PHRASES = {
@@ -4578,13 +4592,6 @@ class Unanswerable(Exception):
         self.status = status
 
 
-class Request(NamedTuple):
-    """What a client asks for."""
-
-    method: str  # GET or HEAD
-    path: str
-
-
 class Response(NamedTuple):
     """What a client is answered."""
 
@@ -4594,8 +4601,8 @@ class Response(NamedTuple):
     policy: str = "default-src 'none'"  # its Content-Security-Policy
 
 
-def parse_request(head: bytes) -> Request:
-    """What the HEAD of an HTTP request asks for (RFC 9112); raises Unanswerable."""
+def parse_request(head: bytes) -> Tuple[str, str]:
+    """What the HEAD of an HTTP request asks for (RFC 9112): GET or HEAD, and the path. Raises Unanswerable."""
     first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -4610,17 +4617,13 @@ def parse_request(head: bytes) -> Request:
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable(405)
     path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
-    return Request(line[1].decode(), path or "/")
+    return line[1].decode(), path or "/"
 
 
-def plain(status: int, lines: Iterable[str]) -> Response:
-    """LINES as a plain text."""
-    return Response(status, "text/plain; charset=utf-8", "".join(f"{line}\n" for line in lines).encode())
-
-
-def failure(status: int) -> Response:
-    """The answer to what gets none."""
-    return plain(status, [f"{status} {_PHRASES[status]}"])
+def plain(status: int, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, what STATUS means."""
+    text = "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"])
+    return Response(status, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
 
 
 def format_head(response: Response, now: float) -> bytes:
@@ -4640,18 +4643,6 @@ def format_head(response: Response, now: float) -> bytes:
     return "\r\n".join([*head, "", ""]).encode()
 
 
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
-    done = []
-    end = time.monotonic() + SLICE_SECONDS
-    for item in items:
-        done.append(item)
-        if time.monotonic() >= end:
-            await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
-    return done
-
-
 async def encoded(pieces: Iterable[str]) -> bytes:
     """PIECES as one text, put together in slices."""
     return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
@@ -4659,27 +4650,31 @@ async def encoded(pieces: Iterable[str]) -> bytes:
 
 def listen(address: Tuple[str, int]) -> socket.socket:
     """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
-    host, port = address
+    host = address[0]
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
     try:
-        if host in ("", "::") and socket.has_dualstack_ipv6():
-            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
-        else:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", "") or error
-        raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
+        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
     listener.setblocking(False)
     return listener
 
 
-def tell_address(address: Tuple[Any, ...]) -> str:
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _read_request(connection: socket.socket) -> Request:
+async def _read_request(connection: socket.socket) -> Tuple[str, str]:
     """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
     loop = asyncio.get_running_loop()
     data = b""
@@ -4705,16 +4700,18 @@ async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
         room -= len(chunk) or room
 
 
-def _process_start() -> float:
-    """When this process started, as time.time() has it; proc(5) tells it in ticks since the machine's start."""
+def describe_process() -> Document:
+    """What the kernel knows of this process; proc(5) has its start in ticks since the machine's."""
     with open("/proc/self/stat", "rb") as file:
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        fields = file.read().rpartition(b")")[2].split()
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {
+        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "cpu_seconds": time.process_time(),
+        "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
+        "internal_errors": log_counts.internal_errors,
+        "log_lines_dropped": log_counts.dropped_lines,
+    }
 
 
 Clients = Dict["asyncio.Task[None]", None]  # the oldest first
@@ -4740,8 +4737,7 @@ class StatusServer:
         self._side = side
         self._pod_resources = pod_resources
         self._node = node
-        self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._started = _process_start()
+        self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._asking: Clients = {}  # those whose request is awaited
         self._answered: Clients = {}  # those that are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
@@ -4782,7 +4778,7 @@ class StatusServer:
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
         """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
-        if len(clients) >= MAX_CONNECTIONS:
+        if len(clients) >= MAX_CLIENTS:
             oldest = next(iter(clients))
             del clients[oldest]
             oldest.cancel()
@@ -4790,21 +4786,20 @@ class StatusServer:
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
-        with_body = True
+        task = asyncio.current_task()
+        assert task
+        method = "GET"
         try:
             try:
-                request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                task = asyncio.current_task()
-                assert task
+                method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
                 self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
-                with_body = request.method != "HEAD"
-                response = await self._respond(request.path)
+                response = await self._respond(path)
             except Unanswerable as error:
-                response = failure(error.status)
+                response = plain(error.status)
             except asyncio.TimeoutError:
-                response = failure(408)
-            data = [format_head(response, time.time()), *([response.body] if with_body else [])]
+                response = plain(408)
+            data = [format_head(response, time.time()), *([response.body] if method != "HEAD" else [])]
             await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went or was too slow: %s", error)
@@ -4817,27 +4812,29 @@ class StatusServer:
                 return await self._shared(path, self._views[path])
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return failure(500)
-        return failure(404)
+            return plain(500)
+        return plain(404)
 
     def _healthz(self) -> Response:
-        hanging = find_hanging(self._heartbeats(), self._most_age, time.monotonic())
+        hanging = find_hanging(self._threads())
         return plain(503 if hanging else 200, hanging or ["ok"])
 
-    def _heartbeats(self) -> Mapping[str, float]:
-        return {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
+    def _threads(self) -> List[Document]:
+        heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
+        return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
-        links = {name: self._registration_state(name) for name in self.plan.resources}
-        unready = [
-            f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
-            for name, link in links.items()
-            if not link.ready
-        ]
-        return plain(503 if unready else 200, unready or ["ok"])
+        states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
+        unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
+        return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
+
+    def _remarks(self) -> List[str]:
+        """What is worth a line of /readyz and does not change its status."""
+        conf = self.stats.conf
+        return [conf_error_text(conf["error"], conf["read_at"])] if conf["error"] else []
 
     def _registration_state(self, name: str) -> RegistrationState:
-        """How the resource NAME stands with kubelet."""
+        """How the resource NAME stands with the kubelet."""
         registration = self._side.registrations.get(name)
         if registration is None:
             return RegistrationState()
@@ -4862,8 +4859,8 @@ class StatusServer:
     async def _page(self) -> Response:
         nonce = os.urandom(16).hex()
         body = await encoded(render_page(await self._document(), nonce))
-        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", body, policy)
+        policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
+        return Response(200, "text/html; charset=utf-8", body, f"default-src 'none'; {policy}")
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
@@ -4882,34 +4879,26 @@ class StatusServer:
 
     async def _describe(self) -> Document:
         holders = await self._pod_resources.holders()
-        state, side = self._state(), self._side
-        links = {name: self._registration_state(name) for name in state.plan.resources}
+        side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
         offers = (
-            describe_offer(resource, side.domain, state.moment, links[name], holders)
-            for name, resource in state.plan.resources.items()
+            describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
+            for name, resource in plan.resources.items()
         )
-        return describe_daemon(state, await in_slices(offers))
-
-    def _state(self) -> State:
-        side = self._side
-        return State(
-            moment=Now.now(),
+        kubelet = {
+            "answering": side.is_answering,
+            "restarts": side.kubelet_restarts,
+            "plugin_dir": side.plugin_dir,
+        }
+        return describe_daemon(
+            plan,
+            self.stats,
+            await in_slices(offers),
             node=self._node,
             domain=side.domain,
-            plan=self.plan,
-            stats=self.stats,
-            heartbeats=self._heartbeats(),
-            most_age=self._most_age,
-            is_answering=side.is_answering,
-            kubelet_restarts=side.kubelet_restarts,
-            plugin_dir=side.plugin_dir,
-            process={
-                "resident_memory_bytes": _resident_bytes(),
-                "cpu_seconds": time.process_time(),
-                "start_time_seconds": self._started,
-                "internal_errors": log_counts.internal_errors,
-                "log_lines_dropped": log_counts.dropped_lines,
-            },
+            time=utc(time.time()),
+            threads=self._threads(),
+            kubelet=kubelet,
+            process=describe_process(),
             events=self.events.events(),
         )
 
@@ -5076,25 +5065,201 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class KeptConf:
+    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+
+    Its first line says which file that is, and has a checksum of the rest.
+    """
+
+    def __init__(self, path: str, conf: str) -> None:
+        self.path = path
+        self._conf = conf
+        self._is_failing = False
+
+    def read(self) -> Tuple[str, float]:
+        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
+        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no plain file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("others than root can have written it")
+            first_line = file.readline(CONF_BYTES)
+            data = file.read(CONF_BYTES + 1)
+        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
+            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+        return data.decode(), found.st_mtime
+
+    def write(self, text: str) -> None:
+        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+        try:
+            if self.read()[0] == text:
+                return
+        except (OSError, ValueError):
+            pass  # it is replaced
+        try:
+            self._replace(text.encode())
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                log_event("conf-not-kept", sentence, logging.WARNING)
+            self._is_failing = True
+
+    def _replace(self, data: bytes) -> None:
+        new = f"{self.path}.new"
+        if os.path.lexists(new):
+            os.unlink(new)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._first_line(data) + data)
+            os.rename(new, self.path)
+        except OSError:
+            os.unlink(new)
+            raise
+
+    def _first_line(self, data: bytes) -> bytes:
+        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
+        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+
+
+def _open_no_link_at_once(path: str, flags: int) -> int:
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def kept_conf_path(plugin_dir: str, domain: str) -> str:
+    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+
+
+class ConfFile:
+    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+
+    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
+    text is kept there, and its rules are in force after a start with a broken one.
+    """
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.error = ""  # why the file as it is now is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
+        self._text: Optional[str] = None  # that the rules in force come from
+        self._refused_text: Optional[str] = None
+        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+
+    def start(self) -> None:
+        """Take over the first rules. Raises Problem where there are no good ones."""
+        text = None
+        try:
+            text = self._read()
+            self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if not self._kept or not self._restore(self._kept):
+                raise Problem(self._describe(error)) from None
+            self._refuse(error, text, f", from {self._kept.path}")
+
+    def _restore(self, kept: KeptConf) -> bool:
+        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        try:
+            text, kept_at = kept.read()
+            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or str(error)
+            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            return False
+        return True
+
+    def follow(self, reread: bool = False) -> bool:
+        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+
+        What is wrong with it is logged once.
+        """
+        text = None
+        try:
+            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
+                return False
+            text = self._read()
+            if text == self._refused_text and not reread:
+                return False
+            has_new_rules = self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if isinstance(error, OSError):
+                self._stamp = ()
+            if reread or self._describe(error) != self.error:
+                self._refuse(error, text)
+            self._refused_text = text
+            return False
+        if has_new_rules or self.error:
+            self.reloads += 1
+            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+        self.error, self._refused_text = "", None
+        return has_new_rules
+
+    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
+        """What tells one content of the file from another, and whether it does so already."""
+        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def _read(self) -> str:
+        """The text of the file. Raises ConfigError and OSError."""
+        if not self._path:
+            return DEFAULT_CONF
+        self._stamp = ()
+        stamp, has_settled = self._find_stamp()
+        try:
+            return read_conf(self._path)
+        except OSError:
+            has_settled = False
+            raise
+        finally:
+            self._stamp = stamp if has_settled else ()
+
+    def _take_over(self, text: str) -> bool:
+        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        has_new_rules = text != self._text
+        if has_new_rules:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+        if self._kept:
+            self._kept.write(text)
+        return has_new_rules
+
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
+        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        self.error, self._refused_text = self._describe(error), text
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
+
+    def _describe(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._path}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._path}: {error.strerror}"
+
+
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "") -> None:
+        """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.conf_error = ""
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() of the last good conf
         self.scan_seconds = 0.0  # that the last look at /dev took
-        self._conf = conf
+        self._conf_name = conf or DEFAULT_CONF_NAME
+        self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
-        self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -5110,17 +5275,17 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        try:
-            self._follow_conf()
-            self.turn()
-        except (ConfigError, OSError) as error:
-            raise Problem(self._told(error)) from None
+        self._conf.start()
+        self._matcher = Matcher(self._conf.rules)
+        self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        has_new_rules = self._reload(reread)
+        has_new_rules = self._conf.follow(reread)
+        if has_new_rules:
+            self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
         plans = []
@@ -5142,12 +5307,15 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf or DEFAULT_CONF_NAME,
-            rules=len(self.rules),
-            reloads=self.reloads,
-            failed_reloads=self.failed_reloads,
-            read_at=self.read_at,
-            conf_error=self.conf_error,
+            conf={
+                "path": self._conf_name,
+                "rules": len(self.rules),
+                "error": self._conf.error,
+                "read_at": utc(self._conf.read_at),
+                "read_at_seconds": self._conf.read_at,
+                "reloads": self._conf.reloads,
+                "failed_reloads": self._conf.failed_reloads,
+            },
             dev_problem=self._dev_problem,
             scan_seconds=self.scan_seconds,
         )
@@ -5183,52 +5351,6 @@ class DeviceSide:
         )
         self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
-
-    def _reload(self, reread: bool) -> bool:
-        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
-        try:
-            has_new_rules = self._follow_conf(reread)
-        except (ConfigError, OSError) as error:
-            told = self._told(error)
-            if reread or told != self.conf_error:
-                self.failed_reloads += 1
-                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
-            self.conf_error = told
-            self._conf_stamp = ()
-            return False
-        if has_new_rules or (self.conf_error and self._conf_stamp):
-            self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
-            self.conf_error = ""
-        return has_new_rules
-
-    def _follow_conf(self, reread: bool = False) -> bool:
-        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
-        if not self._conf:
-            return self._use_default_rules()
-        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._conf_stamp and not reread:
-            return False
-        text = read_conf(self._conf)
-        has_changed = text != self._conf_text
-        if has_changed:
-            self._matcher, self._conf_text = Matcher(parse_rules(text)), text
-        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
-        self.read_at = time.time()
-        return has_changed
-
-    def _use_default_rules(self) -> bool:
-        """Take over the built-in rules, which never change; whether they are new."""
-        is_first = self._conf_text is None
-        if is_first:
-            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
-        return is_first
-
-    def _told(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._conf}: {error.strerror}"
 
 
 def log_changes(old: Plan, new: Plan) -> None:
@@ -5321,11 +5443,20 @@ class KubeletThread(threading.Thread):
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem where no plugin can listen in the directory PATH."""
-    if not os.path.isdir(path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        is_allowed = os.access(path, os.R_OK | os.X_OK)
+    except PermissionError:
+        is_directory, is_allowed = True, False
+    except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run shows everything without one)"
-        )
+        ) from None
+    if not is_directory:
+        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
+    if not is_allowed:
+        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
     if "," in path:
         raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
@@ -5346,10 +5477,11 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    kept_path = kept_conf_path(options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, kept_path)
+    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
     check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir)
-    devices.start()
     load_grpc()
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
@@ -5359,6 +5491,8 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
+    if not devices.plan.resources:
+        log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -5383,7 +5517,7 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     holders = PodResources(options.pod_resources_socket, options.domain)
     status = StatusServer(listener, side, holders, node, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
-    log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
+    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
 
 
@@ -5474,6 +5608,33 @@ def show_attributes(options: argparse.Namespace) -> int:
     return 0
 
 
+def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
+    attributes, each block such as it can stand in a rule."""
+    lines = [
+        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
+        "# take one of these blocks, and of its lines those that tell this device from others.",
+        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
+    ]
+    for folder, attributes in chain:
+        lines += ["", f"  # {printable(folder)}", "  attributes:"]
+        for name, value in attributes.items():
+            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
+            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
+    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
+    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
+
+
+def _yaml_quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev that somebody gave as /dev/video0, video0 or, in a made-up one, DEV_DIR/video0."""
     path = os.path.normpath(text)
@@ -5488,8 +5649,12 @@ def show_list(options: argparse.Namespace) -> int:
     if options.attributes is not None:
         return show_attributes(options)
     devices = _look_once(options)
-    document = describe_plan(devices.plan, options.domain, Now.now())
-    print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
+    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
@@ -5497,12 +5662,12 @@ def show_status(options: argparse.Namespace) -> int:
     """--status: print what a running daemon says of itself."""
     host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
-    where = tell_address(address)
+    where = address_text(address)
     try:
         body = _fetch(address, "/status.json")
     except (OSError, UnicodeError) as error:
         raise Problem(
-            f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
+            f"no daemon answers on {where} ({network_error(error)}); it does so where its --listen "
             f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
@@ -5528,7 +5693,20 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
     print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
+    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
     return 0
+
+
+def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
+    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    for rule in rules:
+        name = resource_name(rule.resource)
+        if rule.resource != name and "\\" not in rule.resource:
+            yield printable(f'line {rule.line}: the resource "{rule.resource}" is offered as {domain}/{name}')
+        path = re.sub(r"^\^?/dev/", "", rule.pattern)
+        if path != rule.pattern:
+            end = "$" if re.fullmatch(r"[\w/-]+", path, re.ASCII) else ""
+            yield printable(f"line {rule.line}: paths are matched without /dev/: write ^{path}{end}")
 
 
 def dry_run(options: argparse.Namespace) -> int:
@@ -5925,9 +6103,14 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    socket_path = options.pod_resources_socket
+    if socket_path == DEFAULT_POD_RESOURCES:
+        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    if socket_path != DEFAULT_POD_RESOURCES:
+        given.append(f"--pod-resources-socket={socket_path}")
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
-        given.append(f"--listen={tell_address(options.listen)}")
+        given.append(f"--listen={address_text(options.listen)}")
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
@@ -5943,6 +6126,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         end="",
     )
     return 0
+
+
+def _pod_resources_beside(plugin_dir: str) -> str:
+    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
@@ -5983,7 +6171,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             install=_indented(INSTALL_PACKAGES, 14),
             options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
             plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
         ),
         end="",
@@ -6022,8 +6210,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
-        "        --systemd-unit | --manifest | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
         "says.",
@@ -6223,7 +6410,9 @@ def main() -> int:
     try:
         if mode is not serve:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            status = mode(options)
+            sys.stdout.flush()
+            return status
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
@@ -6236,6 +6425,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # --list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":
