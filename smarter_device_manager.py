@@ -1909,15 +1909,25 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
 
 
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
+    instead."""
     folders = list(chain)
     if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
         return ""
-    changes = []
-    for name, old in attributes:
-        if old not in [read_attribute(folder, name) for folder in folders]:
-            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
-    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+    found = nearest_values(folders, [held.name for held in attributes])
+    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
+    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
+
+
+def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
+    found = ([read_attribute(folder, name) for name in names] for folder in chain)
+    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
 def shown_values(folders: Iterable[str], name: str) -> str:
@@ -1981,6 +1991,7 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
 
 
 @dataclass(frozen=True)
@@ -2105,9 +2116,11 @@ def track(
     return new, left_out
 
 
-def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone is to be offered no more."""
-    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
+    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
 
 
 def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
@@ -2132,11 +2145,14 @@ def make_plan(
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
+    now: float,
 ) -> Plan:
     """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
+    does a device that was chosen by its attributes go at once when it has others, or another stands there.
     """
+    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     claims: Dict[str, List[Claim]] = {}
@@ -2145,18 +2161,21 @@ def make_plan(
         named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
         rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        problems += mismatches
+        lost = None
+        if rule is None and path in before:
+            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
+        problems += [] if lost else mismatches
         if rule is None or match is None:
             continue
         try:
             name = resource_name(expand(rule.resource, match) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+            device = lost or _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(tracked_device.problem)
+        is_gone = bool(lost or tracked_device.problem)
         claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
@@ -2289,6 +2308,31 @@ def _follow(
     return None, None, left_out
 
 
+def _follow_lost(
+    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
+    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
+    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
+    held = dict(device.attributes)
+    for rule, match in named:
+        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
+        if isinstance(match, SearchTimeout) or not fits or len(fits) < len(rule.attributes):
+            continue
+        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
+        is_expired = now - since >= EXPIRY_SECONDS
+        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
+        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+    return None, None, None
+
+
+def _fits(attribute: Attribute, value: Optional[str]) -> bool:
+    try:
+        return value is not None and attribute.match.fullmatch(value) is not None
+    except SearchTimeout:
+        return False
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
@@ -2408,10 +2452,15 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
     """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
+    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
+
+
+def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
-    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
+    return _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -3185,7 +3234,7 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes that stand where DEVICE stood, be they the same or not. Raises NotADevice where some are missing."""
+        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
@@ -3210,9 +3259,9 @@ class HostDevices:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
 
-    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
-        chain = list(self._sysfs.chain(entry))
-        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
+        values = nearest_values(self._sysfs.chain(entry), names)
+        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -3418,7 +3467,8 @@ class Plugin:
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
-            device = device_of(self.resource, slot_id)
+            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
+            device = next(named, None)
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -5296,7 +5346,7 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
 
     def hasten_full_look(self) -> None:
@@ -5326,7 +5376,7 @@ class DeviceSide:
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
-        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -5346,10 +5396,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, left_out = track(
-            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        now = time.monotonic()
+        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(
+            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
         )
-        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
 
