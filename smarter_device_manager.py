@@ -6436,6 +6436,10 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
+def _problem_line(problem: Problem) -> str:
+    return f"{program_name()}: {printable(str(problem))}"
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -6470,9 +6474,13 @@ def main() -> int:
         log_queue = LogQueue()
         set_up_log(options, log_queue, logging.INFO)
         with LogWriter(log_queue):
-            return serve(options)
+            try:
+                return serve(options)
+            except Problem as error:
+                log_queue.enqueue(_problem_line(error))
+                return 1
     except Problem as error:
-        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
+        print(_problem_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

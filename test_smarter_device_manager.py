@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import html
 import html.parser
@@ -26,6 +27,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -152,8 +154,11 @@ class Node:
 class Daemon:
     """The script as a running daemon, and its log."""
 
-    def __init__(self, node: Node, *more: str, through: Sequence[str] = (), **kwargs: Any) -> None:
-        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given.
+    def __init__(
+        self, node: Node, *more: str, through: Sequence[str] = (), stderr: int | None = None, **kwargs: Any
+    ) -> None:
+        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given; its log goes to the
+        descriptor STDERR, if that is given.
 
         No preexec_fn: with grpc's threads in this process, one child in a hundred crashes before its exec.
         """
@@ -161,7 +166,7 @@ class Daemon:
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
         command = [*through, sys.executable, str(SCRIPT), *node.options(), "--interval", "0.1", *more]
         with os.fdopen(descriptor, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, **kwargs)
+            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, **kwargs)
 
     @property
     def log(self) -> str:
@@ -5571,6 +5576,92 @@ def test_a_list_is_never_longer_than_the_kubelet_takes(node: Node, kubelet: Kube
     assert kubelet.count("pool") == 1
 
 
+def counted(message: pb.ListAndWatchResponse) -> dict[tuple[str, str], int]:
+    """How many slots of each device have each health; devices are named by their first letter."""
+    counts: dict[tuple[str, str], int] = {}
+    for device in message.devices:
+        key = device.ID[0], device.health
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+@needs_root
+def test_of_a_stream_that_is_not_read_only_the_newest_list_waits(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """And one before it, if a device was Unhealthy meanwhile: who holds it must hear of that."""
+    names = {letter: letter * 200 for letter in "abcd"}  # so that a list is more than the kernel takes for a reader
+    slots = 4000
+    for letter in "abc":
+        node.plug(names[letter])
+    node.rules(f"- {{devicematch: '^[a-d]+$', resource: pool, nummaxdevices: {slots}}}\n")
+    start()
+    kubelet.wait_for("pool", Healthy=3 * slots)
+    with plugin_stub(node, "pool") as stub:
+        stream = stub.ListAndWatch(pb.Empty(), timeout=10 * PATIENCE)
+        list(stream.initial_metadata())  # it is open, and the first list is under way
+        for _ in range(3):
+            for letter in "ab":
+                node.unplug(names[letter])
+                kubelet.wait_for("pool", Healthy=2 * slots, Unhealthy=slots)
+                node.plug(names[letter])
+                kubelet.wait_for("pool", Healthy=3 * slots)
+        node.plug(names["d"])
+        kubelet.wait_for("pool", Healthy=4 * slots)
+        node.unplug(names["c"])
+        kubelet.wait_for("pool", Healthy=3 * slots, Unhealthy=slots)
+        newest = {("a", "Healthy"): slots, ("b", "Healthy"): slots, ("c", "Unhealthy"): slots, ("d", "Healthy"): slots}
+        lists = [counted(next(stream))]
+        while lists[-1] != newest:
+            lists.append(counted(next(stream)))
+        assert len(lists) <= 4  # of which two were under way when nothing was read any more
+        for letter in "ab":
+            assert any((letter, "Unhealthy") in found for found in lists)
+        node.plug(names["c"])
+        assert counted(next(stream)) == {(letter, "Healthy"): slots for letter in "abcd"}
+    assert len(kubelet.client("pool").lists) >= 12
+
+
+def test_a_stream_is_sent_what_is_new_to_it() -> None:
+    """The same list is not sent twice; of a device that went and came back it is told, and only once; and it ends."""
+    plan = offered("- {devicematch: '^[abc]$', resource: pool}\n", snapshot_of(dict.fromkeys("abc", "char")))
+    whole = plan.resources["pool"]
+
+    def without(*letters: str) -> sdm.Resource:
+        devices = (
+            dataclasses.replace(device, problem="gone") if device.path in letters else device
+            for device in whole.devices
+        )
+        return dataclasses.replace(whole, devices=tuple(devices))
+
+    async def check() -> None:
+        stream = sdm.ListStream(without("c"))
+
+        async def sent() -> str | None:
+            """The Healthy devices of the next list; None where there is none yet."""
+            try:
+                found = await asyncio.wait_for(stream.next(), 0.05)
+            except asyncio.TimeoutError:
+                return None
+            return "".join(slot.id[0] for slot in sdm.slots_of(found) if slot.healthy) if found else "the end"
+
+        assert [await sent(), await sent()] == ["ab", None]
+        stream.update(without("c"))
+        assert await sent() is None
+        for news in (without("a", "c"), without("c"), without("a"), whole):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["bc", "abc", None]
+        for news in (without("b"), without("a")):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["c", "bc", None]
+        stream.update(whole)
+        assert [await sent(), await sent()] == ["abc", None]
+        for news in (without("a"), without("b")):
+            stream.update(news)
+        stream.end()
+        assert await sent() == "the end"
+
+    asyncio.run(check())
+
+
 # kubelet comes and goes
 
 
@@ -8441,3 +8532,152 @@ def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet,
 
     wait_for(lambda: {"registered", "plugged", "started"} <= events())
     assert daemon.log == ""
+
+
+# A log that is not read
+
+
+class FullPipe:
+    """A pipe for the log of a daemon, and full: who writes into it waits until it is read."""
+
+    def __init__(self, is_blocking: bool = True) -> None:
+        self.reader, self.writer = os.pipe()
+        self.text = ""  # that was read
+        fcntl.fcntl(self.writer, 1031, 4096)  # F_SETPIPE_SZ, which has no name before Python 3.10
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"-\n" * 64)
+        os.set_blocking(self.writer, is_blocking)
+
+    def waits(self) -> bool:
+        """Read what there is; whether there was something."""
+        if not select.select([self.reader], [], [], 0.2)[0]:
+            return False
+        data = os.read(self.reader, 1 << 16)
+        self.text += data.decode()
+        return bool(data)
+
+    def read(self) -> bool:
+        """Read what there is; true."""
+        self.waits()
+        return True
+
+    def read_to_the_end(self) -> str:
+        """All that comes until the daemon has ended."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+        wait_for(lambda: not (select.select([self.reader], [], [], PATIENCE)[0] and self.waits()))
+        return self.text
+
+    def __enter__(self) -> FullPipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (self.reader, self.writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def cpu_time(daemon: Daemon) -> float:
+    """The seconds of CPU that it has used."""
+    return sum(psutil.Process(daemon.process.pid).cpu_times()[:2])
+
+
+def get(daemon: Daemon, path: str) -> tuple[int, str]:
+    """What a daemon whose log cannot be read says of its status: the status of the answer, and its body."""
+    found = wait_for(lambda: [one for one in psutil.Process(daemon.process.pid).net_connections("inet") if one.laddr])
+    connection = http.client.HTTPConnection("127.0.0.1", found[0].laddr.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_said(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
+) -> None:
+    """Nor where whoever else has the pipe made it one of which nobody waits for a reader."""
+    count = sdm.MAX_QUEUED_LINES + 200
+    with FullPipe(is_blocking) as pipe:
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        with plugin_stub(node, "nvidia-gpu0") as stub:
+            for number in range(count):
+                asked = [pb.ContainerAllocateRequest(devices_ids=[f"x{number}"])]
+                call = stub.Allocate.future(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE)
+                assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        kubelet.take("nvidia-gpu0")
+        assert get(daemon, "/healthz")[0] == 200
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3  # what waits for the reader sleeps
+        dropped = int(samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"])
+        assert 200 < dropped < 220
+        said = f"ERROR {dropped} lines of the log had to be dropped, since nobody read it lines={dropped}"
+        wait_for(lambda: pipe.read() and said in pipe.text, lambda: pipe.text[-2000:])
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert read == list(range(len(read)))  # the oldest, which tell how it began
+        wait_for(lambda: not pipe.waits())
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert len(read) + dropped == count + 1  # the Allocate that was granted is the last one of these
+        assert "allocated" not in pipe.text
+        kubelet.take("nvidia-gpu0")
+        wait_for(lambda: pipe.read() and "INFO allocated" in pipe.text)
+        assert daemon.stop() == 0
+        assert " INFO stopping: SIGTERM\n" in pipe.read_to_the_end()
+        assert pipe.text.count("had to be dropped") == 1
+
+
+def test_a_log_that_can_be_written_nowhere_is_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        os.close(pipe.reader)
+        pipe.reader = os.open(os.devnull, os.O_RDONLY)
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        wait_for(lambda: samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"] >= 4)
+        kubelet.take("nvidia-gpu0")
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3
+        assert daemon.stop() == 0
+
+
+def test_it_ends_although_nobody_reads_its_log(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        stops_well(daemon, node)
+
+
+def test_what_waits_when_it_ends_is_written_if_somebody_reads(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter
+) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        for number in range(100):
+            with pytest.raises(grpc.RpcError):
+                kubelet.take("nvidia-gpu0", f"x{number}")
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not sockets(node))
+        text = pipe.read_to_the_end()
+        assert len(re.findall('no device ID "x', text)) == 100
+        assert " INFO stopping: SIGTERM\n" in text and text.endswith("\n")
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
+    """After what was logged until then; and though nobody reads it, it ends."""
+    node.rules("- devicematch: [\n")
+    kept = sdm.kept_conf_path(str(node.plugins), sdm.DEFAULT_DOMAIN)
+    os.mkdir(kept)
+    done = node.run()
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert "WARNING the conf kept in" in first and last.startswith(f"smarter_device_manager.py: {node.conf}:")
+    with FullPipe() as pipe:
+        daemon = Daemon(node, stderr=pipe.writer)
+        assert daemon.process.wait(PATIENCE) == 1
