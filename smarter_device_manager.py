@@ -2019,15 +2019,25 @@ def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterabl
 
 
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
+    instead."""
     folders = list(chain)
     if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
         return ""
-    changes = []
-    for name, old in attributes:
-        if old not in [read_attribute(folder, name) for folder in folders]:
-            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
-    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+    found = nearest_values(folders, [held.name for held in attributes])
+    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
+    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
+
+
+def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
+    found = ([read_attribute(folder, name) for name in names] for folder in chain)
+    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
 def shown_values(folders: Iterable[str], name: str) -> str:
@@ -2092,6 +2102,7 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
 
 
 @dataclass(frozen=True)
@@ -2216,9 +2227,11 @@ def track(
     return new, left_out
 
 
-def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone is to be offered no more."""
-    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
+    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
 
 
 def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
@@ -2243,11 +2256,14 @@ def make_plan(
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
+    now: float,
 ) -> Plan:
     """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
+    does a device that was chosen by its attributes go at once when it has others, or another stands there.
     """
+    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     claims: Dict[str, List[Claim]] = {}
@@ -2256,7 +2272,10 @@ def make_plan(
         named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
         rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        problems += mismatches
+        lost = None
+        if rule is None and path in before:
+            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
+        problems += [] if lost else mismatches
         if rule is None or match is None:
             continue
         try:
@@ -2264,11 +2283,11 @@ def make_plan(
             name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
+            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(tracked_device.problem)
+        is_gone = bool(lost or tracked_device.problem)
         claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
@@ -2434,6 +2453,31 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
     return dict(answer.values)
 
 
+def _follow_lost(
+    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
+    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
+    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
+    held = dict(device.attributes)
+    for rule, match in named:
+        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
+        if isinstance(match, SearchTimeout) or rule.values or not fits or len(fits) < len(rule.attributes):
+            continue
+        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
+        is_expired = now - since >= EXPIRY_SECONDS
+        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
+        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+    return None, None, None
+
+
+def _fits(attribute: Attribute, value: Optional[str]) -> bool:
+    try:
+        return value is not None and attribute.match.fullmatch(value) is not None
+    except SearchTimeout:
+        return False
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
@@ -2560,10 +2604,15 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
     """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
+    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
+
+
+def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
-    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
+    return _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -2926,6 +2975,12 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
     raise AssertionError("abort() of grpc raises an exception, always")
 
 
+def unix_target(path: str) -> str:
+    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
+    return f"unix:{escaped.decode()}"
+
+
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty where somebody does."""
     try:
@@ -3004,7 +3059,7 @@ class UnixServer:
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(unix_target(path))
         except RuntimeError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.bind(path)  # grpc does not say why it cannot; this does
@@ -3246,7 +3301,7 @@ class KubeletConnection:
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._path}",
+            unix_target(self._path),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
         is_another = self._last_met not in (None, self.identity)
@@ -3305,7 +3360,7 @@ class PodResources:
     """
 
     def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._target = unix_target(path)
         self._domain = domain
 
     async def holders(self) -> Optional[Holders]:
@@ -3460,8 +3515,8 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        specs_of(device, tree, self._dev_dir)
+        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
@@ -3485,9 +3540,9 @@ class HostDevices:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
 
-    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
-        chain = list(self._sysfs.chain(entry))
-        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
+        values = nearest_values(self._sysfs.chain(entry), names)
+        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -3693,7 +3748,8 @@ class Plugin:
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
-            device = device_of(self.resource, slot_id)
+            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
+            device = next(named, None)
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -5301,7 +5357,7 @@ class SimulatedKubelet:
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
-        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
 
@@ -5318,7 +5374,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -5683,7 +5739,7 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
 
     def overridden(self) -> List[Overridden]:
@@ -5726,7 +5782,7 @@ class DeviceSide:
         nodes = (node for device in self._tracked.values() for node in device.nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -5746,10 +5802,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, left_out = track(
-            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        now = time.monotonic()
+        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(
+            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
         )
-        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
 
@@ -5880,6 +5937,8 @@ def check_plugin_dir(path: str) -> None:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
         raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+    if "," in path:
+        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -6016,7 +6075,7 @@ def restart_lean() -> None:
 
 def _look_once(options: argparse.Namespace) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -6664,18 +6723,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = _conf_beside()
     told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
-    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
         "--pod-resources-socket",
         "PATH",
-        os.path.abspath,
+        _path,
         DEFAULT_POD_RESOURCES,
         "the kubelet's socket for the PodResources API, which tells who has what",
     )
-    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
@@ -6720,14 +6779,10 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _conf_beside() -> str:
-    """The path of the conf.yaml beside the script; empty where there is none."""
+def _conf_beside() -> Optional[str]:
+    """The path of the conf.yaml beside the script, if there is one."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else ""
-
-
-def _conf_path(text: str) -> str:
-    return os.path.abspath(text) if text else ""
+    return beside if os.path.lexists(beside) else None
 
 
 def _add(
@@ -6735,7 +6790,7 @@ def _add(
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: str,
+    default: Optional[str],
     told: str,
     *others: str,
 ) -> None:
@@ -6762,6 +6817,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
             raise argparse.ArgumentTypeError(f"{error}{where}") from None
 
     return convert
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError('"" is no path')
+    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
 
 
 def _seconds(text: str) -> float:
@@ -6828,6 +6889,10 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
+def _problem_line(problem: Problem) -> str:
+    return f"{program_name()}: {printable(str(problem))}"
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -6862,9 +6927,13 @@ def main() -> int:
         log_queue = LogQueue()
         set_up_log(options, log_queue, logging.INFO)
         with LogWriter(log_queue):
-            return serve(options)
+            try:
+                return serve(options)
+            except Problem as error:
+                log_queue.enqueue(_problem_line(error))
+                return 1
     except Problem as error:
-        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
+        print(_problem_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
