@@ -5516,6 +5516,21 @@ def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, sta
 
 
 @needs_root
+def test_a_change_that_is_undone_at_once_does_not_end_the_watch(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for number in (1, 2):
+        wait_calm(daemon)
+        (node.dev / "temporary").touch()
+        (node.dev / "temporary").unlink()
+        wait_calm(daemon)
+        node.plug(f"video{number}")
+        kubelet.wait_for("pool", Healthy=1 + number)
+
+
+@needs_root
 def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """However the changes fall between the looks and the ticks of the clock, the last ones are seen, too."""
     node.rules("- {devicematch: '^([abc]/)+[0-9]$', resource: pool}\n")
