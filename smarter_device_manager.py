@@ -3415,6 +3415,7 @@ READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start wi
 LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
@@ -4173,7 +4174,7 @@ class DevicePluginSide:
     def look_now(self) -> None:
         """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
         self._look()
-        self._look_in(NEXT_LOOK_SECONDS)
+        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
@@ -5472,6 +5473,7 @@ FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folde
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -5873,6 +5875,7 @@ class KubeletThread(threading.Thread):
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
+        self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -5913,12 +5916,74 @@ class KubeletThread(threading.Thread):
         if self.status:
             self.status.stats = stats
 
+    def is_turning(self) -> bool:
+        """Whether the kubelet side looks at kubelet.sock as often as it should."""
+        return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
+
+    def check_directory(self) -> None:
+        """Have the kubelet side look if the plugin directory is another, of which the kernel does not tell.
+
+        Raises Problem for one that was deleted while it is mounted here: whatever is made in its place is elsewhere.
+        """
+        try:
+            found = os.stat(self.side.plugin_dir)
+            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
+        except OSError:
+            found, directory = None, ()
+        if found and not found.st_nlink:
+            raise Problem(
+                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it: ending, so that the "
+                "next start finds the one that the kubelet uses now"
+            )
+        if directory != self._directory:
+            self._directory = directory
+            self.look()
+
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # or Python may take it apart in an order that it complains of
+
+
+class ServiceManager:
+    """Whoever started this process and asked to hear of it, as systemd does, by the protocol of sd_notify(3).
+
+    Without one, or with variables that say nothing sensible, nothing is done.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
+        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._ping_seconds = math.inf
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
+            self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
+        self.next_ping = time.monotonic() + self._ping_seconds
+
+    def notify(self, state: str) -> None:
+        """Say STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto(state.encode(), self._address)
+        except OSError as error:
+            log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
+
+    def ping(self, is_alive: bool) -> None:
+        """Tell the watchdog, where that is due, that all goes on; not if it does not, and it ends this process."""
+        if time.monotonic() >= self.next_ping:
+            self.next_ping = time.monotonic() + self._ping_seconds
+            if is_alive:
+                self.notify("WATCHDOG=1")
+
+
+def is_number(text: str) -> bool:
+    """Whether TEXT is a whole number above 0 that fits into 64 bits."""
+    return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
 def check_plugin_dir(path: str) -> None:
@@ -5979,13 +6044,18 @@ def serve(options: argparse.Namespace) -> int:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
+    manager = ServiceManager(os.environ)
+    has_failed = True
     try:
-        _run(devices, thread, options.interval, FolderWatches(options.dev_dir))
+        _run(devices, thread, manager, options.interval, FolderWatches(options.dev_dir))
+        has_failed = False
+    except Problem as problem:
+        log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
-        thread.has_failed = True
+    manager.notify("STOPPING=1")
     thread.stop()
-    return int(thread.has_failed)
+    return int(has_failed or thread.has_failed)
 
 
 def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide) -> Optional[StatusServer]:
@@ -6005,10 +6075,13 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches) -> None:
-    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
+def _run(
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+) -> None:
+    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
     watched: Optional[Snapshot] = None  # whose folders are
     taken = 0
+    manager.notify("READY=1")
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
@@ -6020,12 +6093,13 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: F
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
+        thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
         due = began + interval
         if devices.snapshot is not watched:  # there may be new folders, and more in them by now
             due = min(due, rested)
-        taken = _take_signal(due, rested, thread)
+        taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
@@ -6033,15 +6107,17 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: F
             devices.hasten_full_look()
 
 
-def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
+def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
     """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
 
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. SIGIO is a word for THREAD, passed on meanwhile.
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
+    pinged.
     """
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        taken = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        manager.ping(thread.is_turning())
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -6049,7 +6125,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
             folder_signal = number
             awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
-        else:
+        elif number or time.monotonic() >= due:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
             return number if number in SIGNALS else folder_signal
 

@@ -7321,6 +7321,126 @@ def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet:
     assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
 
 
+# A service manager: systemd starts the daemon before the kubelet, and watches over it
+
+
+class Manager:
+    """The socket of a service manager at ADDRESS, "@" for the abstract ones, and what it was told."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def environment(self, watchdog: str) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": watchdog}
+
+    def hear(self, patience: float = PATIENCE) -> str:
+        """The next thing that it is told; "" where nothing comes in that time."""
+        self._socket.settimeout(patience)
+        try:
+            self.heard.append(self._socket.recv(1000).decode())
+        except socket.timeout:
+            return ""
+        return self.heard[-1]
+
+    def wait_for_silence(self, seconds: float) -> None:
+        wait_for(lambda: not self.hear(seconds), "silence")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, node: Node) -> Iterator[Manager]:
+    manager = Manager(f"@{node.root}" if request.param == "abstract" else f"{node.root}/notify")
+    yield manager
+    manager.close()
+
+
+def test_the_daemon_first_and_kubelet_later(node: Node, start: Starter, manager: Manager) -> None:
+    """It is ready without a kubelet, so that systemd goes on to start one; and has all registered soon after that."""
+    names = offer_many(node, 10) if os.geteuid() == 0 else list(NAMES)
+    if os.geteuid() != 0:
+        offer(node, *names)
+    own_pid = ["sh", "-c", 'WATCHDOG_PID=$$ exec "$@"', "sh"]
+    daemon = start("--interval", "3600", through=own_pid, env={**os.environ, **manager.environment("400000")})
+    assert manager.hear() == "READY=1"
+    daemon.says("kubelet is not there")
+    began = time.monotonic()
+    assert [manager.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
+    assert 0.7 < time.monotonic() - began < 3.0
+    kubelet = Kubelet(node).up()
+    began = os.stat(node.plugins / "kubelet.sock").st_ctime
+    try:
+        wait_ready(kubelet, names)
+        last = max(streams[0][0] for streams in kubelet.streams.values()) + time.time() - time.monotonic()
+        print(f"from kubelet.sock to the last registration: {last - began:.3f} s")
+        assert last - began < 0.5  # the goal is 0.05 s, which .ci/bench measures; here the machine may be busy
+        assert daemon.stop() == 0
+    finally:
+        kubelet.down()
+    manager.wait_for_silence(0.5)
+    assert set(manager.heard[:-1]) == {"READY=1", "WATCHDOG=1"} and manager.heard[-1] == "STOPPING=1"
+
+
+HANGS = {
+    "kubelet side": "deliver = sdm.DevicePluginSide.deliver\n"
+    "sdm.DevicePluginSide.deliver = lambda side, plan: (deliver(side, plan), side._loop.call_later(1, hang))",
+    "device side": "sdm.DeviceSide.hasten_full_look = lambda devices: hang()",
+}
+
+
+@pytest.mark.parametrize("side", HANGS)
+def test_a_side_that_hangs_has_the_watchdog_pinged_no_more(node: Node, kubelet: Kubelet, side: str) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    hang = "import time\nhang = lambda: time.sleep(3600)\n"
+    daemon = broken_daemon(node, hang + HANGS[side], **manager.environment("100000"))
+    try:
+        wait_ready(kubelet, ["null"])
+        wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
+        if side == "device side":
+            daemon.process.send_signal(sdm.LOOK_SIGNAL)
+        manager.wait_for_silence(1.0)
+        assert daemon.process.poll() is None
+    finally:
+        daemon.kill()
+        manager.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "watchdog"),
+    [
+        ("/nowhere/to/be/found", "100000"),
+        ("@", "9" * 5000),
+        ("relative", "-1"),
+        ("/" * 500, "1e3"),
+        ("\udcff", "0"),
+        ("", "1"),
+    ],
+)
+def test_a_service_manager_that_makes_no_sense_is_served_without(
+    node: Node, kubelet: Kubelet, start: Starter, address: str, watchdog: str
+) -> None:
+    offer(node, "null")
+    daemon = start(env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": watchdog})
+    wait_ready(kubelet, ["null"])
+    settle(daemon)
+    stops_well(daemon, node)
+
+
+def test_the_watchdog_of_another_process_is_not_pinged(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    start(env={**os.environ, **manager.environment("100000"), "WATCHDOG_PID": "1"})
+    assert manager.hear() == "READY=1"
+    wait_ready(kubelet, ["null"])
+    assert manager.hear(1.0) == ""
+    manager.close()
+
+
 # What the node runs out of
 
 
@@ -7384,6 +7504,47 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet,
     wait_ready(kubelet, NAMES)
     assert daemon.log.count("cannot listen") == 1, daemon.log
     stops_well(daemon, node)
+
+
+def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Kubelet's streams are open still, the kernel tells of nothing, and the next look is some seconds away."""
+    offer(node, *NAMES)
+    daemon = start("--interval", "1")
+    wait_ready(kubelet, NAMES)
+    settle(daemon, 1.0)
+    moved = time.monotonic()
+    node.plugins.rename(node.root / "q")
+    daemon.says("kubelet is not there")
+    assert time.monotonic() - moved < 2.5  # of an --interval and a busy machine; CALM_LOOK_SECONDS are 5
+    node.plugins.mkdir(0o755)
+    other = Kubelet(node).up()
+    try:
+        wait_ready(other, NAMES)
+    finally:
+        other.down()
+
+
+@needs_root
+def test_a_plugin_directory_that_is_deleted_under_its_mount_ends_it(node: Node, kubelet: Kubelet) -> None:
+    """As in a container: the host makes another directory, and the mount is of the old one for ever."""
+    mounted(node, "", "true")  # or skip
+    offer(node, "null")
+    there = node.root / "mounted"
+    there.mkdir()
+    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
+    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
+    try:
+        wait_ready(kubelet, ["null"])
+        node.plugins.rename(node.root / "away")  # that alone is no reason
+        settle(daemon)
+        (node.root / "away").rename(node.plugins)
+        shutil.rmtree(node.plugins)
+        node.plugins.mkdir()
+        assert daemon.process.wait(PATIENCE) == 1
+        daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it: ending")
+        assert "Traceback" not in daemon.log
+    finally:
+        daemon.kill()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
@@ -8544,7 +8705,7 @@ def test_it_serves_without_modules_that_it_has_no_use_for(folder: Path, kubelet:
     }
 
 
-def broken_daemon(node: Node, fault: str) -> Daemon:
+def broken_daemon(node: Node, fault: str, **environment: str) -> Daemon:
     """A daemon with FAULT, a statement that is run before all else; so its log may show a traceback."""
     driver = node.root / "driver.py"
     driver.write_text(
@@ -8553,7 +8714,7 @@ def broken_daemon(node: Node, fault: str) -> Daemon:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("test_smarter_device_manager.SCRIPT", driver)
-        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE)})
+        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE), **environment})
 
 
 def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: Path, kubelet: Kubelet) -> None:
