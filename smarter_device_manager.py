@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import binascii
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -41,6 +42,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
@@ -936,10 +938,12 @@ TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegr
 
 
 class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
+    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
 
     template: str
-    optional: bool
+    optional: bool = False
+    containerpath: str = ""  # template; empty: beside the device, or as on the host
+    permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
@@ -957,30 +961,60 @@ def _compile(node: Node) -> Expression:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
-_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<([0-9]{1,2}|[A-Za-z_]\w*)>|(.?))", re.ASCII | re.DOTALL)
+# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+_REFERENCE = re.compile(
+    r"""
+    \\ (?: (?P<number> [1-9][0-9]? )
+         | g< (?P<group> [0-9]{1,2} | [A-Za-z_]\w* ) >
+         | g<attr: (?P<attribute> [^<>]+ ) >
+         | (?P<wrong> .? ) )
+    """,
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
 
 
-def expand(template: str, match: re.Match[str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds; a group that took no part is empty."""
-    return _REFERENCE.sub(lambda found: match[_group(found)] or "", template)
+def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+
+    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
+    it is one part of a path at the most, and never "." or "..".
+    """
+
+    def replacement(found: re.Match[str]) -> str:
+        if not found["attribute"]:
+            return match[_group(found)] or ""
+        value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
+        return value if value.strip(".") else "_" * len(value)
+
+    return _REFERENCE.sub(replacement, template)
 
 
 def _group(reference: re.Match[str]) -> Union[int, str]:
-    name = reference[1] or reference[2]
+    name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
-        if reference[3] is not None:
-            problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
+        if reference["wrong"] is not None:
+            problem = (
+                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
+            )
+        elif reference["attribute"]:
+            if _is_attribute(reference["attribute"]):
+                continue
+            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 # Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
@@ -1021,9 +1055,10 @@ def _read_template(node: Node) -> str:
 
 def _read_resource(node: Node) -> str:
     text = _read_template(node)
-    domain, slash, name = text.partition("/")
+    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        name = text[len(domain) + 1 :] or "a name"
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1054,7 +1089,7 @@ def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
 def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
+        if not _is_attribute(name.value):
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
@@ -1063,15 +1098,49 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
 def _read_companions(node: Node) -> Tuple[Companion, ...]:
     if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
         raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    found = []
-    for item in node.value:
-        template = _read_template(item)
-        if template.startswith("/") or ".." in template.split("/") or template == "?":
-            raise ConfigError(
-                f"{_shown(template)} must be a path below /dev, such as snd/controlC0", item.line, item.column
-            )
-        found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
-    return tuple(found)
+    return tuple(_read_companion(item) for item in node.value)
+
+
+def _read_companion(node: Node) -> Companion:
+    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
+        raise _wrong(node, "a path below /dev, or a mapping with it")
+    if not isinstance(node.value, Pairs):
+        template = _read_template(node)
+        is_optional = template.endswith("?")
+        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
+    nodes = _nodes_by_key(node, _COMPANION_KEYS)
+    if "path" not in nodes:
+        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+    if _read_template(nodes["path"]).endswith("?"):
+        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
+        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
+    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+
+
+def _read_companion_path(node: Node) -> str:
+    return _check_companion(node, _read_template(node))
+
+
+def _check_companion(node: Node, template: str) -> str:
+    if not template or template.startswith("/") or ".." in template.split("/"):
+        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
+        raise ConfigError(problem, node.line, node.column)
+    return template
+
+
+def _read_optional(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise _wrong(node, "true or false")
+    return node.value
+
+
+_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
+    "path": ("template", _read_companion_path),
+    "containerpath": ("containerpath", _read_containerpath),
+    "optional": ("optional", _read_optional),
+    "permissions": ("permissions", _read_permissions),
+}
 
 
 def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
@@ -1103,6 +1172,7 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
+    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
@@ -1132,31 +1202,43 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 def _parse_rule(node: Node) -> Rule:
     if not isinstance(node.value, Pairs):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in _KEYS:
-            import difflib  # for a wrong conf only
-
-            near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
-        nodes[key.value] = value
+    nodes = _nodes_by_key(node, _KEYS)
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
     match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
         match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    for template in _template_nodes(nodes):
+    templates = list(_template_nodes(nodes))
+    for template in templates:
         _check_template(template, match)
-    return Rule(line=node.line, match=match, **fields)
+    references = (reference for template in templates for reference in _REFERENCE.finditer(template.value))
+    values = dict.fromkeys(reference["attribute"] for reference in references if reference["attribute"])
+    return Rule(line=node.line, match=match, values=tuple(values), **fields)
+
+
+def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
+    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    nodes: Dict[str, Node] = {}
+    for key, value in node.value:
+        if key.value not in keys:
+            import difflib  # for a wrong conf only
+
+            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
+            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+        nodes[key.value] = value
+    return nodes
 
 
 def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
     for key in ("resource", "containerpath"):
         if key in nodes:
             yield nodes[key]
-    if "with" in nodes:
-        yield from nodes["with"].value
+    for item in nodes["with"].value if "with" in nodes else ():
+        if isinstance(item.value, Pairs):
+            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
+        else:
+            yield item
     if "env" in nodes:
         yield from (value for _, value in nodes["env"].value)
 
@@ -1746,7 +1828,12 @@ class AttributeAnswer(NamedTuple):
 
     mismatch: str  # what it has instead; empty: it has them
     held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
     reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
+# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+_Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
 class Sysfs:
@@ -1758,19 +1845,22 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
+        self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
+        self._settling: Set[_Question] = set()  # what lacks something, and is new
 
-    def ask_again(self, generations: Iterable[int]) -> bool:
-        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
-        answer() has another one now."""
+    def forget(self, generations: Iterable[int]) -> None:
+        """Drop what is remembered of nodes with other generations than GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
-        return self._renew(self._answers)
+
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        there = set(generations)
+        return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1781,11 +1871,14 @@ class Sysfs:
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
-        key = (node.entry.generation, attributes)
+    def answer(
+        self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
+    ) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
+        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        key = (node.entry.generation, attributes, names)
         if key not in self._answers:
-            answer = self._ask(attributes, node)
+            answer = self._ask(key, node)
             self._answers[key] = node, answer
             now = time.monotonic()
             if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
@@ -1801,23 +1894,26 @@ class Sysfs:
                 self._settling.remove(key)
         return has_changed
 
-    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
-        """Ask anew for KEYS; whether an answer is another one now."""
+    def _renew(self, keys: Iterable[_Question]) -> bool:
+        """Ask again for KEYS; whether an answer is another one now."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
-            answer = self._ask(key[1], node)
+            answer = self._ask(key, node)
             if answer != before:
                 self._answers[key] = node, answer
                 has_changed = True
         return has_changed
 
-    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+    def _ask(self, question: _Question, node: DeviceNode) -> AttributeAnswer:
+        _, attributes, names = question
         chain = list(self.chain(node.entry))
+        if not attributes:
+            return _with_values(AttributeAnswer("", ()), chain, names)
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                return AttributeAnswer("", held)
+                return _with_values(AttributeAnswer("", held), [folder, *chain], names)
         slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
@@ -1825,7 +1921,7 @@ class Sysfs:
             shown = shown_values(chain, attribute.name)
             others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
-        return AttributeAnswer("; ".join(slow + others), (), reason)
+        return AttributeAnswer("; ".join(slow + others), (), reason=reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1908,6 +2004,20 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     return tuple(held)
 
 
+def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterable[str]) -> AttributeAnswer:
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    values, problems = [], []
+    for name in names:
+        value = next(iter(values_of(folders, name)), None)
+        if value is None:
+            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+        elif len(value) > MAX_VALUE:
+            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        else:
+            values.append(HeldAttribute(name, value))
+    return answer._replace(mismatch="; ".join(problems), values=tuple(values))
+
+
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
     """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
     folders = list(chain)
@@ -1963,6 +2073,7 @@ class Part(NamedTuple):
     path: str
     container: str
     optional: bool
+    permissions: str
 
 
 @dataclass(frozen=True)
@@ -2149,10 +2260,11 @@ def make_plan(
         if rule is None or match is None:
             continue
         try:
-            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            values = _template_values(rule, tracked_device, sysfs)
+            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
@@ -2167,6 +2279,25 @@ def make_plan(
             resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+class Overridden(NamedTuple):
+    """A rule that names a device without effect, because another rule has it."""
+
+    rule: Rule
+    device: Device
+
+
+def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    found = []
+    for device in (device for resource in plan.resources.values() for device in resource.devices):
+        named = [
+            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
+        ]
+        lines = [rule.line for rule in named]
+        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
 def _make_resource(
@@ -2289,11 +2420,26 @@ def _follow(
     return None, None, left_out
 
 
+def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    if not rule.values:
+        return {}
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    if not answers:
+        raise NotADevice(Reason.NO_ATTRIBUTES)
+    fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
+    answer = next((answer for answer in fitting if not answer.mismatch), fitting[0])
+    if answer.mismatch:
+        raise NotADevice(answer.reason, why=answer.mismatch)
+    return dict(answer.values)
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
+    values: Mapping[str, str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
@@ -2301,7 +2447,7 @@ def _device(
     """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
-    env.update((name, expand(template, match)) for name, template in rule.env)
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
     nodes = tracked_device.nodes
     numas = {sysfs.numa(node) for node in nodes}
     held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
@@ -2309,7 +2455,7 @@ def _device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match))[tegra:],
+        parts=tuple(_parts(path, rule, match, values))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
@@ -2327,17 +2473,23 @@ def _device(
         return dataclasses.replace(device, problem=str(error))
 
 
-def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
     """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            raise NotADevice(Reason.CONTAINER_PATH, path=place)
-        yield Part(part, place, optional)
+    yield Part(path, _place(container, path), False, rule.permissions)
+    for companion in rule.companions:
+        other = expand(companion.template, match, values)
+        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
+        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+
+
+def _place(container: str, path: str) -> str:
+    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
+    if {"", ".", ".."} & set(place.split("/")[2:]):
+        raise NotADevice(Reason.CONTAINER_PATH, path=place)
+    return place
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2361,7 +2513,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         if part.path == device.path and is_changed:
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
-        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
     return specs
 
 
@@ -2696,6 +2848,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
@@ -2786,42 +2939,66 @@ def connect_error(path: str) -> str:
     return ""
 
 
+def _temporary_name(path: str) -> str:
+    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+
+
 class UnixServer:
     """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
 
-    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
+    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
+    is_lost() says so.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
+        self._temporary = _temporary_name(path)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while there is none
+        self._inode = 0  # of our socket file at PATH; 0 while it is not there
         add_services(self._server)
 
     async def start(self) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
-
-        Raises OSError.
-        """
-        # The name is random, since two instances in containers may have the same PID.
-        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
-        self._bind(temporary)
+        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        self._bind(self._temporary)
         await self._server.start()
-        self._inode = os.stat(temporary).st_ino
-        os.rename(temporary, self.path)
+
+    def publish(self) -> bool:
+        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        is_published = self._link()
+        if not is_published and connect_error(self.path):
+            _remove_dead_socket(self.path)
+            is_published = self._link()
+        return is_published
+
+    def _link(self) -> bool:
+        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        try:
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            return False
+        self._inode = os.stat(self._temporary).st_ino
+        os.unlink(self._temporary)
+        return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
-    async def stop(self) -> None:
-        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+    def withdraw(self) -> None:
+        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        inode, self._inode = self._inode, 0
         try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
+            if inode and os.stat(self.path).st_ino == inode:
                 os.unlink(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
+
+    async def stop(self) -> None:
+        """End the server; calls in progress have STOP_SECONDS."""
+        self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
     def _bind(self, path: str) -> None:
@@ -2837,15 +3014,117 @@ class UnixServer:
             os.umask(mask)
 
 
+def remove_leftovers(folder: str) -> None:
+    """Remove the sockets with temporary names that killed instances left in FOLDER."""
+    try:
+        for name in os.listdir(folder):
+            path = f"{folder}/{name}"
+            if re.fullmatch(r"\.[0-9a-f]{16}", name) and stat.S_ISSOCK(os.lstat(path).st_mode) and connect_error(path):
+                os.unlink(path)
+    except OSError as error:
+        log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
+
+    Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
+    last look at it, and put back if it turns out to be that one.
+    """
+    aside = _temporary_name(path)
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if not connect_error(aside):
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    os.unlink(aside)
+
+
+class OtherInstances:
+    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+
+    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
+    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: Dict[str, Callable[[], None]] = {}
+        self._path = ""  # that the connection leads to
+        self._connection: Optional[socket.socket] = None
+        self._retry: Optional[asyncio.TimerHandle] = None
+
+    def wait_for(self, path: str, wake: Callable[[], None]) -> None:
+        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        self._waiting[path] = wake
+        if self._connection is None:
+            self._connect()
+
+    def forget(self, path: str) -> None:
+        """Wait for that one no more."""
+        self._waiting.pop(path, None)
+        if not self._waiting:
+            self._disconnect()
+
+    def _connect(self) -> None:
+        """Hold a connection to the server that has been waited for longest."""
+        self._disconnect()
+        self._path = next(iter(self._waiting))
+        connection = None
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.setblocking(False)
+            connection.connect(self._path)
+        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+            if connection:
+                connection.close()
+            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
+            return
+        self._connection = connection
+        self._loop.add_reader(connection, self._read)
+
+    def _disconnect(self) -> None:
+        if self._retry:
+            self._retry.cancel()
+            self._retry = None
+        if self._connection:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def _read(self) -> None:
+        """Read what the server says, which is of no interest, until it ends the connection."""
+        assert self._connection
+        try:
+            if self._connection.recv(1 << 16):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # this is an end, too
+        if connect_error(self._path):
+            self._wake_all()
+        else:
+            self._connect()  # a server bears a client that says nothing for some seconds only
+
+    def _wake_all(self) -> None:
+        self._disconnect()
+        for wake in self._waiting.values():
+            wake()
+
+
 class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
     This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
     taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
         self._path = path
+        self._signal = signal_number
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -2854,6 +3133,7 @@ class Watch:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # another directory has the path now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
             return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
@@ -3083,7 +3363,8 @@ NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are m
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
+OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
 DEFAULT_DOMAIN = "smarter-devices"
 
@@ -3524,6 +3805,7 @@ class RegistrationContext(NamedTuple):
     domain: str
     devices: HostDevices
     kubelet: KubeletConnection
+    others: OtherInstances
     events: GroupedLog
 
 
@@ -3536,14 +3818,17 @@ class Registration:
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
+        self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
         self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
+        self._is_waiting = False  # for another instance to end
         self._is_socket_lost = False  # our socket file is gone or another's
         self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
         self._is_stream_open = False
+        self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
         self._stream_deadline = 0.0  # for kubelet to open it
         self._backoff = Backoff()
@@ -3554,6 +3839,11 @@ class Registration:
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
+
+    @property
+    def served_by_other(self) -> bool:
+        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        return self._is_waiting and self._kubelet.is_answering
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
         """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
@@ -3580,9 +3870,11 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
+            self.wake()
+        elif self._is_waiting and os.path.basename(self._path) not in inodes:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
@@ -3601,6 +3893,8 @@ class Registration:
             self.trouble = ""
         if stream is self._stream:
             self._is_stream_open = is_open
+            if not is_open:
+                self._stream_ended.set()
             self.wake()
 
     async def _advance(self) -> Optional[float]:
@@ -3612,6 +3906,8 @@ class Registration:
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
+        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+            return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
             if not problem:
@@ -3643,29 +3939,37 @@ class Registration:
         """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
         await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
         self._registered_with = self._kubelet.identity
-        obstacle = self._find_obstacle()
-        if obstacle:
-            self._log_trouble("not-served", obstacle)
-            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
-            return OBSTACLE_PAUSE
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
         )
         try:
             await self._server.start()
         except OSError as error:
-            self._backoff.fail(time.monotonic())
-            self._log_trouble(
-                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            )
-            return self._backoff.retry_at - time.monotonic()
-        return None if self._is_retired else await self._register()
+            return self._serving_failed(error)
+        return None if self._is_retired else await self._publish_and_register()
 
-    def _find_obstacle(self) -> str:
-        """Why the resource is not to be served for now; empty where it is."""
-        if not connect_error(self._path):
-            return "another instance serves it"
-        return ""
+    async def _publish_and_register(self) -> Optional[float]:
+        """Register what is ready to be served, unless another instance serves it."""
+        assert self._server
+        self._is_waiting = False
+        try:
+            self._is_waiting = not self._server.publish()
+        except OSError as error:
+            return self._serving_failed(error)
+        if self._is_waiting:
+            self._others.wait_for(self._path, self.wake)
+            self._log_trouble("not-served", OTHER_INSTANCE, logging.INFO)
+            return None
+        self._others.forget(self._path)
+        return await self._register()
+
+    def _serving_failed(self, error: OSError) -> Optional[float]:
+        if not self._kubelet.check_answering():
+            self._registered_with = None  # a new one removes sockets while it starts
+            return None
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
+        return self._backoff.retry_at - time.monotonic()
 
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
@@ -3705,19 +4009,28 @@ class Registration:
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
-        """End the server with its streams and its socket file."""
+        """End the server and its streams.
+
+        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
+        once, and must not do that while the older stream is open.
+        """
         server, self._server = self._server, None
-        self._is_registered = self._is_socket_lost = False
+        self._is_registered = self._is_socket_lost = self._is_waiting = False
+        self._others.forget(self._path)
         if server:
+            self._stream_ended.clear()
             self.plugin.end_streams()
+            if self._is_stream_open:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stream_ended.wait(), STOP_SECONDS)
             await server.stop()
         self._stream, self._is_stream_open = None, False
 
-    def _log_trouble(self, event: str, trouble: str) -> None:
+    def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
         """Log TROUBLE, unless it is what was logged last."""
         if trouble != self.trouble:
             self.trouble = trouble
-            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
+            self._events.add(event, trouble, level, self.plugin.full_name)
 
 
 class DevicePluginSide:
@@ -3744,7 +4057,8 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
+        others = OtherInstances(loop)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, others, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -3764,16 +4078,25 @@ class DevicePluginSide:
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        remove_leftovers(self.plugin_dir)
         self.look()
         try:
             await self._done
         finally:
-            self.apply(EMPTY_PLAN)
+            await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._events.flush()
             if self._watch:
                 self._watch.close()
             await self._kubelet.close()
+
+    async def _retire_all(self) -> None:
+        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
+        and they would all wait for the last one."""
+        while self.registrations:
+            for name in list(self.registrations)[:RETIRE_AT_ONCE]:
+                self.registrations.pop(name).retire()
+            await asyncio.sleep(RETIRE_PAUSE)
 
     def stop(self) -> None:
         """Let run() end."""
@@ -3889,6 +4212,7 @@ class RegistrationState(NamedTuple):
     """How one resource stands with the kubelet."""
 
     ready: bool = False  # registered, and the kubelet's stream is open
+    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
     trouble: str = ""  # why not
     allocations: int = 0
     registrations: int = 0
@@ -4030,9 +4354,11 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     if conf["error"]:
         problems[conf_error_text(conf["error"], conf["read_at"])] = []
     for resource in resources:
+        holders = _holders_by_device(resource)
         for device in resource["devices"]:
             if not device["healthy"]:
-                sentence = device["problem"] + _holders_text(resource, device)
+                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
+                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
                 problems.setdefault(sentence, []).append(device["path"])
     return problems
 
@@ -4052,11 +4378,12 @@ def conf_error_text(error: str, read_at: str) -> str:
     return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
 
 
-def _holders_text(resource: Document, device: Document) -> str:
-    """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
-    held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
-    containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
-    return f", in use by {_first_names(containers)}" if containers else ""
+def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
+    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+    for holder in resource["holders"] or ():
+        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
+    return found
 
 
 def _pod_and_container(holder: Document) -> Tuple[str, str]:
@@ -4113,6 +4440,25 @@ def _render_rest(document: Document) -> str:
     if document["unused"]:
         unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
         text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
+    return text
+
+
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    if not overridden:
+        return ""
+    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
+    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    if winners:
+        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
+        text += "\nRules that later rules override for every device that they name:\n"
+        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
     return text
 
 
@@ -4353,7 +4699,7 @@ let isPaused = false;
 const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement.getAttribute("href");
+  const focused = document.activeElement?.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
     if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
@@ -4450,7 +4796,7 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield "".join(_page_resource(resource, document["kubelet"]["answering"]))
+            yield from _page_resource(resource, document["kubelet"]["answering"])
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
@@ -4499,18 +4845,20 @@ def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
     full = "full" if percent == 100 else ""
     domain, _, name = resource["name"].partition("/")
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    held = _page_holders(resource["holders"] or ())
+    holders = _holders_by_device(resource)
     for number, device in enumerate(devices):
         yield _fill('<tr id="{path}" role="row">', path=device["path"])
         if number == 0:
             yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
             if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
                 yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            if resource["start_refusals"]:
+                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
             use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
             yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
         yield from _page_device(device)
-        holders = "".join(held.get(device["path"], ()))
-        yield f'<td role="cell" data-name="Used by:"><ul>{holders}</ul></td></tr>\n' if holders else "<td></td></tr>\n"
+        yield from _page_holders(holders.get(device["path"], {}))
+        yield "</tr>\n"
     yield "</tbody>\n"
 
 
@@ -4529,16 +4877,12 @@ def _page_device(device: Document) -> Iterator[str]:
     yield "</td>\n"
 
 
-def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
-    """An item of a list for each container that holds slots, by the path of their device."""
-    slots: Dict[Tuple[str, str, str], List[str]] = {}
-    for holder in holders:
-        slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
-    items: Dict[str, List[str]] = {}
-    for (path, pod, container), ids in slots.items():
-        text = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        items.setdefault(path, []).append(_fill(_HOLDER, slots=text, pod=pod, container=container))
-    return items
+def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
+    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
+    for (pod, container), ids in holders.items():
+        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
+        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
+    yield "</ul></td>" if holders else "</td>"
 
 
 def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
@@ -4750,6 +5094,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
+                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]
@@ -4819,8 +5164,13 @@ class StatusServer:
 
     def _readyz(self) -> Response:
         states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
-        return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
+        unready = [
+            f"{name}: {unready_text(state.trouble)}"
+            for name, state in states.items()
+            if not state.ready and not state.served_by_other
+        ]
+        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
+        return plain(503 if unready else 200, (unready or ["ok"]) + waiting + self._remarks())
 
     def _remarks(self) -> List[str]:
         """What is worth a line of /readyz and does not change its status."""
@@ -4834,6 +5184,7 @@ class StatusServer:
             return RegistrationState()
         return RegistrationState(
             ready=registration.is_ready,
+            served_by_other=registration.served_by_other,
             trouble="" if registration.is_ready else registration.trouble,
             allocations=registration.plugin.allocations,
             registrations=registration.registrations,
@@ -4916,12 +5267,14 @@ class Client:
         self.stub = rpc.DevicePluginStub(channel)
         self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
         self.is_open = True  # whether the stream is
+        self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
         """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
         self.is_open = False
+        self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
             self.stream.cancel()
         await self._channel.close()
@@ -5049,7 +5402,14 @@ REFUSALS = ("refused", "start-refused")  # events that are logged whatever the l
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
-BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
+# where it is not blocked. SIGIO is the same for the plugin directory.
+FOLDER_SIGNAL = signal.SIGURG
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
+GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
+REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
+REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
@@ -5068,6 +5428,7 @@ class KeptConf:
     def __init__(self, path: str, conf: str) -> None:
         self.path = path
         self._conf = conf
+        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
@@ -5085,26 +5446,50 @@ class KeptConf:
             raise ValueError(f"it does not come from {self._conf}, or is damaged")
         return data.decode(), found.st_mtime
 
-    def write(self, text: str) -> None:
-        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+    def keep(self, text: str) -> None:
+        """Have the file hold TEXT. Where that cannot be done, it is logged once, and tried again at the next call.
+
+        Cheap where nothing changed: one stat(2).
+        """
+        if (text, self._find_stamp()) == self._kept:
+            return
         try:
-            if self.read()[0] == text:
-                return
-        except (OSError, ValueError):
-            pass  # it is replaced
-        try:
-            self._replace(text.encode())
+            if not self._holds(text):
+                self._replace(text.encode())
+            self._kept = text, self._find_stamp()
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
                 log_event("conf-not-kept", sentence, logging.WARNING)
             self._is_failing = True
+            self._invalidate()
+
+    def _holds(self, text: str) -> bool:
+        try:
+            return self.read()[0] == text
+        except (OSError, ValueError):
+            return False
+
+    def _find_stamp(self) -> Tuple[int, ...]:
+        """What tells whether somebody else wrote or removed the file; nothing where there is none."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _invalidate(self) -> None:
+        """Empty the file in its place: old rules would be worse than none."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            log.debug("cannot empty %s: %s", self.path, error.strerror)
 
     def _replace(self, data: bytes) -> None:
         new = f"{self.path}.new"
         if os.path.lexists(new):
-            os.unlink(new)
+            os.unlink(new)  # that a daemon left behind which was killed
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -5156,6 +5541,7 @@ class ConfFile:
             if not self._kept or not self._restore(self._kept):
                 raise Problem(self._describe(error)) from None
             self._refuse(error, text, f", from {self._kept.path}")
+        self._keep()
 
     def _restore(self, kept: KeptConf) -> bool:
         """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
@@ -5173,8 +5559,17 @@ class ConfFile:
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
 
-        What is wrong with it is logged once.
+        What is wrong with it is logged once. The text of the rules in force is kept, also where it could not be so far.
         """
+        has_new_rules = self._follow(reread)
+        self._keep()
+        return has_new_rules
+
+    def _keep(self) -> None:
+        if self._kept and self._text is not None:
+            self._kept.keep(self._text)
+
+    def _follow(self, reread: bool) -> bool:
         text = None
         try:
             if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
@@ -5222,8 +5617,6 @@ class ConfFile:
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
         self.read_at = time.time()
-        if self._kept:
-            self._kept.write(text)
         return has_new_rules
 
     def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
@@ -5293,9 +5686,19 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def overridden(self) -> List[Overridden]:
+        """What rules name without effect, because other rules have it."""
+        return find_overridden(self.plan, self._tracked, self._matcher)
+
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_look = 0.0
+
+    def folders(self) -> List[str]:
+        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
@@ -5319,7 +5722,10 @@ class DeviceSide:
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
-        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
         has_expired = any(when <= now for when in expiry_times(self._tracked))
         return has_other_attributes or has_expired or gpus != self._gpus
 
@@ -5371,6 +5777,29 @@ def log_changes(old: Plan, new: Plan) -> None:
             groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
+
+
+class FolderWatches:
+    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+
+    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
+    the kernel does not tell.
+    """
+
+    def __init__(self, dev_dir: str) -> None:
+        self._dev_dir = dev_dir
+        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
+        self._watches: Dict[str, Watch] = {}
+
+    def ask(self, folders: Sequence[str]) -> None:
+        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        wanted = folders[: self._limit]
+        for path in self._watches.keys() - set(wanted):
+            self._watches.pop(path).close()
+        for path in wanted:
+            if path not in self._watches:
+                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
+            self._watches[path].ask()
 
 
 class KubeletThread(threading.Thread):
@@ -5492,7 +5921,7 @@ def serve(options: argparse.Namespace) -> int:
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
-        _run(devices, thread, options.interval)
+        _run(devices, thread, options.interval, FolderWatches(options.dev_dir))
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
         thread.has_failed = True
@@ -5517,35 +5946,53 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
+def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches) -> None:
     """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
-    reread = False
+    watched: Optional[Snapshot] = None  # whose folders are
+    taken = 0
     while True:
-        due = time.monotonic() + interval
+        began = time.monotonic()
+        if taken or devices.snapshot is not watched:
+            watched = devices.snapshot
+            watches.ask(devices.folders())  # before the look: no change falls between
         old = devices.plan
-        for plan in devices.turn(reread):
+        for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
-        taken = _take_signal(due, thread)
+        now = time.monotonic()
+        rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
+        due = began + interval
+        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+            due = min(due, rested)
+        taken = _take_signal(due, rested, thread)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken == signal.SIGHUP
         if taken == LOOK_SIGNAL:
             devices.hasten_full_look()
 
 
-def _take_signal(due: float, thread: KubeletThread) -> int:
-    """The one of SIGNALS that comes until DUE; 0 where none does. A SIGIO is a word for THREAD, passed on meanwhile."""
+def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
+    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
+
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. SIGIO is a word for THREAD, passed on meanwhile.
+    """
+    awaited = set(BLOCKED_SIGNALS)
+    folder_signal = 0
     while True:
-        taken = signal.sigtimedwait(BLOCKED_SIGNALS, max(0.0, due - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
         number = taken.si_signo if taken else 0
-        if number != signal.SIGIO:
+        if number == signal.SIGIO:
+            thread.look()
+        elif number == FOLDER_SIGNAL:
+            folder_signal = number
+            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
+        else:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
-            return number if number in SIGNALS else 0
-        thread.look()
+            return number if number in SIGNALS else folder_signal
 
 
 def restart_lean() -> None:
@@ -5610,6 +6057,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
+        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -5649,8 +6097,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(document, indent=2))
         return 0
+    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
+    print(text + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
