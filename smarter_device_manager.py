@@ -6402,6 +6402,7 @@ RestartSec=2
 TimeoutStopSec=5
 WorkingDirectory={folder}
 Environment=MALLOC_ARENA_MAX=1
+# There may be no kubelet yet. (The "-" of ReadWritePaths= below is for this command, too.)
 ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
 # Byte code saves half of the time to start and 7 MiB; it starts without, too.
 ExecStartPre=-+{python} -m compileall -q -l .
@@ -6412,7 +6413,7 @@ ExecReload=/bin/kill -HUP $MAINPID
 # here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
 CapabilityBoundingSet=
 NoNewPrivileges=yes
-ReadWritePaths={plugin_dir}
+ReadWritePaths=-{plugin_dir}
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes

@@ -1719,7 +1719,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     unit = systemd_unit(node)
     assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
     assert unit["WorkingDirectory"] == [str(node.root)]
-    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert unit["ReadWritePaths"] == ["-/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
     options = {
@@ -1735,7 +1735,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         "--listen": ":1",
     }
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
-    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ReadWritePaths"] == ["-/p/50%%"]
     told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
     shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
     assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
