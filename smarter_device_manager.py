@@ -28,6 +28,7 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -69,6 +70,7 @@ from typing import (
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     import grpc
 
@@ -942,6 +944,7 @@ MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
 
 
 class NotADevice(Exception):
@@ -1302,8 +1305,10 @@ class Sysfs:
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
 
-    def __init__(self, sys_dir: str) -> None:
+    def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
         self._sys_dir = sys_dir
+        self._with_facts = with_facts
+        self._facts: Dict[int, Dict[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
@@ -1314,6 +1319,7 @@ class Sysfs:
         there were such, so that attribute_mismatch() may say something else now."""
         keep = set(serials)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
+        self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
         has_mismatches = any(self._mismatches.values())
         self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
@@ -1327,6 +1333,25 @@ class Sysfs:
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
             self._numa[generation] = next(known, None)
         return self._numa[generation]
+
+    def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
+        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        if not self._with_facts or not nodes:
+            return ()
+        for node in nodes:
+            if node.entry.generation not in self._facts:
+                self._facts[node.entry.generation] = self._read_facts(node.entry)
+        first, *others = (self._facts[node.entry.generation] for node in nodes)
+        return tuple(item for item in first.items() if all(item in other.items() for other in others))
+
+    def _read_facts(self, entry: Entry) -> Dict[str, str]:
+        """The facts of ENTRY's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        chain = list(self.chain(entry))
+        usb_device = next((folder for folder in chain if read_attribute(folder, "idVendor")), "")
+        drivers = (read_attribute(folder, "driver") for folder in chain)
+        facts = {"subsystem": read_attribute(chain[0], "subsystem"), "driver": next(filter(None, drivers), None)}
+        facts.update((name, read_attribute(usb_device, name)) for name in USB_FACTS if usb_device)
+        return {name: value for name, value in facts.items() if value}
 
     def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
@@ -1478,6 +1503,7 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
 
 
 @dataclass(frozen=True)
@@ -1699,6 +1725,7 @@ def _device(
         specs=(),
         problem=device_seen.problem,
         since=device_seen.since,
+        facts=sysfs.facts(device_seen.nodes),
     )
     if device.problem:
         return device
@@ -1915,12 +1942,14 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def load_grpc() -> None:
+def load_grpc(with_tls: bool = False) -> None:
     """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
 
-    asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: no TLS is spoken here.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
     """
     global asyncio, grpc, pb, rpc
+    if with_tls:
+        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
@@ -2581,6 +2610,1156 @@ class DevicePluginSide:
         for (event, sentence, level), names in self._gathered.items():
             log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._gathered.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
+# plan is a device of a ResourceSlice; pods claim devices, the scheduler allocates them, and the kubelet has the driver
+# prepare them: write a CDI file that the container runtime reads. First pure functions, then the API server's client,
+# the CDI files, the slices, and last the driver. http.client and ssl are imported here only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # of the API
+MAX_ATTRIBUTE_BYTES = 64  # of the API, for a text
+MAX_DRIVER_NAME = 63  # of the API
+MAX_CLAIMS = 100  # in one request of the kubelet, which sends those of one pod
+MAX_API_ANSWER = 16 << 20  # bytes
+MAX_API_TEXT = 200  # characters of the API server's words that are repeated
+MAX_CDI_BYTES = 1 << 20
+MAX_TOKEN = 64 << 10
+API_SECONDS = 5.0  # for a request and its answer
+COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
+CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
+MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices, whatever a device with a loose contact does
+MIN_API_BACKOFF_SECONDS, MAX_API_BACKOFF_SECONDS = 1.0, 60.0
+DRA_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
+MANAGER_LABEL = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
+_DRA_API = "/apis/resource.k8s.io/v1"
+_SLICES, _CLASSES = f"{_DRA_API}/resourceslices", f"{_DRA_API}/deviceclasses"
+_API_KIND = re.compile(rf"(?:/api/v1|{_DRA_API})(?:/namespaces/[^/]+)?/([a-z]+)")
+_HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
+_UID = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # that may become part of a file name
+_OBJECT_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?"  # that may become part of a URL
+
+Slots = Mapping[str, "SlotOffer"]  # by the device's name in the slices
+
+
+class SlotOffer(NamedTuple):
+    """A slot of the plan, as it becomes a device of a slice."""
+
+    resource: Resource
+    device: Device
+    number: int
+
+    @property
+    def slot_id(self) -> str:
+        return _slot_id(self.resource, self.device, self.number)
+
+
+def dns_label(text: str, limit: int) -> str:
+    """TEXT as a DNS label of at most LIMIT characters; where something had to be changed, a hash keeps it unique."""
+    label = re.sub("[^a-z0-9-]+", "-", text.lower()).strip("-")
+    if label == text and len(label) <= limit and not re.search("-[0-9a-f]{8}$", label):
+        return label
+    return f"{label[: limit - 9].strip('-')}-{short_hash(text)}".lstrip("-")
+
+
+def short_hash(text: str) -> str:
+    """8 hex digits of the SHA-256 of TEXT."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def slots_by_device_name(plan: Plan) -> Slots:
+    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
+    slots: Dict[str, SlotOffer] = {}
+    for resource in plan.resources.values():
+        for device in resource.devices:
+            label = dns_label(device.path, 63 - len("-9999"))
+            slots.update((f"{label}-{number}", SlotOffer(resource, device, number)) for number in range(device.slots))
+    return slots
+
+
+def slice_device(name: str, slot: SlotOffer, domain: str) -> Document:
+    """SLOT as a device of a ResourceSlice."""
+    resource, device = slot.resource, slot.device
+    texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
+    if resource.pool:
+        texts["pool"] = resource.name
+    attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
+    attributes["slot"] = {"int": slot.number}
+    if len(device.numa) == 1:
+        attributes["numaNode"] = {"int": device.numa[0]}
+    document: Document = {"name": name, "attributes": attributes}
+    if device.problem:
+        document["taints"] = [gone_taint(domain)]
+    return document
+
+
+def lost_device(prepared: PreparedDevice, domain: str) -> Document:
+    """PREPARED, which the plan has no more, as a device of a ResourceSlice: a taint is all there is to say."""
+    attributes = {"path": {"string": _cut_bytes(prepared.path)}}
+    return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
+
+
+def gone_taint(domain: str) -> Document:
+    """The taint that has the control plane evict the pods of a device that is gone."""
+    return {"key": f"{domain}/gone", "effect": "NoExecute"}
+
+
+def _cut_bytes(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
+
+
+def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
+    """DEVICES in groups, each as large as a slice may be."""
+    groups: List[List[Document]] = []
+    has_taints = False
+    for device in devices:
+        has_taints = has_taints or "taints" in device
+        limit = MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES
+        if not groups or len(groups[-1]) >= limit:
+            groups.append([])
+            has_taints = "taints" in device
+        groups[-1].append(device)
+    return groups
+
+
+def slice_name(node: str, domain: str, index: int) -> str:
+    """The name of the slice INDEX of NODE: the same after a restart, and no other node's or driver's."""
+    readable = f"{node}-{domain}"[:230].rstrip(".-")
+    return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
+
+
+def device_classes(domain: str, resources: Iterable[str]) -> Iterator[Document]:
+    """The DeviceClass of all devices, and one per resource, by which pods ask for it as they ask a device plugin."""
+    is_ours = f'device.driver == "{domain}"'
+    yield _device_class(domain, is_ours)
+    for name in resources:
+        expression = f'{is_ours} && device.attributes["{domain}"].resource == "{name}"'
+        yield _device_class(f"{dns_label(name, 63)}.{domain}", expression, f"{domain}/{name}")
+
+
+def _device_class(name: str, expression: str, extended_resource: str = "") -> Document:
+    spec: Document = {"selectors": [{"cel": {"expression": expression}}]}
+    if extended_resource:
+        spec["extendedResourceName"] = extended_resource
+    metadata = {"name": name, "labels": MANAGER_LABEL}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "DeviceClass", "metadata": metadata, "spec": spec}
+
+
+class PreparedDevice(NamedTuple):
+    """A slot that was prepared for a claim."""
+
+    name: str  # in the slices
+    request: str  # of the claim
+    path: str  # as people know it: /dev/video0
+    edits: Document  # containerEdits of CDI
+
+
+class PreparedClaim(NamedTuple):
+    """A ResourceClaim of which the devices were prepared: what one CDI file holds."""
+
+    uid: str
+    namespace: str
+    name: str
+    devices: Tuple[PreparedDevice, ...]
+
+
+def prepare_devices(
+    requests: Iterable[Tuple[str, str]], slots: Slots, tree: Tree, dev_dir: str
+) -> Tuple[PreparedDevice, ...]:
+    """What containers are given for REQUESTS, pairs of a claim's request and a device's name, as TREE has the devices.
+
+    A container gets all devices of a request, so these must go together, and share their env, as slots that one
+    Allocate asks for. Raises AllocationError.
+    """
+    groups: Dict[Tuple[str, str], List[str]] = {}
+    for request, name in requests:
+        if name not in slots:
+            raise AllocationError("NOT_FOUND", f'this node offers no device "{name[:MAX_SHOWN]}"')
+        groups.setdefault((request, slots[name].resource.name), []).append(name)
+    prepared = []
+    for (request, _), names in groups.items():
+        resource = slots[names[0]].resource
+        together = allocate(resource, [slots[name].slot_id for name in names], tree, dev_dir)
+        for name in names:
+            specs = allocate(resource, [slots[name].slot_id], tree, dev_dir).specs
+            edits = container_edits(ContainerAllocation(specs, together.env))
+            prepared.append(PreparedDevice(name, request, device_path(slots[name].device), edits))
+    return tuple(prepared)
+
+
+def container_edits(allocation: ContainerAllocation) -> Document:
+    """ALLOCATION as containerEdits of CDI. hostPath is the node itself: a runtime takes no link there."""
+    edits: Document = {}
+    if allocation.env:
+        edits["env"] = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
+    if allocation.specs:
+        edits["deviceNodes"] = [
+            {"path": spec.container, "hostPath": spec.host, "permissions": spec.permissions}
+            for spec in allocation.specs
+        ]
+    return edits
+
+
+def cdi_document(claim: PreparedClaim, domain: str) -> Document:
+    """The CDI file of CLAIM; read_cdi_document() is its inverse."""
+    owner = {"uid": claim.uid, "namespace": claim.namespace, "name": claim.name}
+    return {
+        "cdiVersion": "0.6.0",
+        "kind": f"{domain}/device",
+        "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
+        "devices": [
+            {
+                "name": f"{claim.uid}-{device.name}",
+                "annotations": {f"{domain}/request": device.request, f"{domain}/path": device.path},
+                "containerEdits": device.edits,
+            }
+            for device in claim.devices
+        ],
+    }
+
+
+def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
+    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other."""
+    uid, namespace, name = (
+        _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in ("uid", "namespace", "name")
+    )
+    devices = []
+    for device in document["devices"]:
+        owner, _, label = _checked_text(device["name"]).partition(f"{uid}-")
+        if owner or not label or not isinstance(device["containerEdits"], dict):
+            raise ValueError("not a device of this claim")
+        request, path = (_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "path"))
+        devices.append(PreparedDevice(label, request, path, device["containerEdits"]))
+    return PreparedClaim(uid, namespace, name, tuple(devices))
+
+
+def _checked_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
+    """The request and the device's name of each result of CLAIM's allocation that is this driver's.
+
+    A request's alternative (request/alternative) counts as the request, as it does for the kubelet. Raises
+    AllocationError, and LookupError, TypeError or AttributeError for what is no ResourceClaim.
+    """
+    allocation = claim.get("status", {}).get("allocation")
+    if not allocation:
+        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
+    results = [result for result in allocation["devices"]["results"] if result["driver"] == domain]
+    for result in results:
+        if result["pool"] != node:
+            raise AllocationError("NOT_FOUND", f'the claim has a device of the pool "{result["pool"]}", not "{node}"')
+    return [(_checked_text(result["request"]).partition("/")[0], _checked_text(result["device"])) for result in results]
+
+
+# The client of the API server.
+
+
+class ApiError(Exception):
+    """A request that failed: why, in one sentence, the HTTP status (0: there was no answer), the seconds to wait."""
+
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
+        super().__init__(text)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class ConflictError(ApiError):
+    """A write to an object that is another one by now, or gone."""
+
+
+class ApiAnswer(NamedTuple):
+    """What the API server answered."""
+
+    status: int
+    document: Document
+    retry_after: float
+
+
+class ApiAddress(NamedTuple):
+    """Where the API server is."""
+
+    is_tls: bool
+    host: str
+    port: int
+    prefix: str  # of every path
+    url: str
+
+
+def parse_api_url(url: str) -> ApiAddress:
+    """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
+    match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
+    if not match or int(match[4] or 0) > 65535:
+        raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
+    host = match[2] or match[3]
+    is_tls = match[1] == "https"
+    if not is_tls and not (host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host)):
+        raise ValueError(f'"{url}" has no TLS: write https://; http:// is for a loopback address only')
+    return ApiAddress(is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"), url)
+
+
+def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
+    """Why the API server did not do what VERB asks of PATH, in one sentence."""
+    match = _API_KIND.match(path)
+    kind = match[1] if match else path
+    message = str(answer.document.get("message", ""))[:MAX_API_TEXT]
+    ending = f": {message}" if message else ""
+    if answer.status == 403:
+        return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
+    if answer.status == 404 and verb in ("list", "create"):
+        return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
+    reasons = {401: "does not accept the token", 409: "has another one by now", 429: "is asked too much"}
+    return f"the API server {reasons.get(answer.status, 'fails')} ({answer.status}) to {verb} {kind}{ending}"
+
+
+class ApiServer:
+    """The API server of the cluster. The token and the CA file are read for each request: they are replaced at times.
+
+    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to keep: a driver asks little.
+    """
+
+    def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
+        self.address = address
+        self.requests: Dict[Tuple[str, str], int] = {}  # how many, by verb and code
+        self.problem = "it has not been asked yet"  # why the last request had no answer; empty: it had one
+        self._token_file = token_file
+        self._ca_file = ca_file
+
+    async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
+        """Have the API server do VERB to PATH; what it answers. Takes 2 * API_SECONDS at the most. Raises ApiError."""
+        answer = await self._ask(verb, path, body)
+        if answer.status == 401:  # the token was replaced when it was on its way
+            answer = await self._ask(verb, path, body)
+        if 200 <= answer.status < 300:
+            return answer.document
+        raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
+
+    async def _ask(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """Ask once, and keep count."""
+        code = "error"
+        try:
+            answer = await asyncio.wait_for(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
+            code, self.problem = str(answer.status), ""
+            return answer
+        except asyncio.TimeoutError:
+            self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
+        except OSError as error:
+            self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
+        except ApiError as error:
+            self.problem = str(error)
+        finally:
+            self.requests[verb, code] = self.requests.get((verb, code), 0) + 1
+        raise ApiError(self.problem)
+
+    async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """One request and its answer. Raises ApiError and OSError."""
+        address = self.address
+        data = b"" if body is None else json.dumps(body).encode()
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        head = [f"{method} {address.prefix}{path} HTTP/1.0", f"Host: {host}:{address.port}", *self._authorization()]
+        head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+        head += [f"User-Agent: smarter-device-manager/{__version__}", "", ""]
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
+        try:
+            writer.write("\r\n".join(head).encode() + data)
+            content = await _read_bounded(reader)
+        finally:
+            writer.transport.abort()
+        return parse_api_answer(content, address.url)
+
+    def _tls(self) -> Optional[ssl.SSLContext]:
+        if not self.address.is_tls:
+            return None
+        import ssl
+
+        try:
+            return ssl.create_default_context(cafile=self._ca_file)
+        except ssl.SSLError:
+            raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
+        except OSError as error:
+            raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
+
+    def _authorization(self) -> List[str]:
+        """The header that holds the token, which only a server that proved who it is is sent."""
+        if not self.address.is_tls:
+            return []
+        try:
+            with open(self._token_file, encoding="ascii", errors="replace", opener=_open_at_once) as file:
+                token = file.read(MAX_TOKEN).strip()
+        except OSError as error:
+            raise ApiError(f"cannot read the token file {self._token_file}: {error.strerror}") from None
+        if not re.fullmatch("[!-~]+", token):
+            raise ApiError(f"the token file {self._token_file} holds no token")
+        return [f"Authorization: Bearer {token}"]
+
+
+async def _read_bounded(reader: asyncio.StreamReader) -> bytes:
+    """All that READER has. Raises ApiError where that is too much."""
+    chunks: List[bytes] = []
+    room = MAX_API_ANSWER
+    while room > 0:
+        chunk = await reader.read(room)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+        room -= len(chunk)
+    raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+
+
+def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
+    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    head, _, body = content.partition(b"\r\n\r\n")
+    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})[ \r]", head + b"\r")
+    if not match:
+        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
+    status = int(match[1])
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        if 200 <= status < 300:
+            raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
+        document = {}
+    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\r", head + b"\r", re.IGNORECASE)
+    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
+
+
+def _connection_problem(error: OSError, ca_file: str) -> str:
+    """Why the API server cannot be asked, to follow its name."""
+    verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+    if verify_message:
+        return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
+    return f"does not answer: {printable(error.strerror or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
+
+
+# The CDI files, which are the memory of what was prepared.
+
+
+class CdiFiles:
+    """The CDI files of DOMAIN in FOLDER, one per claim, and what they hold. Other files there are left alone."""
+
+    def __init__(self, folder: str, domain: str) -> None:
+        self.claims: Mapping[str, PreparedClaim] = {}  # by uid
+        self._folder = folder
+        self._domain = domain
+
+    def path(self, uid: str) -> str:
+        """The path of the file of the claim UID; no domain has an underscore, so no other driver's is the same."""
+        return f"{self._folder}/{self._domain}_{uid}.json"
+
+    def holder(self, device: str) -> Optional[PreparedClaim]:
+        """The claim that DEVICE is prepared for."""
+        for claim in self.claims.values():
+            if any(prepared.name == device for prepared in claim.devices):
+                return claim
+        return None
+
+    def load(self) -> None:
+        """Read back what was prepared, and remove what a crash left half made."""
+        claims = {}
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            names = []  # there is no such folder until something is prepared
+        for name in names:
+            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID})\.json", name)
+            if match:
+                claim = self._read(match[1])
+                if claim:
+                    claims[claim.uid] = claim
+            elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._folder}/{name}")
+        self.claims = claims
+
+    def _read(self, uid: str) -> Optional[PreparedClaim]:
+        """The claim of the file of UID; None where it is another's, or is broken and so removed."""
+        path = self.path(uid)
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                document = json.loads(file.read(MAX_CDI_BYTES))
+            if isinstance(document, dict) and document.get("kind", "") != f"{self._domain}/device":
+                return None
+            claim = read_cdi_document(document, self._domain)
+            if claim.uid != uid:
+                raise ValueError("it is for another claim")
+            return claim
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            log_event("cdi-file-removed", "a broken CDI file was removed", logging.WARNING, file=path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        except OSError as error:
+            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+        return None
+
+    def write(self, claim: PreparedClaim) -> None:
+        """Keep CLAIM; its file is never half written. Raises OSError."""
+        data = json.dumps(cdi_document(claim, self._domain), indent=1).encode()
+        os.makedirs(self._folder, 0o755, exist_ok=True)
+        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(data)
+            os.rename(temporary, self.path(claim.uid))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self.claims = {**self.claims, claim.uid: claim}
+
+    def remove(self, uid: str) -> None:
+        """Forget the claim UID, if it was prepared. Raises OSError."""
+        if uid in self.claims:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(uid))
+            self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
+
+
+# The slices and the classes.
+
+
+class Publisher:
+    """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
+
+    A change of one device changes the generation, and so every slice, of the node's pool. A slice is written only
+    where the server has another content; fields that the server adds or drops are no reason.
+    """
+
+    def __init__(self, api: ApiServer, node: str, domain: str, prepared: Callable[[], Awaitable[None]]) -> None:
+        self.problems: List[str] = []  # why not everything is as it should be
+        self.slices = self.devices = 0  # published
+        self.published_at = 0.0  # time.time() of the last time that they were found or made right
+        self._api = api
+        self._node = node
+        self._domain = domain
+        self._wanted: List[List[Document]] = []
+        self._resources: Sequence[str] = ()
+        self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
+        self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
+        self._node_uid = ""
+        self._classes: Set[str] = set()  # that are known to be there
+        self._next_class_look = 0.0
+        self._steps = (self._publish_slices, self._make_classes, prepared)
+        self._pause = 0.0
+        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
+
+    def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
+        """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
+        wanted = split_into_slices(devices)
+        if wanted != self._wanted or set(resources) - set(self._resources):
+            self._changed.set()
+        self._wanted, self._resources = wanted, resources
+
+    def refresh(self) -> None:
+        """Look at the API server now: a kubelet that started has deleted the slices."""
+        self._copies = None
+        self._classes.clear()
+        self._pause = 0.0
+        self._changed.set()
+        self._urgent.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        while True:
+            self._urgent.clear()
+            self._changed.clear()
+            seconds = await self._advance()
+            if self.problems:
+                await wait_for_event(self._urgent, seconds)
+                continue
+            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
+            if not await wait_for_event(self._changed, seconds):
+                self._copies = None
+
+    async def _advance(self) -> float:
+        """Do what is to be done; the seconds until there is more to do."""
+        problems, retry_after = [], 0.0
+        for step in self._steps:
+            try:
+                await step()
+            except ApiError as error:
+                problems.append(str(error))
+                retry_after = max(retry_after, error.retry_after)
+                if not error.status:
+                    break
+        self._log_problems(problems)
+        if not problems:
+            self._pause = 0.0
+            return COMPARE_SECONDS
+        self._pause = min(max(2 * self._pause, MIN_API_BACKOFF_SECONDS), MAX_API_BACKOFF_SECONDS)
+        return max(self._pause, retry_after)
+
+    def _log_problems(self, problems: List[str]) -> None:
+        for problem in problems:
+            if problem not in self.problems:
+                log_event("not-published", f"{problem}; trying again", logging.WARNING)
+        if self.problems and not problems:
+            log_event("published-again", "the API server does again what it is asked")
+        self.problems = problems
+
+    async def _publish_slices(self) -> None:
+        """Make the slices what is wanted. Raises ApiError."""
+        for attempt in range(3):
+            is_fresh = self._copies is None
+            try:
+                copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
+                if not self._is_published(copies):
+                    if is_fresh or not self._node_uid:
+                        self._node_uid = await self._read_node_uid()
+                    await self._write_slices(copies)
+                self.published_at = time.time()
+                return
+            except ConflictError:
+                self._copies = None  # somebody else wrote meanwhile: look again, at once
+                if attempt == 2:
+                    raise
+            except ApiError:
+                self._copies = None  # nobody knows what was done
+                raise
+
+    async def _list_slices(self) -> Dict[str, Document]:
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
+        answer = await self._api.call("list", f"{_SLICES}?{query}")
+        copies = {}
+        items = answer.get("items")
+        for item in items if isinstance(items, list) else []:
+            name, is_ours = _dig(item, "metadata", "name"), _dig(item, "spec", "driver") == self._domain
+            if is_ours and _dig(item, "spec", "nodeName") == self._node and _is_object_name(name):
+                copies[name] = item
+        return copies
+
+    async def _read_node_uid(self) -> str:
+        try:
+            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
+        if not isinstance(uid, str) or not uid:
+            raise ApiError("the API server answers get nodes with what is no Node", 200)
+        return uid
+
+    def _names(self) -> List[str]:
+        return [slice_name(self._node, self._domain, index) for index in range(len(self._wanted))]
+
+    def _is_published(self, copies: Mapping[str, Document]) -> bool:
+        """Whether COPIES are the slices that are wanted."""
+        names = self._names()
+        generations = {_generation(copy) for copy in copies.values()}
+        if copies.keys() != set(names) or len(generations) > 1:
+            return False
+        self.slices, self.devices = len(names), sum(map(len, self._wanted))
+        return all(
+            self._written.get(name) == (_dig(copies[name], "metadata", "resourceVersion"), devices)
+            or comparable_slice(copies[name]) == comparable_slice(self._slice(name, devices, 0, copies))
+            for name, devices in zip(names, self._wanted)
+        )
+
+    def _slice(self, name: str, devices: List[Document], generation: int, copies: Mapping[str, Document]) -> Document:
+        """The ResourceSlice NAME with DEVICES, to take the place of the server's copy."""
+        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._node_uid}
+        metadata: Document = {"name": name, "labels": MANAGER_LABEL, "ownerReferences": [owner]}
+        if name in copies:
+            metadata["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
+        pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
+        spec = {"driver": self._domain, "nodeName": self._node, "pool": pool, "devices": devices}
+        return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
+
+    async def _write_slices(self, copies: Dict[str, Document]) -> None:
+        """Write every slice that is wanted, each once, in a generation of its own, and delete the others."""
+        generation = 1 + max(map(_generation, copies.values()), default=0)
+        names, wanted = self._names(), self._wanted
+        bodies = [self._slice(name, devices, generation, copies) for name, devices in zip(names, wanted)]
+        for name, devices, body in zip(names, wanted, bodies):
+            if name in copies:
+                copies[name] = await self._write("update", name, body)
+            else:
+                copies[name] = await self._write("create", "", body)
+            self._written[name] = (_dig(copies[name], "metadata", "resourceVersion"), devices)
+        for name in copies.keys() - set(names):
+            with contextlib.suppress(ConflictError):
+                await self._write("delete", name)
+            del copies[name]
+        self.slices, self.devices = len(names), sum(map(len, wanted))
+        sentence = f"published {counted(self.devices, 'device')} in {counted(len(names), 'ResourceSlice')}"
+        log_event("published", sentence, generation=generation)
+
+    async def _write(self, verb: str, name: str, body: Optional[Document] = None) -> Document:
+        try:
+            return await self._api.call(verb, f"{_SLICES}/{name}".rstrip("/"), body)
+        except ApiError as error:
+            if error.status == 409 or (error.status == 404 and verb != "create"):
+                raise ConflictError(str(error), error.status) from None
+            raise
+
+    async def _make_classes(self) -> None:
+        """Make the DeviceClasses that are missing. Those that are there are left as they are. Raises ApiError."""
+        now = time.monotonic()
+        if now >= self._next_class_look:
+            self._classes.clear()
+            self._next_class_look = now + CLASS_SECONDS
+        for body in device_classes(self._domain, self._resources):
+            name = body["metadata"]["name"]
+            if name not in self._classes:
+                await self._make_class(name, body)
+                self._classes.add(name)
+
+    async def _make_class(self, name: str, body: Document) -> None:
+        try:
+            await self._api.call("get", f"{_CLASSES}/{name}")
+            return
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        try:
+            await self._api.call("create", _CLASSES, body)
+        except ApiError as error:
+            if error.status != 409:  # another node has made it meanwhile
+                raise
+            return
+        log_event("class-made", "made a DeviceClass", name=name)
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True
+
+
+def _dig(document: object, *keys: str) -> Any:
+    """What KEYS lead to in DOCUMENT; None where there is nothing."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
+def _generation(copy: Document) -> int:
+    generation = _dig(copy, "spec", "pool", "generation")
+    return generation if type(generation) is int else 0
+
+
+def _is_object_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(_OBJECT_NAME, name) is not None
+
+
+def comparable_slice(copy: Document) -> object:
+    """What of the slice COPY must be as it is wanted: all that the driver says, but for its generation and times."""
+    devices = _dig(copy, "spec", "devices")
+    owners = _dig(copy, "metadata", "ownerReferences")
+    return (
+        [_dig(owner, "uid") for owner in owners] if isinstance(owners, list) else None,
+        [_dig(copy, "spec", "pool", key) for key in ("name", "resourceSliceCount")],
+        [_without_times(device) for device in devices] if isinstance(devices, list) else [],
+    )
+
+
+def _without_times(device: object) -> object:
+    taints = _dig(device, "taints")
+    if not isinstance(device, dict) or not isinstance(taints, list):
+        return device
+    timeless = [{key: value for key, value in taint.items() if key != "timeAdded"} for taint in taints]
+    return {**device, "taints": timeless}
+
+
+# The driver.
+
+
+class DraSettings(NamedTuple):
+    """Where a DRA driver finds the others."""
+
+    kubelet_dir: str
+    cdi_dir: str
+    node: str
+    domain: str
+    dev_dir: str
+    api: ApiServer
+
+    @property
+    def folder(self) -> str:
+        """The driver's own folder."""
+        return f"{self.kubelet_dir}/plugins/{self.domain}"
+
+    @property
+    def sockets(self) -> Tuple[str, str]:
+        """The paths of the driver's socket, and of that by which the kubelet finds the driver."""
+        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
+
+
+class DraSide:
+    """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
+
+    def __init__(self, settings: DraSettings, loop: asyncio.AbstractEventLoop, look_seconds: float) -> None:
+        self.settings = settings
+        self.heartbeat = time.monotonic()  # of the last look at the sockets
+        self.is_registered = False
+        self.problem = ""  # why the kubelet does not have the driver
+        self.registrations = 0
+        self.prepare_errors = 0
+        self.prepared: Dict[str, int] = {}  # slots that were prepared, by resource
+        self.publisher: Optional[Publisher] = None  # while the driver is served
+        self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
+        self._plan = EMPTY_PLAN
+        self._slots: Slots = {}
+        self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
+        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._server: Optional[grpc.aio.Server] = None
+        self._inodes: List[int] = []  # of our sockets
+        self._served_at = 0.0
+        self._publishing: Optional[asyncio.Task[None]] = None
+        self._look_seconds = min(look_seconds, DRA_LOOK_SECONDS)
+        self._loop = loop
+        self._done: asyncio.Future[None] = loop.create_future()
+
+    async def run(self) -> None:
+        """Serve the kubelet and publish until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                await self._tend_sockets()
+                self.heartbeat = time.monotonic()
+                await asyncio.wait([self._done], timeout=self._look_seconds)
+        finally:
+            await self._end()
+        self._done.result()
+
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises."""
+        try:
+            self.apply(plan)
+        except Exception as error:
+            if not self._done.done():
+                self._done.set_exception(error)
+
+    def apply(self, plan: Plan) -> None:
+        """Publish PLAN, and have the CDI files of prepared claims lead to where their devices are now."""
+        self._plan, self._slots = plan, slots_by_device_name(plan)
+        if self._server:
+            self._rewrite_cdi_files()
+            self._announce()
+
+    # -- the sockets -------------------------------------------------------------------------------------------
+
+    async def _tend_sockets(self) -> None:
+        """Serve the driver unless another instance does; anew if its socket files are not its own any more."""
+        if self._server:
+            if self._has_sockets():
+                self._tend_registration()
+                return
+            self._report("stream-lost", "a socket file of the driver was deleted or replaced")
+            await self._end()
+        if any(not connect_error(path) for path in self.settings.sockets):
+            self._report("not-served", f"another instance serves the driver {self.settings.domain}; waiting")
+            return
+        try:
+            await self._serve()
+        except OSError as error:
+            await self._end()
+            where = f": {error.filename}" if error.filename else ""
+            self._report("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}{where}")
+
+    def _has_sockets(self) -> bool:
+        try:
+            return [os.stat(path).st_ino for path in self.settings.sockets] == self._inodes
+        except OSError:
+            return False
+
+    async def _serve(self) -> None:
+        """Listen, take up what was prepared, and publish. Raises OSError."""
+        server = self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server.add_generic_rpc_handlers(_dra_handlers(self))
+        moves = []
+        for path in self.settings.sockets:
+            folder = os.path.dirname(path)
+            os.makedirs(folder, 0o750, exist_ok=True)
+            temporary = f"{folder}/.{os.urandom(8).hex()}"
+            bind(server, temporary)
+            moves.append((temporary, path))
+        self.cdi.load()
+        self._unchecked = list(self.cdi.claims.values())
+        self.publisher = Publisher(self.settings.api, self.settings.node, self.settings.domain, self._drop_gone_claims)
+        self.apply(self._plan)
+        await server.start()
+        self._inodes = [os.stat(temporary).st_ino for temporary, _ in moves]
+        for temporary, path in moves:
+            os.rename(temporary, path)
+        self._served_at = time.monotonic()
+        self._publishing = asyncio.ensure_future(self.publisher.run())
+        self._publishing.add_done_callback(self._publishing_ended)
+        self.problem = ""
+
+    def _publishing_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error and not self._done.done():
+            self._done.set_exception(error)
+
+    async def _end(self) -> None:
+        """End the server and the publisher. The slices stay: whoever comes next goes on with them."""
+        if self._publishing:
+            self._publishing.cancel()
+            await asyncio.wait([self._publishing])
+        for path, inode in zip(self.settings.sockets, self._inodes):
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+        if self._server:
+            await self._server.stop(STOP_SECONDS)
+        self._server = self._publishing = self.publisher = None
+        self._inodes = []
+        self.is_registered = False
+
+    def _tend_registration(self) -> None:
+        if not self.is_registered and not self.problem and time.monotonic() - self._served_at > REGISTER_SECONDS:
+            self._report("kubelet-gone", "the kubelet has not registered the driver yet; waiting for it")
+
+    def _report(self, event: str, problem: str) -> None:
+        """Log PROBLEM, unless it was logged last."""
+        if problem != self.problem:
+            log_event(event, problem, logging.WARNING)
+        self.problem = problem
+
+    # -- what the kubelet calls --------------------------------------------------------------------------------
+
+    async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
+        return pb.PluginInfo(
+            type="DRAPlugin",
+            name=self.settings.domain,
+            endpoint=self.settings.sockets[0],
+            supported_versions=["v1.DRAPlugin"],
+        )
+
+    async def NotifyRegistrationStatus(
+        self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
+    ) -> pb.RegistrationStatusResponse:
+        self.is_registered = request.plugin_registered
+        if request.plugin_registered:
+            self.registrations += 1
+            self.problem = ""
+            log_event("registered", "registered with kubelet", driver=self.settings.domain)
+        else:
+            self._report("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+        if self.publisher:
+            self.publisher.refresh()
+        return pb.RegistrationStatusResponse()
+
+    async def NodePrepareResources(
+        self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.NodePrepareResourcesResponse:
+        await _check_claims(request, context)
+        answers = await asyncio.gather(*(self._answer_prepare(claim) for claim in request.claims))
+        return pb.NodePrepareResourcesResponse(claims=dict(zip((claim.uid for claim in request.claims), answers)))
+
+    async def NodeUnprepareResources(
+        self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.NodeUnprepareResourcesResponse:
+        await _check_claims(request, context)
+        response = pb.NodeUnprepareResourcesResponse()
+        for claim in request.claims:
+            response.claims[claim.uid].error = self._unprepare(claim.uid)
+        return response
+
+    async def _answer_prepare(self, claim: pb.Claim) -> pb.NodePrepareResourceResponse:
+        answer = pb.NodePrepareResourceResponse()
+        try:
+            prepared = await self._prepare(claim)
+        except (AllocationError, ApiError, OSError) as error:
+            text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
+            answer.error = f"{self.settings.domain}: {text}"
+            self.prepare_errors += 1
+            self._log_refusal(claim, text)
+            return answer
+        for device in prepared.devices:
+            answer.devices.add(
+                request_names=[device.request],
+                pool_name=self.settings.node,
+                device_name=device.name,
+                cdi_device_ids=[f"{self.settings.domain}/device={prepared.uid}-{device.name}"],
+            )
+        return answer
+
+    async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
+        """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
+        requests = await self._read_requests(claim)
+        # From here on nothing waits, so no other claim can come between.
+        for _, device_name in requests:
+            holder = self.cdi.holder(device_name)
+            if holder and holder.uid != claim.uid:
+                who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
+                raise AllocationError("FAILED_PRECONDITION", f"{device_name} is still prepared for the claim {who}")
+        with _live_tree(self.settings.dev_dir) as tree:
+            devices = prepare_devices(requests, self._slots, tree, self.settings.dev_dir)
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
+        before = self.cdi.claims.get(claim.uid)
+        if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
+            self.cdi.write(prepared)
+        if not before:
+            for device in devices:
+                name = self._slots[device.name].resource.name
+                self.prepared[name] = self.prepared.get(name, 0) + 1
+            names = _joined([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=names)
+        self._refusals.pop(claim.uid, None)
+        return prepared
+
+    async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
+        """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
+        if not re.fullmatch(_UID, claim.uid):
+            raise AllocationError("INVALID_ARGUMENT", f'"{claim.uid[:MAX_SHOWN]}" is no uid of a claim')
+        if not _is_object_name(claim.namespace) or not _is_object_name(claim.name):
+            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
+            raise AllocationError("INVALID_ARGUMENT", f'"{name}" is no name of a claim')
+        try:
+            found = await self._read_claim(claim)
+        except ApiError as error:
+            prepared = self.cdi.claims.get(claim.uid)
+            if prepared and error.status != 404:
+                return [(device.request, device.name) for device in prepared.devices]
+            raise
+        if _dig(found, "metadata", "uid") != claim.uid:
+            text = f"the claim {claim.namespace}/{claim.name} is another one now: it has not the uid {claim.uid}"
+            raise AllocationError("NOT_FOUND", text)
+        try:
+            return allocated_devices(found, self.settings.domain, self.settings.node)
+        except (LookupError, TypeError, AttributeError):
+            raise ApiError("the API server answers get resourceclaims with what is no ResourceClaim", 200) from None
+
+    async def _read_claim(self, claim: Union[pb.Claim, PreparedClaim]) -> Document:
+        path = f"{_DRA_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+        return await self.settings.api.call("get", path)
+
+    def _unprepare(self, uid: str) -> str:
+        """Forget the claim UID; why that failed, if it did."""
+        claim = self.cdi.claims.get(uid)
+        try:
+            self.cdi.remove(uid)
+        except OSError as error:
+            return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+        self._refusals.pop(uid, None)
+        if claim:
+            log_event("unprepared", "no pod has it any more", claim=f"{claim.namespace}/{claim.name}")
+            self._announce()
+        return ""
+
+    def _log_refusal(self, claim: pb.Claim, text: str) -> None:
+        """Log why CLAIM is not prepared, once: the kubelet asks again and again."""
+        if self._refusals.get(claim.uid) != text:
+            if len(self._refusals) >= MAX_CLAIMS:
+                self._refusals.clear()
+            self._refusals[claim.uid] = text
+            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
+            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+
+    # -- what follows from the plan ----------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        """Have the publisher want what the plan offers, and what was prepared and is gone."""
+        if self.publisher:
+            domain = self.settings.domain
+            devices = [slice_device(name, slot, domain) for name, slot in self._slots.items()]
+            devices += [lost_device(device, domain) for device in self._find_lost()]
+            self.publisher.want(devices, list(self._plan.resources))
+
+    def _find_lost(self) -> List[PreparedDevice]:
+        """Devices that are prepared and that the plan has forgotten, since they are gone for so long.
+
+        One that stands there still is no longer offered because of the conf file, and its pod can go on.
+        """
+        lost = []
+        for claim in self.cdi.claims.values():
+            for device in claim.devices:
+                if device.name not in self._slots and device.edits.get("deviceNodes"):
+                    path = f"{self.settings.dev_dir}/{device.path.removeprefix('/dev/')}"
+                    if not os.path.exists(path):
+                        lost.append(device)
+        return lost
+
+    def _rewrite_cdi_files(self) -> None:
+        """Have each CDI file name the nodes that its devices have now; devices that are gone stay as they were."""
+        for claim in list(self.cdi.claims.values()):
+            requests = [(device.request, device.name) for device in claim.devices]
+            try:
+                with _live_tree(self.settings.dev_dir) as tree:
+                    devices = prepare_devices(requests, self._slots, tree, self.settings.dev_dir)
+                if devices != claim.devices:
+                    self.cdi.write(claim._replace(devices=devices))
+                    name = f"{claim.namespace}/{claim.name}"
+                    log_event("cdi-file-rewritten", "a device that is in use has another node now", claim=name)
+            except AllocationError:
+                continue
+            except OSError as error:
+                path = self.cdi.path(claim.uid)
+                log_event("not-rewritten", f"cannot write {path}: {error.strerror}", logging.ERROR)
+
+    async def _drop_gone_claims(self) -> None:
+        """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
+        while self._unchecked:
+            claim = self._unchecked[-1]
+            try:
+                is_gone = _dig(await self._read_claim(claim), "metadata", "uid") != claim.uid
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                is_gone = True
+            self._unchecked.pop()
+            if is_gone:
+                self._unprepare(claim.uid)
+
+
+@contextlib.contextmanager
+def _live_tree(dev_dir: str) -> Iterator[LiveTree]:
+    """/dev as it is now. Raises AllocationError where it cannot be looked at."""
+    try:
+        with LiveTree(dev_dir) as tree:
+            yield tree
+    except OSError as error:
+        raise AllocationError("UNAVAILABLE", f"cannot look at /dev: {error.strerror}") from None
+
+
+async def _check_claims(request: Any, context: grpc.aio.ServicerContext) -> None:
+    if len(request.claims) > MAX_CLAIMS:
+        text = f"asked for {len(request.claims)} claims at once, more than {MAX_CLAIMS}"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
+def _dra_handlers(side: DraSide) -> Tuple[grpc.GenericRpcHandler, ...]:
+    """The two services that the kubelet calls, under the paths that it uses."""
+
+    def handler(method: Any, request: Any, response: Any) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(method, request.FromString, response.SerializeToString)
+
+    registration = {
+        "GetInfo": handler(side.GetInfo, pb.InfoRequest, pb.PluginInfo),
+        "NotifyRegistrationStatus": handler(
+            side.NotifyRegistrationStatus, pb.RegistrationStatus, pb.RegistrationStatusResponse
+        ),
+    }
+    plugin = {
+        "NodePrepareResources": handler(
+            side.NodePrepareResources, pb.NodePrepareResourcesRequest, pb.NodePrepareResourcesResponse
+        ),
+        "NodeUnprepareResources": handler(
+            side.NodeUnprepareResources, pb.NodeUnprepareResourcesRequest, pb.NodeUnprepareResourcesResponse
+        ),
+    }
+    return (
+        grpc.method_handlers_generic_handler("pluginregistration.Registration", registration),
+        grpc.method_handlers_generic_handler("k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin", plugin),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3851,7 +5030,9 @@ class SimulatedKubelet:
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
-DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
+DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
+DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # of a pod
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
@@ -3862,7 +5043,7 @@ EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, with_facts: bool = False) -> None:
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
         self.conf_error = ""
@@ -3872,7 +5053,7 @@ class DeviceSide:
         self._conf = conf
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
-        self._sysfs = Sysfs(sys_dir)
+        self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
@@ -4044,8 +5225,14 @@ class KubeletThread(threading.Thread):
         calm_look = min(
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
-        watch = Watch(options.plugin_dir)
-        self.side = DevicePluginSide(options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look)
+        self.side: Union[DevicePluginSide, DraSide]
+        if options.api == "dra":
+            self.side = DraSide(dra_settings(options), self._loop, calm_look)
+        else:
+            watch = Watch(options.plugin_dir)
+            self.side = DevicePluginSide(
+                options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look
+            )
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -4080,7 +5267,8 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory: something changed there."""
-        self._loop.call_soon_threadsafe(self.side.look_now)
+        if isinstance(self.side, DevicePluginSide):
+            self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, stats: DeviceSideStats) -> None:
         """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
@@ -4110,6 +5298,37 @@ def check_plugin_dir(path: str) -> None:
         )
 
 
+def check_dra(options: argparse.Namespace) -> None:
+    """Raise Problem where there can be no DRA driver with OPTIONS."""
+    if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
+        raise Problem(
+            f"with --api dra, the domain is the driver's name, of at most {MAX_DRIVER_NAME} characters that begin with "
+            f"a letter; {options.domain} is none"
+        )
+    if not _is_object_name(options.node_name):
+        raise Problem(f'--node-name: "{options.node_name}" is no name of a Node; kubectl get nodes shows them')
+    if not options.kube_api:
+        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
+    if not os.path.isdir(options.kubelet_dir):
+        raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
+    longest = max(len(os.fsencode(path)) for path in dra_settings(options).sockets)
+    if longest > SOCKET_PATH_BYTES:
+        raise Problem(
+            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
+            f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
+        )
+
+
+def dra_settings(options: argparse.Namespace) -> DraSettings:
+    """What OPTIONS say of DRA. Raises Problem for a URL that is none."""
+    try:
+        address = parse_api_url(options.kube_api)
+    except ValueError as error:
+        raise Problem(f"--kube-api: {error}") from None
+    api = ApiServer(address, options.kube_token_file, options.kube_ca_file)
+    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir, api)
+
+
 def raise_limit() -> None:
     """Let the process have as many descriptors as it may: a resource takes two, and runtimes begin with 1024."""
     import resource as limits
@@ -4120,11 +5339,15 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
-    check_plugin_dir(options.plugin_dir)
+    is_dra = options.api == "dra"
+    if is_dra:
+        check_dra(options)
+    else:
+        check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts=is_dra)
     devices.start()
-    load_grpc()
+    load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
@@ -4384,6 +5607,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
     _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
+    _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
+    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
+    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
+    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
+    _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
+    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
+    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
         parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
@@ -4466,6 +5697,18 @@ def _domain(text: str) -> str:
             "not kubernetes.io's, not beginning with requests."
         )
     return text
+
+
+def _api(text: str) -> str:
+    if text not in ("device-plugin", "dra"):
+        raise ValueError(f'"{text}" is no API: device-plugin or dra')
+    return text
+
+
+def _pod_api_url() -> str:
+    """The URL of the API server, as every pod is told it; empty outside a pod."""
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+    return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
 
 
 def _level(text: str) -> int:
