@@ -17,10 +17,10 @@ of kubelet are followed.
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Plugin, Kubelet side, Status, Stand-in kubelet, Command line.
-Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and /dev, polled)
-and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and stream).
-What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
+Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
+/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
+stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -924,6 +924,84 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+# The rules where there is no conf file: conf.yaml, word for word.
+DEFAULT_CONF = r"""
+# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
+# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
+# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+
+# Sound: the whole folder, every card with its controls, goes to a container.
+- devicematch: ^snd$
+  nummaxdevices: 20
+
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+- devicematch: ^gpiomem[0-9]*$
+  nummaxdevices: 40
+- devicematch: ^gpiochip[0-9]*$
+  nummaxdevices: 20
+
+# Bluetooth.
+- devicematch: ^hci[0-9]*$
+  nummaxdevices: 1
+
+# I2C and SPI buses.
+- devicematch: ^i2c-[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^spidev[0-9]*\.[0-9]*$
+  nummaxdevices: 1
+
+# The real-time clock.
+- devicematch: ^rtc0$
+  nummaxdevices: 20
+
+# Cameras, tuners, codecs (V4L).
+- devicematch: ^video[0-9]*$
+  nummaxdevices: 20
+
+# The VideoCore's own interfaces: message queue and shared memory.
+- devicematch: ^vchiq$
+  nummaxdevices: 20
+- devicematch: ^vcsm.*$
+  nummaxdevices: 20
+
+# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+- devicematch: ^ttyUSB[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyACM[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyTHS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyS[0-9]*$
+  nummaxdevices: 1
+- devicematch: ^ttyAMA[0-9]*$
+  nummaxdevices: 1
+
+# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+- devicematch: nvidia-gpu
+  nummaxdevices: 10
+
+# More than most containers should have. Take away the "# " of what you need.
+
+# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
+# - devicematch: ^net/tun$
+#   nummaxdevices: 20
+
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# - devicematch: ^fuse$
+#   nummaxdevices: 20
+
+# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
+# - devicematch: ^kvm$
+#   nummaxdevices: 20
+
+# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# - devicematch: ^dri/renderD[0-9]*$
+#   nummaxdevices: 20
+# - devicematch: ^dri/card[0-9]*$
+#   nummaxdevices: 1
+""".lstrip()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
 # algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
@@ -1105,8 +1183,7 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. What comes of it is a path free of links, for the
-    container runtime opens it later and by itself. Raises OSError where /dev cannot be looked at.
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1473,11 +1550,17 @@ T = TypeVar("T")
 
 
 class DeviceSpec(NamedTuple):
-    """A node that a container is given: DeviceSpec of the device plugin API."""
+    """What a container is given: DeviceSpec of the device plugin API.
+
+    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
+    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
+    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    """
 
     host: str
     container: str
     permissions: str
+    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
 
 
 class Part(NamedTuple):
@@ -1740,8 +1823,9 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """The nodes that a container with DEVICE is given, as TREE has them. Raises NotADevice, naming what is missing."""
-    specs: Dict[str, DeviceSpec] = {}
+    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -1754,17 +1838,32 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
             raise NotADevice("another device stands there since just now")
-        for node in nodes:
-            spec = DeviceSpec(f"/dev/{node.path}", part.container + node.suffix, device.permissions)
-            _place(specs, spec)
-    return list(specs.values())
+        places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+    return specs
 
 
-def _place(specs: Dict[str, DeviceSpec], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS, which are by container path. Raises NotADevice where another node has that path."""
-    there = specs.setdefault(spec.container, spec)
-    if there.host != spec.host:
-        raise NotADevice(f"{there.host} and {spec.host} would both be {spec.container} in the container")
+def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
+    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+
+    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    """
+    for host, container in spec.nodes:
+        if given.get(container, host) != host:
+            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+    if all(container in given for _, container in spec.nodes):
+        return
+    for other in specs:
+        if other.container == spec.container:  # the kubelet would drop the second one
+            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+    specs.append(spec)
+    given.update((container, host) for host, container in spec.nodes)
+
+
+def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
+    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
+    return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
@@ -1782,12 +1881,15 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
     """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
+
+
+def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
     path, _, number = slot_id.rpartition(":")
-    for device in resource.devices:
-        if path == (device.path if resource.pool else ""):
-            is_slot = re.fullmatch("0|[1-9][0-9]{0,4}", number) and int(number) < device.slots
-            return device if is_slot and _slot_id(resource, device, int(number)) == slot_id else None
-    return None
+    if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
+        return False
+    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -1816,7 +1918,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
         if device is None:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[device.path] = device
-    specs: Dict[str, DeviceSpec] = {}
+    specs: List[DeviceSpec] = []
+    given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
         if not device.parts and device.problem:
@@ -1827,12 +1930,12 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
             raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
         for spec in found:
             try:
-                _place(specs, spec)
+                _add_spec(specs, given, spec)
             except NotADevice as error:
                 raise AllocationError("FAILED_PRECONDITION", str(error)) from None
         for name, value in device.env:
             env.setdefault(name, {})[value] = None
-    return ContainerAllocation(tuple(specs.values()), {name: ",".join(values) for name, values in env.items()})
+    return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
@@ -1853,14 +1956,11 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plugin: the DevicePlugin service of one resource, and the line of the log that each event makes. Everything from here
-# on needs grpc. A plugin knows nothing of kubelet.sock or of other plugins; what it answers, the plan has decided.
+# Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
+# programs and are in the README; a sentence may be put better at any time.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 
 log = logging.getLogger("smarter-device-manager")
 
@@ -1942,6 +2042,26 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
+# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
+# served. All of it runs on one asyncio loop, the kubelet thread's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+STOP_SECONDS = 0.3  # for calls in progress when a server ends
+SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    ("grpc.max_connection_idle_ms", 3_600_000),
+)
+
+Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
+
+
 def load_grpc(with_tls: bool = False) -> None:
     """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
 
@@ -1972,6 +2092,237 @@ def load_grpc(with_tls: bool = False) -> None:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(tell_in_one_line)
+
+
+def connect_error(path: str) -> str:
+    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:
+        return ""  # listens, and has many waiting
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+class UnixServer:
+    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+
+    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    """
+
+    def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
+        self.path = path
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._inode = 0  # of our socket file; 0 while there is none
+        add_services(self._server)
+
+    async def start(self) -> None:
+        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
+
+        Raises OSError.
+        """
+        # The name is random, since two instances in containers may have the same PID.
+        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
+        self._bind(temporary)
+        await self._server.start()
+        self._inode = os.stat(temporary).st_ino
+        os.rename(temporary, self.path)
+
+    def is_lost(self, inodes: Mapping[str, int]) -> bool:
+        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+
+    async def stop(self) -> None:
+        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+        try:
+            if self._inode and os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                log.warning("cannot remove %s: %s", self.path, error.strerror)
+        await self._server.stop(STOP_SECONDS)
+
+    def _bind(self, path: str) -> None:
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(path)  # grpc does not say why it cannot; this does
+            os.unlink(path)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
+
+
+class Watch:
+    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+
+    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
+    taken by sigtimedwait(2), or it ends the process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # another directory has the path now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
+        except OSError:
+            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+        return True
+
+    def close(self) -> None:
+        """Ask for nothing any more."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+class DirectoryInodes:
+    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+
+    def read_changed(self) -> Optional[Mapping[str, int]]:
+        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        found = os.stat(self._path)
+        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
+        with os.scandir(self._path) as items:
+            return {item.name: item.inode() for item in items}
+
+
+class GroupedLog:
+    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._names: Dict[Tuple[str, str, int], Set[str]] = {}
+        self._since = 0.0
+        self._timer: Optional[asyncio.TimerHandle] = None
+
+    def add(self, event: str, sentence: str, level: int, name: str) -> None:
+        """Log this EVENT of the resource NAME, together with others like it."""
+        now = self._loop.time()
+        if self._timer:
+            self._timer.cancel()
+        if not self._names:
+            self._since = now
+        self._timer = self._loop.call_at(min(now + GROUP_SECONDS, self._since + MAX_GROUP_SECONDS), self.flush)
+        self._names.setdefault((event, sentence, level), set()).add(name)
+
+    def flush(self) -> None:
+        """Log now what is waiting."""
+        for (event, sentence, level), names in self._names.items():
+            log_event_for_all(event, sentence, level, "resources", sorted(names))
+        self._names.clear()
+
+
+class KubeletConnection:
+    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+
+    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    """
+
+    def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.is_answering = False
+        self.restarts = 0
+        self._path = path
+        self._events = events
+        self._on_change = on_change
+        self._channel: Optional[grpc.aio.Channel] = None
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._last_logged = ""  # of a kubelet that does not answer
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        assert self._channel
+        return self._channel
+
+    def check(self) -> None:
+        """Look at kubelet.sock, and connect to it if it is another than before."""
+        try:
+            found = os.stat(self._path)
+            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        except OSError:
+            identity = None
+        if identity != self.identity:
+            self.identity = identity
+            self.is_answering = False
+        if identity is None:
+            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+        elif not self.is_answering and self.check_answering():
+            self._meet()
+
+    def check_answering(self) -> bool:
+        """Whether kubelet answers at this moment."""
+        reason = connect_error(self._path)
+        self.is_answering = not reason
+        if reason and self.identity:
+            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+        return self.is_answering
+
+    async def close(self) -> None:
+        """End the channel."""
+        if self._channel:
+            await self._channel.close()
+
+    def _meet(self) -> None:
+        if self._channel:
+            self._old_channel = asyncio.ensure_future(self._channel.close())
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{self._path}",
+            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
+        )
+        is_another = self._last_met not in (None, self.identity)
+        self._last_met = self.identity
+        self.restarts += is_another
+        self._last_logged = ""
+        self._events.flush()
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        self._on_change()
+
+    def _log_gone(self, sentence: str, **fields: str) -> None:
+        """Log SENTENCE, unless it is what was logged last."""
+        if sentence != self._last_logged:
+            self._last_logged = sentence
+            self._events.flush()
+            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
+            self._on_change()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
+# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
+MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
+MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
+NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
+OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+DEFAULT_DOMAIN = "smarter-devices"
 
 
 class Plugin:
@@ -2100,34 +2451,6 @@ def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateRes
     return response
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kubelet side: serves every plugin, watches kubelet.sock, registers, heals. All of it runs on one asyncio loop. What
-# kubelet really does, and every rule followed here, is in KUBELET.md's terms; the status chapter reads the counters.
-# kubelet.sock is looked at, always; that the kernel tells of changes only lets the looks be fewer, and sooner.
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-CALM_LOOK_SECONDS = 5.0  # at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
-GATHER_SECONDS, MAX_GATHER_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
-STOP_SECONDS = 0.3  # for calls in progress when a server ends
-SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
-DEFAULT_DOMAIN = "smarter-devices"
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
-
-Identity = Tuple[int, int, int]
-
-
 def is_domain(text: str) -> bool:
     """Whether kubelet takes TEXT as the domain of a resource.
 
@@ -2149,104 +2472,97 @@ def socket_name(name: str, domain: str, plugin_dir: str) -> str:
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
-def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except BlockingIOError:
-        return ""  # listens, and has many waiting
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+class Backoff:
+    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAX_BACKOFF_SECONDS."""
+
+    def __init__(self) -> None:
+        self.retry_at = 0.0  # as time.monotonic() has it
+        self._pause = 0.0
+
+    def reset(self) -> None:
+        """Forget what failed."""
+        self.retry_at = self._pause = 0.0
+
+    def fail(self, now: float, at_once: bool = False) -> None:
+        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
+        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
+        self.put_off(now + pause)
+
+    def put_off(self, until: float) -> None:
+        """Put off the next try UNTIL then, whatever failed."""
+        self.retry_at = until
 
 
-def bind(server: grpc.aio.Server, path: str) -> None:
-    """Have SERVER listen on a Unix socket at PATH, for this user alone. Raises OSError."""
-    mask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    except RuntimeError:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.bind(path)  # grpc does not say why it cannot; this does
-        os.unlink(path)
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-    finally:
-        os.umask(mask)
+class RegistrationContext(NamedTuple):
+    """What all registrations share."""
 
-
-class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
-
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._directory = -1  # its descriptor
-
-    def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
-        try:
-            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
-        except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
-        return True
-
-    def close(self) -> None:
-        """Ask for nothing any more."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+    plugin_dir: str
+    domain: str
+    dev_dir: str
+    kubelet: KubeletConnection
+    events: GroupedLog
 
 
 class Registration:
-    """What one resource has with kubelet: its plugin, server and socket, and how its registration stands."""
+    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
 
-    def __init__(self, resource: Resource, side: DevicePluginSide, previous: Optional[asyncio.Task[None]]) -> None:
-        self.plugin = Plugin(resource, f"{side.domain}/{resource.name}", side.dev_dir, self._stream_changed)
-        self.path = f"{side.plugin_dir}/{socket_name(resource.name, side.domain, side.plugin_dir)}"
-        self.previous = previous  # the end of an older registration of the same name, to be waited for
-        self.task: Optional[asyncio.Task[None]] = None
-        self.server: Optional[grpc.aio.Server] = None
-        self.inode = 0  # of our socket file; 0: it has none now
-        self.kubelet: Optional[Identity] = None  # that it was last registered with, or tried to be
-        self.call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # a registration going on
-        self.is_registered = False
-        self.is_lost = False  # our socket file is gone or another's
-        self.stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
-        self.is_stream_open = False
-        self.stream_since = 0.0
-        self.deadline = 0.0  # for kubelet to open its stream
-        self.pause = 0.0
-        self.retry_at = 0.0
-        self.trouble = ""  # why it does not work, as last logged
-        self.is_retired = False
+    def __init__(self, resource: Resource, context: RegistrationContext) -> None:
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.dev_dir, self._stream_changed)
+        self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
+        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self._kubelet = context.kubelet
+        self._events = context.events
+        self._server: Optional[UnixServer] = None
+        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
+        self._is_registered = False
+        self._is_socket_lost = False  # our socket file is gone or another's
+        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_stream_open = False
+        self._stream_since = 0.0
+        self._stream_deadline = 0.0  # for kubelet to open it
+        self._backoff = Backoff()
+        self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
-        return self.is_registered and self.is_stream_open
+        return self._is_registered and self._is_stream_open
+
+    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+
+        It must not be cancelled: grpc's servers do not survive that.
+        """
+        try:
+            if previous:
+                await asyncio.wait([previous])
+            while not self._is_retired:
+                await self._sleep(await self._advance())
+        finally:
+            await self._end_server()
 
     def retire(self) -> None:
-        """Have its keeper end it. A task that is in grpc must not be cancelled: servers do not survive that."""
-        self.is_retired = True
-        if self.call:
-            self.call.cancel()
+        """Let run() end."""
+        self._is_retired = True
+        if self._call:
+            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have its keeper look again."""
+        """Have run() look again at what there is to do."""
         self._wake.set()
 
-    async def sleep(self, seconds: Optional[float]) -> None:
+    def check_socket(self, inodes: Mapping[str, int]) -> None:
+        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        if self._server and self._server.is_lost(inodes):
+            self._is_socket_lost = True
+            self.wake()
+
+    async def _sleep(self, seconds: Optional[float]) -> None:
         """Wait until woken, for SECONDS at the most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
@@ -2256,33 +2572,140 @@ class Registration:
             self._wake.clear()
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self.stream is None:
-            self.stream = stream
-            self.stream_since = time.monotonic()
+        if is_open and self._stream is None:
+            self._stream = stream
+            self._stream_since = time.monotonic()
             self.trouble = ""
-        if stream is self.stream:
-            self.is_stream_open = is_open
+        if stream is self._stream:
+            self._is_stream_open = is_open
             self.wake()
 
-    def registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
-        if self.is_lost:
-            return "its socket file was deleted"
-        if self.is_stream_open or (not self.stream and now < self.deadline):
-            return ""
-        return "kubelet ended its stream" if self.stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+    async def _advance(self) -> Optional[float]:
+        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        now = time.monotonic()
+        if not self._kubelet.is_answering:
+            return None  # kubelet is down, and nothing is to be torn down for that
+        if self._registered_with != self._kubelet.identity:
+            self._backoff.reset()
+            return await self._serve_and_register()
+        if self._is_registered:
+            problem = self._registration_problem(now)
+            if not problem:
+                return None if self._stream else self._stream_deadline - now
+            if not self._kubelet.check_answering():
+                return None
+            self._lose_registration(problem, now)
+        if now < self._backoff.retry_at:
+            return self._backoff.retry_at - now
+        return await self._serve_and_register()
 
-    def back_off(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try, longer each time until a stream has held for MAX_BACKOFF_SECONDS."""
-        if self.stream and now - self.stream_since > MAX_BACKOFF_SECONDS:
-            self.pause = 0.0
-        pause = self.pause if at_once else max(self.pause, MIN_BACKOFF_SECONDS)
-        self.pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
-        self.retry_at = now + pause
+    def _registration_problem(self, now: float) -> str:
+        """Why it must be served and registered anew; empty where it need not."""
+        if self._is_socket_lost:
+            return "its socket file was deleted"
+        if self._is_stream_open or (not self._stream and now < self._stream_deadline):
+            return ""
+        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+
+    def _lose_registration(self, problem: str, now: float) -> None:
+        self._is_registered = False
+        self.stream_losses += not self._is_socket_lost
+        if self._stream and now - self._stream_since > MAX_BACKOFF_SECONDS:
+            self._backoff.reset()
+        self._backoff.fail(now, at_once=self._is_socket_lost)
+        self._log_trouble("stream-lost", problem)
+
+    async def _serve_and_register(self) -> Optional[float]:
+        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
+        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        self._registered_with = self._kubelet.identity
+        obstacle = self._find_obstacle()
+        if obstacle:
+            self._log_trouble("not-served", obstacle)
+            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
+            return OBSTACLE_PAUSE
+        self._server = UnixServer(
+            self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
+        )
+        try:
+            await self._server.start()
+        except OSError as error:
+            self._backoff.fail(time.monotonic())
+            self._log_trouble(
+                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
+            )
+            return self._backoff.retry_at - time.monotonic()
+        return None if self._is_retired else await self._register()
+
+    def _find_obstacle(self) -> str:
+        """Why the resource is not to be served for now; empty where it is."""
+        if not connect_error(self._path):
+            return "another instance serves it"
+        if self.plugin.list_bytes() > MAX_LIST_BYTES:
+            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
+        return ""
+
+    async def _register(self) -> Optional[float]:
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity:
+            return 0  # another one came while this was served, and the channel would lead to that one
+        request = pb.RegisterRequest(
+            version="v1beta1",
+            endpoint=os.path.basename(self._path),
+            resource_name=self.plugin.full_name,
+            options=self.plugin.options(),
+        )
+        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        try:
+            await self._call
+        except asyncio.CancelledError:
+            return 0  # it is retired, or its channel was closed: there is a new kubelet
+        except grpc.RpcError as error:
+            return await self._registration_failed(error)
+        finally:
+            self._call = None
+        self.registrations += 1
+        self._is_registered = True
+        self._stream_deadline = time.monotonic() + STREAM_SECONDS
+        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        return 0
+
+    async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+        self._kubelet.check()
+        if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
+            self._registered_with = None
+            return None
+        self.refusals += 1
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        return self._backoff.retry_at - time.monotonic()
+
+    async def _end_server(self) -> None:
+        """End the server with its streams and its socket file."""
+        server, self._server = self._server, None
+        self._is_registered = self._is_socket_lost = False
+        if server:
+            self.plugin.end_streams()
+            await server.stop()
+        self._stream, self._is_stream_open = None, False
+
+    def _log_trouble(self, event: str, trouble: str) -> None:
+        """Log TROUBLE, unless it is what was logged last."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
 
 
 class DevicePluginSide:
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread."""
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
+
+    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
+    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
+    to look_now()) only lets the looks be fewer, and sooner.
+    """
 
     def __init__(
         self,
@@ -2295,27 +2718,28 @@ class DevicePluginSide:
     ) -> None:
         self.plugin_dir = plugin_dir
         self.domain = domain
-        self.dev_dir = dev_dir
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
-        self.is_answering = False
-        self.kubelet_restarts = 0
-        self._kubelet_sock = f"{plugin_dir}/kubelet.sock"
-        self._identity: Optional[Identity] = None
-        self._met: Optional[Identity] = None  # the kubelet that answered last
-        self._state = ""  # of kubelet, as last logged
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
-        self._directory: Tuple[int, ...] = ()  # the plugin directory's times, when our sockets in it were well
-        self._gathered: Dict[Tuple[str, str, int], Set[str]] = {}
-        self._gathered_since = 0.0
-        self._flushing: Optional[asyncio.TimerHandle] = None
-        self._closing: Dict[str, asyncio.Task[None]] = {}
-        self._watch = watch  # of the plugin directory; whoever takes its SIGIO calls look_now()
         self.calm_look = calm_look
+        self._events = GroupedLog(loop)
+        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
+        self._context = RegistrationContext(plugin_dir, domain, dev_dir, self._kubelet, self._events)
+        self._files = DirectoryInodes(plugin_dir)
+        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
+        self._watch = watch
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether kubelet answers."""
+        return self._kubelet.is_answering
+
+    @property
+    def kubelet_restarts(self) -> int:
+        """How often another kubelet was met."""
+        return self._kubelet.restarts
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
@@ -2324,12 +2748,11 @@ class DevicePluginSide:
             await self._done
         finally:
             self.apply(EMPTY_PLAN)
-            await asyncio.gather(*self._closing.values(), return_exceptions=True)
-            self._flush()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self._events.flush()
             if self._watch:
                 self._watch.close()
-            if self._channel:
-                await self._channel.close()
+            await self._kubelet.close()
 
     def stop(self) -> None:
         """Let run() end."""
@@ -2355,8 +2778,8 @@ class DevicePluginSide:
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
         try:
-            self._look_at_kubelet()
-            self._look_at_sockets()
+            self._kubelet.check()
+            self._check_sockets()
         except Exception as error:
             self._fail(error)
 
@@ -2366,6 +2789,26 @@ class DevicePluginSide:
             self._next_look.cancel()
         if not self._done.done():
             self._next_look = self._loop.call_later(seconds, self.look)
+
+    def _kubelet_changed(self) -> None:
+        if self.is_answering:
+            for registration in self.registrations.values():
+                registration.wake()
+        else:
+            self._look_in(LOOK_SECONDS)  # the calm is over
+
+    def _check_sockets(self) -> None:
+        """Have registrations heal whose socket files were deleted or replaced."""
+        if not self.is_answering:
+            return
+        try:
+            inodes = self._files.read_changed()
+        except OSError as error:
+            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
+            return
+        if inodes is not None:
+            for registration in self.registrations.values():
+                registration.check_socket(inodes)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -2382,234 +2825,24 @@ class DevicePluginSide:
             if resource and resource.pool == registration.plugin.resource.pool:
                 registration.plugin.update(resource)
             else:
-                self._retire(name)
+                self.registrations.pop(name).retire()
         for name, resource in plan.resources.items():
             if name not in self.registrations:
-                registration = self.registrations[name] = Registration(resource, self, self._closing.get(name))
-                registration.task = asyncio.ensure_future(self._keep(registration))
-                registration.task.add_done_callback(self._keeper_ended)
+                registration = self.registrations[name] = Registration(resource, self._context)
+                self._start(name, registration)
 
-    def _retire(self, name: str) -> None:
-        registration = self.registrations.pop(name)
-        assert registration.task
-        task = self._closing[name] = registration.task
-        task.add_done_callback(lambda _: self._closing.get(name) is task and self._closing.pop(name))
-        registration.retire()
+    def _start(self, name: str, registration: Registration) -> None:
+        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+        self._tasks[name] = task
 
-    def _keeper_ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+        def ended(_: object) -> None:
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+            error = None if task.cancelled() else task.exception()
+            if error:
+                self._fail(error)
 
-    async def _keep(self, registration: Registration) -> None:
-        """Serve SESSION and keep it registered until it is retired."""
-        try:
-            if registration.previous:
-                await asyncio.wait([registration.previous])
-            while not registration.is_retired:
-                await registration.sleep(await self._step(registration))
-        finally:
-            await self._end(registration)
-
-    async def _step(self, registration: Registration) -> Optional[float]:
-        """Do what SESSION needs now; the seconds until it may need more by itself, None for never."""
-        self._look_at_kubelet()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
-        now = time.monotonic()
-        if not self.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
-        if registration.kubelet != self._identity:
-            registration.pause = 0.0
-            return await self._open(registration)
-        if registration.is_registered:
-            trouble = registration.registration_problem(now)
-            if not trouble:
-                return None if registration.stream else registration.deadline - now
-            if not self._is_kubelet_there():
-                return None
-            registration.stream_losses += not registration.is_lost
-            registration.is_registered = False
-            registration.back_off(now, at_once=registration.is_lost)
-            self._tell_trouble(registration, "stream-lost", trouble)
-        if now < registration.retry_at:
-            return registration.retry_at - now
-        return await self._open(registration)
-
-    async def _open(self, registration: Registration) -> Optional[float]:
-        """Serve SESSION anew and register it; the seconds until the next look at it."""
-        await self._end(registration)  # first: kubelet takes the end of an older stream for the end of the newest
-        registration.kubelet = self._identity
-        trouble = self._find_obstacle(registration)
-        if trouble:
-            self._tell_trouble(registration, "not-served", trouble)
-            registration.retry_at = time.monotonic() + OBSTACLE_PAUSE
-            return OBSTACLE_PAUSE
-        try:
-            await self._serve(registration)
-        except OSError as error:
-            registration.back_off(time.monotonic())
-            trouble = f"cannot listen on a socket in {self.plugin_dir}: {error.strerror}"
-            self._tell_trouble(registration, "not-served", trouble)
-            return registration.retry_at - time.monotonic()
-        return None if registration.is_retired else await self._register(registration)
-
-    def _find_obstacle(self, registration: Registration) -> str:
-        """Why SESSION is not to be served for now; empty where it is."""
-        if not connect_error(registration.path):
-            return "another instance serves it"
-        if registration.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
-        return ""
-
-    async def _serve(self, registration: Registration) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers."""
-        server = registration.server = grpc.aio.server(options=_SERVER_OPTIONS)
-        rpc.add_DevicePluginServicer_to_server(registration.plugin, server)
-        temporary = f"{self.plugin_dir}/.{os.urandom(8).hex()}"  # instances in containers may have one PID
-        bind(server, temporary)
-        await server.start()
-        registration.inode = os.stat(temporary).st_ino
-        os.rename(temporary, registration.path)
-
-    async def _register(self, registration: Registration) -> Optional[float]:
-        self._look_at_kubelet()
-        if registration.kubelet != self._identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
-        assert self._channel
-        request = pb.RegisterRequest(
-            version="v1beta1",
-            endpoint=os.path.basename(registration.path),
-            resource_name=registration.plugin.full_name,
-            options=registration.plugin.options(),
-        )
-        registration.call = rpc.RegistrationStub(self._channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await registration.call
-        except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
-            self._look_at_kubelet()
-            if registration.kubelet != self._identity or not self._is_kubelet_there():
-                registration.kubelet = None
-                return None
-            registration.refusals += 1
-            registration.back_off(time.monotonic())
-            code = error.code().name
-            self._tell_trouble(registration, "refused", f"kubelet refused its registration ({code}): {error.details()}")
-            return registration.retry_at - time.monotonic()
-        finally:
-            registration.call = None
-        registration.registrations += 1
-        registration.is_registered = True
-        registration.deadline = time.monotonic() + STREAM_SECONDS
-        self._gather("registered", "registered with kubelet", logging.INFO, registration.plugin.full_name)
-        return 0
-
-    async def _end(self, registration: Registration) -> None:
-        """End the server of SESSION, its streams, and its socket file if that is ours still."""
-        server, registration.server = registration.server, None
-        inode, registration.inode = registration.inode, 0
-        registration.is_registered = registration.is_lost = False
-        if server:
-            try:
-                if os.stat(registration.path).st_ino == inode:
-                    os.unlink(registration.path)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                    log.warning("cannot remove %s: %s", registration.path, error.strerror)
-            registration.plugin.end_streams()
-            await server.stop(STOP_SECONDS)
-        registration.stream, registration.is_stream_open = None, False
-
-    def _look_at_kubelet(self) -> None:
-        try:
-            found = os.stat(self._kubelet_sock)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self._identity:
-            self._identity = identity
-            self.is_answering = False
-        if identity is None:
-            self._tell_kubelet("kubelet-gone", f"kubelet is not there: no {self._kubelet_sock}; waiting for it")
-        elif not self.is_answering and self._is_kubelet_there():
-            self._meet_kubelet()
-
-    def _is_kubelet_there(self) -> bool:
-        """Whether kubelet answers at this moment; if not, every registration waits until it does."""
-        reason = connect_error(self._kubelet_sock)
-        self.is_answering = not reason
-        if reason and self._identity:
-            sentence = f"kubelet does not answer on {self._kubelet_sock}; waiting for it"
-            self._tell_kubelet("kubelet-gone", sentence, reason=reason)
-        return self.is_answering
-
-    def _meet_kubelet(self) -> None:
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._kubelet_sock}",
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._met not in (None, self._identity)
-        self._met = self._identity
-        self.kubelet_restarts += is_another
-        self._state = ""
-        self._flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
-        for registration in self.registrations.values():
-            registration.wake()
-
-    def _look_at_sockets(self) -> None:
-        """Find socket files of ours that were deleted or replaced."""
-        if not self.is_answering:
-            return
-        try:
-            found = os.stat(self.plugin_dir)
-            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            if stamp == self._directory:
-                return
-            self._directory = stamp if is_settled(found.st_mtime_ns) else ()
-            with os.scandir(self.plugin_dir) as items:
-                inodes = {item.name: item.inode() for item in items}
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        for registration in self.registrations.values():
-            if registration.inode and inodes.get(os.path.basename(registration.path)) != registration.inode:
-                registration.is_lost = True
-                registration.wake()
-
-    def _tell_kubelet(self, event: str, sentence: str, **fields: str) -> None:
-        """Log SENTENCE of a kubelet that is not there, unless it is what was logged of it last."""
-        if sentence != self._state:
-            self._state = sentence
-            self._flush()
-            log_event(event, sentence, logging.WARNING, **fields)
-            self._look_in(LOOK_SECONDS)  # the calm is over
-
-    def _tell_trouble(self, registration: Registration, event: str, trouble: str) -> None:
-        """Log TROUBLE of SESSION, unless it is what was logged of it last."""
-        if trouble != registration.trouble:
-            registration.trouble = trouble
-            self._gather(event, trouble, logging.WARNING, registration.plugin.full_name)
-
-    def _gather(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log SENTENCE of the resource NAME, in one line with others of which the same is true."""
-        now = self._loop.time()
-        if self._flushing:
-            self._flushing.cancel()
-        if not self._gathered:
-            self._gathered_since = now
-        until = min(now + GATHER_SECONDS, self._gathered_since + MAX_GATHER_SECONDS)
-        self._flushing = self._loop.call_at(until, self._flush)
-        self._gathered.setdefault((event, sentence, level), set()).add(name)
-
-    def _flush(self) -> None:
-        for (event, sentence, level), names in self._gathered.items():
-            log_event_for_all(event, sentence, level, "resources", sorted(names))
-        self._gathered.clear()
+        task.add_done_callback(ended)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3768,7 +4001,9 @@ def _dra_handlers(side: DraSide) -> Tuple[grpc.GenericRpcHandler, ...]:
 # are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_BYTES = 2 << 20  # longer ones are not looked into: parsing must not keep a gRPC call waiting
+POD_RESOURCES_BYTES = 2 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
+POD_RESOURCES_SECONDS = 1.0  # for such an answer
+MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 MAX_EVENTS = 100
 EVENTS_SHOWN = 10  # by --status
 MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
@@ -3819,10 +4054,11 @@ class RegistrationState(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A container that has a slot."""
+    """A container that has a slot of a resource."""
 
-    slot: str
-    pod: str  # its UID
+    slot: str  # its ID
+    namespace: str
+    pod: str
     container: str
 
 
@@ -3860,7 +4096,15 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
                 "problem": device.problem,
                 "since": moment.utc(device.since),
                 "numa": list(device.numa),
-                "nodes": [spec._asdict() for spec in device.specs],
+                "nodes": [
+                    {
+                        "host": spec.host,
+                        "container": spec.container,
+                        "permissions": spec.permissions,
+                        "targets": [host for host, _ in spec.nodes],
+                    }
+                    for spec in device.specs
+                ],
                 "env": dict(device.env),
             }
             for device in resource.devices
@@ -3880,18 +4124,22 @@ def describe_offer(
     """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
     document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
     if holders is not None:
-        paths = {device.path if resource.pool else "": device_path(device) for device in resource.devices}
-        document["holders"] = [
-            {**holder._asdict(), "device": paths.get(holder.slot.rpartition(":")[0])}
-            for holder in sorted(holders.get(resource.name, ()), key=_slot_order)
-        ]
-        document["in_use"] = len(document["holders"])
+        held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
+        document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
     return document
 
 
-def _slot_order(holder: Holder) -> Tuple[str, int, str]:
-    path, _, number = holder.slot.rpartition(":")
-    return path, len(number), number
+def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Document]:
+    """The HOLDERS of slots that RESOURCE offers now, as documents in the order of the slots."""
+    devices = {device.path if resource.pool else "": device for device in resource.devices}
+    found = []
+    for holder in set(holders):
+        path, _, number = holder.slot.rpartition(":")
+        device = devices.get(path)
+        if device and is_slot_of(device, resource, holder.slot):
+            document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
+            found.append((path, int(number), holder, document))
+    return [document for *_, document in sorted(found, key=lambda each: each[:3])]
 
 
 @dataclass(frozen=True)
@@ -3991,9 +4239,14 @@ def find_problems(document: Document) -> List[str]:
 
 def _told_holders(resource: Document, device: Document) -> str:
     """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
-    held = (holder["container"] for holder in resource["holders"] or () if holder["device"] == device["path"])
-    containers = list(dict.fromkeys(held))
+    held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
+    containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
     return f", in use by {_named_briefly(containers)}" if containers else ""
+
+
+def _pod_and_container(holder: Document) -> Tuple[str, str]:
+    """The names of HOLDER as kubectl has them: namespace/pod, and the container."""
+    return f"{holder['namespace']}/{holder['pod']}", holder["container"]
 
 
 def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
@@ -4009,71 +4262,65 @@ def _named_briefly(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-# Who has what: kubelet's checkpoint, an internal file of it.
+# Who has what: asked of the kubelet, by its PodResources API.
 
 
-def find_holders(checkpoint: object, domain: str) -> Optional[Holders]:
-    """Who has slots of the resources of DOMAIN, by kubelet's CHECKPOINT; None where it is not of a known shape."""
-    holders: Dict[str, List[Holder]] = {}
-    try:
-        for entry in checkpoint["Data"]["PodDeviceEntries"] or ():  # type: ignore[index]
-            owner, _, name = _told_text(entry["ResourceName"]).partition("/")
-            if owner == domain:
-                pod, container = _told_text(entry["PodUID"]), _told_text(entry["ContainerName"])
-                slots = (Holder(_told_text(slot), pod, container) for slot in _slot_ids(entry["DeviceIDs"]))
-                holders.setdefault(name, []).extend(slots)
-    except (LookupError, TypeError):
-        return None
-    return holders
+def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
+    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+    """
+    count = 0
+    for pod in response.pod_resources:
+        names = _cut(pod.namespace), _cut(pod.name)
+        for container in pod.containers:
+            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
+            count += sum(len(item.device_ids) for item in ours)
+            if count > MAX_HOLDERS:
+                raise ValueError("more holders than any node has")
+            yield [
+                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, _cut(container.name)))
+                for item in ours
+                for slot in item.device_ids
+            ]
 
 
-def _slot_ids(value: object) -> List[object]:
-    """The IDs of VALUE: lists by NUMA node, or one list as older kubelets have it. Raises TypeError."""
-    lists = value.values() if isinstance(value, dict) else [value]
-    return [slot for group in lists for slot in _told_list(group)]
+class PodResources:
+    """Asks the kubelet which container has which slots of the resources of DOMAIN.
 
+    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
+    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    """
 
-def _told_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def _told_list(value: object) -> List[object]:
-    if value is not None and not isinstance(value, list):  # Go writes an empty list as null
-        raise TypeError("not a list")
-    return value or []
-
-
-class Checkpoint:
-    """kubelet's checkpoint in PLUGIN_DIR, read when asked and if it changed."""
-
-    def __init__(self, plugin_dir: str, domain: str) -> None:
-        self._path = f"{plugin_dir}/kubelet_internal_checkpoint"
+    def __init__(self, path: str, domain: str) -> None:
+        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
         self._domain = domain
-        self._stamp: Tuple[int, ...] = ()  # of the file that holders are from
-        self._holders: Optional[Holders] = None
 
-    def holders(self) -> Optional[Holders]:
-        """Who has slots of our resources; None where the file is missing, foreign, broken or too long."""
-        try:
-            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-                found = os.fstat(file.fileno())
-                stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-                if stamp != self._stamp:
-                    is_readable = stat.S_ISREG(found.st_mode) and found.st_size <= CHECKPOINT_BYTES
-                    self._holders = self._parse(file.read(CHECKPOINT_BYTES)) if is_readable else None
-                    self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
-        except OSError:
-            return None
-        return self._holders
+    async def holders(self) -> Optional[Holders]:
+        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+        from google.protobuf.message import DecodeError
 
-    def _parse(self, data: bytes) -> Optional[Holders]:
+        holders: Dict[str, List[Holder]] = {}
         try:
-            checkpoint = json.loads(data)
-        except (ValueError, RecursionError):
+            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            for pairs in await in_slices(find_holders(response, self._domain)):
+                for name, holder in pairs:
+                    holders.setdefault(name, []).append(holder)
+        except (grpc.RpcError, DecodeError, ValueError) as error:
+            log.debug("the kubelet does not say who has what: %s", error)
             return None
-        return find_holders(checkpoint, self._domain)
+        return holders
+
+    async def _list(self) -> bytes:
+        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
+        ]
+        async with grpc.aio.insecure_channel(self._target, options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            return answer
 
 
 class EventRing(logging.Handler):
@@ -4162,18 +4409,21 @@ def _yaml_quoted(text: str) -> str:
 
 
 def _told(device: Document) -> str:
-    """DEVICE, and where its container sees it if that is not where the host has it."""
+    """DEVICE, where its link leads, and where its container sees it if that is not where the host has it."""
     nodes = device["nodes"]
-    told: str = device["path"]
+    text: str = device["path"]
     if device["problem"]:
-        told += f" (Unhealthy: {device['problem']})"
-    elif len(nodes) > 1:
-        told += f" ({len(nodes)} nodes)"
-    elif nodes and not nodes[0]["host"].startswith(told):
-        told += f" (now {nodes[0]['host']})"
-    if nodes and not nodes[0]["container"].startswith(device["path"]):
-        told += f" as {nodes[0]['container']}"
-    return told
+        return f"{text} (Unhealthy: {device['problem']})"
+    if not nodes:
+        return text
+    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
+    text += f" -> {link}" if link else ""
+    count = sum(len(node["targets"]) for node in nodes)
+    if is_folder or count > 1:
+        text += f" ({counted(count, 'node')})"
+    if not nodes[0]["container"].startswith(device["path"]):
+        text += f" as {nodes[0]['container']}"
+    return text
 
 
 def render_status(document: Document) -> str:
@@ -4194,12 +4444,12 @@ def render_status(document: Document) -> str:
     header = ("IN USE", "RESOURCE", "READY", "DEVICE")
     text += render_table(header, offered) if offered else "No device is offered.\n"
     held = [
-        (holder["slot"], resource["name"].partition("/")[2], holder["pod"], holder["container"])
+        (holder["slot"], resource["name"].partition("/")[2], *_pod_and_container(holder))
         for resource in resources
         for holder in resource["holders"] or ()
     ]
     if held:
-        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD UID", "CONTAINER"), held)
+        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
     events = [
         (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
     ]
@@ -4267,6 +4517,16 @@ def _devices(document: Document) -> Samples:
         yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
 
 
+def _slot_holders(document: Document) -> Samples:
+    keys = ("device", "namespace", "pod", "container")
+    held = {
+        (resource["name"], *(holder[key] for key in keys))
+        for resource in document["resources"]
+        for holder in resource["holders"] or ()
+    }
+    return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
+
+
 def _left_out(document: Document) -> Samples:
     counts = {label: 0 for label, _ in _REASONS}
     for left in document["left_out"]:
@@ -4285,9 +4545,10 @@ FAMILIES = (
     Family(
         "slots_in_use",
         "gauge",
-        "Slots that containers have, by kubelet's checkpoint; absent: unknown.",
+        "Slots that containers have, as the kubelet says; absent: unknown.",
         _each("in_use"),
     ),
+    Family("slot_holder", "gauge", "1 for each container that has a slot, as the kubelet says.", _slot_holders),
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
@@ -4417,7 +4678,7 @@ _DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{m
 _GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
 <span class="dim">since {since}</span></li>\n'
 _UNREADY = '<li class="why">{trouble}</li>\n'
-_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">in pod <code>{pod}</code>\
+_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">of <code>{pod}</code>\
 </span></li>\n'
 _ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
 _EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
@@ -4502,17 +4763,16 @@ def _page_row(resource: Document, document: Document) -> Iterator[str]:
             more = f"since {since}, by the rule of line {device['line']}"
             told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
             yield _fill(_DEVICE, path=device["path"], more=told)
-        yield from held.pop(device["path"], ())
-    yield from itertools.chain.from_iterable(held.values())
+        yield from held.get(device["path"], ())
     yield "</ul>\n</article>\n"
 
 
-def _page_holders(holders: Iterable[Document]) -> Dict[Optional[str], List[str]]:
-    """A line for each container that holds slots, by the path of their device (None: one that is offered no more)."""
-    slots: Dict[Tuple[Optional[str], str, str], List[str]] = {}
+def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
+    """A line for each container that holds slots, by the path of their device."""
+    slots: Dict[Tuple[str, str, str], List[str]] = {}
     for holder in holders:
-        slots.setdefault((holder["device"], holder["pod"], holder["container"]), []).append(holder["slot"])
-    lines: Dict[Optional[str], List[str]] = {}
+        slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
+    lines: Dict[str, List[str]] = {}
     for (path, pod, container), ids in slots.items():
         told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
         lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
@@ -4540,11 +4800,11 @@ def _clock(time_of_day: str, now: str) -> str:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
 
-MAX_CONNECTIONS = 32
+BACKLOG = 1024  # of connections that are not yet accepted: a probe among them can wait, and must not be dropped
+MAX_CONNECTIONS = 64  # of clients whose request is awaited, and as many that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ACCEPT_PAUSE = 0.002  # between two clients: a flood of them gets a fraction of the loop's time, kubelet the rest
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
 SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
@@ -4658,10 +4918,10 @@ def listen(address: Tuple[str, int]) -> socket.socket:
     host, port = address
     try:
         if host in ("", "::") and socket.has_dualstack_ipv6():
-            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", "") or error
         raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
@@ -4713,6 +4973,9 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+Clients = Dict["asyncio.Task[None]", None]  # the oldest first
+
+
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
@@ -4720,6 +4983,7 @@ class StatusServer:
         self,
         listener: socket.socket,
         side: DevicePluginSide,
+        pod_resources: PodResources,
         node: str,
         interval: float,
         plan: Plan,
@@ -4730,11 +4994,12 @@ class StatusServer:
         self.events = EventRing()
         self._listener = listener
         self._side = side
-        self._checkpoint = Checkpoint(side.plugin_dir, side.domain)
+        self._pod_resources = pod_resources
         self._node = node
         self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._started = _process_start()
-        self._connections: Dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._asking: Clients = {}  # those whose request is awaited
+        self._answered: Clients = {}  # those that are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
         self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
         self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
@@ -4751,25 +5016,33 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(ACCEPT_PAUSE)
         finally:
             self._listener.close()
-            tasks = [*self._connections, *self._made.values()]
+            tasks = [*self._asking, *self._answered, *self._made.values()]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client. Where there are too many the oldest goes, so that idle ones cannot keep others out."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            oldest = next(iter(self._connections))
-            del self._connections[oldest]
-            oldest.cancel()
+        """Talk to a new client."""
         task = asyncio.ensure_future(self._talk(connection))
-        self._connections[task] = None
-        task.add_done_callback(lambda _: connection.close())
-        task.add_done_callback(lambda _: self._connections.pop(task, None))
+        self._add(self._asking, task)
+
+        def end(_: object) -> None:
+            connection.close()
+            self._asking.pop(task, None)
+            self._answered.pop(task, None)
+
+        task.add_done_callback(end)
+
+    def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
+        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        if len(clients) >= MAX_CONNECTIONS:
+            oldest = next(iter(clients))
+            del clients[oldest]
+            oldest.cancel()
+        clients[task] = None
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
@@ -4777,6 +5050,10 @@ class StatusServer:
         try:
             try:
                 request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
+                task = asyncio.current_task()
+                assert task
+                self._asking.pop(task, None)
+                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
                 with_body = request.method != "HEAD"
                 response = await self._respond(request.path)
             except Unanswerable as error:
@@ -4859,9 +5136,9 @@ class StatusServer:
         return await self._shared("", self._describe)
 
     async def _describe(self) -> Document:
+        holders = await self._pod_resources.holders()
         state, side = self._state(), self._side
         links = {name: self._registration_state(name) for name in state.plan.resources}
-        holders = self._checkpoint.holders()
         offers = (
             describe_offer(resource, side.domain, state.moment, links[name], holders)
             for name, resource in state.plan.resources.items()
@@ -5028,10 +5305,13 @@ class SimulatedKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+DEFAULT_CONF_NAME = "the built-in default rules"
+WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
+DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # of a pod
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
@@ -5104,7 +5384,7 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf,
+            conf=self._conf or DEFAULT_CONF_NAME,
             rules=len(self.rules),
             reloads=self.reloads,
             failed_reloads=self.failed_reloads,
@@ -5169,6 +5449,8 @@ class DeviceSide:
 
     def _follow_conf(self, reread: bool = False) -> bool:
         """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
+        if not self._conf:
+            return self._use_default_rules()
         found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if stamp == self._conf_stamp and not reread:
@@ -5184,6 +5466,13 @@ class DeviceSide:
         self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
         self.read_at = time.time()
         return has_changed
+
+    def _use_default_rules(self) -> bool:
+        """Take over the built-in rules, which never change; whether they are new."""
+        is_first = self._conf_text is None
+        if is_first:
+            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
+        return is_first
 
     def _told(self, error: Union[ConfigError, OSError]) -> str:
         if isinstance(error, ConfigError):
@@ -5354,6 +5643,8 @@ def serve(options: argparse.Namespace) -> int:
     log_event(
         "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
     )
+    if not options.conf:
+        log_event("default-rules", WITHOUT_CONF)
     tell_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
@@ -5375,7 +5666,8 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
         log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
     node = os.environ.get("NODE_NAME") or socket.gethostname()
-    status = StatusServer(listener, side, node, options.interval, devices.plan, devices.stats())
+    holders = PodResources(options.pod_resources_socket, options.domain)
+    status = StatusServer(listener, side, holders, node, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
     return status
@@ -5424,8 +5716,18 @@ def restart_lean() -> None:
     if "-m" in flags or ending != ".py":
         return  # a debugger or profiler runs the script, or it is none to import
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0] = {folder!r}; sys.exit(__import__({module!r}).main())"
+    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
+    code += f"sys.exit(__import__({module!r}).main())"
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+
+
+def _look_once(options: argparse.Namespace) -> DeviceSide:
+    """The device side after its first look, for the modes that end then. Raises Problem."""
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices.start()
+    if not options.conf:
+        print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
+    return devices
 
 
 def show_attributes(options: argparse.Namespace) -> int:
@@ -5469,8 +5771,7 @@ def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, Now.now())
     print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
     return 0
@@ -5509,16 +5810,14 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
-    print(f"{options.conf}: good, {counted(len(devices.rules), 'rule')}")
+    devices = _look_once(options)
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {counted(len(devices.rules), 'rule')}")
     return 0
 
 
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
-    devices.start()
+    devices = _look_once(options)
     if not devices.plan.resources:
         print(_nothing_found(devices, options))
         return 1
@@ -5537,7 +5836,7 @@ def dry_run(options: argparse.Namespace) -> int:
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf} looks for"]
+    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
@@ -5583,27 +5882,45 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
         return [f"nothing: {error.details()}"], False
+    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
     lines = [
-        f"{spec.container_path} {spec.permissions}"
-        + (f" (the host's {spec.host_path})" if spec.host_path != spec.container_path else "")
+        _given_text(
+            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
+        )
         for spec in given.devices
     ]
     return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
 
 
+def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
+    """What a container sees at CONTAINER, and what the host has in its place."""
+    link, is_folder = target_of(host, targets)
+    more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
+    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
-        prog="smarter_device_manager.py",
+        prog=program_name(),
         usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    _add(parser, "--conf", "FILE", os.path.abspath, beside, "the conf file: a YAML list of rules", "--config")
+    beside = _conf_beside()
+    told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
     _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(
+        parser,
+        "--pod-resources-socket",
+        "PATH",
+        os.path.abspath,
+        DEFAULT_POD_RESOURCES,
+        "the kubelet's socket for the PodResources API, which tells who has what",
+    )
     _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
     _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
@@ -5644,6 +5961,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
     return parser
+
+
+def program_name() -> str:
+    """The name that this program was called by."""
+    name = os.path.basename(sys.argv[0])
+    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
+
+
+def _conf_beside() -> str:
+    """The path of the conf.yaml beside the script; empty where there is none."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    return beside if os.path.lexists(beside) else ""
+
+
+def _conf_path(text: str) -> str:
+    return os.path.abspath(text) if text else ""
 
 
 def _add(
@@ -5759,7 +6092,7 @@ def main() -> int:
     try:
         return mode(options)
     except Problem as error:
-        print(f"smarter_device_manager.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

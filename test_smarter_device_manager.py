@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import html
 import html.parser
 import http.client
 import itertools
@@ -60,15 +62,16 @@ Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
-    """Wait until CONDITION is true, and return what it gave."""
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", patience: float = PATIENCE) -> Any:
+    """Wait until CONDITION is true, and return what it gave. WHAT says what is missing; as a function, at the end."""
     give_up = time.monotonic() + patience
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > give_up:
-            raise AssertionError(f"not within {patience} s: {what or condition}")
+            missing = what() if callable(what) else what or condition
+            raise AssertionError(f"not within {patience} s: {missing}")
         time.sleep(0.01)
 
 
@@ -79,6 +82,7 @@ class Node:
         self.root = root
         self.dev, self.sys, self.plugins = root / "dev", root / "sys", root / "p"
         self.conf = root / "conf.yaml"
+        self.pod_resources = root / "pod-resources.sock"
         for folder in (self.dev, self.sys / "devices", self.sys / "dev/char", self.sys / "dev/block", self.plugins):
             folder.mkdir(parents=True, mode=0o755)
         self.minor = 0
@@ -127,7 +131,13 @@ class Node:
 
     def options(self) -> list[str]:
         """The options that lead the script here."""
-        paths = {"--conf": self.conf, "--plugin-dir": self.plugins, "--dev-dir": self.dev, "--sys-dir": self.sys}
+        paths = {
+            "--conf": self.conf,
+            "--plugin-dir": self.plugins,
+            "--pod-resources-socket": self.pod_resources,
+            "--dev-dir": self.dev,
+            "--sys-dir": self.sys,
+        }
         return [part for option, path in paths.items() for part in (option, str(path))]
 
     def run(self, *more: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -154,9 +164,9 @@ class Daemon:
     def log(self) -> str:
         return Path(self._log).read_text()
 
-    def says(self, pattern: str) -> re.Match[str]:
+    def says(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
         """Wait until the log has PATTERN."""
-        return wait_for(lambda: re.search(pattern, self.log), f"{pattern!r} in the log:\n{self.log}")
+        return wait_for(lambda: re.search(pattern, self.log), lambda: f"{pattern!r} in the log:\n{self.log}", patience)
 
     def hang_up(self) -> None:
         """Have conf and devices read again."""
@@ -172,6 +182,48 @@ class Daemon:
         """End it as a crash would."""
         self.process.kill()
         self.process.wait(PATIENCE)
+
+
+def holders_message(*entries: tuple[str, str, Sequence[str]]) -> pb.ListPodResourcesResponse:
+    """The kubelet's answer that says who has what: of each entry the resource's whole name, namespace/pod/container and
+    the IDs. Each entry is a pod of its own, as the answer may have it."""
+    response = pb.ListPodResourcesResponse()
+    for name, who, ids in entries:
+        namespace, pod, container = who.split("/")
+        found = response.pod_resources.add(namespace=namespace, name=pod).containers.add(name=container)
+        for slot_id in ids:  # as the real one does: an item for each NUMA node, or for each ID
+            found.devices.add(resource_name=name, device_ids=[slot_id])
+    return response
+
+
+class PodResources:
+    """The kubelet's PodResources API on the node's socket for it. Its answer is bytes, so that they can be wrong."""
+
+    def __init__(self, node: Node) -> None:
+        self.path = str(node.pod_resources)
+        self.answer: bytes = b""
+        self.delay = 0.0  # seconds before it answers
+        self.count = 0  # of the calls
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self._server = grpc.aio.server()
+        handler = grpc.unary_unary_rpc_method_handler(self._list, pb.ListPodResourcesRequest.FromString)
+        handlers = grpc.method_handlers_generic_handler("v1.PodResourcesLister", {"List": handler})
+        self._server.add_generic_rpc_handlers((handlers,))
+        self._server.add_insecure_port(f"unix:{self.path}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server:
+            await self._server.stop(None)
+
+    async def _list(self, request: pb.ListPodResourcesRequest, context: Any) -> bytes:
+        self.count += 1
+        await asyncio.sleep(self.delay)
+        return self.answer
 
 
 class Kubelet(sdm.SimulatedKubelet):
@@ -191,6 +243,7 @@ class Kubelet(sdm.SimulatedKubelet):
         self.requests: list[tuple[float, pb.RegisterRequest]] = []
         self.open_calls = self.most_open_calls = 0
         self.trapped: list[str] = []  # resources of which an older stream ended while a newer one was open
+        self.pod_resources = PodResources(node)
 
     def do(self, work: Any, patience: float = PATIENCE) -> Any:
         """Run the coroutine WORK on the kubelet's loop."""
@@ -202,6 +255,20 @@ class Kubelet(sdm.SimulatedKubelet):
 
     def down(self) -> None:
         self.do(self.stop())
+
+    async def start(self) -> None:
+        await super().start()
+        await self.pod_resources.start()
+
+    async def stop(self) -> None:
+        await self.pod_resources.stop()
+        await super().stop()
+
+    def hold(self, *entries: tuple[str, str, Sequence[str]]) -> None:
+        """Say from now on who has what: of each entry the resource, namespace/pod/container and the IDs."""
+        self.pod_resources.answer = holders_message(
+            *((self.name(resource), who, ids) for resource, who, ids in entries)
+        ).SerializeToString()
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.Empty:
         self.requests.append((time.monotonic(), request))
@@ -267,7 +334,7 @@ class Kubelet(sdm.SimulatedKubelet):
                 found.count(word) == count for word, count in health.items()
             )
 
-        wait_for(counts, f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
+        wait_for(counts, lambda: f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
 
     def take(self, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
         """Allocate these IDs (the first Healthy one where none is named) to one container."""
@@ -337,6 +404,17 @@ def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Starter)
     kubelet.wait_for("video0", Healthy=2)
     assert kubelet.gives("video0", "1") == {"/dev/video0": "/dev/video0"}
     assert daemon.stop() == 0
+
+
+def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: Node, start: Starter) -> None:
+    """This file's own helper: the failures of all tests are read by what it shows."""
+    node.rules("[]")
+    daemon = start()
+    daemon.process.wait(PATIENCE)
+    Path(daemon._log).write_text("")
+    threading.Timer(0.05, lambda: Path(daemon._log).write_text("the last line")).start()
+    with pytest.raises(AssertionError, match="'no such line' in the log:\nthe last line"):
+        daemon.says("no such line", patience=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1142,6 +1220,62 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
     assert done.stderr == f"smarter_device_manager.py: cannot read the conf file {node.conf}: Permission denied\n"
 
 
+def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
+    """Copied to a machine by itself, without a conf: what it uses then is said, and is conf.yaml word for word."""
+    assert (HERE / "conf.yaml").read_text() == sdm.DEFAULT_CONF
+    alone = node.root / "alone.py"
+    shutil.copy(SCRIPT, alone)
+    node.sysfs("gpu.0", {})
+    options = node.options()[2:]
+    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+    done = run("--check")
+    assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
+    assert done.stderr == told
+    done = run("--list")
+    assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == told
+    (node.root / "conf.yaml").write_text("- devicematch: a\n")  # beside the script
+    assert run("--check").stdout == f"{node.root}/conf.yaml: good, 1 rule\n"
+    assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the conf file /nowhere: ")
+
+
+def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> None:
+    called = node.root / "sdm"
+    called.symlink_to(SCRIPT)
+    assert os.access(SCRIPT, os.X_OK)
+    for arguments in (["--no-such-option"], [*node.options(), "--check"]):
+        done = subprocess.run([sys.executable, called, *arguments], check=False, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith("sdm: ")
+    assert "usage: sdm " in subprocess.run([called, "--help"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_daemon_says_that_it_has_the_built_in_rules(node: Node) -> None:
+    """And under the name that it was called by, also where it has started itself over."""
+    alone = node.root / "alone.py"
+    for name in ("smarter_device_manager.py", "api_pb2.py", "api_pb2_grpc.py"):
+        shutil.copy(HERE / name, node.root / ("alone.py" if name.startswith("smarter") else name))
+    command = [sys.executable, str(alone), *node.options()[2:], "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        lines = []
+        for line in daemon.stderr or ():
+            lines.append(line)
+            if "waiting for it" in line:
+                break
+        daemon.send_signal(signal.SIGHUP)  # which has nothing to read again
+        daemon.terminate()
+        lines += daemon.stderr or ()
+    assert daemon.returncode == 0
+    assert sum("the built-in default rules are used" in line for line in lines) == 1
+    assert not any("read again" in line or "cannot" in line for line in lines)
+    shutil.rmtree(node.plugins)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("alone.py: there is no directory")
+
+
 def test_list_shows_what_is_offered_what_not_and_why(node: Node) -> None:
     node.sysfs("gpu.0", {})
     (node.dev / "video0").write_text("")
@@ -1685,7 +1819,9 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
         "smarter-devices/" + name for name in ("video0", "both", "both_n")
     }
     folder = next(found for found in document["resources"] if found["name"].endswith("both"))
-    assert [spec["host"] for spec in folder["devices"][0]["nodes"]] == ["/dev/both/n"]
+    assert folder["devices"][0]["nodes"] == [
+        {"host": "/dev/both", "container": "/dev/both", "permissions": "rw", "targets": ["/dev/both/n"]}
+    ]
     assert {left["path"]: left["reason"] for left in document["left_out"]} == {
         "/dev/shm": "another file system",
         "/dev/both/pts": "another file system",
@@ -2144,14 +2280,14 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
-    """The host path that a container with the first slot of RESOURCE is given now, or the reason why none."""
+    """The nodes that a container with the first slot of RESOURCE is given now, or the reason why none."""
     try:
         with sdm.LiveTree(str(dev)) as tree:
             given = sdm.allocate(resource, [sdm.slots_of(resource)[0].id], tree, str(dev))
     except sdm.AllocationError as error:
         assert error.code == "UNAVAILABLE"
         return str(error)
-    return " ".join(spec.host for spec in given.specs)
+    return " ".join(host for spec in given.specs for host, _ in spec.nodes)
 
 
 @needs_root
@@ -2793,24 +2929,17 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
     ("rule", "nodes", "env"),
     [
         ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}, {}),
-        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}, {}),
-        (
-            "devicematch: ^snd$",
-            {f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/cam"}, {}),
+        ("devicematch: ^snd$", {"/dev/snd": "/dev/snd"}, {}),
         ("{devicematch: ^video0$, permissions: r}", {"/dev/video0": "/dev/video0 r"}, {}),
         ("{devicematch: ^video0$, permissions: mwr}", {"/dev/video0": "/dev/video0 rwm"}, {}),
         (r"{devicematch: '^video([0-9])$', containerpath: '/dev/cam\1'}", {"/dev/cam0": "/dev/video0"}, {}),
         (r"{devicematch: ^video, containerpath: '/dev/c/\g<0>/x'}", {"/dev/c/video/x": "/dev/video0"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev/x/}", {"/dev/x/video0": "/dev/video0"}, {}),
-        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/cam"}, {}),
         ("{devicematch: ^video0$, containerpath: /dev//x///y}", {"/dev/x/y": "/dev/video0"}, {}),
-        (
-            "{devicematch: ^snd$, containerpath: /dev/card}",
-            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
-            {},
-        ),
+        ("{devicematch: ^snd$, containerpath: /dev/card}", {"/dev/card": "/dev/snd"}, {}),
+        ("{devicematch: ^cam$, containerpath: /dev/video0, with: [video0]}", {"/dev/video0": "/dev/cam"}, {}),
         (
             r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/mic, with: ['snd/controlC\1', 'snd/timer?', 'none?']}",
             {
@@ -2824,7 +2953,7 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             {
                 "/dev/mic/pcmC1D0c": "/dev/snd/pcmC1D0c r",
                 "/dev/mic/controlC1": "/dev/snd/controlC1 r",
-                "/dev/mic/cam": "/dev/video0 r",
+                "/dev/mic/cam": "/dev/cam r",
             },
             {},
         ),
@@ -2832,8 +2961,8 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
             {
                 "/dev/video0": "/dev/video0",
-                "/dev/cam": "/dev/video0",
-                **{f"/dev/snd/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+                "/dev/cam": "/dev/cam",
+                "/dev/snd": "/dev/snd",
             },
             {},
         ),
@@ -2849,6 +2978,31 @@ def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
     (found,) = offered(f"- {rule}\n", snapshot).resources.values()
     assert given_to(found, snapshot) == (nodes, env)
     assert {spec.container for spec in found.devices[0].specs} == set(nodes)  # as --list shows it
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes"),
+    [
+        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}),
+        ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}),
+        ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}),
+        ("devicematch: ^snd$", at("snd/controlC1", "snd/pcmC1D0c", "snd/timer")),
+        (
+            "{devicematch: ^snd$, containerpath: /dev/card}",
+            {f"/dev/card/{name}": f"/dev/snd/{name}" for name in ("controlC1", "pcmC1D0c", "timer")},
+        ),
+        (
+            "{devicematch: ^video0$, with: [snd, snd/timer, cam]}",
+            {**at("video0", "snd/controlC1", "snd/pcmC1D0c", "snd/timer"), "/dev/cam": "/dev/video0"},
+        ),
+    ],
+)
+def test_the_plan_knows_the_nodes_behind_links_and_in_folders(rule: str, nodes: Given) -> None:
+    snapshot = snapshot_of(SOUND)
+    (found,) = offered(f"- {rule}\n", snapshot).resources.values()
+    grant = sdm.allocate(found, ["0"], snapshot, "/dev")
+    assert {container: host for spec in grant.specs for host, container in spec.nodes} == nodes
+    assert grant.specs == found.devices[0].specs
 
 
 def test_resources_are_named_by_templates() -> None:
@@ -2913,10 +3067,24 @@ def test_a_planted_companion_is_not_given() -> None:
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
 
 
+AB = {"a/x": "char", "b/x": "char"}
+
+
 def test_two_nodes_of_a_device_at_one_place_in_the_container_make_it_unhealthy() -> None:
-    snapshot = snapshot_of({"a/x": "char", "b/x": "char"})
+    snapshot = snapshot_of(AB)
     plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
     assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
+    plan = offered("- {devicematch: ^a$, containerpath: /dev/b, with: [b/x]}\n", snapshot)
+    assert plan.resources["a"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/b/x in the container"
+
+
+def test_two_folders_at_one_place_in_the_container_are_refused() -> None:
+    """Even with different names in them: kubelet would drop the second one."""
+    snapshot = snapshot_of({"a/x": "char", "b/y": "char"})
+    plan = offered("- {devicematch: '^[ab]$', resource: ab, containerpath: /dev/c}\n", snapshot)
+    told = "/dev/a and /dev/b would both be /dev/c in the container"
+    assert refused(plan.resources["ab"], snapshot, "a:0", "b:0") == ("FAILED_PRECONDITION", told)
+    assert given_to(plan.resources["ab"], snapshot, "b:0")[0] == {"/dev/c": "/dev/b"}
 
 
 CAMERAS = "- {devicematch: '^video[0-9]+$', resource: camera, nummaxdevices: 2}\n"
@@ -3161,7 +3329,9 @@ def test_an_edit_of_the_conf_changes_slots_and_paths_at_once() -> None:
     looks.look(0, "- devicematch: a\n", ["a"])
     looks.look(1, "- {devicematch: a, nummaxdevices: 3, containerpath: /dev/b}\n", ["a"])
     assert ids_of(looks.plan.resources["a"]) == ["0", "1", "2"]
-    assert looks.plan.resources["a"].devices[0].specs == (sdm.DeviceSpec("/dev/a", "/dev/b", "rw"),)
+    assert looks.plan.resources["a"].devices[0].specs == (
+        sdm.DeviceSpec("/dev/a", "/dev/b", "rw", (("/dev/a", "/dev/b"),)),
+    )
     looks.look(2, "- {devicematch: a, resource: b}\n", ["a"])
     assert listed(looks.plan) == {"b": ["a"]}
 
@@ -3295,7 +3465,7 @@ def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
     for name, found in plan.resources.items():
         nodes, env = given_to(found, snapshot)
         if name == "snd":
-            assert nodes == at("snd/controlC0", "snd/timer")
+            assert nodes == at("snd")
         elif name == "nvidia-gpu0":
             assert (nodes, env) == ({}, {"NVIDIA_VISIBLE_DEVICES": "0"})
         else:
@@ -3700,7 +3870,7 @@ def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, ku
     start("--interval", "3600")
     kubelet.wait_for("by-id_cam", Healthy=1)
     kubelet.wait_for("pub_x", Healthy=1)
-    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/video0"}
+    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/by-id/cam"}
     node.link("by-id/cam", "../../outside")
     node.link("pub/x", "../sda")
     for name, told in (
@@ -4003,13 +4173,12 @@ def test_a_node_once_a_container_whatever_its_slots(node: Node, kubelet: Kubelet
     kubelet.wait_for("snd", Healthy=4)
     given = kubelet.take("snd", "0", "1", "3")
     assert [(spec.host_path, spec.container_path, spec.permissions) for spec in given.devices] == [
-        ("/dev/snd/controlC0", "/dev/snd/controlC0", "rw"),
-        ("/dev/snd/pcmC0D0p", "/dev/snd/pcmC0D0p", "rw"),
+        ("/dev/snd", "/dev/snd", "rw"),
     ]
     with plugin_stub(node, "snd") as stub:
         asked = [pb.ContainerAllocateRequest(devices_ids=["0"]), pb.ContainerAllocateRequest(devices_ids=["1", "2"])]
         both = stub.Allocate(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE).container_responses
-    assert [len(one.devices) for one in both] == [2, 2]
+    assert [len(one.devices) for one in both] == [1, 1]
 
 
 def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4036,7 +4205,8 @@ def test_a_device_that_is_gone_is_unavailable_and_named(node: Node, kubelet: Kub
 
 
 @needs_root
-def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_links_and_folders_are_given_as_they_are(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """For the runtime resolves what the kubelet keeps, at every start of a container."""
     node.plug("ttyUSB0")
     node.plug("ttyUSB1")
     node.plug("snd/controlC0")
@@ -4045,11 +4215,47 @@ def test_links_and_folders_are_resolved_at_that_moment(node: Node, kubelet: Kube
     start("--interval", "3600")
     kubelet.wait_for("serial_by-id_usb-a", Healthy=1)
     kubelet.wait_for("snd", Healthy=1)
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB0"}
+    given = {name: kubelet.gives(name) for name in ("serial_by-id_usb-a", "snd")}
+    assert given == {"serial_by-id_usb-a": at("serial/by-id/usb-a"), "snd": at("snd")}
     node.link("serial/by-id/usb-a", "../../ttyUSB1")
-    node.plug("snd/controlC1")
-    assert kubelet.gives("serial_by-id_usb-a") == {"/dev/serial/by-id/usb-a": "/dev/ttyUSB1"}
-    assert sorted(kubelet.gives("snd")) == ["/dev/snd/controlC0", "/dev/snd/controlC1"]
+    assert {name: kubelet.gives(name) for name in given} == given
+    node.unplug("snd/controlC0")
+    node.unplug("ttyUSB1")
+    for name, told in (
+        ("serial_by-id_usb-a", "/dev/serial/by-id/usb-a: a link to /dev/ttyUSB1, which is not there"),
+        ("snd", "/dev/snd: a folder that holds no device node"),
+    ):
+        assert refusal(kubelet, name, "0") == ("UNAVAILABLE", f"smarter-devices/{name}: {told}")
+
+
+@needs_root
+def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("ttyUSB0")
+    node.plug("snd/controlC0")
+    node.link("serial/by-id/usb-a", "../../ttyUSB0")
+    node.rules("- devicematch: ^serial/by-id/\n- devicematch: ^snd$\n- {devicematch: U, containerpath: /dev/tty}\n")
+    link = "/dev/serial/by-id/usb-a -> /dev/ttyUSB0"
+    told = node.run("--list").stdout
+    assert link in told and "/dev/snd (1 node)\n" in told and "/dev/ttyUSB0 as /dev/tty\n" in told
+    node.plug("snd/timer")
+    told = node.run("--dry-run").stdout
+    assert f"/dev/serial/by-id/usb-a rw (the host's {link})" in told
+    assert "/dev/snd rw (the host's /dev/snd, 2 nodes)" in told and "/dev/tty rw (the host's /dev/ttyUSB0)" in told
+    daemon = start("--listen", "127.0.0.1:0")
+    kubelet.wait_for("snd", Healthy=1)
+    status = Status(daemon)
+    told = node.run("--status", status.address).stdout
+    assert link in told and "/dev/snd (2 nodes)" in told
+    page = html.unescape(status.ask("/").body)
+    assert "-> /dev/ttyUSB0" in page and "(2 nodes)" in page
+    assert status.resource("serial_by-id_usb-a")["devices"][0]["nodes"] == [
+        {
+            "host": "/dev/serial/by-id/usb-a",
+            "container": "/dev/serial/by-id/usb-a",
+            "permissions": "rw",
+            "targets": ["/dev/ttyUSB0"],
+        }
+    ]
 
 
 # The list
@@ -4267,12 +4473,15 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
+OWN_THREADS = 2  # the device side, the kubelet side
+
+
 def wakes(daemon: Daemon) -> int:
-    """How often the threads of Python have slept; grpc's own, which have names, sleep as they like."""
-    threads = [task / "status" for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
-    found = [status.read_text() for status in threads]
-    ours = [text for text in found if re.match("Name:\tpython", text)]
-    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in ours)
+    """How often the daemon's own threads have slept. They start before all threads of grpc, which sleep as they like;
+    their names say nothing, for Python sets them only since 3.14."""
+    threads = sorted(int(thread) for thread in os.listdir(f"/proc/{daemon.process.pid}/task"))[:OWN_THREADS]
+    found = [Path(f"/proc/{daemon.process.pid}/task/{thread}/status").read_text() for thread in threads]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)[1]) for text in found)
 
 
 def wait_calm(daemon: Daemon) -> None:
@@ -4490,20 +4699,72 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
     wait_ready(kubelet, ["null", "zero"])
 
 
-def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held(node: Node) -> None:
-    side = sdm.DevicePluginSide(str(node.plugins), sdm.DEFAULT_DOMAIN, "/dev", asyncio.new_event_loop())
-    session = sdm.Registration(sdm.Resource("null", False, ()), side, None)
+def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held() -> None:
+    backoff = sdm.Backoff()
     pauses = []
     for _ in range(7):
-        session.back_off(100.0)
-        pauses.append(session.retry_at - 100.0)
+        backoff.fail(100.0)
+        pauses.append(backoff.retry_at - 100.0)
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    session.stream, session.stream_since = object(), 100.0
-    session.back_off(120.0)
-    assert session.retry_at == 150.0
-    session.back_off(131.0)
-    assert session.retry_at == 132.0
-    side._loop.close()
+    backoff.reset()
+    assert backoff.retry_at == 0.0
+    backoff.fail(120.0, at_once=True)
+    assert backoff.retry_at == 120.0
+    backoff.fail(131.0, at_once=True)
+    assert backoff.retry_at == 132.0
+
+
+class AnsweringKubelet:
+    """A kubelet as a registration sees it: one that answers, on a channel, and changes when a test says so."""
+
+    def __init__(self, path: str) -> None:
+        self.identity = (1, 2, 3)
+        self.is_answering = True
+        self.channel = grpc.aio.insecure_channel(f"unix:{path}")
+
+    def check(self) -> None:
+        pass
+
+    def check_answering(self) -> bool:
+        return self.is_answering
+
+
+async def a_registration_alone(plugin_dir: str) -> None:
+    """One registration on this loop, without a side; each step is a condition that is waited for."""
+
+    async def until(condition: Callable[[], Any]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < give_up
+            await asyncio.sleep(0.01)
+
+    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    await kubelet.start()
+    seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
+    events = sdm.GroupedLog(asyncio.get_running_loop())
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, events)
+    registration = sdm.Registration(sdm.Resource("null", False, ()), context)
+    assert not registration.is_ready
+    running = asyncio.ensure_future(registration.run())
+    await until(lambda: registration.is_ready)
+    registration.check_socket({"smarter-null.d.sock": 1})  # another's
+    await until(lambda: registration.registrations == 2 and registration.is_ready)
+    assert registration.trouble == "" and registration.stream_losses == 0
+    inode = os.stat(f"{plugin_dir}/smarter-null.d.sock").st_ino
+    registration.check_socket({"smarter-null.d.sock": inode})
+    registration.wake()
+    seen.identity = (1, 2, 4)  # another kubelet, which is told by wake() alone
+    registration.wake()
+    await until(lambda: registration.registrations == 3 and registration.is_ready)
+    registration.retire()
+    await asyncio.wait_for(running, PATIENCE)
+    assert not registration.is_ready and os.listdir(plugin_dir) == ["kubelet.sock"]
+    await seen.channel.close()
+    await kubelet.stop()
+
+
+def test_a_registration_lives_alone(node: Node) -> None:
+    asyncio.run_coroutine_threadsafe(a_registration_alone(str(node.plugins)), Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -4778,9 +5039,9 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
-    "kubelet side": "sdm.DevicePluginSide._look_at_sockets = fail",
+    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
     "kubelet side, a plan": "sdm.slots_of = fail",
-    "kubelet side, a resource": "sdm.Registration.registration_problem = fail",
+    "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
 
@@ -5092,7 +5353,6 @@ def test_a_plugin_directory_that_vanishes(node: Node, kubelet: Kubelet, start: S
     stops_well(daemon, node)
 
 
-POD = "0b8c1f6e-5d9a-4b7e-9c38-4f2d5d1f7a10"
 GPUS = "- devicematch: nvidia-gpu\n  nummaxdevices: 4\n"  # devices that take no root: they are folders of /sys
 
 
@@ -5171,28 +5431,6 @@ def samples(text: str) -> dict[Any, float]:
     }
 
 
-def checkpoint(node: Node, *entries: tuple[str, str, str, Any]) -> None:
-    """Write kubelet's checkpoint: of each entry the resource's whole name, the pod, the container and its IDs."""
-    document = {
-        "Data": {
-            "PodDeviceEntries": [
-                {"PodUID": pod, "ContainerName": container, "ResourceName": name, "DeviceIDs": ids, "AllocResp": "Cg=="}
-                for name, pod, container, ids in entries
-            ]
-            or None,
-            "RegisteredDevices": {"smarter-devices/nvidia-gpu0": ["0", "1", "2", "3"]},
-        },
-        "Checksum": 12345678901234567890,
-    }
-    write_checkpoint(node, json.dumps(document))
-
-
-def write_checkpoint(node: Node, text: str) -> None:
-    new = node.plugins / "checkpoint.new"
-    new.write_text(text)
-    new.rename(node.plugins / "kubelet_internal_checkpoint")
-
-
 class Tracer:
     """Stops single threads of a child process, as a hang would (ptrace(2)); a context manager."""
 
@@ -5239,155 +5477,213 @@ def served(folder: Path, kubelet: Kubelet, start: Starter) -> Status:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(),
-        lambda inner: (
-            st.lists(inner)
-            | st.dictionaries(
-                st.sampled_from(["Data", "PodDeviceEntries", "PodUID", "ContainerName", "ResourceName", "DeviceIDs"]),
-                inner,
-            )
-            | inner.map(lambda value: {"Data": {"PodDeviceEntries": value}})
-        ),
+def holders_of(response: pb.ListPodResourcesResponse) -> list[tuple[str, sdm.Holder]]:
+    return [pair for pairs in sdm.find_holders(response, "smarter-devices") for pair in pairs]
+
+
+def test_holders_are_those_of_our_domain() -> None:
+    response = holders_message(
+        ("smarter-devices/video0", "default/detector-0/main", ["0", "2"]),
+        ("example.org/video0", "default/other/main", ["1"]),
+        ("smarter-devices.example.org/video0", "default/other/main", ["1"]),
+        ("smarter-devices/a", "default/other/main", []),
     )
-)
-def test_a_foreign_checkpoint_is_unknown_and_no_error(value: Any) -> None:
-    holders = sdm.find_holders(value, "smarter-devices")
-    assert holders is None or isinstance(holders, dict)
-
-
-@pytest.mark.parametrize(
-    ("ids", "slots"),
-    [
-        ({"-1": ["0", "2"]}, ["0", "2"]),
-        ({"0": ["0"], "1": ["3", "1"]}, ["0", "3", "1"]),
-        (["1", "0"], ["1", "0"]),  # kubelet before 1.20
-        ({"-1": None}, []),
-        (None, []),
-        ({}, []),
-    ],
-)
-def test_both_shapes_of_device_ids_are_read(ids: Any, slots: list[str]) -> None:
-    entry = {"PodUID": POD, "ContainerName": "c", "ResourceName": "smarter-devices/video0", "DeviceIDs": ids}
-    other = {**entry, "ResourceName": "example.org/video0"}
-    found = sdm.find_holders({"Data": {"PodDeviceEntries": [other, entry]}}, "smarter-devices")
-    assert found == {"video0": [sdm.Holder(slot, POD, "c") for slot in slots]}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"PodUID": 1}, {"ContainerName": None}, {"ResourceName": []}, {"DeviceIDs": "01"}, {"DeviceIDs": [0]}],
-)
-def test_one_entry_of_a_strange_shape_makes_all_unknown(change: Mapping[str, Any]) -> None:
-    entry = {"PodUID": POD, "ContainerName": "c", "ResourceName": "smarter-devices/video0", "DeviceIDs": ["0"]}
-    assert sdm.find_holders({"Data": {"PodDeviceEntries": [entry, {**entry, **change}]}}, "smarter-devices") is None
-
-
-def test_the_checkpoint_is_cached_by_the_identity_of_its_file(node: Node) -> None:
-    checkpoint(node, ("smarter-devices/a", POD, "c", ["0"]))
-    path = node.plugins / "kubelet_internal_checkpoint"
-    os.utime(path, (1, 1))
-    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
-    assert found.holders() == {"a": [sdm.Holder("0", POD, "c")]}
-    path.write_text(path.read_text().replace('["0"]', '["7"]'))
-    os.utime(path, (1, 1))
-    assert found.holders() == {"a": [sdm.Holder("0", POD, "c")]}, "nothing of the file's identity changed"
-    os.utime(path, (2, 2))
-    assert found.holders() == {"a": [sdm.Holder("7", POD, "c")]}
-    path.unlink()
-    assert found.holders() is None
-
-
-def test_a_checkpoint_that_was_just_written_is_not_trusted_to_stay(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File times move once a tick of the kernel: within one, two contents can have the same identity."""
-    monkeypatch.setattr(sdm, "FRESH_NS", 60_000_000_000)  # as if it ticked once a minute
-    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
-    path = node.plugins / "kubelet_internal_checkpoint"
-    checkpoint(node, ("smarter-devices/a", POD, "c", ["0"]))
-    tick = path.stat().st_mtime_ns
-    assert found.holders() == {"a": [sdm.Holder("0", POD, "c")]}
-    path.write_text(path.read_text().replace('["0"]', '["7"]'))
-    os.utime(path, ns=(tick, tick))
-    assert found.holders() == {"a": [sdm.Holder("7", POD, "c")]}
-
-
-BREAKING: Mapping[str, Callable[[Node, Path], object]] = {
-    "missing": lambda node, path: path.unlink(),
-    "empty": lambda node, path: write_checkpoint(node, ""),
-    "no JSON": lambda node, path: write_checkpoint(node, '{"Data": '),
-    "no UTF-8": lambda node, path: path.write_bytes(b'{"Data": "\xff"}'),
-    "foreign": lambda node, path: write_checkpoint(node, '{"kind": "Pod"}'),
-    "too deep": lambda node, path: write_checkpoint(node, "[" * 100_000),
-    "a huge number": lambda node, path: write_checkpoint(node, "9" * 1_000_000),
-    "too long": lambda node, path: write_checkpoint(node, '{"Data": {"PodDeviceEntries": null}}' + " " * (2 << 20)),
-    "a FIFO": lambda node, path: (path.unlink(), os.mkfifo(path)),
-    "a folder": lambda node, path: (path.unlink(), path.mkdir()),
-    "a circle": lambda node, path: (path.unlink(), path.symlink_to(path)),
-}
-
-
-@pytest.mark.parametrize("how", BREAKING)
-def test_what_is_no_checkpoint_is_unknown(node: Node, how: str) -> None:
-    checkpoint(node, ("smarter-devices/a", POD, "c", ["0"]))
-    found = sdm.Checkpoint(str(node.plugins), "smarter-devices")
-    assert found.holders()
-    path = node.plugins / "kubelet_internal_checkpoint"
-    BREAKING[how](node, path)
-    assert found.holders() is None
-    assert found.holders() is None
-    if not path.is_dir():
-        checkpoint(node)
-        assert found.holders() == {}
-
-
-def test_slots_in_use_and_their_holders(node: Node, served: Status) -> None:
-    resource = served.resource("nvidia-gpu0")
-    assert resource["in_use"] is None
-    assert resource["holders"] is None
-    assert ("slots_in_use", "smarter-devices/nvidia-gpu0") not in served.metrics()
-    assert "use unknown" in served.ask("/").body
-    checkpoint(
-        node,
-        ("smarter-devices/nvidia-gpu0", POD, "detect", {"-1": ["3", "0"]}),
-        ("example.org/nvidia-gpu0", "other", "other", {"-1": ["1"]}),
-    )
-    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
-    held = [
-        (holder["slot"], holder["pod"], holder["container"], holder["device"])
-        for holder in served.resource("nvidia-gpu0")["holders"]
+    assert holders_of(response) == [
+        ("video0", sdm.Holder("0", "default", "detector-0", "main")),
+        ("video0", sdm.Holder("2", "default", "detector-0", "main")),
     ]
-    assert held == [("0", POD, "detect", "nvidia-gpu0"), ("3", POD, "detect", "nvidia-gpu0")]
-    assert served.metrics()["slots_in_use", "smarter-devices/nvidia-gpu0"] == 2
+    assert holders_of(pb.ListPodResourcesResponse()) == []
+
+
+def described(resource: sdm.Resource, *holders: sdm.Holder) -> sdm.Document:
+    """RESOURCE as the document has it, while HOLDERS have slots of it."""
+    return sdm.describe_offer(
+        resource, "smarter-devices", sdm.Now.now(), sdm.RegistrationState(), {resource.name: holders}
+    )
+
+
+def test_each_slot_in_use_counts_once() -> None:
+    """An init container and the main container of one pod share a slot, and a pod that ended may be listed still."""
+    (video,) = offered(
+        "- devicematch: video\n  nummaxdevices: 12\n", snapshot_of({"video0": "char"})
+    ).resources.values()
+    holders = [
+        sdm.Holder(*words.split())
+        for words in ("10 default pod main", "2 default pod main", "2 default pod init", "2 default old main")
+    ]
+    document = described(video, *holders, holders[0])
+    held = [(holder["slot"], holder["pod"], holder["container"]) for holder in document["holders"]]
+    assert held == [("2", "old", "main"), ("2", "pod", "init"), ("2", "pod", "main"), ("10", "pod", "main")]
+    assert document["in_use"] == 2
+    assert list(document["holders"][0]) == ["slot", "device", "namespace", "pod", "container"]
+    assert document["holders"][0]["device"] == "/dev/video0"
+
+
+@pytest.mark.parametrize("slot_id", ["3", "03", "-1", "", "x", ":0", "/dev/video0:0", "video0:0", "9" * 5000, "\u0660"])
+def test_what_is_no_slot_now_is_not_in_use(slot_id: str) -> None:
+    (video,) = offered("- devicematch: video\n  nummaxdevices: 3\n", snapshot_of({"video0": "char"})).resources.values()
+    document = described(video, sdm.Holder(slot_id, "default", "pod", "main"))
+    assert (document["in_use"], document["holders"]) == (0, [])
+
+
+def test_holders_of_a_pool_name_the_device() -> None:
+    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 2\n"
+    (pool,) = offered(conf, snapshot_of({"video0": "char", "video1": "char"})).resources.values()
+    held = [
+        sdm.Holder(slot, "default", "pod", "main") for slot in ("video1:1", "video1:0", "video2:0", "0", "video0:2")
+    ]
+    found = [(holder["slot"], holder["device"]) for holder in described(pool, *held)["holders"]]
+    assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
+
+
+HELD = ("nvidia-gpu0", "default/detector-0/main", ["3", "0"])
+
+
+def test_slots_in_use_and_their_holders(node: Node, served: Status, kubelet: Kubelet) -> None:
+    assert served.resource("nvidia-gpu0")["in_use"] == 0
+    kubelet.hold(HELD)
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
+    rest = {"device": "nvidia-gpu0", "namespace": "default", "pod": "detector-0", "container": "main"}
+    assert served.resource("nvidia-gpu0")["holders"] == [{"slot": "0", **rest}, {"slot": "3", **rest}]
+    metrics = served.metrics()
+    assert metrics["slots_in_use", "smarter-devices/nvidia-gpu0"] == 2
+    assert metrics["slot_holder", "smarter-devices/nvidia-gpu0", "nvidia-gpu0", "default", "detector-0", "main"] == 1
     page = served.ask("/").body
     assert "2 of 4 in use" in page
     assert 'width="50%"' in page
-    assert re.search(rf"slots 0, 3: <strong>detect</strong>.*{POD}", page)
-    write_checkpoint(node, "gone mad")
+    assert re.search(r"slots 0, 3: <strong>main</strong>.*default/detector-0", page)
+    kubelet.hold()
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 0)
+
+
+def fill_a_message(response: pb.ListPodResourcesResponse) -> bytes:
+    """A message of RESPONSE that is one byte longer than what is read."""
+    response.pod_resources.add(name="x" * sdm.POD_RESOURCES_BYTES)
+    return response.SerializeToString()
+
+
+IS_NO_ANSWER: Mapping[str, Callable[[pb.ListPodResourcesResponse], bytes]] = {
+    "no message": lambda response: b"\xff" * 1000,
+    "cut": lambda response: response.SerializeToString()[:-1],
+    "no UTF-8": lambda response: response.SerializeToString().replace(b"detector", b"detect\xff\xff"),
+    "another type": lambda response: b"\x08\x01" + b"\x0a\x03\x0a\x05x",
+    "too long": fill_a_message,
+    "too many": lambda response: holders_message(
+        ("smarter-devices/nvidia-gpu0", "default/pod/main", ["0"] * (sdm.MAX_HOLDERS + 1))
+    ).SerializeToString(),
+}
+
+
+@pytest.mark.parametrize("how", IS_NO_ANSWER)
+def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status, kubelet: Kubelet, how: str) -> None:
+    kubelet.hold(HELD)
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
+    good = kubelet.pod_resources.answer
+    kubelet.pod_resources.answer = IS_NO_ANSWER[how](pb.ListPodResourcesResponse.FromString(good))
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] is None)
+    assert served.resource("nvidia-gpu0")["holders"] is None
+    assert not [name for name in served.metrics() if name[0] in ("slots_in_use", "slot_holder")]
+    assert "use unknown" in served.ask("/").body
+    assert re.search(r"^\?/4 ", node.run("--status", served.address).stdout, re.MULTILINE)
+    assert served.ask("/readyz").status == served.ask("/healthz").status == 200
+    kubelet.pod_resources.answer = good
+    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
+    assert len(served.daemon.log.splitlines()) == 5, "none of this is worth a line of the log"
 
 
-def test_the_checkpoint_is_read_when_asked_and_never_else(node: Node, served: Status) -> None:
-    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "c", ["0"]))
-    libc = ctypes.CDLL(None, use_errno=True)
-    watch = libc.inotify_init1(os.O_NONBLOCK)
-    assert libc.inotify_add_watch(watch, os.fsencode(node.plugins / "kubelet_internal_checkpoint"), 0x20) > 0  # IN_OPEN
+def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status, kubelet: Kubelet) -> None:
+    long = "x" * 400
+    entries = [("nvidia-gpu0", f"default/pod-{number}/main", ["1"]) for number in range(5000)]
+    kubelet.hold(*entries, ("nvidia-gpu0", f"{long}/{long}/{long}", ["2"]))
+    resource = wait_for(lambda: (found := served.resource("nvidia-gpu0"))["in_use"] == 2 and found)
+    assert len(resource["holders"]) == 5001
+    assert len(resource["holders"][-1]["pod"]) < 400
+    kubelet.take("nvidia-gpu0", "0")
 
-    def was_opened() -> bool:
-        try:
-            return bool(os.read(watch, 4096))
-        except BlockingIOError:
-            return False
 
-    try:
-        heartbeat = time.monotonic()
-        wait_for(lambda: time.monotonic() > heartbeat + 1 and served.ask("/healthz").status == 200)  # ten turns
-        assert served.ask("/readyz").status == 200
-        assert not was_opened()
+def hostile_server(path: Path, work: Callable[[socket.socket], object]) -> contextlib.closing[socket.socket]:
+    """A Unix socket at PATH of which every client gets WORK, until it is closed."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                work(client)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return contextlib.closing(listener)
+
+
+KEPT: list[socket.socket] = []  # connections that nobody closes
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda client: client.close(),
+        KEPT.append,
+        lambda client: (client.sendall(b"nonsense\r\n" * 1000), client.close()),
+    ],
+    ids=["closes", "says nothing", "speaks something else"],
+)
+def test_what_answers_in_the_place_of_the_kubelet_is_borne(
+    node: Node, folder: Path, start: Starter, work: Callable[[socket.socket], object]
+) -> None:
+    with hostile_server(node.pod_resources, work):
+        status = Status(start("--listen", "127.0.0.1:0"))
+        assert status.resource("nvidia-gpu0")["in_use"] is None
+        assert status.resource("nvidia-gpu0")["in_use"] is None
+    for client in KEPT:
+        client.close()
+
+
+def test_a_kubelet_that_does_not_say_who_has_what_in_time_keeps_no_probe_waiting(
+    node: Node, served: Status, kubelet: Kubelet
+) -> None:
+    kubelet.pod_resources.delay = PATIENCE
+    kubelet.pod_resources.count = 0
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        documents = [pool.submit(served.resource, "nvidia-gpu0") for _ in range(8)]
+        wait_for(lambda: kubelet.pod_resources.count)
+        for path in ("/healthz", "/readyz"):
+            asked = time.monotonic()
+            assert served.ask(path).status == 200
+            assert time.monotonic() - asked < sdm.POD_RESOURCES_SECONDS / 2
+        assert [document.result()["in_use"] for document in documents] == [None] * 8
+    assert time.monotonic() - begin < 2 * sdm.POD_RESOURCES_SECONDS + sdm.FRESH_SECONDS
+    assert kubelet.pod_resources.count <= 2, "those who look at once share an answer"
+    begin = time.monotonic()
+    kubelet.take("nvidia-gpu0", "0")
+    assert time.monotonic() - begin < sdm.POD_RESOURCES_SECONDS
+
+
+def test_who_has_what_is_asked_when_somebody_looks_and_never_else(node: Node, served: Status, kubelet: Kubelet) -> None:
+    begin = time.monotonic()
+    wait_for(lambda: time.monotonic() > begin + 1 and served.ask("/healthz").status == 200)  # ten turns
+    assert served.ask("/readyz").status == 200
+    assert kubelet.pod_resources.count == 0
+    for _ in range(3):
         served.ask("/metrics")
-        assert was_opened()
-    finally:
-        os.close(watch)
+    assert 1 <= kubelet.pod_resources.count <= 2, "at most once a second"
+
+
+@pytest.mark.parametrize("name", ["%41.sock", "a b.sock", "\udcff.sock", "x" * 120])
+def test_any_path_of_the_socket_is_taken(node: Node, folder: Path, start: Starter, name: str) -> None:
+    node.pod_resources = node.root / name
+    kubelet = Kubelet(node)
+    kubelet.hold(HELD)
+    is_path_of_a_socket = "%" in name or " " in name
+    if is_path_of_a_socket:
+        kubelet.pod_resources.path = kubelet.pod_resources.path.replace("%", "%25")  # as gRPC has it
+        kubelet.do(kubelet.pod_resources.start())
+    status = Status(start("--listen", "127.0.0.1:0"))
+    assert status.resource("nvidia-gpu0")["in_use"] == (2 if is_path_of_a_socket else None)
+    kubelet.do(kubelet.pod_resources.stop())
 
 
 def test_list_json_and_status_json_have_the_same_shapes(node: Node, folder: Path, start: Starter) -> None:
@@ -5567,7 +5863,7 @@ def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
         parsed = found.pop(name.removesuffix("_total") if family.kind == "counter" else name)
         assert (parsed.type, parsed.documentation) == (family.kind, family.told)
         assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
-        if family.name != "slots_in_use":
+        if family.name not in ("slots_in_use", "slot_holder"):
             assert parsed.samples
     assert not found
     lines = answer.body.splitlines()
@@ -5889,16 +6185,23 @@ def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(ser
         idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CONNECTIONS)]
         wait_for(lambda: open_sockets(daemon) >= sdm.MAX_CONNECTIONS)
         assert served.ask("/healthz").status == 200
-        assert open_sockets(daemon) <= sdm.MAX_CONNECTIONS
+        wait_for(lambda: open_sockets(daemon) <= sdm.MAX_CONNECTIONS)
         assert received(idle[0]) == b""
         newest = idle[-1]
         newest.sendall(GOOD + b"\r\n")
         assert received(newest).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(node: Node, served: Status, start: Starter) -> None:
-    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "c", [str(number) for number in range(100_000)]))
-    wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 100_000)
+def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
+    node: Node, served: Status, kubelet: Kubelet, start: Starter
+) -> None:
+    response = pb.ListPodResourcesResponse()
+    pod = response.pod_resources.add(namespace="n" * 300, name="p" * 300)
+    for number in range(sdm.MAX_HOLDERS):
+        found = pod.containers.add(name=str(number))
+        found.devices.add(resource_name="smarter-devices/nvidia-gpu0", device_ids=["0"])
+    kubelet.pod_resources.answer = response.SerializeToString()
+    wait_for(lambda: len(served.ask("/status.json").body) > 7_000_000)  # more than a socket takes
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
         for _ in range(8):
@@ -5977,6 +6280,42 @@ def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: 
     print(told)
     assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, told
     assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, told
+
+
+FLOODING = """
+import socket, sys, time
+port, rate, data, kept = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].encode(), []
+begin, count = time.monotonic(), 0
+while True:
+    while count < (time.monotonic() - begin) * rate:
+        count += 1
+        try:
+            kept.append(socket.create_connection(("127.0.0.1", port), 1))
+            kept[-1].sendall(data)
+        except OSError:
+            pass
+        if len(kept) > 100:
+            kept.pop(0).close()
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
+def test_a_thousand_connections_a_second_starve_no_probe(
+    served: Status, kubelet: Kubelet, start: Starter, data: str
+) -> None:
+    flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
+    try:
+        wait_for(lambda: open_sockets(served.daemon) > sdm.MAX_CONNECTIONS / 2)
+        for _ in range(25):
+            begin = time.monotonic()
+            assert served.ask("/healthz").status == 200
+            assert time.monotonic() - begin < 1, "the kubelet's probes wait no longer"
+        assert statistics.median(allocate_times(kubelet, 100)) < 0.1
+        assert open_sockets(served.daemon) < 3 * sdm.MAX_CONNECTIONS
+    finally:
+        flood.kill()
+        flood.wait()
 
 
 def test_rendering_lets_others_have_their_turn() -> None:
@@ -6156,7 +6495,8 @@ def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
         path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
-        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw"),), problem="", since=1.0,
+        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
+        problem="", since=1.0,
     )  # fmt: skip
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
@@ -6175,7 +6515,7 @@ def hostile_document() -> dict[str, Any]:
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
         ],
     )  # fmt: skip
-    holders = {HOSTILE_WORD: [sdm.Holder(f"{path}:0", HOSTILE_WORD, HOSTILE_WORD) for path in (HOSTILE_WORD, "other")]}
+    holders = {HOSTILE_WORD: [sdm.Holder(f"{HOSTILE_WORD}:{slot}", *[HOSTILE_WORD] * 3) for slot in range(3)]}
     link = sdm.RegistrationState(False, HOSTILE_WORD)
     return sdm.describe_daemon(
         state,
@@ -6214,12 +6554,12 @@ def test_hostile_names_on_the_node_are_text_on_the_page(node: Node, kubelet: Kub
     name = "<img src=x onerror=alert(1)>"
     node.plug(name)
     node.rules("- devicematch: img\n")
-    checkpoint(node, (f"smarter-devices/{sdm.resource_name(name)}", "<script>alert(2)</script>", "<b>", {"-1": ["0"]}))
+    kubelet.hold((sdm.resource_name(name), "<i>ns<i>/<script>alert(2)<script>/<b>", ["0"]))
     status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "<i>node</i>"}))
     page = status.ask("/").body
     found = Tags(page)
     assert not found.tags & {"img", "script", "b", "i"}
-    for text in (f"/dev/{name}", "<script>alert(2)</script>", "<b>", "<i>node</i>"):
+    for text in (f"/dev/{name}", "<i>ns<i>/<script>alert(2)<script>", "<b>", "<i>node</i>"):
         assert text in found.text
 
 
@@ -6267,7 +6607,7 @@ def seen_in_chromium(status: Status) -> Tags:
     return Tags(run.stdout)
 
 
-def plug_a_greenhouse(node: Node) -> None:
+def plug_a_greenhouse(node: Node, kubelet: Kubelet) -> None:
     """What a small node of the field has: good for a picture."""
     for path in ("video0", "ttyACM0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
         node.plug(path)
@@ -6277,13 +6617,12 @@ def plug_a_greenhouse(node: Node) -> None:
         "- devicematch: ^gpiochip[0-9]*$\n  nummaxdevices: 4\n- devicematch: ^i2c-[0-9]*$\n"
         "- devicematch: ^tty(USB|ACM)[0-9]*$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
     )
-    checkpoint(
-        node,
-        ("smarter-devices/video0", "0b8c1f6e-5d9a-4b7e-9c38-4f2d5d1f7a10", "detector", {"-1": ["0", "1", "2"]}),
-        ("smarter-devices/video0", "c51b2f80-7a07-4d57-8a0e-53c1b0c6f2d9", "recorder", {"-1": ["3"]}),
-        ("smarter-devices/i2c-1", "7e4a9b1d-22c6-4f0a-b1de-9f0b6f0c3c55", "climate", {"-1": ["0"]}),
-        ("smarter-devices/ttyACM0", "7e4a9b1d-22c6-4f0a-b1de-9f0b6f0c3c55", "climate", {"-1": ["0"]}),
-        ("smarter-devices/gpiochip0", "f3c6d2aa-0b64-4b8c-8f6e-1d2a4d7e9b02", "valves", {"-1": ["0"]}),
+    kubelet.hold(
+        ("video0", "wildlife/detector-7c9d8b6f5-x2x9k/detector", ["0", "1", "2"]),
+        ("video0", "wildlife/recorder-0/recorder", ["3"]),
+        ("i2c-1", "climate/climate-6b7f9c4d8-k5wtz/sensors", ["0"]),
+        ("ttyACM0", "climate/climate-6b7f9c4d8-k5wtz/sensors", ["0"]),
+        ("gpiochip0", "climate/valves-5f6d7c8b9-2lq8m/valves", ["0"]),
     )
 
 
@@ -6293,7 +6632,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
     node: Node, kubelet: Kubelet, start: Starter, tmp_path: Path
 ) -> None:
     """The pictures of README.md are made by this: STATUS_PICTURES=docs pytest -k chromium_shows."""
-    plug_a_greenhouse(node)
+    plug_a_greenhouse(node, kubelet)
     daemon = start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "greenhouse-pi"})
     status = Status(daemon)
     status.wait_for("/readyz", 200)
@@ -6310,7 +6649,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
     wait_for(lambda: "is wrong" in status.ask("/").body)
     found = seen_in_chromium(status)
     assert "1 thing is wrong" in found.text
-    assert "/dev/ttyACM0: it is gone, in use by climate" in found.text
+    assert "/dev/ttyACM0: it is gone, in use by sensors of climate/climate-6b7f9c4d8-k5wtz" in found.text
     folder = Path(os.environ.get("STATUS_PICTURES", tmp_path))
     for name, size, more in (
         ("status.png", "1100,1170", ()),
@@ -6381,14 +6720,16 @@ def test_chromium_runs_nothing_that_a_name_says(node: Node, kubelet: Kubelet, st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_status_prints_a_running_daemons_state(node: Node, served: Status, folder: Path, start: Starter) -> None:
-    checkpoint(node, ("smarter-devices/nvidia-gpu0", POD, "detect", {"-1": ["3", "0"]}))
+def test_status_prints_a_running_daemons_state(
+    node: Node, served: Status, folder: Path, kubelet: Kubelet, start: Starter
+) -> None:
+    kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     run = node.run("--status", served.address)
     assert run.returncode == 0
     assert re.match(r"\S+: well, as of \d{4}-", run.stdout)
     assert re.search(r"^2/4 +smarter-devices/nvidia-gpu0 +yes +nvidia-gpu0$", run.stdout, re.MULTILINE)
-    assert re.search(rf"^ +3  nvidia-gpu0 +{POD}  detect$", run.stdout, re.MULTILINE)
+    assert re.search(r"^ +3  nvidia-gpu0 +default/detector-0 +main$", run.stdout, re.MULTILINE)
     assert "1 device: offered" in run.stdout or "nvidia-gpu0: offered" in run.stdout
     assert max(map(len, run.stdout.splitlines())) <= 80
     assert json.loads(node.run("--status", served.address, "--json").stdout)["node"] == served.document()["node"]
@@ -6396,7 +6737,9 @@ def test_status_prints_a_running_daemons_state(node: Node, served: Status, folde
     served.daemon.hang_up()
     wait_for(lambda: served.document()["problems"])
     told = node.run("--status", served.address).stdout
-    assert re.match(r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by detect\n", told)
+    assert re.match(
+        r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by main of default/detector-0\n", told
+    )
 
 
 def test_status_looks_where_listen_says(node: Node, served: Status) -> None:

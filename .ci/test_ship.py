@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +38,8 @@ def helm() -> Any:
 
 
 def schemas() -> list[str]:
-    """The oldest and the newest version of Kubernetes that kubernetes-validate knows."""
-    versions = sorted(kubernetes_validate.utils.all_versions(), key=lambda text: [int(n) for n in text.split(".")])
-    return [versions[0], versions[-1]]
+    """The oldest version of Kubernetes that takes all of daemonset.yaml, and the newest that is known here."""
+    return ["1.30.0", kubernetes_validate.utils.all_versions()[-1]]
 
 
 def assert_valid(objects: list[dict[str, Any]]) -> None:
@@ -54,9 +53,9 @@ def manifest() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((ROOT / "daemonset.yaml").read_text()))
 
 
-def render(values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def render(values: dict[str, Any] | None = None, chart_dir: Path = CHART) -> list[dict[str, Any]]:
     """The chart's objects under VALUES."""
-    with helm().chart.Chart.load(CHART) as chart:
+    with helm().chart.Chart.load(chart_dir) as chart:
         chart.validate_schema(chart.merge_values(values))
         texts = chart.render(values, name="my-" + NAME, namespace="kube-system")
     objects = [yaml.safe_load(text) for path, text in sorted(texts.items()) if path.endswith(".yaml")]
@@ -95,6 +94,17 @@ def test_the_manifest_is_valid_for_the_oldest_and_newest_kubernetes_known() -> N
     assert_valid(manifest())
 
 
+def test_older_kubernetes_does_not_know_recursive_read_only_alone() -> None:
+    """The README's table says so: with --validate=false the API server drops the field, and takes the rest."""
+    daemonset = pick(manifest(), "DaemonSet")
+    oldest = kubernetes_validate.utils.all_versions()[0]
+    with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
+        kubernetes_validate.validate(daemonset, oldest, strict=True)
+    for mount in container([daemonset])["volumeMounts"]:
+        mount.pop("recursiveReadOnly", None)
+    kubernetes_validate.validate(daemonset, oldest, strict=True)
+
+
 def test_its_rules_are_those_of_conf_yaml(tmp_path: Path) -> None:
     conf = pick(manifest(), "ConfigMap")["data"]["conf.yaml"]
     assert yaml.safe_load(conf) == RULES
@@ -104,12 +114,16 @@ def test_its_rules_are_those_of_conf_yaml(tmp_path: Path) -> None:
 def test_it_is_where_and_how_the_issue_says() -> None:
     daemonset = pick(manifest(), "DaemonSet")
     assert daemonset["metadata"]["namespace"] == "kube-system"
-    assert daemonset["spec"]["updateStrategy"]["type"] == "RollingUpdate"
+    assert daemonset["spec"]["updateStrategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
     spec = pod(manifest())
     assert spec["nodeSelector"] == {NAME: "enabled"}
     assert spec["priorityClassName"] == "system-node-critical"
     assert spec["tolerations"] == [{"operator": "Exists"}]
     probes = container(manifest())
+    assert probes["startupProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
     assert probes["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
     assert probes["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
     assert f"--listen=:{probes['ports'][0]['containerPort']}" in probes["args"]
@@ -121,7 +135,10 @@ def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
     spec = pod(objects)
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC", "serviceAccountName"))
+    # Not even as false: the API server drops that, so that every apply would say "configured".
+    assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & spec.keys()
+    # With a port of the host's, two pods on one node, as during a roll-out, could not be.
+    assert not any("hostPort" in port for port in container(objects)["ports"])
     security = container(objects)["securityContext"]
     assert security["privileged"] is False
     assert security["allowPrivilegeEscalation"] is False
@@ -129,8 +146,28 @@ def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
     assert security["capabilities"] == {"drop": ["ALL"]}
     mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
     assert {name for name, mount in mounts.items() if not mount.get("readOnly")} == {"plugins"}
+    assert mounts["dev"]["recursiveReadOnly"] == "IfPossible"
     host = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
-    assert host == {"plugins": "/var/lib/kubelet/device-plugins", "dev": "/dev", "sys": "/sys"}
+    assert {host[name]: mount["mountPath"] for name, mount in mounts.items() if name in host} == {
+        "/var/lib/kubelet/device-plugins": "/var/lib/kubelet/device-plugins",
+        "/var/lib/kubelet/pod-resources": "/var/lib/kubelet/pod-resources",
+        "/dev": "/host/dev",
+        "/sys/dev": "/host/sys/dev",
+        "/sys/devices": "/host/sys/devices",
+    }
+
+
+def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
+    """With what the manifest mounts of /sys, every device's attributes are found as with all of it."""
+    for name in ("dev", "devices"):
+        (tmp_path / name).symlink_to(f"/sys/{name}")
+    number = next((text for text in os.listdir("/sys/dev/char") if text.startswith("1:")), None)
+    if number is None:
+        pytest.skip("no /sys here")
+    entry = sdm.Entry(sdm.CHAR, os.makedev(*map(int, number.split(":"))))
+    found = sdm.Sysfs(str(tmp_path)).attributes(entry)
+    assert found == sdm.Sysfs("/sys").attributes(entry) != []
+    assert "subsystem" in found[0][1]
 
 
 def test_its_options_are_ones_that_the_daemon_has(tmp_path: Path) -> None:
@@ -151,17 +188,38 @@ def test_the_chart_has_no_findings() -> None:
 
 
 def test_the_default_render_is_daemonset_yaml_in_meaning() -> None:
-    ours = pick(manifest(), "DaemonSet")
-    assert pick(render({"config": RULES}), "DaemonSet")["spec"] == ours["spec"]
-    # By default the chart brings no ConfigMap: the image has the same rules, so the mount is all that is missing.
-    without = copy.deepcopy(ours["spec"])
-    spec = without["template"]["spec"]
-    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] != "config"]
-    mounts = spec["containers"][0]["volumeMounts"]
-    spec["containers"][0]["volumeMounts"] = [mount for mount in mounts if mount["name"] != "config"]
-    assert [item["kind"] for item in render()] == ["DaemonSet"]
-    assert pick(render(), "DaemonSet")["spec"] == without
-    assert pick(render(), "DaemonSet")["metadata"]["name"] == ours["metadata"]["name"]
+    assert [item["kind"] for item in render()] == ["ConfigMap", "DaemonSet"]
+    for kind in ("ConfigMap", "DaemonSet"):
+        ours, charts = pick(manifest(), kind), pick(render(), kind)
+        assert charts.get("spec") == ours.get("spec")
+        assert charts.get("data") == ours.get("data")
+        assert charts["metadata"]["name"] == ours["metadata"]["name"]
+    assert_valid(render())
+
+
+@pytest.mark.parametrize(
+    ("version", "surge", "seccomp", "recursive"),
+    [
+        ("v1.18.20+k3s1", False, False, False),
+        ("v1.21.14", False, True, False),
+        ("v1.22.0", True, True, False),
+        ("v1.29.15+k3s1", True, True, False),
+        ("v1.30.0", True, True, True),
+        ("v1.36.2+k3s1", True, True, True),
+    ],
+)
+def test_the_chart_gives_each_kubernetes_what_it_knows(
+    tmp_path: Path, version: str, surge: bool, seccomp: bool, recursive: bool
+) -> None:
+    chart_dir = tmp_path / NAME
+    shutil.copytree(CHART, chart_dir)
+    template = chart_dir / "templates/daemonset.yaml"
+    template.write_text(template.read_text().replace(".Capabilities.KubeVersion.Version", f'"{version}"'))
+    objects = render(chart_dir=chart_dir)
+    update = pick(objects, "DaemonSet")["spec"]["updateStrategy"]["rollingUpdate"]
+    assert update == ({"maxSurge": 1, "maxUnavailable": 0} if surge else {"maxUnavailable": 1})
+    assert ("securityContext" in pod(objects)) == seccomp
+    assert ("recursiveReadOnly" in json.dumps(objects)) == recursive
 
 
 def test_a_config_becomes_a_configmap_that_the_daemon_reads(tmp_path: Path) -> None:
@@ -187,10 +245,11 @@ def test_a_changed_config_rolls_nothing() -> None:
 @pytest.mark.parametrize("kind", PATHS_OF)
 def test_the_path_of_each_kind_of_kubernetes(kind: str) -> None:
     objects = render({"kubeletDir": PATHS_OF[kind]})
-    assert pod(objects)["volumes"][0]["hostPath"]["path"] == PATHS_OF[kind] + "/device-plugins"
+    for volume, folder in zip(pod(objects)["volumes"], ("device-plugins", "pod-resources")):
+        assert volume["hostPath"]["path"] == f"{PATHS_OF[kind]}/{folder}"
+        if kind != "k3s":  # which has the usual one
+            assert f"{kind}: {PATHS_OF[kind]}/{folder}" in (ROOT / "daemonset.yaml").read_text()
     assert_valid(objects)
-    if kind != "k3s":  # which has the usual one
-        assert f"{kind}: {PATHS_OF[kind]}/device-plugins" in (ROOT / "daemonset.yaml").read_text()
 
 
 # Each value of values.yaml: another one, and what the render must then hold.
@@ -239,8 +298,8 @@ def test_no_value_is_without_a_case() -> None:
 
 def test_without_metrics_there_is_no_port_and_no_probe() -> None:
     objects = render({"metrics": {"enabled": False}, "podMonitor": {"enabled": True}})
-    assert not {"ports", "livenessProbe", "readinessProbe"} & container(objects).keys()
-    assert [item["kind"] for item in objects] == ["DaemonSet"]
+    assert not {"ports", "startupProbe", "livenessProbe", "readinessProbe"} & container(objects).keys()
+    assert [item["kind"] for item in objects] == ["ConfigMap", "DaemonSet"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +357,7 @@ COMMANDS = {
     r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
     r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
     r"kubectl delete -f daemonset\.yaml": CANNOT + "no cluster",
-    r"kubectl get pods -A .*": CANNOT + "no cluster",
+    r"kubectl patch node NAME --subresource=status .*": CANNOT + "no cluster",
     r"kubectl -n kube-system exec POD .*": CANNOT + "no cluster; .ci/image runs the same in the image",
     r"kubectl -n kube-system (edit|get|logs|port-forward) .*": CANNOT
     + "no cluster; test_the_readmes_names_are_the_manifests checks its names",
