@@ -1547,6 +1547,7 @@ EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
 
 T = TypeVar("T")
+Document = Dict[str, Any]  # of JSON
 
 
 class DeviceSpec(NamedTuple):
@@ -1864,6 +1865,12 @@ def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
     """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
+
+
+def device_path(device: Device) -> str:
+    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    has_node = any(part.path == device.path for part in device.parts)
+    return f"/dev/{device.path}" if has_node else device.path
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
@@ -2473,9 +2480,10 @@ def socket_name(name: str, domain: str, plugin_dir: str) -> str:
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAX_BACKOFF_SECONDS."""
+    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
+        self._maximum = maximum
         self.retry_at = 0.0  # as time.monotonic() has it
         self._pause = 0.0
 
@@ -2486,7 +2494,7 @@ class Backoff:
     def fail(self, now: float, at_once: bool = False) -> None:
         """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
-        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
+        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
@@ -2847,46 +2855,76 @@ class DevicePluginSide:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
-# plan is a device of a ResourceSlice; pods claim devices, the scheduler allocates them, and the kubelet has the driver
-# prepare them: write a CDI file that the container runtime reads. First pure functions, then the API server's client,
-# the CDI files, the slices, and last the driver. http.client and ssl are imported here only.
+# plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
+# has the driver prepare the claim: a CDI file tells the container runtime what to add to the container. First pure
+# functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # of the API
-MAX_ATTRIBUTE_BYTES = 64  # of the API, for a text
-MAX_DRIVER_NAME = 63  # of the API
-MAX_CLAIMS = 100  # in one request of the kubelet, which sends those of one pod
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # these five are limits of the API
+MAX_ATTRIBUTE_BYTES = 64
+MAX_DEVICE_NAME = 63
+MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
 MAX_API_TEXT = 200  # characters of the API server's words that are repeated
-MAX_CDI_BYTES = 1 << 20
-MAX_TOKEN = 64 << 10
+MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
+MAX_REFUSALS = 100  # that are remembered, so as to log each once
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
-MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices, whatever a device with a loose contact does
-MIN_API_BACKOFF_SECONDS, MAX_API_BACKOFF_SECONDS = 1.0, 60.0
-DRA_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
-MANAGER_LABEL = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
-_DRA_API = "/apis/resource.k8s.io/v1"
-_SLICES, _CLASSES = f"{_DRA_API}/resourceslices", f"{_DRA_API}/deviceclasses"
-_API_KIND = re.compile(rf"(?:/api/v1|{_DRA_API})(?:/namespaces/[^/]+)?/([a-z]+)")
+MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
+MAX_API_BACKOFF_SECONDS = 60.0
+SOCKET_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
+_API = "/apis/resource.k8s.io/v1"
+_API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
-_UID = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # that may become part of a file name
-_OBJECT_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?"  # that may become part of a URL
+_UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
+_OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+# The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
+# dra/v1. Each method with the names of its messages in api.proto.
+PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
+    PLUGIN_REGISTRATION: {
+        "GetInfo": ("InfoRequest", "PluginInfo"),
+        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
+    },
+    DRA_PLUGIN: {
+        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
+        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
+    },
+}
 
-Slots = Mapping[str, "SlotOffer"]  # by the device's name in the slices
 
-
-class SlotOffer(NamedTuple):
-    """A slot of the plan, as it becomes a device of a slice."""
+class PlanSlot(NamedTuple):
+    """A slot of the plan."""
 
     resource: Resource
     device: Device
     number: int
 
     @property
-    def slot_id(self) -> str:
+    def id(self) -> str:
         return _slot_id(self.resource, self.device, self.number)
+
+
+class PreparedDevice(NamedTuple):
+    """A slot that was prepared for a claim."""
+
+    name: str  # in the slices
+    request: str  # of the claim
+    path: str  # as people know it: /dev/video0
+    edits: Document  # containerEdits of CDI
+
+
+class PreparedClaim(NamedTuple):
+    """A ResourceClaim of which the devices are prepared: what one CDI file holds."""
+
+    uid: str
+    namespace: str
+    name: str
+    devices: Tuple[PreparedDevice, ...]
+
+
+PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
 
 
 def dns_label(text: str, limit: int) -> str:
@@ -2904,18 +2942,18 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def slots_by_device_name(plan: Plan) -> Slots:
+def slots_by_device_name(plan: Plan) -> PlanSlots:
     """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
-    slots: Dict[str, SlotOffer] = {}
+    slots: Dict[str, PlanSlot] = {}
     for resource in plan.resources.values():
         for device in resource.devices:
-            label = dns_label(device.path, 63 - len("-9999"))
-            slots.update((f"{label}-{number}", SlotOffer(resource, device, number)) for number in range(device.slots))
+            label = dns_label(device.path, MAX_DEVICE_NAME - len("-9999"))
+            slots.update((f"{label}-{number}", PlanSlot(resource, device, number)) for number in range(device.slots))
     return slots
 
 
-def slice_device(name: str, slot: SlotOffer, domain: str) -> Document:
-    """SLOT as a device of a ResourceSlice."""
+def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
+    """SLOT as the device NAME of a ResourceSlice."""
     resource, device = slot.resource, slot.device
     texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
     if resource.pool:
@@ -2924,20 +2962,18 @@ def slice_device(name: str, slot: SlotOffer, domain: str) -> Document:
     attributes["slot"] = {"int": slot.number}
     if len(device.numa) == 1:
         attributes["numaNode"] = {"int": device.numa[0]}
-    document: Document = {"name": name, "attributes": attributes}
-    if device.problem:
-        document["taints"] = [gone_taint(domain)]
-    return document
+    taints = {"taints": [gone_taint(domain)]} if device.problem else {}
+    return {"name": name, "attributes": attributes, **taints}
 
 
 def lost_device(prepared: PreparedDevice, domain: str) -> Document:
-    """PREPARED, which the plan has no more, as a device of a ResourceSlice: a taint is all there is to say."""
+    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice."""
     attributes = {"path": {"string": _cut_bytes(prepared.path)}}
     return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
 
 
 def gone_taint(domain: str) -> Document:
-    """The taint that has the control plane evict the pods of a device that is gone."""
+    """The taint by which the control plane evicts the pods that have a device that is gone."""
     return {"key": f"{domain}/gone", "effect": "NoExecute"}
 
 
@@ -2951,8 +2987,7 @@ def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
     has_taints = False
     for device in devices:
         has_taints = has_taints or "taints" in device
-        limit = MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES
-        if not groups or len(groups[-1]) >= limit:
+        if not groups or len(groups[-1]) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
             groups.append([])
             has_taints = "taints" in device
         groups[-1].append(device)
@@ -2965,43 +3000,80 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def device_classes(domain: str, resources: Iterable[str]) -> Iterator[Document]:
-    """The DeviceClass of all devices, and one per resource, by which pods ask for it as they ask a device plugin."""
-    is_ours = f'device.driver == "{domain}"'
-    yield _device_class(domain, is_ours)
-    for name in resources:
-        expression = f'{is_ours} && device.attributes["{domain}"].resource == "{name}"'
-        yield _device_class(f"{dns_label(name, 63)}.{domain}", expression, f"{domain}/{name}")
+def device_class(domain: str, resource: str = "") -> Document:
+    """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
+    name, expression = domain, f'device.driver == "{domain}"'
+    spec: Document = {}
+    if resource:
+        name = f"{dns_label(resource, 63)}.{domain}"
+        expression += f' && device.attributes["{domain}"].resource == "{resource}"'
+        spec["extendedResourceName"] = f"{domain}/{resource}"
+    spec["selectors"] = [{"cel": {"expression": expression}}]
+    return _api_object("DeviceClass", {"name": name}, spec)
 
 
-def _device_class(name: str, expression: str, extended_resource: str = "") -> Document:
-    spec: Document = {"selectors": [{"cel": {"expression": expression}}]}
-    if extended_resource:
-        spec["extendedResourceName"] = extended_resource
-    metadata = {"name": name, "labels": MANAGER_LABEL}
-    return {"apiVersion": "resource.k8s.io/v1", "kind": "DeviceClass", "metadata": metadata, "spec": spec}
+def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
+    labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": kind,
+        "metadata": {**metadata, "labels": labels},
+        "spec": spec,
+    }
 
 
-class PreparedDevice(NamedTuple):
-    """A slot that was prepared for a claim."""
-
-    name: str  # in the slices
-    request: str  # of the claim
-    path: str  # as people know it: /dev/video0
-    edits: Document  # containerEdits of CDI
+def comparable_slice(resource_slice: Document) -> object:
+    """What must be equal for RESOURCE_SLICE to be as wanted: its spec and owner, but for generation and times."""
+    return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
+        _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
+    ]
 
 
-class PreparedClaim(NamedTuple):
-    """A ResourceClaim of which the devices were prepared: what one CDI file holds."""
+def _without(value: object, keys: Set[str]) -> object:
+    """VALUE, of JSON, without KEYS at any depth."""
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
-    uid: str
-    namespace: str
-    name: str
-    devices: Tuple[PreparedDevice, ...]
+
+def _dig(value: object, *keys: str) -> Any:
+    """What KEYS lead to in VALUE, of JSON; None where there is nothing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _list(value: object) -> List[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _checked_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
+    """The request and the device's name in each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+
+    A result of a request's alternative (request/alternative) counts as the request's, as it does for the kubelet.
+    Raises AllocationError.
+    """
+    found = []
+    try:
+        for result in claim["status"]["allocation"]["devices"]["results"]:
+            request, device = _checked_text(result["request"]), _checked_text(result["device"])
+            if result["driver"] == domain:
+                if result["pool"] != node:
+                    raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
+                found.append((request.partition("/")[0], device))
+    except (LookupError, TypeError):
+        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated") from None
+    return found
 
 
 def prepare_devices(
-    requests: Iterable[Tuple[str, str]], slots: Slots, tree: Tree, dev_dir: str
+    requests: Iterable[Tuple[str, str]], slots: PlanSlots, tree: Tree, dev_dir: str
 ) -> Tuple[PreparedDevice, ...]:
     """What containers are given for REQUESTS, pairs of a claim's request and a device's name, as TREE has the devices.
 
@@ -3016,25 +3088,23 @@ def prepare_devices(
     prepared = []
     for (request, _), names in groups.items():
         resource = slots[names[0]].resource
-        together = allocate(resource, [slots[name].slot_id for name in names], tree, dev_dir)
+        together = allocate(resource, [slots[name].id for name in names], tree, dev_dir)
         for name in names:
-            specs = allocate(resource, [slots[name].slot_id], tree, dev_dir).specs
+            specs = allocate(resource, [slots[name].id], tree, dev_dir).specs
             edits = container_edits(ContainerAllocation(specs, together.env))
             prepared.append(PreparedDevice(name, request, device_path(slots[name].device), edits))
     return tuple(prepared)
 
 
 def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI. hostPath is the node itself: a runtime takes no link there."""
-    edits: Document = {}
-    if allocation.env:
-        edits["env"] = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
-    if allocation.specs:
-        edits["deviceNodes"] = [
-            {"path": spec.container, "hostPath": spec.host, "permissions": spec.permissions}
-            for spec in allocation.specs
-        ]
-    return edits
+    """ALLOCATION as containerEdits of CDI, where a runtime takes neither a link nor a folder, but nodes alone."""
+    nodes = {
+        container: {"path": container, "hostPath": host, "permissions": spec.permissions}
+        for spec in allocation.specs
+        for host, container in spec.nodes
+    }
+    env = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
+    return {**({"env": env} if env else {}), **({"deviceNodes": list(nodes.values())} if nodes else {})}
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -3062,41 +3132,21 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     )
     devices = []
     for device in document["devices"]:
-        owner, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        if owner or not label or not isinstance(device["containerEdits"], dict):
-            raise ValueError("not a device of this claim")
+        prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
+        if prefix or not label or not isinstance(device["containerEdits"], dict):
+            raise ValueError("no device of this claim")
         request, path = (_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "path"))
         devices.append(PreparedDevice(label, request, path, device["containerEdits"]))
+    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
+        raise ValueError("no name of a claim")
     return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
-def _checked_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name of each result of CLAIM's allocation that is this driver's.
-
-    A request's alternative (request/alternative) counts as the request, as it does for the kubelet. Raises
-    AllocationError, and LookupError, TypeError or AttributeError for what is no ResourceClaim.
-    """
-    allocation = claim.get("status", {}).get("allocation")
-    if not allocation:
-        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
-    results = [result for result in allocation["devices"]["results"] if result["driver"] == domain]
-    for result in results:
-        if result["pool"] != node:
-            raise AllocationError("NOT_FOUND", f'the claim has a device of the pool "{result["pool"]}", not "{node}"')
-    return [(_checked_text(result["request"]).partition("/")[0], _checked_text(result["device"])) for result in results]
-
-
-# The client of the API server.
+# The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: why, in one sentence, the HTTP status (0: there was no answer), the seconds to wait."""
+    """A request that failed: why, in one sentence; the HTTP status (0: no answer); for how long to wait, in seconds."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -3108,6 +3158,16 @@ class ConflictError(ApiError):
     """A write to an object that is another one by now, or gone."""
 
 
+class ApiAddress(NamedTuple):
+    """Where the API server is."""
+
+    url: str
+    is_tls: bool
+    host: str
+    port: int
+    prefix: str  # of every path
+
+
 class ApiAnswer(NamedTuple):
     """What the API server answered."""
 
@@ -3116,33 +3176,42 @@ class ApiAnswer(NamedTuple):
     retry_after: float
 
 
-class ApiAddress(NamedTuple):
-    """Where the API server is."""
-
-    is_tls: bool
-    host: str
-    port: int
-    prefix: str  # of every path
-    url: str
-
-
 def parse_api_url(url: str) -> ApiAddress:
     """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
     match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
-    if not match or int(match[4] or 0) > 65535:
+    if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
     host = match[2] or match[3]
     is_tls = match[1] == "https"
     if not is_tls and not (host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host)):
         raise ValueError(f'"{url}" has no TLS: write https://; http:// is for a loopback address only')
-    return ApiAddress(is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"), url)
+    return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
+
+
+def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
+    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    head, _, body = content.partition(b"\r\n\r\n")
+    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
+    if not match:
+        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
+    status = int(match[1])
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        if 200 <= status < 300:
+            raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
+        document = {}
+    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
+    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
 
 
 def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
     """Why the API server did not do what VERB asks of PATH, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
-    message = str(answer.document.get("message", ""))[:MAX_API_TEXT]
+    message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
     ending = f": {message}" if message else ""
     if answer.status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
@@ -3153,9 +3222,9 @@ def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
 
 
 class ApiServer:
-    """The API server of the cluster. The token and the CA file are read for each request: they are replaced at times.
+    """The API server of the cluster, with TLS by the CA file, always. Token and CA file are read for each request.
 
-    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to keep: a driver asks little.
+    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to be kept: it is asked little.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
@@ -3178,7 +3247,7 @@ class ApiServer:
         """Ask once, and keep count."""
         code = "error"
         try:
-            answer = await asyncio.wait_for(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
+            answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
             code, self.problem = str(answer.status), ""
             return answer
         except asyncio.TimeoutError:
@@ -3202,7 +3271,7 @@ class ApiServer:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
         try:
             writer.write("\r\n".join(head).encode() + data)
-            content = await _read_bounded(reader)
+            content = await _read_all(reader)
         finally:
             writer.transport.abort()
         return parse_api_answer(content, address.url)
@@ -3220,49 +3289,53 @@ class ApiServer:
             raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
 
     def _authorization(self) -> List[str]:
-        """The header that holds the token, which only a server that proved who it is is sent."""
+        """The header with the token. Without TLS there is none: whoever listens there need not be the API server."""
         if not self.address.is_tls:
             return []
         try:
-            with open(self._token_file, encoding="ascii", errors="replace", opener=_open_at_once) as file:
-                token = file.read(MAX_TOKEN).strip()
+            with open(self._token_file, "rb", opener=_open_at_once) as file:
+                token = file.read(MAX_TOKEN_BYTES).strip()
         except OSError as error:
             raise ApiError(f"cannot read the token file {self._token_file}: {error.strerror}") from None
-        if not re.fullmatch("[!-~]+", token):
+        if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
-        return [f"Authorization: Bearer {token}"]
+        return [f"Authorization: Bearer {token.decode()}"]
 
 
-async def _read_bounded(reader: asyncio.StreamReader) -> bytes:
-    """All that READER has. Raises ApiError where that is too much."""
-    chunks: List[bytes] = []
-    room = MAX_API_ANSWER
-    while room > 0:
-        chunk = await reader.read(room)
-        if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
-        room -= len(chunk)
-    raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
+    """What WORK gives within SECONDS; else raises asyncio.TimeoutError.
 
-
-def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
-    head, _, body = content.partition(b"\r\n\r\n")
-    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})[ \r]", head + b"\r")
-    if not match:
-        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
-    status = int(match[1])
+    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
+    https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.ensure_future(work)
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        if 200 <= status < 300:
-            raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
-        document = {}
-    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\r", head + b"\r", re.IGNORECASE)
-    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
+        task.cancel()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        return await wait_bounded(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+
+
+async def _read_all(reader: asyncio.StreamReader) -> bytes:
+    """All that READER has. Raises ApiError where that is too much."""
+    content = bytearray()
+    while len(content) <= MAX_API_ANSWER:
+        chunk = await reader.read(MAX_API_ANSWER)
+        if not chunk:
+            return bytes(content)
+        content += chunk
+    raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
@@ -3273,11 +3346,11 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
     return f"does not answer: {printable(error.strerror or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
-# The CDI files, which are the memory of what was prepared.
+# The CDI files, which are the memory of what is prepared.
 
 
 class CdiFiles:
-    """The CDI files of DOMAIN in FOLDER, one per claim, and what they hold. Other files there are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per claim, and what they hold. Other files are left alone."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self.claims: Mapping[str, PreparedClaim] = {}  # by uid
@@ -3285,76 +3358,72 @@ class CdiFiles:
         self._domain = domain
 
     def path(self, uid: str) -> str:
-        """The path of the file of the claim UID; no domain has an underscore, so no other driver's is the same."""
+        """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
         return f"{self._folder}/{self._domain}_{uid}.json"
 
     def holder(self, device: str) -> Optional[PreparedClaim]:
         """The claim that DEVICE is prepared for."""
-        for claim in self.claims.values():
-            if any(prepared.name == device for prepared in claim.devices):
-                return claim
-        return None
+        claims = self.claims.values()
+        return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
 
     def load(self) -> None:
-        """Read back what was prepared, and remove what a crash left half made."""
-        claims = {}
+        """Read back what is prepared, and remove what a crash left half made."""
+        self.claims = {}
         try:
             names = os.listdir(self._folder)
         except OSError:
-            names = []  # there is no such folder until something is prepared
+            return  # there is no such folder until something is prepared
         for name in names:
-            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID})\.json", name)
-            if match:
-                claim = self._read(match[1])
-                if claim:
-                    claims[claim.uid] = claim
+            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
+            claim = self._read(match[1]) if match else None
+            if claim:
+                self.claims = {**self.claims, claim.uid: claim}
             elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self._folder}/{name}")
-        self.claims = claims
+                self._discard(f"{self._folder}/{name}")
 
     def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where it is another's, or is broken and so removed."""
+        """The claim of the file of UID; None where it is another's, or broken and therefore removed."""
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
                 document = json.loads(file.read(MAX_CDI_BYTES))
-            if isinstance(document, dict) and document.get("kind", "") != f"{self._domain}/device":
+            if _dig(document, "kind") not in (None, f"{self._domain}/device"):
                 return None
             claim = read_cdi_document(document, self._domain)
-            if claim.uid != uid:
-                raise ValueError("it is for another claim")
-            return claim
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            log_event("cdi-file-removed", "a broken CDI file was removed", logging.WARNING, file=path)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            if claim.uid == uid:
+                return claim
         except OSError as error:
             log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+            return None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass  # broken; as one of another claim is
+        log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
+        self._discard(path)
         return None
 
+    def _discard(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
     def write(self, claim: PreparedClaim) -> None:
-        """Keep CLAIM; its file is never half written. Raises OSError."""
-        data = json.dumps(cdi_document(claim, self._domain), indent=1).encode()
+        """Keep CLAIM. Its file is never seen half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+            with open(temporary, "x", encoding="utf-8") as file:
                 os.fchmod(file.fileno(), 0o644)
-                file.write(data)
+                json.dump(cdi_document(claim, self._domain), file, indent=1)
             os.rename(temporary, self.path(claim.uid))
         except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            self._discard(temporary)
             raise
         self.claims = {**self.claims, claim.uid: claim}
 
     def remove(self, uid: str) -> None:
-        """Forget the claim UID, if it was prepared. Raises OSError."""
-        if uid in self.claims:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(uid))
-            self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
+        """Forget the claim UID. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(uid))
+        self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
 
 
 # The slices and the classes.
@@ -3363,26 +3432,26 @@ class CdiFiles:
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
-    A change of one device changes the generation, and so every slice, of the node's pool. A slice is written only
-    where the server has another content; fields that the server adds or drops are no reason.
+    Of the slices, which all have one generation, either none is written or each one, once. Where the server's content
+    is what is wanted, or what it made of what was written last, nothing is. FINALLY is done when both are well.
     """
 
-    def __init__(self, api: ApiServer, node: str, domain: str, prepared: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is as it should be
-        self.slices = self.devices = 0  # published
-        self.published_at = 0.0  # time.time() of the last time that they were found or made right
+    def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
+        self.problems: List[str] = []  # why not everything is as wanted
+        self.slices = self.devices = 0  # that are published
+        self.published_at = 0.0  # time.time() when they were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
+        self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
         self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
         self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
         self._node_uid = ""
-        self._classes: Set[str] = set()  # that are known to be there
+        self._classes: Set[str] = set()  # that are there
         self._next_class_look = 0.0
-        self._steps = (self._publish_slices, self._make_classes, prepared)
-        self._pause = 0.0
+        self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
@@ -3394,79 +3463,78 @@ class Publisher:
 
     def refresh(self) -> None:
         """Look at the API server now: a kubelet that started has deleted the slices."""
-        self._copies = None
-        self._classes.clear()
-        self._pause = 0.0
+        self._copies, self._next_class_look = None, 0.0
         self._changed.set()
         self._urgent.set()
 
     async def run(self) -> None:
         """Publish until cancelled."""
         while True:
+            if self._urgent.is_set():
+                self._backoff.reset()
             self._urgent.clear()
             self._changed.clear()
-            seconds = await self._advance()
+            await self._advance()
+            now = time.monotonic()
             if self.problems:
-                await wait_for_event(self._urgent, seconds)
-                continue
-            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-            if not await wait_for_event(self._changed, seconds):
-                self._copies = None
+                await wait_for_event(self._urgent, self._backoff.retry_at - now)
+            else:
+                await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
+                if not await wait_for_event(self._changed, COMPARE_SECONDS):
+                    self._copies = None
 
-    async def _advance(self) -> float:
-        """Do what is to be done; the seconds until there is more to do."""
-        problems, retry_after = [], 0.0
+    async def _advance(self) -> None:
+        """Do what is to be done, as far as the API server lets it."""
+        problems, pause = [], 0.0
         for step in self._steps:
             try:
                 await step()
             except ApiError as error:
                 problems.append(str(error))
-                retry_after = max(retry_after, error.retry_after)
+                pause = max(pause, error.retry_after)
                 if not error.status:
-                    break
-        self._log_problems(problems)
-        if not problems:
-            self._pause = 0.0
-            return COMPARE_SECONDS
-        self._pause = min(max(2 * self._pause, MIN_API_BACKOFF_SECONDS), MAX_API_BACKOFF_SECONDS)
-        return max(self._pause, retry_after)
-
-    def _log_problems(self, problems: List[str]) -> None:
+                    break  # it is away
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
         if self.problems and not problems:
             log_event("published-again", "the API server does again what it is asked")
         self.problems = problems
+        if problems:
+            now = time.monotonic()
+            self._backoff.fail(now)
+            self._backoff.put_off(max(self._backoff.retry_at, now + pause))
+        else:
+            self._backoff.reset()
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
-        for attempt in range(3):
-            is_fresh = self._copies is None
+        for _ in range(3):
+            is_listed = self._copies is None
             try:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if not self._is_published(copies):
-                    if is_fresh or not self._node_uid:
+                    if is_listed or not self._node_uid:
                         self._node_uid = await self._read_node_uid()
                     await self._write_slices(copies)
+                self.slices, self.devices = len(copies), sum(map(len, self._wanted))
                 self.published_at = time.time()
                 return
-            except ConflictError:
-                self._copies = None  # somebody else wrote meanwhile: look again, at once
-                if attempt == 2:
-                    raise
-            except ApiError:
+            except ApiError as error:
                 self._copies = None  # nobody knows what was done
-                raise
+                if not isinstance(error, ConflictError):
+                    raise
+                conflict = error  # somebody else wrote meanwhile: look again, at once
+        raise conflict
 
     async def _list_slices(self) -> Dict[str, Document]:
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
-        answer = await self._api.call("list", f"{_SLICES}?{query}")
+        answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
         copies = {}
-        items = answer.get("items")
-        for item in items if isinstance(items, list) else []:
-            name, is_ours = _dig(item, "metadata", "name"), _dig(item, "spec", "driver") == self._domain
-            if is_ours and _dig(item, "spec", "nodeName") == self._node and _is_object_name(name):
+        for item in _list(answer.get("items")):
+            owner = _dig(item, "spec", "driver"), _dig(item, "spec", "nodeName")
+            name = _dig(item, "metadata", "name")
+            if owner == (self._domain, self._node) and isinstance(name, str) and _OBJECT_NAME.fullmatch(name):
                 copies[name] = item
         return copies
 
@@ -3478,57 +3546,54 @@ class Publisher:
                 raise
             raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
         if not isinstance(uid, str) or not uid:
-            raise ApiError("the API server answers get nodes with what is no Node", 200)
+            raise ApiError("what the API server sends as a Node is none", 200)
         return uid
 
-    def _names(self) -> List[str]:
-        return [slice_name(self._node, self._domain, index) for index in range(len(self._wanted))]
+    def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
+        """The slices that are wanted, by name, such that they can take the place of COPIES."""
+        slices = {}
+        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._node_uid}
+        pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
+        for index, devices in enumerate(self._wanted):
+            name = slice_name(self._node, self._domain, index)
+            metadata: Document = {"name": name, "ownerReferences": [owner]}
+            if name in copies:
+                metadata["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
+            spec = {"driver": self._domain, "nodeName": self._node, "pool": pool, "devices": devices}
+            slices[name] = _api_object("ResourceSlice", metadata, spec)
+        return slices
 
     def _is_published(self, copies: Mapping[str, Document]) -> bool:
         """Whether COPIES are the slices that are wanted."""
-        names = self._names()
-        generations = {_generation(copy) for copy in copies.values()}
-        if copies.keys() != set(names) or len(generations) > 1:
-            return False
-        self.slices, self.devices = len(names), sum(map(len, self._wanted))
-        return all(
-            self._written.get(name) == (_dig(copies[name], "metadata", "resourceVersion"), devices)
-            or comparable_slice(copies[name]) == comparable_slice(self._slice(name, devices, 0, copies))
-            for name, devices in zip(names, self._wanted)
+        slices = self._slices(0, copies)
+        return (
+            copies.keys() == slices.keys()
+            and len({_generation(copy) for copy in copies.values()}) <= 1
+            and all(
+                self._written.get(name) == _version_and_devices(copies[name], wanted)
+                or comparable_slice(copies[name]) == comparable_slice(wanted)
+                for name, wanted in slices.items()
+            )
         )
 
-    def _slice(self, name: str, devices: List[Document], generation: int, copies: Mapping[str, Document]) -> Document:
-        """The ResourceSlice NAME with DEVICES, to take the place of the server's copy."""
-        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._node_uid}
-        metadata: Document = {"name": name, "labels": MANAGER_LABEL, "ownerReferences": [owner]}
-        if name in copies:
-            metadata["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
-        pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
-        spec = {"driver": self._domain, "nodeName": self._node, "pool": pool, "devices": devices}
-        return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
-
     async def _write_slices(self, copies: Dict[str, Document]) -> None:
-        """Write every slice that is wanted, each once, in a generation of its own, and delete the others."""
+        """Write every slice that is wanted, in a new generation, and delete all others."""
         generation = 1 + max(map(_generation, copies.values()), default=0)
-        names, wanted = self._names(), self._wanted
-        bodies = [self._slice(name, devices, generation, copies) for name, devices in zip(names, wanted)]
-        for name, devices, body in zip(names, wanted, bodies):
-            if name in copies:
-                copies[name] = await self._write("update", name, body)
-            else:
-                copies[name] = await self._write("create", "", body)
-            self._written[name] = (_dig(copies[name], "metadata", "resourceVersion"), devices)
-        for name in copies.keys() - set(names):
-            with contextlib.suppress(ConflictError):
-                await self._write("delete", name)
+        slices = self._slices(generation, copies)
+        for name, body in slices.items():
+            verb, path = ("update", f"/{name}") if name in copies else ("create", "")
+            copies[name] = await self._write(verb, path, body)
+            self._written[name] = _version_and_devices(copies[name], body)
+        for name in copies.keys() - slices.keys():
+            await self._write("delete", f"/{name}")
             del copies[name]
-        self.slices, self.devices = len(names), sum(map(len, wanted))
-        sentence = f"published {counted(self.devices, 'device')} in {counted(len(names), 'ResourceSlice')}"
+        count = sum(len(body["spec"]["devices"]) for body in slices.values())
+        sentence = f"published {counted(count, 'device')} in {counted(len(slices), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
-    async def _write(self, verb: str, name: str, body: Optional[Document] = None) -> Document:
+    async def _write(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
         try:
-            return await self._api.call(verb, f"{_SLICES}/{name}".rstrip("/"), body)
+            return await self._api.call(verb, f"{_API}/resourceslices{path}", body)
         except ApiError as error:
             if error.status == 409 or (error.status == 404 and verb != "create"):
                 raise ConflictError(str(error), error.status) from None
@@ -3540,7 +3605,7 @@ class Publisher:
         if now >= self._next_class_look:
             self._classes.clear()
             self._next_class_look = now + CLASS_SECONDS
-        for body in device_classes(self._domain, self._resources):
+        for body in [device_class(self._domain), *(device_class(self._domain, name) for name in self._resources)]:
             name = body["metadata"]["name"]
             if name not in self._classes:
                 await self._make_class(name, body)
@@ -3548,119 +3613,78 @@ class Publisher:
 
     async def _make_class(self, name: str, body: Document) -> None:
         try:
-            await self._api.call("get", f"{_CLASSES}/{name}")
+            await self._api.call("get", f"{_API}/deviceclasses/{name}")
             return
         except ApiError as error:
             if error.status != 404:
                 raise
         try:
-            await self._api.call("create", _CLASSES, body)
+            await self._api.call("create", f"{_API}/deviceclasses", body)
+            log_event("class-made", "made a DeviceClass", name=name)
         except ApiError as error:
-            if error.status != 409:  # another node has made it meanwhile
+            if error.status != 409:  # another node has just made it
                 raise
-            return
-        log_event("class-made", "made a DeviceClass", name=name)
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
-    return True
-
-
-def _dig(document: object, *keys: str) -> Any:
-    """What KEYS lead to in DOCUMENT; None where there is nothing."""
-    for key in keys:
-        document = document.get(key) if isinstance(document, dict) else None
-    return document
-
-
-def _generation(copy: Document) -> int:
-    generation = _dig(copy, "spec", "pool", "generation")
+def _generation(resource_slice: Document) -> int:
+    generation = _dig(resource_slice, "spec", "pool", "generation")
     return generation if type(generation) is int else 0
 
 
-def _is_object_name(name: object) -> bool:
-    return isinstance(name, str) and re.fullmatch(_OBJECT_NAME, name) is not None
-
-
-def comparable_slice(copy: Document) -> object:
-    """What of the slice COPY must be as it is wanted: all that the driver says, but for its generation and times."""
-    devices = _dig(copy, "spec", "devices")
-    owners = _dig(copy, "metadata", "ownerReferences")
-    return (
-        [_dig(owner, "uid") for owner in owners] if isinstance(owners, list) else None,
-        [_dig(copy, "spec", "pool", key) for key in ("name", "resourceSliceCount")],
-        [_without_times(device) for device in devices] if isinstance(devices, list) else [],
-    )
-
-
-def _without_times(device: object) -> object:
-    taints = _dig(device, "taints")
-    if not isinstance(device, dict) or not isinstance(taints, list):
-        return device
-    timeless = [{key: value for key, value in taint.items() if key != "timeAdded"} for taint in taints]
-    return {**device, "taints": timeless}
+def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List[Document]]:
+    return _dig(copy, "metadata", "resourceVersion"), wanted["spec"]["devices"]
 
 
 # The driver.
 
 
 class DraSettings(NamedTuple):
-    """Where a DRA driver finds the others."""
+    """Where a driver finds the others, and they find it."""
 
     kubelet_dir: str
     cdi_dir: str
     node: str
     domain: str
     dev_dir: str
-    api: ApiServer
-
-    @property
-    def folder(self) -> str:
-        """The driver's own folder."""
-        return f"{self.kubelet_dir}/plugins/{self.domain}"
 
     @property
     def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's socket, and of that by which the kubelet finds the driver."""
-        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
+        """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
+        folder = f"{self.kubelet_dir}/plugins"
+        return f"{folder}/{self.domain}/dra.sock", f"{folder}_registry/{self.domain}-reg.sock"
 
 
 class DraSide:
     """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
 
-    def __init__(self, settings: DraSettings, loop: asyncio.AbstractEventLoop, look_seconds: float) -> None:
+    def __init__(
+        self, settings: DraSettings, api: ApiServer, loop: asyncio.AbstractEventLoop, look_seconds: float
+    ) -> None:
         self.settings = settings
+        self.api = api
         self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
         self.problem = ""  # why the kubelet does not have the driver
-        self.registrations = 0
-        self.prepare_errors = 0
-        self.prepared: Dict[str, int] = {}  # slots that were prepared, by resource
+        self.registrations = self.prepare_errors = 0
+        self.prepared: Dict[str, int] = {}  # how many slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
+        self.slots: PlanSlots = {}  # that are offered
         self._plan = EMPTY_PLAN
-        self._slots: Slots = {}
         self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
         self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
-        self._server: Optional[grpc.aio.Server] = None
-        self._inodes: List[int] = []  # of our sockets
-        self._served_at = 0.0
+        self._servers: List[UnixServer] = []
+        self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
-        self._look_seconds = min(look_seconds, DRA_LOOK_SECONDS)
-        self._loop = loop
+        self._look_seconds = min(look_seconds, SOCKET_LOOK_SECONDS)
         self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
         try:
             while not self._done.done():
-                await self._tend_sockets()
                 self.heartbeat = time.monotonic()
+                await self._check_sockets()
                 await asyncio.wait([self._done], timeout=self._look_seconds)
         finally:
             await self._end()
@@ -3671,110 +3695,148 @@ class DraSide:
         if not self._done.done():
             self._done.set_result(None)
 
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises."""
         try:
             self.apply(plan)
         except Exception as error:
-            if not self._done.done():
-                self._done.set_exception(error)
+            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files of prepared claims lead to where their devices are now."""
-        self._plan, self._slots = plan, slots_by_device_name(plan)
-        if self._server:
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        self._plan, self.slots = plan, slots_by_device_name(plan)
+        if self.publisher:
             self._rewrite_cdi_files()
-            self._announce()
+            self._publish()
 
-    # -- the sockets -------------------------------------------------------------------------------------------
+    @property
+    def domain(self) -> str:
+        """The driver's name."""
+        return self.settings.domain
 
-    async def _tend_sockets(self) -> None:
-        """Serve the driver unless another instance does; anew if its socket files are not its own any more."""
-        if self._server:
-            if self._has_sockets():
-                self._tend_registration()
+    @property
+    def plugin_dir(self) -> str:
+        """The driver's folder in the kubelet's."""
+        return os.path.dirname(self.settings.sockets[0])
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the kubelet has the driver."""
+        return self.is_registered
+
+    @property
+    def kubelet_restarts(self) -> int:
+        """How often the kubelet registered the driver again."""
+        return max(self.registrations - 1, 0)
+
+    @property
+    def obstacle(self) -> str:
+        """Why pods cannot be given every device that is offered; empty where they can."""
+        if not self.is_registered or not self.publisher:
+            return f"not registered with kubelet: {self.problem or 'not yet'}"
+        if self.publisher.problems:
+            return f"not published: {self.publisher.problems[0]}"
+        return "" if self.publisher.published_at else "not published: not yet"
+
+    def describe(self) -> Document:
+        """How the driver stands with the kubelet and the API server, as a part of the status document."""
+        publisher, api = self.publisher, self.api
+        return {
+            "problem": self.obstacle,
+            "registered": self.is_registered,
+            "socket": self.settings.sockets[0],
+            "slices": publisher.slices if publisher else 0,
+            "slice_devices": publisher.devices if publisher else 0,
+            "published_at_seconds": publisher.published_at if publisher else 0.0,
+            "api": {
+                "url": api.address.url,
+                "reachable": not api.problem,
+                "requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
+            },
+            "claims_prepared": len(self.cdi.claims),
+            "claims": [
+                {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
+                for claim in self.cdi.claims.values()
+            ],
+            "prepare_errors": self.prepare_errors,
+        }
+
+    # -- the sockets -----------------------------------------------------------------------------------------------
+
+    async def _check_sockets(self) -> None:
+        """Serve the driver, unless another instance does; anew where its socket files are not its own any more."""
+        if self._servers:
+            if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
+                if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
+                    self._log_problem("kubelet-gone", "kubelet has not registered the driver; waiting for it")
                 return
-            self._report("stream-lost", "a socket file of the driver was deleted or replaced")
+            self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
         if any(not connect_error(path) for path in self.settings.sockets):
-            self._report("not-served", f"another instance serves the driver {self.settings.domain}; waiting")
+            text = f"another instance serves the driver {self.settings.domain}; waiting for its end"
+            self._log_problem("not-served", text)
             return
         try:
             await self._serve()
         except OSError as error:
             await self._end()
-            where = f": {error.filename}" if error.filename else ""
-            self._report("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}{where}")
-
-    def _has_sockets(self) -> bool:
-        try:
-            return [os.stat(path).st_ino for path in self.settings.sockets] == self._inodes
-        except OSError:
-            return False
+            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
 
     async def _serve(self) -> None:
-        """Listen, take up what was prepared, and publish. Raises OSError."""
-        server = self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        server.add_generic_rpc_handlers(_dra_handlers(self))
-        moves = []
-        for path in self.settings.sockets:
-            folder = os.path.dirname(path)
-            os.makedirs(folder, 0o750, exist_ok=True)
-            temporary = f"{folder}/.{os.urandom(8).hex()}"
-            bind(server, temporary)
-            moves.append((temporary, path))
+        """Take up what is prepared, listen, and publish. Raises OSError."""
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
-        self.publisher = Publisher(self.settings.api, self.settings.node, self.settings.domain, self._drop_gone_claims)
+        for path in self.settings.sockets:
+            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            self._servers.append(UnixServer(path, self._add_services))
+            await self._servers[-1].start()
+        self.publisher = Publisher(self.api, self.settings.node, self.settings.domain, self._drop_gone_claims)
         self.apply(self._plan)
-        await server.start()
-        self._inodes = [os.stat(temporary).st_ino for temporary, _ in moves]
-        for temporary, path in moves:
-            os.rename(temporary, path)
-        self._served_at = time.monotonic()
+        self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
         self._publishing.add_done_callback(self._publishing_ended)
-        self.problem = ""
 
     def _publishing_ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
-        if error and not self._done.done():
-            self._done.set_exception(error)
+        if error:
+            self._fail(error)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        for service, methods in _DRA_SERVICES.items():
+            handlers = {
+                method: grpc.unary_unary_rpc_method_handler(
+                    getattr(self, method), getattr(pb, request).FromString, getattr(pb, response).SerializeToString
+                )
+                for method, (request, response) in methods.items()
+            }
+            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """End the server and the publisher. The slices stay: whoever comes next goes on with them."""
+        """Serve and publish no more. The slices stay: whoever comes next goes on with them."""
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
-        for path, inode in zip(self.settings.sockets, self._inodes):
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
-        if self._server:
-            await self._server.stop(STOP_SECONDS)
-        self._server = self._publishing = self.publisher = None
-        self._inodes = []
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.stop() for server in reversed(servers)))
+        self.publisher = self._publishing = None
         self.is_registered = False
 
-    def _tend_registration(self) -> None:
-        if not self.is_registered and not self.problem and time.monotonic() - self._served_at > REGISTER_SECONDS:
-            self._report("kubelet-gone", "the kubelet has not registered the driver yet; waiting for it")
-
-    def _report(self, event: str, problem: str) -> None:
+    def _log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
         if problem != self.problem:
             log_event(event, problem, logging.WARNING)
         self.problem = problem
 
-    # -- what the kubelet calls --------------------------------------------------------------------------------
+    # -- what the kubelet calls ------------------------------------------------------------------------------------
 
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        return pb.PluginInfo(
-            type="DRAPlugin",
-            name=self.settings.domain,
-            endpoint=self.settings.sockets[0],
-            supported_versions=["v1.DRAPlugin"],
-        )
+        names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
+        return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
@@ -3785,7 +3847,7 @@ class DraSide:
             self.problem = ""
             log_event("registered", "registered with kubelet", driver=self.settings.domain)
         else:
-            self._report("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+            self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
         if self.publisher:
             self.publisher.refresh()
         return pb.RegistrationStatusResponse()
@@ -3793,206 +3855,161 @@ class DraSide:
     async def NodePrepareResources(
         self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodePrepareResourcesResponse:
-        await _check_claims(request, context)
-        answers = await asyncio.gather(*(self._answer_prepare(claim) for claim in request.claims))
-        return pb.NodePrepareResourcesResponse(claims=dict(zip((claim.uid for claim in request.claims), answers)))
+        response = pb.NodePrepareResourcesResponse()
+        for claim in request.claims:
+            entry = response.claims[claim.uid]
+            try:
+                prepared = await self._prepare(claim)
+            except (AllocationError, ApiError, OSError) as error:
+                text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
+                entry.error = f"{self.settings.domain}: {text}"
+                self._count_refusal(claim, text)
+                continue
+            for device in prepared.devices:
+                cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
+                names = {"pool_name": self.settings.node, "device_name": device.name}
+                entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
+        return response
 
     async def NodeUnprepareResources(
         self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodeUnprepareResourcesResponse:
-        await _check_claims(request, context)
         response = pb.NodeUnprepareResourcesResponse()
         for claim in request.claims:
             response.claims[claim.uid].error = self._unprepare(claim.uid)
         return response
 
-    async def _answer_prepare(self, claim: pb.Claim) -> pb.NodePrepareResourceResponse:
-        answer = pb.NodePrepareResourceResponse()
-        try:
-            prepared = await self._prepare(claim)
-        except (AllocationError, ApiError, OSError) as error:
-            text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-            answer.error = f"{self.settings.domain}: {text}"
-            self.prepare_errors += 1
-            self._log_refusal(claim, text)
-            return answer
-        for device in prepared.devices:
-            answer.devices.add(
-                request_names=[device.request],
-                pool_name=self.settings.node,
-                device_name=device.name,
-                cdi_device_ids=[f"{self.settings.domain}/device={prepared.uid}-{device.name}"],
-            )
-        return answer
-
     async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
-        # From here on nothing waits, so no other claim can come between.
-        for _, device_name in requests:
-            holder = self.cdi.holder(device_name)
+        # From here on nothing is awaited, so no other claim can come between.
+        for _, name in requests:
+            holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
                 who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", f"{device_name} is still prepared for the claim {who}")
-        with _live_tree(self.settings.dev_dir) as tree:
-            devices = prepare_devices(requests, self._slots, tree, self.settings.dev_dir)
-        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
+                raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, self._find_devices(requests))
         before = self.cdi.claims.get(claim.uid)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
         if not before:
-            for device in devices:
-                name = self._slots[device.name].resource.name
+            for device in prepared.devices:
+                name = self.slots[device.name].resource.name
                 self.prepared[name] = self.prepared.get(name, 0) + 1
-            names = _joined([device.name for device in devices])
-            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=names)
+            devices = _joined([device.name for device in prepared.devices])
+            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
         self._refusals.pop(claim.uid, None)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
         """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
-        if not re.fullmatch(_UID, claim.uid):
-            raise AllocationError("INVALID_ARGUMENT", f'"{claim.uid[:MAX_SHOWN]}" is no uid of a claim')
-        if not _is_object_name(claim.namespace) or not _is_object_name(claim.name):
-            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
-            raise AllocationError("INVALID_ARGUMENT", f'"{name}" is no name of a claim')
+        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is none")
         try:
-            found = await self._read_claim(claim)
+            found = await self._read_claim(claim.namespace, claim.name)
         except ApiError as error:
-            prepared = self.cdi.claims.get(claim.uid)
-            if prepared and error.status != 404:
-                return [(device.request, device.name) for device in prepared.devices]
+            if claim.uid in self.cdi.claims and error.status != 404:
+                return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
         if _dig(found, "metadata", "uid") != claim.uid:
-            text = f"the claim {claim.namespace}/{claim.name} is another one now: it has not the uid {claim.uid}"
+            text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
-        try:
-            return allocated_devices(found, self.settings.domain, self.settings.node)
-        except (LookupError, TypeError, AttributeError):
-            raise ApiError("the API server answers get resourceclaims with what is no ResourceClaim", 200) from None
+        return allocated_devices(found, self.settings.domain, self.settings.node)
 
-    async def _read_claim(self, claim: Union[pb.Claim, PreparedClaim]) -> Document:
-        path = f"{_DRA_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-        return await self.settings.api.call("get", path)
+    async def _read_claim(self, namespace: str, name: str) -> Document:
+        return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
+
+    def _find_devices(self, requests: Iterable[Tuple[str, str]]) -> Tuple[PreparedDevice, ...]:
+        """prepare_devices() for /dev as it is now."""
+        try:
+            with LiveTree(self.settings.dev_dir) as tree:
+                return prepare_devices(requests, self.slots, tree, self.settings.dev_dir)
+        except OSError as error:
+            raise AllocationError("UNAVAILABLE", f"cannot look at /dev: {error.strerror}") from None
 
     def _unprepare(self, uid: str) -> str:
         """Forget the claim UID; why that failed, if it did."""
-        claim = self.cdi.claims.get(uid)
-        try:
-            self.cdi.remove(uid)
-        except OSError as error:
-            return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
         self._refusals.pop(uid, None)
+        claim = self.cdi.claims.get(uid)
         if claim:
-            log_event("unprepared", "no pod has it any more", claim=f"{claim.namespace}/{claim.name}")
-            self._announce()
+            try:
+                self.cdi.remove(uid)
+            except OSError as error:
+                return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+            log_event("unprepared", "its pod has ended", claim=f"{claim.namespace}/{claim.name}")
+            self._publish()
         return ""
 
-    def _log_refusal(self, claim: pb.Claim, text: str) -> None:
-        """Log why CLAIM is not prepared, once: the kubelet asks again and again."""
+    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
+        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
+        self.prepare_errors += 1
         if self._refusals.get(claim.uid) != text:
-            if len(self._refusals) >= MAX_CLAIMS:
+            if len(self._refusals) >= MAX_REFUSALS:
                 self._refusals.clear()
             self._refusals[claim.uid] = text
             name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
             log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
 
-    # -- what follows from the plan ----------------------------------------------------------------------------
+    # -- what follows from the plan --------------------------------------------------------------------------------
 
-    def _announce(self) -> None:
-        """Have the publisher want what the plan offers, and what was prepared and is gone."""
+    def _publish(self) -> None:
+        """Have what the plan offers in the slices, and what is prepared and gone."""
         if self.publisher:
             domain = self.settings.domain
-            devices = [slice_device(name, slot, domain) for name, slot in self._slots.items()]
+            devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
             devices += [lost_device(device, domain) for device in self._find_lost()]
             self.publisher.want(devices, list(self._plan.resources))
 
     def _find_lost(self) -> List[PreparedDevice]:
-        """Devices that are prepared and that the plan has forgotten, since they are gone for so long.
+        """What is prepared and gone for so long that the plan has forgotten it.
 
-        One that stands there still is no longer offered because of the conf file, and its pod can go on.
+        What the plan has not, and stands in /dev still, is not offered because of the conf file: its pod may go on.
         """
-        lost = []
-        for claim in self.cdi.claims.values():
-            for device in claim.devices:
-                if device.name not in self._slots and device.edits.get("deviceNodes"):
-                    path = f"{self.settings.dev_dir}/{device.path.removeprefix('/dev/')}"
-                    if not os.path.exists(path):
-                        lost.append(device)
-        return lost
+        return [
+            device
+            for claim in self.cdi.claims.values()
+            for device in claim.devices
+            if device.name not in self.slots
+            and device.path.startswith("/dev/")
+            and not os.path.exists(f"{self.settings.dev_dir}/{device.path[len('/dev/') :]}")
+        ]
 
     def _rewrite_cdi_files(self) -> None:
-        """Have each CDI file name the nodes that its devices have now; devices that are gone stay as they were."""
+        """Have the CDI files name the nodes that their devices have now; while a device is gone, its file stays."""
         for claim in list(self.cdi.claims.values()):
-            requests = [(device.request, device.name) for device in claim.devices]
+            name = f"{claim.namespace}/{claim.name}"
             try:
-                with _live_tree(self.settings.dev_dir) as tree:
-                    devices = prepare_devices(requests, self._slots, tree, self.settings.dev_dir)
+                devices = self._find_devices((device.request, device.name) for device in claim.devices)
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
-                    name = f"{claim.namespace}/{claim.name}"
-                    log_event("cdi-file-rewritten", "a device that is in use has another node now", claim=name)
+                    log_event("cdi-file-rewritten", "a prepared device has another node now", claim=name)
             except AllocationError:
                 continue
             except OSError as error:
-                path = self.cdi.path(claim.uid)
-                log_event("not-rewritten", f"cannot write {path}: {error.strerror}", logging.ERROR)
+                text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
+                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
 
     async def _drop_gone_claims(self) -> None:
         """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                is_gone = _dig(await self._read_claim(claim), "metadata", "uid") != claim.uid
+                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
             except ApiError as error:
                 if error.status != 404:
                     raise
-                is_gone = True
+                uid = None
             self._unchecked.pop()
-            if is_gone:
+            if uid != claim.uid:
                 self._unprepare(claim.uid)
 
 
-@contextlib.contextmanager
-def _live_tree(dev_dir: str) -> Iterator[LiveTree]:
-    """/dev as it is now. Raises AllocationError where it cannot be looked at."""
+def _inodes(path: str) -> Mapping[str, int]:
+    """The file PATH, if there is one, as UnixServer.is_lost() takes it."""
     try:
-        with LiveTree(dev_dir) as tree:
-            yield tree
-    except OSError as error:
-        raise AllocationError("UNAVAILABLE", f"cannot look at /dev: {error.strerror}") from None
-
-
-async def _check_claims(request: Any, context: grpc.aio.ServicerContext) -> None:
-    if len(request.claims) > MAX_CLAIMS:
-        text = f"asked for {len(request.claims)} claims at once, more than {MAX_CLAIMS}"
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-
-
-def _dra_handlers(side: DraSide) -> Tuple[grpc.GenericRpcHandler, ...]:
-    """The two services that the kubelet calls, under the paths that it uses."""
-
-    def handler(method: Any, request: Any, response: Any) -> grpc.RpcMethodHandler:
-        return grpc.unary_unary_rpc_method_handler(method, request.FromString, response.SerializeToString)
-
-    registration = {
-        "GetInfo": handler(side.GetInfo, pb.InfoRequest, pb.PluginInfo),
-        "NotifyRegistrationStatus": handler(
-            side.NotifyRegistrationStatus, pb.RegistrationStatus, pb.RegistrationStatusResponse
-        ),
-    }
-    plugin = {
-        "NodePrepareResources": handler(
-            side.NodePrepareResources, pb.NodePrepareResourcesRequest, pb.NodePrepareResourcesResponse
-        ),
-        "NodeUnprepareResources": handler(
-            side.NodeUnprepareResources, pb.NodeUnprepareResourcesRequest, pb.NodeUnprepareResourcesResponse
-        ),
-    }
-    return (
-        grpc.method_handlers_generic_handler("pluginregistration.Registration", registration),
-        grpc.method_handlers_generic_handler("k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin", plugin),
-    )
+        return {os.path.basename(path): os.lstat(path).st_ino}
+    except OSError:
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4009,8 +4026,6 @@ EVENTS_SHOWN = 10  # by --status
 MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
 MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
 REFRESH_SECONDS = 5  # of the page
-
-Document = Dict[str, Any]
 
 
 class Now(NamedTuple):
@@ -4112,12 +4127,6 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
     }
 
 
-def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
-    has_node = any(part.path == device.path for part in device.parts)
-    return f"/dev/{device.path}" if has_node else device.path
-
-
 def describe_offer(
     resource: Resource, domain: str, moment: Now, link: RegistrationState, holders: Optional[Holders]
 ) -> Document:
@@ -4158,6 +4167,7 @@ class State:
     plugin_dir: str
     process: Document
     events: Sequence[Document]
+    dra: Optional[Document] = None  # of a DRA driver, DraSide.describe()
 
 
 def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
@@ -4192,6 +4202,7 @@ def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
         },
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
+        "dra": state.dra,
         "process": state.process,
         "resources": resources,
         **_describe_rest(state.plan),
@@ -4216,7 +4227,9 @@ def find_problems(document: Document) -> List[str]:
     """What is wrong with the offer, in words, the worst first."""
     conf, kubelet = document["conf"], document["kubelet"]
     problems = []
-    if not kubelet["answering"]:
+    if document["dra"]:
+        problems += [document["dra"]["problem"]] if document["dra"]["problem"] else []
+    elif not kubelet["answering"]:
         problems.append(
             f"kubelet does not answer in {kubelet['plugin_dir']}: no pod can be given a device until it does"
         )
@@ -4265,23 +4278,29 @@ def _named_briefly(names: Sequence[str]) -> str:
 # Who has what: asked of the kubelet, by its PodResources API.
 
 
-def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
+def find_holders(
+    response: pb.ListPodResourcesResponse, domain: str, slots: PlanSlots
+) -> Iterator[List[Tuple[str, Holder]]]:
     """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
-    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+    domain and a holder. SLOTS are those of a DRA driver. Raises ValueError where they are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
         names = _cut(pod.namespace), _cut(pod.name)
         for container in pod.containers:
             ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            count += sum(len(item.device_ids) for item in ours)
+            claimed = [
+                device.device_name
+                for claim in container.dynamic_resources
+                for device in claim.claim_resources
+                if device.driver_name == domain and device.device_name in slots
+            ]
+            count += sum(len(item.device_ids) for item in ours) + len(claimed)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
-            yield [
-                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, _cut(container.name)))
-                for item in ours
-                for slot in item.device_ids
-            ]
+            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
+            held += [(slots[name].resource.name, slots[name].id) for name in claimed]
+            yield [(name, Holder(slot, *names, _cut(container.name))) for name, slot in held]
 
 
 class PodResources:
@@ -4295,14 +4314,14 @@ class PodResources:
         self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
         self._domain = domain
 
-    async def holders(self) -> Optional[Holders]:
-        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+    async def holders(self, slots: PlanSlots) -> Optional[Holders]:
+        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
         try:
             response = pb.ListPodResourcesResponse.FromString(await self._list())
-            for pairs in await in_slices(find_holders(response, self._domain)):
+            for pairs in await in_slices(find_holders(response, self._domain, slots)):
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
@@ -4426,11 +4445,21 @@ def _told(device: Document) -> str:
     return text
 
 
+def describe_dra(dra: Document) -> str:
+    """The part on DRA of the status document in one line."""
+    claims = counted(len(dra["claims"]), "claim")
+    reachable = "answers" if dra["api"]["reachable"] else "does not answer"
+    slices = f"{counted(dra['slice_devices'], 'device')} published in {counted(dra['slices'], 'ResourceSlice')}"
+    return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
+
+
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {document['time']}"]
     lines += [f"  - {problem}" for problem in problems]
+    if document["dra"]:
+        lines.append(describe_dra(document["dra"]))
     text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
     offered = [
         (
@@ -4534,6 +4563,16 @@ def _left_out(document: Document) -> Samples:
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
+def _api_requests(document: Document) -> Samples:
+    requests = document["dra"]["api"]["requests"] if document["dra"] else []
+    return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
+
+
+def _of_dra(*keys: str) -> Callable[[Document], Samples]:
+    """The one value that KEYS lead to in the part on DRA, if there is one."""
+    return lambda document: _one("dra", *keys)(document) if document["dra"] else ()
+
+
 def _build(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     return [({"version": document["smarter_device_manager"], "python": python}, 1)]
@@ -4575,6 +4614,23 @@ FAMILIES = (
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family(
+        "api_requests_total",
+        "counter",
+        "Requests to the API server, by verb and HTTP status; error: no answer. This and the next six: of --api dra.",
+        _api_requests,
+    ),
+    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api", "reachable")),
+    Family("slices_published", "gauge", "ResourceSlices of this node that are published.", _of_dra("slices")),
+    Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
+    Family(
+        "slices_published_timestamp_seconds",
+        "gauge",
+        "When the slices were last found or made as they should be.",
+        _of_dra("published_at_seconds"),
+    ),
+    Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
+    Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
     Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
@@ -4740,6 +4796,12 @@ def _page_facts(document: Document) -> Iterator[str]:
     yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
     answers_told = "answers" if kubelet["answering"] else "does not answer"
     yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{counted(kubelet['restarts'], 'restart')} seen")
+    dra = document["dra"]
+    if dra:
+        reachable = "API server answers" if dra["api"]["reachable"] else "API server does not answer"
+        yield _fill(_FACT, name="ResourceSlices", value=dra["slices"], more=reachable)
+        failed = f"{dra['prepare_errors']} could not be"
+        yield _fill(_FACT, name="Claims prepared", value=dra["claims_prepared"], more=failed)
     good_told = "refused" if conf["error"] else "good"
     read_at = _clock(conf["read_at"], document["time"])
     yield _fill(_FACT, name="Conf file", value=good_told, more=f"{counted(conf['rules'], 'rule')}, read {read_at}")
@@ -4982,7 +5044,7 @@ class StatusServer:
     def __init__(
         self,
         listener: socket.socket,
-        side: DevicePluginSide,
+        side: Union[DevicePluginSide, DraSide],
         pod_resources: PodResources,
         node: str,
         interval: float,
@@ -5084,6 +5146,9 @@ class StatusServer:
         return {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
 
     def _readyz(self) -> Response:
+        if isinstance(self._side, DraSide):
+            obstacle = self._side.obstacle
+            return plain(503 if obstacle else 200, [obstacle or "ok"])
         links = {name: self._registration_state(name) for name in self.plan.resources}
         unready = [
             f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
@@ -5094,6 +5159,9 @@ class StatusServer:
 
     def _registration_state(self, name: str) -> RegistrationState:
         """How the resource NAME stands with kubelet."""
+        if isinstance(self._side, DraSide):
+            obstacle = self._side.obstacle
+            return RegistrationState(not obstacle, obstacle, self._side.prepared.get(name, 0), self._side.registrations)
         registration = self._side.registrations.get(name)
         if registration is None:
             return RegistrationState()
@@ -5136,7 +5204,8 @@ class StatusServer:
         return await self._shared("", self._describe)
 
     async def _describe(self) -> Document:
-        holders = await self._pod_resources.holders()
+        slots = self._side.slots if isinstance(self._side, DraSide) else {}
+        holders = await self._pod_resources.holders(slots)
         state, side = self._state(), self._side
         links = {name: self._registration_state(name) for name in state.plan.resources}
         offers = (
@@ -5164,6 +5233,7 @@ class StatusServer:
                 "start_time_seconds": self._started,
             },
             events=self.events.events(),
+            dra=side.describe() if isinstance(side, DraSide) else None,
         )
 
 
@@ -5297,6 +5367,117 @@ class SimulatedKubelet:
         request.container_requests.add(devices_ids=ids)
         response = await client.stub.Allocate(request)
         return ids, response.container_responses[0]
+
+
+class SimulatedApiServer:
+    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+
+    def __init__(self, node: str) -> None:
+        self.url = ""
+        self.objects: Dict[str, Document] = {}  # by path
+        self._versions = itertools.count(1)
+        self._server: Optional[asyncio.AbstractServer] = None
+        self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
+
+    async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
+        """Listen, with TLS where it is given."""
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._server:
+            self._server.close()
+            await self._server.wait_closed()
+
+    def put(self, path: str, item: Document) -> Document:
+        """Keep ITEM, and give it another resourceVersion."""
+        metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
+        self.objects[path] = {**item, "metadata": metadata}
+        return self.objects[path]
+
+    def list(self, path: str) -> List[Document]:
+        """What was created at PATH."""
+        return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            method, target, _, body = await self.read_request(reader)
+            status, document = self.respond(method, target, body)
+            writer.write(self.format_answer(status, document))
+            await writer.drain()
+        writer.close()
+
+    async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
+        """The method, target, whole head and body of the request that comes from READER."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
+        data = await reader.readexactly(int(length[1]) if length else 0)
+        method, target, _ = head.split(" ", 2)
+        return method, target, head, json.loads(data) if data else {}
+
+    def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
+        """An answer, with one more HEADER where it is given."""
+        content = json.dumps(document).encode()
+        return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
+
+    def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
+        """The HTTP status and the document that answer a request."""
+        path = target.partition("?")[0]
+        if method == "POST":
+            path += f"/{body['metadata']['name']}"
+        old = self.objects.get(path)
+        if method == "GET" and path == f"{_API}/resourceslices":
+            return 200, {"items": self.list(path)}
+        if (old is None) != (method == "POST"):
+            return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
+        if method == "PUT" and _dig(body, "metadata", "resourceVersion") != _dig(old, "metadata", "resourceVersion"):
+            return 409, {"message": f"{path} has been modified"}
+        if method == "DELETE":
+            return 200, self.objects.pop(path)
+        if method in ("POST", "PUT"):
+            self.put(path, body)
+        return 201 if method == "POST" else 200, self.objects[path]
+
+
+class SimulatedDraKubelet:
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.drivers: Dict[str, grpc.aio.Channel] = {}  # by name
+        for name in ("plugins", "plugins_registry"):
+            os.makedirs(f"{folder}/{name}", exist_ok=True)
+
+    async def register(self, name: str) -> pb.PluginInfo:
+        """Register the driver whose socket in plugins_registry is NAME. Raises grpc.RpcError."""
+        async with grpc.aio.insecure_channel(f"unix:{self.folder}/plugins_registry/{name}") as channel:
+            info = await self.call(channel, PLUGIN_REGISTRATION, "GetInfo", pb.InfoRequest())
+            self.drivers[info.name] = grpc.aio.insecure_channel(f"unix:{info.endpoint}")
+            status = pb.RegistrationStatus(plugin_registered=True)
+            await self.call(channel, PLUGIN_REGISTRATION, "NotifyRegistrationStatus", status)
+        return info
+
+    async def stop(self) -> None:
+        """End every connection."""
+        for channel in self.drivers.values():
+            await channel.close()
+
+    async def prepare(self, driver: str, *claims: pb.Claim) -> pb.NodePrepareResourcesResponse:
+        """Have DRIVER prepare CLAIMS. Raises grpc.RpcError."""
+        request = pb.NodePrepareResourcesRequest(claims=claims)
+        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodePrepareResources", request)
+
+    async def unprepare(self, driver: str, *claims: pb.Claim) -> pb.NodeUnprepareResourcesResponse:
+        """Have DRIVER unprepare CLAIMS. Raises grpc.RpcError."""
+        request = pb.NodeUnprepareResourcesRequest(claims=claims)
+        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodeUnprepareResources", request)
+
+    async def call(self, channel: grpc.aio.Channel, service: str, method: str, request: Any) -> Any:
+        """Call METHOD of SERVICE. Raises grpc.RpcError."""
+        answer = getattr(pb, _DRA_SERVICES[service][method][1])
+        call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
+        return await call(request, timeout=DIAL_SECONDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5516,7 +5697,7 @@ class KubeletThread(threading.Thread):
         )  # for /healthz
         self.side: Union[DevicePluginSide, DraSide]
         if options.api == "dra":
-            self.side = DraSide(dra_settings(options), self._loop, calm_look)
+            self.side = DraSide(dra_settings(options), api_server(options), self._loop, calm_look)
         else:
             watch = Watch(options.plugin_dir)
             self.side = DevicePluginSide(
@@ -5594,10 +5775,9 @@ def check_dra(options: argparse.Namespace) -> None:
             f"with --api dra, the domain is the driver's name, of at most {MAX_DRIVER_NAME} characters that begin with "
             f"a letter; {options.domain} is none"
         )
-    if not _is_object_name(options.node_name):
+    if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is no name of a Node; kubectl get nodes shows them')
-    if not options.kube_api:
-        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
+    api_server(options)
     if not os.path.isdir(options.kubelet_dir):
         raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
     longest = max(len(os.fsencode(path)) for path in dra_settings(options).sockets)
@@ -5609,13 +5789,19 @@ def check_dra(options: argparse.Namespace) -> None:
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
-    """What OPTIONS say of DRA. Raises Problem for a URL that is none."""
+    """What OPTIONS say of the driver."""
+    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
+
+
+def api_server(options: argparse.Namespace) -> ApiServer:
+    """The API server of OPTIONS. Raises Problem."""
+    if not options.kube_api:
+        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
     try:
         address = parse_api_url(options.kube_api)
     except ValueError as error:
         raise Problem(f"--kube-api: {error}") from None
-    api = ApiServer(address, options.kube_token_file, options.kube_ca_file)
-    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir, api)
+    return ApiServer(address, options.kube_token_file, options.kube_ca_file)
 
 
 def raise_limit() -> None:
@@ -5656,7 +5842,9 @@ def serve(options: argparse.Namespace) -> int:
     return int(thread.has_failed)
 
 
-def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide) -> Optional[StatusServer]:
+def _open_status(
+    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
+) -> Optional[StatusServer]:
     """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
     if not options.listen:
         return None
@@ -5665,9 +5853,8 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     except Problem as problem:
         log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
-    node = os.environ.get("NODE_NAME") or socket.gethostname()
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(listener, side, holders, node, options.interval, devices.plan, devices.stats())
+    status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
     return status
@@ -5825,6 +6012,8 @@ def dry_run(options: argparse.Namespace) -> int:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
+        if options.api == "dra":
+            return asyncio.run(_dry_run_dra(devices.plan, options, folder))
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
@@ -5897,6 +6086,61 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     link, is_folder = target_of(host, targets)
     more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+
+
+async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
+    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+    api = SimulatedApiServer(options.node_name)
+    await api.start()
+    kubelet = SimulatedDraKubelet(folder)
+    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
+    side = DraSide(settings, ApiServer(parse_api_url(api.url), "", ""), asyncio.get_running_loop(), LOOK_SECONDS)
+    side.apply(plan)
+    running = asyncio.ensure_future(side.run())
+    give_up = time.monotonic() + DRY_RUN_SECONDS
+    while not running.done() and side.obstacle and time.monotonic() < give_up:
+        await asyncio.sleep(LOOK_SECONDS / 10)
+        if side.publisher and not side.is_registered:
+            await kubelet.register(os.path.basename(settings.sockets[1]))
+    slices = api.list(f"{_API}/resourceslices")
+    devices = [device for item in slices for device in item["spec"]["devices"]]
+    rows: List[Tuple[object, ...]] = []
+    for name in plan.resources:
+        ours = [device for device in devices if device["attributes"]["resource"]["string"] == name]
+        lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
+        rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
+    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    counts = [counted(len(devices), "device"), counted(len(slices), "ResourceSlice")]
+    classes = counted(len(api.list(f"{_API}/deviceclasses")), "DeviceClass").replace("DeviceClasss", "DeviceClasses")
+    is_good = not side.obstacle and not side.prepare_errors
+    ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
+    print(f"\n{' in '.join(counts)}, {classes}; {ending}.")
+    side.stop()
+    await running
+    await kubelet.stop()
+    await api.stop()
+    return 0 if is_good else 1
+
+
+async def _prepare_one(
+    api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
+) -> List[str]:
+    """DEVICE of a slice, and what its CDI file gives to a container, in words."""
+    values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
+    lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
+    claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
+    result = {"request": "r", "driver": settings.domain, "pool": settings.node, "device": device["name"]}
+    status = {"allocation": {"devices": {"results": [result]}}}
+    path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+    api.put(path, {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
+    answer = (await kubelet.prepare(settings.domain, claim)).claims[claim.uid]
+    if answer.error:
+        return [*lines, f"  nothing: {answer.error}"]
+    with open(CdiFiles(settings.cdi_dir, settings.domain).path(claim.uid), encoding="utf-8") as file:
+        edits = json.load(file)["devices"][0]["containerEdits"]
+    for node in edits.get("deviceNodes", ()):
+        lines.append("  " + _given_text(node["path"], node["permissions"], node["hostPath"], [node["hostPath"]]))
+    return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
 def build_parser() -> argparse.ArgumentParser:
