@@ -16,11 +16,13 @@ of kubelet are followed.
     smarter_device_manager.py --check           is the conf file good?
     smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
     smarter_device_manager.py --status          what a running daemon says
+    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in kubelet,
-Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf file and
-/dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every socket and
-stream). What passes between them is immutable, so nothing is locked.
+The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
+kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
+file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
+socket and stream). What passes between them is immutable, so nothing is locked.
 
 Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
 """
@@ -32,12 +34,16 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import itertools
 import json
 import logging
+import logging.handlers
 import os
+import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -440,33 +446,153 @@ def _shown(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
+# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
+# for it: it is written out here, or refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
-MAX_SLOTS = 10_000
-MAX_REPEATS = 1000  # in one {n,m} of an expression, as in RE2
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
+MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
+MAX_GROUPS = 1000  # one inside the other, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+
+S = TypeVar("S")
 
 
-class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
-
-    template: str
-    optional: bool
+class ExpressionError(ValueError):
+    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
 
 
-class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
-
-    name: str
-    pattern: str
-    match: re.Pattern[str]
+class SearchTimeout(Exception):
+    """A search took too long, so nobody knows what it would have found."""
 
 
-# RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re can have it.
-# Nothing that some version of re reads otherwise, or warns of, is left for it: it is written out here, or refused.
+class _Alarm:
+    """Ends work that takes too long, by an exception that the handler of a signal raises.
+
+    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
+    be such that it may end anywhere. The signal is SIGVTALRM, whose timer counts CPU time: a machine that is busy with
+    something else makes no search take too long.
+    """
+
+    def __init__(self) -> None:
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._is_installed = False
+
+    def limit(self, work: Callable[[], S], seconds: float) -> S:
+        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+
+        For the main thread only. WORK must not call this itself.
+        """
+        if not self._is_installed:
+            signal.signal(signal.SIGVTALRM, self._ring)
+            self._is_installed = True
+        try:
+            self._due = time.thread_time() + seconds
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            return work()
+        finally:
+            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            self._due = 0.0
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _ring(self, *_: object) -> None:
+        if not self._due:
+            return
+        left = self._due - time.thread_time()
+        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            return
+        self._due = 0.0
+        raise SearchTimeout
+
+
+_ALARM = _Alarm()
+
+
+class Expression:
+    """An expression of RE2, searched by Python's re within a limit of CPU time.
+
+    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
+    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Raises ExpressionError."""
+        self.pattern = pattern
+        try:
+            self.compiled = re.compile(translate(pattern), re.ASCII)
+        except ExpressionError as error:
+            raise ExpressionError(f"{_shown(pattern)}: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            problem = getattr(error, "msg", "") or "it is too large"
+            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+        self._slow_texts: Dict[str, None] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expression) and self.pattern == other.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)
+
+    def search(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.search, text)
+
+    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
+        """As re.Pattern has it."""
+        return self._find(self.compiled.fullmatch, text)
+
+    def was_slow(self, text: str) -> bool:
+        """Whether a search in TEXT took too long."""
+        return text in self._slow_texts
+
+    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
+        if self.was_slow(text):
+            raise SearchTimeout
+        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
+        try:
+            return _ALARM.limit(lambda: find(text), seconds)
+        except SearchTimeout:
+            if len(self._slow_texts) == MAX_SLOW_TEXTS:
+                del self._slow_texts[next(iter(self._slow_texts))]
+            self._slow_texts[text] = None
+            time.sleep(seconds)
+            raise
+
+
+class Expressions:
+    """Several expressions that are all searched in one text. For the main thread only."""
+
+    def __init__(self, expressions: Iterable[Expression]) -> None:
+        self._expressions = tuple(expressions)
+        self._searches = [expression.compiled.search for expression in self._expressions]
+        self._were_slow = False
+
+    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
+        """What the search for each of them finds in TEXT, or that it took too long."""
+        if not self._were_slow:
+            try:  # one limit for all of them: to set it takes longer than most searches
+                return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
+            except SearchTimeout:
+                self._were_slow = True
+                time.sleep(SEARCH_SECONDS)
+        return [_outcome(expression, text) for expression in self._expressions]
+
+
+def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
+    try:
+        return expression.search(text)
+    except SearchTimeout:
+        return SearchTimeout()  # without a traceback, for it is kept
+
+
+# The translation.
+
 _POSIX_CLASSES = {  # the first and last character of each range
     "alnum": "09AZaz",
     "alpha": "AZaz",
@@ -499,142 +625,275 @@ _CHARACTER = re.compile(
 _REGEX_TOKEN = re.compile(
     r"""
       (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
-    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | <?[=!] ) | (?!\?) ) )
+    | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<close> \) )
     | (?P<or> \| )
-    | (?P<repeat> (?: [*+?] | \{ (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? \} ) \?? )
+    | (?P<repeat> (?: [*+?] | \{ (?P<min> 0|[1-9][0-9]* ) (?P<to> , (?P<max> 0|[1-9][0-9]* )? )? \} ) \?? )
     | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
+Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
-class _Untranslatable(ValueError):
-    """An expression that is none of RE2, or that Python's re cannot take over; the text says what to write instead."""
+class _Part(NamedTuple):
+    """A part of an expression, translated, and what must be known of it to repeat it."""
+
+    text: str
+    may_be_empty: bool  # whether it can match without taking a character
+    may_take: bool  # whether it can take one
+    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    instructions: int = 1  # that Go compiles it to
+
+
+class _Group:
+    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+
+    def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
+        self.opening = opening
+        self.flags = flags  # in force for each further atom
+        self.parts: List[_Part] = []
+        self._alternatives: List[_Part] = []
+        self._is_look_around = is_look_around
+
+    def end_alternative(self) -> None:
+        """Begin the next alternative."""
+        self._alternatives.append(
+            _Part(
+                "".join(part.text for part in self.parts),
+                all(part.may_be_empty for part in self.parts),
+                any(part.may_take for part in self.parts),
+                max((part.repeats for part in self.parts), default=1),
+                max(1, sum(part.instructions for part in self.parts)),
+            )
+        )
+        self.parts = []
+
+    def close(self, closing: str) -> _Part:
+        """The whole group as one part."""
+        self.end_alternative()
+        return _Part(
+            self.opening + "|".join(part.text for part in self._alternatives) + closing,
+            self._is_look_around or any(part.may_be_empty for part in self._alternatives),
+            not self._is_look_around and any(part.may_take for part in self._alternatives),
+            max(part.repeats for part in self._alternatives),
+            sum(part.instructions + 1 for part in self._alternatives) + 1,
+        )
 
 
 def translate(pattern: str) -> str:
     """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
 
-    Look-around is taken too, which only Python has. Raises ValueError for what Python cannot express and for most of
-    what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
+    of what RE2 refuses; the rest of that is left for re.compile to refuse.
     """
-    out: List[str] = []
-    scopes: List[FrozenSet[str]] = [frozenset()]  # the flags in force in each open group, for each atom
+    groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
         assert token  # its last alternative takes any character
-        kind, text, position = token.lastgroup, token[0], token.end()
+        kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
-            position, text = _translate_atom(pattern, token.start(), scopes[-1])
+            position, part = _translate_atom(pattern, token.start(), group.flags)
+            group.parts.append(part)
+        elif kind == "flags" and token["scope"] == ")":
+            group.flags = _flags(token, group.flags)
         elif kind == "flags":
-            flags = _flags(token, scopes[-1])
-            text = "(?:" if token["scope"] == ":" else ""
-            if text:
-                scopes.append(flags)
-            else:
-                scopes[-1] = flags
+            groups.append(_Group("(?:", _flags(token, group.flags)))
         elif kind == "open":
-            scopes.append(scopes[-1])
-            text = f"(?P<{token['name']}>" if token["name"] else text
+            opening = f"(?P<{token['name']}>" if token["name"] else token[0]
+            groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise _Untranslatable(f"{text} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do")
-        elif kind == "close" and len(scopes) > 1:
-            scopes.pop()
-        elif kind == "repeat":
-            _check_repeat(text, is_repeatable)
+            raise ExpressionError(
+                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
+            )
+        elif kind == "close" and len(groups) > 1:
+            groups.pop()
+            groups[-1].parts.append(group.close(")"))
+        elif kind == "close":
+            group.parts.append(_assertion(")"))  # re refuses it
+        elif kind == "or":
+            group.end_alternative()
+        elif not is_repeatable:
+            raise ExpressionError(
+                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+            )
+        else:
+            group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
-        out.append(text)
-    return "".join(out)
+        if len(groups) > MAX_GROUPS:
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
+    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
 
 
-def _check_repeat(text: str, is_repeatable: bool) -> None:
-    if not is_repeatable:
-        raise _Untranslatable(rf"there is nothing that {text} could repeat; the character itself is \{text[0]}")
-    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in re.findall("[0-9]+", text)):
-        raise _Untranslatable(f"{_shown(text)} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+def _repeat(part: _Part, token: re.Match[str]) -> _Part:
+    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    text = token[0]
+    least, most = _bounds(token)  # most: None where there is no limit
+    copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
+    instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
+    if copies > MAX_REPEATS:
+        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+    if instructions > MAX_INSTRUCTIONS:
+        raise ExpressionError(f"{text} makes it too large for Go")
+    if part.may_be_empty and part.may_take and (most is None or most - least > 1):
+        raise ExpressionError(
+            f"{text} repeats what may be empty, which Go and Python understand differently; "
+            f"let it take a character at least, such as (a+)* for (a*)*"
+        )
+    if part.may_take:
+        written = part.text + text
+    elif least:
+        written = part.text  # a place is no other the second time; and re repeats none
+    else:
+        is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
+        written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
+    return _Part(written, part.may_be_empty or not least, part.may_take and most != 0, copies, max(1, instructions))
+
+
+def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
+    """How often TOKEN repeats at least and at most; None: without limit."""
+    if not token["min"]:
+        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
+    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+    least = int(token["min"])
+    most = int(token["max"]) if token["max"] else None if token["to"] else least
+    if most is not None and most < least:
+        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+    return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise _Untranslatable(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
     return before.union(on) - set(off)
 
 
-def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
+def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
     """What stands at POSITION for one character or one place, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
-    if char in ".^$":
-        flag = "s" if char == "." else "m"
-        return position + 1, f"(?{flag}:{char})" if flag in flags else {".": ".", "^": r"\A", "$": r"\Z"}[char]
+    if char in "^$":
+        return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, {r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair)  # re's \B differs by version
-    if char == "[":
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+    named = _NAMED_CLASS.match(pattern, position)
+    if char == ".":
+        position, text = position + 1, "(?s:.)" if "s" in flags else "."
+    elif char == "[":
         position, text = _translate_class(pattern, position, flags)
+    elif named:
+        position, text = named.end(), _write_class(_named_ranges(named, flags), is_negated=False)
     else:
-        named = _NAMED_CLASS.match(pattern, position)
-        text = f"[{_expand_class(named, flags)}]" if named else ""
-        position, char = (named.end(), "") if named else _read_char(pattern, position, flags)
-        text = text or _literal(char)
-    return position, f"(?i:{text})" if "i" in flags else text
+        position, char = _read_char(pattern, position, flags)
+        is_letter = "i" in flags and char.isalpha() and char.isascii()
+        text = _write_class(_fold([(ord(char), ord(char))]), is_negated=False) if is_letter else _literal(char)
+    return position, _Part(text, may_be_empty=False, may_take=True)
+
+
+def _assertion(text: str) -> _Part:
+    return _Part(text, may_be_empty=True, may_take=False)
 
 
 def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The [class] at POSITION, each of its plain characters escaped, so that re has nothing to warn of."""
-    opening = "[^" if pattern.startswith("[^", position) else "["
-    out = [opening]
-    position = first = position + len(opening)
-    while position < len(pattern) and (pattern[position] != "]" or position == first):
+    """The [class] at POSITION, and where it ends."""
+    is_negated = pattern.startswith("[^", position)
+    position = first = position + len("[^" if is_negated else "[")
+    ranges: Ranges = []
+    while pattern[position : position + 1] != "]" or position == first:
         named = _NAMED_CLASS.match(pattern, position)
+        if position >= len(pattern):
+            return position, "["  # re refuses it
         if named:
-            position, text = named.end(), _expand_class(named, flags)
-        else:
-            position, char = _read_char(pattern, position, flags)
-            text = _literal(char)
-            if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-                position, last = _read_char(pattern, position + 1, flags)
-                text += "-" + _literal(last)
-                if last < char:
-                    raise _Untranslatable(f"the range {char}-{last} runs backwards")
-        out.append(text)
-    return position + 1, "".join(out) + pattern[position : position + 1]
+            position = named.end()
+            ranges += _named_ranges(named, flags)
+            continue
+        position, low = _read_char(pattern, position, flags)
+        high = low
+        if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
+            position, high = _read_char(pattern, position + 1, flags)
+            _check_range(low, high, flags)
+        chosen = [(ord(low), ord(high))]
+        ranges += _fold(chosen) if "i" in flags else chosen
+    return position + 1, _write_class(ranges, is_negated)
 
 
-def _expand_class(named: re.Match[str], flags: FrozenSet[str]) -> str:
-    r"""The ranges that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
+def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
+    if high < low:
+        raise ExpressionError(f"the range {low}-{high} runs backwards")
+    if "i" in flags and not high.isascii():
+        raise ExpressionError(
+            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+        )
+
+
+def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
+    r"""The characters that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
     if named["perl"]:
         is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise _Untranslatable(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
         bounds = _POSIX_CLASSES[name]
-    if is_negated and "i" in flags and bounds in ("AZ", "az"):
-        bounds = "AZaz"  # what is left out is left out in either case
-    codes = [ord(char) for char in bounds]
-    if is_negated:
-        codes = [0, *(code + (1 if index % 2 else -1) for index, code in enumerate(codes)), sys.maxunicode]
-    ranges = [(low, high) for low, high in zip(codes[::2], codes[1::2]) if low <= high]
-    return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges)
+    ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
+    if "i" in flags:
+        ranges = _fold(ranges)
+    return _complement(ranges) if is_negated else ranges
+
+
+def _fold(ranges: Ranges) -> Ranges:
+    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
+    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    found = list(ranges)
+    for low, high in ranges:
+        for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
+            if low <= last and high >= first:
+                found.append((max(low, first) + other, min(high, last) + other))
+    for letter, third in ((ord("k"), 0x212A), (ord("s"), 0x017F)):
+        if any(low <= letter <= high for low, high in found):
+            found.append((third, third))
+    return found
+
+
+def _complement(ranges: Ranges) -> Ranges:
+    """All characters that are not in RANGES, in sorted order."""
+    found, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            found.append((start, low - 1))
+        start = max(start, high + 1)
+    return [*found, (start, sys.maxunicode)] if start <= sys.maxunicode else found
+
+
+def _write_class(ranges: Ranges, is_negated: bool) -> str:
+    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    others = _complement(ranges)
+    ranges = _complement(others)
+    if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
+        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+    if not ranges:
+        return r"[\s\S]" if is_negated else r"[^\s\S]"
+    written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
+    return f"[{'^' if is_negated else ''}{''.join(written)}]"
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
     """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
-        raise _Untranslatable(_bad_escape(pattern[position + 1 : position + 2]))
+        raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
     char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
     if not char:
         code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
         if code > sys.maxunicode:
-            raise _Untranslatable(f"{_shown(found[0])} is beyond Unicode")
+            raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
-        raise _Untranslatable(
+        raise ExpressionError(
             f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
@@ -657,16 +916,36 @@ def _literal(char: str) -> str:
     return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
 
 
-def _compile(node: Node) -> Tuple[str, re.Pattern[str]]:
-    """The expression that NODE of the conf holds, as written and compiled."""
-    text = _text(node)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
+# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+MAX_SLOTS = 10_000
+TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+
+
+class Companion(NamedTuple):
+    """A node that goes along with a device: a template of its path below /dev."""
+
+    template: str
+    optional: bool
+
+
+class Attribute(NamedTuple):
+    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+
+    name: str
+    match: Expression
+
+
+def _compile(node: Node) -> Expression:
+    """The expression that NODE of the conf holds."""
     try:
-        return text, re.compile(translate(text), re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        problem = getattr(error, "msg", "") or "it is too large"
-        raise ConfigError(f"{_shown(text)} is no regular expression: {problem}", node.line, node.column) from None
-    except _Untranslatable as error:
-        raise ConfigError(f"{_shown(text)}: {error}", node.line, node.column) from None
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise ConfigError(str(error), node.line, node.column) from None
 
 
 # Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
@@ -683,13 +962,13 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: re.Pattern[str]) -> None:
+def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference[3] is not None:
             problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
         else:
             group = _group(reference)
-            if group in pattern.groupindex or (isinstance(group, int) and group <= pattern.groups):
+            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
@@ -756,7 +1035,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, *_compile(value)))
+        found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
 
@@ -794,7 +1073,7 @@ class Rule:
     """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
 
     line: int  # of the conf file
-    match: re.Pattern[str]  # searched in a path below /dev
+    match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
@@ -838,9 +1117,9 @@ def _parse_rule(node: Node) -> Rule:
         nodes[key.value] = value
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])[1]
+    match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
-        match = re.compile(rf"^{TEGRA}([0-9]+)\Z", re.ASCII)
+        match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
     for template in _template_nodes(nodes):
         _check_template(template, match)
@@ -862,11 +1141,13 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
+    expressions = Expressions(rule.match for rule in rules)
     for path, rule in last.items():
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
-            follows = next(other for other in reversed(rules) if other.match.search(path))
-            if follows is rule:
+            found = expressions.search(path)
+            last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
+            if last_rule and last_rule[0] is rule:
                 raise clash(pool, rule, path)
 
 
@@ -1376,6 +1657,13 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
+class HeldAttribute(NamedTuple):
+    """An attribute that a rule asked for, and the value with which a device had it."""
+
+    name: str
+    value: str
+
+
 class Sysfs:
     """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
 
@@ -1388,6 +1676,7 @@ class Sysfs:
         self._facts: Dict[int, Dict[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
+        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[HeldAttribute, ...]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
         self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
 
@@ -1399,6 +1688,7 @@ class Sysfs:
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
         has_mismatches = any(self._mismatches.values())
         self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
+        self._held = {key: held for key, held in self._held.items() if key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         return has_mismatches
 
@@ -1442,6 +1732,11 @@ class Sysfs:
                 self._settling[key] = node
         return mismatch
 
+    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
+        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
+        keys = ((node.entry.generation, attributes) for node in nodes)
+        return next((self._held[key] for key in keys if self._mismatches.get(key) == ""), ())
+
     def has_news(self) -> bool:
         """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
         now = time.monotonic()
@@ -1457,14 +1752,19 @@ class Sysfs:
 
     def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
         chain = list(self.chain(node.entry))
-        if any(all(_attribute_holds(folder, attribute) for attribute in attributes) for folder in chain):
-            return ""
-        told = []
+        for folder in chain:
+            held = _held_in(folder, attributes)
+            if held:
+                self._held[node.entry.generation, attributes] = held
+                return ""
+        problems: List[str] = []
         for attribute in attributes:
-            values = (read_attribute(folder, attribute.name) for folder in chain)
-            shown = " or ".join(dict.fromkeys(f'"{value}"' for value in values if value is not None)) or "not there"
-            told.append(f"its {attribute.name} is {shown} (asked for: {attribute.pattern})")
-        return "; ".join(told)
+            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+                slow = f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}'
+                problems.insert(0, slow)
+            shown = shown_values(chain, attribute.name)
+            problems.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        return "; ".join(problems)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1533,9 +1833,41 @@ def _is_telling(value: str) -> bool:
     return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
 
 
-def _attribute_holds(folder: str, attribute: Attribute) -> bool:
-    value = read_attribute(folder, attribute.name)
-    return value is not None and attribute.match.fullmatch(value) is not None
+def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
+    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    held = []
+    for attribute in attributes:
+        value = read_attribute(folder, attribute.name)
+        try:
+            if value is None or not attribute.match.fullmatch(value):
+                return ()
+        except SearchTimeout:
+            return ()
+        held.append(HeldAttribute(attribute.name, value))
+    return tuple(held)
+
+
+def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    folders = list(chain)
+    if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
+        return ""
+    changes = []
+    for name, old in attributes:
+        if old not in [read_attribute(folder, name) for folder in folders]:
+            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
+    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+
+
+def shown_values(folders: Iterable[str], name: str) -> str:
+    """The values that the attribute NAME has in FOLDERS, in words."""
+    return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
+
+
+def values_of(folders: Iterable[str], name: str) -> List[str]:
+    """The values that the attribute NAME has in FOLDERS, of those that have it."""
+    values = (read_attribute(folder, name) for folder in folders)
+    return [value for value in values if value is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1584,6 +1916,7 @@ class Device:
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
     identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
@@ -1637,36 +1970,40 @@ class TrackedDevice:
     since: float
 
 
-Named = Sequence[Tuple[Rule, re.Match[str]]]
+Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first; remembered, since /dev's names hardly change."""
+    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
+    since /dev's names hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
         self._matches: Dict[str, Named] = {}
+        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
+        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
+        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
+        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
         """The rules that name the PATH of something below /dev."""
         found = self._matches.get(path)
         if found is None:
-            found = self._matches[path] = self._search(path, is_gpu=False)
+            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
         return found
 
     def gpu(self, name: str) -> Named:
         """The rules that name the GPU NAME of a Tegra."""
-        return self._search(name, is_gpu=True)
-
-    def _search(self, path: str, is_gpu: bool) -> Named:
-        rules = (rule for rule in reversed(self.rules) if (rule.pattern == TEGRA) == is_gpu)
-        pairs = ((rule, rule.match.search(path)) for rule in rules)
-        return tuple((rule, match) for rule, match in pairs if match)
+        return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered of all but PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
+
+
+def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
+    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
 TrackedDevices = Mapping[str, TrackedDevice]
@@ -1762,9 +2099,12 @@ def make_plan(
 def _follow(
     path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED whose attributes the device at PATH has; and those before it whose it has not."""
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and those before it."""
     mismatches: List[LeftOut] = []
     for rule, match in named:
+        if isinstance(match, SearchTimeout):
+            mismatches.append(LeftOut(path, rule.line, f"{TOOK_TOO_LONG} in this name: {rule.pattern}"))
+            continue
         reasons = (
             [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
         )
@@ -1806,6 +2146,7 @@ def _device(
         env=tuple(env.items()),
         numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
         identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
+        attributes=sysfs.held(rule.attributes, device_seen.nodes) if rule.attributes else (),
         specs=(),
         problem=device_seen.problem,
         since=device_seen.since,
@@ -1964,16 +2305,31 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
-# programs and are in the README; a sentence may be put better at any time.
+# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # in one line of the log
+MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
+MAX_TRACEBACK_LINES = 100
+MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
+FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
 
 log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
     """Something that a person can put right; the text is one sentence that says what, where and how."""
+
+
+@dataclass
+class LogCounts:
+    """What the log has counted since the process started."""
+
+    dropped_lines: int = 0
+    internal_errors: int = 0
+
+
+log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
@@ -1984,25 +2340,41 @@ def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: ob
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
     """Log one EVENT that is the same for all NAMES, which stand under KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
-    log_event(event, f"{who}: {sentence}", level, **{key: _joined(names)})
+    log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
-def _joined(names: Sequence[str]) -> str:
+def log_internal_error(sentence: str) -> None:
+    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    log_counts.internal_errors += 1
+    extra = {"event": "internal-error", "fields": {}}
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """NAMES as the value of a field, the first MAX_NAMES of them."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value."""
+    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        told = [f"{key}={_quoted(str(value))}" for key, value in fields.items()]
-        line = " ".join([utc(record.created), record.levelname, printable(record.getMessage()), *told])
-        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        line = " ".join([utc(record.created), record.levelname, message, *fields])
+        return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+
+
+def _traceback_lines(record: logging.LogRecord) -> List[str]:
+    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    if not record.exc_info:
+        return []
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
 class JsonFormatter(logging.Formatter):
@@ -2011,7 +2383,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
         if record.exc_info:
-            document["traceback"] = self.formatException(record.exc_info)
+            document["traceback"] = "\n".join(_traceback_lines(record))
         return json.dumps(document)
 
 
@@ -2021,9 +2393,70 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
         "time": utc(record.created),
         "level": record.levelname.lower(),
         "event": getattr(record, "event", "log"),
-        "message": record.getMessage(),
+        "message": truncate(record.getMessage(), MAX_MESSAGE),
         **getattr(record, "fields", {}),
     }
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
+        super().__init__(self.lines)
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, record: Any) -> None:
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            log_counts.dropped_lines += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
+    manager."""
+
+    def __init__(self, log_queue: LogQueue) -> None:
+        super().__init__(log_queue.lines)
+        self._lines = log_queue.lines
+        # Where there is no stderr, some other file may have its number.
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
+        self._reported = 0  # of the lines that were dropped
+
+    def __enter__(self) -> LogWriter:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
+        base class, would wait for a reader that may never come."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+
+    def handle(self, record: Any) -> None:
+        try:
+            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
+        except OSError:
+            log_counts.dropped_lines += 1
+            return
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
+            self._reported += dropped
+            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+
+    def _write(self, data: bytes) -> None:
+        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # who else has this file made it so
+                writable = select.poll()
+                writable.register(self._descriptor, select.POLLOUT)
+                writable.poll()
 
 
 def utc(seconds: float) -> str:
@@ -2031,17 +2464,22 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """NUMBER of what NOUN names: 1 slot, 2 slots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def truncate(text: str, limit: int) -> str:
+    """TEXT, or its first LIMIT characters and three dots."""
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape."""
+    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def tell_in_one_line(record: logging.LogRecord) -> bool:
+def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
         record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
@@ -2058,6 +2496,7 @@ def tell_in_one_line(record: logging.LogRecord) -> bool:
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
+MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -2098,7 +2537,39 @@ def load_grpc(with_tls: bool = False) -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(tell_in_one_line)
+        logging.getLogger(name).addFilter(shorten_decode_error)
+
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+
+
+def answered(method: Method) -> Method:
+    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+
+    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    """
+
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            log_internal_error(f"{self.full_name}: {method.__name__} failed")
+            text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
+            await abort(context, "INTERNAL", f"{self.full_name}: {text}")
+
+    return answer  # type: ignore[return-value]
+
+
+async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
+    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    data = printable(text).encode()
+    if len(data) > MAX_ERROR_BYTES:
+        data = data[:MAX_ERROR_BYTES] + b"..."
+    await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
+    raise AssertionError("abort() of grpc raises an exception, always")
 
 
 def connect_error(path: str) -> str:
@@ -2319,9 +2790,12 @@ class KubeletConnection:
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LISTS_WAITING = 16  # of one stream whose reader is slow
 MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
+MAX_REFUSALS = 1000  # that are remembered, to log each once
+READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
+LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
@@ -2332,6 +2806,215 @@ SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash 
 DEFAULT_DOMAIN = "smarter-devices"
 
 
+class SysfsReader:
+    """Runs functions that read from sysfs on a thread of its own, since a driver can make a read hang for ever.
+
+    There is one thread, started when it is first needed. Belongs to one loop.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
+        self._thread: Optional[threading.Thread] = None
+        self._overdue = 0  # jobs that have not ended, and that nobody waits for any more
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """What JOB returns. Raises asyncio.TimeoutError after READ_SECONDS; at once, while an earlier one hangs."""
+        if self._overdue:
+            raise asyncio.TimeoutError
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sysfs", daemon=True)
+            self._thread.start()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, done))
+        try:
+            return await asyncio.wait_for(asyncio.shield(done), READ_SECONDS)
+        finally:
+            if not done.done():
+                self._overdue += 1
+                done.add_done_callback(self._end_overdue)
+
+    def _end_overdue(self, done: asyncio.Future[Any]) -> None:
+        done.exception()  # otherwise asyncio logs that nobody asked for it
+        self._overdue -= 1
+
+    def _work(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                finish = functools.partial(done.set_result, job())
+            except Exception as error:
+                finish = functools.partial(done.set_exception, error)
+            try:
+                done.get_loop().call_soon_threadsafe(finish)
+            except RuntimeError:
+                return  # the loop is closed, since the process ends
+
+
+class HostDevices:
+    """The devices of the host as they are at this moment, of which the plan may not know yet.
+
+    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    """
+
+    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+        self._dev_dir = dev_dir
+        self._sysfs = Sysfs(sys_dir)
+        self._reader = SysfsReader()
+        self._look_again = look_again
+        self._next_look: Optional[asyncio.TimerHandle] = None
+
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
+        except OSError as error:
+            raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
+
+    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+
+        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        """
+        chosen = []
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                for device in devices:
+                    try:
+                        chosen.append((device, self._find_nodes(device, tree)))
+                    except NotADevice as error:
+                        return device, str(error)
+        except OSError as error:
+            return devices[0], _cannot_look(error)
+        with_attributes = [(device, nodes) for device, nodes in chosen if device.attributes]
+        if not with_attributes:
+            return None
+        try:
+            return await self._reader.call(functools.partial(self._find_changed, with_attributes))
+        except asyncio.TimeoutError:
+            return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
+
+    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
+        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
+        if device.problem:
+            raise NotADevice(device.problem)
+        specs_of(device, tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.attributes else []
+
+    def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
+        for device, nodes in chosen:
+            changes = [changed_attributes(self._sysfs.chain(node.entry), device.attributes) for node in nodes]
+            if "" not in changes:
+                return device, changes[0]
+        return None
+
+    async def describe(self, path: str, names: Sequence[str]) -> str:
+        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                entry = resolve(tree, path, self._dev_dir)[0].entry
+            values = await self._reader.call(functools.partial(self._find_values, entry, names))
+        except NotADevice as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_look(error)
+        except asyncio.TimeoutError:
+            values = []
+        return "; ".join(values) or f"a {entry.kind} stands there"
+
+    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
+        chain = list(self._sysfs.chain(entry))
+        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+
+    def look_again(self) -> None:
+        """Have the device side look again, soon."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._next_look = None
+        self._look_again()
+
+
+def _cannot_look(error: OSError) -> str:
+    return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
+
+
+class ListStream:
+    """What one ListAndWatch stream is still to be sent of a resource.
+
+    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
+    Unhealthy for a moment meanwhile, one before it in which that device is.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        self._newest = resource
+        self._sent: Optional[ListKey] = None
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._is_ended = False
+        self._has_news = asyncio.Event()
+        self._has_news.set()
+
+    def update(self, resource: Resource) -> None:
+        """Have the list of RESOURCE sent, unless it is the same."""
+        self._newest = resource
+        self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
+        self._has_news.set()
+
+    def end(self) -> None:
+        """Let next() return None, whatever waits."""
+        self._is_ended = True
+        self._has_news.set()
+
+    async def next(self) -> Optional[Resource]:
+        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        while True:
+            await self._has_news.wait()
+            if self._is_ended:
+                return None
+            were_healthy = {path for path, _, is_healthy, _ in self._sent or () if is_healthy}
+            resource = _with_unhealthy(self._newest, were_healthy & self._were_unhealthy)
+            self._were_unhealthy.clear()
+            if _list_key(resource) != self._sent:
+                self._sent = _list_key(resource)
+                return resource
+            self._has_news.clear()
+
+
+ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
+
+
+def _list_key(resource: Resource) -> ListKey:
+    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
+
+
+def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
+    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    if not paths:
+        return resource
+    devices = (
+        dataclasses.replace(device, problem="it was gone for a moment") if device.path in paths else device
+        for device in resource.devices
+    )
+    return dataclasses.replace(resource, devices=tuple(devices))
+
+
+class PluginOptions(NamedTuple):
+    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+
+    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
+    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+
+
+def options_of(resource: Resource) -> PluginOptions:
+    """The options that RESOURCE needs.
+
+    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    """
+    return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
+
+
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
@@ -2339,62 +3022,73 @@ class Plugin:
     """
 
     def __init__(
-        self, resource: Resource, full_name: str, dev_dir: str, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
         self.full_name = full_name
-        self.allocations = 0
-        self._dev_dir = dev_dir
+        self.allocations = self.start_refusals = 0
+        self._options = options_of(resource)
+        self._devices = devices
         self._on_stream = on_stream
-        self._slots = slots_of(resource)
-        self._waiting: List[asyncio.Queue[Optional[Tuple[Slot, ...]]]] = []
+        self._streams: List[ListStream] = []
+        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+
+    def can_offer(self, resource: Resource) -> bool:
+        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+
+        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        """
+        needed = options_of(resource)
+        return (
+            needed.has_preference == self._options.has_preference
+            and needed.checks_starts <= self._options.checks_starts
+        )
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
         self.resource = resource
-        slots = slots_of(resource)
-        if slots != self._slots:
-            self._slots = slots
-            self._put(slots)
+        for stream in self._streams:
+            stream.update(resource)
 
     def list_bytes(self) -> int:
         """The size of the list as a message."""
-        size: int = _list_message(self._slots).ByteSize()
+        size: int = _list_message(self.resource).ByteSize()
         return size
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
-        self._put(None)
+        for stream in self._streams:
+            stream.end()
 
-    def _put(self, item: Optional[Tuple[Slot, ...]]) -> None:
-        for queue in self._waiting:
-            if queue.qsize() >= MAX_LISTS_WAITING:
-                queue.get_nowait()
-            queue.put_nowait(item)
-
+    @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        queue: asyncio.Queue[Optional[Tuple[Slot, ...]]] = asyncio.Queue()
-        queue.put_nowait(self._slots)
-        self._waiting.append(queue)
-        self._on_stream(queue, True)
+        stream = ListStream(self.resource)
+        self._streams.append(stream)
+        self._on_stream(stream, True)
         try:
             while True:
-                slots = await queue.get()
-                if slots is None:
+                resource = await stream.next()
+                if resource is None:
                     return
-                await context.write(_list_message(slots))
+                await context.write(_list_message(resource))
         finally:
-            self._waiting.remove(queue)
-            self._on_stream(queue, False)
+            self._streams.remove(stream)
+            self._on_stream(stream, False)
 
+    def options(self) -> pb.DevicePluginOptions:
+        """The options as a message, for Register and GetDevicePluginOptions."""
+        return pb.DevicePluginOptions(
+            get_preferred_allocation_available=self._options.has_preference,
+            pre_start_required=self._options.checks_starts,
+        )
+
+    @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
         return self.options()
 
-    def options(self) -> pb.DevicePluginOptions:
-        return pb.DevicePluginOptions(get_preferred_allocation_available=self.resource.pool)
-
+    @answered
     async def GetPreferredAllocation(
         self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreferredAllocationResponse:
@@ -2407,53 +3101,98 @@ class Plugin:
             response.container_responses.add(deviceIDs=ids)
         return response
 
+    @answered
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
         await self._check_containers(len(request.container_requests), context)
         asked = [list(item.devices_ids) for item in request.container_requests]
-        told = _joined([slot_id[:MAX_SHOWN] for ids in asked for slot_id in ids])
+        ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
-            with LiveTree(self._dev_dir) as tree:
-                grants = [allocate(self.resource, ids, tree, self._dev_dir) for ids in asked]
-        except (AllocationError, OSError) as error:
-            code = error.code if isinstance(error, AllocationError) else "UNAVAILABLE"
-            text = (
-                str(error)
-                if isinstance(error, AllocationError)
-                else f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-            )
-            log_event(
-                "refused", f"Allocate refused: {text}", logging.WARNING, resource=self.full_name, ids=told, status=code
-            )
-            await context.abort(grpc.StatusCode[code], f"{self.full_name}: {text}")
-        self.allocations += len(grants)
-        hosts = _joined([spec.host for granted in grants for spec in granted.specs])
-        log_event("allocated", "allocated to a container", resource=self.full_name, ids=told, devices=hosts)
-        return pb.AllocateResponse(container_responses=[_allocation_message(granted) for granted in grants])
+            allocations = self._devices.allocate(self.resource, asked)
+        except AllocationError as error:
+            sentence = f"Allocate refused: {error}"
+            log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
+            await abort(context, error.code, f"{self.full_name}: {error}")
+        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
+        self.allocations += len(allocations)
+        hosts = join_names([spec.host for found in allocations for spec in found.specs])
+        log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
+        return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
         """Refuse what would take the loop long: others wait for it meanwhile."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+            await abort(context, "INVALID_ARGUMENT", text)
 
+    @answered
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
+        """Let a container start if its devices are those that their rules chose.
+
+        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
+        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        """
+        slot_ids: Dict[str, str] = {}  # by the path of their device
+        for slot_id in dict.fromkeys(request.devices_ids):
+            device = device_of(self.resource, slot_id)
+            if device is None:
+                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
+            slot_ids.setdefault(device.path, slot_id)
+        devices = [device for device in self.resource.devices if device.path in slot_ids]
+        found = await self._devices.find_start_problem(devices)
+        if found:
+            device, problem = found
+            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+        for device in devices:
+            self._refusals.pop(device_path(device), None)
         return pb.PreStartContainerResponse()
 
+    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
+        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
+        if not path or not path.isprintable():
+            return "", "the resource has no such ID"
+        names = next((device.attributes for device in self.resource.devices if device.attributes), ())
+        problem = await self._devices.describe(path, [held.name for held in names])
+        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
-def _list_message(slots: Iterable[Slot]) -> pb.ListAndWatchResponse:
+    async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        text = (
+            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
+            "once the right device is back; delete the pod to have it given a device anew"
+        )
+        self.start_refusals += 1
+        self._devices.look_again()
+        key = path or slot_id[:MAX_SHOWN]
+        if self._refusals.get(key) != text:
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[key] = text
+            log_event(
+                "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
+            )
+        await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
+
+
+def _shorten_problem(text: str) -> str:
+    return truncate(printable(text), MAX_PROBLEM)
+
+
+def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
-    for slot in slots:
+    for slot in slots_of(resource):
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.numa:
             device.topology.nodes.add(ID=numa)
     return response
 
 
-def _allocation_message(granted: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=granted.env)
-    for spec in granted.specs:
+def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
+    response = pb.ContainerAllocateResponse(envs=found.env)
+    for spec in found.specs:
         response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
@@ -2507,7 +3246,7 @@ class RegistrationContext(NamedTuple):
 
     plugin_dir: str
     domain: str
-    dev_dir: str
+    devices: HostDevices
     kubelet: KubeletConnection
     events: GroupedLog
 
@@ -2516,7 +3255,7 @@ class Registration:
     """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.dev_dir, self._stream_changed)
+        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
         self.trouble = ""  # why it is not ready, as last logged
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -2719,7 +3458,7 @@ class DevicePluginSide:
         self,
         plugin_dir: str,
         domain: str,
-        dev_dir: str,
+        devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
@@ -2731,7 +3470,7 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, dev_dir, self._kubelet, self._events)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -2830,7 +3569,7 @@ class DevicePluginSide:
         """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
-            if resource and resource.pool == registration.plugin.resource.pool:
+            if resource and registration.plugin.can_offer(resource):
                 registration.plugin.update(resource)
             else:
                 self.registrations.pop(name).retire()
@@ -2867,7 +3606,6 @@ MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
 MAX_API_TEXT = 200  # characters of the API server's words that are repeated
 MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
-MAX_REFUSALS = 100  # that are remembered, so as to log each once
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
@@ -2879,6 +3617,7 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+GONE = ":gone"  # after the name of a CDI device: no runtime finds it under the name that the kubelet has
 # The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
 # dra/v1. Each method with the names of its messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
@@ -2913,6 +3652,7 @@ class PreparedDevice(NamedTuple):
     request: str  # of the claim
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
+    is_gone: bool = False  # no container is to start with what may stand there in its place
 
 
 class PreparedClaim(NamedTuple):
@@ -3073,9 +3813,9 @@ def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str
 
 
 def prepare_devices(
-    requests: Iterable[Tuple[str, str]], slots: PlanSlots, tree: Tree, dev_dir: str
+    requests: Iterable[Tuple[str, str]], slots: PlanSlots, devices: HostDevices
 ) -> Tuple[PreparedDevice, ...]:
-    """What containers are given for REQUESTS, pairs of a claim's request and a device's name, as TREE has the devices.
+    """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
 
     A container gets all devices of a request, so these must go together, and share their env, as slots that one
     Allocate asks for. Raises AllocationError.
@@ -3087,11 +3827,10 @@ def prepare_devices(
         groups.setdefault((request, slots[name].resource.name), []).append(name)
     prepared = []
     for (request, _), names in groups.items():
-        resource = slots[names[0]].resource
-        together = allocate(resource, [slots[name].id for name in names], tree, dev_dir)
-        for name in names:
-            specs = allocate(resource, [slots[name].id], tree, dev_dir).specs
-            edits = container_edits(ContainerAllocation(specs, together.env))
+        ids = [slots[name].id for name in names]
+        together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
+        for name, allocation in zip(names, alone):
+            edits = container_edits(ContainerAllocation(allocation.specs, together.env))
             prepared.append(PreparedDevice(name, request, device_path(slots[name].device), edits))
     return tuple(prepared)
 
@@ -3116,7 +3855,7 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
         "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
         "devices": [
             {
-                "name": f"{claim.uid}-{device.name}",
+                "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
                 "annotations": {f"{domain}/request": device.request, f"{domain}/path": device.path},
                 "containerEdits": device.edits,
             }
@@ -3133,10 +3872,11 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     devices = []
     for device in document["devices"]:
         prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        if prefix or not label or not isinstance(device["containerEdits"], dict):
-            raise ValueError("no device of this claim")
         request, path = (_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "path"))
-        devices.append(PreparedDevice(label, request, path, device["containerEdits"]))
+        edits, is_gone = device["containerEdits"], label.endswith(GONE)
+        if prefix or not label or not isinstance(edits, dict):
+            raise ValueError("no device of this claim")
+        devices.append(PreparedDevice(label.removesuffix(GONE), request, path, edits, is_gone))
     if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
         raise ValueError("no name of a claim")
     return PreparedClaim(uid, namespace, name, tuple(devices))
@@ -3588,7 +4328,7 @@ class Publisher:
             await self._write("delete", f"/{name}")
             del copies[name]
         count = sum(len(body["spec"]["devices"]) for body in slices.values())
-        sentence = f"published {counted(count, 'device')} in {counted(len(slices), 'ResourceSlice')}"
+        sentence = f"published {pluralize(count, 'device')} in {pluralize(len(slices), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
     async def _write(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
@@ -3658,9 +4398,15 @@ class DraSide:
     """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
 
     def __init__(
-        self, settings: DraSettings, api: ApiServer, loop: asyncio.AbstractEventLoop, look_seconds: float
+        self,
+        settings: DraSettings,
+        api: ApiServer,
+        devices: HostDevices,
+        loop: asyncio.AbstractEventLoop,
+        look_seconds: float,
     ) -> None:
         self.settings = settings
+        self.domain = self.full_name = settings.domain
         self.api = api
         self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
@@ -3671,6 +4417,7 @@ class DraSide:
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: PlanSlots = {}  # that are offered
         self._plan = EMPTY_PLAN
+        self._devices = devices
         self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
         self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
         self._servers: List[UnixServer] = []
@@ -3713,11 +4460,6 @@ class DraSide:
         if self.publisher:
             self._rewrite_cdi_files()
             self._publish()
-
-    @property
-    def domain(self) -> str:
-        """The driver's name."""
-        return self.settings.domain
 
     @property
     def plugin_dir(self) -> str:
@@ -3834,10 +4576,12 @@ class DraSide:
 
     # -- what the kubelet calls ------------------------------------------------------------------------------------
 
+    @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
         names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
+    @answered
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
@@ -3852,6 +4596,7 @@ class DraSide:
             self.publisher.refresh()
         return pb.RegistrationStatusResponse()
 
+    @answered
     async def NodePrepareResources(
         self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodePrepareResourcesResponse:
@@ -3871,6 +4616,7 @@ class DraSide:
                 entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
         return response
 
+    @answered
     async def NodeUnprepareResources(
         self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodeUnprepareResourcesResponse:
@@ -3888,7 +4634,9 @@ class DraSide:
             if holder and holder.uid != claim.uid:
                 who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
                 raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
-        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, self._find_devices(requests))
+        prepared = PreparedClaim(
+            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
+        )
         before = self.cdi.claims.get(claim.uid)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
@@ -3896,7 +4644,7 @@ class DraSide:
             for device in prepared.devices:
                 name = self.slots[device.name].resource.name
                 self.prepared[name] = self.prepared.get(name, 0) + 1
-            devices = _joined([device.name for device in prepared.devices])
+            devices = join_names([device.name for device in prepared.devices])
             log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
         self._refusals.pop(claim.uid, None)
         return prepared
@@ -3919,14 +4667,6 @@ class DraSide:
     async def _read_claim(self, namespace: str, name: str) -> Document:
         return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
 
-    def _find_devices(self, requests: Iterable[Tuple[str, str]]) -> Tuple[PreparedDevice, ...]:
-        """prepare_devices() for /dev as it is now."""
-        try:
-            with LiveTree(self.settings.dev_dir) as tree:
-                return prepare_devices(requests, self.slots, tree, self.settings.dev_dir)
-        except OSError as error:
-            raise AllocationError("UNAVAILABLE", f"cannot look at /dev: {error.strerror}") from None
-
     def _unprepare(self, uid: str) -> str:
         """Forget the claim UID; why that failed, if it did."""
         self._refusals.pop(uid, None)
@@ -3944,8 +4684,8 @@ class DraSide:
         """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
         self.prepare_errors += 1
         if self._refusals.get(claim.uid) != text:
-            if len(self._refusals) >= MAX_REFUSALS:
-                self._refusals.clear()
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
             self._refusals[claim.uid] = text
             name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
             log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
@@ -3957,34 +4697,38 @@ class DraSide:
         if self.publisher:
             domain = self.settings.domain
             devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
-            devices += [lost_device(device, domain) for device in self._find_lost()]
+            prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
+            lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
+            devices += [lost_device(device, domain) for device in lost]
             self.publisher.want(devices, list(self._plan.resources))
 
-    def _find_lost(self) -> List[PreparedDevice]:
-        """What is prepared and gone for so long that the plan has forgotten it.
+    def _is_gone(self, device: PreparedDevice) -> bool:
+        """Whether DEVICE is not there, or another one in its place.
 
-        What the plan has not, and stands in /dev still, is not offered because of the conf file: its pod may go on.
+        One that the plan has not, though it stands in /dev and no rule left it out, is no longer offered because of
+        the conf file. Its pod may go on.
         """
-        return [
-            device
-            for claim in self.cdi.claims.values()
-            for device in claim.devices
-            if device.name not in self.slots
-            and device.path.startswith("/dev/")
-            and not os.path.exists(f"{self.settings.dev_dir}/{device.path[len('/dev/') :]}")
-        ]
+        slot = self.slots.get(device.name)
+        if slot:
+            return bool(slot.device.problem)
+        path = device.path[len("/dev/") :] if device.path.startswith("/dev/") else ""
+        is_left_out = any(left.path == path for left in self._plan.left_out)
+        return bool(path) and (is_left_out or not os.path.exists(f"{self.settings.dev_dir}/{path}"))
 
     def _rewrite_cdi_files(self) -> None:
-        """Have the CDI files name the nodes that their devices have now; while a device is gone, its file stays."""
+        """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
         for claim in list(self.cdi.claims.values()):
             name = f"{claim.namespace}/{claim.name}"
+            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
             try:
-                devices = self._find_devices((device.request, device.name) for device in claim.devices)
+                if all(device.name in self.slots and not device.is_gone for device in devices):
+                    requests = [(device.request, device.name) for device in devices]
+                    devices = prepare_devices(requests, self.slots, self._devices)
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
-                    log_event("cdi-file-rewritten", "a prepared device has another node now", claim=name)
+                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
             except AllocationError:
-                continue
+                continue  # it went just now: the next plan says so
             except OSError as error:
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
                 log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
@@ -4066,6 +4810,7 @@ class RegistrationState(NamedTuple):
     registrations: int = 0
     refusals: int = 0
     stream_losses: int = 0
+    start_refusals: int = 0
 
 
 class Holder(NamedTuple):
@@ -4439,7 +5184,7 @@ def _told(device: Document) -> str:
     text += f" -> {link}" if link else ""
     count = sum(len(node["targets"]) for node in nodes)
     if is_folder or count > 1:
-        text += f" ({counted(count, 'node')})"
+        text += f" ({pluralize(count, 'node')})"
     if not nodes[0]["container"].startswith(device["path"]):
         text += f" as {nodes[0]['container']}"
     return text
@@ -4447,9 +5192,9 @@ def _told(device: Document) -> str:
 
 def describe_dra(dra: Document) -> str:
     """The part on DRA of the status document in one line."""
-    claims = counted(len(dra["claims"]), "claim")
+    claims = pluralize(len(dra["claims"]), "claim")
     reachable = "answers" if dra["api"]["reachable"] else "does not answer"
-    slices = f"{counted(dra['slice_devices'], 'device')} published in {counted(dra['slices'], 'ResourceSlice')}"
+    slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
     return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
 
 
@@ -4492,6 +5237,7 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
 # What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
 _REASONS = (
+    ("pattern_timeout", TOOK_TOO_LONG),
     ("attributes", r"its .* \(asked for: "),
     ("link", r"a link |a path through "),
     ("folder", r"a folder that "),
@@ -4591,6 +5337,12 @@ FAMILIES = (
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
+    Family(
+        "starts_refused_total",
+        "counter",
+        "Starts of containers that were refused, since another device stands there.",
+        _each("start_refusals"),
+    ),
     Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
     Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
     Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
@@ -4631,6 +5383,18 @@ FAMILIES = (
     ),
     Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
     Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
+    Family(
+        "internal_errors_total",
+        "counter",
+        "Calls that failed for a reason that nobody foresaw: a bug.",
+        _one("process", "internal_errors"),
+    ),
+    Family(
+        "log_lines_dropped_total",
+        "counter",
+        "Lines of the log that were dropped, since nobody read it.",
+        _one("process", "log_lines_dropped"),
+    ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
     Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
@@ -4795,7 +5559,7 @@ def _page_facts(document: Document) -> Iterator[str]:
     slots = sum(resource["slots"] for resource in resources)
     yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
     answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{counted(kubelet['restarts'], 'restart')} seen")
+    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{pluralize(kubelet['restarts'], 'restart')} seen")
     dra = document["dra"]
     if dra:
         reachable = "API server answers" if dra["api"]["reachable"] else "API server does not answer"
@@ -4804,13 +5568,13 @@ def _page_facts(document: Document) -> Iterator[str]:
         yield _fill(_FACT, name="Claims prepared", value=dra["claims_prepared"], more=failed)
     good_told = "refused" if conf["error"] else "good"
     read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{counted(conf['rules'], 'rule')}, read {read_at}")
+    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{pluralize(conf['rules'], 'rule')}, read {read_at}")
     yield "</dl>\n"
 
 
 def _page_row(resource: Document, document: Document) -> Iterator[str]:
     slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{counted(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+    use = f"{pluralize(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
     domain, _, name = resource["name"].partition("/")
     yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
@@ -5172,6 +5936,7 @@ class StatusServer:
             registrations=registration.registrations,
             refusals=registration.refusals,
             stream_losses=registration.stream_losses,
+            start_refusals=registration.plugin.start_refusals,
         )
 
     async def _metrics(self) -> Response:
@@ -5231,6 +5996,8 @@ class StatusServer:
                 "resident_memory_bytes": _resident_bytes(),
                 "cpu_seconds": time.process_time(),
                 "start_time_seconds": self._started,
+                "internal_errors": log_counts.internal_errors,
+                "log_lines_dropped": log_counts.dropped_lines,
             },
             events=self.events.events(),
             dra=side.describe() if isinstance(side, DraSide) else None,
@@ -5368,6 +6135,15 @@ class SimulatedKubelet:
         response = await client.stub.Allocate(request)
         return ids, response.container_responses[0]
 
+    async def start_container(self, name: str, ids: Iterable[str]) -> None:
+        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+
+        Raises grpc.RpcError where the plugin refuses.
+        """
+        client = self.clients[name]
+        if client.options.pre_start_required:
+            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
+
 
 class SimulatedApiServer:
     """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
@@ -5486,9 +6262,11 @@ class SimulatedDraKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no conf file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
 DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
@@ -5560,6 +6338,10 @@ class DeviceSide:
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
+
+    def hasten_full_look(self) -> None:
+        """Let the next turn look at everything."""
+        self._next_full_look = 0.0
 
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
@@ -5696,13 +6478,12 @@ class KubeletThread(threading.Thread):
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
         self.side: Union[DevicePluginSide, DraSide]
+        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            self.side = DraSide(dra_settings(options), api_server(options), self._loop, calm_look)
+            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, calm_look)
         else:
             watch = Watch(options.plugin_dir)
-            self.side = DevicePluginSide(
-                options.plugin_dir, options.domain, options.dev_dir, self._loop, watch, calm_look
-            )
+            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
 
     def run(self) -> None:
@@ -5827,7 +6608,7 @@ def serve(options: argparse.Namespace) -> int:
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
     log_event(
-        "started", f"smarter-device-manager {__version__} offers {counted(len(devices.plan.resources), 'resource')}"
+        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
@@ -5876,6 +6657,8 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         reread = taken == signal.SIGHUP
+        if taken == LOOK_SIGNAL:
+            devices.hasten_full_look()
 
 
 def _take_signal(due: float, thread: KubeletThread) -> int:
@@ -5908,9 +6691,9 @@ def restart_lean() -> None:
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
-def _look_once(options: argparse.Namespace) -> DeviceSide:
+def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -5998,13 +6781,13 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {counted(len(devices.rules), 'rule')}")
+    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
     return 0
 
 
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
-    devices = _look_once(options)
+    devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
         print(_nothing_found(devices, options))
         return 1
@@ -6018,7 +6801,8 @@ def dry_run(options: argparse.Namespace) -> int:
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
     print(
-        f"\n{counted(count, 'resource')}, " + ("all registered and allocated." if is_good else "not all of them well.")
+        f"\n{pluralize(count, 'resource')}, "
+        + ("all registered and allocated." if is_good else "not all of them well.")
     )
     return 0 if is_good else 1
 
@@ -6037,7 +6821,8 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     """The table's rows, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
-    side = DevicePluginSide(folder, options.domain, options.dev_dir, asyncio.get_running_loop())
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
@@ -6066,7 +6851,8 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
     if not kubelet.devices(name):
         return ["nothing: it has no slot"], True
     try:
-        _, given = await kubelet.allocate(name)
+        ids, given = await kubelet.allocate(name)
+        await kubelet.start_container(name, ids)
     except Problem:
         return [f"nothing: {resource.devices[0].problem}"], False
     except grpc.RpcError as error:
@@ -6084,7 +6870,7 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """What a container sees at CONTAINER, and what the host has in its place."""
     link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {counted(len(targets), 'node')}" if is_folder else ""
+    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
@@ -6094,27 +6880,30 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
     settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
-    side = DraSide(settings, ApiServer(parse_api_url(api.url), "", ""), asyncio.get_running_loop(), LOOK_SECONDS)
+    devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    address = parse_api_url(api.url)
+    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
-    while not running.done() and side.obstacle and time.monotonic() < give_up:
+    classes: List[Document] = []
+    while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
         await asyncio.sleep(LOOK_SECONDS / 10)
+        classes = api.list(f"{_API}/deviceclasses")
         if side.publisher and not side.is_registered:
             await kubelet.register(os.path.basename(settings.sockets[1]))
     slices = api.list(f"{_API}/resourceslices")
-    devices = [device for item in slices for device in item["spec"]["devices"]]
+    offered = [device for item in slices for device in item["spec"]["devices"]]
     rows: List[Tuple[object, ...]] = []
     for name in plan.resources:
-        ours = [device for device in devices if device["attributes"]["resource"]["string"] == name]
+        ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
         lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
     print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
-    counts = [counted(len(devices), "device"), counted(len(slices), "ResourceSlice")]
-    classes = counted(len(api.list(f"{_API}/deviceclasses")), "DeviceClass").replace("DeviceClasss", "DeviceClasses")
+    counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    print(f"\n{' in '.join(counts)}, {classes}; {ending}.")
+    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
     side.stop()
     await running
     await kubelet.stop()
@@ -6143,13 +6932,415 @@ async def _prepare_one(
     return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
+# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
+DEFAULT_NAMESPACE = "kube-system"
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
+# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
+# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths={plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+MANIFEST = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+  conf.yaml: |2
+{conf}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: smarter-device-manager-script
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}
+---
+apiVersion: apps/v1
+kind: DaemonSet
+metadata:
+  name: smarter-device-manager
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: smarter-device-manager
+  updateStrategy:
+    type: RollingUpdate
+    rollingUpdate:
+      maxSurge: 1
+      maxUnavailable: 0
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: smarter-device-manager
+      annotations:
+        smarter-device-manager/script: {digest} # another script is another pod
+    spec:
+      nodeSelector:
+        smarter-device-manager: enabled
+      tolerations:
+        - operator: Exists
+      priorityClassName: system-node-critical
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: 5
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -c
+            - |2
+{install}
+          workingDir: /app
+          env:
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: TMPDIR
+              value: /packages
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+      containers:
+        - name: smarter-device-manager
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command:
+            - python3
+            - -m
+            - smarter_device_manager
+          args:
+            - --plugin-dir=/var/lib/kubelet/device-plugins
+            - --dev-dir=/host/dev
+            - --sys-dir=/host/sys
+            - --listen=:8080
+{options}          workingDir: /app
+          env:
+            - name: NODE_NAME
+              valueFrom:
+                fieldRef:
+                  fieldPath: spec.nodeName
+            - name: SMARTER_DEVICE_MANAGER_CONF
+              value: /root/config/conf.yaml
+            - name: PYTHONPATH
+              value: /packages
+            - name: PYTHONPYCACHEPREFIX
+              value: /packages/pycache
+            - name: PYTHONDONTWRITEBYTECODE
+              value: "1"
+            - name: MALLOC_ARENA_MAX
+              value: "1"
+          ports:
+            - name: http
+              containerPort: 8080
+          startupProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            initialDelaySeconds: 2
+            periodSeconds: 2
+            timeoutSeconds: 5
+            failureThreshold: 30
+          livenessProbe:
+            httpGet:
+              path: /healthz
+              port: http
+            periodSeconds: 10
+            timeoutSeconds: 5
+          readinessProbe:
+            httpGet:
+              path: /readyz
+              port: http
+            periodSeconds: 5
+            timeoutSeconds: 5
+          resources:
+            requests:
+              cpu: 10m
+              memory: 48Mi
+            limits:
+              memory: 192Mi
+          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities:
+              drop:
+                - ALL
+          volumeMounts:
+            - name: plugins
+              mountPath: /var/lib/kubelet/device-plugins
+            - name: pod-resources
+              mountPath: /var/lib/kubelet/pod-resources
+              readOnly: true
+            - name: dev
+              mountPath: /host/dev
+              readOnly: true
+              recursiveReadOnly: IfPossible
+            - name: sys-dev
+              mountPath: /host/sys/dev
+              readOnly: true
+            - name: sys-devices
+              mountPath: /host/sys/devices
+              readOnly: true
+            - name: config
+              mountPath: /root/config
+              readOnly: true
+            - name: script
+              mountPath: /app
+              readOnly: true
+            - name: packages
+              mountPath: /packages
+              readOnly: true
+      volumes:
+        - name: plugins
+          hostPath:
+            path: {plugin_dir}
+            type: Directory
+        - name: pod-resources
+          hostPath:
+            path: {pod_resources}
+            type: DirectoryOrCreate
+        - name: dev
+          hostPath:
+            path: /dev
+            type: Directory
+        - name: sys-dev
+          hostPath:
+            path: /sys/dev
+            type: Directory
+        - name: sys-devices
+          hostPath:
+            path: /sys/devices
+            type: Directory
+        - name: config
+          configMap:
+            name: smarter-device-manager
+        - name: script
+          configMap:
+            name: smarter-device-manager-script
+        - name: packages
+          hostPath:
+            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
+            type: DirectoryOrCreate
+"""
+
+# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
+# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
+    if status:
+        sys.exit(status)
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+
+def print_systemd_unit(options: argparse.Namespace) -> int:
+    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    for path in (sys.executable, f"{folder}/{name}", options.conf):
+        if path.startswith(HOME_FOLDERS):
+            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
+    if options.listen:
+        given.append(f"--listen={tell_address(options.listen)}")
+        network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
+        if options.listen[0] in LOOPBACK:
+            network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
+    print(
+        SYSTEMD_UNIT.format(
+            folder=_systemd_word(folder),
+            module=os.path.splitext(name)[0],
+            python=_systemd_word(sys.executable),
+            plugin_dir=_systemd_word(options.plugin_dir),
+            options="".join(f" {_systemd_word(option)}" for option in given),
+            network=network,
+        ),
+        end="",
+    )
+    return 0
+
+
+def _systemd_word(text: str) -> str:
+    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
+    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
+    what is as it is by default is left out."""
+    shown = {
+        **{path: getattr(options, path) for path in paths},
+        "domain": options.domain,
+        "interval": f"{options.interval:g}",
+        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
+        "log_format": options.log_format,
+    }
+    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
+    defaults.update(interval="1", log_format="text")
+    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def print_manifest(options: argparse.Namespace) -> int:
+    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
+    import hashlib
+
+    print(
+        MANIFEST.format(
+            namespace=options.namespace or DEFAULT_NAMESPACE,
+            image=options.image or DEFAULT_IMAGE,
+            conf=_indented(_read_good_conf(options.conf), 4),
+            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
+            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
+            install=_indented(INSTALL_PACKAGES, 14),
+            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
+            plugin_dir=json.dumps(options.plugin_dir),
+            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
+        ),
+        end="",
+    )
+    return 0
+
+
+def _indented(text: str, spaces: int) -> str:
+    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise Problem(
+            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+        ) from None
+
+
+def _read_good_conf(path: str) -> str:
+    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    try:
+        text = read_conf(path) if path else DEFAULT_CONF
+        parse_rules(text)
+    except ConfigError as error:
+        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    except OSError as error:
+        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
+        "        --systemd-unit | --manifest | --version]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run and --status says.",
+        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
+        "says.",
         epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
@@ -6201,9 +7392,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS:PORT",
         help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
     )
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
+    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
+    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
     return parser
 
 
@@ -6288,6 +7485,18 @@ def _pod_api_url() -> str:
     return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
 
 
+def _image(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
+        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _namespace(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+    return text
+
+
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
@@ -6312,29 +7521,48 @@ def _address(text: str) -> Tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
+    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    least = options.log_level or level
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
+    if (options.image or options.namespace) and not options.manifest:
+        parser.error("--image and --namespace go with --manifest")
+    if options.json and not options.list and options.status is None:
+        parser.error("--json goes with --list and --status")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    modes = {"check": check, "list": show_list, "dry_run": dry_run, "status": show_status}
+    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": check,
+        "list": show_list,
+        "dry_run": dry_run,
+        "status": show_status,
+        "systemd_unit": print_systemd_unit,
+        "manifest": print_manifest,
+    }
     mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    level = options.log_level or (logging.INFO if mode is serve else logging.WARNING)
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
-    handler.addFilter(lambda record: record.levelno >= level or getattr(record, "event", "") == "refused")
-    logging.basicConfig(level=min(level, logging.INFO), handlers=[handler])
-    if mode is serve:
+    try:
+        if mode is not serve:
+            set_up_log(options, logging.StreamHandler(), logging.WARNING)
+            return mode(options)
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
-    try:
-        return mode(options)
+        log_queue = LogQueue()
+        set_up_log(options, log_queue, logging.INFO)
+        with LogWriter(log_queue):
+            return serve(options)
     except Problem as error:
         print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -347,6 +347,10 @@ class Kubelet(sdm.SimulatedKubelet):
 
         return self.do(allocate()).container_responses[0]
 
+    def starts(self, resource: str, *ids: str) -> None:
+        """Ask whether a container with these IDs may start, as before each start of it."""
+        self.do(self.start_container(self.name(resource), ids))
+
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The nodes that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
@@ -783,7 +787,7 @@ def test_yaml_of_a_mebibyte_is_read_in_time(piece: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: expressions
+# Expressions
 # ---------------------------------------------------------------------------------------------------------------------
 
 SAME = [
@@ -833,7 +837,22 @@ SAME = [
     (r"^[[:alpha:]]{2}$", ["ab"], ["a1"]),
     (r"^[:digit:]$", ["d", ":"], ["1"]),
     (r"^(?P<n>a)(?<m>b)$", ["ab"], []),
-    (r"^(|a)+$", ["", "aa"], ["b"]),
+    (r"^(|a)$", ["", "a"], ["b", "aa"]),
+    (r"^*tun$", ["tun", "xtun"], ["tunx"]),
+    (r"^+a", ["a"], ["ba"]),
+    (r"^?a$*", ["a", "bab"], ["b"]),
+    (r"\b*a", ["a", "ba"], ["b"]),
+    (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
+    (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
+    (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
+    (r"(?i)^[^k]$", ["j"], ["k", "K", "\u212a"]),
+    (r"(?i)^ks$", ["ks", "KS", "\u212a\u017f"], ["k"]),
+    (r"(?i)^[j-t]{2}$", ["KS", "\u212a\u017f"], ["ab"]),
+    (r"(?i)^\w[[:alpha:]]$", ["KS", "\u212a\u017f"], ["-a"]),
+    (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
+    (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
+    (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
+    (r"^(a{1000}b{1000}){0}$", [""], ["a"]),
     (r"^a??b*?c+?$", ["abbc", "c"], ["a"]),
     (r"^a(?)b$", ["ab"], []),
 ]
@@ -873,7 +892,15 @@ NOT_OF_RE2 = [
     (r"*a", r"the character itself is \*"),
     (r"(?i)*", "nothing that * could repeat"),
     (r"a|{2}", "nothing that {2} could repeat"),
-    (r"^*", "nothing to repeat"),
+    (r"^**", "nothing that * could repeat"),
+    (r"([a-c]*)*", "* repeats what may be empty"),
+    (r"(|a)+", "such as (a+)* for (a*)*"),
+    (r"(?:a|b?){1,3}", "{1,3} repeats what may be empty"),
+    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what is in it; RE2 takes 1000"),
+    (r"((a{500})*b){3}", "{3} makes 1500 copies"),
+    (f"({'ab' * 2000}){{1000}}", "too large for Go"),
+    ("(?:" * 1001 + ")" * 1001, "more than 1000 groups"),
+    (r"(?i)[€-₯]", "such as (?-i:[€-₯])"),
     (r"a{1001}", "more than the 1000 repetitions"),
     (r"a{2,99999999999}", "more than the 1000 repetitions"),
     ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 takes"),
@@ -897,7 +924,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """PATTERN as a conf's rule has it; raises ConfigError, and any warning of re as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match
+        return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match.compiled
 
 
 @pytest.mark.parametrize(("pattern", "matches", "others"), SAME)
@@ -925,11 +952,31 @@ def test_look_around_is_taken_too() -> None:
 
 
 ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\u017f\u212a\x7f\xa0"]
-ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {1,2} {2,} {,2} {01} {1,2 [a-c] [^a]
-    []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W] [^[:upper:][:digit:]]
-    [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
+ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
+    {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
+    [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
 ATOMS += [f"[[:{hat}{name}:]]" for name in sdm._POSIX_CLASSES for hat in ("", "^")]
 ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
+
+
+def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
+    """Check that PATTERN finds the same here as in RE2, or is refused here."""
+    re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        ours = compiled(pattern)
+    except sdm.ConfigError:
+        return
+    theirs = re2.compile(pattern, options)
+    assert ours.groups == theirs.groups
+    for name in [*names, "", "a", "video0"]:
+        found, expected = ours.search(name), theirs.search(name)
+        if not name.isascii() and r"\B" in pattern:
+            continue  # RE2 in C++ finds \B inside a character
+        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
+            expected and [expected.span(n) for n in range(ours.groups + 1)]
+        ), (pattern, name)
 
 
 @settings(thorough, max_examples=3000)
@@ -942,23 +989,202 @@ ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
     ),
 )
 def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
-    re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
-    options = re2.Options()
-    options.log_errors = False
     pattern += ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
-    try:
-        ours = compiled(pattern)
-    except sdm.ConfigError:
-        return
-    theirs = re2.compile(pattern, options)
-    assert ours.groups == theirs.groups
-    for name in [*names, "", "a", "video0"]:
-        found, expected = ours.search(name), theirs.search(name)
-        if not name.isascii() and (r"\B" in pattern or "(?i" in pattern):
-            continue  # RE2 in C++ finds \B inside a character; and under (?i) it takes the Kelvin sign for a k
-        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
-            expected and [expected.span(n) for n in range(ours.groups + 1)]
-        ), (pattern, name)
+    compare_with_re2(pattern, names)
+
+
+def nested_expression(rng: random.Random, depth: int = 5) -> str:
+    """Groups, alternatives and repeats inside one another, over few characters."""
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(NESTED_ATOMS)
+    inner, other = nested_expression(rng, depth - 1), nested_expression(rng, depth - 1)
+    kind = rng.choice(("both", "either", "group", "repeat", "repeat"))
+    if kind == "both":
+        return inner + other
+    if kind == "either":
+        return f"(?:{inner}|{other})"
+    group = f"({inner})" if len(inner) > 1 or kind == "group" else inner
+    return group if kind == "group" else group.replace("(", rng.choice(("(", "(?:")), 1) + rng.choice(NESTED_REPEATS)
+
+
+NESTED_ATOMS = (*"abks^$.", "", *cut(r"\b \B [ab] [^a] \d (?i:k) (?i:[a-s]) (?i:\W) (?i:[[:^lower:]]) (?m:^) (?m:$)"))
+NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} {2,} {0,} {1,}?")
+
+
+@settings(thorough, max_examples=3000)
+@given(
+    st.randoms(use_true_random=False).map(nested_expression),
+    st.lists(st.text(st.sampled_from("abkK\u212as\u017f0 \n"), max_size=5), min_size=5, max_size=5),
+)
+@example("(?:a|(?:|b))?c", ["ab"])
+@example("^*tun$", ["xtun"])
+def test_nested_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
+    compare_with_re2(pattern, names)
+
+
+SLOW = r"^serial/by-id/([A-Za-z0-9_-]+)*-if00$"  # from issues of other projects: re would take years for SLOW_NAME
+SLOW_NAME = "serial/by-id/usb-Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_{:04}-if01-port0"
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
+def test_a_search_that_takes_too_long_ends_and_is_not_made_again() -> None:
+    expression = sdm.Expression(SLOW)
+
+    def search() -> None:
+        with pytest.raises(sdm.SearchTimeout):
+            expression.search(SLOW_NAME.format(1))
+
+    assert sdm.SEARCH_SECONDS <= cpu_seconds(search) < 4 * sdm.SEARCH_SECONDS
+    assert cpu_seconds(search) < sdm.SEARCH_SECONDS / 10
+    assert expression.was_slow(SLOW_NAME.format(1))
+    assert expression.search("serial/by-id/usb-1a86-if00")
+    assert not expression.search("serial/by-id/usb-1a86")
+    attribute = sdm.Expression(r"(\w+[ _-]?)+Zigbee")
+    with pytest.raises(sdm.SearchTimeout):
+        attribute.fullmatch("Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_0001")
+    assert attribute.fullmatch("Sonoff Zigbee")
+
+
+def test_the_more_names_an_expression_takes_too_long_for_the_less_time_it_gets() -> None:
+    expressions = sdm.Expressions([sdm.Expression("a"), sdm.Expression(SLOW), sdm.Expression("b")])
+
+    def search() -> None:
+        for number in range(40):
+            first, second, third = expressions.search(SLOW_NAME.format(number))
+            assert isinstance(first, re.Match)
+            assert isinstance(second, sdm.SearchTimeout)
+            assert isinstance(third, re.Match)
+
+    assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
+
+
+def test_many_slow_texts_are_remembered_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdm, "MAX_SLOW_TEXTS", 2)
+    expression = sdm.Expression(SLOW)
+    for number in range(3):
+        with pytest.raises(sdm.SearchTimeout):
+            expression.search(SLOW_NAME.format(number))
+    assert [expression.was_slow(SLOW_NAME.format(number)) for number in range(3)] == [False, True, True]
+
+
+def test_an_alarm_rings_in_the_work_that_it_is_for_or_not_at_all() -> None:
+    def spin(seconds: float) -> bool:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return True
+
+    def is_done(seconds: float) -> bool:
+        try:
+            return sdm._ALARM.limit(lambda: spin(seconds), 0.004)
+        except sdm.SearchTimeout:
+            return False
+        finally:
+            assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+    outcomes = []
+    for step in range(200):  # as long as the work may take, more or less
+        outcomes.append(is_done(0.002 + step * 0.00004))
+        signal.raise_signal(signal.SIGVTALRM)  # one that comes late
+    assert set(outcomes) == {False, True}
+    with pytest.raises(ZeroDivisionError):
+        sdm._ALARM.limit(lambda: 1 / 0, 1)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    early = [lambda: signal.raise_signal(signal.SIGVTALRM)] * 3  # other threads have used the time
+    assert sdm._ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
+
+
+def slow_rules(*more: str) -> str:
+    return f"- devicematch: ^serial/by-id/\n- devicematch: {SLOW}\n  nummaxdevices: 2\n" + "".join(more)
+
+
+@needs_root
+def test_names_that_take_too_long_do_not_hold_up_the_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.plug("ttyUSB0")
+    node.rules("- devicematch: ^video\n" + slow_rules())
+    daemon = start("--listen", "127.0.0.1:0", "--interval", "0.5")
+    kubelet.wait_for("video0", Healthy=1)
+    status = Status(daemon)
+    for number in range(20):
+        node.link("serial/by-id/" + os.path.basename(SLOW_NAME.format(number)), "../../ttyUSB0")
+    node.link("serial/by-id/usb-good-if00", "../../ttyUSB0")
+    slowest = 0.0
+    while len(kubelet.clients) < 22:
+        started = time.monotonic()
+        kubelet.take("video0")
+        assert status.ask("/healthz").status == 200
+        slowest = max(slowest, time.monotonic() - started)
+    assert slowest < 1.0
+    kubelet.wait_for("serial_by-id_usb-good-if00", Healthy=2)
+    daemon.says(r"20 devices: left out: the expression took too long in this name: \^serial/by-id/\(")
+    assert status.metrics()["left_out", "pattern_timeout"] == 20
+    left_out = status.document()["left_out"]
+    assert {(left["path"], left["line"]) for left in left_out} == {
+        (f"/dev/{SLOW_NAME.format(number)}", 3) for number in range(20)
+    }
+    process = psutil.Process(daemon.process.pid)
+    daemon.hang_up()
+    before = sum(process.cpu_times()[:2])
+    turns(daemon, 10)
+    assert sum(process.cpu_times()[:2]) - before < 0.2  # they are not searched again
+    done = node.run("--list", "--json")
+    assert json.loads(done.stdout)["left_out"] == left_out
+    assert node.run("--check").stdout == f"{node.conf}: good, 3 rules\n"
+    assert daemon.log.count("took too long") == 1
+
+
+@needs_root
+def test_an_earlier_rule_may_take_a_name_that_took_a_later_one_too_long(node: Node) -> None:
+    node.plug(SLOW_NAME.format(1))
+    side = device_side(node, slow_rules("- devicematch: ^serial/by-id/x\n"))
+    side.start()
+    device = side.plan.resources[sdm.resource_name(SLOW_NAME.format(1))].devices[0]
+    assert (device.line, device.slots) == (1, 1)
+    assert [(found.path, found.line) for found in side.plan.left_out] == [(SLOW_NAME.format(1), 2)]
+    assert [rule.line for rule in side.plan.unused] == [4]
+    node.rules(f"- devicematch: {SLOW}\n")
+    side.turn()
+    assert side.plan.resources == {}
+    assert [(found.path, found.line) for found in side.plan.left_out] == [(SLOW_NAME.format(1), 1)]
+    node.unplug(SLOW_NAME.format(1))
+    assert cpu_seconds(side.turn) < sdm.SEARCH_SECONDS
+
+
+@needs_root
+def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    product = "Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_0001"
+    for name in ("stick0", "stick1"):
+        node.sysfs(f"usb1/{name}", {"product": product, "serial": name}, node.plug(name))
+    side = device_side(
+        node, "- devicematch: stick1\n- devicematch: stick\n  attributes: {product: '(\\w+[ _-]?)+Zigbee'}\n"
+    )
+    assert cpu_seconds(side.start) < 3 * sdm.SEARCH_SECONDS  # one search: they have the same product
+    assert set(side.plan.resources) == {"stick1"}
+    reason = f'the expression took too long for its product, "{product}": (\\w+[ _-]?)+Zigbee; its product is'
+    assert {found.path for found in side.plan.left_out if found.reason.startswith(reason)} == {"stick0", "stick1"}
+    for reread in (False, False, True):
+        clock.now += 1
+        assert cpu_seconds(lambda reread=reread: side.turn(reread)) < sdm.SEARCH_SECONDS / 2
+    node.sysfs("usb1/stick0", {"product": "Sonoff Zigbee"})
+    clock.now += 1
+    side.turn()
+    assert side.plan.resources["stick0"].devices[0].line == 2
+
+
+def test_a_conf_whose_literal_names_take_another_rule_too_long_is_read_in_time() -> None:
+    names = [SLOW_NAME.format(number).replace("serial/by-id", "x") for number in range(20)]
+    conf = "".join(
+        f"- devicematch: ^{name}$\n- devicematch: a\n  resource: {sdm.resource_name(name)}\n" for name in names
+    )
+    conf += f"- devicematch: {SLOW.replace('serial/by-id', 'x')}\n"
+    assert cpu_seconds(lambda: sdm.parse_rules(conf)) < 20 * sdm.SEARCH_SECONDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -984,7 +1210,7 @@ def test_every_key_is_read() -> None:
     rule, other = sdm.parse_rules(EVERYTHING)
     assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
     assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
-    assert [(one.name, one.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
+    assert [(one.name, one.match.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
         ("idVendor", "10c4", False),
         ("serial", ".*A5XK.*", True),
     ]
@@ -1227,7 +1453,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no conf file is given, so the built-in default rules are used; --conf FILE names one\n"
+    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1379,7 +1605,7 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
     done = bare("--check", f"--{option}={value}")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 3  # two of usage
+    assert done.stderr.count("\n") == 4  # three of usage
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert variable not in last
@@ -1388,6 +1614,99 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     last = done.stderr.splitlines()[-1]
     assert f"argument --{option}: {told}" in last
     assert last.endswith(f"(from {variable})")
+
+
+def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
+    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    python = node.root / "python3"
+    if not python.is_symlink():
+        python.symlink_to(os.path.realpath(sys.executable))
+        shutil.copy(SCRIPT, node.root)
+    command = [python, "-I", "-S", node.root / SCRIPT.name, "--systemd-unit", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
+    assert unit["WorkingDirectory"] == [str(node.root)]
+    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
+    options = ("--domain", "lab", "--interval=0.50", "--log-level", "WARNING", "--log-format=json", "--sys-dir=/s y")
+    unit = systemd_unit(node, "--conf", "/etc/sdm.yaml", "--plugin-dir=/p/50%", *options)
+    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ExecStart"] == [
+        f"{node.root}/python3 -m smarter_device_manager --conf=/etc/sdm.yaml --plugin-dir=/p/50%% "
+        '"--sys-dir=/s y" --domain=lab --interval=0.5 --log-level=warning --log-format=json'
+    ]
+
+
+def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
+    unit = systemd_unit(node)
+    assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
+    unit = systemd_unit(node, "--listen=127.0.0.1:8080")
+    assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == (["any"], ["localhost"])
+    assert "PrivateNetwork" not in unit
+    assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
+        ("100%", "100%%"),
+        ("$HOME", "$$HOME"),
+        ("a b", '"a b"'),
+        ('a"b\\c', r'"a\"b\\c"'),
+        ("it's;", '"it\'s;"'),
+        ("é", '"é"'),
+    ],
+)
+def test_a_word_of_a_unit(text: str, word: str) -> None:
+    assert sdm._systemd_word(text) == word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
+        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
+        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is no name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
+        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--manifest", "--list"], 2, "not allowed with argument"),
+    ],
+)
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+    done = bare(*arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+    shutil.copy(SCRIPT, node.root)
+    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
+def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+    done = bare(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --json goes with --list and --status\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4188,7 +4507,7 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
-        assert words == f'smarter-devices/null: no device ID "{wrong[:200]}"'
+        assert words == sdm.printable(f'smarter-devices/null: no device ID "{wrong[:200]}"')
     assert kubelet.gives("null", "1") == {"/dev/null": "/dev/null"}
     daemon.says(r'WARNING Allocate refused: no device ID "2" resource=smarter-devices/null ids=0,2 ')
 
@@ -4473,7 +4792,7 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
 AT_ONCE = sdm.CALM_LOOK_SECONDS / 2
 
 
-OWN_THREADS = 2  # the device side, the kubelet side
+OWN_THREADS = 3  # the device side, the log, the kubelet side
 
 
 def wakes(daemon: Daemon) -> int:
@@ -5040,7 +5359,7 @@ CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._forget = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
-    "kubelet side, a plan": "sdm.slots_of = fail",
+    "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
 }
 
@@ -5802,7 +6121,9 @@ def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
 
 @pytest.mark.parametrize("interval", [0.01, 0.1, 0.5, 1.0, 60.0])
 def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, interval: float) -> None:
-    given = argparse.Namespace(interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev")
+    given = argparse.Namespace(
+        interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev", sys_dir="/sys"
+    )
     thread = sdm.KubeletThread(given)
     thread._loop.close()
     allowed = sdm.MAX_MISSED_HEARTBEATS * max(interval, sdm.LOOK_SECONDS)
@@ -5960,7 +6281,7 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
     assert counts.pop("link") == 3
     assert counts.pop("folder") == 2
     assert counts.pop("not_a_device") == 2
-    assert len(counts) == 6
+    assert len(counts) == 7
     assert set(counts.values()) == {0}
 
 
@@ -5974,10 +6295,12 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
         ("a folder that cannot be listed (Permission denied), not a device", "folder"),
         ("a socket, not a device", "not_a_device"),
         ("its resource's name net_tun is taken by /dev/net/tun", "name_taken"),
-        (str(sdm.clash(sdm.Rule(1, re.compile(""), ""), sdm.Rule(2, re.compile(""), ""), "tun")), "name_taken"),
+        (str(sdm.clash(sdm.Rule(1, sdm.Expression(""), ""), sdm.Rule(2, sdm.Expression(""), ""), "tun")), "name_taken"),
         ("its name is not UTF-8", "bad_name"),
         ("no letter or digit is left to name a resource by", "bad_name"),
         ('its path in a container would be "/dev/../x"', "container_path"),
+        ("the expression took too long in this name: (a+)+", "pattern_timeout"),
+        ('the expression took too long for its x, "y": z; its a is not there (asked for: b)', "pattern_timeout"),
         ('its idVendor is "1\n2" (asked for: 3); its serial is not there (asked for: x)', "attributes"),
         ("something new", "other"),
     ],
@@ -6426,7 +6749,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     daemon = broken_daemon(node, "sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
-    daemon.says("CRITICAL the status page failed; this is a bug\nTraceback")
+    daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -6494,7 +6817,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
@@ -6510,7 +6833,8 @@ def hostile_document() -> dict[str, Any]:
         moment=moment, node=HOSTILE_WORD, domain=HOSTILE_WORD, plan=plan,
         stats=sdm.DeviceSideStats(0.0, HOSTILE_WORD, 1, 1, 1, 1e9, HOSTILE_WORD, HOSTILE_WORD, 0.1),
         heartbeats={"device side": 0.0}, most_age=1.0, is_answering=True, kubelet_restarts=1, plugin_dir=HOSTILE_WORD,
-        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0},
+        process={"resident_memory_bytes": 1, "cpu_seconds": 1.0, "start_time_seconds": 1.0,
+                 "internal_errors": 1, "log_lines_dropped": 1},
         events=[
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "more"), HOSTILE_WORD)},
         ],
@@ -6757,7 +7081,7 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
 def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.counted(number, "slot") == told
+    assert sdm.pluralize(number, "slot") == told
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,98 @@ def test_a_config_becomes_a_configmap_that_the_daemon_reads(tmp_path: Path) -> N
     assert_valid(objects)
 
 
+# ------------------------------------------- The values of the Go program's chart
+
+
+GO_RULES = [
+    {"devicematch": "^snd$", "nummaxdevices": 20},
+    {"devicematch": "^ttyUSB[0-9]*$", "nummaxdevices": 1},
+    {"devicematch": "^nitro_enclaves$", "nummaxdevices": 1},
+]
+GO_VALUES = f"""
+application:
+  appName: smarter-device-manager
+image:
+  repository: ghcr.io/smarter-project/smarter-device-manager
+  tag: ""
+  pullPolicy: IfNotPresent
+config: {json.dumps(GO_RULES)}
+"""
+
+
+def test_the_go_charts_values_mean_the_same(tmp_path: Path) -> None:
+    """Its values file, which has no nodeSelector and no other key than these; config there is a comment at first."""
+    values = yaml.safe_load(GO_VALUES)
+    objects = render(values)
+    assert pick(objects, "DaemonSet")["metadata"]["name"] == pick(objects, "ConfigMap")["metadata"]["name"] == NAME
+    assert container(objects)["image"] == f"{values['image']['repository']}:{sdm.__version__}"  # its appVersion, then
+    assert pod(objects)["nodeSelector"] == {NAME: "enabled"}
+    conf = pick(objects, "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == GO_RULES
+    check(conf, tmp_path)
+    del values["config"]
+    assert yaml.safe_load(pick(render(values), "ConfigMap")["data"]["conf.yaml"]) == RULES
+
+
+def test_a_node_selector_replaces_the_default_one() -> None:
+    assert pod(render())["nodeSelector"] == {NAME: "enabled"}
+    assert pod(render({"nodeSelector": {"edge": "yes"}}))["nodeSelector"] == {"edge": "yes"}
+    two = {"kubernetes.io/os": "linux", "disk": "ssd"}
+    assert pod(render({"nodeSelector": two}))["nodeSelector"] == two
+
+
+TEXT = "# Two rules\n- devicematch: ^snd$\n  nummaxdevices: 20\n\n- devicematch: 'ü{{x}}'\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "conf"),
+    [
+        (TEXT, TEXT),
+        ("\n" + TEXT + "\n\n", TEXT),
+        ([], CONF.read_text()),
+        (None, CONF.read_text()),
+        ("", CONF.read_text()),
+    ],
+)
+def test_config_can_be_a_block_of_text_or_nothing(tmp_path: Path, config: Any, conf: str) -> None:
+    objects = render({"config": config})
+    assert pick(objects, "ConfigMap")["data"]["conf.yaml"] == conf
+    check(conf, tmp_path)
+    assert_valid(objects)
+
+
+@pytest.mark.parametrize(("slots", "number"), [("20", 20), ("0020", 20), ("0", 0), ("10000", 10000), (7, 7)])
+def test_a_number_of_slots_may_be_in_quotes(tmp_path: Path, slots: Any, number: int) -> None:
+    objects = render({"config": [{"devicematch": "^a$", "nummaxdevices": slots, "env": {"A": "20"}}]})
+    conf = pick(objects, "ConfigMap")["data"]["conf.yaml"]
+    assert yaml.safe_load(conf) == [{"devicematch": "^a$", "nummaxdevices": number, "env": {"A": "20"}}]
+    check(conf, tmp_path)
+
+
+def test_a_parent_chart_can_have_it_under_a_condition(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(CHART, parent / "charts" / NAME)
+    dependency = {"name": NAME, "version": "1.0.0", "repository": "", "condition": f"{NAME}.enabled"}
+    metadata = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(metadata))
+    for enabled in (True, False):
+        values = {"global": {"site": "home"}, NAME: {"enabled": enabled, "config": TEXT}}
+        assert [item["kind"] for item in render(values, parent)] == (["ConfigMap", "DaemonSet"] if enabled else [])
+
+
+def test_the_notes_name_the_label_and_warn_of_the_go_programs_image() -> None:
+    def notes(values: dict[str, Any]) -> str:
+        with helm().chart.Chart.load(CHART) as chart:
+            texts = chart.render(values, name="r", namespace="kube-system")
+        (text,) = (text for path, text in texts.items() if path.endswith("NOTES.txt"))
+        return text
+
+    assert "kubectl label node NAME smarter-device-manager=enabled\n" in notes({})
+    assert "kubectl label node NAME edge=yes\n" in notes({"nodeSelector": {"edge": "yes"}})
+    assert "WARNING" not in notes({})
+    assert "is the image of the Go program" in notes(yaml.safe_load(GO_VALUES))
+
+
 def test_a_changed_config_rolls_nothing() -> None:
     one, other = ([{"devicematch": text}] for text in ("^a$", "^b$"))
     assert pick(render({"config": one}), "DaemonSet") == pick(render({"config": other}), "DaemonSet")
@@ -257,8 +350,9 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "application.appName": ("cameras", '"name": "cameras"'),
     "image.repository": ("registry.local:5000/sdm", '"registry.local:5000/sdm:1.0.0"'),
     "image.tag": ("2.0.0", '"smarter-device-manager:2.0.0"'),
+    "image.tag ": ("1.0.0@sha256:" + "0a" * 32, '"smarter-device-manager:1.0.0@sha256:' + "0a" * 32 + '"'),
     "image.pullPolicy": ("Always", '"imagePullPolicy": "Always"'),
-    "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes", "smarter-device-manager": "enabled"}'),
+    "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes"}'),
     "config": ([{"devicematch": "^null$"}], r'- {\"devicematch\":\"^null$\"}\n'),
     "kubeletDir": ("/data/kubelet", '"/data/kubelet/device-plugins"'),
     "domain": ("example.com", '"--domain=example.com"'),
@@ -275,7 +369,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
-    for key in reversed(path.split(".")):
+    for key in reversed(path.strip().split(".")):
         value = {key: value}
     return value
 
@@ -293,7 +387,7 @@ def test_no_value_is_without_a_case() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     groups = ("application", "image", "metrics", "podMonitor")
     paths = [f"{key}.{name}" for key in groups for name in values[key]] + [key for key in values if key not in groups]
-    assert sorted(paths) == sorted(CHANGED)
+    assert sorted(paths) == sorted(path for path in CHANGED if not path.endswith(" "))
 
 
 def test_without_metrics_there_is_no_port_and_no_probe() -> None:
@@ -309,8 +403,11 @@ def test_without_metrics_there_is_no_port_and_no_probe() -> None:
         {"config": [{"nummaxdevices": 1}]},
         {"config": [{"devicematch": "^a$", "nummaxdevices": 10001}]},
         {"config": [{"devicematch": "^a$", "attributes": {"idVendor": 1234}}]},
-        {"config": []},
-        {"config": "- devicematch: x"},
+        {"config": [{"devicematch": "^a$", "nummaxdevices": "10001"}]},
+        {"config": [{"devicematch": "^a$", "nummaxdevices": "1.5"}]},
+        {"config": {"devicematch": "^a$"}},
+        {"enabled": "yes"},
+        {"image": {"tag": "1.0.0@sha256:0a"}},
         {"kubeletDir": "var/lib/kubelet"},
         {"kubeletDir": "/var/lib/kubelet/"},
         {"domain": "Smarter"},
@@ -333,6 +430,165 @@ def test_a_wrong_value_is_refused_by_the_schema(values: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What --manifest and --systemd-unit print
+# ---------------------------------------------------------------------------------------------------------------------
+
+STUBS = ("api_pb2.py", "api_pb2_grpc.py")
+SCRIPT_NAME = "smarter_device_manager.py"
+
+
+def printed(*arguments: str) -> str:
+    """What the script prints, on a Python without any package and in a locale without UTF-8."""
+    command = [sys.executable, "-I", "-S", str(ROOT / SCRIPT_NAME), *arguments]
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+    return subprocess.run(command, capture_output=True, check=True, env=environment).stdout.decode()
+
+
+def printed_manifest(*arguments: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(printed("--manifest", *arguments)))
+
+
+def test_the_printed_manifest_is_valid_and_small_enough() -> None:
+    objects = printed_manifest()
+    assert [item["kind"] for item in objects] == ["ConfigMap", "ConfigMap", "DaemonSet"]
+    assert_valid(objects)
+    for item in objects[:2]:
+        assert sum(len(name) + len(text.encode()) for name, text in item["data"].items()) < 1 << 20  # kube-apiserver's
+
+
+def test_it_holds_the_script_its_stubs_and_the_conf() -> None:
+    conf, files, _ = (item.get("data") for item in printed_manifest())
+    assert conf == {"conf.yaml": CONF.read_text()}
+    assert files == {name: (ROOT / name).read_text() for name in (SCRIPT_NAME, *STUBS)}
+
+
+def test_its_daemonset_is_daemonset_yaml_but_for_what_the_image_lacks() -> None:
+    ours, printed = pick(manifest(), "DaemonSet"), pick(printed_manifest(), "DaemonSet")
+    assert set(printed["spec"]["template"]["metadata"].pop("annotations")) == {f"{NAME}/script"}
+    spec, wanted = pod([printed]), pod([ours])
+    (install,) = spec.pop("initContainers")
+    main, image = container([printed]), container([ours])
+    assert install["image"] == main["image"] == sdm.DEFAULT_IMAGE
+    assert install["securityContext"] == main["securityContext"] == image["securityContext"]
+    added = {"packages": "/packages", "script": "/app"}
+    for mounts, read_only in ((install["volumeMounts"], {"script"}), (main["volumeMounts"], {"script", "packages"})):
+        new = [mount for mount in mounts if mount["name"] in added]
+        assert {mount["name"]: mount["mountPath"] for mount in new} == added
+        assert {mount["name"] for mount in new if mount.get("readOnly")} == read_only
+        mounts[:] = [mount for mount in mounts if mount not in new]
+    assert install["volumeMounts"] == []
+    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] not in added]
+    main["env"] = [variable for variable in main["env"] if variable["name"] == "NODE_NAME"]
+    for key in ("command", "workingDir"):
+        del main[key]
+    main["image"] = image["image"]
+    assert spec == wanted
+    assert printed == ours
+
+
+def test_the_manifest_follows_its_options(tmp_path: Path) -> None:
+    conf = tmp_path / "conf.yaml"
+    conf.write_text("  # a line that is indented\n- devicematch: 'ü'\n\n\n")
+    path = PATHS_OF["k0s"]
+    objects = printed_manifest(
+        "--namespace=lab", "--image=registry.local:5000/python:3.9@sha256:0a", f"--conf={conf}",
+        f"--plugin-dir={path}/device-plugins", "--domain=example.com", "--interval=0.5", "--log-level=debug",
+    )  # fmt: skip
+    assert_valid(objects)
+    assert {item["metadata"]["namespace"] for item in objects} == {"lab"}
+    assert objects[0]["data"]["conf.yaml"] == conf.read_text().rstrip("\n") + "\n"
+    paths = [volume["hostPath"]["path"] for volume in pod(objects)["volumes"] if "hostPath" in volume]
+    assert paths[:2] == [f"{path}/device-plugins", f"{path}/pod-resources"]
+    assert paths[-1] == f"/var/lib/{NAME}/registry.local_5000_python_3.9_sha256_0a"
+    assert container(objects)["args"][4:] == ["--domain=example.com", "--interval=0.5", "--log-level=debug"]
+    assert container(objects)["image"] == "registry.local:5000/python:3.9@sha256:0a"
+
+
+def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -> None:
+    for name in (SCRIPT_NAME, *STUBS):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / SCRIPT_NAME).write_text((ROOT / SCRIPT_NAME).read_text() + "# another\n")
+    (tmp_path / "conf.yaml").write_text("- devicematch: ^null$\n")
+
+    def template(script: Path, *arguments: str) -> Any:
+        command = [sys.executable, "-I", "-S", str(script), "--manifest", *arguments]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return pick(list(yaml.safe_load_all(text)), "DaemonSet")["spec"]["template"]
+
+    ours = template(ROOT / SCRIPT_NAME)
+    assert template(ROOT / SCRIPT_NAME, f"--conf={tmp_path}/conf.yaml") == ours
+    assert template(tmp_path / SCRIPT_NAME) != ours
+
+
+def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    """Put a wheel of NAME into FOLDER, so that pip can install it without an index."""
+    info = f"{name}-99.0.dist-info"
+    files = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(folder / f"{name}-99.0-py3-none-any.whl", "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+
+
+def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
+    """With wheels that stand in for the packages, and the script's import of them in a module that stands in for it."""
+    wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
+    for folder in (wheels, packages, app):
+        folder.mkdir()
+    wheel(wheels, "grpcio", {"grpc_x/__init__.py": ""})
+    wheel(wheels, "protobuf", {"protobuf_x/__init__.py": ""})
+    (app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
+    (install,) = pod(printed_manifest())["initContainers"]
+    python, *arguments = (part.replace("/packages", str(packages)) for part in install["command"])
+    assert python == "python3"
+    values = {item["name"]: item["value"].replace("/packages", str(packages)) for item in install["env"]}
+
+    def start(**environment: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **values, **environment}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=app)
+
+    done = start()  # without internet, and nothing there yet
+    assert done.returncode == 1 and "No matching distribution found for grpcio" in done.stderr
+    assert not (packages / "installed").exists()
+    done = start(PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 0, done.stderr
+    assert (packages / "grpc_x/__init__.py").exists() and (packages / "installed").exists()
+    assert list(packages.glob("pycache/**/smarter_device_manager.*.pyc"))
+    before = sorted(path for path in packages.rglob("*") if "pycache" not in path.parts)
+    done = start()  # a node that boots without internet
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path for path in packages.rglob("*") if "pycache" not in path.parts) == before
+    (packages / "installed").unlink()  # the power was cut while it installed
+    (packages / "grpc_x/__init__.py").write_text("half a fi")
+    done = start(PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 0, done.stderr
+    assert (packages / "grpc_x/__init__.py").read_text() == ""
+    shutil.rmtree(packages / "protobuf_x")  # or another Python, which cannot import what is there
+    assert start(PIP_FIND_LINKS=str(wheels)).returncode == 0
+    assert (packages / "protobuf_x").exists()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+@pytest.mark.parametrize(("arguments", "exposure"), [([], 13), (["--listen=127.0.0.1:8080"], 19)])
+def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], exposure: int) -> None:
+    """EXPOSURE is ten times the figure of systemd-analyze security; 100 is the worst."""
+    if sys.executable.startswith(sdm.HOME_FOLDERS) or str(ROOT).startswith(sdm.HOME_FOLDERS):
+        pytest.skip("the unit is not for what lies below a home folder")
+    unit = tmp_path / f"{NAME}.service"
+    unit.write_text(printed("--systemd-unit", *arguments))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={exposure}", "--no-pager", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The README: its pods, its confs and every one of its commands
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -351,9 +607,17 @@ COMMANDS = {
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
     ),
     r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
+    r"sudo (apt-get install|mkdir|cp|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
+    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*": (
+        "test_the_unit_is_right_and_hardened"
+    ),
+    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --status": (
+        "test_status_prints_a_running_daemons_state"
+    ),
+    r"journalctl -u smarter-device-manager": CANNOT + "no node",
+    r"python3 smarter_device_manager\.py --manifest \| kubectl .*": CANNOT
+    + "no cluster; test_the_printed_manifest_is_valid... validates it",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
-    r"sudo (k3s|k0s|microk8s) ctr images? import image\.tar": CANNOT + "no such Kubernetes",
-    r"sudo ctr -n k8s\.io images import image\.tar": CANNOT + "no containerd",
     r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
     r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
     r"kubectl delete -f daemonset\.yaml": CANNOT + "no cluster",

@@ -11,3 +11,8 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
+
+{{/* The labels of the nodes that run it: what the user gave replaces the default, and is not added to it. */}}
+{{- define "smarter-device-manager.nodeSelector" -}}
+{{- .Values.nodeSelector | default (dict "smarter-device-manager" "enabled") | toYaml -}}
+{{- end -}}
