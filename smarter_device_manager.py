@@ -4083,7 +4083,10 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
-    return f"does not answer: {printable(error.strerror or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
+    reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
+    if not reason and error.errno and error.errno > 0:
+        reason = os.strerror(error.errno)  # asyncio has put words of its own into error.strerror
+    return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
 # The CDI files, which are the memory of what is prepared.
@@ -4214,17 +4217,17 @@ class Publisher:
                 self._backoff.reset()
             self._urgent.clear()
             self._changed.clear()
-            await self._advance()
-            now = time.monotonic()
+            pause = await self._advance()
             if self.problems:
-                await wait_for_event(self._urgent, self._backoff.retry_at - now)
+                await asyncio.sleep(pause)
+                await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
             else:
                 await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
                 if not await wait_for_event(self._changed, COMPARE_SECONDS):
                     self._copies = None
 
-    async def _advance(self) -> None:
-        """Do what is to be done, as far as the API server lets it."""
+    async def _advance(self) -> float:
+        """Do what is to be done, as far as the API server lets it; for how long it must not be asked again."""
         problems, pause = [], 0.0
         for step in self._steps:
             try:
@@ -4241,11 +4244,10 @@ class Publisher:
             log_event("published-again", "the API server does again what it is asked")
         self.problems = problems
         if problems:
-            now = time.monotonic()
-            self._backoff.fail(now)
-            self._backoff.put_off(max(self._backoff.retry_at, now + pause))
+            self._backoff.fail(time.monotonic())
         else:
             self._backoff.reset()
+        return pause
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
@@ -4253,9 +4255,9 @@ class Publisher:
             is_listed = self._copies is None
             try:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
+                if is_listed and not (self._node_uid and self._is_published(copies)):
+                    self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
                 if not self._is_published(copies):
-                    if is_listed or not self._node_uid:
-                        self._node_uid = await self._read_node_uid()
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))
                 self.published_at = time.time()
