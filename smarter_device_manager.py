@@ -30,8 +30,10 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 from __future__ import annotations
 
 import argparse
+import binascii
 import contextlib
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
@@ -82,6 +84,9 @@ if TYPE_CHECKING:
 
     import api_pb2 as pb
     import api_pb2_grpc as rpc
+
+if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
+    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 __version__ = "1.0.0"
 
@@ -404,6 +409,10 @@ class _Parser:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
             return self.node(int(text), start)
+        number = re.fullmatch(r"[+]?0*([0-9]+)(?:\.[0-9]*)?", text, re.ASCII)
+        if number:
+            told = "a number must be whole, and without zeros before it"
+            self.fail(f"{text[:40]}: {told}: write {number[1][:40]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -485,8 +494,10 @@ class _Alarm:
     def limit(self, work: Callable[[], S], seconds: float) -> S:
         """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
 
-        For the main thread only. WORK must not call this itself.
+        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("only the main thread can search within a limit of time")
         if not self._is_installed:
             signal.signal(signal.SIGVTALRM, self._ring)
             self._is_installed = True
@@ -993,8 +1004,11 @@ def _text(node: Node) -> str:
 
 
 def _read_slots(node: Node) -> int:
+    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
+        number = int(node.value)
+        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
     if type(node.value) is not int:
-        raise _wrong(node, "a number of slots")
+        raise _wrong(node, "a whole number of slots")
     if not 0 <= node.value <= MAX_SLOTS:
         raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
     return node.value
@@ -1004,6 +1018,15 @@ def _read_template(node: Node) -> str:
     text = _text(node)
     if not text or "\0" in text:
         raise _wrong(node, "a text that is not empty")
+    return text
+
+
+def _read_resource(node: Node) -> str:
+    text = _read_template(node)
+    domain, slash, name = text.partition("/")
+    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        raise ConfigError(message, node.line, node.column)
     return text
 
 
@@ -1076,7 +1099,7 @@ class Rule:
     match: Expression  # searched in a path below /dev
     pattern: str = _key("devicematch", _text)  # match, as the conf has it
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_template, default="")  # template; empty: the path names the resource
+    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
     permissions: str = _key("permissions", _read_permissions, default="rw")
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
@@ -1092,6 +1115,10 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 
     Raises ConfigError with the line and column of what is wrong.
     """
+    manifest = re.search("^apiVersion:", text, re.MULTILINE)
+    if manifest:
+        line = text.count("\n", 0, manifest.start()) + 1
+        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
     document = compose_yaml(text)
     if document.value is None:
         raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
@@ -1284,8 +1311,9 @@ DEFAULT_CONF = r"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices: what stands below /dev, and what sysfs knows of it. A look at /dev is plain data (Snapshot); resolve() is one
-# algorithm over such data or over /dev itself (LiveTree). Plan and Plugin rely on it to never name a node outside /dev.
+# Devices: what stands below /dev, and what sysfs knows of it. One look at /dev is plain data (Snapshot), and resolve()
+# is one algorithm over such data or over /dev itself (LiveTree). The chapters below rely on it never to lead to a node
+# outside /dev, nor through a folder where others than root may write.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
@@ -1301,13 +1329,53 @@ _KINDS = {
 }
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_TELLING = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
+MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
 
 
+class Reason(enum.Enum):
+    """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
+
+    GONE = "other", "it is gone"
+    SWAPPED = "other", "another device stands there since just now"
+    COMPANION = "other", "it goes with /dev/{path}: {why}"
+    LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
+    LINK_CIRCLE = "link", "a link that leads in a circle"
+    LINK_CLIMBS_OUT = "link", "a link that leaves /dev"
+    LINK_OUT = "link", "a link to {target}, which leaves /dev"
+    LINK_TO_DEV = "link", "a link to all of /dev"
+    THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
+    UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
+    EMPTY_FOLDER = "folder", "a folder that holds no device node"
+    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
+    FILE_SYSTEM = "file_system", "another file system"
+    MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
+    NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
+    NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
+    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
+    NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
+    CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'
+    SAME_PLACE = "container_path", "{one} and {other} would both be {path} in the container"
+    ATTRIBUTES = "attributes", "{why}"
+    PATTERN_TIMEOUT = "pattern_timeout", "{why}"
+    NO_ATTRIBUTES = "attributes", "a Tegra's GPU has no attributes"
+    SAME_NODE = "duplicate", "its pool offers the same node already, as /dev/{path}"
+    LIST_TOO_LONG = "list_too_long", "the list of its resource's slots would be longer than {limit} bytes"
+
+    def __init__(self, label: str, template: str) -> None:
+        self.label = label
+        self.template = template
+
+
 class NotADevice(Exception):
     """A path names no device; the text says why, to follow the path and a colon."""
+
+    def __init__(self, reason: Reason, **details: object) -> None:
+        super().__init__(reason.template.format(**details))
+        self.reason = reason
 
 
 class Entry(NamedTuple):
@@ -1318,6 +1386,7 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which others than root may make names
+    error: str = ""  # why a folder cannot be listed
     generation: int = 0  # another one whenever this name came to stand for something else
 
 
@@ -1332,7 +1401,7 @@ class DeviceNode(NamedTuple):
 class Tree(Protocol):
     """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
 
-    def look(self, path: str) -> Optional[Entry]: ...
+    def entry(self, path: str) -> Optional[Entry]: ...
 
     def names(self, path: str) -> Sequence[str]: ...
 
@@ -1344,7 +1413,7 @@ class Snapshot:
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
@@ -1358,24 +1427,25 @@ class Snapshot:
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
 
-    Links are followed inside /dev only, and only where nobody but root can have made them. Raises NotADevice.
+    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
+    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
-    entry = tree.look(real)
+    entry = tree.entry(real)
     if entry is None:
-        raise NotADevice("it is gone")
+        raise NotADevice(Reason.GONE)
     if not real:
-        raise NotADevice("a link to all of /dev")
+        raise NotADevice(Reason.LINK_TO_DEV)
     if entry.kind == MOUNT:
-        raise NotADevice("another file system")
+        raise NotADevice(Reason.FILE_SYSTEM)
     if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(f"a {entry.kind}, not a device")
+        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     nodes = list(_nodes_below(tree, real))
     if not nodes:
-        raise NotADevice("a folder that holds no device node")
+        raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
         if not name.isascii() and not _is_utf8(name):
-            raise NotADevice(f"the name /dev/{name} is not UTF-8, and kubelet takes no other")
+            raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
@@ -1388,13 +1458,23 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP; no link in it is followed."""
+    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+
+    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
+    find nodes in another file system.
+    """
     todo = [top]
     while todo:
         path = todo.pop()
-        entry = tree.look(path)
+        entry = tree.entry(path)
         if entry and entry.kind in NODES:
             yield DeviceNode(path, path[len(top) :], entry)
+        elif entry and entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=path)
+        elif entry and entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
+        elif entry and entry.error:
+            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
         elif entry and entry.kind == FOLDER:
             todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
 
@@ -1407,29 +1487,29 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     while todo:
         name = todo.pop()
         if name == ".." and not done:
-            raise NotADevice("a link that leaves /dev")
+            raise NotADevice(Reason.LINK_CLIMBS_OUT)
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        here = "/".join([*done, name])
-        entry = tree.look(here)
+        folder = "/".join(done)
+        here = _join(folder, name)
+        entry = tree.entry(here)
         if entry is None:
-            raise NotADevice(f"a link to /dev/{here}, which is not there" if links else "it is gone")
+            raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
+        parent = tree.entry(folder)
+        if parent is None or parent.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=folder)
         if entry.kind != LINK:
             if todo and entry.kind != FOLDER:
-                raise NotADevice(f"a path through /dev/{here}, which is a {entry.kind}")
+                raise NotADevice(Reason.THROUGH, path=here, kind=entry.kind)
             done.append(name)
             continue
         links += 1
-        for depth in range(len(done) + 1):
-            folder = tree.look("/".join(done[:depth]))
-            if folder is None or folder.untrusted:
-                raise NotADevice(f"a link below /dev/{'/'.join(done[:depth])}, where others than root may make links")
         if links > MAX_LINKS:
-            raise NotADevice("a link that leads in a circle")
+            raise NotADevice(Reason.LINK_CIRCLE)
         target, inside = entry.target, _inside(entry.target, dev_dir)
         if inside is None:
-            raise NotADevice(f"a link to {target}, which leaves /dev")
+            raise NotADevice(Reason.LINK_OUT, target=target)
         done = done if inside == target else []
         todo += inside.split("/")[::-1]
     return "/".join(done)
@@ -1480,14 +1560,14 @@ class LiveTree:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def look(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
             self._entries[path] = self._open(path)
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
         parent, _, name = path.rpartition("/")
-        if self.look(parent) is None or parent not in self._folders:
+        if self.entry(parent) is None or parent not in self._folders:
             return None
         try:
             descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
@@ -1617,7 +1697,7 @@ class Scanner:
         if before is None:
             return entry._replace(generation=next(self._generations))
         remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before[:-1] == entry[:-1] and not remade:  # all but the generation
+        if before == entry._replace(generation=before.generation) and not remade:
             return before
         self._flapped.append(path)
         return entry._replace(generation=next(self._generations))
@@ -1653,7 +1733,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
         entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
     for path, listing in listings.items():
         if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(kind=f"folder that cannot be listed ({listing.problem})")
+            entries[path] = entries[path]._replace(error=listing.problem)
     return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
@@ -1664,8 +1744,16 @@ class HeldAttribute(NamedTuple):
     value: str
 
 
+class AttributeAnswer(NamedTuple):
+    """Whether a device has the attributes that a rule asks for."""
+
+    mismatch: str  # what it has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
 class Sysfs:
-    """What sysfs knows of device nodes. Read when a node appears, then remembered by its generation.
+    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
@@ -1675,22 +1763,20 @@ class Sysfs:
         self._with_facts = with_facts
         self._facts: Dict[int, Dict[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
-        self._mismatches: Dict[Tuple[int, Tuple[Attribute, ...]], str] = {}
-        self._held: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[HeldAttribute, ...]] = {}
+        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Dict[Tuple[int, Tuple[Attribute, ...]], DeviceNode] = {}  # what lacks something, and is new
+        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
 
-    def forget(self, serials: Iterable[int]) -> bool:
-        """Drop what is remembered of nodes with other serials than SERIALS, and which attributes did not hold; whether
-        there were such, so that attribute_mismatch() may say something else now."""
-        keep = set(serials)
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
+        answer() has another one now."""
+        keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
-        has_mismatches = any(self._mismatches.values())
-        self._mismatches = {key: "" for key, mismatch in self._mismatches.items() if not mismatch and key[0] in keep}
-        self._held = {key: held for key, held in self._held.items() if key[0] in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
-        return has_mismatches
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
+        self._settling &= self._answers.keys()
+        return self._renew(self._answers)
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1698,7 +1784,7 @@ class Sysfs:
         if generation not in self._numa:
             values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[generation] = next(known, None)
+            self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
     def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
@@ -1720,51 +1806,51 @@ class Sysfs:
         facts.update((name, read_attribute(usb_device, name)) for name in USB_FACTS if usb_device)
         return {name: value for name, value in facts.items() if value}
 
-    def attribute_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
-        """Empty where NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7));
-        else what it has instead."""
+    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
         key = (node.entry.generation, attributes)
-        mismatch = self._mismatches.get(key)
-        if mismatch is None:
-            mismatch = self._mismatches[key] = self._find_mismatch(attributes, node)
+        if key not in self._answers:
+            answer = self._ask(attributes, node)
+            self._answers[key] = node, answer
             now = time.monotonic()
-            if mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
-                self._settling[key] = node
-        return mismatch
-
-    def held(self, attributes: Tuple[Attribute, ...], nodes: Iterable[DeviceNode]) -> Tuple[HeldAttribute, ...]:
-        """The values of ATTRIBUTES in the first of NODES that has them all, as attribute_mismatch() found it."""
-        keys = ((node.entry.generation, attributes) for node in nodes)
-        return next((self._held[key] for key in keys if self._mismatches.get(key) == ""), ())
+            if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
+                self._settling.add(key)
+        return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when attribute_mismatch() was asked."""
+        """Whether a node that is new has by now other attributes than when answer() was asked."""
+        has_changed = self._renew(self._settling)
         now = time.monotonic()
-        has_changed = False
-        for key, node in list(self._settling.items()):
-            mismatch = self._find_mismatch(key[1], node)
-            if mismatch != self._mismatches.get(key):
-                self._mismatches[key] = mismatch
-                has_changed = True
-            if not mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
-                del self._settling[key]
+        for key in list(self._settling):
+            if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
+                self._settling.remove(key)
         return has_changed
 
-    def _find_mismatch(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> str:
+    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
+        """Ask anew for KEYS; whether an answer is another one now."""
+        has_changed = False
+        for key in keys:
+            node, before = self._answers[key]
+            answer = self._ask(key[1], node)
+            if answer != before:
+                self._answers[key] = node, answer
+                has_changed = True
+        return has_changed
+
+    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
         chain = list(self.chain(node.entry))
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                self._held[node.entry.generation, attributes] = held
-                return ""
-        problems: List[str] = []
+                return AttributeAnswer("", held)
+        slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
-                slow = f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}'
-                problems.insert(0, slow)
+                slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
             shown = shown_values(chain, attribute.name)
-            problems.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
-        return "; ".join(problems)
+            others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+        reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
+        return AttributeAnswer("; ".join(slow + others), (), reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1781,9 +1867,9 @@ class Sysfs:
         found = []
         for folder in self.chain(entry):
             values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            telling = {name: value for name, value in values.items() if value and _is_telling(value)}
-            if telling:
-                found.append((folder, telling))
+            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+            if usable:
+                found.append((folder, usable))
         return found
 
     def tegra_gpus(self) -> List[str]:
@@ -1828,9 +1914,9 @@ def _attribute_names(folder: str) -> List[str]:
     return sorted({*files, *links} - {"dev", "uevent"})
 
 
-def _is_telling(value: str) -> bool:
+def _is_usable(value: str) -> bool:
     """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_TELLING and value.isprintable() and "\\x" not in value
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
 def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
@@ -1871,15 +1957,15 @@ def values_of(folders: Iterable[str], name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules x what stands below /dev -> resources by name. Immutable data and pure functions (sysfs is only asked for
-# nodes not seen before). The kubelet side compares two plans; a name, an ID or an order that changes here costs pods.
+# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
+# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 T = TypeVar("T")
-Document = Dict[str, Any]  # of JSON
 
 
 class DeviceSpec(NamedTuple):
@@ -1945,7 +2031,13 @@ class LeftOut(NamedTuple):
 
     path: str
     line: int
-    reason: str
+    reason: Reason
+    text: str  # of the reason
+
+    @classmethod
+    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
+        """What ERROR says of PATH, which the rule of LINE names."""
+        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1955,10 +2047,9 @@ class Plan:
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
     unused: Tuple[Rule, ...]  # rules that matched nothing
-    clashes: Tuple[ConfigError, ...]  # pools with the name of a device
 
 
-EMPTY_PLAN = Plan({}, (), (), ())
+EMPTY_PLAN = Plan({}, (), ())
 
 
 @dataclass(frozen=True)
@@ -2014,16 +2105,16 @@ def track(
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
     """The devices that rules name, those that went lately among them, and the paths that are none.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, str] = {}
+    problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
         if path and matcher(path):
             try:
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
-                problems[path] = str(error)
+                problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
     new: Dict[str, TrackedDevice] = {}
     for path, nodes in found.items():
@@ -2034,123 +2125,226 @@ def track(
         if path not in found and _named(path, before, matcher):
             since = before.since if before.problem else now
             if now - since < EXPIRY_SECONDS:
-                new[path] = TrackedDevice(before.nodes, problems.pop(path, "it is gone"), since)
-    left_out = [LeftOut(path, matcher(path)[0][0].line, problem) for path, problem in problems.items()]
+                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
+                new[path] = TrackedDevice(before.nodes, problem, since)
+    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
     return new, left_out
 
 
 def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each device of SIGHTINGS that is gone is to be offered no more."""
-    return (device_seen.since + EXPIRY_SECONDS for device_seen in tracked.values() if device_seen.problem)
+    """When each of the TRACKED devices that is gone is to be offered no more."""
+    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
 
 
-def _named(path: str, device_seen: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that was sighted at PATH."""
-    return matcher(path) if device_seen.nodes else matcher.gpu(path)
+def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
+    """The rules that name the device that is tracked at PATH."""
+    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+
+
+class Claim(NamedTuple):
+    """A device, and how it is to be offered under a resource's name."""
+
+    device: Device
+    is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
+    is_gone: bool
+    nodes: Tuple[DeviceNode, ...]  # none while it is gone
 
 
 def make_plan(
     tracked: TrackedDevices,
     left_out: Iterable[LeftOut],
+    previous: Plan,
     snapshot: Snapshot,
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
 ) -> Plan:
-    """The resources that SIGHTINGS make under the matcher's rules, each path under the last rule that it fits."""
+    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    """
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    own: Dict[str, Device] = {}
-    pools: Dict[str, List[Device]] = {}
+    claims: Dict[str, List[Claim]] = {}
     for path in sorted(tracked):
-        device_seen = tracked[path]
-        named = _named(path, device_seen, matcher)
+        tracked_device = tracked[path]
+        named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, device_seen, named, sysfs)
+        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
         problems += mismatches
         if rule is None or match is None:
             continue
-        name = resource_name(expand(rule.resource, match) if rule.resource else path)
-        device = _device(path, device_seen, rule, match, snapshot, sysfs, dev_dir)
-        if not name:
-            problems.append(LeftOut(path, rule.line, "no letter or digit is left to name a resource by"))
-        elif isinstance(device, str):
-            problems.append(LeftOut(path, rule.line, device))
-        elif rule.resource:
-            pools.setdefault(name, []).append(device)
-        elif name in own:
-            taken = f"its resource's name {name} is taken by /dev/{own[name].path}"
-            problems.append(LeftOut(path, rule.line, taken))
-        else:
-            own[name] = device
-    clashes = []
-    by_line = {rule.line: rule for rule in matcher.rules}
-    for name in sorted(own.keys() & pools.keys()):
-        device = own.pop(name)
-        error = clash(by_line[pools[name][0].line], by_line[device.line], device.path)
-        clashes.append(error)
-        problems.append(LeftOut(device.path, device.line, str(error)))
-    resources = {name: Resource(name, False, (device,)) for name, device in own.items()}
-    resources.update((name, Resource(name, True, tuple(devices))) for name, devices in pools.items())
+        try:
+            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            if not name:
+                raise NotADevice(Reason.NO_NAME)
+            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+        except NotADevice as error:
+            problems.append(LeftOut.of(path, rule.line, error))
+            continue
+        is_gone = bool(tracked_device.problem)
+        claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
+        claims.setdefault(name, []).append(claim)
+    resources: Dict[str, Resource] = {}
+    for name in sorted(claims):
+        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
+        problems += losers
+        if resource.devices:
+            resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(dict(sorted(resources.items())), tuple(sorted(problems)), unused, tuple(clashes))
+    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _make_resource(
+    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+) -> Tuple[Resource, Sequence[LeftOut]]:
+    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    winners, losers = _choose(name, claims, previous)
+    is_pool = winners[0].is_pool
+    if is_pool:
+        winners, doubles = _once_each(winners)
+        losers += doubles
+    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
+    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+    losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
+    return Resource(name, is_pool, devices), losers
+
+
+def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+
+    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
+    unchanged, then the first path in sorted order.
+    """
+    holder = previous.devices[0].path if previous and not previous.pool else ""
+
+    def order(claim: Claim) -> Tuple[object, ...]:
+        path = claim.device.path
+        return path != holder, claim.is_gone, path != name, path
+
+    pool = [claim for claim in claims if claim.is_pool]
+    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    if pool and not (own and own[0].device.path == holder):
+        winners, losers = pool, own
+        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
+    else:
+        winners, losers = own[:1], own[1:] + pool
+        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
+    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+
+
+def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
+    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these."""
+    kept: List[Claim] = []
+    doubles: List[LeftOut] = []
+    paths: Dict[int, str] = {}  # by the node's generation
+    for claim in claims:
+        nodes = [node.entry.generation for node in claim.nodes]
+        path = next((paths[node] for node in nodes if node in paths), None)
+        if path is None:
+            kept.append(claim)
+            paths.update((node, claim.device.path) for node in nodes)
+        else:
+            error = NotADevice(Reason.SAME_NODE, path=path)
+            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+    return kept, doubles
+
+
+def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
+    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+
+    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    """
+    offered = {device.path for device in previous.devices} if previous else set()
+    room = MAX_LIST_BYTES
+    too_many = {}
+    for device in sorted(devices, key=lambda device: device.path not in offered):
+        size = list_bytes(device, is_pool)
+        if size > room:
+            too_many[device.path] = device.line
+        else:
+            room -= size
+    return too_many
+
+
+def list_bytes(device: Device, is_pool: bool) -> int:
+    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+
+    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    """
+    nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
+    rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
+    prefix = len(f"{device.path}:".encode()) if is_pool else 0
+    size, first, digits = 0, 0, 1
+    while first < device.slots:  # the slots whose numbers have so many digits
+        end = min(device.slots, 10**digits)
+        size += (end - first) * _field_bytes(_field_bytes(prefix + digits) + rest)
+        first, digits = end, digits + 1
+    return size
+
+
+def _field_bytes(length: int) -> int:
+    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    return 1 + _varint_bytes(length) + length
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
 
 
 def _follow(
-    path: str, device_seen: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and those before it."""
-    mismatches: List[LeftOut] = []
+    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
+    it."""
+    left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
-            mismatches.append(LeftOut(path, rule.line, f"{TOOK_TOO_LONG} in this name: {rule.pattern}"))
-            continue
-        reasons = (
-            [sysfs.attribute_mismatch(rule.attributes, node) for node in device_seen.nodes] if rule.attributes else [""]
-        )
-        if "" in reasons:
-            return rule, match, mismatches
-        mismatches.append(LeftOut(path, rule.line, reasons[0] if reasons else "a Tegra's GPU has no attributes"))
-    return None, None, mismatches
+            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+        elif not rule.attributes:
+            return rule, match, left_out
+        else:
+            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
+            if any(answer.held for answer in answers):
+                return rule, match, left_out
+            error = (
+                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+            )
+        left_out.append(LeftOut.of(path, rule.line, error))
+    return None, None, left_out
 
 
 def _device(
     path: str,
-    device_seen: TrackedDevice,
+    tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
-) -> Union[Device, str]:
-    """The device that PATH is under RULE; or, as a text, why its paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
-    folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    parts = []
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            return f'its path in a container would be "{place}"'
-        parts.append(Part(part, place, optional))
+) -> Device:
+    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match)) for name, template in rule.env)
+    nodes = tracked_device.nodes
+    numas = {sysfs.numa(node) for node in nodes}
+    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(parts[tegra:]),
+        parts=tuple(_parts(path, rule, match))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
-        numa=tuple(sorted({numa for node in device_seen.nodes for numa in [sysfs.numa(node)] if numa is not None})),
-        identity=tuple(_identity(node) for node in device_seen.nodes) if rule.attributes else (),
-        attributes=sysfs.held(rule.attributes, device_seen.nodes) if rule.attributes else (),
+        numa=tuple(sorted(numa for numa in numas if numa is not None)),
+        identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
+        attributes=next(filter(None, held), ()),
         specs=(),
-        problem=device_seen.problem,
-        since=device_seen.since,
-        facts=sysfs.facts(device_seen.nodes),
+        problem=tracked_device.problem,
+        since=tracked_device.since,
+        facts=sysfs.facts(nodes),
     )
     if device.problem:
         return device
@@ -2158,6 +2352,19 @@ def _device(
         return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
+
+
+def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    folder = container if container.endswith("/") else ""
+    wanted = [(path, container, False)]
+    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
+    for part, base, optional in wanted:
+        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        yield Part(part, place, optional)
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2176,10 +2383,10 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
                 continue
             if part.path == device.path:
                 raise
-            raise NotADevice(f"it goes with /dev/{part.path}: {error}") from None
+            raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
         is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
         if part.path == device.path and is_changed:
-            raise NotADevice("another device stands there since just now")
+            raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
     return specs
@@ -2192,12 +2399,12 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
-            raise NotADevice(f"{given[container]} and {host} would both be {container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
     if all(container in given for _, container in spec.nodes):
         return
     for other in specs:
         if other.container == spec.container:  # the kubelet would drop the second one
-            raise NotADevice(f"{other.host} and {spec.host} would both be {spec.container} in the container")
+            raise NotADevice(Reason.SAME_PLACE, one=other.host, other=spec.host, path=spec.container)
     specs.append(spec)
     given.update((container, host) for host, container in spec.nodes)
 
@@ -2313,6 +2520,11 @@ MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
 MAX_TRACEBACK_LINES = 100
 MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
 FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
+
+MAX_EVENTS = 100  # that are kept for whoever asks
+MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
+
+Document = Dict[str, Any]  # what json.dumps() takes
 
 log = logging.getLogger("smarter-device-manager")
 
@@ -2479,6 +2691,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class EventRing(logging.Handler):
+    """The last events, as documents, the newest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: List[Document] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "event"):
+            event = {
+                key: value if type(value) is int else truncate(str(value), MAX_TEXT)
+                for key, value in event_of(record).items()
+            }
+            self._events = [event, *self._events[: MAX_EVENTS - 1]]
+
+    def events(self) -> Sequence[Document]:
+        """As they are now; the list is replaced, never changed."""
+        return self._events
+
+
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
@@ -2489,8 +2721,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, and who listens on kubelet.sock. Everything from here on needs grpc; nothing here knows what is
-# served. All of it runs on one asyncio loop, the kubelet thread's.
+# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
+# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
@@ -2498,6 +2730,10 @@ GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: 
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
+POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
+POD_RESOURCES_SECONDS = 1.0  # for such an answer
+MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
+SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
@@ -2785,12 +3021,100 @@ class KubeletConnection:
             self._on_change()
 
 
+class Holder(NamedTuple):
+    """A container that has a slot of a resource."""
+
+    slot: str  # its ID
+    namespace: str
+    pod: str
+    container: str
+
+
+SlotsOfDra = Mapping[str, Tuple[str, str]]  # resource (without the domain) and ID of a slot, by its device's name
+Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+
+
+def find_holders(
+    response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
+) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
+    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
+    MAX_HOLDERS.
+    """
+    count = 0
+    for pod in response.pod_resources:
+        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
+        for container in pod.containers:
+            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
+            claimed = [device for claim in container.dynamic_resources for device in claim.claim_resources]
+            count += sum(len(item.device_ids) for item in ours) + len(claimed)
+            if count > MAX_HOLDERS:
+                raise ValueError("more holders than any node has")
+            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
+            held += [
+                slots[device.device_name]
+                for device in claimed
+                if device.driver_name == domain and device.device_name in slots
+            ]
+            yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
+
+
+class PodResources:
+    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+
+    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
+    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    """
+
+    def __init__(self, path: str, domain: str) -> None:
+        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._domain = domain
+
+    async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
+        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
+        from google.protobuf.message import DecodeError
+
+        holders: Dict[str, List[Holder]] = {}
+        try:
+            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            for pairs in await in_slices(find_holders(response, self._domain, slots)):
+                for name, holder in pairs:
+                    holders.setdefault(name, []).append(holder)
+        except (grpc.RpcError, DecodeError, ValueError) as error:
+            log.debug("the kubelet does not say who has what: %s", error)
+            return None
+        return holders
+
+    async def _list(self) -> bytes:
+        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
+        ]
+        async with grpc.aio.insecure_channel(self._target, options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            return answer
+
+
+async def in_slices(items: Iterable[T]) -> List[T]:
+    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    done = []
+    end = time.monotonic() + SLICE_SECONDS
+    for item in items:
+        done.append(item)
+        if time.monotonic() >= end:
+            await asyncio.sleep(0)
+            end = time.monotonic() + SLICE_SECONDS
+    return done
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
 # the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_LIST_BYTES = 4 << 20  # of a message, as grpc has it and kubelet leaves it
 MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
 MAX_REFUSALS = 1000  # that are remembered, to log each once
@@ -2880,6 +3204,8 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
+                    if device.problem:
+                        return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
                     except NotADevice as error:
@@ -2896,8 +3222,6 @@ class HostDevices:
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        if device.problem:
-            raise NotADevice(device.problem)
         specs_of(device, tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
@@ -3049,11 +3373,6 @@ class Plugin:
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
-
-    def list_bytes(self) -> int:
-        """The size of the list as a message."""
-        size: int = _list_message(self.resource).ByteSize()
-        return size
 
     def end_streams(self) -> None:
         """Let every open stream end in good order."""
@@ -3389,8 +3708,6 @@ class Registration:
         """Why the resource is not to be served for now; empty where it is."""
         if not connect_error(self._path):
             return "another instance serves it"
-        if self.plugin.list_bytes() > MAX_LIST_BYTES:
-            return f"its list of slots is longer than kubelet takes ({MAX_LIST_BYTES} bytes); lower its nummaxdevices"
         return ""
 
     async def _register(self) -> Optional[float]:
@@ -3467,6 +3784,7 @@ class DevicePluginSide:
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
+        self.slot_ids: SlotsOfDra = {}  # without DRA there is none
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
@@ -4390,10 +4708,14 @@ class DraSettings(NamedTuple):
     dev_dir: str
 
     @property
+    def folder(self) -> str:
+        """The driver's own folder."""
+        return f"{self.kubelet_dir}/plugins/{self.domain}"
+
+    @property
     def sockets(self) -> Tuple[str, str]:
         """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
-        folder = f"{self.kubelet_dir}/plugins"
-        return f"{folder}/{self.domain}/dra.sock", f"{folder}_registry/{self.domain}-reg.sock"
+        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
 
 
 class DraSide:
@@ -4465,8 +4787,13 @@ class DraSide:
 
     @property
     def plugin_dir(self) -> str:
-        """The driver's folder in the kubelet's."""
-        return os.path.dirname(self.settings.sockets[0])
+        """The driver's own folder."""
+        return self.settings.folder
+
+    @property
+    def slot_ids(self) -> SlotsOfDra:
+        """The resource and ID of each slot by the name of its device."""
+        return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
     def is_answering(self) -> bool:
@@ -4482,10 +4809,10 @@ class DraSide:
     def obstacle(self) -> str:
         """Why pods cannot be given every device that is offered; empty where they can."""
         if not self.is_registered or not self.publisher:
-            return f"not registered with kubelet: {self.problem or 'not yet'}"
+            return f"not registered with the kubelet{f': {self.problem}' if self.problem else ' yet'}"
         if self.publisher.problems:
             return f"not published: {self.publisher.problems[0]}"
-        return "" if self.publisher.published_at else "not published: not yet"
+        return "" if self.publisher.published_at else "not published yet"
 
     def describe(self) -> Document:
         """How the driver stands with the kubelet and the API server, as a part of the status document."""
@@ -4497,11 +4824,9 @@ class DraSide:
             "slices": publisher.slices if publisher else 0,
             "slice_devices": publisher.devices if publisher else 0,
             "published_at_seconds": publisher.published_at if publisher else 0.0,
-            "api": {
-                "url": api.address.url,
-                "reachable": not api.problem,
-                "requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            },
+            "api_server": api.address.url,
+            "api_reachable": not api.problem,
+            "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
             "claims_prepared": len(self.cdi.claims),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
@@ -4760,53 +5085,27 @@ def _inodes(path: str) -> Mapping[str, int]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
-# which are pure renderers of that document; last, the small server of them. The document's keys and the metrics' names
-# are a public interface. A new metric is one more line of FAMILIES.
+# which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
+# the server's paths are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-POD_RESOURCES_BYTES = 2 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
-POD_RESOURCES_SECONDS = 1.0  # for such an answer
-MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-MAX_EVENTS = 100
 EVENTS_SHOWN = 10  # by --status
-MAX_EVENT_TEXT = 300  # characters of one text of an event: an Allocate may name thousands of IDs
 MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
-REFRESH_SECONDS = 5  # of the page
-
-
-class Now(NamedTuple):
-    """One moment on both clocks: time.time() and time.monotonic()."""
-
-    wall: float
-    monotonic: float
-
-    @classmethod
-    def now(cls) -> Now:
-        return cls(time.time(), time.monotonic())
-
-    def utc(self, monotonic: float) -> str:
-        """The time of day at MONOTONIC."""
-        return utc(self.wall - self.monotonic + monotonic)
 
 
 class DeviceSideStats(NamedTuple):
     """What the device side says of itself after each turn."""
 
     heartbeat: float  # time.monotonic() of that
-    conf: str  # the path of the conf file
-    rules: int
-    reloads: int
-    failed_reloads: int
-    read_at: float  # time.time() when the conf file was last found good
-    conf_error: str  # why the conf file as it is now is refused
+    conf: Document  # how it stands with the conf file, as the whole document has it
     dev_problem: str  # why /dev cannot be looked at
     scan_seconds: float  # that the last look at /dev took
 
 
 class RegistrationState(NamedTuple):
-    """How one resource stands with kubelet."""
+    """How one resource stands with the kubelet."""
 
-    ready: bool = False  # registered, and kubelet's stream is open
+    ready: bool = False  # registered, and the kubelet's stream is open
     trouble: str = ""  # why not
     allocations: int = 0
     registrations: int = 0
@@ -4815,35 +5114,29 @@ class RegistrationState(NamedTuple):
     start_refusals: int = 0
 
 
-class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
-
-    slot: str  # its ID
-    namespace: str
-    pod: str
-    container: str
-
-
-Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
-
-
 # The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
 
 
-def describe_plan(plan: Plan, domain: str, moment: Now) -> Document:
-    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing."""
-    resources = [describe_resource(resource, domain, moment) for resource in plan.resources.values()]
+def describe_plan(plan: Plan, domain: str, epoch: float) -> Document:
+    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing.
+
+    EPOCH is the time.time() at which time.monotonic() was 0.
+    """
+    resources = [describe_resource(resource, domain, epoch) for resource in plan.resources.values()]
     return {"resources": resources, **_describe_rest(plan)}
 
 
 def _describe_rest(plan: Plan) -> Document:
     return {
-        "left_out": [{"path": f"/dev/{left.path}", "line": left.line, "reason": left.reason} for left in plan.left_out],
+        "left_out": [
+            {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
+            for left in plan.left_out
+        ],
         "unused": [{"line": rule.line, "pattern": rule.pattern} for rule in plan.unused],
     }
 
 
-def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
+def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
     """RESOURCE as a document."""
     return {
         "name": f"{domain}/{resource.name}",
@@ -4856,7 +5149,7 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
                 "slots": device.slots,
                 "healthy": not device.problem,
                 "problem": device.problem,
-                "since": moment.utc(device.since),
+                "since": utc(epoch + device.since),
                 "numa": list(device.numa),
                 "nodes": [
                     {
@@ -4875,10 +5168,10 @@ def describe_resource(resource: Resource, domain: str, moment: Now) -> Document:
 
 
 def describe_offer(
-    resource: Resource, domain: str, moment: Now, link: RegistrationState, holders: Optional[Holders]
+    resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
 ) -> Document:
-    """RESOURCE as a document, with how it stands with kubelet and, where HOLDERS are known, who has its slots."""
-    document = {**describe_resource(resource, domain, moment), **link._asdict(), "in_use": None, "holders": None}
+    """RESOURCE as a document, with how it stands with the kubelet and, where HOLDERS are known, who has its slots."""
+    document = {**describe_resource(resource, domain, epoch), **state._asdict(), "in_use": None, "holders": None}
     if holders is not None:
         held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
         document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
@@ -4898,110 +5191,85 @@ def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Doc
     return [document for *_, document in sorted(found, key=lambda each: each[:3])]
 
 
-@dataclass(frozen=True)
-class State:
-    """The daemon at one moment, but for its resources."""
-
-    moment: Now
-    node: str
-    domain: str
-    plan: Plan
-    stats: DeviceSideStats
-    heartbeats: Mapping[str, float]  # time.monotonic() of each thread's last turn
-    most_age: float  # of a heartbeat, in seconds
-    is_answering: bool
-    kubelet_restarts: int
-    plugin_dir: str
-    process: Document
-    events: Sequence[Document]
-    dra: Optional[Document] = None  # of a DRA driver, DraSide.describe()
-
-
-def describe_daemon(state: State, resources: Sequence[Document]) -> Document:
-    """The whole document: STATE, and the RESOURCES as describe_offer() has them."""
-    moment, stats = state.moment, state.stats
-    hanging = find_hanging(state.heartbeats, state.most_age, moment.monotonic)
+def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
+    """The whole document: what is in PLAN and STATS, the RESOURCES of describe_offer(), and OTHERS as they are."""
     document = {
         "smarter_device_manager": __version__,
-        "node": state.node,
-        "domain": state.domain,
-        "time": utc(moment.wall),
-        "healthy": not hanging,
+        **others,
+        "healthy": not find_hanging(others["threads"]),
         "ready": all(resource["ready"] for resource in resources),
         "problems": [],
-        "threads": [
-            {"name": name, "seconds_since_turn": moment.monotonic - heartbeat, "most_seconds": state.most_age}
-            for name, heartbeat in state.heartbeats.items()
-        ],
-        "kubelet": {
-            "answering": state.is_answering,
-            "restarts": state.kubelet_restarts,
-            "plugin_dir": state.plugin_dir,
-        },
-        "conf": {
-            "path": stats.conf,
-            "rules": stats.rules,
-            "error": stats.conf_error,
-            "read_at": utc(stats.read_at),
-            "read_at_seconds": stats.read_at,
-            "reloads": stats.reloads,
-            "failed_reloads": stats.failed_reloads,
-        },
+        "conf": stats.conf,
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
-        "dra": state.dra,
-        "process": state.process,
         "resources": resources,
-        **_describe_rest(state.plan),
-        "events": state.events,
+        **_describe_rest(plan),
     }
-    document["problems"] = hanging + find_problems(document)
+    document["problems"] = [problem_text(*problem) for problem in find_problems(document).items()]
     return document
 
 
-def find_hanging(heartbeats: Mapping[str, float], most_age: float, now: float) -> List[str]:
-    """What to say NOW of each thread of BEATS whose last turn was more than MAX_AGE seconds ago."""
-    ages = {name: now - heartbeat for name, heartbeat in heartbeats.items()}
-    return [f"the {name} hangs: its last turn was {age:.1f} s ago" for name, age in ages.items() if age > most_age]
+def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
+    """Each thread with its last of HEARTBEATS and the MAX_AGE that it may have, in seconds of time.monotonic()."""
+    return [
+        {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+        for name, heartbeat in heartbeats.items()
+    ]
 
 
-def told_trouble(trouble: str) -> str:
-    """Why a resource is not with kubelet, in words."""
-    return f"not registered with kubelet: {trouble or 'not yet'}"
+def find_hanging(threads: Iterable[Document]) -> List[str]:
+    """A sentence for each of THREADS that hangs."""
+    return [
+        f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
+        for thread in threads
+        if thread["seconds_since_turn"] > thread["most_seconds"]
+    ]
 
 
-def find_problems(document: Document) -> List[str]:
-    """What is wrong with the offer, in words, the worst first."""
-    conf, kubelet = document["conf"], document["kubelet"]
-    problems = []
+def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
+    """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
+    kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
+    problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
     if document["dra"]:
-        problems += [document["dra"]["problem"]] if document["dra"]["problem"] else []
+        problems.update({document["dra"]["problem"]: []} if document["dra"]["problem"] else {})
     elif not kubelet["answering"]:
-        problems.append(
-            f"kubelet does not answer in {kubelet['plugin_dir']}: no pod can be given a device until it does"
-        )
-    else:
-        unready = [
-            (resource["name"], resource["trouble"]) for resource in document["resources"] if not resource["ready"]
-        ]
-        problems += _grouped((name, told_trouble(trouble)) for name, trouble in unready)
+        where = kubelet["plugin_dir"]
+        problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
+    for resource in resources:
+        if kubelet["answering"] and not document["dra"] and not resource["ready"]:
+            problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
     if document["dev_problem"]:
-        problems.append(document["dev_problem"])
+        problems[document["dev_problem"]] = []
     if conf["error"]:
-        problems.append(f"the conf file is refused, the rules of {conf['read_at']} stay in force: {conf['error']}")
-    return problems + _grouped(
-        (device["path"], device["problem"] + _told_holders(resource, device))
-        for resource in document["resources"]
-        for device in resource["devices"]
-        if not device["healthy"]
-    )
+        problems[conf_error_text(conf["error"], conf["read_at"])] = []
+    for resource in resources:
+        for device in resource["devices"]:
+            if not device["healthy"]:
+                sentence = device["problem"] + _holders_text(resource, device)
+                problems.setdefault(sentence, []).append(device["path"])
+    return problems
 
 
-def _told_holders(resource: Document, device: Document) -> str:
+def problem_text(sentence: str, names: Sequence[str]) -> str:
+    """One of find_problems() as a line of text."""
+    return f"{_first_names(names)}: {sentence}" if names else sentence
+
+
+def unready_text(trouble: str) -> str:
+    """Why a resource is not with the kubelet, in words."""
+    return f"not registered with the kubelet: {trouble}" if trouble else "not registered with the kubelet yet"
+
+
+def conf_error_text(error: str, read_at: str) -> str:
+    """That the conf file is refused for ERROR, and of when the rules in force are."""
+    return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
+
+
+def _holders_text(resource: Document, device: Document) -> str:
     """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
     held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
     containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
-    return f", in use by {_named_briefly(containers)}" if containers else ""
+    return f", in use by {_first_names(containers)}" if containers else ""
 
 
 def _pod_and_container(holder: Document) -> Tuple[str, str]:
@@ -5009,105 +5277,14 @@ def _pod_and_container(holder: Document) -> Tuple[str, str]:
     return f"{holder['namespace']}/{holder['pod']}", holder["container"]
 
 
-def _grouped(found: Iterable[Tuple[str, str]]) -> List[str]:
-    """A sentence for each problem of the pairs of a name and a problem in FOUND."""
-    groups: Dict[str, List[str]] = {}
-    for name, problem in found:
-        groups.setdefault(problem, []).append(name)
-    return [f"{_named_briefly(names)}: {problem}" for problem, names in groups.items()]
-
-
-def _named_briefly(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-# Who has what: asked of the kubelet, by its PodResources API.
-
-
-def find_holders(
-    response: pb.ListPodResourcesResponse, domain: str, slots: PlanSlots
-) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
-    domain and a holder. SLOTS are those of a DRA driver. Raises ValueError where they are more than MAX_HOLDERS.
-    """
-    count = 0
-    for pod in response.pod_resources:
-        names = _cut(pod.namespace), _cut(pod.name)
-        for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            claimed = [
-                device.device_name
-                for claim in container.dynamic_resources
-                for device in claim.claim_resources
-                if device.driver_name == domain and device.device_name in slots
-            ]
-            count += sum(len(item.device_ids) for item in ours) + len(claimed)
-            if count > MAX_HOLDERS:
-                raise ValueError("more holders than any node has")
-            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
-            held += [(slots[name].resource.name, slots[name].id) for name in claimed]
-            yield [(name, Holder(slot, *names, _cut(container.name))) for name, slot in held]
-
-
-class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
-
-    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
-    """
-
-    def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
-        self._domain = domain
-
-    async def holders(self, slots: PlanSlots) -> Optional[Holders]:
-        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
-        from google.protobuf.message import DecodeError
-
-        holders: Dict[str, List[Holder]] = {}
-        try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
-            for pairs in await in_slices(find_holders(response, self._domain, slots)):
-                for name, holder in pairs:
-                    holders.setdefault(name, []).append(holder)
-        except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
-            return None
-        return holders
-
-    async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
-
-
-class EventRing(logging.Handler):
-    """The last events, as documents, the newest first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._events: List[Document] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "event"):
-            event = {key: value if type(value) is int else _cut(str(value)) for key, value in event_of(record).items()}
-            self._events = [event, *self._events[: MAX_EVENTS - 1]]
-
-    def events(self) -> Sequence[Document]:
-        """As they are now; the list is replaced, never changed."""
-        return self._events
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_EVENT_TEXT else text[:MAX_EVENT_TEXT] + "..."
+def clock(time_of_day: str) -> str:
+    """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
+    return f"{time_of_day[:10]} {time_of_day[11:19]}"
 
 
 # Text: for terminals.
@@ -5128,7 +5305,12 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 def render_list(document: Document) -> str:
     """What --list prints of describe_plan()'s DOCUMENT."""
     rows: List[Tuple[object, ...]] = [
-        (device["slots"], device["line"], resource["name"] + (" (pool)" if resource["pool"] else ""), _told(device))
+        (
+            device["slots"],
+            device["line"],
+            resource["name"] + (" (pool)" if resource["pool"] else ""),
+            _device_text(device),
+        )
         for resource in document["resources"]
         for device in resource["devices"]
     ]
@@ -5147,55 +5329,31 @@ def _render_rest(document: Document) -> str:
     return text
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
-    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
-    attributes, each block such as it can stand in a rule."""
-    lines = [
-        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
-        "# take one of these blocks, and of its lines those that tell this device from others.",
-        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
-    ]
-    for folder, attributes in chain:
-        lines += ["", f"  # {printable(folder)}", "  attributes:"]
-        for name, value in attributes.items():
-            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
-    return "\n".join(lines) + "\n"
+def _device_text(device: Document) -> str:
+    problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
+    return f"{device['path']}{problem or _device_details(device)}"
 
 
-def _escaped(text: str) -> str:
-    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _told(device: Document) -> str:
-    """DEVICE, where its link leads, and where its container sees it if that is not where the host has it."""
+def _device_details(device: Document) -> str:
+    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
+    container sees it if that is not where the host has it."""
     nodes = device["nodes"]
-    text: str = device["path"]
-    if device["problem"]:
-        return f"{text} (Unhealthy: {device['problem']})"
     if not nodes:
-        return text
+        return ""
     link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
-    text += f" -> {link}" if link else ""
+    details = f" -> {link}" if link else ""
     count = sum(len(node["targets"]) for node in nodes)
     if is_folder or count > 1:
-        text += f" ({pluralize(count, 'node')})"
+        details += f" ({pluralize(count, 'node')})"
     if not nodes[0]["container"].startswith(device["path"]):
-        text += f" as {nodes[0]['container']}"
-    return text
+        details += f" as {nodes[0]['container']}"
+    return details
 
 
 def describe_dra(dra: Document) -> str:
     """The part on DRA of the status document in one line."""
-    claims = pluralize(len(dra["claims"]), "claim")
-    reachable = "answers" if dra["api"]["reachable"] else "does not answer"
+    claims = pluralize(dra["claims_prepared"], "claim")
+    reachable = "answers" if dra["api_reachable"] else "does not answer"
     slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
     return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
 
@@ -5203,17 +5361,15 @@ def describe_dra(dra: Document) -> str:
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
-    lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {document['time']}"]
-    lines += [f"  - {problem}" for problem in problems]
-    if document["dra"]:
-        lines.append(describe_dra(document["dra"]))
+    lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
+    lines += [f"  - {problem}" for problem in problems] + ([describe_dra(document["dra"])] if document["dra"] else [])
     text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
             resource["name"],
             "yes" if resource["ready"] else "no",
-            _named_briefly([_told(device) for device in resource["devices"]]),
+            _first_names([_device_text(device) for device in resource["devices"]]),
         )
         for resource in resources
     ]
@@ -5226,10 +5382,24 @@ def render_status(document: Document) -> str:
     ]
     if held:
         text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
-    events = [
-        (_clock(event["time"], document["time"]), event["message"]) for event in document["events"][:EVENTS_SHOWN]
-    ]
+    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
     return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+
+
+def event_text(event: Document) -> Tuple[str, str]:
+    """What EVENT says, with the resources or devices that it is about; and its other fields."""
+    sentence = event["message"]
+    others = []
+    for key, value in event.items():
+        if key in ("time", "level", "event", "message") or str(value) in sentence:
+            continue
+        if key == "resource":
+            sentence = f"{value}: {sentence}"
+        elif key in ("resources", "devices"):
+            sentence = f"{sentence} ({str(value).replace(',', ', ')})"
+        else:
+            others.append(f"{key} {value}")
+    return sentence, "; ".join(others)
 
 
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
@@ -5237,32 +5407,13 @@ def render_status(document: Document) -> str:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
-# What a path is left out for, as the value of a label: the texts hold paths, and every value of a label costs memory.
-_REASONS = (
-    ("pattern_timeout", TOOK_TOO_LONG),
-    ("attributes", r"its .* \(asked for: "),
-    ("link", r"a link |a path through "),
-    ("folder", r"a folder that "),
-    ("file_system", r"another file system"),
-    ("not_a_device", r"a .*, not a device"),
-    ("name_taken", r"its resource's name .* is taken|.*the pool "),
-    ("bad_name", r"its name is not UTF-8|no letter or digit"),
-    ("container_path", r"its path in a container"),
-    ("other", r""),
-)
-
-
-def reason_label(reason: str) -> str:
-    """The value of the label for REASON, of LeftOut."""
-    return next(label for label, pattern in _REASONS if re.match(pattern, reason, re.DOTALL))
-
 
 class Family(NamedTuple):
     """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
 
     name: str
     kind: str
-    told: str
+    help: str
     read: Callable[[Document], Samples]
 
 
@@ -5275,16 +5426,9 @@ def _each(key: str) -> Callable[[Document], Samples]:
     )
 
 
-def _one(*keys: str) -> Callable[[Document], Samples]:
-    """The one value that KEYS lead to."""
-
-    def read(document: Document) -> Samples:
-        value: Any = document
-        for key in keys:
-            value = value[key]
-        return [({}, value)]
-
-    return read
+def _one(part: str, key: str) -> Callable[[Document], Samples]:
+    """The value KEY of a PART of the document."""
+    return lambda document: [({}, document[part][key])]
 
 
 def _devices(document: Document) -> Samples:
@@ -5305,20 +5449,20 @@ def _slot_holders(document: Document) -> Samples:
 
 
 def _left_out(document: Document) -> Samples:
-    counts = {label: 0 for label, _ in _REASONS}
+    counts = {reason.label: 0 for reason in Reason}
     for left in document["left_out"]:
-        counts[reason_label(left["reason"])] += 1
+        counts[left["label"]] += 1
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
 def _api_requests(document: Document) -> Samples:
-    requests = document["dra"]["api"]["requests"] if document["dra"] else []
+    requests = document["dra"]["api_requests"] if document["dra"] else []
     return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
 
 
-def _of_dra(*keys: str) -> Callable[[Document], Samples]:
-    """The one value that KEYS lead to in the part on DRA, if there is one."""
-    return lambda document: _one("dra", *keys)(document) if document["dra"] else ()
+def _of_dra(key: str) -> Callable[[Document], Samples]:
+    """The value KEY of the part on DRA, if there is one."""
+    return lambda document: [({}, document["dra"][key])] if document["dra"] else []
 
 
 def _build(document: Document) -> Samples:
@@ -5329,58 +5473,41 @@ def _build(document: Document) -> Samples:
 FAMILIES = (
     Family("build_info", "gauge", "1; the labels tell the version.", _build),
     Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
-    Family(
-        "slots_in_use",
-        "gauge",
-        "Slots that containers have, as the kubelet says; absent: unknown.",
-        _each("in_use"),
-    ),
-    Family("slot_holder", "gauge", "1 for each container that has a slot, as the kubelet says.", _slot_holders),
+    Family("slots_in_use", "gauge", "Slots that containers have; absent: unknown.", _each("in_use")),
+    Family("slot_holder", "gauge", "1 for each container that has a slot.", _slot_holders),
     Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
-    Family("registered", "gauge", "1 if kubelet has the resource: registered, its stream open.", _each("ready")),
+    Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
     Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family(
-        "starts_refused_total",
-        "counter",
-        "Starts of containers that were refused, since another device stands there.",
-        _each("start_refusals"),
-    ),
-    Family("registrations_total", "counter", "Registrations that kubelet accepted.", _each("registrations")),
-    Family("registrations_refused_total", "counter", "Registrations that kubelet refused.", _each("refusals")),
-    Family("stream_losses_total", "counter", "Streams that kubelet ended or never opened.", _each("stream_losses")),
-    Family("kubelet_answering", "gauge", "1 if kubelet answers on its socket.", _one("kubelet", "answering")),
-    Family("kubelet_restarts_total", "counter", "Restarts of kubelet that were seen.", _one("kubelet", "restarts")),
-    Family("conf_reloads_total", "counter", "Times that a changed conf file was taken over.", _one("conf", "reloads")),
-    Family(
-        "conf_refused_total", "counter", "Times that a changed conf file was refused.", _one("conf", "failed_reloads")
-    ),
-    Family(
-        "conf_good",
-        "gauge",
-        "0 if the conf file as it is now is refused.",
-        lambda document: [({}, not document["conf"]["error"])],
-    ),
+    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
+    Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
+    Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
+    Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
+    Family("kubelet_answering", "gauge", "1 if the kubelet answers on its socket.", _one("kubelet", "answering")),
+    Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
+    Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
+    Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
+    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
     Family(
         "conf_last_good_timestamp_seconds",
         "gauge",
-        "When the conf file was last found good.",
+        "When the conf file was last good.",
         _one("conf", "read_at_seconds"),
     ),
-    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", _one("scan_seconds")),
+    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
     Family(
         "api_requests_total",
         "counter",
-        "Requests to the API server, by verb and HTTP status; error: no answer. This and the next six: of --api dra.",
+        "Requests to the API server, by verb and code; this and more with dra.",
         _api_requests,
     ),
-    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api", "reachable")),
-    Family("slices_published", "gauge", "ResourceSlices of this node that are published.", _of_dra("slices")),
+    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api_reachable")),
+    Family("slices_published", "gauge", "ResourceSlices of this node.", _of_dra("slices")),
     Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
     Family(
         "slices_published_timestamp_seconds",
         "gauge",
-        "When the slices were last found or made as they should be.",
+        "When the slices were last as they should be.",
         _of_dra("published_at_seconds"),
     ),
     Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
@@ -5388,14 +5515,11 @@ FAMILIES = (
     Family(
         "internal_errors_total",
         "counter",
-        "Calls that failed for a reason that nobody foresaw: a bug.",
+        "Calls that failed for an unforeseen reason.",
         _one("process", "internal_errors"),
     ),
     Family(
-        "log_lines_dropped_total",
-        "counter",
-        "Lines of the log that were dropped, since nobody read it.",
-        _one("process", "log_lines_dropped"),
+        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
     ),
     Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
     Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
@@ -5412,11 +5536,11 @@ def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
         name = metric_name(family)
-        yield f"# HELP {name} {family.told}\n# TYPE {name} {family.kind}\n"
+        yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
         for labels, value in family.read(document):
-            told = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+            pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, (int, bool)) else value
-            yield f"{name}{{{told}}} {number!r}\n" if told else f"{name} {number!r}\n"
+            yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
 def _label(text: str) -> str:
@@ -5425,53 +5549,88 @@ def _label(text: str) -> str:
 
 # The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
 
+REFRESH_SECONDS = 5  # of the page
 STYLE = """
-:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5f6975; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2f6fdb; --full: #c77700; --good: #1a7f45; --good-back: #e3f4e9; --bad: #c02b30;
-  --bad-back: #fdecec; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #949fac; --line: #2a313a; --track: #2c343e;
-    --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f; --bad: #ff7f7f; --bad-back: #3a1719; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
+:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
+  --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
+  --bad-back: #fdecec; --goal: #fff7d6; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
+  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
+  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; }
+header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
+h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-header p { margin: 0; color: var(--dim); flex-basis: 100%; font-size: .87rem; }
-.pill { border-radius: 99px; padding: .15rem .8rem; font-weight: 600; font-size: .9rem; }
-.good { color: var(--good); background: var(--good-back); }
-.bad { color: var(--bad); background: var(--bad-back); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.wrong { border-left: 5px solid var(--bad); padding: .7rem 1rem; margin: 0 0 1.25rem; list-style: none; }
-.wrong li + li { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid var(--line); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0; }
-.facts div { padding: .7rem 1rem; }
-.facts dt { color: var(--dim); font-size: .8rem; }
-.facts dd { margin: 0; font-size: 1.35rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.facts dd small { display: block; font-size: .78rem; font-weight: 400; color: var(--dim); }
-.row { display: grid; grid-template-columns: 15rem 11rem 1fr; gap: .4rem 1.5rem; padding: .8rem 1rem; }
-.row + .row { border-top: 1px solid var(--line); }
-.row h3 { font-size: 1rem; margin: 0; }
-.row h3 span { font-weight: 400; color: var(--dim); }
-.row ul { list-style: none; margin: 0; padding: 0; }
-.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); }
-.bar.full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: var(--good); }
-.dot.off { background: var(--bad); }
-.why { color: var(--bad); }
-.dim { color: var(--dim); font-size: .87rem; }
-.holder { margin-left: 1.12em; font-size: .87rem; }
 code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.list { padding: .3rem 1rem; margin: 0; list-style: none; font-size: .9rem; }
-.list li { display: grid; grid-template-columns: 10rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
-.list li + li { border-top: 1px solid var(--line); }
-.list time, .list .key { color: var(--dim); font-variant-numeric: tabular-nums; }
-footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
-a { color: var(--used); }
-@media (max-width: 44rem) { .row, .list li { grid-template-columns: 1fr; } body { padding: 1rem .75rem 2rem; } }
+.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
+button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
+.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
+.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
+.why, small { display: block; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.list { padding: .3rem 1rem; }
+.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
+.list li + li, tbody th, td { border-top: 1px solid var(--line); }
+.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
+.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
+.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+table { width: 100%; border-spacing: 0; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
+thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+:target, :target td { background: var(--goal); }
+.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
+.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
+.dot { background: var(--good); } .off { background: var(--bad); }
+.hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@media (max-width: 44rem) {
+  .list li, .facts { grid-template-columns: 1fr; }
+  .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
+  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
+  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
+  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+"""
+SCRIPT = """
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
+let isPaused = false;
+const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
+
+function show(page) {
+  const focused = document.activeElement.getAttribute("href");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const made = page.getElementById(part.id);
+    if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
+  }
+  document.title = page.title;
+  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
+  if (focused && document.activeElement === document.body)
+    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+async function refresh() {
+  if (mayChange()) try {
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
+    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
+    trouble.textContent = "";
+  } catch {
+    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
+  }
+  setTimeout(refresh, 1000 * document.body.dataset.refresh);
+}
+
+button.onclick = () => {
+  isPaused = !isPaused;
+  button.textContent = isPaused ? "Resume" : "Pause";
+};
+button.hidden = false;
+setTimeout(refresh, 1000 * document.body.dataset.refresh);
 """
 
 _HEAD = """<!doctype html>
@@ -5479,36 +5638,40 @@ _HEAD = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="{refresh}">
+<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
+<style nonce="{nonce}">"""
+_TOP = """</style>
 <title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-<style nonce="{nonce}">"""
-_TOP = """</style>
 </head>
-<body>
-<header><h1>{node}</h1><span class="pill {mood}">{verdict}</span>
-<p>smarter-device-manager {version}, as of {time}. All times are UTC.</p></header>
+<body data-refresh="{refresh}">
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
+<strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
 """
-_FACT = '<div class="card"><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
-_ROW = """<article class="row">
-<h3><span>{domain}/</span>{name}</h3>
-<div>{use}<svg class="bar {full}" role="img" aria-label="{use}"><rect width="{percent}%" height="100%"/></svg></div>
-<ul>
+_LINK = '<a href="#{name}">{name}</a>'
+_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
+_TABLE = """<table class="card" role="table">
+<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
+scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
+Used by</th></tr></thead>
 """
-_DEVICE = '<li><span class="dot"></span><code>{path}</code> <span class="dim">{more}</span></li>\n'
-_GONE = '<li><span class="dot off"></span><code>{path}</code> <span class="why">{problem}</span> \
-<span class="dim">since {since}</span></li>\n'
-_UNREADY = '<li class="why">{trouble}</li>\n'
-_HOLDER = '<li class="holder">{slots}: <strong>{container}</strong> <span class="dim">of <code>{pod}</code>\
-</span></li>\n'
-_ITEM = '<li><span class="key">{key}</span><span>{told}</span></li>\n'
-_EVENT = '<li><time datetime="{time}">{clock}</time><span>{message} <span class="dim">{more}</span></span></li>\n'
-_FOOT = """<footer>This page is made anew every {refresh} seconds. The same, for programs: <a href="/status.json">\
-/status.json</a>, <a href="/metrics">/metrics</a>, <a href="/healthz">/healthz</a>, <a href="/readyz">/readyz</a>.\
-</footer>
-</body>
-</html>
+_NAME = '<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}'
+_USE = """</th><td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg class="bar {full}" aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = '<td role="cell"><span title="{more}"><span class="dot {off}"></span><span class="hidden">{state} </span>\
+<code>{path}</code>{details}</span>'
+_WHY = '<span class="why">{why}</span>'
+_SINCE = "<small>since {since}</small>"
+_HOLDER = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+_ITEM = '<li><span class="key">{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+_FOOT = """</main>
+<footer class="dim">The page follows the daemon every {refresh} seconds. The same, for programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 """
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
@@ -5519,33 +5682,42 @@ def _fill(template: str, **values: object) -> str:
 
 
 def render_page(document: Document, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece; only a style with NONCE is in force."""
-    problems = document["problems"]
-    count = len(problems)
-    verdict = "all is well" if not problems else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
-    colour, mood = ("%23c02b30", "bad") if problems else ("%231a7f45", "good")
-    node, version = document["node"], document["smarter_device_manager"]
-    yield _fill(_HEAD, refresh=REFRESH_SECONDS, node=node, verdict=verdict, colour=colour, nonce=nonce) + STYLE
-    yield _fill(_TOP, node=node, verdict=verdict, mood=mood, version=version, time=_clock(document["time"], ""))
-    if problems:
-        yield '<ul class="card wrong">\n'
-        yield from (_fill("<li>{problem}</li>\n", problem=problem) for problem in problems)
+    """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
+    count = len(document["problems"])
+    verdict = "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
+    colour, mood = ("%23b3262b", "bad") if count else ("%23166a3a", "good")
+    node, version, refresh = document["node"], document["smarter_device_manager"], REFRESH_SECONDS
+    yield _fill(_HEAD, refresh=refresh, nonce=nonce) + STYLE
+    values = {"colour": colour, "mood": mood, "version": version, "time": clock(document["time"])}
+    yield _fill(_TOP, refresh=refresh, node=node, verdict=verdict, **values)
+    if count:
+        yield '<ul class="card list wrong">\n'
+        yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
     yield from _page_facts(document)
     yield "<h2>Resources</h2>\n"
-    if not document["resources"]:
+    if document["resources"]:
+        yield _TABLE
+        for resource in document["resources"]:
+            yield "".join(_page_resource(resource, document["kubelet"]["answering"]))
+        yield "</table>\n"
+    else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
-    yield '<section class="card">\n'
-    for resource in document["resources"]:
-        yield "".join(_page_row(resource, document))
-    yield "</section>\n"
-    left_out = ((left["path"], f"{left['reason']} (line {left['line']})") for left in document["left_out"])
+    left_out = ((left["path"], left["reason"], f"rule of line {left['line']}") for left in document["left_out"])
     yield from _page_list("Left out, though a rule names it", left_out)
-    unused = ((f"line {rule['line']}", rule["pattern"]) for rule in document["unused"])
+    unused = ((f"line {rule['line']}", rule["pattern"], "") for rule in document["unused"])
     yield from _page_list("Rules that matched nothing", unused)
-    yield '<h2>Last events</h2>\n<ol class="card list">\n'
-    yield from (_page_event(event, document["time"]) for event in document["events"])
-    yield "</ol>\n" + _fill(_FOOT, refresh=REFRESH_SECONDS)
+    events = ((clock(event["time"]), *event_text(event)) for event in document["events"])
+    yield from _page_list("Last events", events)
+    yield _fill(_FOOT, refresh=refresh) + _fill('<script nonce="{nonce}">', nonce=nonce) + SCRIPT
+    yield "</script>\n</body>\n</html>\n"
+
+
+def _page_problem(sentence: str, names: Sequence[str]) -> str:
+    """One of find_problems(); its names lead to their rows."""
+    links = [_fill(_LINK, name=name) for name in names[:MAX_NAMES]]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
 
 
 def _page_facts(document: Document) -> Iterator[str]:
@@ -5553,88 +5725,96 @@ def _page_facts(document: Document) -> Iterator[str]:
     devices = [device for resource in resources for device in resource["devices"]]
     present = sum(device["healthy"] for device in devices)
     in_use = [resource["in_use"] for resource in resources]
-    used = "unknown" if None in in_use else sum(in_use)
+    facts: List[Tuple[str, object, str]] = [
+        ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
+        ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
+        (
+            "Slots in use",
+            "unknown" if None in in_use else sum(in_use),
+            f"of {sum(resource['slots'] for resource in resources)}",
+        ),
+        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
+        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
+    ]
+    if document["dra"]:
+        dra = document["dra"]
+        reachable = f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
+        facts += [
+            ("ResourceSlices", dra["slices"], reachable),
+            ("Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} could not be"),
+        ]
     yield '<dl class="facts">\n'
-    ready = sum(resource["ready"] for resource in resources)
-    yield _fill(_FACT, name="Resources", value=len(resources), more=f"{ready} registered")
-    yield _fill(_FACT, name="Devices", value=len(devices), more=f"{present} present, {len(devices) - present} absent")
-    slots = sum(resource["slots"] for resource in resources)
-    yield _fill(_FACT, name="Slots in use", value=used, more=f"of {slots}")
-    answers_told = "answers" if kubelet["answering"] else "does not answer"
-    yield _fill(_FACT, name="kubelet", value=answers_told, more=f"{pluralize(kubelet['restarts'], 'restart')} seen")
-    dra = document["dra"]
-    if dra:
-        reachable = "API server answers" if dra["api"]["reachable"] else "API server does not answer"
-        yield _fill(_FACT, name="ResourceSlices", value=dra["slices"], more=reachable)
-        failed = f"{dra['prepare_errors']} could not be"
-        yield _fill(_FACT, name="Claims prepared", value=dra["claims_prepared"], more=failed)
-    good_told = "refused" if conf["error"] else "good"
-    read_at = _clock(conf["read_at"], document["time"])
-    yield _fill(_FACT, name="Conf file", value=good_told, more=f"{pluralize(conf['rules'], 'rule')}, read {read_at}")
+    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
     yield "</dl>\n"
 
 
-def _page_row(resource: Document, document: Document) -> Iterator[str]:
-    slots, in_use = resource["slots"], resource["in_use"]
-    use = f"{pluralize(slots, 'slot')}, use unknown" if in_use is None else f"{in_use} of {slots} in use"
+def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
+    """The rows of RESOURCE: one for each device, with who holds it."""
+    slots, in_use, devices = resource["slots"], resource["in_use"], resource["devices"]
     percent = min(100, 100 * (in_use or 0) // max(slots, 1))
+    full = "full" if percent == 100 else ""
     domain, _, name = resource["name"].partition("/")
-    yield _fill(_ROW, name=name, domain=domain, use=use, percent=percent, full="full" if percent == 100 else "")
-    if not resource["ready"]:
-        yield _fill(_UNREADY, trouble=told_trouble(resource["trouble"]))
+    yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     held = _page_holders(resource["holders"] or ())
-    for device in resource["devices"]:
-        since = _clock(device["since"], document["time"])
-        if device["problem"]:
-            yield _fill(_GONE, path=device["path"], problem=device["problem"], since=since)
-        else:
-            more = f"since {since}, by the rule of line {device['line']}"
-            told = ", ".join(filter(None, [_told(device)[len(device["path"]) :].strip(), more]))
-            yield _fill(_DEVICE, path=device["path"], more=told)
-        yield from held.get(device["path"], ())
-    yield "</ul>\n</article>\n"
+    for number, device in enumerate(devices):
+        yield _fill('<tr id="{path}" role="row">', path=device["path"])
+        if number == 0:
+            yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
+            if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
+                yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
+            yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
+        yield from _page_device(device)
+        holders = "".join(held.get(device["path"], ()))
+        yield f'<td role="cell" data-name="Used by:"><ul>{holders}</ul></td></tr>\n' if holders else "<td></td></tr>\n"
+    yield "</tbody>\n"
+
+
+def _page_device(device: Document) -> Iterator[str]:
+    since, is_healthy = clock(device["since"]), device["healthy"]
+    yield _fill(
+        _DEVICE,
+        more=f"since {since}, by the rule of line {device['line']}",
+        off="" if is_healthy else "off",
+        state="Healthy:" if is_healthy else "",
+        path=device["path"],
+        details=_device_details(device) if is_healthy else "",
+    )
+    if not is_healthy:
+        yield _fill(_WHY + _SINCE, why=f"Unhealthy: {device['problem']}", since=since)
+    yield "</td>\n"
 
 
 def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
-    """A line for each container that holds slots, by the path of their device."""
+    """An item of a list for each container that holds slots, by the path of their device."""
     slots: Dict[Tuple[str, str, str], List[str]] = {}
     for holder in holders:
         slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
-    lines: Dict[str, List[str]] = {}
+    items: Dict[str, List[str]] = {}
     for (path, pod, container), ids in slots.items():
-        told = ("slot " if len(ids) == 1 else "slots ") + _named_briefly(ids)
-        lines.setdefault(path, []).append(_fill(_HOLDER, slots=told, pod=pod, container=container))
-    return lines
+        text = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
+        items.setdefault(path, []).append(_fill(_HOLDER, slots=text, pod=pod, container=container))
+    return items
 
 
-def _page_list(title: str, items: Iterable[Tuple[str, str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, told=told) for key, told in items]
+def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
+    pieces = [_fill(_ITEM, key=key, text=text, more=more) for key, text, more in items]
     if pieces:
         yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
         yield from pieces
         yield "</ul>\n"
 
 
-def _page_event(event: Document, now: str) -> str:
-    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
-    more = "; ".join(f"{key} {value}" for key, value in fields.items() if value not in event["message"])
-    return _fill(_EVENT, time=event["time"], clock=_clock(event["time"], now), message=event["message"], more=more)
-
-
-def _clock(time_of_day: str, now: str) -> str:
-    """TIME_OF_DAY, as utc() has it, for people: without the date where that is NOW's."""
-    return time_of_day[11:19] if time_of_day[:10] == now[:10] else f"{time_of_day[:10]} {time_of_day[11:19]}"
-
-
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
+# It reads and writes its sockets by itself: asyncio's streams accept a whole backlog of clients in one turn of the
+# loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-BACKLOG = 1024  # of connections that are not yet accepted: a probe among them can wait, and must not be dropped
-MAX_CONNECTIONS = 64  # of clients whose request is awaited, and as many that are being answered
+BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
+MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
 ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-SLICE_SECONDS = 0.001  # of rendering, before others of the loop get their turn
 FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
 
 _PHRASES = {
@@ -5662,13 +5842,6 @@ class Unanswerable(Exception):
         self.status = status
 
 
-class Request(NamedTuple):
-    """What a client asks for."""
-
-    method: str  # GET or HEAD
-    path: str
-
-
 class Response(NamedTuple):
     """What a client is answered."""
 
@@ -5678,8 +5851,8 @@ class Response(NamedTuple):
     policy: str = "default-src 'none'"  # its Content-Security-Policy
 
 
-def parse_request(head: bytes) -> Request:
-    """What the HEAD of an HTTP request asks for (RFC 9112); raises Unanswerable."""
+def parse_request(head: bytes) -> Tuple[str, str]:
+    """What the HEAD of an HTTP request asks for (RFC 9112): GET or HEAD, and the path. Raises Unanswerable."""
     first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -5694,17 +5867,13 @@ def parse_request(head: bytes) -> Request:
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable(405)
     path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
-    return Request(line[1].decode(), path or "/")
+    return line[1].decode(), path or "/"
 
 
-def plain(status: int, lines: Iterable[str]) -> Response:
-    """LINES as a plain text."""
-    return Response(status, "text/plain; charset=utf-8", "".join(f"{line}\n" for line in lines).encode())
-
-
-def failure(status: int) -> Response:
-    """The answer to what gets none."""
-    return plain(status, [f"{status} {_PHRASES[status]}"])
+def plain(status: int, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, what STATUS means."""
+    text = "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"])
+    return Response(status, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
 
 
 def format_head(response: Response, now: float) -> bytes:
@@ -5724,18 +5893,6 @@ def format_head(response: Response, now: float) -> bytes:
     return "\r\n".join([*head, "", ""]).encode()
 
 
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
-    done = []
-    end = time.monotonic() + SLICE_SECONDS
-    for item in items:
-        done.append(item)
-        if time.monotonic() >= end:
-            await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
-    return done
-
-
 async def encoded(pieces: Iterable[str]) -> bytes:
     """PIECES as one text, put together in slices."""
     return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
@@ -5743,27 +5900,31 @@ async def encoded(pieces: Iterable[str]) -> bytes:
 
 def listen(address: Tuple[str, int]) -> socket.socket:
     """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
-    host, port = address
+    host = address[0]
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
     try:
-        if host in ("", "::") and socket.has_dualstack_ipv6():
-            listener = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
-        else:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", "") or error
-        raise Problem(f"cannot listen on {tell_address(address)}: {why}") from None
+        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
     listener.setblocking(False)
     return listener
 
 
-def tell_address(address: Tuple[Any, ...]) -> str:
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _read_request(connection: socket.socket) -> Request:
+async def _read_request(connection: socket.socket) -> Tuple[str, str]:
     """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
     loop = asyncio.get_running_loop()
     data = b""
@@ -5789,16 +5950,18 @@ async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
         room -= len(chunk) or room
 
 
-def _process_start() -> float:
-    """When this process started, as time.time() has it; proc(5) tells it in ticks since the machine's start."""
+def describe_process() -> Document:
+    """What the kernel knows of this process; proc(5) has its start in ticks since the machine's."""
     with open("/proc/self/stat", "rb") as file:
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        fields = file.read().rpartition(b")")[2].split()
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {
+        "resident_memory_bytes": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "cpu_seconds": time.process_time(),
+        "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
+        "internal_errors": log_counts.internal_errors,
+        "log_lines_dropped": log_counts.dropped_lines,
+    }
 
 
 Clients = Dict["asyncio.Task[None]", None]  # the oldest first
@@ -5824,8 +5987,7 @@ class StatusServer:
         self._side = side
         self._pod_resources = pod_resources
         self._node = node
-        self._most_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._started = _process_start()
+        self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
         self._asking: Clients = {}  # those whose request is awaited
         self._answered: Clients = {}  # those that are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
@@ -5866,7 +6028,7 @@ class StatusServer:
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
         """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
-        if len(clients) >= MAX_CONNECTIONS:
+        if len(clients) >= MAX_CLIENTS:
             oldest = next(iter(clients))
             del clients[oldest]
             oldest.cancel()
@@ -5874,21 +6036,20 @@ class StatusServer:
 
     async def _talk(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
-        with_body = True
+        task = asyncio.current_task()
+        assert task
+        method = "GET"
         try:
             try:
-                request = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                task = asyncio.current_task()
-                assert task
+                method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
                 self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
-                with_body = request.method != "HEAD"
-                response = await self._respond(request.path)
+                response = await self._respond(path)
             except Unanswerable as error:
-                response = failure(error.status)
+                response = plain(error.status)
             except asyncio.TimeoutError:
-                response = failure(408)
-            data = [format_head(response, time.time()), *([response.body] if with_body else [])]
+                response = plain(408)
+            data = [format_head(response, time.time()), *([response.body] if method != "HEAD" else [])]
             await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went or was too slow: %s", error)
@@ -5901,30 +6062,32 @@ class StatusServer:
                 return await self._shared(path, self._views[path])
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return failure(500)
-        return failure(404)
+            return plain(500)
+        return plain(404)
 
     def _healthz(self) -> Response:
-        hanging = find_hanging(self._heartbeats(), self._most_age, time.monotonic())
+        hanging = find_hanging(self._threads())
         return plain(503 if hanging else 200, hanging or ["ok"])
 
-    def _heartbeats(self) -> Mapping[str, float]:
-        return {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
+    def _threads(self) -> List[Document]:
+        heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
+        return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
         if isinstance(self._side, DraSide):
             obstacle = self._side.obstacle
-            return plain(503 if obstacle else 200, [obstacle or "ok"])
-        links = {name: self._registration_state(name) for name in self.plan.resources}
-        unready = [
-            f"{self._side.domain}/{name}: {told_trouble(link.trouble)}"
-            for name, link in links.items()
-            if not link.ready
-        ]
-        return plain(503 if unready else 200, unready or ["ok"])
+            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
+        states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
+        unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
+        return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
+
+    def _remarks(self) -> List[str]:
+        """What is worth a line of /readyz and does not change its status."""
+        conf = self.stats.conf
+        return [conf_error_text(conf["error"], conf["read_at"])] if conf["error"] else []
 
     def _registration_state(self, name: str) -> RegistrationState:
-        """How the resource NAME stands with kubelet."""
+        """How the resource NAME stands with the kubelet."""
         if isinstance(self._side, DraSide):
             obstacle = self._side.obstacle
             return RegistrationState(not obstacle, obstacle, self._side.prepared.get(name, 0), self._side.registrations)
@@ -5952,8 +6115,8 @@ class StatusServer:
     async def _page(self) -> Response:
         nonce = os.urandom(16).hex()
         body = await encoded(render_page(await self._document(), nonce))
-        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", body, policy)
+        policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
+        return Response(200, "text/html; charset=utf-8", body, f"default-src 'none'; {policy}")
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
@@ -5971,38 +6134,29 @@ class StatusServer:
         return await self._shared("", self._describe)
 
     async def _describe(self) -> Document:
-        slots = self._side.slots if isinstance(self._side, DraSide) else {}
-        holders = await self._pod_resources.holders(slots)
-        state, side = self._state(), self._side
-        links = {name: self._registration_state(name) for name in state.plan.resources}
+        holders = await self._pod_resources.holders(self._side.slot_ids)
+        side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
         offers = (
-            describe_offer(resource, side.domain, state.moment, links[name], holders)
-            for name, resource in state.plan.resources.items()
+            describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
+            for name, resource in plan.resources.items()
         )
-        return describe_daemon(state, await in_slices(offers))
-
-    def _state(self) -> State:
-        side = self._side
-        return State(
-            moment=Now.now(),
+        kubelet = {
+            "answering": side.is_answering,
+            "restarts": side.kubelet_restarts,
+            "plugin_dir": side.plugin_dir,
+        }
+        return describe_daemon(
+            plan,
+            self.stats,
+            await in_slices(offers),
             node=self._node,
             domain=side.domain,
-            plan=self.plan,
-            stats=self.stats,
-            heartbeats=self._heartbeats(),
-            most_age=self._most_age,
-            is_answering=side.is_answering,
-            kubelet_restarts=side.kubelet_restarts,
-            plugin_dir=side.plugin_dir,
-            process={
-                "resident_memory_bytes": _resident_bytes(),
-                "cpu_seconds": time.process_time(),
-                "start_time_seconds": self._started,
-                "internal_errors": log_counts.internal_errors,
-                "log_lines_dropped": log_counts.dropped_lines,
-            },
-            events=self.events.events(),
+            time=utc(time.time()),
+            threads=self._threads(),
+            kubelet=kubelet,
             dra=side.describe() if isinstance(side, DraSide) else None,
+            process=describe_process(),
+            events=self.events.events(),
         )
 
 
@@ -6281,25 +6435,201 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+class KeptConf:
+    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+
+    Its first line says which file that is, and has a checksum of the rest.
+    """
+
+    def __init__(self, path: str, conf: str) -> None:
+        self.path = path
+        self._conf = conf
+        self._is_failing = False
+
+    def read(self) -> Tuple[str, float]:
+        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
+        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no plain file")
+            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ValueError("others than root can have written it")
+            first_line = file.readline(CONF_BYTES)
+            data = file.read(CONF_BYTES + 1)
+        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
+            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+        return data.decode(), found.st_mtime
+
+    def write(self, text: str) -> None:
+        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+        try:
+            if self.read()[0] == text:
+                return
+        except (OSError, ValueError):
+            pass  # it is replaced
+        try:
+            self._replace(text.encode())
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                log_event("conf-not-kept", sentence, logging.WARNING)
+            self._is_failing = True
+
+    def _replace(self, data: bytes) -> None:
+        new = f"{self.path}.new"
+        if os.path.lexists(new):
+            os.unlink(new)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._first_line(data) + data)
+            os.rename(new, self.path)
+        except OSError:
+            os.unlink(new)
+            raise
+
+    def _first_line(self, data: bytes) -> bytes:
+        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
+        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+
+
+def _open_no_link_at_once(path: str, flags: int) -> int:
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def kept_conf_path(plugin_dir: str, domain: str) -> str:
+    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+
+
+class ConfFile:
+    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+
+    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
+    text is kept there, and its rules are in force after a start with a broken one.
+    """
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.error = ""  # why the file as it is now is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self._path = path
+        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
+        self._text: Optional[str] = None  # that the rules in force come from
+        self._refused_text: Optional[str] = None
+        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+
+    def start(self) -> None:
+        """Take over the first rules. Raises Problem where there are no good ones."""
+        text = None
+        try:
+            text = self._read()
+            self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if not self._kept or not self._restore(self._kept):
+                raise Problem(self._describe(error)) from None
+            self._refuse(error, text, f", from {self._kept.path}")
+
+    def _restore(self, kept: KeptConf) -> bool:
+        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        try:
+            text, kept_at = kept.read()
+            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", "") or str(error)
+            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            return False
+        return True
+
+    def follow(self, reread: bool = False) -> bool:
+        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+
+        What is wrong with it is logged once.
+        """
+        text = None
+        try:
+            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
+                return False
+            text = self._read()
+            if text == self._refused_text and not reread:
+                return False
+            has_new_rules = self._take_over(text)
+        except (ConfigError, OSError) as error:
+            if isinstance(error, OSError):
+                self._stamp = ()
+            if reread or self._describe(error) != self.error:
+                self._refuse(error, text)
+            self._refused_text = text
+            return False
+        if has_new_rules or self.error:
+            self.reloads += 1
+            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+        self.error, self._refused_text = "", None
+        return has_new_rules
+
+    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
+        """What tells one content of the file from another, and whether it does so already."""
+        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def _read(self) -> str:
+        """The text of the file. Raises ConfigError and OSError."""
+        if not self._path:
+            return DEFAULT_CONF
+        self._stamp = ()
+        stamp, has_settled = self._find_stamp()
+        try:
+            return read_conf(self._path)
+        except OSError:
+            has_settled = False
+            raise
+        finally:
+            self._stamp = stamp if has_settled else ()
+
+    def _take_over(self, text: str) -> bool:
+        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        has_new_rules = text != self._text
+        if has_new_rules:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+        if self._kept:
+            self._kept.write(text)
+        return has_new_rules
+
+    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
+        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        self.error, self._refused_text = self._describe(error), text
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
+
+    def _describe(self, error: Union[ConfigError, OSError]) -> str:
+        if isinstance(error, ConfigError):
+            return f"{self._path}:{error.line}:{error.column}: {error.message}"
+        return f"cannot read the conf file {self._path}: {error.strerror}"
+
+
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, with_facts: bool = False) -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
+        """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.conf_error = ""
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() of the last good conf
         self.scan_seconds = 0.0  # that the last look at /dev took
-        self._conf = conf
+        self._conf_name = conf or DEFAULT_CONF_NAME
+        self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
-        self._conf_stamp: Tuple[int, ...] = ()
-        self._conf_text: Optional[str] = None  # of the rules in force
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -6315,19 +6645,17 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        try:
-            self._follow_conf()
-            self.turn()
-            if self.plan.clashes:
-                raise self.plan.clashes[0]
-        except (ConfigError, OSError) as error:
-            raise Problem(self._told(error)) from None
+        self._conf.start()
+        self._matcher = Matcher(self._conf.rules)
+        self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
         """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
-        has_new_rules = self._reload(reread)
+        has_new_rules = self._conf.follow(reread)
+        if has_new_rules:
+            self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
         plans = []
@@ -6349,12 +6677,15 @@ class DeviceSide:
         """What there is to say of it after a turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
-            conf=self._conf or DEFAULT_CONF_NAME,
-            rules=len(self.rules),
-            reloads=self.reloads,
-            failed_reloads=self.failed_reloads,
-            read_at=self.read_at,
-            conf_error=self.conf_error,
+            conf={
+                "path": self._conf_name,
+                "rules": len(self.rules),
+                "error": self._conf.error,
+                "read_at": utc(self._conf.read_at),
+                "read_at_seconds": self._conf.read_at,
+                "reloads": self._conf.reloads,
+                "failed_reloads": self._conf.failed_reloads,
+            },
             dev_problem=self._dev_problem,
             scan_seconds=self.scan_seconds,
         )
@@ -6362,13 +6693,11 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        return self._forget() or gpus != self._gpus or any(when <= now for when in expiry_times(self._tracked))
-
-    def _forget(self) -> bool:
-        """Drop what is remembered of names and nodes that are no more; whether what is kept is to be asked again."""
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = (node for device_seen in self._tracked.values() for node in device_seen.nodes)
-        return self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
         """Take a new snapshot; the paths that flapped, and whether anything changed."""
@@ -6387,65 +6716,14 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, self.plan = self._plan_with(self._matcher, snapshot)
+        self._tracked, left_out = track(
+            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        )
+        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
-    def _plan_with(self, matcher: Matcher, snapshot: Snapshot) -> Tuple[TrackedDevices, Plan]:
-        tracked, left_out = track(self._tracked, snapshot, self._gpus, matcher, self._dev_dir, time.monotonic())
-        return tracked, make_plan(tracked, left_out, snapshot, self._sysfs, matcher, self._dev_dir)
 
-    def _reload(self, reread: bool) -> bool:
-        """Follow the conf file; whether there are new rules. What is wrong with it is logged once."""
-        try:
-            has_new_rules = self._follow_conf(reread)
-        except (ConfigError, OSError) as error:
-            told = self._told(error)
-            if reread or told != self.conf_error:
-                self.failed_reloads += 1
-                log_event("conf-refused", f"{told}; the last good rules stay in force", logging.ERROR)
-            self.conf_error = told
-            self._conf_stamp = ()
-            return False
-        if has_new_rules or (self.conf_error and self._conf_stamp):
-            self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._conf, rules=len(self._matcher.rules))
-            self.conf_error = ""
-        return has_new_rules
-
-    def _follow_conf(self, reread: bool = False) -> bool:
-        """Take over the rules of the conf file if it changed. Raises ConfigError and OSError."""
-        if not self._conf:
-            return self._use_default_rules()
-        found = os.stat(self._conf)  # a ConfigMap is replaced by a swap of links: what they lead to tells
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if stamp == self._conf_stamp and not reread:
-            return False
-        text = read_conf(self._conf)
-        has_changed = text != self._conf_text
-        if has_changed:
-            matcher = Matcher(parse_rules(text))
-            _, plan = self._plan_with(matcher, self.snapshot)
-            if plan.clashes:
-                raise plan.clashes[0]
-            self._matcher, self._conf_text = matcher, text
-        self._conf_stamp = stamp if is_settled(max(found.st_mtime_ns, found.st_ctime_ns)) else ()
-        self.read_at = time.time()
-        return has_changed
-
-    def _use_default_rules(self) -> bool:
-        """Take over the built-in rules, which never change; whether they are new."""
-        is_first = self._conf_text is None
-        if is_first:
-            self._matcher, self._conf_text, self.read_at = Matcher(parse_rules(DEFAULT_CONF)), DEFAULT_CONF, time.time()
-        return is_first
-
-    def _told(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._conf}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._conf}: {error.strerror}"
-
-
-def tell_changes(old: Plan, new: Plan) -> None:
+def log_changes(old: Plan, new: Plan) -> None:
     """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
@@ -6463,8 +6741,10 @@ def tell_changes(old: Plan, new: Plan) -> None:
             change = ("plugged", "Healthy again", logging.INFO)
         if change:
             groups.setdefault(change, []).append(device_path(now or before[key]))
-    for left in sorted(set(new.left_out) - set(old.left_out)):
-        groups.setdefault(("left-out", f"left out: {left.reason}", logging.WARNING), []).append(f"/dev/{left.path}")
+    known = set(old.left_out)
+    for left in new.left_out:
+        if left not in known:
+            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
 
@@ -6538,11 +6818,20 @@ class KubeletThread(threading.Thread):
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem where no plugin can listen in the directory PATH."""
-    if not os.path.isdir(path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        is_allowed = os.access(path, os.R_OK | os.X_OK)
+    except PermissionError:
+        is_directory, is_allowed = True, False
+    except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run shows everything without one)"
-        )
+        ) from None
+    if not is_directory:
+        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
+    if not is_allowed:
+        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -6569,6 +6858,15 @@ def check_dra(options: argparse.Namespace) -> None:
             f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
             f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
         )
+
+
+def dra_folder(options: argparse.Namespace) -> str:
+    """The driver's own folder, made if that can be."""
+    folder = dra_settings(options).folder
+    if os.path.isdir(options.kubelet_dir):
+        with contextlib.suppress(OSError):  # to be logged when it is tried again
+            os.makedirs(folder, 0o750, exist_ok=True)
+    return folder
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
@@ -6598,13 +6896,14 @@ def raise_limit() -> None:
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     is_dra = options.api == "dra"
+    kept_path = kept_conf_path(dra_folder(options) if is_dra else options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
+    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
     if is_dra:
         check_dra(options)
     else:
         check_plugin_dir(options.plugin_dir)
     raise_limit()
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts=is_dra)
-    devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
@@ -6614,7 +6913,9 @@ def serve(options: argparse.Namespace) -> int:
     )
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
-    tell_changes(EMPTY_PLAN, devices.plan)
+    if not devices.plan.resources:
+        log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
+    log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
     try:
         _run(devices, thread, options.interval)
@@ -6639,7 +6940,7 @@ def _open_status(
     holders = PodResources(options.pod_resources_socket, options.domain)
     status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
-    log_event("listening", "serving health, metrics and a status page", address=tell_address(listener.getsockname()))
+    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
 
 
@@ -6650,7 +6951,7 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
         due = time.monotonic() + interval
         old = devices.plan
         for plan in devices.turn(reread):
-            tell_changes(old, plan)
+            log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
@@ -6695,7 +6996,7 @@ def restart_lean() -> None:
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -6730,6 +7031,33 @@ def show_attributes(options: argparse.Namespace) -> int:
     return 0
 
 
+def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
+    attributes, each block such as it can stand in a rule."""
+    lines = [
+        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
+        "# take one of these blocks, and of its lines those that tell this device from others.",
+        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
+    ]
+    for folder, attributes in chain:
+        lines += ["", f"  # {printable(folder)}", "  attributes:"]
+        for name, value in attributes.items():
+            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
+            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
+    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
+    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
+
+
+def _yaml_quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev that somebody gave as /dev/video0, video0 or, in a made-up one, DEV_DIR/video0."""
     path = os.path.normpath(text)
@@ -6744,8 +7072,12 @@ def show_list(options: argparse.Namespace) -> int:
     if options.attributes is not None:
         return show_attributes(options)
     devices = _look_once(options)
-    document = describe_plan(devices.plan, options.domain, Now.now())
-    print(json.dumps(document, indent=2) if options.json else render_list(document), end="\n" if options.json else "")
+    document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
+    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
@@ -6753,12 +7085,12 @@ def show_status(options: argparse.Namespace) -> int:
     """--status: print what a running daemon says of itself."""
     host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
-    where = tell_address(address)
+    where = address_text(address)
     try:
         body = _fetch(address, "/status.json")
     except (OSError, UnicodeError) as error:
         raise Problem(
-            f"no daemon answers on {where} ({getattr(error, 'strerror', '') or error}); it does so where its --listen "
+            f"no daemon answers on {where} ({network_error(error)}); it does so where its --listen "
             f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
@@ -6784,7 +7116,20 @@ def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
     print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
+    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
     return 0
+
+
+def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
+    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    for rule in rules:
+        name = resource_name(rule.resource)
+        if rule.resource != name and "\\" not in rule.resource:
+            yield printable(f'line {rule.line}: the resource "{rule.resource}" is offered as {domain}/{name}')
+        path = re.sub(r"^\^?/dev/", "", rule.pattern)
+        if path != rule.pattern:
+            end = "$" if re.fullmatch(r"[\w/-]+", path, re.ASCII) else ""
+            yield printable(f"line {rule.line}: paths are matched without /dev/: write ^{path}{end}")
 
 
 def dry_run(options: argparse.Namespace) -> int:
@@ -6815,7 +7160,7 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.reason}") for left in devices.plan.left_out]
+        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
     return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
 
 
@@ -7241,9 +7586,14 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
+    socket_path = options.pod_resources_socket
+    if socket_path == DEFAULT_POD_RESOURCES:
+        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    if socket_path != DEFAULT_POD_RESOURCES:
+        given.append(f"--pod-resources-socket={socket_path}")
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
-        given.append(f"--listen={tell_address(options.listen)}")
+        given.append(f"--listen={address_text(options.listen)}")
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
@@ -7259,6 +7609,11 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         end="",
     )
     return 0
+
+
+def _pod_resources_beside(plugin_dir: str) -> str:
+    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
@@ -7299,7 +7654,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             install=_indented(INSTALL_PACKAGES, 14),
             options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
             plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(f"{os.path.dirname(options.plugin_dir)}/pod-resources"),
+            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
         ),
         end="",
@@ -7338,8 +7693,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options. Each value can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status [ADDRESS:PORT] |\n"
-        "        --systemd-unit | --manifest | --version]",
+        usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
         description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
         "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
         "says.",
@@ -7557,7 +7911,9 @@ def main() -> int:
     try:
         if mode is not serve:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            status = mode(options)
+            sys.stdout.flush()
+            return status
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         if __name__ == "__main__" and __spec__ is None:
             restart_lean()
@@ -7570,6 +7926,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # --list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -586,6 +587,63 @@ def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], ex
     command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={exposure}", "--no-pager", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The packages for pip
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist, built from a copy of the project."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    code = "from setuptools import build_meta as b; b.build_sdist({0!r}); b.build_wheel({0!r})".format(str(out))
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Deprecat" not in done.stderr
+    return out
+
+
+def test_the_wheel_and_the_sdist_hold_what_belongs_in_them(packages: Path) -> None:
+    version = sdm.__version__
+    modules, info = {SCRIPT_NAME, *STUBS}, f"smarter_device_manager-{version}.dist-info"
+    (wheel_path,) = packages.glob("*.whl")
+    with zipfile.ZipFile(wheel_path) as archive:
+        names = {name for name in archive.namelist() if not name.startswith(info)}
+        metadata = archive.read(f"{info}/METADATA").decode()
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+    assert wheel_path.name == f"smarter_device_manager-{version}-py3-none-any.whl"
+    assert names == modules
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.9", "Requires-Dist: grpcio>=1.51"):
+        assert f"\n{line}\n" in metadata
+    (sdist_path,) = packages.glob("*.tar.gz")
+    with tarfile.open(sdist_path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames() if "egg-info" not in name}
+    assert names == {"", *modules, "LICENSE", "README.md", "pyproject.toml", "PKG-INFO", "setup.cfg"}
+
+
+def test_the_installed_command_works_without_options(packages: Path, tmp_path: Path) -> None:
+    (wheel_path,) = packages.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", f"--target={tmp_path}"]
+    subprocess.run([*command, str(wheel_path)], check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [f"{tmp_path}/bin/{NAME}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+
+    done = run("--check")
+    assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
+    assert done.stderr.startswith(f"{NAME}: no config file is given")
+    assert run("--list").returncode == 0
+    assert run("--help").stdout.startswith(f"usage: {NAME} ")
+    assert run("--manifest").stdout == printed("--manifest")
+    unit = run("--systemd-unit").stdout  # empty where this very Python is below a home folder
+    assert not unit or f"WorkingDirectory={tmp_path}\n" in unit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
