@@ -7434,7 +7434,7 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     assert found["slice_devices_published"] == 2
     assert abs(found["slices_published_timestamp_seconds"] - time.time()) < 60
     assert found["api_requests_total", "get", "200"] >= 1
-    assert found["api_requests_total", "create", "201"] == 3
+    assert found["api_requests_total", "create", "201"] >= 3
     assert found["registered", "smarter-devices/video0"] == found["allocations_total", "smarter-devices/video0"] == 1
     dra = status.document()["dra"]
     assert dra["registered"] and not dra["problem"]
