@@ -4058,6 +4058,16 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
+def resource_slice(
+    domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
+) -> Document:
+    """The ResourceSlice INDEX of NODE. The Node owns it, so that it goes when that goes."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
+    metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
+    spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
+    return _api_object("ResourceSlice", metadata, spec)
+
+
 def device_class(domain: str, resource: str = "") -> Document:
     """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
     name, expression = domain, f'device.driver == "{domain}"'
@@ -4612,15 +4622,13 @@ class Publisher:
     def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
         """The slices that are wanted, by name, such that they can take the place of COPIES."""
         slices = {}
-        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": self._node_uid}
         pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
         for index, devices in enumerate(self._wanted):
-            name = slice_name(self._node, self._domain, index)
-            metadata: Document = {"name": name, "ownerReferences": [owner]}
+            body = resource_slice(self._domain, self._node, self._node_uid, index, pool, devices)
+            name = body["metadata"]["name"]
             if name in copies:
-                metadata["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
-            spec = {"driver": self._domain, "nodeName": self._node, "pool": pool, "devices": devices}
-            slices[name] = _api_object("ResourceSlice", metadata, spec)
+                body["metadata"]["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
+            slices[name] = body
         return slices
 
     def _is_published(self, copies: Mapping[str, Document]) -> bool:
