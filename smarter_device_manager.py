@@ -3968,6 +3968,7 @@ class PreparedDevice(NamedTuple):
 
     name: str  # in the slices
     request: str  # of the claim
+    resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
     is_gone: bool = False  # no container is to start with what may stand there in its place
@@ -4025,8 +4026,9 @@ def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
 
 
 def lost_device(prepared: PreparedDevice, domain: str) -> Document:
-    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice."""
-    attributes = {"path": {"string": _cut_bytes(prepared.path)}}
+    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice. DeviceClasses ask for its resource."""
+    texts = {"resource": prepared.resource, "path": prepared.path}
+    attributes = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
     return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
 
 
@@ -4159,7 +4161,8 @@ def prepare_devices(
         together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
         for name, allocation in zip(names, alone):
             edits = container_edits(ContainerAllocation(allocation.specs, together.env))
-            prepared.append(PreparedDevice(name, request, device_path(slots[name].device), edits))
+            slot = slots[name]
+            prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
     return tuple(prepared)
 
 
@@ -4184,7 +4187,7 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/request": device.request, f"{domain}/path": device.path},
+                "annotations": {f"{domain}/{key}": getattr(device, key) for key in ("request", "resource", "path")},
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -4200,11 +4203,11 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     devices = []
     for device in document["devices"]:
         prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        request, path = (_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "path"))
+        notes = [_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "resource", "path")]
         edits, is_gone = device["containerEdits"], label.endswith(GONE)
         if prefix or not label or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(label.removesuffix(GONE), request, path, edits, is_gone))
+        devices.append(PreparedDevice(label.removesuffix(GONE), *notes, edits, is_gone))
     if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
         raise ValueError("no name of a claim")
     return PreparedClaim(uid, namespace, name, tuple(devices))
@@ -4742,6 +4745,7 @@ class DraSide:
         self.api = api
         self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
+        self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.prepare_errors = 0
         self.prepared: Dict[str, int] = {}  # how many slots, by resource
@@ -4854,7 +4858,8 @@ class DraSide:
                 return
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
-        if any(not connect_error(path) for path in self.settings.sockets):
+        self.is_standby = any(not connect_error(path) for path in self.settings.sockets)
+        if self.is_standby:
             text = f"another instance serves the driver {self.settings.domain}; waiting for its end"
             self._log_problem("not-served", text)
             return
@@ -6084,7 +6089,8 @@ class StatusServer:
     def _readyz(self) -> Response:
         if isinstance(self._side, DraSide):
             obstacle = self._side.obstacle
-            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
+            is_ready = not obstacle or self._side.is_standby  # a roll-out ends the old pod when the new one is ready
+            return plain(200 if is_ready else 503, [obstacle or "ok", *self._remarks()])
         states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
         unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
         return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
@@ -7589,6 +7595,8 @@ if not marker.exists() or subprocess.call(check):
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    if options.api == "dra":
+        raise Problem("--systemd-unit is for the device plugin API only")
     folder, name = os.path.split(os.path.abspath(__file__))
     for path in (sys.executable, f"{folder}/{name}", options.conf):
         if path.startswith(HOME_FOLDERS):
@@ -7647,6 +7655,8 @@ def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> Lis
 
 def print_manifest(options: argparse.Namespace) -> int:
     """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    if options.api == "dra":
+        raise Problem("--manifest is for the device plugin API only; for dra there is helm template, see docs/dra.md")
     folder = os.path.dirname(os.path.abspath(__file__))
     files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)

@@ -6320,8 +6320,8 @@ def test_what_a_claim_was_allocated_is_read() -> None:
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
     devices = (
-        sdm.PreparedDevice("video0-0", "r", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
-        sdm.PreparedDevice("b-1", "q", "/dev/b", {"env": ["A=b"]}, True),
+        sdm.PreparedDevice("video0-0", "r", "video0", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
+        sdm.PreparedDevice("b-1", "q", "b", "/dev/b", {"env": ["A=b"]}, True),
     )
     claim = sdm.PreparedClaim("0-1", "default", "claim", devices)
     document = json.loads(json.dumps(sdm.cdi_document(claim, "d")))
@@ -7086,7 +7086,8 @@ def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera
     camera.node.unplug("video0")
     camera.node.rules("- devicematch: ^video0$\n")
     start(*camera.options())
-    camera.wait_for_devices("video0-0")  # video1 is not offered any more, but there: its pod goes on
+    assert camera.wait_for_devices("video0-0")["video0-0"]["attributes"]["resource"] == {"string": "video0"}
+    # video1 is not offered any more, but there: its pod goes on
     assert camera.api.tainted() == {"video0-0"}
     assert ":gone" not in camera.file(kept).read_text()
     camera.unprepare(claim)
@@ -7386,7 +7387,8 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
     camera.gives(claim)
-    second = start(*camera.options())
+    second = start(*camera.options(), "--listen", "127.0.0.1:0")
+    assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
     second.says("another instance serves the driver smarter-devices; waiting for its end")
     count = len(camera.api.calls)
     first.kill()
