@@ -1,7 +1,9 @@
 # The daemon as a small image: Debian's own Python, grpc and protobuf (ready-made for amd64, arm64, armhf and more, so
 # that nothing is compiled), cut down to what the daemon can need, on an empty base without a shell.
 #
-#   docker buildx build --platform linux/amd64,linux/arm64,linux/arm/v7 -t smarter-device-manager:1.0.0 .
+#   docker buildx build --platform linux/arm64 -t smarter-device-manager:1.0.0 --output type=docker,dest=image.tar .
+#
+# README.md says what to do with image.tar, and how to build for a registry and for all platforms at once.
 
 FROM debian:trixie-slim AS build
 RUN apt-get update \

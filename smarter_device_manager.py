@@ -42,6 +42,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
@@ -2729,6 +2730,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
@@ -2821,42 +2823,66 @@ def connect_error(path: str) -> str:
     return ""
 
 
+def _temporary_name(path: str) -> str:
+    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+
+
 class UnixServer:
     """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
 
-    It serves from start() to stop(). Others may delete or replace its socket file meanwhile: is_lost() says so.
+    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
+    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
+    is_lost() says so.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
+        self._temporary = _temporary_name(path)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while there is none
+        self._inode = 0  # of our socket file at PATH; 0 while it is not there
         add_services(self._server)
 
     async def start(self) -> None:
-        """Listen on a temporary name and move it into place, so that whoever looks finds a socket that answers.
-
-        Raises OSError.
-        """
-        # The name is random, since two instances in containers may have the same PID.
-        temporary = f"{os.path.dirname(self.path)}/.{os.urandom(8).hex()}"
-        self._bind(temporary)
+        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        self._bind(self._temporary)
         await self._server.start()
-        self._inode = os.stat(temporary).st_ino
-        os.rename(temporary, self.path)
+
+    def publish(self) -> bool:
+        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        is_published = self._link()
+        if not is_published and connect_error(self.path):
+            _remove_dead_socket(self.path)
+            is_published = self._link()
+        return is_published
+
+    def _link(self) -> bool:
+        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        try:
+            os.link(self._temporary, self.path)
+        except FileExistsError:
+            return False
+        self._inode = os.stat(self._temporary).st_ino
+        os.unlink(self._temporary)
+        return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
-    async def stop(self) -> None:
-        """Remove the socket file if it is still ours, and end the server within STOP_SECONDS or so."""
+    def withdraw(self) -> None:
+        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        inode, self._inode = self._inode, 0
         try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
+            if inode and os.stat(self.path).st_ino == inode:
                 os.unlink(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
+
+    async def stop(self) -> None:
+        """End the server; calls in progress have STOP_SECONDS."""
+        self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
     def _bind(self, path: str) -> None:
@@ -2870,6 +2896,107 @@ class UnixServer:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         finally:
             os.umask(mask)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the sockets with temporary names that killed instances left in FOLDER."""
+    try:
+        for name in os.listdir(folder):
+            path = f"{folder}/{name}"
+            if re.fullmatch(r"\.[0-9a-f]{16}", name) and stat.S_ISSOCK(os.lstat(path).st_mode) and connect_error(path):
+                os.unlink(path)
+    except OSError as error:
+        log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
+
+    Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
+    last look at it, and put back if it turns out to be that one.
+    """
+    aside = _temporary_name(path)
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if not connect_error(aside):
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    os.unlink(aside)
+
+
+class OtherInstances:
+    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+
+    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
+    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: Dict[str, Callable[[], None]] = {}
+        self._path = ""  # that the connection leads to
+        self._connection: Optional[socket.socket] = None
+        self._retry: Optional[asyncio.TimerHandle] = None
+
+    def wait_for(self, path: str, wake: Callable[[], None]) -> None:
+        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        self._waiting[path] = wake
+        if self._connection is None:
+            self._connect()
+
+    def forget(self, path: str) -> None:
+        """Wait for that one no more."""
+        self._waiting.pop(path, None)
+        if not self._waiting:
+            self._disconnect()
+
+    def _connect(self) -> None:
+        """Hold a connection to the server that has been waited for longest."""
+        self._disconnect()
+        self._path = next(iter(self._waiting))
+        connection = None
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.setblocking(False)
+            connection.connect(self._path)
+        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+            if connection:
+                connection.close()
+            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
+            return
+        self._connection = connection
+        self._loop.add_reader(connection, self._read)
+
+    def _disconnect(self) -> None:
+        if self._retry:
+            self._retry.cancel()
+            self._retry = None
+        if self._connection:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+            self._connection = None
+
+    def _read(self) -> None:
+        """Read what the server says, which is of no interest, until it ends the connection."""
+        assert self._connection
+        try:
+            if self._connection.recv(1 << 16):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # this is an end, too
+        if connect_error(self._path):
+            self._wake_all()
+        else:
+            self._connect()  # a server bears a client that says nothing for some seconds only
+
+    def _wake_all(self) -> None:
+        self._disconnect()
+        for wake in self._waiting.values():
+            wake()
 
 
 class Watch:
@@ -3125,7 +3252,8 @@ NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are m
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-OBSTACLE_PAUSE = 10.0  # before a look whether what keeps a resource from being served is gone
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
+OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
 DEFAULT_DOMAIN = "smarter-devices"
 
@@ -3567,6 +3695,7 @@ class RegistrationContext(NamedTuple):
     domain: str
     devices: HostDevices
     kubelet: KubeletConnection
+    others: OtherInstances
     events: GroupedLog
 
 
@@ -3579,14 +3708,17 @@ class Registration:
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
+        self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
         self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
+        self._is_waiting = False  # for another instance to end
         self._is_socket_lost = False  # our socket file is gone or another's
         self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
         self._is_stream_open = False
+        self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
         self._stream_deadline = 0.0  # for kubelet to open it
         self._backoff = Backoff()
@@ -3597,6 +3729,11 @@ class Registration:
     def is_ready(self) -> bool:
         """Registered, and kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
+
+    @property
+    def served_by_other(self) -> bool:
+        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        return self._is_waiting and self._kubelet.is_answering
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
         """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
@@ -3623,9 +3760,11 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal if the socket file is not as it should be, by the INODES of the files in the plugin directory."""
+        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
+            self.wake()
+        elif self._is_waiting and os.path.basename(self._path) not in inodes:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
@@ -3644,6 +3783,8 @@ class Registration:
             self.trouble = ""
         if stream is self._stream:
             self._is_stream_open = is_open
+            if not is_open:
+                self._stream_ended.set()
             self.wake()
 
     async def _advance(self) -> Optional[float]:
@@ -3655,6 +3796,8 @@ class Registration:
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
+        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+            return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
             if not problem:
@@ -3686,29 +3829,37 @@ class Registration:
         """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
         await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
         self._registered_with = self._kubelet.identity
-        obstacle = self._find_obstacle()
-        if obstacle:
-            self._log_trouble("not-served", obstacle)
-            self._backoff.put_off(time.monotonic() + OBSTACLE_PAUSE)
-            return OBSTACLE_PAUSE
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
         )
         try:
             await self._server.start()
         except OSError as error:
-            self._backoff.fail(time.monotonic())
-            self._log_trouble(
-                "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            )
-            return self._backoff.retry_at - time.monotonic()
-        return None if self._is_retired else await self._register()
+            return self._serving_failed(error)
+        return None if self._is_retired else await self._publish_and_register()
 
-    def _find_obstacle(self) -> str:
-        """Why the resource is not to be served for now; empty where it is."""
-        if not connect_error(self._path):
-            return "another instance serves it"
-        return ""
+    async def _publish_and_register(self) -> Optional[float]:
+        """Register what is ready to be served, unless another instance serves it."""
+        assert self._server
+        self._is_waiting = False
+        try:
+            self._is_waiting = not self._server.publish()
+        except OSError as error:
+            return self._serving_failed(error)
+        if self._is_waiting:
+            self._others.wait_for(self._path, self.wake)
+            self._log_trouble("not-served", OTHER_INSTANCE, logging.INFO)
+            return None
+        self._others.forget(self._path)
+        return await self._register()
+
+    def _serving_failed(self, error: OSError) -> Optional[float]:
+        if not self._kubelet.check_answering():
+            self._registered_with = None  # a new one removes sockets while it starts
+            return None
+        self._backoff.fail(time.monotonic())
+        self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
+        return self._backoff.retry_at - time.monotonic()
 
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
@@ -3748,19 +3899,28 @@ class Registration:
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
-        """End the server with its streams and its socket file."""
+        """End the server and its streams.
+
+        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
+        once, and must not do that while the older stream is open.
+        """
         server, self._server = self._server, None
-        self._is_registered = self._is_socket_lost = False
+        self._is_registered = self._is_socket_lost = self._is_waiting = False
+        self._others.forget(self._path)
         if server:
+            self._stream_ended.clear()
             self.plugin.end_streams()
+            if self._is_stream_open:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stream_ended.wait(), STOP_SECONDS)
             await server.stop()
         self._stream, self._is_stream_open = None, False
 
-    def _log_trouble(self, event: str, trouble: str) -> None:
+    def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
         """Log TROUBLE, unless it is what was logged last."""
         if trouble != self.trouble:
             self.trouble = trouble
-            self._events.add(event, trouble, logging.WARNING, self.plugin.full_name)
+            self._events.add(event, trouble, level, self.plugin.full_name)
 
 
 class DevicePluginSide:
@@ -3788,7 +3948,8 @@ class DevicePluginSide:
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._events)
+        others = OtherInstances(loop)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, others, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -3808,16 +3969,25 @@ class DevicePluginSide:
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        remove_leftovers(self.plugin_dir)
         self.look()
         try:
             await self._done
         finally:
-            self.apply(EMPTY_PLAN)
+            await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._events.flush()
             if self._watch:
                 self._watch.close()
             await self._kubelet.close()
+
+    async def _retire_all(self) -> None:
+        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
+        and they would all wait for the last one."""
+        while self.registrations:
+            for name in list(self.registrations)[:RETIRE_AT_ONCE]:
+                self.registrations.pop(name).retire()
+            await asyncio.sleep(RETIRE_PAUSE)
 
     def stop(self) -> None:
         """Let run() end."""
@@ -4207,7 +4377,8 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         edits, is_gone = device["containerEdits"], label.endswith(GONE)
         if prefix or not label or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(label.removesuffix(GONE), *notes, edits, is_gone))
+        request, resource, path = notes
+        devices.append(PreparedDevice(label.removesuffix(GONE), request, resource, path, edits, is_gone))
     if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
         raise ValueError("no name of a claim")
     return PreparedClaim(uid, namespace, name, tuple(devices))
@@ -4859,29 +5030,33 @@ class DraSide:
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
         self.is_standby = any(not connect_error(path) for path in self.settings.sockets)
-        if self.is_standby:
-            text = f"another instance serves the driver {self.settings.domain}; waiting for its end"
-            self._log_problem("not-served", text)
-            return
         try:
-            await self._serve()
+            self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
             await self._end()
             self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+        if self.is_standby:
+            self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
 
-    async def _serve(self) -> None:
-        """Take up what is prepared, listen, and publish. Raises OSError."""
-        self.cdi.load()
-        self._unchecked = list(self.cdi.claims.values())
+    async def _serve(self) -> bool:
+        """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
         for path in self.settings.sockets:
             os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            remove_leftovers(os.path.dirname(path))
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
-        self.publisher = Publisher(self.api, self.settings.node, self.settings.domain, self._drop_gone_claims)
+        if not all(server.publish() for server in self._servers):
+            await self._end()
+            return False
+        # Nothing is awaited from here on, so the kubelet is answered when all is ready.
+        self.cdi.load()
+        self._unchecked = list(self.cdi.claims.values())
+        self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
         self.apply(self._plan)
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
         self._publishing.add_done_callback(self._publishing_ended)
+        return True
 
     def _publishing_ended(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -5119,6 +5294,7 @@ class RegistrationState(NamedTuple):
     """How one resource stands with the kubelet."""
 
     ready: bool = False  # registered, and the kubelet's stream is open
+    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
     trouble: str = ""  # why not
     allocations: int = 0
     registrations: int = 0
@@ -5256,9 +5432,11 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     if conf["error"]:
         problems[conf_error_text(conf["error"], conf["read_at"])] = []
     for resource in resources:
+        holders = _holders_by_device(resource)
         for device in resource["devices"]:
             if not device["healthy"]:
-                sentence = device["problem"] + _holders_text(resource, device)
+                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
+                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
                 problems.setdefault(sentence, []).append(device["path"])
     return problems
 
@@ -5278,11 +5456,12 @@ def conf_error_text(error: str, read_at: str) -> str:
     return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
 
 
-def _holders_text(resource: Document, device: Document) -> str:
-    """Which containers have DEVICE of RESOURCE, to be added to what is wrong with it."""
-    held = (holder for holder in resource["holders"] or () if holder["device"] == device["path"])
-    containers = list(dict.fromkeys(f"{container} of {pod}" for pod, container in map(_pod_and_container, held)))
-    return f", in use by {_first_names(containers)}" if containers else ""
+def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
+    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+    for holder in resource["holders"] or ():
+        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
+    return found
 
 
 def _pod_and_container(holder: Document) -> Tuple[str, str]:
@@ -5615,7 +5794,7 @@ let isPaused = false;
 const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement.getAttribute("href");
+  const focused = document.activeElement?.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
     if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
@@ -5712,7 +5891,7 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield "".join(_page_resource(resource, document["kubelet"]["answering"]))
+            yield from _page_resource(resource, document["kubelet"]["answering"])
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
@@ -5768,18 +5947,20 @@ def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
     full = "full" if percent == 100 else ""
     domain, _, name = resource["name"].partition("/")
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    held = _page_holders(resource["holders"] or ())
+    holders = _holders_by_device(resource)
     for number, device in enumerate(devices):
         yield _fill('<tr id="{path}" role="row">', path=device["path"])
         if number == 0:
             yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
             if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
                 yield _fill(_WHY, why=unready_text(resource["trouble"]))
+            if resource["start_refusals"]:
+                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
             use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
             yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
         yield from _page_device(device)
-        holders = "".join(held.get(device["path"], ()))
-        yield f'<td role="cell" data-name="Used by:"><ul>{holders}</ul></td></tr>\n' if holders else "<td></td></tr>\n"
+        yield from _page_holders(holders.get(device["path"], {}))
+        yield "</tr>\n"
     yield "</tbody>\n"
 
 
@@ -5798,16 +5979,12 @@ def _page_device(device: Document) -> Iterator[str]:
     yield "</td>\n"
 
 
-def _page_holders(holders: Iterable[Document]) -> Dict[str, List[str]]:
-    """An item of a list for each container that holds slots, by the path of their device."""
-    slots: Dict[Tuple[str, str, str], List[str]] = {}
-    for holder in holders:
-        slots.setdefault((holder["device"], *_pod_and_container(holder)), []).append(holder["slot"])
-    items: Dict[str, List[str]] = {}
-    for (path, pod, container), ids in slots.items():
-        text = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        items.setdefault(path, []).append(_fill(_HOLDER, slots=text, pod=pod, container=container))
-    return items
+def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
+    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
+    for (pod, container), ids in holders.items():
+        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
+        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
+    yield "</ul></td>" if holders else "</td>"
 
 
 def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
@@ -6019,6 +6196,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
+                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]
@@ -6089,11 +6267,17 @@ class StatusServer:
     def _readyz(self) -> Response:
         if isinstance(self._side, DraSide):
             obstacle = self._side.obstacle
-            is_ready = not obstacle or self._side.is_standby  # a roll-out ends the old pod when the new one is ready
-            return plain(200 if is_ready else 503, [obstacle or "ok", *self._remarks()])
+            if self._side.is_standby:
+                return plain(200, ["ok", obstacle, *self._remarks()])
+            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
         states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [f"{name}: {unready_text(state.trouble)}" for name, state in states.items() if not state.ready]
-        return plain(503 if unready else 200, (unready or ["ok"]) + self._remarks())
+        unready = [
+            f"{name}: {unready_text(state.trouble)}"
+            for name, state in states.items()
+            if not state.ready and not state.served_by_other
+        ]
+        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
+        return plain(503 if unready else 200, (unready or ["ok"]) + waiting + self._remarks())
 
     def _remarks(self) -> List[str]:
         """What is worth a line of /readyz and does not change its status."""
@@ -6104,12 +6288,19 @@ class StatusServer:
         """How the resource NAME stands with the kubelet."""
         if isinstance(self._side, DraSide):
             obstacle = self._side.obstacle
-            return RegistrationState(not obstacle, obstacle, self._side.prepared.get(name, 0), self._side.registrations)
+            return RegistrationState(
+                ready=not obstacle,
+                trouble=obstacle,
+                served_by_other=self._side.is_standby,
+                allocations=self._side.prepared.get(name, 0),
+                registrations=self._side.registrations,
+            )
         registration = self._side.registrations.get(name)
         if registration is None:
             return RegistrationState()
         return RegistrationState(
             ready=registration.is_ready,
+            served_by_other=registration.served_by_other,
             trouble="" if registration.is_ready else registration.trouble,
             allocations=registration.plugin.allocations,
             registrations=registration.registrations,
@@ -6193,12 +6384,14 @@ class Client:
         self.stub = rpc.DevicePluginStub(channel)
         self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
         self.is_open = True  # whether the stream is
+        self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
         """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
         self.is_open = False
+        self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
             self.stream.cancel()
         await self._channel.close()
@@ -6458,6 +6651,7 @@ class KeptConf:
     def __init__(self, path: str, conf: str) -> None:
         self.path = path
         self._conf = conf
+        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
@@ -6475,26 +6669,50 @@ class KeptConf:
             raise ValueError(f"it does not come from {self._conf}, or is damaged")
         return data.decode(), found.st_mtime
 
-    def write(self, text: str) -> None:
-        """Keep TEXT from now on. Where that cannot be done, it is logged once."""
+    def keep(self, text: str) -> None:
+        """Have the file hold TEXT. Where that cannot be done, it is logged once, and tried again at the next call.
+
+        Cheap where nothing changed: one stat(2).
+        """
+        if (text, self._find_stamp()) == self._kept:
+            return
         try:
-            if self.read()[0] == text:
-                return
-        except (OSError, ValueError):
-            pass  # it is replaced
-        try:
-            self._replace(text.encode())
+            if not self._holds(text):
+                self._replace(text.encode())
+            self._kept = text, self._find_stamp()
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
                 log_event("conf-not-kept", sentence, logging.WARNING)
             self._is_failing = True
+            self._invalidate()
+
+    def _holds(self, text: str) -> bool:
+        try:
+            return self.read()[0] == text
+        except (OSError, ValueError):
+            return False
+
+    def _find_stamp(self) -> Tuple[int, ...]:
+        """What tells whether somebody else wrote or removed the file; nothing where there is none."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _invalidate(self) -> None:
+        """Empty the file in its place: old rules would be worse than none."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            log.debug("cannot empty %s: %s", self.path, error.strerror)
 
     def _replace(self, data: bytes) -> None:
         new = f"{self.path}.new"
         if os.path.lexists(new):
-            os.unlink(new)
+            os.unlink(new)  # that a daemon left behind which was killed
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -6546,6 +6764,7 @@ class ConfFile:
             if not self._kept or not self._restore(self._kept):
                 raise Problem(self._describe(error)) from None
             self._refuse(error, text, f", from {self._kept.path}")
+        self._keep()
 
     def _restore(self, kept: KeptConf) -> bool:
         """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
@@ -6563,8 +6782,17 @@ class ConfFile:
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
 
-        What is wrong with it is logged once.
+        What is wrong with it is logged once. The text of the rules in force is kept, also where it could not be so far.
         """
+        has_new_rules = self._follow(reread)
+        self._keep()
+        return has_new_rules
+
+    def _keep(self) -> None:
+        if self._kept and self._text is not None:
+            self._kept.keep(self._text)
+
+    def _follow(self, reread: bool) -> bool:
         text = None
         try:
             if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
@@ -6612,8 +6840,6 @@ class ConfFile:
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
         self.read_at = time.time()
-        if self._kept:
-            self._kept.write(text)
         return has_new_rules
 
     def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
@@ -6866,21 +7092,17 @@ def check_dra(options: argparse.Namespace) -> None:
     api_server(options)
     if not os.path.isdir(options.kubelet_dir):
         raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
-    longest = max(len(os.fsencode(path)) for path in dra_settings(options).sockets)
+    settings = dra_settings(options)
+    try:
+        os.makedirs(settings.folder, 0o750, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
+    longest = max(len(os.fsencode(path)) for path in settings.sockets)
     if longest > SOCKET_PATH_BYTES:
         raise Problem(
             f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
             f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
         )
-
-
-def dra_folder(options: argparse.Namespace) -> str:
-    """The driver's own folder, made if that can be."""
-    folder = dra_settings(options).folder
-    if os.path.isdir(options.kubelet_dir):
-        with contextlib.suppress(OSError):  # to be logged when it is tried again
-            os.makedirs(folder, 0o750, exist_ok=True)
-    return folder
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
@@ -6910,14 +7132,18 @@ def raise_limit() -> None:
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
     is_dra = options.api == "dra"
-    kept_path = kept_conf_path(dra_folder(options) if is_dra else options.plugin_dir, options.domain)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
-    devices.start()  # what is wrong with the config file is said first: somebody typed that just now
-    if is_dra:
-        check_dra(options)
-    else:
-        check_plugin_dir(options.plugin_dir)
+    try:
+        if is_dra:
+            check_dra(options)
+        else:
+            check_plugin_dir(options.plugin_dir)
+    except Problem:
+        ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
+        raise
     raise_limit()
+    kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
+    devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)

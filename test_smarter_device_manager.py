@@ -246,6 +246,7 @@ class Kubelet(sdm.SimulatedKubelet):
         self.refusals: list[str] = []  # the names, in order
         self.requests: list[tuple[float, pb.RegisterRequest]] = []
         self.open_calls = self.most_open_calls = 0
+        self.streams: dict[str, list[tuple[float, sdm.Client]]] = {}  # of each resource, and when each was opened
         self.trapped: list[str] = []  # resources of which an older stream ended while a newer one was open
         self.pod_resources = PodResources(node)
 
@@ -295,6 +296,7 @@ class Kubelet(sdm.SimulatedKubelet):
     async def _watch(self, client: sdm.Client) -> None:
         if not self.opens_streams:
             return
+        self.streams.setdefault(client.name, []).append((time.monotonic(), client))
         ending = asyncio.ensure_future(self._disconnect_after_list(client)) if self.ends_streams else None
         await super()._watch(client)
         if ending:
@@ -2066,7 +2068,7 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     status = Status(again)
     answer = status.wait_for("/readyz", 200)
     assert answer.body.splitlines()[0] == "ok"
-    assert re.search("the conf file is refused, the last good rules are in force: .*conf.yaml:3:3:", answer.body)
+    assert re.search("the conf file is refused, the rules of .* stay in force: .*conf.yaml:3:3:", answer.body)
     assert status.metrics()["conf_good"] == 0
     conf = status.document()["conf"]
     assert ":3:3: unknown key" in conf["error"]
@@ -2163,6 +2165,29 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
     node.rules(GPU_RULE.format(4))
     wait_for(lambda: kept_conf(node).exists() and kept_conf(node).read_text().endswith(GPU_RULE.format(4)))
     assert node.conf.read_text() == GPU_RULE.format(4)
+
+
+def test_rules_that_could_not_be_kept_are_kept_later_and_old_ones_are_no_more(node: Node) -> None:
+    """A kept conf with rules of the past would be worse than none, and a directory made anew has none."""
+    texts = [GPU_RULE.format(slots) for slots in (1, 2)]
+    node.rules(texts[0])
+    conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
+    conf.start()
+    assert kept_conf(node).read_text().endswith(texts[0])
+    new = kept_conf(node).with_name(kept_conf(node).name + ".new")
+    (new / "x").mkdir(parents=True)  # so that no file can be made there
+    node.rules(texts[1])
+    assert conf.follow()
+    assert kept_conf(node).read_text() == ""
+    shutil.rmtree(new)
+    assert not conf.follow()
+    assert kept_conf(node).read_text().endswith(texts[1])
+    kept_conf(node).unlink()
+    conf.follow()
+    assert kept_conf(node).read_text().endswith(texts[1])
+    before = kept_conf(node).stat()
+    conf.follow(reread=True)
+    assert kept_conf(node).stat() == before
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
@@ -5556,7 +5581,8 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await kubelet.start()
     seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
     events = sdm.GroupedLog(asyncio.get_running_loop())
-    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, events)
+    others = sdm.OtherInstances(asyncio.get_running_loop())
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, others, events)
     registration = sdm.Registration(sdm.Resource("null", False, ()), context)
     assert not registration.is_ready
     running = asyncio.ensure_future(registration.run())
@@ -5626,22 +5652,173 @@ def test_a_slow_kubelet_has_no_registration_twice(node: Node, kubelet: Kubelet, 
 # Other instances
 
 
+def longest_gap(streams: Sequence[tuple[float, float]]) -> float:
+    """How long at the most there was no open stream between the first and the last, each being open FROM and UNTIL."""
+    gaps, covered = [], min(streams)[0]
+    for opened, closed in sorted(streams):
+        gaps.append(opened - covered)
+        covered = max(covered, closed)
+    return max(gaps)
+
+
+def published(node: Node) -> dict[str, int]:
+    """The sockets under the names that kubelet is given, and their inodes."""
+    return {name: inode for name, inode in sockets(node).items() if name.startswith("smarter-")}
+
+
 def test_another_instance_is_left_alone_and_taken_over_from_later(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, "null", "zero")
     first = start()
     wait_ready(kubelet, ["null", "zero"])
-    before = sockets(node)
+    before = published(node)
     second = start()
-    second.says("2 resources: another instance serves it")
+    second.says(f"INFO 2 resources: {sdm.OTHER_INSTANCE}")
     settle(second)
-    assert sockets(node) == before
+    assert published(node) == before
     assert len(kubelet.requests) == 2
     assert second.log.count("another instance") == 1
     stopping = time.monotonic()
     assert first.stop() == 0
+    wait_for(lambda: len(kubelet.requests) == 4)
     wait_ready(kubelet, ["null", "zero"])
-    assert time.monotonic() - stopping < 12.0
+    assert time.monotonic() - stopping < 3.0
     assert second.log.count("another instance") == 1
+    stops_well(second, node)
+
+
+@needs_root
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_handover_leaves_each_resource_without_a_stream_for_a_moment_only(
+    node: Node, kubelet: Kubelet, start: Starter, signum: int
+) -> None:
+    """.ci/bench measures it for 200 resources, where the goal is 0.3 s; here the machine may be busy."""
+    names = offer_many(node, 20)
+    first = start()
+    wait_ready(kubelet, names)
+    second = start()
+    second.says(f"20 resources: {sdm.OTHER_INSTANCE}")
+    settle(second)
+    first.process.send_signal(signum)
+    wait_for(lambda: len(kubelet.requests) == 40)
+    wait_ready(kubelet, names)
+    assert first.process.wait(PATIENCE) == (0 if signum == signal.SIGTERM else -signum)
+    settle(second)
+    gaps = [
+        longest_gap([(opened, client.closed_at) for opened, client in kubelet.streams[kubelet.name(name)]])
+        for name in names
+    ]
+    print(f"longest without a stream: {max(gaps):.3f} s")
+    assert 0 < max(gaps) < 1.5
+    assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
+    assert "WARNING" not in second.log
+    stops_well(second, node)
+
+
+def test_a_handover_between_other_rules(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """What only the old one has ends with it, what only the new one has starts at once; the slots are the new one's."""
+    offer(node, "null", "zero", "full")
+    node.rules("- devicematch: ^(null|zero)$\n")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    other = node.root / "other.yaml"
+    other.write_text("- devicematch: ^(zero|full)$\n  nummaxdevices: 3\n")
+    second = start("--conf", str(other))
+    kubelet.wait_for("full", Healthy=3)
+    kubelet.wait_for("zero", Healthy=1)
+    assert first.stop() == 0
+    kubelet.wait_for("zero", Healthy=3)
+    kubelet.wait_for("null", Healthy=0, Unhealthy=1)
+    assert sorted(published(node)) == ["smarter-full.sock", "smarter-zero.sock"]
+    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 2, 1]
+    stops_well(second, node)
+
+
+def test_two_instances_of_one_conf_settle_at_once_when_kubelet_restarts(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, *NAMES)
+    daemons = [start()]
+    wait_ready(kubelet, NAMES)
+    daemons.append(start())
+    daemons[1].says("5 resources: another instance")
+    for turn in (2, 3, 4):
+        kubelet.down()
+        settle(daemons[0])
+        kubelet.up()
+        wait_for(lambda turn=turn: len(kubelet.requests) == 5 * turn, patience=3.0)
+        wait_ready(kubelet, NAMES, 3.0)
+        settle(daemons[0], 0.3)
+    logs = "\n".join(daemon.log for daemon in daemons)
+    assert len(kubelet.requests) == 20, logs  # each resource once, by one of them
+    assert "cannot listen" not in logs
+    daemons[0].kill()
+    wait_ready(kubelet, NAMES)
+    assert daemons[1].stop() == 0
+    assert not published(node)
+
+
+def test_readyz_counts_what_another_instance_serves(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Or a roll-out would never end: the old pod is deleted only when the new one is ready."""
+    offer(node, "null", "zero")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    status = Status(start("--listen", "127.0.0.1:0"))
+    names = ["smarter-devices/null", "smarter-devices/zero"]
+    assert status.wait_for("/readyz", 200).body == "".join(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)
+    assert [status.metrics()["registered", name] for name in names] == [0, 0]
+    assert status.resource("null")["served_by_other"] and not status.resource("null")["ready"]
+    assert first.stop() == 0
+    wait_for(lambda: status.ask("/readyz").body == "ok\n")
+    wait_for(lambda: [status.metrics()["registered", name] for name in names] == [1, 1])
+    kubelet.down()
+    status.wait_for("/readyz", 503)
+
+
+def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null", "zero")
+    first = start()
+    wait_ready(kubelet, ["null", "zero"])
+    second = start()
+    second.says("2 resources: another instance")
+    second.kill()
+    assert len(sockets(node)) == 4
+    third = start()
+    third.says("2 resources: another instance")
+    assert len(sockets(node)) == 4  # its own two
+    assert third.stop() == 0
+    assert len(sockets(node)) == 2
+    stops_well(first, node)
+
+
+async def servers_of_one_path(path: str) -> None:
+    first, second, third = (sdm.UnixServer(path, lambda server: None) for _ in range(3))
+    for server in (first, second, third):
+        await server.start()
+    assert sdm.connect_error(path) != ""
+    assert first.publish() and not second.publish()
+    inode = os.stat(path).st_ino
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
+    assert not second.is_lost({})  # it has nothing to lose yet
+    first.withdraw()
+    assert sdm.connect_error(path) != "" and second.publish()
+    await first.stop()  # what is at the path is no longer its own
+    assert sdm.connect_error(path) == ""
+    os.rename(path, f"{path}.saved")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    assert third.publish() and sdm.connect_error(path) == ""
+    await third.stop()
+    os.rename(f"{path}.saved", path)
+    sdm._remove_dead_socket(path)  # another instance put its own there after the first look
+    assert sdm.connect_error(path) == ""
+    await second.stop()
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_servers_of_one_path_take_over_from_each_other(node: Node) -> None:
+    work = servers_of_one_path(f"{node.plugins}/some.sock")
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
 
 
 def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -7724,6 +7901,24 @@ def test_holders_of_a_pool_name_the_device() -> None:
     assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
 
 
+def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
+    names = [f"video{number}" for number in range(1000)]
+    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 10\n"
+    (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
+    gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
+    held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
+    document = {
+        "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "",
+        "resources": [described(gone, *held)],
+    }  # fmt: skip
+    begin = time.process_time()
+    (problem, *others) = sdm.find_problems(document).items()
+    assert time.process_time() - begin < 0.3
+    assert problem == ("not registered with the kubelet yet", ["smarter-devices/cameras"])
+    text = ", ".join(f"main of default/pod-{number}" for number in range(8)) + " and 2 more"
+    assert others == [(f"gone, in use by {text}", [f"/dev/{name}" for name in sorted(names)])]
+
+
 HELD = ("nvidia-gpu0", "default/detector-0/main", ["3", "0"])
 
 
@@ -7779,6 +7974,25 @@ def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status
     kubelet.pod_resources.answer = good
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     assert len(served.daemon.log.splitlines()) == 5, "none of this is worth a line of the log"
+
+
+def test_any_bytes_are_an_answer_or_make_the_use_unknown(node: Node, kubelet: Kubelet) -> None:
+    asked = sdm.PodResources(kubelet.pod_resources.path, "smarter-devices")
+    good = holders_message(("smarter-devices/a", "default/pod/main", ["0", "1"])).SerializeToString()
+    seen = set()
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.binary(max_size=50), st.integers(0, len(good)), st.integers(0, len(good)))
+    @example(b"", 0, 0)
+    @example(b"\xff", 0, 0)
+    def answer(data: bytes, start: int, end: int) -> None:
+        kubelet.pod_resources.answer = good[:start] + data + good[end:]
+        holders = kubelet.do(asked.holders())
+        seen.add(type(holders))
+        assert holders is None or all(isinstance(holder, sdm.Holder) for held in holders.values() for holder in held)
+
+    answer()
+    assert seen == {dict, type(None)}
 
 
 def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status, kubelet: Kubelet) -> None:
@@ -8412,6 +8626,18 @@ def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(ser
         assert received(newest).startswith(b"HTTP/1.1 200 ")
 
 
+def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
+    process = served.daemon.process
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.MAX_CLIENTS)]
+        for client in clients:
+            client.sendall(GOOD + b"\r\n")
+        process.send_signal(signal.SIGCONT)
+        assert [received(client)[:12] for client in clients] == [b"HTTP/1.1 200"] * len(clients)
+
+
 def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
     node: Node, served: Status, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -8781,6 +9007,13 @@ def test_the_page_escapes_everything() -> None:
         assert outside not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_page_counts_the_starts_that_were_refused() -> None:
+    document = hostile_document()
+    assert "refused</span>" not in "".join(sdm.render_page(document, "nonce"))
+    document["resources"][0]["start_refusals"] = 2
+    assert "2 starts of a container refused</span>" in "".join(sdm.render_page(document, "nonce"))
+
+
 def test_json_metrics_and_terminal_bear_hostile_texts_too() -> None:
     document = hostile_document()
     assert json.loads(json.dumps(document))["node"] == HOSTILE_WORD
@@ -8927,13 +9160,14 @@ def url_of(status: Status) -> str:
 
 def plug_a_greenhouse(node: Node, kubelet: Kubelet) -> None:
     """What a small node of the field has: good for a picture."""
-    for path in ("video0", "ttyACM0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
+    for path in ("video0", "ttyACM0", "ttyAMA0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
         node.plug(path)
+    node.link("serial0", "ttyAMA0")
     node.link("ttyUSB9", "ttyUSB7")
     node.rules(
         "- devicematch: ^video[0-9]*$\n  nummaxdevices: 20\n- devicematch: ^snd$\n  nummaxdevices: 20\n"
         "- devicematch: ^gpiochip[0-9]*$\n  nummaxdevices: 4\n- devicematch: ^i2c-[0-9]*$\n"
-        "- devicematch: ^tty(USB|ACM)[0-9]*$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
+        "- devicematch: ^(tty(USB|ACM)[0-9]*|serial0)$\n  nummaxdevices: 1\n- devicematch: ^hci[0-9]*$\n"
     )
     kubelet.hold(
         ("video0", "wildlife/detector-7c9d8b6f5-x2x9k/detector", ["0", "1", "2"]),
@@ -8968,6 +9202,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
     text = chromium.text()
     assert "all is well" in text
     assert "4 of 20" in text
+    assert "/dev/serial0 -> /dev/ttyAMA0" in text
     assert "detector of wildlife/detector-7c9d8b6f5-x2x9k slots 0, 1, 2" in " ".join(text.split())
     assert "ttyUSB0" not in text
     node.plug("ttyUSB0")

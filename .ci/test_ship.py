@@ -734,6 +734,7 @@ def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (Path(__file__), ROOT / "test_smarter_device_manager.py"))
 
 # What runs each command of the README. "cannot": there is no cluster, no engine of containers and no registry here.
@@ -756,8 +757,13 @@ COMMANDS = {
         "test_status_prints_a_running_daemons_state"
     ),
     r"journalctl -u smarter-device-manager": CANNOT + "no node",
-    r"python3 smarter_device_manager\.py --manifest \| kubectl .*": CANNOT
+    r"python3 smarter_device_manager\.py --manifest (--conf my-conf\.yaml )?\| kubectl .*": CANNOT
     + "no cluster; test_the_printed_manifest_is_valid... validates it",
+    r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
+    r"sudo setsebool .*": CANNOT + "no SELinux",
+    r"helm upgrade .*": CANNOT + "no cluster",
+    r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
+    r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
     r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
     r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
@@ -774,13 +780,14 @@ COMMANDS = {
 
 
 def blocks(language: str) -> list[str]:
-    """The README's fenced blocks in LANGUAGE."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """The fenced blocks in LANGUAGE of the README and of docs/, in lists too."""
+    pattern = rf"^ *```{language}\n(.*?)^ *```$"
+    return [block for page in PAGES for block in re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)]
 
 
 def commands() -> list[str]:
     lines = [line.partition(" # ")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line]
+    return sorted({line for line in lines if line})
 
 
 @pytest.mark.parametrize("command", commands())
@@ -791,8 +798,24 @@ def test_every_command_of_the_readme_is_run_or_cannot_be(command: str) -> None:
         assert any(re.match(pattern, command) for pattern in looked_up)
     elif how == TOOL_OF_CI:
         assert re.search(r"\.venv/bin/python \.ci/\w+", command)[0] in (ROOT / ".ci/run").read_text()
-    elif not how.startswith(CANNOT):
+    elif not how.startswith((CANNOT, "by .ci/run, ")):
         assert f"def {how}(" in TESTS
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of PAGE's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if "://" not in target:
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
 
 
 def test_no_case_is_for_a_command_that_is_gone() -> None:
