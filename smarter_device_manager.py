@@ -6505,7 +6505,7 @@ class StatusServer:
             if not state.ready and not state.served_by_other
         ]
         waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
-        return plain(503 if unready else 200, (unready or ["ok"]) + waiting + self._remarks())
+        return plain(503 if unready else 200, (unready + waiting or ["ok"]) + self._remarks())
 
     def _remarks(self) -> List[str]:
         """What is worth a line of /readyz and does not change its status."""
