@@ -2019,15 +2019,25 @@ def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterabl
 
 
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
+    instead."""
     folders = list(chain)
     if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
         return ""
-    changes = []
-    for name, old in attributes:
-        if old not in [read_attribute(folder, name) for folder in folders]:
-            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
-    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+    found = nearest_values(folders, [held.name for held in attributes])
+    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
+    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
+
+
+def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
+    found = ([read_attribute(folder, name) for name in names] for folder in chain)
+    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
 def shown_values(folders: Iterable[str], name: str) -> str:
@@ -2092,6 +2102,7 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
 
 
 @dataclass(frozen=True)
@@ -2216,9 +2227,11 @@ def track(
     return new, left_out
 
 
-def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone is to be offered no more."""
-    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
+    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
 
 
 def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
@@ -2243,11 +2256,14 @@ def make_plan(
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
+    now: float,
 ) -> Plan:
     """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
+    does a device that was chosen by its attributes go at once when it has others, or another stands there.
     """
+    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     claims: Dict[str, List[Claim]] = {}
@@ -2256,7 +2272,10 @@ def make_plan(
         named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
         rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        problems += mismatches
+        lost = None
+        if rule is None and path in before:
+            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
+        problems += [] if lost else mismatches
         if rule is None or match is None:
             continue
         try:
@@ -2264,11 +2283,11 @@ def make_plan(
             name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
+            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(tracked_device.problem)
+        is_gone = bool(lost or tracked_device.problem)
         claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
@@ -2434,6 +2453,31 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
     return dict(answer.values)
 
 
+def _follow_lost(
+    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
+    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
+    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
+    held = dict(device.attributes)
+    for rule, match in named:
+        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
+        if isinstance(match, SearchTimeout) or rule.values or not fits or len(fits) < len(rule.attributes):
+            continue
+        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
+        is_expired = now - since >= EXPIRY_SECONDS
+        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
+        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+    return None, None, None
+
+
+def _fits(attribute: Attribute, value: Optional[str]) -> bool:
+    try:
+        return value is not None and attribute.match.fullmatch(value) is not None
+    except SearchTimeout:
+        return False
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
@@ -2560,10 +2604,15 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
     """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
+    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
+
+
+def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
-    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
+    return _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -2926,6 +2975,12 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
     raise AssertionError("abort() of grpc raises an exception, always")
 
 
+def unix_target(path: str) -> str:
+    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
+    return f"unix:{escaped.decode()}"
+
+
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty where somebody does."""
     try:
@@ -3004,7 +3059,7 @@ class UnixServer:
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(unix_target(path))
         except RuntimeError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.bind(path)  # grpc does not say why it cannot; this does
@@ -3246,7 +3301,7 @@ class KubeletConnection:
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._path}",
+            unix_target(self._path),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
         is_another = self._last_met not in (None, self.identity)
@@ -3305,7 +3360,7 @@ class PodResources:
     """
 
     def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._target = unix_target(path)
         self._domain = domain
 
     async def holders(self) -> Optional[Holders]:
@@ -3360,6 +3415,7 @@ READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start wi
 LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
@@ -3460,8 +3516,8 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        specs_of(device, tree, self._dev_dir)
+        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
@@ -3485,9 +3541,9 @@ class HostDevices:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
 
-    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
-        chain = list(self._sysfs.chain(entry))
-        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
+        values = nearest_values(self._sysfs.chain(entry), names)
+        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -3693,7 +3749,8 @@ class Plugin:
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
-            device = device_of(self.resource, slot_id)
+            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
+            device = next(named, None)
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -4117,7 +4174,7 @@ class DevicePluginSide:
     def look_now(self) -> None:
         """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
         self._look()
-        self._look_in(NEXT_LOOK_SECONDS)
+        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
@@ -5301,7 +5358,7 @@ class SimulatedKubelet:
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
-        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
 
@@ -5318,7 +5375,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -5416,6 +5473,7 @@ FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folde
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -5683,7 +5741,7 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
 
     def overridden(self) -> List[Overridden]:
@@ -5726,7 +5784,7 @@ class DeviceSide:
         nodes = (node for device in self._tracked.values() for node in device.nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -5746,10 +5804,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, left_out = track(
-            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        now = time.monotonic()
+        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(
+            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
         )
-        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
 
@@ -5816,6 +5875,7 @@ class KubeletThread(threading.Thread):
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
+        self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -5856,12 +5916,74 @@ class KubeletThread(threading.Thread):
         if self.status:
             self.status.stats = stats
 
+    def is_turning(self) -> bool:
+        """Whether the kubelet side looks at kubelet.sock as often as it should."""
+        return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
+
+    def check_directory(self) -> None:
+        """Have the kubelet side look if the plugin directory is another, of which the kernel does not tell.
+
+        Raises Problem for one that was deleted while it is mounted here: whatever is made in its place is elsewhere.
+        """
+        try:
+            found = os.stat(self.side.plugin_dir)
+            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
+        except OSError:
+            found, directory = None, ()
+        if found and not found.st_nlink:
+            raise Problem(
+                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it: ending, so that the "
+                "next start finds the one that the kubelet uses now"
+            )
+        if directory != self._directory:
+            self._directory = directory
+            self.look()
+
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # or Python may take it apart in an order that it complains of
+
+
+class ServiceManager:
+    """Whoever started this process and asked to hear of it, as systemd does, by the protocol of sd_notify(3).
+
+    Without one, or with variables that say nothing sensible, nothing is done.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
+        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._ping_seconds = math.inf
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
+            self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
+        self.next_ping = time.monotonic() + self._ping_seconds
+
+    def notify(self, state: str) -> None:
+        """Say STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto(state.encode(), self._address)
+        except OSError as error:
+            log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
+
+    def ping(self, is_alive: bool) -> None:
+        """Tell the watchdog, where that is due, that all goes on; not if it does not, and it ends this process."""
+        if time.monotonic() >= self.next_ping:
+            self.next_ping = time.monotonic() + self._ping_seconds
+            if is_alive:
+                self.notify("WATCHDOG=1")
+
+
+def is_number(text: str) -> bool:
+    """Whether TEXT is a whole number above 0 that fits into 64 bits."""
+    return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
 def check_plugin_dir(path: str) -> None:
@@ -5880,6 +6002,8 @@ def check_plugin_dir(path: str) -> None:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
         raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+    if "," in path:
+        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -5920,13 +6044,18 @@ def serve(options: argparse.Namespace) -> int:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
+    manager = ServiceManager(os.environ)
+    has_failed = True
     try:
-        _run(devices, thread, options.interval, FolderWatches(options.dev_dir))
+        _run(devices, thread, manager, options.interval, FolderWatches(options.dev_dir))
+        has_failed = False
+    except Problem as problem:
+        log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
-        thread.has_failed = True
+    manager.notify("STOPPING=1")
     thread.stop()
-    return int(thread.has_failed)
+    return int(has_failed or thread.has_failed)
 
 
 def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide) -> Optional[StatusServer]:
@@ -5946,10 +6075,13 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches) -> None:
-    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
+def _run(
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+) -> None:
+    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
     watched: Optional[Snapshot] = None  # whose folders are
     taken = 0
+    manager.notify("READY=1")
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
@@ -5961,12 +6093,13 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: F
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
+        thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
         due = began + interval
         if devices.snapshot is not watched:  # there may be new folders, and more in them by now
             due = min(due, rested)
-        taken = _take_signal(due, rested, thread)
+        taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
@@ -5974,15 +6107,17 @@ def _run(devices: DeviceSide, thread: KubeletThread, interval: float, watches: F
             devices.hasten_full_look()
 
 
-def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
+def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
     """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
 
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. SIGIO is a word for THREAD, passed on meanwhile.
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
+    pinged.
     """
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        taken = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+        manager.ping(thread.is_turning())
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -5990,7 +6125,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread) -> int:
             folder_signal = number
             awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
-        else:
+        elif number or time.monotonic() >= due:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
             return number if number in SIGNALS else folder_signal
 
@@ -6016,7 +6151,7 @@ def restart_lean() -> None:
 
 def _look_once(options: argparse.Namespace) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -6665,18 +6800,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = _conf_beside()
     told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
-    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
         "--pod-resources-socket",
         "PATH",
-        os.path.abspath,
+        _path,
         DEFAULT_POD_RESOURCES,
         "the kubelet's socket for the PodResources API, which tells who has what",
     )
-    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
@@ -6721,14 +6856,10 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _conf_beside() -> str:
-    """The path of the conf.yaml beside the script; empty where there is none."""
+def _conf_beside() -> Optional[str]:
+    """The path of the conf.yaml beside the script, if there is one."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else ""
-
-
-def _conf_path(text: str) -> str:
-    return os.path.abspath(text) if text else ""
+    return beside if os.path.lexists(beside) else None
 
 
 def _add(
@@ -6736,7 +6867,7 @@ def _add(
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: str,
+    default: Optional[str],
     told: str,
     *others: str,
 ) -> None:
@@ -6763,6 +6894,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
             raise argparse.ArgumentTypeError(f"{error}{where}") from None
 
     return convert
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError('"" is no path')
+    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
 
 
 def _seconds(text: str) -> float:
@@ -6829,6 +6966,10 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
+def _problem_line(problem: Problem) -> str:
+    return f"{program_name()}: {printable(str(problem))}"
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -6863,9 +7004,13 @@ def main() -> int:
         log_queue = LogQueue()
         set_up_log(options, log_queue, logging.INFO)
         with LogWriter(log_queue):
-            return serve(options)
+            try:
+                return serve(options)
+            except Problem as error:
+                log_queue.enqueue(_problem_line(error))
+                return 1
     except Problem as error:
-        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
+        print(_problem_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
