@@ -939,10 +939,12 @@ TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegr
 
 
 class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
+    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
 
     template: str
-    optional: bool
+    optional: bool = False
+    containerpath: str = ""  # template; empty: beside the device, or as on the host
+    permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
@@ -960,30 +962,60 @@ def _compile(node: Node) -> Expression:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
-_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<([0-9]{1,2}|[A-Za-z_]\w*)>|(.?))", re.ASCII | re.DOTALL)
+# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+_REFERENCE = re.compile(
+    r"""
+    \\ (?: (?P<number> [1-9][0-9]? )
+         | g< (?P<group> [0-9]{1,2} | [A-Za-z_]\w* ) >
+         | g<attr: (?P<attribute> [^<>]+ ) >
+         | (?P<wrong> .? ) )
+    """,
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
 
 
-def expand(template: str, match: re.Match[str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds; a group that took no part is empty."""
-    return _REFERENCE.sub(lambda found: match[_group(found)] or "", template)
+def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+
+    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
+    it is one part of a path at the most, and never "." or "..".
+    """
+
+    def replacement(found: re.Match[str]) -> str:
+        if not found["attribute"]:
+            return match[_group(found)] or ""
+        value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
+        return value if value.strip(".") else "_" * len(value)
+
+    return _REFERENCE.sub(replacement, template)
 
 
 def _group(reference: re.Match[str]) -> Union[int, str]:
-    name = reference[1] or reference[2]
+    name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
-        if reference[3] is not None:
-            problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
+        if reference["wrong"] is not None:
+            problem = (
+                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
+            )
+        elif reference["attribute"]:
+            if _is_attribute(reference["attribute"]):
+                continue
+            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 # Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
@@ -1024,9 +1056,10 @@ def _read_template(node: Node) -> str:
 
 def _read_resource(node: Node) -> str:
     text = _read_template(node)
-    domain, slash, name = text.partition("/")
+    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        name = text[len(domain) + 1 :] or "a name"
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1057,7 +1090,7 @@ def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
 def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
+        if not _is_attribute(name.value):
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
@@ -1066,15 +1099,49 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
 def _read_companions(node: Node) -> Tuple[Companion, ...]:
     if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
         raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    found = []
-    for item in node.value:
-        template = _read_template(item)
-        if template.startswith("/") or ".." in template.split("/") or template == "?":
-            raise ConfigError(
-                f"{_shown(template)} must be a path below /dev, such as snd/controlC0", item.line, item.column
-            )
-        found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
-    return tuple(found)
+    return tuple(_read_companion(item) for item in node.value)
+
+
+def _read_companion(node: Node) -> Companion:
+    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
+        raise _wrong(node, "a path below /dev, or a mapping with it")
+    if not isinstance(node.value, Pairs):
+        template = _read_template(node)
+        is_optional = template.endswith("?")
+        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
+    nodes = _nodes_by_key(node, _COMPANION_KEYS)
+    if "path" not in nodes:
+        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+    if _read_template(nodes["path"]).endswith("?"):
+        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
+        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
+    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+
+
+def _read_companion_path(node: Node) -> str:
+    return _check_companion(node, _read_template(node))
+
+
+def _check_companion(node: Node, template: str) -> str:
+    if not template or template.startswith("/") or ".." in template.split("/"):
+        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
+        raise ConfigError(problem, node.line, node.column)
+    return template
+
+
+def _read_optional(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise _wrong(node, "true or false")
+    return node.value
+
+
+_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
+    "path": ("template", _read_companion_path),
+    "containerpath": ("containerpath", _read_containerpath),
+    "optional": ("optional", _read_optional),
+    "permissions": ("permissions", _read_permissions),
+}
 
 
 def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
@@ -1106,6 +1173,7 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
+    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
@@ -1135,31 +1203,43 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 def _parse_rule(node: Node) -> Rule:
     if not isinstance(node.value, Pairs):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in _KEYS:
-            import difflib  # for a wrong conf only
-
-            near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
-        nodes[key.value] = value
+    nodes = _nodes_by_key(node, _KEYS)
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
     match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
         match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    for template in _template_nodes(nodes):
+    templates = list(_template_nodes(nodes))
+    for template in templates:
         _check_template(template, match)
-    return Rule(line=node.line, match=match, **fields)
+    references = (reference for template in templates for reference in _REFERENCE.finditer(template.value))
+    values = dict.fromkeys(reference["attribute"] for reference in references if reference["attribute"])
+    return Rule(line=node.line, match=match, values=tuple(values), **fields)
+
+
+def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
+    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    nodes: Dict[str, Node] = {}
+    for key, value in node.value:
+        if key.value not in keys:
+            import difflib  # for a wrong conf only
+
+            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
+            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+        nodes[key.value] = value
+    return nodes
 
 
 def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
     for key in ("resource", "containerpath"):
         if key in nodes:
             yield nodes[key]
-    if "with" in nodes:
-        yield from nodes["with"].value
+    for item in nodes["with"].value if "with" in nodes else ():
+        if isinstance(item.value, Pairs):
+            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
+        else:
+            yield item
     if "env" in nodes:
         yield from (value for _, value in nodes["env"].value)
 
@@ -1750,7 +1830,12 @@ class AttributeAnswer(NamedTuple):
 
     mismatch: str  # what it has instead; empty: it has them
     held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
     reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
+# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+_Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
 class Sysfs:
@@ -1764,20 +1849,23 @@ class Sysfs:
         self._with_facts = with_facts
         self._facts: Dict[int, Dict[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
-        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
+        self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
+        self._settling: Set[_Question] = set()  # what lacks something, and is new
 
-    def ask_again(self, generations: Iterable[int]) -> bool:
-        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
-        answer() has another one now."""
+    def forget(self, generations: Iterable[int]) -> None:
+        """Drop what is remembered of nodes with other generations than GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
-        return self._renew(self._answers)
+
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        there = set(generations)
+        return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1807,11 +1895,14 @@ class Sysfs:
         facts.update((name, read_attribute(usb_device, name)) for name in USB_FACTS if usb_device)
         return {name: value for name, value in facts.items() if value}
 
-    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
-        key = (node.entry.generation, attributes)
+    def answer(
+        self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
+    ) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
+        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        key = (node.entry.generation, attributes, names)
         if key not in self._answers:
-            answer = self._ask(attributes, node)
+            answer = self._ask(key, node)
             self._answers[key] = node, answer
             now = time.monotonic()
             if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
@@ -1827,23 +1918,26 @@ class Sysfs:
                 self._settling.remove(key)
         return has_changed
 
-    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
-        """Ask anew for KEYS; whether an answer is another one now."""
+    def _renew(self, keys: Iterable[_Question]) -> bool:
+        """Ask again for KEYS; whether an answer is another one now."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
-            answer = self._ask(key[1], node)
+            answer = self._ask(key, node)
             if answer != before:
                 self._answers[key] = node, answer
                 has_changed = True
         return has_changed
 
-    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+    def _ask(self, question: _Question, node: DeviceNode) -> AttributeAnswer:
+        _, attributes, names = question
         chain = list(self.chain(node.entry))
+        if not attributes:
+            return _with_values(AttributeAnswer("", ()), chain, names)
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                return AttributeAnswer("", held)
+                return _with_values(AttributeAnswer("", held), [folder, *chain], names)
         slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
@@ -1851,7 +1945,7 @@ class Sysfs:
             shown = shown_values(chain, attribute.name)
             others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
-        return AttributeAnswer("; ".join(slow + others), (), reason)
+        return AttributeAnswer("; ".join(slow + others), (), reason=reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1934,16 +2028,40 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     return tuple(held)
 
 
+def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterable[str]) -> AttributeAnswer:
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    values, problems = [], []
+    for name in names:
+        value = next(iter(values_of(folders, name)), None)
+        if value is None:
+            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+        elif len(value) > MAX_VALUE:
+            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        else:
+            values.append(HeldAttribute(name, value))
+    return answer._replace(mismatch="; ".join(problems), values=tuple(values))
+
+
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
+    instead."""
     folders = list(chain)
     if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
         return ""
-    changes = []
-    for name, old in attributes:
-        if old not in [read_attribute(folder, name) for folder in folders]:
-            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
-    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+    found = nearest_values(folders, [held.name for held in attributes])
+    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
+    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
+
+
+def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
+    found = ([read_attribute(folder, name) for name in names] for folder in chain)
+    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
 def shown_values(folders: Iterable[str], name: str) -> str:
@@ -1989,6 +2107,7 @@ class Part(NamedTuple):
     path: str
     container: str
     optional: bool
+    permissions: str
 
 
 @dataclass(frozen=True)
@@ -2007,6 +2126,7 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
     facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
 
 
@@ -2132,9 +2252,11 @@ def track(
     return new, left_out
 
 
-def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone is to be offered no more."""
-    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
+    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
 
 
 def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
@@ -2159,11 +2281,14 @@ def make_plan(
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
+    now: float,
 ) -> Plan:
     """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
+    does a device that was chosen by its attributes go at once when it has others, or another stands there.
     """
+    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     claims: Dict[str, List[Claim]] = {}
@@ -2172,18 +2297,22 @@ def make_plan(
         named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
         rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        problems += mismatches
+        lost = None
+        if rule is None and path in before:
+            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
+        problems += [] if lost else mismatches
         if rule is None or match is None:
             continue
         try:
-            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            values = _template_values(rule, tracked_device, sysfs)
+            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(tracked_device.problem)
+        is_gone = bool(lost or tracked_device.problem)
         claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
@@ -2194,6 +2323,25 @@ def make_plan(
             resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+class Overridden(NamedTuple):
+    """A rule that names a device without effect, because another rule has it."""
+
+    rule: Rule
+    device: Device
+
+
+def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    found = []
+    for device in (device for resource in plan.resources.values() for device in resource.devices):
+        named = [
+            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
+        ]
+        lines = [rule.line for rule in named]
+        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
 def _make_resource(
@@ -2316,11 +2464,51 @@ def _follow(
     return None, None, left_out
 
 
+def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    if not rule.values:
+        return {}
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    if not answers:
+        raise NotADevice(Reason.NO_ATTRIBUTES)
+    fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
+    answer = next((answer for answer in fitting if not answer.mismatch), fitting[0])
+    if answer.mismatch:
+        raise NotADevice(answer.reason, why=answer.mismatch)
+    return dict(answer.values)
+
+
+def _follow_lost(
+    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
+    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
+    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
+    held = dict(device.attributes)
+    for rule, match in named:
+        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
+        if isinstance(match, SearchTimeout) or rule.values or not fits or len(fits) < len(rule.attributes):
+            continue
+        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
+        is_expired = now - since >= EXPIRY_SECONDS
+        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
+        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+    return None, None, None
+
+
+def _fits(attribute: Attribute, value: Optional[str]) -> bool:
+    try:
+        return value is not None and attribute.match.fullmatch(value) is not None
+    except SearchTimeout:
+        return False
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
+    values: Mapping[str, str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
@@ -2328,7 +2516,7 @@ def _device(
     """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
-    env.update((name, expand(template, match)) for name, template in rule.env)
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
     nodes = tracked_device.nodes
     numas = {sysfs.numa(node) for node in nodes}
     held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
@@ -2336,7 +2524,7 @@ def _device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match))[tegra:],
+        parts=tuple(_parts(path, rule, match, values))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
@@ -2355,17 +2543,23 @@ def _device(
         return dataclasses.replace(device, problem=str(error))
 
 
-def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
     """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            raise NotADevice(Reason.CONTAINER_PATH, path=place)
-        yield Part(part, place, optional)
+    yield Part(path, _place(container, path), False, rule.permissions)
+    for companion in rule.companions:
+        other = expand(companion.template, match, values)
+        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
+        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+
+
+def _place(container: str, path: str) -> str:
+    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
+    if {"", ".", ".."} & set(place.split("/")[2:]):
+        raise NotADevice(Reason.CONTAINER_PATH, path=place)
+    return place
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2389,7 +2583,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         if part.path == device.path and is_changed:
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
-        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
     return specs
 
 
@@ -2442,10 +2636,15 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
     """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
+    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
+
+
+def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
-    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
+    return _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -2810,6 +3009,12 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
     raise AssertionError("abort() of grpc raises an exception, always")
 
 
+def unix_target(path: str) -> str:
+    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
+    return f"unix:{escaped.decode()}"
+
+
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty where somebody does."""
     try:
@@ -2888,7 +3093,7 @@ class UnixServer:
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(unix_target(path))
         except RuntimeError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.bind(path)  # grpc does not say why it cannot; this does
@@ -3000,14 +3205,15 @@ class OtherInstances:
 
 
 class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
     This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
     taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
         self._path = path
+        self._signal = signal_number
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -3016,6 +3222,7 @@ class Watch:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # another directory has the path now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
             return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
@@ -3128,7 +3335,7 @@ class KubeletConnection:
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._path}",
+            unix_target(self._path),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
         is_another = self._last_met not in (None, self.identity)
@@ -3194,7 +3401,7 @@ class PodResources:
     """
 
     def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._target = unix_target(path)
         self._domain = domain
 
     async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
@@ -3249,6 +3456,7 @@ READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start wi
 LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
 CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
 NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
+EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
 REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
@@ -3349,8 +3557,8 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        specs_of(device, tree, self._dev_dir)
+        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
@@ -3374,9 +3582,9 @@ class HostDevices:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
 
-    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
-        chain = list(self._sysfs.chain(entry))
-        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
+        values = nearest_values(self._sysfs.chain(entry), names)
+        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -3582,7 +3790,8 @@ class Plugin:
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
-            device = device_of(self.resource, slot_id)
+            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
+            device = next(named, None)
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -4008,7 +4217,7 @@ class DevicePluginSide:
     def look_now(self) -> None:
         """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
         self._look()
-        self._look_in(NEXT_LOOK_SECONDS)
+        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
     def _look(self) -> None:
         self.heartbeat = time.monotonic()
@@ -4759,6 +4968,7 @@ class Publisher:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if is_listed and not (self._node_uid and self._is_published(copies)):
                     self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
+                    self._next_class_look = 0.0  # whoever deleted slices, or brought another server, took classes too
                 if not self._is_published(copies):
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))
@@ -4930,7 +5140,7 @@ class DraSide:
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
-        self._look_seconds = min(look_seconds, SOCKET_LOOK_SECONDS)
+        self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)
         self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
@@ -4939,7 +5149,7 @@ class DraSide:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
-                await asyncio.wait([self._done], timeout=self._look_seconds)
+                await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             await self._end()
         self._done.result()
@@ -5518,6 +5728,25 @@ def _render_rest(document: Document) -> str:
     if document["unused"]:
         unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
         text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
+    return text
+
+
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    if not overridden:
+        return ""
+    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
+    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    if winners:
+        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
+        text += "\nRules that later rules override for every device that they name:\n"
+        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
     return text
 
 
@@ -6418,7 +6647,7 @@ class SimulatedKubelet:
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
-        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
 
@@ -6435,7 +6664,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -6630,7 +6859,14 @@ REFUSALS = ("refused", "start-refused")  # events that are logged whatever the l
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
-BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
+# where it is not blocked. SIGIO is the same for the plugin directory.
+FOLDER_SIGNAL = signal.SIGURG
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
+GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
+REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
+REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
 DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
@@ -6639,6 +6875,7 @@ FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folde
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -6906,12 +7143,22 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
+
+    def overridden(self) -> List[Overridden]:
+        """What rules name without effect, because other rules have it."""
+        return find_overridden(self.plan, self._tracked, self._matcher)
 
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_look = 0.0
+
+    def folders(self) -> List[str]:
+        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
@@ -6935,8 +7182,11 @@ class DeviceSide:
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
-        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
-        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
+        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -6956,10 +7206,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, left_out = track(
-            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        now = time.monotonic()
+        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(
+            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
         )
-        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
 
@@ -6989,6 +7240,29 @@ def log_changes(old: Plan, new: Plan) -> None:
         log_event_for_all(event, sentence, level, "devices", paths)
 
 
+class FolderWatches:
+    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+
+    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
+    the kernel does not tell.
+    """
+
+    def __init__(self, dev_dir: str) -> None:
+        self._dev_dir = dev_dir
+        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
+        self._watches: Dict[str, Watch] = {}
+
+    def ask(self, folders: Sequence[str]) -> None:
+        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        wanted = folders[: self._limit]
+        for path in self._watches.keys() - set(wanted):
+            self._watches.pop(path).close()
+        for path in wanted:
+            if path not in self._watches:
+                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
+            self._watches[path].ask()
+
+
 class KubeletThread(threading.Thread):
     """The gRPC thread: a loop, and the DevicePluginSide and the StatusServer, if there is one, that run on it."""
 
@@ -7007,6 +7281,7 @@ class KubeletThread(threading.Thread):
             watch = Watch(options.plugin_dir)
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
+        self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7048,12 +7323,74 @@ class KubeletThread(threading.Thread):
         if self.status:
             self.status.stats = stats
 
+    def is_turning(self) -> bool:
+        """Whether the kubelet side looks at kubelet.sock as often as it should."""
+        return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
+
+    def check_directory(self) -> None:
+        """Have the kubelet side look if the plugin directory is another, of which the kernel does not tell.
+
+        Raises Problem for one that was deleted while it is mounted here: whatever is made in its place is elsewhere.
+        """
+        try:
+            found = os.stat(self.side.plugin_dir)
+            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
+        except OSError:
+            found, directory = None, ()
+        if found and not found.st_nlink:
+            raise Problem(
+                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it: ending, so that the "
+                "next start finds the one that the kubelet uses now"
+            )
+        if directory != self._directory:
+            self._directory = directory
+            self.look()
+
     def stop(self) -> None:
         """Have the kubelet side end, and wait for that; not for long."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # or Python may take it apart in an order that it complains of
+
+
+class ServiceManager:
+    """Whoever started this process and asked to hear of it, as systemd does, by the protocol of sd_notify(3).
+
+    Without one, or with variables that say nothing sensible, nothing is done.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
+        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._ping_seconds = math.inf
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
+            self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
+        self.next_ping = time.monotonic() + self._ping_seconds
+
+    def notify(self, state: str) -> None:
+        """Say STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.setblocking(False)
+                sender.sendto(state.encode(), self._address)
+        except OSError as error:
+            log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
+
+    def ping(self, is_alive: bool) -> None:
+        """Tell the watchdog, where that is due, that all goes on; not if it does not, and it ends this process."""
+        if time.monotonic() >= self.next_ping:
+            self.next_ping = time.monotonic() + self._ping_seconds
+            if is_alive:
+                self.notify("WATCHDOG=1")
+
+
+def is_number(text: str) -> bool:
+    """Whether TEXT is a whole number above 0 that fits into 64 bits."""
+    return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
 def check_plugin_dir(path: str) -> None:
@@ -7072,6 +7409,8 @@ def check_plugin_dir(path: str) -> None:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
         raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+    if "," in path:
+        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
@@ -7157,13 +7496,18 @@ def serve(options: argparse.Namespace) -> int:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     thread.send(devices.plan)
+    manager = ServiceManager(os.environ)
+    has_failed = True
     try:
-        _run(devices, thread, options.interval)
+        _run(devices, thread, manager, options.interval, FolderWatches(options.dev_dir))
+        has_failed = False
+    except Problem as problem:
+        log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
         log.critical("the device side failed; this is a bug", exc_info=True)
-        thread.has_failed = True
+    manager.notify("STOPPING=1")
     thread.stop()
-    return int(thread.has_failed)
+    return int(has_failed or thread.has_failed)
 
 
 def _open_status(
@@ -7184,35 +7528,59 @@ def _open_status(
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, interval: float) -> None:
-    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT."""
-    reread = False
+def _run(
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+) -> None:
+    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
+    watched: Optional[Snapshot] = None  # whose folders are
+    taken = 0
+    manager.notify("READY=1")
     while True:
-        due = time.monotonic() + interval
+        began = time.monotonic()
+        if taken or devices.snapshot is not watched:
+            watched = devices.snapshot
+            watches.ask(devices.folders())  # before the look: no change falls between
         old = devices.plan
-        for plan in devices.turn(reread):
+        for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
-        taken = _take_signal(due, thread)
+        thread.check_directory()
+        now = time.monotonic()
+        rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
+        due = began + interval
+        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+            due = min(due, rested)
+        taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken == signal.SIGHUP
         if taken == LOOK_SIGNAL:
             devices.hasten_full_look()
 
 
-def _take_signal(due: float, thread: KubeletThread) -> int:
-    """The one of SIGNALS that comes until DUE; 0 where none does. A SIGIO is a word for THREAD, passed on meanwhile."""
+def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
+    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
+
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
+    pinged.
+    """
+    awaited = set(BLOCKED_SIGNALS)
+    folder_signal = 0
     while True:
-        taken = signal.sigtimedwait(BLOCKED_SIGNALS, max(0.0, due - time.monotonic()))
+        manager.ping(thread.is_turning())
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
-        if number != signal.SIGIO:
+        if number == signal.SIGIO:
+            thread.look()
+        elif number == FOLDER_SIGNAL:
+            folder_signal = number
+            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
+        elif number or time.monotonic() >= due:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
-            return number if number in SIGNALS else 0
-        thread.look()
+            return number if number in SIGNALS else folder_signal
 
 
 def restart_lean() -> None:
@@ -7236,7 +7604,7 @@ def restart_lean() -> None:
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, with_facts=with_facts)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -7277,6 +7645,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
+        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -7316,8 +7685,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(document, indent=2))
         return 0
+    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
+    print(text + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 
@@ -7545,6 +7915,7 @@ RestartSec=2
 TimeoutStopSec=5
 WorkingDirectory={folder}
 Environment=MALLOC_ARENA_MAX=1
+# There may be no kubelet yet. (The "-" of ReadWritePaths= below is for this command, too.)
 ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
 # Byte code saves half of the time to start and 7 MiB; it starts without, too.
 ExecStartPre=-+{python} -m compileall -q -l .
@@ -7555,7 +7926,7 @@ ExecReload=/bin/kill -HUP $MAINPID
 # here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
 CapabilityBoundingSet=
 NoNewPrivileges=yes
-ReadWritePaths={plugin_dir}
+ReadWritePaths=-{plugin_dir}
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
@@ -7946,18 +8317,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = _conf_beside()
     told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
-    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
         "--pod-resources-socket",
         "PATH",
-        os.path.abspath,
+        _path,
         DEFAULT_POD_RESOURCES,
         "the kubelet's socket for the PodResources API, which tells who has what",
     )
-    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
     _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
@@ -8010,14 +8381,10 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _conf_beside() -> str:
-    """The path of the conf.yaml beside the script; empty where there is none."""
+def _conf_beside() -> Optional[str]:
+    """The path of the conf.yaml beside the script, if there is one."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else ""
-
-
-def _conf_path(text: str) -> str:
-    return os.path.abspath(text) if text else ""
+    return beside if os.path.lexists(beside) else None
 
 
 def _add(
@@ -8025,7 +8392,7 @@ def _add(
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: str,
+    default: Optional[str],
     told: str,
     *others: str,
 ) -> None:
@@ -8052,6 +8419,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
             raise argparse.ArgumentTypeError(f"{error}{where}") from None
 
     return convert
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError('"" is no path')
+    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
 
 
 def _seconds(text: str) -> float:
@@ -8130,6 +8503,10 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
+def _problem_line(problem: Problem) -> str:
+    return f"{program_name()}: {printable(str(problem))}"
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -8164,9 +8541,13 @@ def main() -> int:
         log_queue = LogQueue()
         set_up_log(options, log_queue, logging.INFO)
         with LogWriter(log_queue):
-            return serve(options)
+            try:
+                return serve(options)
+            except Problem as error:
+                log_queue.enqueue(_problem_line(error))
+                return 1
     except Problem as error:
-        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
+        print(_problem_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

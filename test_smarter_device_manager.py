@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import html
 import html.parser
@@ -26,6 +27,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -153,8 +155,11 @@ class Node:
 class Daemon:
     """The script as a running daemon, and its log."""
 
-    def __init__(self, node: Node, *more: str, through: Sequence[str] = (), **kwargs: Any) -> None:
-        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given.
+    def __init__(
+        self, node: Node, *more: str, through: Sequence[str] = (), stderr: int | None = None, **kwargs: Any
+    ) -> None:
+        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given; its log goes to the
+        descriptor STDERR, if that is given.
 
         No preexec_fn: with grpc's threads in this process, one child in a hundred crashes before its exec.
         """
@@ -162,7 +167,7 @@ class Daemon:
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
         command = [*through, sys.executable, str(SCRIPT), *node.options(), "--interval", "0.1", *more]
         with os.fdopen(descriptor, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, **kwargs)
+            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, **kwargs)
 
     @property
     def log(self) -> str:
@@ -1211,31 +1216,66 @@ EVERYTHING = r"""# c
     CARD: \1
     WHOLE: '[\g<0>]'
 - devicematch: snd
+- devicematch: ^(a)$
+  resource: \g<attr:idVendor>-\g<attr:serial>
+  with:
+  - path: b\1
+  - {path: 'c\g<attr:power/control>', containerpath: '/dev/x/\g<attr:serial>', optional: true, permissions: wr}
 """
 
 
 def test_every_key_is_read() -> None:
-    rule, other = sdm.parse_rules(EVERYTHING)
+    rule, other, third = sdm.parse_rules(EVERYTHING)
     assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
     assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
     assert [(one.name, one.match.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
         ("idVendor", "10c4", False),
         ("serial", ".*A5XK.*", True),
     ]
-    assert rule.companions == (("snd/controlC\\1", False), ("snd/timer", True))
+    assert rule.companions == (sdm.Companion("snd/controlC\\1"), sdm.Companion("snd/timer", optional=True))
     match = rule.match.search("pcmC2D0p")
     assert match
-    assert sdm.expand(rule.resource, match) == "sound-2"
-    assert [(name, sdm.expand(text, match)) for name, text in rule.env] == [("CARD", "2"), ("WHOLE", "[pcmC2D0p]")]
+    assert sdm.expand(rule.resource, match, {}) == "sound-2"
+    assert [(name, sdm.expand(text, match, {})) for name, text in rule.env] == [("CARD", "2"), ("WHOLE", "[pcmC2D0p]")]
     assert (other.slots, other.resource, other.containerpath, other.permissions) == (1, "", "", "rw")
-    assert (other.attributes, other.companions, other.env) == ((), (), ())
+    assert (other.attributes, other.companions, other.env, other.values) == ((), (), (), ())
+    assert third.values == ("idVendor", "serial", "power/control")
+    assert third.companions == (
+        sdm.Companion(r"b\1"),
+        sdm.Companion(r"c\g<attr:power/control>", True, r"/dev/x/\g<attr:serial>", "rw"),
+    )
+    match = third.match.search("a")
+    assert match
+    assert sdm.expand(third.resource, match, {"idVendor": "10c4", "serial": "A5 XK/3"}) == "10c4-A5_XK_3"
 
 
 def test_a_group_that_took_no_part_is_empty() -> None:
     rule = sdm.parse_rules(r'[{devicematch: "^a(b)?(?<n>c)?$", resource: "x\\1\\g<n>\\g<2>y"}]')[0]
     match = rule.match.search("ac")
     assert match
-    assert sdm.expand(rule.resource, match) == "xccy"
+    assert sdm.expand(rule.resource, match, {}) == "xccy"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("A5XK3RJT", "A5XK3RJT"),
+        ("v1.0-rc_2", "v1.0-rc_2"),
+        ("../../etc", ".._.._etc"),
+        ("..", "__"),
+        (".", "_"),
+        ("", ""),
+        ("0000:00:14.0", "0000_00_14.0"),
+        ("a\0b\nc\x1b d\"'\\xff", "a_b_c__d___xff"),
+        ("é\u0661\u212a", "___"),
+        (r"\1\g<0>", "_1_g_0_"),
+    ],
+)
+def test_a_value_in_a_template_is_one_part_of_a_path(value: str, text: str) -> None:
+    rule = sdm.parse_rules(r"[{devicematch: ^a$, resource: 'x/\g<attr:serial>'}]")[0]
+    match = rule.match.search("a")
+    assert match
+    assert sdm.expand(rule.resource, match, {"serial": value}) == f"x/{text}"
 
 
 def test_the_shipped_conf_is_good() -> None:
@@ -1296,9 +1336,9 @@ BAD_RULES = [
     ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"\g<n>: devicematch has no such group"),
     ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"\g<2>: devicematch has no such group"),
     (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "a backslash stands for a group"),
-    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch only"),
-    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch only"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch only"),
+    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch or for an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
     ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not hold ".."'),
@@ -1324,6 +1364,22 @@ BAD_RULES = [
     ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
     ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
     ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "no such group"),
+    ("- devicematch: a\n  with: [{}]", 2, 10, "expected a path below /dev, or a mapping with it"),
+    ("- devicematch: a\n  with: [[b]]", 2, 10, "expected a path below /dev, or a mapping with it"),
+    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "what goes along needs a path"),
+    ("- devicematch: a\n  with: [{path: b, optionl: true}]", 2, 20, 'unknown key "optionl"; did you mean optional?'),
+    ("- devicematch: a\n  with: [{path: b, optional: 'yes'}]", 2, 30, "expected true or false, found a text"),
+    ("- devicematch: a\n  with: [{path: 'b?'}]", 2, 17, 'write optional: true instead of the "?"'),
+    ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
+    ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not hold ".."'),
+    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "no such group"),
+    ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
+    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is no attribute of sysfs'),
+    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is no attribute of sysfs'),
+    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is no attribute of sysfs'),
     ("- devicematch: a\n  with: [7]", 2, 10, "expected a text: put it in quotes"),
     ("- devicematch: a\n  env: {}", 2, 8, r"a mapping of variables, such as CAMERA: /dev/\g<0>"),
     ("- devicematch: a\n  env: [A]", 2, 8, "a mapping of variables"),
@@ -1383,7 +1439,7 @@ def test_rules_or_an_error_with_a_place(document: Any) -> None:
             match = rule.match.search(text)
             if match:
                 for template in (rule.resource, rule.containerpath, *(text for _, text in rule.env)):
-                    sdm.expand(template, match)
+                    sdm.expand(template, match, dict.fromkeys(rule.values, "."))
 
 
 def test_many_rules_are_read_in_time() -> None:
@@ -1619,6 +1675,11 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
         ("interval", "-1", '"-1" is no number of seconds'),
         ("domain", "Bad_Domain", '"Bad_Domain" is no domain that kubelet takes'),
         ("domain", "x.kubernetes.io", '"x.kubernetes.io" is no domain that kubelet takes'),
+        ("plugin-dir", "", '"" is no path'),
+        ("dev-dir", "", '"" is no path'),
+        ("sys-dir", "", '"" is no path'),
+        ("pod-resources-socket", "", '"" is no path'),
+        ("conf", "", '"" is no path'),
         ("log-level", "loud", '"loud" is no level: debug, info, warning, error'),
     ],
 )
@@ -1628,8 +1689,10 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     assert done.returncode == 2
     assert done.stderr.count("\n") == 4  # three of usage
     last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {told}" in last
+    assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
     assert variable not in last
+    if not value:
+        return  # as if it were not set
     done = bare("--check", **{variable: value})
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -1657,7 +1720,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     unit = systemd_unit(node)
     assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
     assert unit["WorkingDirectory"] == [str(node.root)]
-    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert unit["ReadWritePaths"] == ["-/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
     options = {
@@ -1673,7 +1736,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         "--listen": ":1",
     }
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
-    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ReadWritePaths"] == ["-/p/50%%"]
     told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
     shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
     assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
@@ -2954,7 +3017,7 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
     """The plan of a first look."""
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     tracked, left_out = sdm.track({}, snapshot, gpus, matcher, "/dev", 0.0)
-    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
+    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev", 0.0)
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
@@ -3333,6 +3396,10 @@ def device_side(node: Node, conf: str) -> sdm.DeviceSide:
     return sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
 
 
+def problem_of(side: sdm.DeviceSide, resource: str) -> str:
+    return side.plan.resources[resource].devices[0].problem
+
+
 STICK = '- devicematch: ^stick\n  attributes: {idVendor: "10c4", idProduct: ea60}\n'
 
 
@@ -3408,14 +3475,78 @@ def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, m
     assert side.turn() == []
     clock.now += 1
     assert len(side.turn()) == 1
-    assert side.plan.resources == {}
-    assert left(side.plan) == {
-        "stick0": 'its idVendor is "10c4" (asked for: 10c4); its idProduct is "eb00" (asked for: ea60)'
-    }
+    problem = 'its idVendor is "10c4" (asked for: 10c4); its idProduct is "eb00" (asked for: ea60)'
+    assert problem_of(side, "stick0") == problem
     (node.sys / "devices/usb1/1-1/idProduct").write_text("ea60\n")
     clock.now += 60
     side.turn()
-    assert set(side.plan.resources) == {"stick0"}
+    assert problem_of(side, "stick0") == ""
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["attribute", "device", "nothing"])
+def test_a_device_that_its_attributes_chose_is_kept_for_ten_minutes(
+    node: Node, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """When it has another attribute, when another device stands there, and when nothing does: Unhealthy in its place,
+    so that what its pods are told comes from here."""
+    clock = Clock(monkeypatch)
+    folder = node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
+    side = device_side(node, STICK + "- devicematch: ^other\n")
+    side.start()
+    chosen = side.plan.resources["stick0"].devices[0]
+    if what != "attribute":
+        node.unplug("stick0")
+        shutil.rmtree(folder)
+        side.turn()
+        clock.now += 30
+    if what == "attribute":
+        (folder / "idProduct").write_text("eb00\n")
+    elif what == "device":
+        node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
+    began = clock.now - 30 if what == "nothing" else clock.now
+    side.turn(reread=True)
+    for _ in range(2):
+        lost = side.plan.resources["stick0"].devices[0]
+        assert lost.problem and lost.since == began and not lost.specs
+        assert dataclasses.replace(lost, problem="", since=chosen.since, is_lost=False, specs=chosen.specs) == chosen
+        assert "stick0" not in left(side.plan)
+        clock.now = began + 599
+        assert side.turn() == []
+        node.rules("# another text\n" + STICK)
+        side.turn(reread=True)
+        chosen = dataclasses.replace(chosen, line=2)
+    clock.now = began + 600
+    assert len(side.turn()) == 1
+    assert side.plan.resources == {}
+    assert ("stick0" in left(side.plan)) == (what != "nothing")
+
+
+@needs_root
+def test_a_lost_device_goes_with_the_rule_that_chose_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
+    side = device_side(node, STICK)
+    side.start()
+    (folder / "idProduct").write_text("eb00\n")
+    side.turn(reread=True)
+    assert problem_of(side, "stick0")
+    for rules in (STICK.replace("ea60", "ea61"), "- devicematch: ^stic$\n"):
+        node.rules(rules)
+        side.turn(reread=True)
+        assert side.plan.resources == {}
+
+
+@needs_root
+def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> None:
+    """Another device has its number by now; and it stays Unhealthy for its ten minutes."""
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
+    side = device_side(node, STICK)
+    side.start()
+    node.unplug("stick0")
+    node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("other", minor=7))
+    side.turn()
+    assert side.turn(reread=True) == []
+    assert side.plan.resources["stick0"].devices[0].problem == "it is gone"
 
 
 @needs_root
@@ -3426,7 +3557,7 @@ def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, s
     kubelet.wait_for("stick0", Healthy=1)
     (node.sys / "devices/usb1/1-1/idProduct").write_text("eb00\n")
     daemon.hang_up()
-    daemon.says("stick0: offered no more")
+    daemon.says('/dev/stick0: Unhealthy: its idVendor is "10c4" .*; its idProduct is "eb00" .asked for: ea60')
 
 
 @needs_root
@@ -3457,11 +3588,10 @@ def test_another_device_under_the_same_name_and_number_is_asked_for_its_own_attr
     node.unplug("stick0")
     node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
     plans = side.turn()
-    assert [plan.resources.get("stick0") and plan.resources["stick0"].devices[0].problem for plan in plans] == [
+    assert [plan.resources["stick0"].devices[0].problem for plan in plans] == [
         "it is gone",
-        None,
+        'its idVendor is "1a86" (asked for: 10c4); its idProduct is "7523" (asked for: ea60)',
     ]
-    assert "1a86" in left(side.plan)["stick0"]
 
 
 @needs_root
@@ -3486,9 +3616,9 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
     entry = snapshot_of(board.tree).entries["ttyUSB0"]
     for serial in range(1000):
         node = sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
-        assert sysfs.answer(rule.attributes, node) == ("", (("idVendor", "10c4"),), sdm.Reason.ATTRIBUTES)
+        assert sysfs.answer(rule.attributes, node)[:2] == ("", (("idVendor", "10c4"),))
         sysfs.numa(node)
-        sysfs.ask_again([serial])
+        sysfs.forget([serial])
     assert max(len(vars(sysfs)[name]) for name in ("_numa", "_answers", "_asked", "_settling")) == 1
 
 
@@ -3545,6 +3675,7 @@ def test_each_block_of_attributes_is_a_rule_that_holds(board: Board) -> None:
     usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "It's: {a} #CP2102 [v1.0]^$|*+?", "  \\\"'null")
     plug_board(board)
     head, *blocks = board.node.run("--list", "--attributes", "ttyUSB0").stdout.split("\n\n")
+    assert r"written as \g<attr:serial>" in head
     assert len(blocks) == 3
     for block in blocks:
         plan = board.plan(f"{head}\n{block}\n")
@@ -3683,6 +3814,30 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             {},
         ),
         (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/snd/pcmC0D0c, permissions: r, with: "
+            r"[{path: 'snd/controlC\1', containerpath: /dev/snd/controlC0, permissions: rwm}, {path: snd/timer}, cam, "
+            r"{path: video0, containerpath: /dev/v/}, {path: none, optional: true}]}",
+            {
+                "/dev/snd/pcmC0D0c": "/dev/snd/pcmC1D0c r",
+                "/dev/snd/controlC0": "/dev/snd/controlC1 rwm",
+                "/dev/snd/timer": "/dev/snd/timer r",
+                "/dev/cam": "/dev/cam r",
+                "/dev/v/video0": "/dev/video0 r",
+            },
+            {},
+        ),
+        (
+            r"{devicematch: ^video0$, containerpath: /dev/x/, with: [{path: snd, containerpath: /dev/card}, "
+            r"{path: cam, permissions: r}, {path: snd/timer, containerpath: '/dev/\g<0>//y/'}]}",
+            {
+                "/dev/x/video0": "/dev/video0",
+                "/dev/card": "/dev/snd",
+                "/dev/x/cam": "/dev/cam r",
+                "/dev/video0/y/timer": "/dev/snd/timer",
+            },
+            {},
+        ),
+        (
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
             {
                 "/dev/video0": "/dev/video0",
@@ -3753,6 +3908,171 @@ def test_a_place_in_the_container_must_be_one() -> None:
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
 
 
+def test_the_place_of_a_companion_must_be_one_and_its_own() -> None:
+    snapshot = snapshot_of({"a": "char", "b": "char", "c": "char"})
+    conf = "- {{devicematch: '^(a).?$', with: [{{path: b, containerpath: {}}}, {{path: c, optional: {}}}]}}\n"
+    for place, told in (("/dev/x/.", "/dev/x/."), ("'/dev/\\1/./y'", "/dev/a/./y"), ("/dev/..", "")):
+        if told:
+            plan = offered(conf.format(place, "false"), snapshot)
+            assert left(plan) == {"a": f'its path in a container would be "{told}"'}
+        else:
+            with pytest.raises(sdm.ConfigError):
+                offered(conf.format(place, "false"), snapshot)
+    for place, other in (("/dev/a", "a"), ("/dev/c", "c")):
+        plan = offered(conf.format(place, "false"), snapshot)
+        hosts = f"/dev/{other} and /dev/b" if other == "a" else "/dev/b and /dev/c"
+        problem = f"{hosts} would both be {place} in the container"
+        assert plan.resources["a"].devices[0].problem == problem
+        assert refused(plan.resources["a"], snapshot, "0") == ("UNAVAILABLE", f"/dev/a: {problem}")
+
+
+USB_SOUND = {
+    "snd/controlC1": ("116:32", "usb1/1-1/1-1:1.0/sound/card1/controlC1", {}),
+    "snd/pcmC1D0p": ("116:48", "usb1/1-1/1-1:1.0/sound/card1/pcmC1D0p", {"pcm_class": "generic"}),
+}
+BY_VALUES = r"""
+- devicematch: ^snd/pcmC(\d)D0p$
+  resource: card-\g<attr:id>
+  containerpath: /dev/\g<attr:idVendor>/
+  with: [{path: 'by/\g<attr:serial>', containerpath: '/dev/\g<attr:serial>/x', optional: true}]
+  env: {SERIAL: '\g<attr:serial>', PORT: '\1\g<attr:serial>\g<attr:driver>'}
+"""
+
+
+def sound_card(board: Board, serial: str) -> None:
+    for path, (number, folder, attributes) in USB_SOUND.items():
+        board.has(path, number, folder, attributes)
+    board.device("usb1/1-1/1-1:1.0", {"driver": "-> ../../../../bus/usb/drivers/snd-usb-audio"})
+    board.device("usb1/1-1/1-1:1.0/sound/card1", {"id": "My Card"})
+    board.device("usb1/1-1", {"idVendor": "0d8c", "serial": serial})
+    board.device("usb1", {"idVendor": "1d6b", "serial": "fe980000.usb"})
+
+
+def test_templates_hold_the_values_of_attributes(board: Board) -> None:
+    sound_card(board, "A 1/b")
+    board.tree["by/A_1_b"] = "char"
+    plan = board.plan(BY_VALUES)
+    snapshot = snapshot_of(board.tree)
+    assert listed(plan) == {"card-My_Card": ["snd/pcmC1D0p"]}
+    assert given_to(plan.resources["card-My_Card"], snapshot) == (
+        {"/dev/0d8c/pcmC1D0p": "/dev/snd/pcmC1D0p", "/dev/A_1_b/x": "/dev/by/A_1_b"},
+        {"SERIAL": "A_1_b", "PORT": "1A_1_bsnd-usb-audio"},
+    )
+
+
+def test_the_parent_in_which_attributes_hold_comes_first(board: Board) -> None:
+    sound_card(board, "A1")
+    conf = "- {devicematch: ^snd/pcm, env: {SERIAL: '\\g<attr:serial>', CARD: '\\g<attr:id>'}%s}\n"
+    for attributes, serial in (("", "A1"), (', attributes: {idVendor: "1d6b"}', "fe980000.usb")):
+        plan = board.plan(conf % attributes)
+        assert dict(plan.resources["snd_pcmC1D0p"].devices[0].env) == {"SERIAL": serial, "CARD": "My_Card"}
+
+
+@pytest.mark.parametrize(
+    ("serial", "told"),
+    [
+        ("", {}),
+        ("..", {}),
+        ("\udcff/\x01", {}),
+        ("x" * 200, {}),
+        ("x" * 201, {"snd/pcmC1D0p": r"its serial is longer than 200 characters (asked for: \g<attr:serial>)"}),
+    ],
+    ids=("empty", "dots", "bytes", "long", "too-long"),
+)
+def test_no_value_leads_out_of_its_place(board: Board, serial: str, told: Mapping[str, str]) -> None:
+    sound_card(board, "")
+    (board.node.sys / "devices/usb1/1-1/serial").write_bytes(os.fsencode(serial) + b"\n")
+    plan = board.plan(BY_VALUES)
+    assert left(plan) == told
+    for found in plan.resources.values():
+        for spec in found.devices[0].specs:
+            assert os.path.normpath(spec.container) == spec.container
+        assert all(re.fullmatch("[A-Za-z0-9_.-]*", value) for _, value in found.devices[0].env)
+
+
+def test_a_device_without_an_attribute_of_a_template_is_left_out_whole(board: Board) -> None:
+    board.has("ttyS0", "4:64", "platform/serial8250/tty/ttyS0", {"type": "4"})
+    board.tree["ttyS1"] = "char 4:65"  # that sysfs does not know
+    conf = "- devicematch: ^ttyS\n- {devicematch: ^ttyS, resource: 'x\\g<attr:serial>', env: {A: '\\g<attr:b/c>'}}\n"
+    plan = board.plan(conf)
+    assert plan.resources == {}
+    told = r"its serial is not there (asked for: \g<attr:serial>); its b/c is not there (asked for: \g<attr:b/c>)"
+    assert {(one.path, one.line, one.text, one.reason.label) for one in plan.left_out} == {
+        (path, 2, told, "attributes") for path in ("ttyS0", "ttyS1")
+    }
+    plan = board.plan("- {devicematch: nvidia-gpu, env: {A: '\\g<attr:serial>'}}\n", gpus=["0"])
+    assert left(plan) == {"nvidia-gpu0": "a Tegra's GPU has no attributes"}
+
+
+@needs_root
+def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    side = device_side(node, "- {devicematch: ^stick, resource: 's\\g<attr:serial>'}\n")
+    side.start()
+    sticks = [node.plug("stick0"), node.plug("stick1")]
+    side.turn()
+    assert side.plan.resources == {}
+    clock.now += 4
+    node.sysfs("usb1/1-1", {"serial": "A1"}, sticks[0])
+    assert len(side.turn()) == 1
+    assert listed(side.plan) == {"sA1": ["stick0"]}
+    clock.now += 10
+    assert side.turn() == []
+    node.sysfs("usb1/1-2", {"serial": "B2"}, sticks[1])
+    assert side.turn() == []  # not asked for ever, but at every full look
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert listed(side.plan) == {"sA1": ["stick0"], "sB2": ["stick1"]}
+    node.unplug("stick0")
+    shutil.rmtree(node.sys / "devices/usb1/1-1")
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
+
+
+def test_list_tells_of_rules_that_others_override(board: Board) -> None:
+    board.device("gpu.0", {})
+    board.node.rules(
+        "- devicematch: nvidia\n"
+        "- devicematch: nvidia-gpu\n"
+        "- devicematch: nvidia-gpu\n"
+        "  nummaxdevices: 2\n"
+        "- devicematch: ^nothing$\n"
+    )
+    text = board.node.run("--list").stdout
+    rows = [re.split(" {2,}", line.strip()) for line in text.splitlines()]
+    assert rows.index(["LINE", "PATH", "HAS IT"]) + 1 == rows.index(["2", "nvidia-gpu0", "line 3"])
+    assert rows.index(["LINE", "DEVICEMATCH", "BY LINE"]) + 1 == rows.index(["2", "nvidia-gpu", "3"])
+    board.node.rules("- devicematch: nvidia-gpu\n")
+    assert "later rule" not in board.node.run("--list").stdout
+
+
+def test_what_rules_override(board: Board) -> None:
+    for name in ("a", "b", "c"):
+        board.tree[name] = "char"
+    board.has("c", "240:7", "x/c", {"id": "1"})
+    conf = "- devicematch: ^[a-c]$\n- devicematch: ^[ab]$\n- devicematch: ^a$\n- {devicematch: b, nummaxdevices: 2}\n"
+    conf += "- {devicematch: ^c$, attributes: {id: '2'}}\n- {devicematch: '^[bc]$', env: {A: '\\g<attr:id>'}}\n"
+    matcher = sdm.Matcher(sdm.parse_rules(conf))
+    snapshot = snapshot_of(board.tree)
+    tracked, left_out = sdm.track({}, snapshot, (), matcher, "/dev", 0.0)
+    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(str(board.node.sys)), matcher, "/dev")
+    found = sdm.find_overridden(plan, tracked, matcher)
+    # b lacks the attribute that line 6 puts into a variable, so nobody has it.
+    assert [(one.rule.line, one.device.path, one.device.line) for one in found] == [
+        (1, "a", 3),
+        (1, "c", 6),
+        (2, "a", 3),
+        (5, "c", 6),
+    ]
+    text = sdm.render_overridden(found, plan).partition("for every device that they name:\n")[2]
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["1", "^[a-c]$", "3,", "6"],
+        ["2", "^[ab]$", "3"],
+        ["5", "^c$", "6"],
+    ]
+
+
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     conf = "- {devicematch: ^nvidia0$, with: [nvidiactl, 'nvidia-modeset?']}\n"
     matcher = sdm.Matcher(sdm.parse_rules(conf))
@@ -3770,7 +4090,7 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     ):
         snapshot = snapshot_of({"nvidia0": "char", **tree})
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
         device = plan.resources["nvidia0"].devices[0]
         assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
         assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
@@ -3832,7 +4152,7 @@ def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
     for names in (("video0", "video1"), ("video1",)):
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
     assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
     assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
     assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
@@ -3984,7 +4304,7 @@ def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
     ):
         snapshot = snapshot_of(tree)
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
         assert {device.path: device.problem for device in plan.resources["stick"].devices} == wanted
 
 
@@ -4108,7 +4428,9 @@ class Looks:
         matcher = sdm.Matcher(sdm.parse_rules(conf))
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         self.tracked, left_out = sdm.track(self.tracked, snapshot, gpus, matcher, "/dev", now)
-        self.plan = sdm.make_plan(self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        self.plan = sdm.make_plan(
+            self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", now
+        )
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
 
@@ -4392,6 +4714,29 @@ def coral(board: Board) -> None:
     board.has("bus/usb/002/005", "189:132", "platform/usb2/2-3", {"idVendor": "18d1", "idProduct": "4ee7"})
 
 
+def headset(board: Board) -> None:
+    """A Raspberry Pi's own sound, and a USB headset that came first and so is card 0 now, or second and card 1."""
+    sound_folder(board, 0, "platform/soc/bcm2835_audio", [("controlC0", 0), ("pcmC0D0p", 16)])
+    board.device("platform/usb1/1-1.2", {"product": "Jabra EVOLVE 20 Headset"})
+    sound_folder(board, 1, "platform/usb1/1-1.2/1-1.2:1.0", [("controlC1", 32), ("pcmC1D0c", 56), ("pcmC1D0p", 48)])
+    board.has("snd/timer", "116:33", "virtual/sound/timer")
+
+
+def webcam(board: Board) -> None:
+    """A webcam with its metadata node, and another that has no name of its own."""
+    for number, name, index in ((0, "046d_HD_Webcam_C270-video", 0), (1, "046d_HD_Webcam_C270-video", 1)):
+        video(board, number, "platform/usb1/1-1.3/1-1.3:1.0", "HD Webcam C270", index)
+        board.tree[f"v4l/by-id/usb-{name}-index{index}"] = f"-> ../../video{number}"
+    video(board, 2, "platform/usb1/1-1.4/1-1.4:1.0", "old")
+    board.tree["v4l/by-path/usb-old-video-index0"] = "-> ../../video2"
+
+
+def modem(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.1", "0403", "6001", "FT232R", "A50285BI")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.2", "0403", "6001", "FT232R", "B7/01 x")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.3", "1a86", "7523", "USB Serial", "1")
+
+
 def hailo(board: Board) -> None:
     board.has("hailo0", "511:0", "platform/axi/1000110000.pcie/pci0001:00/0001:01:00.0/hailo_chardev/hailo0")
     board.has("hailo_", "511:1", "platform/axi/x")
@@ -4477,6 +4822,47 @@ EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, G
         {"bus/usb/002/005": 'its idProduct is "4ee7"'},
     ),
     ("hailo", hailo, {"hailo hailo0": (4, at("hailo0"), {})}, {}),
+    (
+        "headset",
+        headset,
+        {
+            "headset snd/pcmC1D0p": (
+                1,
+                {
+                    "/dev/snd/pcmC0D0p": "/dev/snd/pcmC1D0p",
+                    "/dev/snd/pcmC0D0c": "/dev/snd/pcmC1D0c",
+                    "/dev/snd/controlC0": "/dev/snd/controlC1",
+                    "/dev/snd/timer": "/dev/snd/timer",
+                },
+                {},
+            )
+        },
+        {"snd/pcmC0D0p": "its product is not there"},
+    ),
+    (
+        "webcam",
+        webcam,
+        {
+            "webcam v4l/by-id/usb-046d_HD_Webcam_C270-video-index0": (
+                1,
+                {
+                    "/dev/video0": "/dev/v4l/by-id/usb-046d_HD_Webcam_C270-video-index0",
+                    "/dev/video1": "/dev/v4l/by-id/usb-046d_HD_Webcam_C270-video-index1 r",
+                },
+                {},
+            ),
+        },
+        {},
+    ),
+    (
+        "modem",
+        modem,
+        {
+            "modem ttyUSB0": (1, {"/dev/modem": "/dev/ttyUSB0"}, {"MODEM_SERIAL": "A50285BI"}),
+            "modem ttyUSB1": (1, {"/dev/modem": "/dev/ttyUSB1"}, {"MODEM_SERIAL": "B7_01_x"}),
+        },
+        {"ttyUSB2": 'its idVendor is "1a86"'},
+    ),
     (
         "render",
         render,
@@ -4566,7 +4952,10 @@ def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
     listed_there = {
         f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
             device["slots"],
-            {spec["container"]: spec["host"] for spec in device["nodes"]},
+            {
+                spec["container"]: spec["host"] + ("" if spec["permissions"] == "rw" else f" {spec['permissions']}")
+                for spec in device["nodes"]
+            },
             device["env"],
         )
         for found in document["resources"]
@@ -4985,6 +5374,41 @@ def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["a%41", "50%", "a b?c#d", "[@:;&=+$]", "\u00e9", "\udcff"])
+def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
+    """gRPC is given a URI."""
+    node.plugins = node.root / name
+    node.plugins.mkdir()
+    kubelet = Kubelet(node).up()
+    try:
+        offer(node, "null")
+        start()
+        kubelet.wait_for("null", Healthy=1)
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        kubelet.down()
+        kubelet.up()
+        wait_for(lambda: kubelet.count("null") == 2)
+        assert sorted(path.name for path in node.plugins.iterdir()) == ["kubelet.sock", "smarter-null.sock"]
+        assert not list(node.root.glob("aA*"))
+    finally:
+        kubelet.down()
+
+
+def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """After "unix:" that would be the name of a host."""
+    offer(node, "null")
+    start("--plugin-dir", f"/{node.plugins}")
+    kubelet.wait_for("null", Healthy=1)
+
+
+def test_a_plugin_directory_with_a_comma_is_refused(node: Node) -> None:
+    (node.root / "a,b").mkdir()
+    node.rules("[]")
+    done = node.run("--plugin-dir", f"{node.root}/a,b")
+    assert done.returncode == 1
+    assert f"{node.root}/a,b has a comma" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
     offer(node, "null")
     done = node.run("--plugin-dir", f"{node.root}/nowhere")
@@ -5089,6 +5513,336 @@ def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: K
     ]
 
 
+# Starts of containers, of which the kubelet asks where a rule has attributes
+
+
+STICKS = '- {devicematch: ^ttyUSB, attributes: {idVendor: "10c4", serial: "A.*"}}\n'
+STICK_POOL = STICKS.replace("^ttyUSB,", "^ttyUSB, resource: sticks,")
+
+
+def plug_stick(board: Board, tty: str, serial: str, port: str = "1-1.1", vendor: str = "10c4") -> None:
+    """Plug a serial adapter into PORT, which gets the node TTY."""
+    number = f"188:{tty[-1]}"
+    usb_serial(board, tty, number, port, vendor, "ea60", "CP2102", serial)
+    build(board.node.dev, {tty: f"char {number}"})
+
+
+def unplug_stick(board: Board, tty: str) -> None:
+    board.node.unplug(tty)
+    link = board.node.sys / f"dev/char/188:{tty[-1]}"
+    shutil.rmtree(link.resolve().parents[3])
+    link.unlink()
+
+
+def set_serial(board: Board, tty: str, serial: str) -> None:
+    """Have the stick at the node TTY another serial number, as firmware can."""
+    ((board.node.sys / f"dev/char/188:{tty[-1]}").resolve().parents[3] / "serial").write_text(serial + "\n")
+
+
+def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
+    """The words with which the start of a container with IDS is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.starts(resource, *ids)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    return caught.value.details()
+
+
+def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
+    try:
+        kubelet.starts(resource, *ids)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION, error
+        return False
+    return True
+
+
+def refused_words(resource: str, given: str, problem: str) -> str:
+    return (
+        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
+        "device is back; delete the pod to have it given a device anew"
+    )
+
+
+@needs_root
+def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("null")
+    node.plug("zero")
+    plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
+    node.rules(plain + STICKS + "- {devicematch: ^ttyUSB0$, attributes: {serial: B1}, resource: sticks}\n")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    start()
+    wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
+    wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
+    for name, (has_preference, checks_starts) in wanted.items():
+        options = pb.DevicePluginOptions(
+            get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
+        )
+        requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
+        assert [request.options for request in requests] == [options], name
+        assert kubelet.client(name).options == options, name
+
+
+@needs_root
+def test_a_container_starts_with_the_device_that_it_was_given(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
+    node.plug("null")
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    plug_stick(board, "ttyUSB2", "B2", "1-1.3")
+    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+    kubelet.starts("ttyUSB0", "0")
+    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0")
+    with plugin_stub(node, "null") as stub:
+        stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=["0"]), timeout=PATIENCE)
+    assert Status(daemon).metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 0
+    assert "refused" not in daemon.log
+
+
+@needs_root
+def test_a_start_is_refused_when_another_device_stands_there_and_counted_and_logged_once(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    kubelet.take("ttyUSB0")
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.2")
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    kubelet.wait_for("ttyUSB0", Unhealthy=1)
+    wait_for(lambda: "asked for: A" in start_refusal(kubelet, "ttyUSB0", "0"))  # the device side has looked by now
+    for _ in range(3):
+        words = start_refusal(kubelet, "ttyUSB0", "0")
+    given = 'smarter-devices/ttyUSB0: the container was given /dev/ttyUSB0 (ID "0")'
+    assert words.startswith(f"{given}, but its idVendor is")
+    assert 'its serial is "C1"' in words and "(asked for: A.*). It starts once" in words
+    status = Status(daemon)
+    refusals = status.resource("ttyUSB0")["start_refusals"]
+    assert refusals >= 5
+    assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == refusals
+    daemon.says(r"WARNING start of a container refused: .*\(asked for.* resource=smarter-devices/ttyUSB0")
+    lines = re.findall("start of a container refused: (.*)", daemon.log)
+    assert len(lines) == len(set(lines)) and len(lines) < refusals  # a line for each reason
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["gone", "another serial", "companion"])
+def test_a_start_is_refused_until_the_right_device_is_back(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str
+) -> None:
+    """Nobody has to do anything but that; the plan is old at first, and new before it is asked again."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("lock")
+    node.rules(STICKS.replace("}}", "}, with: [lock]}"))
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    if what == "gone":
+        unplug_stick(board, "ttyUSB0")
+        problem = "it is gone"
+    elif what == "companion":
+        node.unplug("lock")
+        problem = "it goes with /dev/lock: it is gone"
+    else:
+        set_serial(board, "ttyUSB0", "C1")
+        problem = 'its serial is "C1" and was "A1"'
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', problem)
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    kubelet.wait_for("ttyUSB0", Unhealthy=1)
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    if what == "gone":
+        plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+    elif what == "companion":
+        node.plug("lock")
+    else:
+        set_serial(board, "ttyUSB0", "A1")
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    assert kubelet.count("ttyUSB0") == 1
+    refused = daemon.log.count("start of a container refused")
+    unplug_stick(board, "ttyUSB0")
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    wait_for(lambda: daemon.log.count("start of a container refused") == refused + 1)  # told anew
+
+
+@needs_root
+def test_a_start_is_not_refused_while_only_the_plan_is_old(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """The right device was pulled and is back, and the device side has not looked yet."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+    kubelet.starts("ttyUSB0", "0")
+
+
+@needs_root
+def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_looked(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """The rule asks for no more; only what the plan has is compared, since expressions can take long."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    set_serial(board, "ttyUSB0", "A2")
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "A2" and was "A1"')
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    assert kubelet.count("ttyUSB0") == 1
+
+
+@needs_root
+def test_starts_are_checked_right_after_a_restart_of_the_daemon(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """It need not remember what it allocated: the ID says all."""
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "A2", "1-1.2")
+    node.rules(STICK_POOL)
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=2)
+    kubelet.take("sticks", "ttyUSB0:0", "ttyUSB1:0")
+    kubelet.starts("sticks", "ttyUSB0:0", "ttyUSB1:0")
+    daemon.kill()
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.3")
+    start()
+    kubelet.wait_for("sticks", Healthy=1)
+    given = '/dev/ttyUSB0 (ID "ttyUSB0:0")'
+    problem = 'the resource has no device there any more: its idVendor is "10c4"; its serial is "C1"'
+    for ids in (["ttyUSB0:0"], ["ttyUSB1:0", "ttyUSB0:0"]):
+        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, problem)
+    kubelet.starts("sticks", "ttyUSB1:0")
+    unplug_stick(board, "ttyUSB0")
+    problem = "the resource has no device there any more: it is gone"
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, problem)
+    plug_stick(board, "ttyUSB0", "A1", "1-1.3")
+    wait_for(lambda: may_start(kubelet, "sticks", "ttyUSB0:0", "ttyUSB1:0"))
+
+
+@needs_root
+def test_a_start_with_an_id_that_names_no_device_is_refused(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(STICKS + STICK_POOL.replace("A.*", "B.*"))
+    start()
+    wait_ready(kubelet, ["ttyUSB0", "sticks"])
+    for wrong in ("x", "00", "", "ttyUSB0:0", "\u0661", "a\n:0", "9" * 5000):
+        given = f'the ID "{sdm.printable(wrong[:200])}"'
+        words = refused_words("ttyUSB0", given, "the resource has no such ID")
+        assert start_refusal(kubelet, "ttyUSB0", wrong) == words
+        if ":" not in wrong or "\n" in wrong:
+            words = refused_words("sticks", given, "the resource has no such ID")
+            assert start_refusal(kubelet, "sticks", "ttyUSB1:0", wrong) == words
+    for wrong, there in (
+        ("../sys:0", "a link that leaves /dev"),
+        ("x" * 5000 + ":0", "it is gone"),
+        ("ttyUSB0:0", 'its idVendor is "10c4"; its serial is "A1"'),
+    ):
+        words = start_refusal(kubelet, "sticks", wrong)
+        assert f"the resource has no device there any more: {there}. It starts once" in words
+        assert len(words) < 1000
+    kubelet.starts("sticks", "ttyUSB1:0")
+    kubelet.starts("ttyUSB0", "0")
+    kubelet.starts("sticks", "ttyUSB1:7")  # it may have had more slots when the container was given this one
+    kubelet.starts("ttyUSB0", "7")
+
+
+HANGING_SYSFS = """
+import os, time
+read = sdm.read_attribute
+def hang(folder, name):
+    if os.path.exists({flag!r}):
+        with open({stuck!r}, "a") as file:
+            file.write("x")
+        while os.path.exists({flag!r}):
+            time.sleep(0.01)
+    return read(folder, name)
+sdm.read_attribute = hang
+"""
+
+
+@needs_root
+def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, node: Node, kubelet: Kubelet) -> None:
+    """A driver may keep whoever reads an attribute for ever. One thread may be kept, and no call."""
+    flag, stuck = node.root / "flag", node.root / "stuck"
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.plug("null")
+    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMARTER_DEVICE_MANAGER_INTERVAL", "3600")
+        daemon = broken_daemon(node, HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
+    try:
+        wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+        kubelet.starts("ttyUSB0", "0")
+        threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+        first_times, later_times = [], []
+        for turn in range(6):
+            stuck.write_text("")
+            flag.touch()
+            with plugin_stub(node, "ttyUSB0") as stub, plugin_stub(node, "sticks") as pool:
+                stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+                pool.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+                for number in range(10):
+                    asked, slot_id = (pool, "ttyUSB0:0") if (number + turn) % 2 else (stub, "0")
+                    began = time.monotonic()
+                    with pytest.raises(grpc.RpcError) as caught:
+                        asked.PreStartContainer(pb.PreStartContainerRequest(devices_ids=[slot_id]), timeout=PATIENCE)
+                    (later_times if number else first_times).append(time.monotonic() - began)
+                    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+            assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads
+            assert len(stuck.read_text()) <= 2  # of the threads that are kept, one is the device side's
+            flag.unlink()
+            wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+        assert min(first_times[::2]) < 0.1 and min(first_times[1::2]) < 0.1
+        assert statistics.median(later_times) < 0.05
+        daemon.says("start of a container refused: .*but sysfs does not answer, so its attributes cannot be read. It")
+    finally:
+        flag.unlink(missing_ok=True)
+        assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_conf_that_has_a_rule_ask_for_attributes_has_its_resource_registered_anew(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """For the kubelet hears of the options only then. To be asked in vain is no reason for that."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules("- devicematch: ^ttyUSB\n")
+    start()
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    node.rules(STICKS)
+    wait_for(lambda: kubelet.count("ttyUSB0") == 2)
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    assert [request.options.pre_start_required for _, request in kubelet.requests] == [False, True]
+    assert kubelet.client("ttyUSB0").options.pre_start_required
+    set_serial(board, "ttyUSB0", "C1")
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    set_serial(board, "ttyUSB0", "A1")
+    node.rules("- {devicematch: ^ttyUSB, nummaxdevices: 2}\n")
+    kubelet.wait_for("ttyUSB0", Healthy=2)
+    set_serial(board, "ttyUSB0", "C1")
+    kubelet.starts("ttyUSB0", "0")
+    assert kubelet.count("ttyUSB0") == 2
+
+
 # The list
 
 
@@ -5167,6 +5921,92 @@ def test_a_list_is_never_longer_than_the_kubelet_takes(node: Node, kubelet: Kube
     kubelet.wait_for("pool", Healthy=20_000, Unhealthy=10_000)
     assert kubelet.gives("pool", f"{names[2]}:9999") == {f"/dev/{names[2]}": f"/dev/{names[2]}"}
     assert kubelet.count("pool") == 1
+
+
+def counted(message: pb.ListAndWatchResponse) -> dict[tuple[str, str], int]:
+    """How many slots of each device have each health; devices are named by their first letter."""
+    counts: dict[tuple[str, str], int] = {}
+    for device in message.devices:
+        key = device.ID[0], device.health
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+@needs_root
+def test_of_a_stream_that_is_not_read_only_the_newest_list_waits(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """And one before it, if a device was Unhealthy meanwhile: who holds it must hear of that."""
+    names = {letter: letter * 200 for letter in "abcd"}  # so that a list is more than the kernel takes for a reader
+    slots = 4000
+    for letter in "abc":
+        node.plug(names[letter])
+    node.rules(f"- {{devicematch: '^[a-d]+$', resource: pool, nummaxdevices: {slots}}}\n")
+    start()
+    kubelet.wait_for("pool", Healthy=3 * slots)
+    with plugin_stub(node, "pool") as stub:
+        stream = stub.ListAndWatch(pb.Empty(), timeout=10 * PATIENCE)
+        list(stream.initial_metadata())  # it is open, and the first list is under way
+        for _ in range(3):
+            for letter in "ab":
+                node.unplug(names[letter])
+                kubelet.wait_for("pool", Healthy=2 * slots, Unhealthy=slots)
+                node.plug(names[letter])
+                kubelet.wait_for("pool", Healthy=3 * slots)
+        node.plug(names["d"])
+        kubelet.wait_for("pool", Healthy=4 * slots)
+        node.unplug(names["c"])
+        kubelet.wait_for("pool", Healthy=3 * slots, Unhealthy=slots)
+        newest = {("a", "Healthy"): slots, ("b", "Healthy"): slots, ("c", "Unhealthy"): slots, ("d", "Healthy"): slots}
+        lists = [counted(next(stream))]
+        while lists[-1] != newest:
+            lists.append(counted(next(stream)))
+        assert len(lists) <= 4  # of which two were under way when nothing was read any more
+        for letter in "ab":
+            assert any((letter, "Unhealthy") in found for found in lists)
+        node.plug(names["c"])
+        assert counted(next(stream)) == {(letter, "Healthy"): slots for letter in "abcd"}
+    assert len(kubelet.client("pool").lists) >= 12
+
+
+def test_a_stream_is_sent_what_is_new_to_it() -> None:
+    """The same list is not sent twice; of a device that went and came back it is told, and only once; and it ends."""
+    plan = offered("- {devicematch: '^[abc]$', resource: pool}\n", snapshot_of(dict.fromkeys("abc", "char")))
+    whole = plan.resources["pool"]
+
+    def without(*letters: str) -> sdm.Resource:
+        devices = (
+            dataclasses.replace(device, problem="gone") if device.path in letters else device
+            for device in whole.devices
+        )
+        return dataclasses.replace(whole, devices=tuple(devices))
+
+    async def check() -> None:
+        stream = sdm.ListStream(without("c"))
+
+        async def sent() -> str | None:
+            """The Healthy devices of the next list; None where there is none yet."""
+            try:
+                found = await asyncio.wait_for(stream.next(), 0.05)
+            except asyncio.TimeoutError:
+                return None
+            return "".join(slot.id[0] for slot in sdm.slots_of(found) if slot.healthy) if found else "the end"
+
+        assert [await sent(), await sent()] == ["ab", None]
+        stream.update(without("c"))
+        assert await sent() is None
+        for news in (without("a", "c"), without("c"), without("a"), whole):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["bc", "abc", None]
+        for news in (without("b"), without("a")):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["c", "bc", None]
+        stream.update(whole)
+        assert [await sent(), await sent()] == ["abc", None]
+        for news in (without("a"), without("b")):
+            stream.update(news)
+        stream.end()
+        assert await sent() == "the end"
+
+    asyncio.run(check())
 
 
 # kubelet comes and goes
@@ -5490,6 +6330,161 @@ def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: K
     wait_for(lambda: sum(told_registered(daemon.log[before:])) == 200)
     assert daemon.log[before:].count("\n") < 12
     assert len(kubelet.requests) == 400
+    stops_well(daemon, node)
+
+
+# The kernel tells of changes in the folders of /dev. Here, too, the --interval is an hour, so that no poll helps.
+
+
+@needs_root
+def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.rules("- {devicematch: '^(video|bus/usb/.*/|serial/|snd$)', resource: pool}\n")
+    node.plug("bus/usb/001/001")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for turn, work in enumerate(
+        (
+            lambda: node.plug("video0"),
+            lambda: node.plug("bus/usb/001/002"),  # in a folder that was there
+            lambda: node.plug("bus/usb/002/001"),  # in a new one
+            lambda: node.plug("bus/usb/002/002"),  # that is watched by now
+            lambda: node.link("serial/by-id/x", "../../ttyUSB0") and node.plug("ttyUSB0"),
+            lambda: node.plug("snd/a"),
+        ),
+        2,
+    ):
+        work()
+        kubelet.wait_for("pool", Healthy=turn)
+    for turn, path in enumerate(("bus/usb/002/001", "video0", "bus/usb/001/001", "snd/a"), 1):
+        node.unplug(path)
+        kubelet.wait_for("pool", Healthy=7 - turn, Unhealthy=turn)
+    shutil.rmtree(node.dev / "bus")
+    kubelet.wait_for("pool", Healthy=1, Unhealthy=6)
+    node.plug("bus/usb/001/001")  # all these folders are others now
+    kubelet.wait_for("pool", Healthy=2, Unhealthy=5)
+    node.plug("bus/usb/001/003")
+    kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
+    assert kubelet.count("pool") == 1
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_change_that_is_undone_at_once_does_not_end_the_watch(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for number in (1, 2):
+        wait_calm(daemon)
+        (node.dev / "temporary").touch()
+        (node.dev / "temporary").unlink()
+        wait_calm(daemon)
+        node.plug(f"video{number}")
+        kubelet.wait_for("pool", Healthy=1 + number)
+
+
+@needs_root
+def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """However the changes fall between the looks and the ticks of the clock, the last ones are seen, too."""
+    node.rules("- {devicematch: '^([abc]/)+[0-9]$', resource: pool}\n")
+    node.plug("a/0")
+    start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    rng = random.Random(1)
+    for _ in range(15):
+        for _ in range(rng.randrange(1, 60)):
+            path = "/".join([*rng.choices("abc", k=rng.randrange(1, 4)), str(rng.randrange(3))])
+            if (node.dev / path).exists():
+                node.unplug(path)
+            else:
+                node.plug(path)
+            if rng.random() < 0.2:
+                shutil.rmtree(node.dev / rng.choice("abc") / rng.choice("abc"), ignore_errors=True)
+            time.sleep(rng.choice((0, 0, 0.001, 0.02)))
+        found = {str(path.relative_to(node.dev)) for path in node.dev.rglob("[0-9]")}
+
+        def is_seen(found: set[str] = found) -> bool:
+            return {
+                slot.rpartition(":")[0] for slot, health in kubelet.health("pool").items() if health == "Healthy"
+            } == found
+
+        wait_for(is_seen, lambda found=found: f"{found}; kubelet has {dict(kubelet.health('pool'))}", patience=3.0)
+
+
+@needs_root
+def test_storms_of_changes_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_calm(daemon)
+    storm = node.dev / "storm"
+    before, used, began = wakes(daemon), psutil.Process(daemon.process.pid).cpu_times(), time.monotonic()
+    with Swapping(storm.touch, storm.unlink):
+        for number in range(1, 4):
+            node.plug(f"video{number}")
+            kubelet.wait_for("pool", Healthy=1 + number)
+            assert kubelet.gives("pool", f"video{number}:0")
+        kubelet.down()
+        kubelet.up()
+        wait_ready(kubelet, ["pool"], AT_ONCE)
+        wait_for(lambda: time.monotonic() - began > 2.0)
+        now = psutil.Process(daemon.process.pid).cpu_times()
+        looks, seconds = wakes(daemon) - before, time.monotonic() - began
+    assert looks < 4 * seconds / sdm.REST_SECONDS + 100  # a look wakes the main thread, and what it finds the others
+    assert now.user + now.system - used.user - used.system < 0.5 * seconds
+    wait_calm(daemon)
+
+
+def watched(daemon: Daemon) -> list[str]:
+    """The folders of /dev that the daemon holds open."""
+    folder = f"/proc/{daemon.process.pid}/fd"
+    paths = (os.path.realpath(f"{folder}/{name}") for name in os.listdir(folder))
+    return [path for path in paths if f"{path}/".startswith(f"{daemon.node.dev}/")]
+
+
+@needs_root
+def test_folders_beyond_the_limit_are_left_to_the_poll(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Those in which rules name something come first."""
+    count = sdm.MAX_WATCHED - 3  # and /dev, cpu, usb and usb/1
+    for number in range(count):
+        (node.dev / f"cpu/{number}").mkdir(parents=True)
+    node.plug("usb/1/1")
+    node.rules("- {devicematch: '^(usb/1/.|cpu/.*/x)$', resource: pool}\n")
+    daemon = start("--interval", "3")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == sdm.MAX_WATCHED)
+    assert str(node.dev / "usb/1") in watched(daemon)
+    (far,) = {f"cpu/{number}" for number in range(count)} - {path[len(str(node.dev)) + 1 :] for path in watched(daemon)}
+    began = time.monotonic()
+    node.plug("usb/1/2")
+    kubelet.wait_for("pool", Healthy=2)
+    assert time.monotonic() - began < 1.0
+    node.plug(f"{far}/x")
+    kubelet.wait_for("pool", Healthy=3)
+
+
+@needs_root
+def test_the_watches_take_no_more_than_a_part_of_the_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in range(100):
+        (node.dev / str(number)).mkdir()
+    offer(node, "null")
+    daemon = start(through=["prlimit", "--nofile=256:256"])
+    kubelet.wait_for("null", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == 16)
+    assert str(node.dev) in watched(daemon)
+
+
+@needs_root
+def test_a_signal_for_dev_that_nobody_asked_for_is_a_look_and_no_more(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before = daemon.log
+    for _ in range(100):
+        daemon.process.send_signal(sdm.FOLDER_SIGNAL)
+    wait_calm(daemon)
+    assert daemon.log == before
     stops_well(daemon, node)
 
 
@@ -6255,6 +7250,198 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     wait_ready(kubelet, ["null", "zero"], 3.0)
 
 
+# Every call is answered
+
+
+def test_every_method_of_the_service_is_one_that_answers() -> None:
+    methods = [name for name in vars(sdm.rpc.DevicePluginServicer) if not name.startswith("_")]
+    assert sorted(methods) == sorted(METHODS)
+    assert all(hasattr(getattr(sdm.Plugin, name), "__wrapped__") for name in methods)
+
+
+UNFORESEEN = {  # a request of each method, and what fails when it is looked at
+    "ListAndWatch": (pb.Empty(), "sdm.ListStream.next"),
+    "GetPreferredAllocation": (
+        pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()]),
+        "sdm.preferred_allocation",
+    ),
+    "Allocate": (
+        pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["video0:0"])]),
+        "sdm.allocate",
+    ),
+    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.names_device"),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("method", UNFORESEEN)
+def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet: Kubelet, method: str) -> None:
+    """The text of the exception is none that gRPC takes, nor one for a terminal; and it is long."""
+    node.plug("video0")
+    node.rules("- devicematch: video\n  resource: pool\n")
+    request, failing = UNFORESEEN[method]
+    text = r"nobody \udcff foresaw\x1b[31m\nINFO this" + " \u20ac" * 5000
+    daemon = broken_daemon(node, f"def fail(*_):\n    raise ValueError('{text}')\n{failing} = fail")
+    wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
+    with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError) as caught:
+        list(itertools.chain(getattr(stub, method)(request, timeout=PATIENCE)))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    words = caught.value.details()
+    assert words.startswith(
+        f"smarter-devices/pool: {method} failed, which is a bug of the plugin: "
+        r"ValueError: nobody \udcff foresaw\x1b[31m\nINFO this " + "\u20ac \u20ac"
+    )
+    assert re.search(r"[ \u20ac]\.\.\.$", words) and len(words.encode()) < 3000
+    daemon.says(rf"CRITICAL smarter-devices/pool: {method} failed; this is a bug\n  Traceback \(most recent call last")
+    assert r"  ValueError: nobody \udcff foresaw\x1b[31m" in daemon.log
+    assert "\x1b" not in daemon.log and not re.search("^INFO", daemon.log, re.MULTILINE)
+    status = Status(daemon)
+    assert status.metrics()["internal_errors_total"] >= 1
+    assert any(event["event"] == "internal-error" for event in status.document()["events"])
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """A link's target, and a node in a folder, both of which came after the last look."""
+    node.plug("video0")
+    node.plug("snd/a")
+    node.link("cam", "video0")
+    node.rules("- devicematch: ^(cam|snd)$\n")
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, ["cam", "snd"])
+    node.link("cam", "gone\udcff\x1b[31m")
+    node.plug("snd/b\udcff")
+    assert refusal(kubelet, "cam", "0") == (
+        "UNAVAILABLE",
+        r"smarter-devices/cam: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which is not there",
+    )
+    status, words = refusal(kubelet, "snd", "0")
+    assert status == "UNAVAILABLE"
+    assert r"the name /dev/snd/b\udcff is not UTF-8" in words
+    assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
+
+
+# A service manager: systemd starts the daemon before the kubelet, and watches over it
+
+
+class Manager:
+    """The socket of a service manager at ADDRESS, "@" for the abstract ones, and what it was told."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def environment(self, watchdog: str) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": watchdog}
+
+    def hear(self, patience: float = PATIENCE) -> str:
+        """The next thing that it is told; "" where nothing comes in that time."""
+        self._socket.settimeout(patience)
+        try:
+            self.heard.append(self._socket.recv(1000).decode())
+        except socket.timeout:
+            return ""
+        return self.heard[-1]
+
+    def wait_for_silence(self, seconds: float) -> None:
+        wait_for(lambda: not self.hear(seconds), "silence")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, node: Node) -> Iterator[Manager]:
+    manager = Manager(f"@{node.root}" if request.param == "abstract" else f"{node.root}/notify")
+    yield manager
+    manager.close()
+
+
+def test_the_daemon_first_and_kubelet_later(node: Node, start: Starter, manager: Manager) -> None:
+    """It is ready without a kubelet, so that systemd goes on to start one; and has all registered soon after that."""
+    names = offer_many(node, 10) if os.geteuid() == 0 else list(NAMES)
+    if os.geteuid() != 0:
+        offer(node, *names)
+    own_pid = ["sh", "-c", 'WATCHDOG_PID=$$ exec "$@"', "sh"]
+    daemon = start("--interval", "3600", through=own_pid, env={**os.environ, **manager.environment("400000")})
+    assert manager.hear() == "READY=1"
+    daemon.says("kubelet is not there")
+    began = time.monotonic()
+    assert [manager.hear() for _ in range(5)] == ["WATCHDOG=1"] * 5
+    assert 0.7 < time.monotonic() - began < 3.0
+    kubelet = Kubelet(node).up()
+    began = os.stat(node.plugins / "kubelet.sock").st_ctime
+    try:
+        wait_ready(kubelet, names)
+        last = max(streams[0][0] for streams in kubelet.streams.values()) + time.time() - time.monotonic()
+        print(f"from kubelet.sock to the last registration: {last - began:.3f} s")
+        assert last - began < 0.5  # the goal is 0.05 s, which .ci/bench measures; here the machine may be busy
+        assert daemon.stop() == 0
+    finally:
+        kubelet.down()
+    manager.wait_for_silence(0.5)
+    assert set(manager.heard[:-1]) == {"READY=1", "WATCHDOG=1"} and manager.heard[-1] == "STOPPING=1"
+
+
+HANGS = {
+    "kubelet side": "deliver = sdm.DevicePluginSide.deliver\n"
+    "sdm.DevicePluginSide.deliver = lambda side, plan: (deliver(side, plan), side._loop.call_later(1, hang))",
+    "device side": "sdm.DeviceSide.hasten_full_look = lambda devices: hang()",
+}
+
+
+@pytest.mark.parametrize("side", HANGS)
+def test_a_side_that_hangs_has_the_watchdog_pinged_no_more(node: Node, kubelet: Kubelet, side: str) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    hang = "import time\nhang = lambda: time.sleep(3600)\n"
+    daemon = broken_daemon(node, hang + HANGS[side], **manager.environment("100000"))
+    try:
+        wait_ready(kubelet, ["null"])
+        wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
+        if side == "device side":
+            daemon.process.send_signal(sdm.LOOK_SIGNAL)
+        manager.wait_for_silence(1.0)
+        assert daemon.process.poll() is None
+    finally:
+        daemon.kill()
+        manager.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "watchdog"),
+    [
+        ("/nowhere/to/be/found", "100000"),
+        ("@", "9" * 5000),
+        ("relative", "-1"),
+        ("/" * 500, "1e3"),
+        ("\udcff", "0"),
+        ("", "1"),
+    ],
+)
+def test_a_service_manager_that_makes_no_sense_is_served_without(
+    node: Node, kubelet: Kubelet, start: Starter, address: str, watchdog: str
+) -> None:
+    offer(node, "null")
+    daemon = start(env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": watchdog})
+    wait_ready(kubelet, ["null"])
+    settle(daemon)
+    stops_well(daemon, node)
+
+
+def test_the_watchdog_of_another_process_is_not_pinged(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    start(env={**os.environ, **manager.environment("100000"), "WATCHDOG_PID": "1"})
+    assert manager.hear() == "READY=1"
+    wait_ready(kubelet, ["null"])
+    assert manager.hear(1.0) == ""
+    manager.close()
+
+
 # What the node runs out of
 
 
@@ -6318,6 +7505,47 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet,
     wait_ready(kubelet, NAMES)
     assert daemon.log.count("cannot listen") == 1, daemon.log
     stops_well(daemon, node)
+
+
+def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Kubelet's streams are open still, the kernel tells of nothing, and the next look is some seconds away."""
+    offer(node, *NAMES)
+    daemon = start("--interval", "1")
+    wait_ready(kubelet, NAMES)
+    settle(daemon, 1.0)
+    moved = time.monotonic()
+    node.plugins.rename(node.root / "q")
+    daemon.says("kubelet is not there")
+    assert time.monotonic() - moved < 2.5  # of an --interval and a busy machine; CALM_LOOK_SECONDS are 5
+    node.plugins.mkdir(0o755)
+    other = Kubelet(node).up()
+    try:
+        wait_ready(other, NAMES)
+    finally:
+        other.down()
+
+
+@needs_root
+def test_a_plugin_directory_that_is_deleted_under_its_mount_ends_it(node: Node, kubelet: Kubelet) -> None:
+    """As in a container: the host makes another directory, and the mount is of the old one for ever."""
+    mounted(node, "", "true")  # or skip
+    offer(node, "null")
+    there = node.root / "mounted"
+    there.mkdir()
+    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
+    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
+    try:
+        wait_ready(kubelet, ["null"])
+        node.plugins.rename(node.root / "away")  # that alone is no reason
+        settle(daemon)
+        (node.root / "away").rename(node.plugins)
+        shutil.rmtree(node.plugins)
+        node.plugins.mkdir()
+        assert daemon.process.wait(PATIENCE) == 1
+        daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it: ending")
+        assert "Traceback" not in daemon.log
+    finally:
+        daemon.kill()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
@@ -8412,8 +9640,7 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
     plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
-    document = sdm.describe_plan(plan, "d", sdm.Now.now())
-    assert [found["label"] for found in document["left_out"]] == [label]
+    assert [found.reason.label for found in plan.left_out] == [label]
 
 
 def test_the_readme_has_every_metric_and_no_other() -> None:
@@ -8861,7 +10088,7 @@ def test_it_serves_without_modules_that_it_has_no_use_for(folder: Path, kubelet:
     }
 
 
-def broken_daemon(node: Node, fault: str) -> Daemon:
+def broken_daemon(node: Node, fault: str, **environment: str) -> Daemon:
     """A daemon with FAULT, a statement that is run before all else; so its log may show a traceback."""
     driver = node.root / "driver.py"
     driver.write_text(
@@ -8870,7 +10097,7 @@ def broken_daemon(node: Node, fault: str) -> Daemon:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("test_smarter_device_manager.SCRIPT", driver)
-        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE)})
+        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE), **environment})
 
 
 def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: Path, kubelet: Kubelet) -> None:
@@ -8892,7 +10119,7 @@ def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet:
         status.connect().close()
     assert daemon.process.wait(PATIENCE) == 1
     assert daemon.log.count("Traceback") == 1
-    assert [path.name for path in node.plugins.iterdir()] == ["kubelet.sock"]
+    assert [path.name for path in node.plugins.glob("*.sock")] == ["kubelet.sock"]
 
 
 def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, start: Starter) -> None:
@@ -9569,3 +10796,152 @@ def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet,
 
     wait_for(lambda: {"registered", "plugged", "started"} <= events())
     assert daemon.log == ""
+
+
+# A log that is not read
+
+
+class FullPipe:
+    """A pipe for the log of a daemon, and full: who writes into it waits until it is read."""
+
+    def __init__(self, is_blocking: bool = True) -> None:
+        self.reader, self.writer = os.pipe()
+        self.text = ""  # that was read
+        fcntl.fcntl(self.writer, 1031, 4096)  # F_SETPIPE_SZ, which has no name before Python 3.10
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"-\n" * 64)
+        os.set_blocking(self.writer, is_blocking)
+
+    def waits(self) -> bool:
+        """Read what there is; whether there was something."""
+        if not select.select([self.reader], [], [], 0.2)[0]:
+            return False
+        data = os.read(self.reader, 1 << 16)
+        self.text += data.decode()
+        return bool(data)
+
+    def read(self) -> bool:
+        """Read what there is; true."""
+        self.waits()
+        return True
+
+    def read_to_the_end(self) -> str:
+        """All that comes until the daemon has ended."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+        wait_for(lambda: not (select.select([self.reader], [], [], PATIENCE)[0] and self.waits()))
+        return self.text
+
+    def __enter__(self) -> FullPipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (self.reader, self.writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def cpu_time(daemon: Daemon) -> float:
+    """The seconds of CPU that it has used."""
+    return sum(psutil.Process(daemon.process.pid).cpu_times()[:2])
+
+
+def get(daemon: Daemon, path: str) -> tuple[int, str]:
+    """What a daemon whose log cannot be read says of its status: the status of the answer, and its body."""
+    found = wait_for(lambda: [one for one in psutil.Process(daemon.process.pid).net_connections("inet") if one.laddr])
+    connection = http.client.HTTPConnection("127.0.0.1", found[0].laddr.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_said(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
+) -> None:
+    """Nor where whoever else has the pipe made it one of which nobody waits for a reader."""
+    count = sdm.MAX_QUEUED_LINES + 200
+    with FullPipe(is_blocking) as pipe:
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        with plugin_stub(node, "nvidia-gpu0") as stub:
+            for number in range(count):
+                asked = [pb.ContainerAllocateRequest(devices_ids=[f"x{number}"])]
+                call = stub.Allocate.future(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE)
+                assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        kubelet.take("nvidia-gpu0")
+        assert get(daemon, "/healthz")[0] == 200
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3  # what waits for the reader sleeps
+        dropped = int(samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"])
+        assert 200 < dropped < 220
+        said = f"ERROR {dropped} lines of the log had to be dropped, since nobody read it lines={dropped}"
+        wait_for(lambda: pipe.read() and said in pipe.text, lambda: pipe.text[-2000:])
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert read == list(range(len(read)))  # the oldest, which tell how it began
+        wait_for(lambda: not pipe.waits())
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert len(read) + dropped == count + 1  # the Allocate that was granted is the last one of these
+        assert "allocated" not in pipe.text
+        kubelet.take("nvidia-gpu0")
+        wait_for(lambda: pipe.read() and "INFO allocated" in pipe.text)
+        assert daemon.stop() == 0
+        assert " INFO stopping: SIGTERM\n" in pipe.read_to_the_end()
+        assert pipe.text.count("had to be dropped") == 1
+
+
+def test_a_log_that_can_be_written_nowhere_is_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        os.close(pipe.reader)
+        pipe.reader = os.open(os.devnull, os.O_RDONLY)
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        wait_for(lambda: samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"] >= 4)
+        kubelet.take("nvidia-gpu0")
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3
+        assert daemon.stop() == 0
+
+
+def test_it_ends_although_nobody_reads_its_log(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        stops_well(daemon, node)
+
+
+def test_what_waits_when_it_ends_is_written_if_somebody_reads(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter
+) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        for number in range(100):
+            with pytest.raises(grpc.RpcError):
+                kubelet.take("nvidia-gpu0", f"x{number}")
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not sockets(node))
+        text = pipe.read_to_the_end()
+        assert len(re.findall('no device ID "x', text)) == 100
+        assert " INFO stopping: SIGTERM\n" in text and text.endswith("\n")
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
+    """After what was logged until then; and though nobody reads it, it ends."""
+    node.rules("- devicematch: [\n")
+    kept = sdm.kept_conf_path(str(node.plugins), sdm.DEFAULT_DOMAIN)
+    os.mkdir(kept)
+    done = node.run()
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert "WARNING the conf kept in" in first and last.startswith(f"smarter_device_manager.py: {node.conf}:")
+    with FullPipe() as pipe:
+        daemon = Daemon(node, stderr=pipe.writer)
+        assert daemon.process.wait(PATIENCE) == 1
