@@ -4968,6 +4968,7 @@ class Publisher:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if is_listed and not (self._node_uid and self._is_published(copies)):
                     self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
+                    self._next_class_look = 0.0  # whoever deleted slices, or brought another server, took classes too
                 if not self._is_published(copies):
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))

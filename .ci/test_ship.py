@@ -712,6 +712,22 @@ def test_each_node_can_write_its_own_slices_only() -> None:
     assert (binding["policyName"], binding["validationActions"]) == (NAME, ["Deny"])
 
 
+def test_the_claim_of_the_documentation_is_valid_and_asks_for_what_there_is() -> None:
+    text = (ROOT / "docs/dra.md").read_text()
+    (example,) = re.findall(r"<!-- pod: dra -->\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    template, meter = yaml.safe_load_all(example)
+    newest = kubernetes_validate.utils.all_versions()[-1]
+    for item in (template, meter):
+        kubernetes_validate.validate(item, newest, strict=True)
+    assert meter["spec"]["resourceClaims"][0]["resourceClaimTemplateName"] == template["metadata"]["name"]
+    (request,) = template["spec"]["spec"]["devices"]["requests"]
+    assert request["exactly"]["deviceClassName"] == sdm.device_class("smarter-devices")["metadata"]["name"]
+    asked = re.findall(r'attributes\["smarter-devices"\]\.(\w+)', json.dumps(template).replace('\\"', '"'))
+    assert set(asked) <= {"resource", "path", "slot", "pool", "numaNode", "driver", "subsystem", *sdm.USB_FACTS}
+    (toleration,) = re.findall(r"^ +tolerations:\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert yaml.safe_load(toleration)[0]["key"] == sdm.gone_taint("smarter-devices")["key"]
+
+
 def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
     options = [part for part in container(render({"api": "dra"}))["args"] if not part.startswith(("--dev", "--sys"))]
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), *options, "--check", "--conf", str(CONF)]
@@ -776,6 +792,10 @@ COMMANDS = {
         CANNOT + "no cluster; test_the_default_render... renders the chart with Helm's own code"
     ),
     r"helm delete my-smarter-device-manager --namespace kube-system": CANNOT + "no cluster",
+    r"helm (install|template) .* --set api=dra( \| kubectl apply -f -)?": (
+        CANNOT + "no cluster; test_dra_adds_exactly... renders the chart with Helm's own code"
+    ),
+    r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
 }
 
 
