@@ -1326,7 +1326,6 @@ BAD_RULES = [
         '1.5: a number must be whole, and without zeros before it: write 1; a text must be in quotes: "1.5"',
     ),
     ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
-    ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, "quote it"),
     ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a whole number of slots, found nothing"),
     ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
@@ -1351,7 +1350,7 @@ BAD_RULES = [
     ("- devicematch: a\n  attributes: idVendor", 2, 15, 'a mapping of attributes, such as idVendor: "10c4"'),
     ("- devicematch: a\n  attributes: {}", 2, 15, "a mapping of attributes"),
     ("- devicematch: a\n  attributes: {idVendor: 1234}", 2, 26, 'put it in quotes, "1234"'),
-    ("- devicematch: a\n  attributes: {idVendor: 0042}", 2, 26, 'quote it ("0042")'),
+    ("- devicematch: a\n  attributes: {idVendor: 0042}", 2, 26, 'a text must be in quotes: "0042"'),
     ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
     ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is no regular expression'),
     ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is no attribute of sysfs'),
@@ -1687,7 +1686,7 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
     done = bare("--check", f"--{option}={value}")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 4  # three of usage
+    assert done.stderr.count("\n") == 3  # two of usage
     last = done.stderr.splitlines()[-1]
     assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
     assert variable not in last
@@ -4056,7 +4055,9 @@ def test_what_rules_override(board: Board) -> None:
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     snapshot = snapshot_of(board.tree)
     tracked, left_out = sdm.track({}, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(str(board.node.sys)), matcher, "/dev")
+    plan = sdm.make_plan(
+        tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(str(board.node.sys)), matcher, "/dev", 0.0
+    )
     found = sdm.find_overridden(plan, tracked, matcher)
     # b lacks the attribute that line 6 puts into a variable, so nobody has it.
     assert [(one.rule.line, one.device.path, one.device.line) for one in found] == [
