@@ -3540,7 +3540,7 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem:
+                    if device.problem and not device.parts:  # a Tegra GPU, which nothing in /dev stands for
                         return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
