@@ -7465,7 +7465,8 @@ def raise_limit() -> None:
     import resource as limits
 
     most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):  # somebody has just lowered it: fewer will do for fewer resources
+        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
 
 
 def serve(options: argparse.Namespace) -> int:
