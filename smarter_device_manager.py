@@ -938,10 +938,12 @@ TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegr
 
 
 class Companion(NamedTuple):
-    """A node that goes along with a device: a template of its path below /dev."""
+    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
 
     template: str
-    optional: bool
+    optional: bool = False
+    containerpath: str = ""  # template; empty: beside the device, or as on the host
+    permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
@@ -959,30 +961,60 @@ def _compile(node: Node) -> Expression:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched.
-_REFERENCE = re.compile(r"\\(?:([1-9][0-9]?)|g<([0-9]{1,2}|[A-Za-z_]\w*)>|(.?))", re.ASCII | re.DOTALL)
+# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+_REFERENCE = re.compile(
+    r"""
+    \\ (?: (?P<number> [1-9][0-9]? )
+         | g< (?P<group> [0-9]{1,2} | [A-Za-z_]\w* ) >
+         | g<attr: (?P<attribute> [^<>]+ ) >
+         | (?P<wrong> .? ) )
+    """,
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
 
 
-def expand(template: str, match: re.Match[str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds; a group that took no part is empty."""
-    return _REFERENCE.sub(lambda found: match[_group(found)] or "", template)
+def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+
+    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
+    it is one part of a path at the most, and never "." or "..".
+    """
+
+    def replacement(found: re.Match[str]) -> str:
+        if not found["attribute"]:
+            return match[_group(found)] or ""
+        value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
+        return value if value.strip(".") else "_" * len(value)
+
+    return _REFERENCE.sub(replacement, template)
 
 
 def _group(reference: re.Match[str]) -> Union[int, str]:
-    name = reference[1] or reference[2]
+    name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
-        if reference[3] is not None:
-            problem = r"a backslash stands for a group of devicematch only: \1, \g<name>, \g<0>"
+        if reference["wrong"] is not None:
+            problem = (
+                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
+            )
+        elif reference["attribute"]:
+            if _is_attribute(reference["attribute"]):
+                continue
+            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
             problem = f"{reference[0]}: devicematch has no such group"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 # Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
@@ -1023,9 +1055,10 @@ def _read_template(node: Node) -> str:
 
 def _read_resource(node: Node) -> str:
     text = _read_template(node)
-    domain, slash, name = text.partition("/")
+    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name or 'a name'}"
+        name = text[len(domain) + 1 :] or "a name"
+        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1056,7 +1089,7 @@ def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
 def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if {"", ".", ".."} & set(name.value.split("/")) or "\0" in name.value:
+        if not _is_attribute(name.value):
             raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
@@ -1065,15 +1098,49 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
 def _read_companions(node: Node) -> Tuple[Companion, ...]:
     if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
         raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    found = []
-    for item in node.value:
-        template = _read_template(item)
-        if template.startswith("/") or ".." in template.split("/") or template == "?":
-            raise ConfigError(
-                f"{_shown(template)} must be a path below /dev, such as snd/controlC0", item.line, item.column
-            )
-        found.append(Companion(template[:-1] if template.endswith("?") else template, template.endswith("?")))
-    return tuple(found)
+    return tuple(_read_companion(item) for item in node.value)
+
+
+def _read_companion(node: Node) -> Companion:
+    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
+        raise _wrong(node, "a path below /dev, or a mapping with it")
+    if not isinstance(node.value, Pairs):
+        template = _read_template(node)
+        is_optional = template.endswith("?")
+        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
+    nodes = _nodes_by_key(node, _COMPANION_KEYS)
+    if "path" not in nodes:
+        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+    if _read_template(nodes["path"]).endswith("?"):
+        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
+        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
+    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+
+
+def _read_companion_path(node: Node) -> str:
+    return _check_companion(node, _read_template(node))
+
+
+def _check_companion(node: Node, template: str) -> str:
+    if not template or template.startswith("/") or ".." in template.split("/"):
+        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
+        raise ConfigError(problem, node.line, node.column)
+    return template
+
+
+def _read_optional(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise _wrong(node, "true or false")
+    return node.value
+
+
+_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
+    "path": ("template", _read_companion_path),
+    "containerpath": ("containerpath", _read_containerpath),
+    "optional": ("optional", _read_optional),
+    "permissions": ("permissions", _read_permissions),
+}
 
 
 def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
@@ -1105,6 +1172,7 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
+    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
@@ -1134,31 +1202,43 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
 def _parse_rule(node: Node) -> Rule:
     if not isinstance(node.value, Pairs):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in _KEYS:
-            import difflib  # for a wrong conf only
-
-            near = difflib.get_close_matches(key.value, _KEYS, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
-        nodes[key.value] = value
+    nodes = _nodes_by_key(node, _KEYS)
     if "devicematch" not in nodes:
         raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
     match = _compile(nodes["devicematch"])
     if nodes["devicematch"].value == TEGRA:
         match = Expression(f"^{TEGRA}([0-9]+)$")
     fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    for template in _template_nodes(nodes):
+    templates = list(_template_nodes(nodes))
+    for template in templates:
         _check_template(template, match)
-    return Rule(line=node.line, match=match, **fields)
+    references = (reference for template in templates for reference in _REFERENCE.finditer(template.value))
+    values = dict.fromkeys(reference["attribute"] for reference in references if reference["attribute"])
+    return Rule(line=node.line, match=match, values=tuple(values), **fields)
+
+
+def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
+    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    nodes: Dict[str, Node] = {}
+    for key, value in node.value:
+        if key.value not in keys:
+            import difflib  # for a wrong conf only
+
+            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
+            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+        nodes[key.value] = value
+    return nodes
 
 
 def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
     for key in ("resource", "containerpath"):
         if key in nodes:
             yield nodes[key]
-    if "with" in nodes:
-        yield from nodes["with"].value
+    for item in nodes["with"].value if "with" in nodes else ():
+        if isinstance(item.value, Pairs):
+            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
+        else:
+            yield item
     if "env" in nodes:
         yield from (value for _, value in nodes["env"].value)
 
@@ -1748,7 +1828,12 @@ class AttributeAnswer(NamedTuple):
 
     mismatch: str  # what it has instead; empty: it has them
     held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
+    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
     reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+
+
+# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+_Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
 class Sysfs:
@@ -1760,19 +1845,22 @@ class Sysfs:
     def __init__(self, sys_dir: str) -> None:
         self._sys_dir = sys_dir
         self._numa: Dict[int, Optional[int]] = {}
-        self._answers: Dict[Tuple[int, Tuple[Attribute, ...]], Tuple[DeviceNode, AttributeAnswer]] = {}
+        self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[Tuple[int, Tuple[Attribute, ...]]] = set()  # what lacks something, and is new
+        self._settling: Set[_Question] = set()  # what lacks something, and is new
 
-    def ask_again(self, generations: Iterable[int]) -> bool:
-        """Forget all nodes but those with one of GENERATIONS, and ask for their attributes again; whether
-        answer() has another one now."""
+    def forget(self, generations: Iterable[int]) -> None:
+        """Drop what is remembered of nodes with other generations than GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
-        return self._renew(self._answers)
+
+    def ask_again(self, generations: Iterable[int]) -> bool:
+        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        there = set(generations)
+        return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
@@ -1783,11 +1871,14 @@ class Sysfs:
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
 
-    def answer(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7))."""
-        key = (node.entry.generation, attributes)
+    def answer(
+        self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
+    ) -> AttributeAnswer:
+        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
+        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        key = (node.entry.generation, attributes, names)
         if key not in self._answers:
-            answer = self._ask(attributes, node)
+            answer = self._ask(key, node)
             self._answers[key] = node, answer
             now = time.monotonic()
             if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
@@ -1803,23 +1894,26 @@ class Sysfs:
                 self._settling.remove(key)
         return has_changed
 
-    def _renew(self, keys: Iterable[Tuple[int, Tuple[Attribute, ...]]]) -> bool:
-        """Ask anew for KEYS; whether an answer is another one now."""
+    def _renew(self, keys: Iterable[_Question]) -> bool:
+        """Ask again for KEYS; whether an answer is another one now."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
-            answer = self._ask(key[1], node)
+            answer = self._ask(key, node)
             if answer != before:
                 self._answers[key] = node, answer
                 has_changed = True
         return has_changed
 
-    def _ask(self, attributes: Tuple[Attribute, ...], node: DeviceNode) -> AttributeAnswer:
+    def _ask(self, question: _Question, node: DeviceNode) -> AttributeAnswer:
+        _, attributes, names = question
         chain = list(self.chain(node.entry))
+        if not attributes:
+            return _with_values(AttributeAnswer("", ()), chain, names)
         for folder in chain:
             held = _held_in(folder, attributes)
             if held:
-                return AttributeAnswer("", held)
+                return _with_values(AttributeAnswer("", held), [folder, *chain], names)
         slow, others = [], []
         for attribute in attributes:
             for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
@@ -1827,7 +1921,7 @@ class Sysfs:
             shown = shown_values(chain, attribute.name)
             others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
-        return AttributeAnswer("; ".join(slow + others), (), reason)
+        return AttributeAnswer("; ".join(slow + others), (), reason=reason)
 
     def chain(self, entry: Entry) -> Iterator[str]:
         """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
@@ -1910,6 +2004,20 @@ def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribut
     return tuple(held)
 
 
+def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterable[str]) -> AttributeAnswer:
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    values, problems = [], []
+    for name in names:
+        value = next(iter(values_of(folders, name)), None)
+        if value is None:
+            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+        elif len(value) > MAX_VALUE:
+            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        else:
+            values.append(HeldAttribute(name, value))
+    return answer._replace(mismatch="; ".join(problems), values=tuple(values))
+
+
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
     """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
     folders = list(chain)
@@ -1965,6 +2073,7 @@ class Part(NamedTuple):
     path: str
     container: str
     optional: bool
+    permissions: str
 
 
 @dataclass(frozen=True)
@@ -2151,10 +2260,11 @@ def make_plan(
         if rule is None or match is None:
             continue
         try:
-            name = resource_name(expand(rule.resource, match) if rule.resource else path)
+            values = _template_values(rule, tracked_device, sysfs)
+            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, snapshot, sysfs, dev_dir)
+            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
@@ -2169,6 +2279,25 @@ def make_plan(
             resources[name] = resource
     unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+class Overridden(NamedTuple):
+    """A rule that names a device without effect, because another rule has it."""
+
+    rule: Rule
+    device: Device
+
+
+def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    found = []
+    for device in (device for resource in plan.resources.values() for device in resource.devices):
+        named = [
+            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
+        ]
+        lines = [rule.line for rule in named]
+        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
 def _make_resource(
@@ -2291,11 +2420,26 @@ def _follow(
     return None, None, left_out
 
 
+def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    if not rule.values:
+        return {}
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    if not answers:
+        raise NotADevice(Reason.NO_ATTRIBUTES)
+    fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
+    answer = next((answer for answer in fitting if not answer.mismatch), fitting[0])
+    if answer.mismatch:
+        raise NotADevice(answer.reason, why=answer.mismatch)
+    return dict(answer.values)
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
     rule: Rule,
     match: re.Match[str],
+    values: Mapping[str, str],
     snapshot: Snapshot,
     sysfs: Sysfs,
     dev_dir: str,
@@ -2303,7 +2447,7 @@ def _device(
     """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
-    env.update((name, expand(template, match)) for name, template in rule.env)
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
     nodes = tracked_device.nodes
     numas = {sysfs.numa(node) for node in nodes}
     held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
@@ -2311,7 +2455,7 @@ def _device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match))[tegra:],
+        parts=tuple(_parts(path, rule, match, values))[tegra:],
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
@@ -2329,17 +2473,23 @@ def _device(
         return dataclasses.replace(device, problem=str(error))
 
 
-def _parts(path: str, rule: Rule, match: re.Match[str]) -> Iterator[Part]:
+def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
     """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
-    container = expand(rule.containerpath, match) if rule.containerpath else f"/dev/{path}"
+    container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    wanted = [(path, container, False)]
-    wanted += [(expand(with_.template, match), "", with_.optional) for with_ in rule.companions]
-    for part, base, optional in wanted:
-        place = re.sub("/+", "/", folder + part.rpartition("/")[2] if folder else base or f"/dev/{part}")
-        if {"", ".", ".."} & set(place.split("/")[2:]):
-            raise NotADevice(Reason.CONTAINER_PATH, path=place)
-        yield Part(part, place, optional)
+    yield Part(path, _place(container, path), False, rule.permissions)
+    for companion in rule.companions:
+        other = expand(companion.template, match, values)
+        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
+        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+
+
+def _place(container: str, path: str) -> str:
+    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
+    if {"", ".", ".."} & set(place.split("/")[2:]):
+        raise NotADevice(Reason.CONTAINER_PATH, path=place)
+    return place
 
 
 def _identity(node: DeviceNode) -> Tuple[int, int]:
@@ -2363,7 +2513,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
         if part.path == device.path and is_changed:
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
-        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, device.permissions, places))
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
     return specs
 
 
@@ -2966,14 +3116,15 @@ class OtherInstances:
 
 
 class Watch:
-    """Has the kernel send SIGIO to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
     This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
     taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
         self._path = path
+        self._signal = signal_number
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -2982,6 +3133,7 @@ class Watch:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # another directory has the path now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
             return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
@@ -4292,6 +4444,25 @@ def _render_rest(document: Document) -> str:
     return text
 
 
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    if not overridden:
+        return ""
+    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
+    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    if winners:
+        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
+        text += "\nRules that later rules override for every device that they name:\n"
+        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
+    return text
+
+
 def _device_text(device: Document) -> str:
     problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
     return f"{device['path']}{problem or _device_details(device)}"
@@ -5232,7 +5403,14 @@ REFUSALS = ("refused", "start-refused")  # events that are logged whatever the l
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
-BLOCKED_SIGNALS = (*SIGNALS, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
+# where it is not blocked. SIGIO is the same for the plugin directory.
+FOLDER_SIGNAL = signal.SIGURG
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
+MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
+GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
+REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
+REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
@@ -5510,9 +5688,19 @@ class DeviceSide:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
         return plans
 
+    def overridden(self) -> List[Overridden]:
+        """What rules name without effect, because other rules have it."""
+        return find_overridden(self.plan, self._tracked, self._matcher)
+
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_look = 0.0
+
+    def folders(self) -> List[str]:
+        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
     def stats(self) -> DeviceSideStats:
         """What there is to say of it after a turn."""
@@ -5536,7 +5724,10 @@ class DeviceSide:
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = (node for device in self._tracked.values() for node in device.nodes)
-        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in nodes)
+        self._sysfs.forget(node.entry.generation for node in nodes)
+        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
+        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
         has_expired = any(when <= now for when in expiry_times(self._tracked))
         return has_other_attributes or has_expired or gpus != self._gpus
 
@@ -5588,6 +5779,29 @@ def log_changes(old: Plan, new: Plan) -> None:
             groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
+
+
+class FolderWatches:
+    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+
+    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
+    the kernel does not tell.
+    """
+
+    def __init__(self, dev_dir: str) -> None:
+        self._dev_dir = dev_dir
+        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
+        self._watches: Dict[str, Watch] = {}
+
+    def ask(self, folders: Sequence[str]) -> None:
+        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        wanted = folders[: self._limit]
+        for path in self._watches.keys() - set(wanted):
+            self._watches.pop(path).close()
+        for path in wanted:
+            if path not in self._watches:
+                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
+            self._watches[path].ask()
 
 
 class KubeletThread(threading.Thread):
@@ -5770,11 +5984,13 @@ def serve(options: argparse.Namespace) -> int:
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
+    watches = FolderWatches(options.dev_dir)
+    watches.ask(devices.folders())  # before the resources, which have the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval)
+        _run(devices, thread, options.interval, watches, manager)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -5802,42 +6018,59 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     return status
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
+def _run(
+    devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches, manager: ServiceManager
+) -> None:
     """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
-    reread = False
+    watched: Optional[Snapshot] = None  # whose folders are
+    taken = 0
     manager.notify("READY=1")
     while True:
-        due = time.monotonic() + interval
+        began = time.monotonic()
+        if taken or devices.snapshot is not watched:
+            watched = devices.snapshot
+            watches.ask(devices.folders())  # before the look: no change falls between
         old = devices.plan
-        for plan in devices.turn(reread):
+        for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
             thread.send(plan)
             old = plan
         thread.report(devices.stats())
         thread.check_directory()
-        taken = _take_signal(due, thread, manager)
+        now = time.monotonic()
+        rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
+        due = began + interval
+        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+            due = min(due, rested)
+        taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
-        reread = taken == signal.SIGHUP
         if taken == LOOK_SIGNAL:
             devices.hasten_full_look()
 
 
-def _take_signal(due: float, thread: KubeletThread, manager: ServiceManager) -> int:
-    """The one of SIGNALS that comes until DUE; 0 where none does.
+def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
+    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
 
-    Meanwhile a SIGIO is passed on to THREAD, and MANAGER is pinged.
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
+    pinged.
     """
+    awaited = set(BLOCKED_SIGNALS)
+    folder_signal = 0
     while True:
         manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(BLOCKED_SIGNALS, max(0.0, min(due, manager.next_ping) - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
+        elif number == FOLDER_SIGNAL:
+            folder_signal = number
+            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
             # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
-            return number if number in SIGNALS else 0
+            return number if number in SIGNALS else folder_signal
 
 
 def restart_lean() -> None:
@@ -5902,6 +6135,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
     lines = [
         "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
         "# take one of these blocks, and of its lines those that tell this device from others.",
+        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -5941,8 +6175,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(document, indent=2))
         return 0
+    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(render_list(document) + (f"\n{notes}" if notes else ""), end="")
+    print(text + (f"\n{notes}" if notes else ""), end="")
     return 0
 
 

@@ -1210,31 +1210,66 @@ EVERYTHING = r"""# c
     CARD: \1
     WHOLE: '[\g<0>]'
 - devicematch: snd
+- devicematch: ^(a)$
+  resource: \g<attr:idVendor>-\g<attr:serial>
+  with:
+  - path: b\1
+  - {path: 'c\g<attr:power/control>', containerpath: '/dev/x/\g<attr:serial>', optional: true, permissions: wr}
 """
 
 
 def test_every_key_is_read() -> None:
-    rule, other = sdm.parse_rules(EVERYTHING)
+    rule, other, third = sdm.parse_rules(EVERYTHING)
     assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
     assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
     assert [(one.name, one.match.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
         ("idVendor", "10c4", False),
         ("serial", ".*A5XK.*", True),
     ]
-    assert rule.companions == (("snd/controlC\\1", False), ("snd/timer", True))
+    assert rule.companions == (sdm.Companion("snd/controlC\\1"), sdm.Companion("snd/timer", optional=True))
     match = rule.match.search("pcmC2D0p")
     assert match
-    assert sdm.expand(rule.resource, match) == "sound-2"
-    assert [(name, sdm.expand(text, match)) for name, text in rule.env] == [("CARD", "2"), ("WHOLE", "[pcmC2D0p]")]
+    assert sdm.expand(rule.resource, match, {}) == "sound-2"
+    assert [(name, sdm.expand(text, match, {})) for name, text in rule.env] == [("CARD", "2"), ("WHOLE", "[pcmC2D0p]")]
     assert (other.slots, other.resource, other.containerpath, other.permissions) == (1, "", "", "rw")
-    assert (other.attributes, other.companions, other.env) == ((), (), ())
+    assert (other.attributes, other.companions, other.env, other.values) == ((), (), (), ())
+    assert third.values == ("idVendor", "serial", "power/control")
+    assert third.companions == (
+        sdm.Companion(r"b\1"),
+        sdm.Companion(r"c\g<attr:power/control>", True, r"/dev/x/\g<attr:serial>", "rw"),
+    )
+    match = third.match.search("a")
+    assert match
+    assert sdm.expand(third.resource, match, {"idVendor": "10c4", "serial": "A5 XK/3"}) == "10c4-A5_XK_3"
 
 
 def test_a_group_that_took_no_part_is_empty() -> None:
     rule = sdm.parse_rules(r'[{devicematch: "^a(b)?(?<n>c)?$", resource: "x\\1\\g<n>\\g<2>y"}]')[0]
     match = rule.match.search("ac")
     assert match
-    assert sdm.expand(rule.resource, match) == "xccy"
+    assert sdm.expand(rule.resource, match, {}) == "xccy"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("A5XK3RJT", "A5XK3RJT"),
+        ("v1.0-rc_2", "v1.0-rc_2"),
+        ("../../etc", ".._.._etc"),
+        ("..", "__"),
+        (".", "_"),
+        ("", ""),
+        ("0000:00:14.0", "0000_00_14.0"),
+        ("a\0b\nc\x1b d\"'\\xff", "a_b_c__d___xff"),
+        ("é\u0661\u212a", "___"),
+        (r"\1\g<0>", "_1_g_0_"),
+    ],
+)
+def test_a_value_in_a_template_is_one_part_of_a_path(value: str, text: str) -> None:
+    rule = sdm.parse_rules(r"[{devicematch: ^a$, resource: 'x/\g<attr:serial>'}]")[0]
+    match = rule.match.search("a")
+    assert match
+    assert sdm.expand(rule.resource, match, {"serial": value}) == f"x/{text}"
 
 
 def test_the_shipped_conf_is_good() -> None:
@@ -1295,9 +1330,9 @@ BAD_RULES = [
     ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"\g<n>: devicematch has no such group"),
     ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"\g<2>: devicematch has no such group"),
     (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "a backslash stands for a group"),
-    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch only"),
-    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch only"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch only"),
+    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch or for an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
     ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not hold ".."'),
@@ -1323,6 +1358,22 @@ BAD_RULES = [
     ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
     ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
     ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "no such group"),
+    ("- devicematch: a\n  with: [{}]", 2, 10, "expected a path below /dev, or a mapping with it"),
+    ("- devicematch: a\n  with: [[b]]", 2, 10, "expected a path below /dev, or a mapping with it"),
+    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "what goes along needs a path"),
+    ("- devicematch: a\n  with: [{path: b, optionl: true}]", 2, 20, 'unknown key "optionl"; did you mean optional?'),
+    ("- devicematch: a\n  with: [{path: b, optional: 'yes'}]", 2, 30, "expected true or false, found a text"),
+    ("- devicematch: a\n  with: [{path: 'b?'}]", 2, 17, 'write optional: true instead of the "?"'),
+    ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
+    ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not hold ".."'),
+    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "no such group"),
+    ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
+    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is no attribute of sysfs'),
+    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is no attribute of sysfs'),
+    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is no attribute of sysfs'),
     ("- devicematch: a\n  with: [7]", 2, 10, "expected a text: put it in quotes"),
     ("- devicematch: a\n  env: {}", 2, 8, r"a mapping of variables, such as CAMERA: /dev/\g<0>"),
     ("- devicematch: a\n  env: [A]", 2, 8, "a mapping of variables"),
@@ -1382,7 +1433,7 @@ def test_rules_or_an_error_with_a_place(document: Any) -> None:
             match = rule.match.search(text)
             if match:
                 for template in (rule.resource, rule.containerpath, *(text for _, text in rule.env)):
-                    sdm.expand(template, match)
+                    sdm.expand(template, match, dict.fromkeys(rule.values, "."))
 
 
 def test_many_rules_are_read_in_time() -> None:
@@ -3418,6 +3469,19 @@ def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, m
 
 
 @needs_root
+def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> None:
+    """Another device has its number by now; and it stays Unhealthy for its ten minutes."""
+    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
+    side = device_side(node, STICK)
+    side.start()
+    node.unplug("stick0")
+    node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("other", minor=7))
+    side.turn()
+    assert side.turn(reread=True) == []
+    assert side.plan.resources["stick0"].devices[0].problem == "it is gone"
+
+
+@needs_root
 def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
     node.rules(STICK)
@@ -3487,7 +3551,7 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
         node = sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
         assert sysfs.answer(rule.attributes, node) == ("", (("idVendor", "10c4"),), sdm.Reason.ATTRIBUTES)
         sysfs.numa(node)
-        sysfs.ask_again([serial])
+        sysfs.forget([serial])
     assert max(len(vars(sysfs)[name]) for name in ("_numa", "_answers", "_asked", "_settling")) == 1
 
 
@@ -3544,6 +3608,7 @@ def test_each_block_of_attributes_is_a_rule_that_holds(board: Board) -> None:
     usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "It's: {a} #CP2102 [v1.0]^$|*+?", "  \\\"'null")
     plug_board(board)
     head, *blocks = board.node.run("--list", "--attributes", "ttyUSB0").stdout.split("\n\n")
+    assert r"written as \g<attr:serial>" in head
     assert len(blocks) == 3
     for block in blocks:
         plan = board.plan(f"{head}\n{block}\n")
@@ -3682,6 +3747,30 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
             {},
         ),
         (
+            r"{devicematch: 'pcmC(\d+)D0c$', containerpath: /dev/snd/pcmC0D0c, permissions: r, with: "
+            r"[{path: 'snd/controlC\1', containerpath: /dev/snd/controlC0, permissions: rwm}, {path: snd/timer}, cam, "
+            r"{path: video0, containerpath: /dev/v/}, {path: none, optional: true}]}",
+            {
+                "/dev/snd/pcmC0D0c": "/dev/snd/pcmC1D0c r",
+                "/dev/snd/controlC0": "/dev/snd/controlC1 rwm",
+                "/dev/snd/timer": "/dev/snd/timer r",
+                "/dev/cam": "/dev/cam r",
+                "/dev/v/video0": "/dev/video0 r",
+            },
+            {},
+        ),
+        (
+            r"{devicematch: ^video0$, containerpath: /dev/x/, with: [{path: snd, containerpath: /dev/card}, "
+            r"{path: cam, permissions: r}, {path: snd/timer, containerpath: '/dev/\g<0>//y/'}]}",
+            {
+                "/dev/x/video0": "/dev/video0",
+                "/dev/card": "/dev/snd",
+                "/dev/x/cam": "/dev/cam r",
+                "/dev/video0/y/timer": "/dev/snd/timer",
+            },
+            {},
+        ),
+        (
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
             {
                 "/dev/video0": "/dev/video0",
@@ -3750,6 +3839,171 @@ def test_a_place_in_the_container_must_be_one() -> None:
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/x": "/dev/a"}
     plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1'}" "\n", snapshot)
     assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+
+
+def test_the_place_of_a_companion_must_be_one_and_its_own() -> None:
+    snapshot = snapshot_of({"a": "char", "b": "char", "c": "char"})
+    conf = "- {{devicematch: '^(a).?$', with: [{{path: b, containerpath: {}}}, {{path: c, optional: {}}}]}}\n"
+    for place, told in (("/dev/x/.", "/dev/x/."), ("'/dev/\\1/./y'", "/dev/a/./y"), ("/dev/..", "")):
+        if told:
+            plan = offered(conf.format(place, "false"), snapshot)
+            assert left(plan) == {"a": f'its path in a container would be "{told}"'}
+        else:
+            with pytest.raises(sdm.ConfigError):
+                offered(conf.format(place, "false"), snapshot)
+    for place, other in (("/dev/a", "a"), ("/dev/c", "c")):
+        plan = offered(conf.format(place, "false"), snapshot)
+        hosts = f"/dev/{other} and /dev/b" if other == "a" else "/dev/b and /dev/c"
+        problem = f"{hosts} would both be {place} in the container"
+        assert plan.resources["a"].devices[0].problem == problem
+        assert refused(plan.resources["a"], snapshot, "0") == ("UNAVAILABLE", f"/dev/a: {problem}")
+
+
+USB_SOUND = {
+    "snd/controlC1": ("116:32", "usb1/1-1/1-1:1.0/sound/card1/controlC1", {}),
+    "snd/pcmC1D0p": ("116:48", "usb1/1-1/1-1:1.0/sound/card1/pcmC1D0p", {"pcm_class": "generic"}),
+}
+BY_VALUES = r"""
+- devicematch: ^snd/pcmC(\d)D0p$
+  resource: card-\g<attr:id>
+  containerpath: /dev/\g<attr:idVendor>/
+  with: [{path: 'by/\g<attr:serial>', containerpath: '/dev/\g<attr:serial>/x', optional: true}]
+  env: {SERIAL: '\g<attr:serial>', PORT: '\1\g<attr:serial>\g<attr:driver>'}
+"""
+
+
+def sound_card(board: Board, serial: str) -> None:
+    for path, (number, folder, attributes) in USB_SOUND.items():
+        board.has(path, number, folder, attributes)
+    board.device("usb1/1-1/1-1:1.0", {"driver": "-> ../../../../bus/usb/drivers/snd-usb-audio"})
+    board.device("usb1/1-1/1-1:1.0/sound/card1", {"id": "My Card"})
+    board.device("usb1/1-1", {"idVendor": "0d8c", "serial": serial})
+    board.device("usb1", {"idVendor": "1d6b", "serial": "fe980000.usb"})
+
+
+def test_templates_hold_the_values_of_attributes(board: Board) -> None:
+    sound_card(board, "A 1/b")
+    board.tree["by/A_1_b"] = "char"
+    plan = board.plan(BY_VALUES)
+    snapshot = snapshot_of(board.tree)
+    assert listed(plan) == {"card-My_Card": ["snd/pcmC1D0p"]}
+    assert given_to(plan.resources["card-My_Card"], snapshot) == (
+        {"/dev/0d8c/pcmC1D0p": "/dev/snd/pcmC1D0p", "/dev/A_1_b/x": "/dev/by/A_1_b"},
+        {"SERIAL": "A_1_b", "PORT": "1A_1_bsnd-usb-audio"},
+    )
+
+
+def test_the_parent_in_which_attributes_hold_comes_first(board: Board) -> None:
+    sound_card(board, "A1")
+    conf = "- {devicematch: ^snd/pcm, env: {SERIAL: '\\g<attr:serial>', CARD: '\\g<attr:id>'}%s}\n"
+    for attributes, serial in (("", "A1"), (', attributes: {idVendor: "1d6b"}', "fe980000.usb")):
+        plan = board.plan(conf % attributes)
+        assert dict(plan.resources["snd_pcmC1D0p"].devices[0].env) == {"SERIAL": serial, "CARD": "My_Card"}
+
+
+@pytest.mark.parametrize(
+    ("serial", "told"),
+    [
+        ("", {}),
+        ("..", {}),
+        ("\udcff/\x01", {}),
+        ("x" * 200, {}),
+        ("x" * 201, {"snd/pcmC1D0p": r"its serial is longer than 200 characters (asked for: \g<attr:serial>)"}),
+    ],
+    ids=("empty", "dots", "bytes", "long", "too-long"),
+)
+def test_no_value_leads_out_of_its_place(board: Board, serial: str, told: Mapping[str, str]) -> None:
+    sound_card(board, "")
+    (board.node.sys / "devices/usb1/1-1/serial").write_bytes(os.fsencode(serial) + b"\n")
+    plan = board.plan(BY_VALUES)
+    assert left(plan) == told
+    for found in plan.resources.values():
+        for spec in found.devices[0].specs:
+            assert os.path.normpath(spec.container) == spec.container
+        assert all(re.fullmatch("[A-Za-z0-9_.-]*", value) for _, value in found.devices[0].env)
+
+
+def test_a_device_without_an_attribute_of_a_template_is_left_out_whole(board: Board) -> None:
+    board.has("ttyS0", "4:64", "platform/serial8250/tty/ttyS0", {"type": "4"})
+    board.tree["ttyS1"] = "char 4:65"  # that sysfs does not know
+    conf = "- devicematch: ^ttyS\n- {devicematch: ^ttyS, resource: 'x\\g<attr:serial>', env: {A: '\\g<attr:b/c>'}}\n"
+    plan = board.plan(conf)
+    assert plan.resources == {}
+    told = r"its serial is not there (asked for: \g<attr:serial>); its b/c is not there (asked for: \g<attr:b/c>)"
+    assert {(one.path, one.line, one.text, one.reason.label) for one in plan.left_out} == {
+        (path, 2, told, "attributes") for path in ("ttyS0", "ttyS1")
+    }
+    plan = board.plan("- {devicematch: nvidia-gpu, env: {A: '\\g<attr:serial>'}}\n", gpus=["0"])
+    assert left(plan) == {"nvidia-gpu0": "a Tegra's GPU has no attributes"}
+
+
+@needs_root
+def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    side = device_side(node, "- {devicematch: ^stick, resource: 's\\g<attr:serial>'}\n")
+    side.start()
+    sticks = [node.plug("stick0"), node.plug("stick1")]
+    side.turn()
+    assert side.plan.resources == {}
+    clock.now += 4
+    node.sysfs("usb1/1-1", {"serial": "A1"}, sticks[0])
+    assert len(side.turn()) == 1
+    assert listed(side.plan) == {"sA1": ["stick0"]}
+    clock.now += 10
+    assert side.turn() == []
+    node.sysfs("usb1/1-2", {"serial": "B2"}, sticks[1])
+    assert side.turn() == []  # not asked for ever, but at every full look
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert listed(side.plan) == {"sA1": ["stick0"], "sB2": ["stick1"]}
+    node.unplug("stick0")
+    shutil.rmtree(node.sys / "devices/usb1/1-1")
+    clock.now += sdm.FULL_LOOK_SECONDS
+    side.turn()
+    assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
+
+
+def test_list_tells_of_rules_that_others_override(board: Board) -> None:
+    board.device("gpu.0", {})
+    board.node.rules(
+        "- devicematch: nvidia\n"
+        "- devicematch: nvidia-gpu\n"
+        "- devicematch: nvidia-gpu\n"
+        "  nummaxdevices: 2\n"
+        "- devicematch: ^nothing$\n"
+    )
+    text = board.node.run("--list").stdout
+    rows = [re.split(" {2,}", line.strip()) for line in text.splitlines()]
+    assert rows.index(["LINE", "PATH", "HAS IT"]) + 1 == rows.index(["2", "nvidia-gpu0", "line 3"])
+    assert rows.index(["LINE", "DEVICEMATCH", "BY LINE"]) + 1 == rows.index(["2", "nvidia-gpu", "3"])
+    board.node.rules("- devicematch: nvidia-gpu\n")
+    assert "later rule" not in board.node.run("--list").stdout
+
+
+def test_what_rules_override(board: Board) -> None:
+    for name in ("a", "b", "c"):
+        board.tree[name] = "char"
+    board.has("c", "240:7", "x/c", {"id": "1"})
+    conf = "- devicematch: ^[a-c]$\n- devicematch: ^[ab]$\n- devicematch: ^a$\n- {devicematch: b, nummaxdevices: 2}\n"
+    conf += "- {devicematch: ^c$, attributes: {id: '2'}}\n- {devicematch: '^[bc]$', env: {A: '\\g<attr:id>'}}\n"
+    matcher = sdm.Matcher(sdm.parse_rules(conf))
+    snapshot = snapshot_of(board.tree)
+    tracked, left_out = sdm.track({}, snapshot, (), matcher, "/dev", 0.0)
+    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(str(board.node.sys)), matcher, "/dev")
+    found = sdm.find_overridden(plan, tracked, matcher)
+    # b lacks the attribute that line 6 puts into a variable, so nobody has it.
+    assert [(one.rule.line, one.device.path, one.device.line) for one in found] == [
+        (1, "a", 3),
+        (1, "c", 6),
+        (2, "a", 3),
+        (5, "c", 6),
+    ]
+    text = sdm.render_overridden(found, plan).partition("for every device that they name:\n")[2]
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["1", "^[a-c]$", "3,", "6"],
+        ["2", "^[ab]$", "3"],
+        ["5", "^c$", "6"],
+    ]
 
 
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
@@ -4391,6 +4645,29 @@ def coral(board: Board) -> None:
     board.has("bus/usb/002/005", "189:132", "platform/usb2/2-3", {"idVendor": "18d1", "idProduct": "4ee7"})
 
 
+def headset(board: Board) -> None:
+    """A Raspberry Pi's own sound, and a USB headset that came first and so is card 0 now, or second and card 1."""
+    sound_folder(board, 0, "platform/soc/bcm2835_audio", [("controlC0", 0), ("pcmC0D0p", 16)])
+    board.device("platform/usb1/1-1.2", {"product": "Jabra EVOLVE 20 Headset"})
+    sound_folder(board, 1, "platform/usb1/1-1.2/1-1.2:1.0", [("controlC1", 32), ("pcmC1D0c", 56), ("pcmC1D0p", 48)])
+    board.has("snd/timer", "116:33", "virtual/sound/timer")
+
+
+def webcam(board: Board) -> None:
+    """A webcam with its metadata node, and another that has no name of its own."""
+    for number, name, index in ((0, "046d_HD_Webcam_C270-video", 0), (1, "046d_HD_Webcam_C270-video", 1)):
+        video(board, number, "platform/usb1/1-1.3/1-1.3:1.0", "HD Webcam C270", index)
+        board.tree[f"v4l/by-id/usb-{name}-index{index}"] = f"-> ../../video{number}"
+    video(board, 2, "platform/usb1/1-1.4/1-1.4:1.0", "old")
+    board.tree["v4l/by-path/usb-old-video-index0"] = "-> ../../video2"
+
+
+def modem(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.1", "0403", "6001", "FT232R", "A50285BI")
+    usb_serial(board, "ttyUSB1", "188:1", "1-1.2", "0403", "6001", "FT232R", "B7/01 x")
+    usb_serial(board, "ttyUSB2", "188:2", "1-1.3", "1a86", "7523", "USB Serial", "1")
+
+
 def hailo(board: Board) -> None:
     board.has("hailo0", "511:0", "platform/axi/1000110000.pcie/pci0001:00/0001:01:00.0/hailo_chardev/hailo0")
     board.has("hailo_", "511:1", "platform/axi/x")
@@ -4476,6 +4753,47 @@ EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, G
         {"bus/usb/002/005": 'its idProduct is "4ee7"'},
     ),
     ("hailo", hailo, {"hailo hailo0": (4, at("hailo0"), {})}, {}),
+    (
+        "headset",
+        headset,
+        {
+            "headset snd/pcmC1D0p": (
+                1,
+                {
+                    "/dev/snd/pcmC0D0p": "/dev/snd/pcmC1D0p",
+                    "/dev/snd/pcmC0D0c": "/dev/snd/pcmC1D0c",
+                    "/dev/snd/controlC0": "/dev/snd/controlC1",
+                    "/dev/snd/timer": "/dev/snd/timer",
+                },
+                {},
+            )
+        },
+        {"snd/pcmC0D0p": "its product is not there"},
+    ),
+    (
+        "webcam",
+        webcam,
+        {
+            "webcam v4l/by-id/usb-046d_HD_Webcam_C270-video-index0": (
+                1,
+                {
+                    "/dev/video0": "/dev/v4l/by-id/usb-046d_HD_Webcam_C270-video-index0",
+                    "/dev/video1": "/dev/v4l/by-id/usb-046d_HD_Webcam_C270-video-index1 r",
+                },
+                {},
+            ),
+        },
+        {},
+    ),
+    (
+        "modem",
+        modem,
+        {
+            "modem ttyUSB0": (1, {"/dev/modem": "/dev/ttyUSB0"}, {"MODEM_SERIAL": "A50285BI"}),
+            "modem ttyUSB1": (1, {"/dev/modem": "/dev/ttyUSB1"}, {"MODEM_SERIAL": "B7_01_x"}),
+        },
+        {"ttyUSB2": 'its idVendor is "1a86"'},
+    ),
     (
         "render",
         render,
@@ -4565,7 +4883,10 @@ def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
     listed_there = {
         f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
             device["slots"],
-            {spec["container"]: spec["host"] for spec in device["nodes"]},
+            {
+                spec["container"]: spec["host"] + ("" if spec["permissions"] == "rw" else f" {spec['permissions']}")
+                for spec in device["nodes"]
+            },
             device["env"],
         )
         for found in document["resources"]
@@ -5489,6 +5810,146 @@ def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: K
     wait_for(lambda: sum(told_registered(daemon.log[before:])) == 200)
     assert daemon.log[before:].count("\n") < 12
     assert len(kubelet.requests) == 400
+    stops_well(daemon, node)
+
+
+# The kernel tells of changes in the folders of /dev. Here, too, the --interval is an hour, so that no poll helps.
+
+
+@needs_root
+def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.rules("- {devicematch: '^(video|bus/usb/.*/|serial/|snd$)', resource: pool}\n")
+    node.plug("bus/usb/001/001")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for turn, work in enumerate(
+        (
+            lambda: node.plug("video0"),
+            lambda: node.plug("bus/usb/001/002"),  # in a folder that was there
+            lambda: node.plug("bus/usb/002/001"),  # in a new one
+            lambda: node.plug("bus/usb/002/002"),  # that is watched by now
+            lambda: node.link("serial/by-id/x", "../../ttyUSB0") and node.plug("ttyUSB0"),
+            lambda: node.plug("snd/a"),
+        ),
+        2,
+    ):
+        work()
+        kubelet.wait_for("pool", Healthy=turn)
+    for turn, path in enumerate(("bus/usb/002/001", "video0", "bus/usb/001/001", "snd/a"), 1):
+        node.unplug(path)
+        kubelet.wait_for("pool", Healthy=7 - turn, Unhealthy=turn)
+    shutil.rmtree(node.dev / "bus")
+    kubelet.wait_for("pool", Healthy=1, Unhealthy=6)
+    node.plug("bus/usb/001/001")  # all these folders are others now
+    kubelet.wait_for("pool", Healthy=2, Unhealthy=5)
+    node.plug("bus/usb/001/003")
+    kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
+    assert kubelet.count("pool") == 1
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """However the changes fall between the looks and the ticks of the clock, the last ones are seen, too."""
+    node.rules("- {devicematch: '^([abc]/)+[0-9]$', resource: pool}\n")
+    node.plug("a/0")
+    start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    rng = random.Random(1)
+    for _ in range(15):
+        for _ in range(rng.randrange(1, 60)):
+            path = "/".join([*rng.choices("abc", k=rng.randrange(1, 4)), str(rng.randrange(3))])
+            if (node.dev / path).exists():
+                node.unplug(path)
+            else:
+                node.plug(path)
+            if rng.random() < 0.2:
+                shutil.rmtree(node.dev / rng.choice("abc") / rng.choice("abc"), ignore_errors=True)
+            time.sleep(rng.choice((0, 0, 0.001, 0.02)))
+        found = {str(path.relative_to(node.dev)) for path in node.dev.rglob("[0-9]")}
+
+        def is_seen(found: set[str] = found) -> bool:
+            return {
+                slot.rpartition(":")[0] for slot, health in kubelet.health("pool").items() if health == "Healthy"
+            } == found
+
+        wait_for(is_seen, lambda found=found: f"{found}; kubelet has {dict(kubelet.health('pool'))}", patience=3.0)
+
+
+@needs_root
+def test_storms_of_changes_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_calm(daemon)
+    storm = node.dev / "storm"
+    before, used, began = wakes(daemon), psutil.Process(daemon.process.pid).cpu_times(), time.monotonic()
+    with Swapping(storm.touch, storm.unlink):
+        for number in range(1, 4):
+            node.plug(f"video{number}")
+            kubelet.wait_for("pool", Healthy=1 + number)
+            assert kubelet.gives("pool", f"video{number}:0")
+        kubelet.down()
+        kubelet.up()
+        wait_ready(kubelet, ["pool"], AT_ONCE)
+        wait_for(lambda: time.monotonic() - began > 2.0)
+        now = psutil.Process(daemon.process.pid).cpu_times()
+        looks, seconds = wakes(daemon) - before, time.monotonic() - began
+    assert looks < 4 * seconds / sdm.REST_SECONDS + 100  # a look wakes the main thread, and what it finds the others
+    assert now.user + now.system - used.user - used.system < 0.5 * seconds
+    wait_calm(daemon)
+
+
+def watched(daemon: Daemon) -> list[str]:
+    """The folders of /dev that the daemon holds open."""
+    folder = f"/proc/{daemon.process.pid}/fd"
+    paths = (os.path.realpath(f"{folder}/{name}") for name in os.listdir(folder))
+    return [path for path in paths if f"{path}/".startswith(f"{daemon.node.dev}/")]
+
+
+@needs_root
+def test_folders_beyond_the_limit_are_left_to_the_poll(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Those in which rules name something come first."""
+    count = sdm.MAX_WATCHED - 3  # and /dev, cpu, usb and usb/1
+    for number in range(count):
+        (node.dev / f"cpu/{number}").mkdir(parents=True)
+    node.plug("usb/1/1")
+    node.rules("- {devicematch: '^(usb/1/.|cpu/.*/x)$', resource: pool}\n")
+    daemon = start("--interval", "3")
+    kubelet.wait_for("pool", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == sdm.MAX_WATCHED)
+    assert str(node.dev / "usb/1") in watched(daemon)
+    (far,) = {f"cpu/{number}" for number in range(count)} - {path[len(str(node.dev)) + 1 :] for path in watched(daemon)}
+    began = time.monotonic()
+    node.plug("usb/1/2")
+    kubelet.wait_for("pool", Healthy=2)
+    assert time.monotonic() - began < 1.0
+    node.plug(f"{far}/x")
+    kubelet.wait_for("pool", Healthy=3)
+
+
+@needs_root
+def test_the_watches_take_no_more_than_a_part_of_the_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    for number in range(100):
+        (node.dev / str(number)).mkdir()
+    offer(node, "null")
+    daemon = start(through=["prlimit", "--nofile=256:256"])
+    kubelet.wait_for("null", Healthy=1)
+    wait_for(lambda: len(watched(daemon)) == 16)
+    assert str(node.dev) in watched(daemon)
+
+
+@needs_root
+def test_a_signal_for_dev_that_nobody_asked_for_is_a_look_and_no_more(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    daemon = start_calm(start, node, kubelet)
+    before = daemon.log
+    for _ in range(100):
+        daemon.process.send_signal(sdm.FOLDER_SIGNAL)
+    wait_calm(daemon)
+    assert daemon.log == before
     stops_well(daemon, node)
 
 
@@ -7190,8 +7651,7 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
     plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
-    document = sdm.describe_plan(plan, "d", sdm.Now.now())
-    assert [found["label"] for found in document["left_out"]] == [label]
+    assert [found.reason.label for found in plan.left_out] == [label]
 
 
 def test_the_readme_has_every_metric_and_no_other() -> None:
@@ -7670,7 +8130,7 @@ def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet:
         status.connect().close()
     assert daemon.process.wait(PATIENCE) == 1
     assert daemon.log.count("Traceback") == 1
-    assert [path.name for path in node.plugins.iterdir()] == ["kubelet.sock"]
+    assert [path.name for path in node.plugins.glob("*.sock")] == ["kubelet.sock"]
 
 
 def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, start: Starter) -> None:
