@@ -17,8 +17,8 @@ RUN cd usr/lib/python3.* && for name in \
         __hello__ __phello__ _pyrepl antigravity bdb cProfile cmd code codeop compileall doctest ensurepip idlelib \
         lib2to3 modulefinder pdb pickletools profile pstats py_compile pyclbr pydoc pydoc_data rlcompleter symtable tabnanny test \
         this timeit trace turtle turtledemo unittest venv zipapp \
-        # the network beyond plain sockets: clients, servers, and TLS, which nothing here speaks
-        ftplib http imaplib mailbox netrc nturl2path poplib smtplib socketserver ssl urllib webbrowser wsgiref xmlrpc \
+        # the network beyond plain sockets and TLS: clients and servers
+        ftplib http imaplib mailbox netrc nturl2path poplib smtplib socketserver urllib webbrowser wsgiref xmlrpc \
         # formats, archives and data bases that nothing here reads
         bz2 configparser csv dbm email fractions gzip lzma mimetypes plistlib shelve sqlite3 statistics tarfile \
         tomllib wave xml zipfile zoneinfo \
@@ -32,7 +32,7 @@ RUN cd usr/lib/python3.* && for name in \
 RUN cd usr/lib/python3.*/lib-dynload && for name in \
         _bz2 _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw _ctypes _curses \
         _curses_panel _dbm _decimal _elementtree _hashlib _interpchannels _interpqueues _interpreters _lsprof _lzma \
-        _multibytecodec _multiprocessing _sqlite3 _ssl '*test*' _uuid _zoneinfo mmap readline termios xxlimited \
+        _multibytecodec _multiprocessing _sqlite3 '*test*' _uuid _zoneinfo mmap readline termios xxlimited \
         xxlimited_35 \
     ; do rm $name.*.so 2>/dev/null || true; done
 # Every encoding but those of file names, sockets and text here.

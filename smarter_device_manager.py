@@ -79,6 +79,7 @@ from typing import (
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     import grpc
 
@@ -1412,6 +1413,7 @@ FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, o
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
 MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
 
 
 class Reason(enum.Enum):
@@ -1842,8 +1844,10 @@ class Sysfs:
     Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
     """
 
-    def __init__(self, sys_dir: str) -> None:
+    def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
         self._sys_dir = sys_dir
+        self._with_facts = with_facts
+        self._facts: Dict[int, Dict[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
@@ -1853,6 +1857,7 @@ class Sysfs:
         """Drop what is remembered of nodes with other generations than GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
+        self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
@@ -1870,6 +1875,25 @@ class Sysfs:
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
+
+    def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
+        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        if not self._with_facts or not nodes:
+            return ()
+        for node in nodes:
+            if node.entry.generation not in self._facts:
+                self._facts[node.entry.generation] = self._read_facts(node.entry)
+        first, *others = (self._facts[node.entry.generation] for node in nodes)
+        return tuple(item for item in first.items() if all(item in other.items() for other in others))
+
+    def _read_facts(self, entry: Entry) -> Dict[str, str]:
+        """The facts of ENTRY's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        chain = list(self.chain(entry))
+        usb_device = next((folder for folder in chain if read_attribute(folder, "idVendor")), "")
+        drivers = (read_attribute(folder, "driver") for folder in chain)
+        facts = {"subsystem": read_attribute(chain[0], "subsystem"), "driver": next(filter(None, drivers), None)}
+        facts.update((name, read_attribute(usb_device, name)) for name in USB_FACTS if usb_device)
+        return {name: value for name, value in facts.items() if value}
 
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
@@ -2019,15 +2043,25 @@ def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterabl
 
 
 def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what it has instead."""
+    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
+    instead."""
     folders = list(chain)
     if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
         return ""
-    changes = []
-    for name, old in attributes:
-        if old not in [read_attribute(folder, name) for folder in folders]:
-            changes.append(f'its {name} is {shown_values(folders, name)} and was "{old}"')
-    return "; ".join(changes) or f"no parent of it has {' and '.join(held.name for held in attributes)} any more"
+    found = nearest_values(folders, [held.name for held in attributes])
+    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
+    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
+
+
+def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
+    found = ([read_attribute(folder, name) for name in names] for folder in chain)
+    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
 def shown_values(folders: Iterable[str], name: str) -> str:
@@ -2092,6 +2126,8 @@ class Device:
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
+    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
 
 
 @dataclass(frozen=True)
@@ -2216,9 +2252,11 @@ def track(
     return new, left_out
 
 
-def expiry_times(tracked: TrackedDevices) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone is to be offered no more."""
-    return (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
+    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
 
 
 def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
@@ -2243,11 +2281,14 @@ def make_plan(
     sysfs: Sysfs,
     matcher: Matcher,
     dev_dir: str,
+    now: float,
 ) -> Plan:
     """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device.
+    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
+    does a device that was chosen by its attributes go at once when it has others, or another stands there.
     """
+    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
     used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
     claims: Dict[str, List[Claim]] = {}
@@ -2256,7 +2297,10 @@ def make_plan(
         named = _named(path, tracked_device, matcher)
         used.update(id(rule) for rule, _ in named)
         rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        problems += mismatches
+        lost = None
+        if rule is None and path in before:
+            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
+        problems += [] if lost else mismatches
         if rule is None or match is None:
             continue
         try:
@@ -2264,11 +2308,11 @@ def make_plan(
             name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
-            device = _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
+            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(tracked_device.problem)
+        is_gone = bool(lost or tracked_device.problem)
         claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
@@ -2434,6 +2478,31 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
     return dict(answer.values)
 
 
+def _follow_lost(
+    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
+) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
+    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
+    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
+    held = dict(device.attributes)
+    for rule, match in named:
+        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
+        if isinstance(match, SearchTimeout) or rule.values or not fits or len(fits) < len(rule.attributes):
+            continue
+        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
+        is_expired = now - since >= EXPIRY_SECONDS
+        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
+        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+    return None, None, None
+
+
+def _fits(attribute: Attribute, value: Optional[str]) -> bool:
+    try:
+        return value is not None and attribute.match.fullmatch(value) is not None
+    except SearchTimeout:
+        return False
+
+
 def _device(
     path: str,
     tracked_device: TrackedDevice,
@@ -2464,6 +2533,7 @@ def _device(
         specs=(),
         problem=tracked_device.problem,
         since=tracked_device.since,
+        facts=sysfs.facts(nodes),
     )
     if device.problem:
         return device
@@ -2540,6 +2610,12 @@ def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
+def device_path(device: Device) -> str:
+    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    has_node = any(part.path == device.path for part in device.parts)
+    return f"/dev/{device.path}" if has_node else device.path
+
+
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
     """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
     return tuple(
@@ -2560,10 +2636,15 @@ def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
     """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
+    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
+
+
+def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
-    return int(number) < device.slots and _slot_id(resource, device, int(number)) == slot_id
+    return _slot_id(resource, device, int(number)) == slot_id
 
 
 class AllocationError(Exception):
@@ -2864,12 +2945,14 @@ _SERVER_OPTIONS = (
 Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
 
 
-def load_grpc() -> None:
+def load_grpc(with_tls: bool = False) -> None:
     """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
 
-    asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: no TLS is spoken here.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
     """
     global asyncio, grpc, pb, rpc
+    if with_tls:
+        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
@@ -2924,6 +3007,12 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
         data = data[:MAX_ERROR_BYTES] + b"..."
     await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
     raise AssertionError("abort() of grpc raises an exception, always")
+
+
+def unix_target(path: str) -> str:
+    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
+    return f"unix:{escaped.decode()}"
 
 
 def connect_error(path: str) -> str:
@@ -3020,7 +3109,7 @@ class UnixServer:
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
         try:
-            self._server.add_insecure_port(f"unix:{path}")
+            self._server.add_insecure_port(unix_target(path))
         except RuntimeError:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 probe.bind(path)  # grpc does not say why it cannot; this does
@@ -3262,7 +3351,7 @@ class KubeletConnection:
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
-            f"unix:{self._path}",
+            unix_target(self._path),
             options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
         )
         is_another = self._last_met not in (None, self.identity)
@@ -3291,26 +3380,33 @@ class Holder(NamedTuple):
     container: str
 
 
+SlotsOfDra = Mapping[str, Tuple[str, str]]  # resource (without the domain) and ID of a slot, by its device's name
 Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
 
 
-def find_holders(response: pb.ListPodResourcesResponse, domain: str) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN: for each container of RESPONSE, pairs of a resource's name without the
-    domain and a holder. Raises ValueError where they are more than MAX_HOLDERS.
+def find_holders(
+    response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
+) -> Iterator[List[Tuple[str, Holder]]]:
+    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
+    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
+    MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
         names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
         for container in pod.containers:
             ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            count += sum(len(item.device_ids) for item in ours)
+            claimed = [device for claim in container.dynamic_resources for device in claim.claim_resources]
+            count += sum(len(item.device_ids) for item in ours) + len(claimed)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
-            yield [
-                (item.resource_name[len(domain) + 1 :], Holder(slot, *names, truncate(container.name, MAX_TEXT)))
-                for item in ours
-                for slot in item.device_ids
+            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
+            held += [
+                slots[device.device_name]
+                for device in claimed
+                if device.driver_name == domain and device.device_name in slots
             ]
+            yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
 
 
 class PodResources:
@@ -3321,17 +3417,17 @@ class PodResources:
     """
 
     def __init__(self, path: str, domain: str) -> None:
-        self._target = f"unix:{path.replace('%', '%25')}"  # gRPC decodes it like a URL
+        self._target = unix_target(path)
         self._domain = domain
 
-    async def holders(self) -> Optional[Holders]:
-        """Who has them now; None where no kubelet answers in time and in the way that is known here."""
+    async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
+        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
         try:
             response = pb.ListPodResourcesResponse.FromString(await self._list())
-            for pairs in await in_slices(find_holders(response, self._domain)):
+            for pairs in await in_slices(find_holders(response, self._domain, slots)):
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
@@ -3480,8 +3576,8 @@ class HostDevices:
             return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes of DEVICE itself. Raises NotADevice where it is not complete, or where others stand there."""
-        specs_of(device, tree, self._dev_dir)
+        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
@@ -3505,9 +3601,9 @@ class HostDevices:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
 
-    def _find_values(self, entry: Entry, names: Iterable[str]) -> List[str]:
-        chain = list(self._sysfs.chain(entry))
-        return [f"its {name} is {shown_values(chain, name)}" for name in names]
+    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
+        values = nearest_values(self._sysfs.chain(entry), names)
+        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -3713,7 +3809,8 @@ class Plugin:
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
-            device = device_of(self.resource, slot_id)
+            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
+            device = next(named, None)
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -3797,9 +3894,10 @@ def socket_name(name: str, domain: str, plugin_dir: str) -> str:
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAX_BACKOFF_SECONDS."""
+    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
+        self._maximum = maximum
         self.retry_at = 0.0  # as time.monotonic() has it
         self._pause = 0.0
 
@@ -3810,7 +3908,7 @@ class Backoff:
     def fail(self, now: float, at_once: bool = False) -> None:
         """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
-        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
+        self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
@@ -4091,6 +4189,7 @@ class DevicePluginSide:
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
+        self.slot_ids: SlotsOfDra = {}  # without DRA there is none
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
@@ -4253,6 +4352,1197 @@ class DevicePluginSide:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
+# plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
+# has the driver prepare the claim: a CDI file tells the container runtime what to add to the container. First pure
+# functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # these five are limits of the API
+MAX_ATTRIBUTE_BYTES = 64
+MAX_DEVICE_NAME = 63
+MAX_DRIVER_NAME = 63
+MAX_API_ANSWER = 16 << 20  # bytes
+MAX_API_TEXT = 200  # characters of the API server's words that are repeated
+MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
+API_SECONDS = 5.0  # for a request and its answer
+COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
+CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
+MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
+MAX_API_BACKOFF_SECONDS = 60.0
+SOCKET_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
+_API = "/apis/resource.k8s.io/v1"
+_API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
+_HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
+_UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
+_OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+GONE = ":gone"  # after the name of a CDI device: no runtime finds it under the name that the kubelet has
+# The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
+# dra/v1. Each method with the names of its messages in api.proto.
+PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
+    PLUGIN_REGISTRATION: {
+        "GetInfo": ("InfoRequest", "PluginInfo"),
+        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
+    },
+    DRA_PLUGIN: {
+        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
+        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
+    },
+}
+
+
+class PlanSlot(NamedTuple):
+    """A slot of the plan."""
+
+    resource: Resource
+    device: Device
+    number: int
+
+    @property
+    def id(self) -> str:
+        return _slot_id(self.resource, self.device, self.number)
+
+
+class PreparedDevice(NamedTuple):
+    """A slot that was prepared for a claim."""
+
+    name: str  # in the slices
+    request: str  # of the claim
+    resource: str
+    path: str  # as people know it: /dev/video0
+    edits: Document  # containerEdits of CDI
+    is_gone: bool = False  # no container is to start with what may stand there in its place
+
+
+class PreparedClaim(NamedTuple):
+    """A ResourceClaim of which the devices are prepared: what one CDI file holds."""
+
+    uid: str
+    namespace: str
+    name: str
+    devices: Tuple[PreparedDevice, ...]
+
+
+PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
+
+
+def dns_label(text: str, limit: int) -> str:
+    """TEXT as a DNS label of at most LIMIT characters; where something had to be changed, a hash keeps it unique."""
+    label = re.sub("[^a-z0-9-]+", "-", text.lower()).strip("-")
+    if label == text and len(label) <= limit and not re.search("-[0-9a-f]{8}$", label):
+        return label
+    return f"{label[: limit - 9].strip('-')}-{short_hash(text)}".lstrip("-")
+
+
+def short_hash(text: str) -> str:
+    """8 hex digits of the SHA-256 of TEXT."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def slots_by_device_name(plan: Plan) -> PlanSlots:
+    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
+    slots: Dict[str, PlanSlot] = {}
+    for resource in plan.resources.values():
+        for device in resource.devices:
+            label = dns_label(device.path, MAX_DEVICE_NAME - len("-9999"))
+            slots.update((f"{label}-{number}", PlanSlot(resource, device, number)) for number in range(device.slots))
+    return slots
+
+
+def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
+    """SLOT as the device NAME of a ResourceSlice."""
+    resource, device = slot.resource, slot.device
+    texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
+    if resource.pool:
+        texts["pool"] = resource.name
+    attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
+    attributes["slot"] = {"int": slot.number}
+    if len(device.numa) == 1:
+        attributes["numaNode"] = {"int": device.numa[0]}
+    taints = {"taints": [gone_taint(domain)]} if device.problem else {}
+    return {"name": name, "attributes": attributes, **taints}
+
+
+def lost_device(prepared: PreparedDevice, domain: str) -> Document:
+    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice. DeviceClasses ask for its resource."""
+    texts = {"resource": prepared.resource, "path": prepared.path}
+    attributes = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
+    return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
+
+
+def gone_taint(domain: str) -> Document:
+    """The taint by which the control plane evicts the pods that have a device that is gone."""
+    return {"key": f"{domain}/gone", "effect": "NoExecute"}
+
+
+def _cut_bytes(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
+
+
+def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
+    """DEVICES in groups, each as large as a slice may be."""
+    groups: List[List[Document]] = []
+    has_taints = False
+    for device in devices:
+        has_taints = has_taints or "taints" in device
+        if not groups or len(groups[-1]) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
+            groups.append([])
+            has_taints = "taints" in device
+        groups[-1].append(device)
+    return groups
+
+
+def slice_name(node: str, domain: str, index: int) -> str:
+    """The name of the slice INDEX of NODE: the same after a restart, and no other node's or driver's."""
+    readable = f"{node}-{domain}"[:230].rstrip(".-")
+    return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
+
+
+def resource_slice(
+    domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
+) -> Document:
+    """The ResourceSlice INDEX of NODE. The Node owns it, so that it goes when that goes."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
+    metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
+    spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
+    return _api_object("ResourceSlice", metadata, spec)
+
+
+def device_class(domain: str, resource: str = "") -> Document:
+    """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
+    name, expression = domain, f'device.driver == "{domain}"'
+    spec: Document = {}
+    if resource:
+        name = f"{dns_label(resource, 63)}.{domain}"
+        expression += f' && device.attributes["{domain}"].resource == "{resource}"'
+        spec["extendedResourceName"] = f"{domain}/{resource}"
+    spec["selectors"] = [{"cel": {"expression": expression}}]
+    return _api_object("DeviceClass", {"name": name}, spec)
+
+
+def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
+    labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": kind,
+        "metadata": {**metadata, "labels": labels},
+        "spec": spec,
+    }
+
+
+def comparable_slice(resource_slice: Document) -> object:
+    """What must be equal for RESOURCE_SLICE to be as wanted: its spec and owner, but for generation and times."""
+    return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
+        _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
+    ]
+
+
+def _without(value: object, keys: Set[str]) -> object:
+    """VALUE, of JSON, without KEYS at any depth."""
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def _dig(value: object, *keys: str) -> Any:
+    """What KEYS lead to in VALUE, of JSON; None where there is nothing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _list(value: object) -> List[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _checked_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
+    """The request and the device's name in each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+
+    A result of a request's alternative (request/alternative) counts as the request's, as it does for the kubelet.
+    Raises AllocationError.
+    """
+    found = []
+    try:
+        for result in claim["status"]["allocation"]["devices"]["results"]:
+            request, device = _checked_text(result["request"]), _checked_text(result["device"])
+            if result["driver"] == domain:
+                if result["pool"] != node:
+                    raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
+                found.append((request.partition("/")[0], device))
+    except (LookupError, TypeError):
+        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated") from None
+    return found
+
+
+def prepare_devices(
+    requests: Iterable[Tuple[str, str]], slots: PlanSlots, devices: HostDevices
+) -> Tuple[PreparedDevice, ...]:
+    """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+
+    A container gets all devices of a request, so these must go together, and share their env, as slots that one
+    Allocate asks for. Raises AllocationError.
+    """
+    groups: Dict[Tuple[str, str], List[str]] = {}
+    for request, name in requests:
+        if name not in slots:
+            raise AllocationError("NOT_FOUND", f'this node offers no device "{name[:MAX_SHOWN]}"')
+        groups.setdefault((request, slots[name].resource.name), []).append(name)
+    prepared = []
+    for (request, _), names in groups.items():
+        ids = [slots[name].id for name in names]
+        together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
+        for name, allocation in zip(names, alone):
+            edits = container_edits(ContainerAllocation(allocation.specs, together.env))
+            slot = slots[name]
+            prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
+    return tuple(prepared)
+
+
+def container_edits(allocation: ContainerAllocation) -> Document:
+    """ALLOCATION as containerEdits of CDI, where a runtime takes neither a link nor a folder, but nodes alone."""
+    nodes = {
+        container: {"path": container, "hostPath": host, "permissions": spec.permissions}
+        for spec in allocation.specs
+        for host, container in spec.nodes
+    }
+    env = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
+    return {**({"env": env} if env else {}), **({"deviceNodes": list(nodes.values())} if nodes else {})}
+
+
+def cdi_document(claim: PreparedClaim, domain: str) -> Document:
+    """The CDI file of CLAIM; read_cdi_document() is its inverse."""
+    owner = {"uid": claim.uid, "namespace": claim.namespace, "name": claim.name}
+    return {
+        "cdiVersion": "0.6.0",
+        "kind": f"{domain}/device",
+        "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
+        "devices": [
+            {
+                "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
+                "annotations": {f"{domain}/{key}": getattr(device, key) for key in ("request", "resource", "path")},
+                "containerEdits": device.edits,
+            }
+            for device in claim.devices
+        ],
+    }
+
+
+def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
+    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other."""
+    uid, namespace, name = (
+        _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in ("uid", "namespace", "name")
+    )
+    devices = []
+    for device in document["devices"]:
+        prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
+        notes = [_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "resource", "path")]
+        edits, is_gone = device["containerEdits"], label.endswith(GONE)
+        if prefix or not label or not isinstance(edits, dict):
+            raise ValueError("no device of this claim")
+        request, resource, path = notes
+        devices.append(PreparedDevice(label.removesuffix(GONE), request, resource, path, edits, is_gone))
+    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
+        raise ValueError("no name of a claim")
+    return PreparedClaim(uid, namespace, name, tuple(devices))
+
+
+# The API server.
+
+
+class ApiError(Exception):
+    """A request that failed: why, in one sentence; the HTTP status (0: no answer); for how long to wait, in seconds."""
+
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
+        super().__init__(text)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class ConflictError(ApiError):
+    """A write to an object that is another one by now, or gone."""
+
+
+class ApiAddress(NamedTuple):
+    """Where the API server is."""
+
+    url: str
+    is_tls: bool
+    host: str
+    port: int
+    prefix: str  # of every path
+
+
+class ApiAnswer(NamedTuple):
+    """What the API server answered."""
+
+    status: int
+    document: Document
+    retry_after: float
+
+
+def parse_api_url(url: str) -> ApiAddress:
+    """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
+    match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
+    if not match or int(match[4] or 1) > 65535:
+        raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
+    host = match[2] or match[3]
+    is_tls = match[1] == "https"
+    if not is_tls and not (host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host)):
+        raise ValueError(f'"{url}" has no TLS: write https://; http:// is for a loopback address only')
+    return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
+
+
+def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
+    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    head, _, body = content.partition(b"\r\n\r\n")
+    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
+    if not match:
+        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
+    status = int(match[1])
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        if 200 <= status < 300:
+            raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
+        document = {}
+    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
+    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
+
+
+def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
+    """Why the API server did not do what VERB asks of PATH, in one sentence."""
+    match = _API_KIND.match(path)
+    kind = match[1] if match else path
+    message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
+    ending = f": {message}" if message else ""
+    if answer.status == 403:
+        return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
+    if answer.status == 404 and verb in ("list", "create"):
+        return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
+    reasons = {401: "does not accept the token", 409: "has another one by now", 429: "is asked too much"}
+    return f"the API server {reasons.get(answer.status, 'fails')} ({answer.status}) to {verb} {kind}{ending}"
+
+
+class ApiServer:
+    """The API server of the cluster, with TLS by the CA file, always. Token and CA file are read for each request.
+
+    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to be kept: it is asked little.
+    """
+
+    def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
+        self.address = address
+        self.requests: Dict[Tuple[str, str], int] = {}  # how many, by verb and code
+        self.problem = "it has not been asked yet"  # why the last request had no answer; empty: it had one
+        self._token_file = token_file
+        self._ca_file = ca_file
+
+    async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
+        """Have the API server do VERB to PATH; what it answers. Takes 2 * API_SECONDS at the most. Raises ApiError."""
+        answer = await self._ask(verb, path, body)
+        if answer.status == 401:  # the token was replaced when it was on its way
+            answer = await self._ask(verb, path, body)
+        if 200 <= answer.status < 300:
+            return answer.document
+        raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
+
+    async def _ask(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """Ask once, and keep count."""
+        code = "error"
+        try:
+            answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
+            code, self.problem = str(answer.status), ""
+            return answer
+        except asyncio.TimeoutError:
+            self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
+        except OSError as error:
+            self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
+        except ApiError as error:
+            self.problem = str(error)
+        finally:
+            self.requests[verb, code] = self.requests.get((verb, code), 0) + 1
+        raise ApiError(self.problem)
+
+    async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """One request and its answer. Raises ApiError and OSError."""
+        address = self.address
+        data = b"" if body is None else json.dumps(body).encode()
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        head = [f"{method} {address.prefix}{path} HTTP/1.0", f"Host: {host}:{address.port}", *self._authorization()]
+        head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+        head += [f"User-Agent: smarter-device-manager/{__version__}", "", ""]
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
+        try:
+            writer.write("\r\n".join(head).encode() + data)
+            content = await _read_all(reader)
+        finally:
+            writer.transport.abort()
+        return parse_api_answer(content, address.url)
+
+    def _tls(self) -> Optional[ssl.SSLContext]:
+        if not self.address.is_tls:
+            return None
+        import ssl
+
+        try:
+            return ssl.create_default_context(cafile=self._ca_file)
+        except ssl.SSLError:
+            raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
+        except OSError as error:
+            raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
+
+    def _authorization(self) -> List[str]:
+        """The header with the token. Without TLS there is none: whoever listens there need not be the API server."""
+        if not self.address.is_tls:
+            return []
+        try:
+            with open(self._token_file, "rb", opener=_open_at_once) as file:
+                token = file.read(MAX_TOKEN_BYTES).strip()
+        except OSError as error:
+            raise ApiError(f"cannot read the token file {self._token_file}: {error.strerror}") from None
+        if not re.fullmatch(b"[!-~]+", token):
+            raise ApiError(f"the token file {self._token_file} holds no token")
+        return [f"Authorization: Bearer {token.decode()}"]
+
+
+async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
+    """What WORK gives within SECONDS; else raises asyncio.TimeoutError.
+
+    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
+    https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
+        task.cancel()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        return await wait_bounded(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+
+
+async def _read_all(reader: asyncio.StreamReader) -> bytes:
+    """All that READER has. Raises ApiError where that is too much."""
+    content = bytearray()
+    while len(content) <= MAX_API_ANSWER:
+        chunk = await reader.read(MAX_API_ANSWER)
+        if not chunk:
+            return bytes(content)
+        content += chunk
+    raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+
+
+def _connection_problem(error: OSError, ca_file: str) -> str:
+    """Why the API server cannot be asked, to follow its name."""
+    verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+    if verify_message:
+        return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
+    reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
+    if not reason and error.errno and error.errno > 0:
+        reason = os.strerror(error.errno)  # asyncio has put words of its own into error.strerror
+    return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
+
+
+# The CDI files, which are the memory of what is prepared.
+
+
+class CdiFiles:
+    """The CDI files of the driver DOMAIN in FOLDER, one per claim, and what they hold. Other files are left alone."""
+
+    def __init__(self, folder: str, domain: str) -> None:
+        self.claims: Mapping[str, PreparedClaim] = {}  # by uid
+        self._folder = folder
+        self._domain = domain
+
+    def path(self, uid: str) -> str:
+        """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
+        return f"{self._folder}/{self._domain}_{uid}.json"
+
+    def holder(self, device: str) -> Optional[PreparedClaim]:
+        """The claim that DEVICE is prepared for."""
+        claims = self.claims.values()
+        return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
+
+    def load(self) -> None:
+        """Read back what is prepared, and remove what a crash left half made."""
+        self.claims = {}
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return  # there is no such folder until something is prepared
+        for name in names:
+            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
+            claim = self._read(match[1]) if match else None
+            if claim:
+                self.claims = {**self.claims, claim.uid: claim}
+            elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
+                self._discard(f"{self._folder}/{name}")
+
+    def _read(self, uid: str) -> Optional[PreparedClaim]:
+        """The claim of the file of UID; None where it is another's, or broken and therefore removed."""
+        path = self.path(uid)
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                document = json.loads(file.read(MAX_CDI_BYTES))
+            if _dig(document, "kind") not in (None, f"{self._domain}/device"):
+                return None
+            claim = read_cdi_document(document, self._domain)
+            if claim.uid == uid:
+                return claim
+        except OSError as error:
+            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+            return None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass  # broken; as one of another claim is
+        log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
+        self._discard(path)
+        return None
+
+    def _discard(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def write(self, claim: PreparedClaim) -> None:
+        """Keep CLAIM. Its file is never seen half written. Raises OSError."""
+        os.makedirs(self._folder, 0o755, exist_ok=True)
+        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
+        try:
+            with open(temporary, "x", encoding="utf-8") as file:
+                os.fchmod(file.fileno(), 0o644)
+                json.dump(cdi_document(claim, self._domain), file, indent=1)
+            os.rename(temporary, self.path(claim.uid))
+        except OSError:
+            self._discard(temporary)
+            raise
+        self.claims = {**self.claims, claim.uid: claim}
+
+    def remove(self, uid: str) -> None:
+        """Forget the claim UID. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(uid))
+        self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
+
+
+# The slices and the classes.
+
+
+class Publisher:
+    """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
+
+    Of the slices, which all have one generation, either none is written or each one, once. Where the server's content
+    is what is wanted, or what it made of what was written last, nothing is. FINALLY is done when both are well.
+    """
+
+    def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
+        self.problems: List[str] = []  # why not everything is as wanted
+        self.slices = self.devices = 0  # that are published
+        self.published_at = 0.0  # time.time() when they were last found or made as wanted
+        self._api = api
+        self._node = node
+        self._domain = domain
+        self._steps = (self._publish_slices, self._make_classes, finally_)
+        self._wanted: List[List[Document]] = []
+        self._resources: Sequence[str] = ()
+        self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
+        self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
+        self._node_uid = ""
+        self._classes: Set[str] = set()  # that are there
+        self._next_class_look = 0.0
+        self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
+        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
+
+    def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
+        """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
+        wanted = split_into_slices(devices)
+        if wanted != self._wanted or set(resources) - set(self._resources):
+            self._changed.set()
+        self._wanted, self._resources = wanted, resources
+
+    def refresh(self) -> None:
+        """Look at the API server now: a kubelet that started has deleted the slices."""
+        self._copies, self._next_class_look = None, 0.0
+        self._changed.set()
+        self._urgent.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        while True:
+            if self._urgent.is_set():
+                self._backoff.reset()
+            self._urgent.clear()
+            self._changed.clear()
+            pause = await self._advance()
+            if self.problems:
+                await asyncio.sleep(pause)
+                await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
+            else:
+                await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
+                if not await wait_for_event(self._changed, COMPARE_SECONDS):
+                    self._copies = None
+
+    async def _advance(self) -> float:
+        """Do what is to be done, as far as the API server lets it; for how long it must not be asked again."""
+        problems, pause = [], 0.0
+        for step in self._steps:
+            try:
+                await step()
+            except ApiError as error:
+                problems.append(str(error))
+                pause = max(pause, error.retry_after)
+                if not error.status:
+                    break  # it is away
+        for problem in problems:
+            if problem not in self.problems:
+                log_event("not-published", f"{problem}; trying again", logging.WARNING)
+        if self.problems and not problems:
+            log_event("published-again", "the API server does again what it is asked")
+        self.problems = problems
+        if problems:
+            self._backoff.fail(time.monotonic())
+        else:
+            self._backoff.reset()
+        return pause
+
+    async def _publish_slices(self) -> None:
+        """Make the slices what is wanted. Raises ApiError."""
+        for _ in range(3):
+            is_listed = self._copies is None
+            try:
+                copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
+                if is_listed and not (self._node_uid and self._is_published(copies)):
+                    self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
+                if not self._is_published(copies):
+                    await self._write_slices(copies)
+                self.slices, self.devices = len(copies), sum(map(len, self._wanted))
+                self.published_at = time.time()
+                return
+            except ApiError as error:
+                self._copies = None  # nobody knows what was done
+                if not isinstance(error, ConflictError):
+                    raise
+                conflict = error  # somebody else wrote meanwhile: look again, at once
+        raise conflict
+
+    async def _list_slices(self) -> Dict[str, Document]:
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
+        answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
+        copies = {}
+        for item in _list(answer.get("items")):
+            owner = _dig(item, "spec", "driver"), _dig(item, "spec", "nodeName")
+            name = _dig(item, "metadata", "name")
+            if owner == (self._domain, self._node) and isinstance(name, str) and _OBJECT_NAME.fullmatch(name):
+                copies[name] = item
+        return copies
+
+    async def _read_node_uid(self) -> str:
+        try:
+            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
+        if not isinstance(uid, str) or not uid:
+            raise ApiError("what the API server sends as a Node is none", 200)
+        return uid
+
+    def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
+        """The slices that are wanted, by name, such that they can take the place of COPIES."""
+        slices = {}
+        pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
+        for index, devices in enumerate(self._wanted):
+            body = resource_slice(self._domain, self._node, self._node_uid, index, pool, devices)
+            name = body["metadata"]["name"]
+            if name in copies:
+                body["metadata"]["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
+            slices[name] = body
+        return slices
+
+    def _is_published(self, copies: Mapping[str, Document]) -> bool:
+        """Whether COPIES are the slices that are wanted."""
+        slices = self._slices(0, copies)
+        return (
+            copies.keys() == slices.keys()
+            and len({_generation(copy) for copy in copies.values()}) <= 1
+            and all(
+                self._written.get(name) == _version_and_devices(copies[name], wanted)
+                or comparable_slice(copies[name]) == comparable_slice(wanted)
+                for name, wanted in slices.items()
+            )
+        )
+
+    async def _write_slices(self, copies: Dict[str, Document]) -> None:
+        """Write every slice that is wanted, in a new generation, and delete all others."""
+        generation = 1 + max(map(_generation, copies.values()), default=0)
+        slices = self._slices(generation, copies)
+        for name, body in slices.items():
+            verb, path = ("update", f"/{name}") if name in copies else ("create", "")
+            copies[name] = await self._write(verb, path, body)
+            self._written[name] = _version_and_devices(copies[name], body)
+        for name in copies.keys() - slices.keys():
+            await self._write("delete", f"/{name}")
+            del copies[name]
+        count = sum(len(body["spec"]["devices"]) for body in slices.values())
+        sentence = f"published {pluralize(count, 'device')} in {pluralize(len(slices), 'ResourceSlice')}"
+        log_event("published", sentence, generation=generation)
+
+    async def _write(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
+        try:
+            return await self._api.call(verb, f"{_API}/resourceslices{path}", body)
+        except ApiError as error:
+            if error.status == 409 or (error.status == 404 and verb != "create"):
+                raise ConflictError(str(error), error.status) from None
+            raise
+
+    async def _make_classes(self) -> None:
+        """Make the DeviceClasses that are missing. Those that are there are left as they are. Raises ApiError."""
+        now = time.monotonic()
+        if now >= self._next_class_look:
+            self._classes.clear()
+            self._next_class_look = now + CLASS_SECONDS
+        for body in [device_class(self._domain), *(device_class(self._domain, name) for name in self._resources)]:
+            name = body["metadata"]["name"]
+            if name not in self._classes:
+                await self._make_class(name, body)
+                self._classes.add(name)
+
+    async def _make_class(self, name: str, body: Document) -> None:
+        try:
+            await self._api.call("get", f"{_API}/deviceclasses/{name}")
+            return
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        try:
+            await self._api.call("create", f"{_API}/deviceclasses", body)
+            log_event("class-made", "made a DeviceClass", name=name)
+        except ApiError as error:
+            if error.status != 409:  # another node has just made it
+                raise
+
+
+def _generation(resource_slice: Document) -> int:
+    generation = _dig(resource_slice, "spec", "pool", "generation")
+    return generation if type(generation) is int else 0
+
+
+def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List[Document]]:
+    return _dig(copy, "metadata", "resourceVersion"), wanted["spec"]["devices"]
+
+
+# The driver.
+
+
+class DraSettings(NamedTuple):
+    """Where a driver finds the others, and they find it."""
+
+    kubelet_dir: str
+    cdi_dir: str
+    node: str
+    domain: str
+    dev_dir: str
+
+    @property
+    def folder(self) -> str:
+        """The driver's own folder."""
+        return f"{self.kubelet_dir}/plugins/{self.domain}"
+
+    @property
+    def sockets(self) -> Tuple[str, str]:
+        """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
+        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
+
+
+class DraSide:
+    """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
+
+    def __init__(
+        self,
+        settings: DraSettings,
+        api: ApiServer,
+        devices: HostDevices,
+        loop: asyncio.AbstractEventLoop,
+        look_seconds: float,
+    ) -> None:
+        self.settings = settings
+        self.domain = self.full_name = settings.domain
+        self.api = api
+        self.heartbeat = time.monotonic()  # of the last look at the sockets
+        self.is_registered = False
+        self.is_standby = False  # another instance serves the driver
+        self.problem = ""  # why the kubelet does not have the driver
+        self.registrations = self.prepare_errors = 0
+        self.prepared: Dict[str, int] = {}  # how many slots, by resource
+        self.publisher: Optional[Publisher] = None  # while the driver is served
+        self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
+        self.slots: PlanSlots = {}  # that are offered
+        self._plan = EMPTY_PLAN
+        self._devices = devices
+        self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
+        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._servers: List[UnixServer] = []
+        self._served_since = 0.0
+        self._publishing: Optional[asyncio.Task[None]] = None
+        self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)  # seconds between two looks
+        self._done: asyncio.Future[None] = loop.create_future()
+
+    async def run(self) -> None:
+        """Serve the kubelet and publish until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                self.heartbeat = time.monotonic()
+                await self._check_sockets()
+                await asyncio.wait([self._done], timeout=self.calm_look)
+        finally:
+            await self._end()
+        self._done.result()
+
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises."""
+        try:
+            self.apply(plan)
+        except Exception as error:
+            self._fail(error)
+
+    def apply(self, plan: Plan) -> None:
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        self._plan, self.slots = plan, slots_by_device_name(plan)
+        if self.publisher:
+            self._rewrite_cdi_files()
+            self._publish()
+
+    @property
+    def plugin_dir(self) -> str:
+        """The driver's own folder."""
+        return self.settings.folder
+
+    @property
+    def slot_ids(self) -> SlotsOfDra:
+        """The resource and ID of each slot by the name of its device."""
+        return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the kubelet has the driver."""
+        return self.is_registered
+
+    @property
+    def kubelet_restarts(self) -> int:
+        """How often the kubelet registered the driver again."""
+        return max(self.registrations - 1, 0)
+
+    @property
+    def obstacle(self) -> str:
+        """Why pods cannot be given every device that is offered; empty where they can."""
+        if not self.is_registered or not self.publisher:
+            return f"not registered with the kubelet{f': {self.problem}' if self.problem else ' yet'}"
+        if self.publisher.problems:
+            return f"not published: {self.publisher.problems[0]}"
+        return "" if self.publisher.published_at else "not published yet"
+
+    def describe(self) -> Document:
+        """How the driver stands with the kubelet and the API server, as a part of the status document."""
+        publisher, api = self.publisher, self.api
+        return {
+            "problem": self.obstacle,
+            "registered": self.is_registered,
+            "socket": self.settings.sockets[0],
+            "slices": publisher.slices if publisher else 0,
+            "slice_devices": publisher.devices if publisher else 0,
+            "published_at_seconds": publisher.published_at if publisher else 0.0,
+            "api_server": api.address.url,
+            "api_reachable": not api.problem,
+            "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
+            "claims_prepared": len(self.cdi.claims),
+            "claims": [
+                {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
+                for claim in self.cdi.claims.values()
+            ],
+            "prepare_errors": self.prepare_errors,
+        }
+
+    # -- the sockets -----------------------------------------------------------------------------------------------
+
+    async def _check_sockets(self) -> None:
+        """Serve the driver, unless another instance does; anew where its socket files are not its own any more."""
+        if self._servers:
+            if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
+                if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
+                    self._log_problem("kubelet-gone", "kubelet has not registered the driver; waiting for it")
+                return
+            self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
+            await self._end()
+        self.is_standby = any(not connect_error(path) for path in self.settings.sockets)
+        try:
+            self.is_standby = self.is_standby or not await self._serve()
+        except OSError as error:
+            await self._end()
+            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+        if self.is_standby:
+            self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
+
+    async def _serve(self) -> bool:
+        """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
+        for path in self.settings.sockets:
+            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            remove_leftovers(os.path.dirname(path))
+            self._servers.append(UnixServer(path, self._add_services))
+            await self._servers[-1].start()
+        if not all(server.publish() for server in self._servers):
+            await self._end()
+            return False
+        # Nothing is awaited from here on, so the kubelet is answered when all is ready.
+        self.cdi.load()
+        self._unchecked = list(self.cdi.claims.values())
+        self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
+        self.apply(self._plan)
+        self.problem, self._served_since = "", time.monotonic()
+        self._publishing = asyncio.ensure_future(self.publisher.run())
+        self._publishing.add_done_callback(self._publishing_ended)
+        return True
+
+    def _publishing_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error:
+            self._fail(error)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        for service, methods in _DRA_SERVICES.items():
+            handlers = {
+                method: grpc.unary_unary_rpc_method_handler(
+                    getattr(self, method), getattr(pb, request).FromString, getattr(pb, response).SerializeToString
+                )
+                for method, (request, response) in methods.items()
+            }
+            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+
+    async def _end(self) -> None:
+        """Serve and publish no more. The slices stay: whoever comes next goes on with them."""
+        if self._publishing:
+            self._publishing.cancel()
+            await asyncio.wait([self._publishing])
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.stop() for server in reversed(servers)))
+        self.publisher = self._publishing = None
+        self.is_registered = False
+
+    def _log_problem(self, event: str, problem: str) -> None:
+        """Log PROBLEM, unless it was logged last."""
+        if problem != self.problem:
+            log_event(event, problem, logging.WARNING)
+        self.problem = problem
+
+    # -- what the kubelet calls ------------------------------------------------------------------------------------
+
+    @answered
+    async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
+        names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
+        return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
+
+    @answered
+    async def NotifyRegistrationStatus(
+        self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
+    ) -> pb.RegistrationStatusResponse:
+        self.is_registered = request.plugin_registered
+        if request.plugin_registered:
+            self.registrations += 1
+            self.problem = ""
+            log_event("registered", "registered with kubelet", driver=self.settings.domain)
+        else:
+            self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+        if self.publisher:
+            self.publisher.refresh()
+        return pb.RegistrationStatusResponse()
+
+    @answered
+    async def NodePrepareResources(
+        self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.NodePrepareResourcesResponse:
+        response = pb.NodePrepareResourcesResponse()
+        for claim in request.claims:
+            entry = response.claims[claim.uid]
+            try:
+                prepared = await self._prepare(claim)
+            except (AllocationError, ApiError, OSError) as error:
+                text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
+                entry.error = f"{self.settings.domain}: {text}"
+                self._count_refusal(claim, text)
+                continue
+            for device in prepared.devices:
+                cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
+                names = {"pool_name": self.settings.node, "device_name": device.name}
+                entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
+        return response
+
+    @answered
+    async def NodeUnprepareResources(
+        self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.NodeUnprepareResourcesResponse:
+        response = pb.NodeUnprepareResourcesResponse()
+        for claim in request.claims:
+            response.claims[claim.uid].error = self._unprepare(claim.uid)
+        return response
+
+    async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
+        """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
+        requests = await self._read_requests(claim)
+        # From here on nothing is awaited, so no other claim can come between.
+        for _, name in requests:
+            holder = self.cdi.holder(name)
+            if holder and holder.uid != claim.uid:
+                who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
+                raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
+        prepared = PreparedClaim(
+            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
+        )
+        before = self.cdi.claims.get(claim.uid)
+        if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
+            self.cdi.write(prepared)
+        if not before:
+            for device in prepared.devices:
+                name = self.slots[device.name].resource.name
+                self.prepared[name] = self.prepared.get(name, 0) + 1
+            devices = join_names([device.name for device in prepared.devices])
+            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
+        self._refusals.pop(claim.uid, None)
+        return prepared
+
+    async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
+        """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
+        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is none")
+        try:
+            found = await self._read_claim(claim.namespace, claim.name)
+        except ApiError as error:
+            if claim.uid in self.cdi.claims and error.status != 404:
+                return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
+            raise
+        if _dig(found, "metadata", "uid") != claim.uid:
+            text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
+            raise AllocationError("NOT_FOUND", text)
+        return allocated_devices(found, self.settings.domain, self.settings.node)
+
+    async def _read_claim(self, namespace: str, name: str) -> Document:
+        return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
+
+    def _unprepare(self, uid: str) -> str:
+        """Forget the claim UID; why that failed, if it did."""
+        self._refusals.pop(uid, None)
+        claim = self.cdi.claims.get(uid)
+        if claim:
+            try:
+                self.cdi.remove(uid)
+            except OSError as error:
+                return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+            log_event("unprepared", "its pod has ended", claim=f"{claim.namespace}/{claim.name}")
+            self._publish()
+        return ""
+
+    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
+        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
+        self.prepare_errors += 1
+        if self._refusals.get(claim.uid) != text:
+            while len(self._refusals) >= MAX_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            self._refusals[claim.uid] = text
+            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
+            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+
+    # -- what follows from the plan --------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Have what the plan offers in the slices, and what is prepared and gone."""
+        if self.publisher:
+            domain = self.settings.domain
+            devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
+            prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
+            lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
+            devices += [lost_device(device, domain) for device in lost]
+            self.publisher.want(devices, list(self._plan.resources))
+
+    def _is_gone(self, device: PreparedDevice) -> bool:
+        """Whether DEVICE is not there, or another one in its place.
+
+        One that the plan has not, though it stands in /dev and no rule left it out, is no longer offered because of
+        the conf file. Its pod may go on.
+        """
+        slot = self.slots.get(device.name)
+        if slot:
+            return bool(slot.device.problem)
+        path = device.path[len("/dev/") :] if device.path.startswith("/dev/") else ""
+        is_left_out = any(left.path == path for left in self._plan.left_out)
+        return bool(path) and (is_left_out or not os.path.exists(f"{self.settings.dev_dir}/{path}"))
+
+    def _rewrite_cdi_files(self) -> None:
+        """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
+        for claim in list(self.cdi.claims.values()):
+            name = f"{claim.namespace}/{claim.name}"
+            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
+            try:
+                if all(device.name in self.slots and not device.is_gone for device in devices):
+                    requests = [(device.request, device.name) for device in devices]
+                    devices = prepare_devices(requests, self.slots, self._devices)
+                if devices != claim.devices:
+                    self.cdi.write(claim._replace(devices=devices))
+                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
+            except AllocationError:
+                continue  # it went just now: the next plan says so
+            except OSError as error:
+                text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
+                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
+
+    async def _drop_gone_claims(self) -> None:
+        """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
+        while self._unchecked:
+            claim = self._unchecked[-1]
+            try:
+                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                uid = None
+            self._unchecked.pop()
+            if uid != claim.uid:
+                self._unprepare(claim.uid)
+
+
+def _inodes(path: str) -> Mapping[str, int]:
+    """The file PATH, if there is one, as UnixServer.is_lost() takes it."""
+    try:
+        return {os.path.basename(path): os.lstat(path).st_ino}
+    except OSError:
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
 # which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
 # the server's paths are a public interface. A new metric is one more line of FAMILIES.
@@ -4337,12 +5627,6 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
     }
 
 
-def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
-    has_node = any(part.path == device.path for part in device.parts)
-    return f"/dev/{device.path}" if has_node else device.path
-
-
 def describe_offer(
     resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
 ) -> Document:
@@ -4406,11 +5690,13 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
     kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
-    if not kubelet["answering"]:
+    if document["dra"]:
+        problems.update({document["dra"]["problem"]: []} if document["dra"]["problem"] else {})
+    elif not kubelet["answering"]:
         where = kubelet["plugin_dir"]
         problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
     for resource in resources:
-        if kubelet["answering"] and not resource["ready"]:
+        if kubelet["answering"] and not document["dra"] and not resource["ready"]:
             problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
     if document["dev_problem"]:
         problems[document["dev_problem"]] = []
@@ -4546,11 +5832,20 @@ def _device_details(device: Document) -> str:
     return details
 
 
+def describe_dra(dra: Document) -> str:
+    """The part on DRA of the status document in one line."""
+    claims = pluralize(dra["claims_prepared"], "claim")
+    reachable = "answers" if dra["api_reachable"] else "does not answer"
+    slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
+    return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
+
+
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
-    text = "".join(f"{printable(line)}\n" for line in [*lines, *(f"  - {problem}" for problem in problems)]) + "\n"
+    lines += [f"  - {problem}" for problem in problems] + ([describe_dra(document["dra"])] if document["dra"] else [])
+    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
@@ -4642,6 +5937,16 @@ def _left_out(document: Document) -> Samples:
     return [({"reason": label}, count) for label, count in counts.items()]
 
 
+def _api_requests(document: Document) -> Samples:
+    requests = document["dra"]["api_requests"] if document["dra"] else []
+    return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
+
+
+def _of_dra(key: str) -> Callable[[Document], Samples]:
+    """The value KEY of the part on DRA, if there is one."""
+    return lambda document: [({}, document["dra"][key])] if document["dra"] else []
+
+
 def _build(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     return [({"version": document["smarter_device_manager"], "python": python}, 1)]
@@ -4672,6 +5977,23 @@ FAMILIES = (
     ),
     Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
     Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family(
+        "api_requests_total",
+        "counter",
+        "Requests to the API server, by verb and code; this and more with dra.",
+        _api_requests,
+    ),
+    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api_reachable")),
+    Family("slices_published", "gauge", "ResourceSlices of this node.", _of_dra("slices")),
+    Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
+    Family(
+        "slices_published_timestamp_seconds",
+        "gauge",
+        "When the slices were last as they should be.",
+        _of_dra("published_at_seconds"),
+    ),
+    Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
+    Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
     Family(
         "internal_errors_total",
         "counter",
@@ -4885,7 +6207,7 @@ def _page_facts(document: Document) -> Iterator[str]:
     devices = [device for resource in resources for device in resource["devices"]]
     present = sum(device["healthy"] for device in devices)
     in_use = [resource["in_use"] for resource in resources]
-    facts = (
+    facts: List[Tuple[str, object, str]] = [
         ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
         ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
         (
@@ -4895,7 +6217,14 @@ def _page_facts(document: Document) -> Iterator[str]:
         ),
         ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
         ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
-    )
+    ]
+    if document["dra"]:
+        dra = document["dra"]
+        reachable = f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
+        facts += [
+            ("ResourceSlices", dra["slices"], reachable),
+            ("Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} could not be"),
+        ]
     yield '<dl class="facts">\n'
     yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
     yield "</dl>\n"
@@ -5124,7 +6453,7 @@ class StatusServer:
     def __init__(
         self,
         listener: socket.socket,
-        side: DevicePluginSide,
+        side: Union[DevicePluginSide, DraSide],
         pod_resources: PodResources,
         node: str,
         interval: float,
@@ -5226,6 +6555,11 @@ class StatusServer:
         return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
+        if isinstance(self._side, DraSide):
+            obstacle = self._side.obstacle
+            if self._side.is_standby:
+                return plain(200, ["ok", obstacle, *self._remarks()])
+            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
         states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
         unready = [
             f"{name}: {unready_text(state.trouble)}"
@@ -5242,6 +6576,15 @@ class StatusServer:
 
     def _registration_state(self, name: str) -> RegistrationState:
         """How the resource NAME stands with the kubelet."""
+        if isinstance(self._side, DraSide):
+            obstacle = self._side.obstacle
+            return RegistrationState(
+                ready=not obstacle,
+                trouble=obstacle,
+                served_by_other=self._side.is_standby,
+                allocations=self._side.prepared.get(name, 0),
+                registrations=self._side.registrations,
+            )
         registration = self._side.registrations.get(name)
         if registration is None:
             return RegistrationState()
@@ -5286,7 +6629,7 @@ class StatusServer:
         return await self._shared("", self._describe)
 
     async def _describe(self) -> Document:
-        holders = await self._pod_resources.holders()
+        holders = await self._pod_resources.holders(self._side.slot_ids)
         side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
         offers = (
             describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
@@ -5306,6 +6649,7 @@ class StatusServer:
             time=utc(time.time()),
             threads=self._threads(),
             kubelet=kubelet,
+            dra=side.describe() if isinstance(side, DraSide) else None,
             process=describe_process(),
             events=self.events.events(),
         )
@@ -5364,7 +6708,7 @@ class SimulatedKubelet:
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
         # The file stays behind when kubelet stops; grpc removes the one that it made itself.
-        self._server.add_insecure_port(f"unix:{self.folder}/.kubelet")
+        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
 
@@ -5381,7 +6725,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -5454,6 +6798,117 @@ class SimulatedKubelet:
             await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
 
 
+class SimulatedApiServer:
+    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+
+    def __init__(self, node: str) -> None:
+        self.url = ""
+        self.objects: Dict[str, Document] = {}  # by path
+        self._versions = itertools.count(1)
+        self._server: Optional[asyncio.AbstractServer] = None
+        self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
+
+    async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
+        """Listen, with TLS where it is given."""
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._server:
+            self._server.close()
+            await self._server.wait_closed()
+
+    def put(self, path: str, item: Document) -> Document:
+        """Keep ITEM, and give it another resourceVersion."""
+        metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
+        self.objects[path] = {**item, "metadata": metadata}
+        return self.objects[path]
+
+    def list(self, path: str) -> List[Document]:
+        """What was created at PATH."""
+        return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            method, target, _, body = await self.read_request(reader)
+            status, document = self.respond(method, target, body)
+            writer.write(self.format_answer(status, document))
+            await writer.drain()
+        writer.close()
+
+    async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
+        """The method, target, whole head and body of the request that comes from READER."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
+        data = await reader.readexactly(int(length[1]) if length else 0)
+        method, target, _ = head.split(" ", 2)
+        return method, target, head, json.loads(data) if data else {}
+
+    def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
+        """An answer, with one more HEADER where it is given."""
+        content = json.dumps(document).encode()
+        return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
+
+    def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
+        """The HTTP status and the document that answer a request."""
+        path = target.partition("?")[0]
+        if method == "POST":
+            path += f"/{body['metadata']['name']}"
+        old = self.objects.get(path)
+        if method == "GET" and path == f"{_API}/resourceslices":
+            return 200, {"items": self.list(path)}
+        if (old is None) != (method == "POST"):
+            return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
+        if method == "PUT" and _dig(body, "metadata", "resourceVersion") != _dig(old, "metadata", "resourceVersion"):
+            return 409, {"message": f"{path} has been modified"}
+        if method == "DELETE":
+            return 200, self.objects.pop(path)
+        if method in ("POST", "PUT"):
+            self.put(path, body)
+        return 201 if method == "POST" else 200, self.objects[path]
+
+
+class SimulatedDraKubelet:
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.drivers: Dict[str, grpc.aio.Channel] = {}  # by name
+        for name in ("plugins", "plugins_registry"):
+            os.makedirs(f"{folder}/{name}", exist_ok=True)
+
+    async def register(self, name: str) -> pb.PluginInfo:
+        """Register the driver whose socket in plugins_registry is NAME. Raises grpc.RpcError."""
+        async with grpc.aio.insecure_channel(f"unix:{self.folder}/plugins_registry/{name}") as channel:
+            info = await self.call(channel, PLUGIN_REGISTRATION, "GetInfo", pb.InfoRequest())
+            self.drivers[info.name] = grpc.aio.insecure_channel(f"unix:{info.endpoint}")
+            status = pb.RegistrationStatus(plugin_registered=True)
+            await self.call(channel, PLUGIN_REGISTRATION, "NotifyRegistrationStatus", status)
+        return info
+
+    async def stop(self) -> None:
+        """End every connection."""
+        for channel in self.drivers.values():
+            await channel.close()
+
+    async def prepare(self, driver: str, *claims: pb.Claim) -> pb.NodePrepareResourcesResponse:
+        """Have DRIVER prepare CLAIMS. Raises grpc.RpcError."""
+        request = pb.NodePrepareResourcesRequest(claims=claims)
+        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodePrepareResources", request)
+
+    async def unprepare(self, driver: str, *claims: pb.Claim) -> pb.NodeUnprepareResourcesResponse:
+        """Have DRIVER unprepare CLAIMS. Raises grpc.RpcError."""
+        request = pb.NodeUnprepareResourcesRequest(claims=claims)
+        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodeUnprepareResources", request)
+
+    async def call(self, channel: grpc.aio.Channel, service: str, method: str, request: Any) -> Any:
+        """Call METHOD of SERVICE. Raises grpc.RpcError."""
+        answer = getattr(pb, _DRA_SERVICES[service][method][1])
+        call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
+        return await call(request, timeout=DIAL_SECONDS)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
 # statuses and the texts of errors are in the README and in other people's scripts.
@@ -5473,8 +6928,10 @@ MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
 GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
 REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
 REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
-DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
-DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
+DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
+DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # of a pod
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
@@ -5698,7 +7155,7 @@ class ConfFile:
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "") -> None:
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
         """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
@@ -5707,7 +7164,7 @@ class DeviceSide:
         self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
-        self._sysfs = Sysfs(sys_dir)
+        self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
@@ -5747,7 +7204,7 @@ class DeviceSide:
             if plans == [old]:
                 plans = []
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
 
     def overridden(self) -> List[Overridden]:
@@ -5790,7 +7247,7 @@ class DeviceSide:
         nodes = (node for device in self._tracked.values() for node in device.nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self._tracked))
+        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -5810,10 +7267,11 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._tracked, left_out = track(
-            self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, time.monotonic()
+        now = time.monotonic()
+        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(
+            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
         )
-        self.plan = make_plan(self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir)
         return self.plan
 
 
@@ -5876,9 +7334,13 @@ class KubeletThread(threading.Thread):
         calm_look = min(
             max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
         )  # for /healthz
-        watch = Watch(options.plugin_dir)
+        self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
-        self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
+        if options.api == "dra":
+            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, calm_look)
+        else:
+            watch = Watch(options.plugin_dir)
+            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # to be set before the start
         self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
 
@@ -5914,7 +7376,8 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory: something changed there."""
-        self._loop.call_soon_threadsafe(self.side.look_now)
+        if isinstance(self.side, DevicePluginSide):
+            self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, stats: DeviceSideStats) -> None:
         """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
@@ -6007,12 +7470,55 @@ def check_plugin_dir(path: str) -> None:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
         raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+    if "," in path:
+        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
             f"the path {path} is {too_long} bytes too long: those of the sockets in it would pass {SOCKET_PATH_BYTES} "
             f"bytes, the most that Unix has; make a link to it that has a shorter path"
         )
+
+
+def check_dra(options: argparse.Namespace) -> None:
+    """Raise Problem where there can be no DRA driver with OPTIONS."""
+    if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
+        raise Problem(
+            f"with --api dra, the domain is the driver's name, of at most {MAX_DRIVER_NAME} characters that begin with "
+            f"a letter; {options.domain} is none"
+        )
+    if not _OBJECT_NAME.fullmatch(options.node_name):
+        raise Problem(f'--node-name: "{options.node_name}" is no name of a Node; kubectl get nodes shows them')
+    api_server(options)
+    if not os.path.isdir(options.kubelet_dir):
+        raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
+    settings = dra_settings(options)
+    try:
+        os.makedirs(settings.folder, 0o750, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
+    longest = max(len(os.fsencode(path)) for path in settings.sockets)
+    if longest > SOCKET_PATH_BYTES:
+        raise Problem(
+            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
+            f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
+        )
+
+
+def dra_settings(options: argparse.Namespace) -> DraSettings:
+    """What OPTIONS say of the driver."""
+    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
+
+
+def api_server(options: argparse.Namespace) -> ApiServer:
+    """The API server of OPTIONS. Raises Problem."""
+    if not options.kube_api:
+        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
+    try:
+        address = parse_api_url(options.kube_api)
+    except ValueError as error:
+        raise Problem(f"--kube-api: {error}") from None
+    return ApiServer(address, options.kube_token_file, options.kube_ca_file)
 
 
 def raise_limit() -> None:
@@ -6040,16 +7546,20 @@ def raise_limit() -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    is_dra = options.api == "dra"
     try:
-        check_plugin_dir(options.plugin_dir)
+        if is_dra:
+            check_dra(options)
+        else:
+            check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
         raise
     raise_limit()
-    kept_path = kept_conf_path(options.plugin_dir, options.domain)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path)
+    kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
     devices.start()
-    load_grpc()
+    load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
     thread.status = _open_status(options, devices, thread.side)
     thread.start()
@@ -6067,7 +7577,7 @@ def serve(options: argparse.Namespace) -> int:
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, options.interval, watches, manager)
+        _run(devices, thread, manager, options.interval, watches)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -6078,7 +7588,9 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide) -> Optional[StatusServer]:
+def _open_status(
+    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
+) -> Optional[StatusServer]:
     """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
     if not options.listen:
         return None
@@ -6087,16 +7599,15 @@ def _open_status(options: argparse.Namespace, devices: DeviceSide, side: DeviceP
     except Problem as problem:
         log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
         return None
-    node = os.environ.get("NODE_NAME") or socket.gethostname()
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(listener, side, holders, node, options.interval, devices.plan, devices.stats())
+    status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
 
 
 def _run(
-    devices: DeviceSide, thread: KubeletThread, interval: float, watches: FolderWatches, manager: ServiceManager
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
 ) -> None:
     """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
     watched: Optional[Snapshot] = None  # whose folders are
@@ -6169,9 +7680,9 @@ def restart_lean() -> None:
     os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
 
 
-def _look_once(options: argparse.Namespace) -> DeviceSide:
+def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for the modes that end then. Raises Problem."""
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir)
+    devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
         print(f"{program_name()}: {WITHOUT_CONF}", file=sys.stderr)
@@ -6311,7 +7822,7 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
-    devices = _look_once(options)
+    devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
         print(_nothing_found(devices, options))
         return 1
@@ -6319,6 +7830,8 @@ def dry_run(options: argparse.Namespace) -> int:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
+        if options.api == "dra":
+            return asyncio.run(_dry_run_dra(devices.plan, options, folder))
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
     print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
     count = len(devices.plan.resources)
@@ -6396,6 +7909,64 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
+async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
+    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+    api = SimulatedApiServer(options.node_name)
+    await api.start()
+    kubelet = SimulatedDraKubelet(folder)
+    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
+    devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    address = parse_api_url(api.url)
+    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
+    side.apply(plan)
+    running = asyncio.ensure_future(side.run())
+    give_up = time.monotonic() + DRY_RUN_SECONDS
+    classes: List[Document] = []
+    while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
+        await asyncio.sleep(LOOK_SECONDS / 10)
+        classes = api.list(f"{_API}/deviceclasses")
+        if side.publisher and not side.is_registered:
+            await kubelet.register(os.path.basename(settings.sockets[1]))
+    slices = api.list(f"{_API}/resourceslices")
+    offered = [device for item in slices for device in item["spec"]["devices"]]
+    rows: List[Tuple[object, ...]] = []
+    for name in plan.resources:
+        ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
+        lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
+        rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
+    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
+    is_good = not side.obstacle and not side.prepare_errors
+    ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
+    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
+    side.stop()
+    await running
+    await kubelet.stop()
+    await api.stop()
+    return 0 if is_good else 1
+
+
+async def _prepare_one(
+    api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
+) -> List[str]:
+    """DEVICE of a slice, and what its CDI file gives to a container, in words."""
+    values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
+    lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
+    claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
+    result = {"request": "r", "driver": settings.domain, "pool": settings.node, "device": device["name"]}
+    status = {"allocation": {"devices": {"results": [result]}}}
+    path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+    api.put(path, {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
+    answer = (await kubelet.prepare(settings.domain, claim)).claims[claim.uid]
+    if answer.error:
+        return [*lines, f"  nothing: {answer.error}"]
+    with open(CdiFiles(settings.cdi_dir, settings.domain).path(claim.uid), encoding="utf-8") as file:
+        edits = json.load(file)["devices"][0]["containerEdits"]
+    for node in edits.get("deviceNodes", ()):
+        lines.append("  " + _given_text(node["path"], node["permissions"], node["hostPath"], [node["hostPath"]]))
+    return lines + [f"  {variable}" for variable in edits.get("env", ())]
+
+
 # Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
@@ -6422,6 +7993,7 @@ RestartSec=2
 TimeoutStopSec=5
 WorkingDirectory={folder}
 Environment=MALLOC_ARENA_MAX=1
+# There may be no kubelet yet. (The "-" of ReadWritePaths= below is for this command, too.)
 ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
 # Byte code saves half of the time to start and 7 MiB; it starts without, too.
 ExecStartPre=-+{python} -m compileall -q -l .
@@ -6432,7 +8004,7 @@ ExecReload=/bin/kill -HUP $MAINPID
 # here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
 CapabilityBoundingSet=
 NoNewPrivileges=yes
-ReadWritePaths={plugin_dir}
+ReadWritePaths=-{plugin_dir}
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
@@ -6698,6 +8270,8 @@ if not marker.exists() or subprocess.call(check):
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    if options.api == "dra":
+        raise Problem("--systemd-unit is for the device plugin API only")
     folder, name = os.path.split(os.path.abspath(__file__))
     for path in (sys.executable, f"{folder}/{name}", options.conf):
         if path.startswith(HOME_FOLDERS):
@@ -6756,6 +8330,8 @@ def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> Lis
 
 def print_manifest(options: argparse.Namespace) -> int:
     """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    if options.api == "dra":
+        raise Problem("--manifest is for the device plugin API only; for dra there is helm template, see docs/dra.md")
     folder = os.path.dirname(os.path.abspath(__file__))
     files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
@@ -6819,19 +8395,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     beside = _conf_beside()
     told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _conf_path, beside, told, "--config")
-    _add(parser, "--plugin-dir", "DIR", os.path.abspath, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
+    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
         "--pod-resources-socket",
         "PATH",
-        os.path.abspath,
+        _path,
         DEFAULT_POD_RESOURCES,
         "the kubelet's socket for the PodResources API, which tells who has what",
     )
-    _add(parser, "--dev-dir", "DIR", os.path.abspath, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", os.path.abspath, "/sys", "where the host's /sys is to be seen")
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
+    _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
+    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
+    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
+    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
+    _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
+    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
+    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
         parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
@@ -6875,14 +8459,10 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _conf_beside() -> str:
-    """The path of the conf.yaml beside the script; empty where there is none."""
+def _conf_beside() -> Optional[str]:
+    """The path of the conf.yaml beside the script, if there is one."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else ""
-
-
-def _conf_path(text: str) -> str:
-    return os.path.abspath(text) if text else ""
+    return beside if os.path.lexists(beside) else None
 
 
 def _add(
@@ -6890,7 +8470,7 @@ def _add(
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: str,
+    default: Optional[str],
     told: str,
     *others: str,
 ) -> None:
@@ -6919,6 +8499,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
     return convert
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError('"" is no path')
+    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -6936,6 +8522,18 @@ def _domain(text: str) -> str:
             "not kubernetes.io's, not beginning with requests."
         )
     return text
+
+
+def _api(text: str) -> str:
+    if text not in ("device-plugin", "dra"):
+        raise ValueError(f'"{text}" is no API: device-plugin or dra')
+    return text
+
+
+def _pod_api_url() -> str:
+    """The URL of the API server, as every pod is told it; empty outside a pod."""
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+    return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
 
 
 def _image(text: str) -> str:
@@ -6983,6 +8581,10 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
+def _problem_line(problem: Problem) -> str:
+    return f"{program_name()}: {printable(str(problem))}"
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     parser = build_parser()
@@ -7017,9 +8619,13 @@ def main() -> int:
         log_queue = LogQueue()
         set_up_log(options, log_queue, logging.INFO)
         with LogWriter(log_queue):
-            return serve(options)
+            try:
+                return serve(options)
+            except Problem as error:
+                log_queue.enqueue(_problem_line(error))
+                return 1
     except Problem as error:
-        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
+        print(_problem_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import html
 import html.parser
@@ -26,10 +27,12 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import statistics
 import subprocess
@@ -152,8 +155,11 @@ class Node:
 class Daemon:
     """The script as a running daemon, and its log."""
 
-    def __init__(self, node: Node, *more: str, through: Sequence[str] = (), **kwargs: Any) -> None:
-        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given.
+    def __init__(
+        self, node: Node, *more: str, through: Sequence[str] = (), stderr: int | None = None, **kwargs: Any
+    ) -> None:
+        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given; its log goes to the
+        descriptor STDERR, if that is given.
 
         No preexec_fn: with grpc's threads in this process, one child in a hundred crashes before its exec.
         """
@@ -161,7 +167,7 @@ class Daemon:
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
         command = [*through, sys.executable, str(SCRIPT), *node.options(), "--interval", "0.1", *more]
         with os.fdopen(descriptor, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, **kwargs)
+            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, **kwargs)
 
     @property
     def log(self) -> str:
@@ -1669,6 +1675,11 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
         ("interval", "-1", '"-1" is no number of seconds'),
         ("domain", "Bad_Domain", '"Bad_Domain" is no domain that kubelet takes'),
         ("domain", "x.kubernetes.io", '"x.kubernetes.io" is no domain that kubelet takes'),
+        ("plugin-dir", "", '"" is no path'),
+        ("dev-dir", "", '"" is no path'),
+        ("sys-dir", "", '"" is no path'),
+        ("pod-resources-socket", "", '"" is no path'),
+        ("conf", "", '"" is no path'),
         ("log-level", "loud", '"loud" is no level: debug, info, warning, error'),
     ],
 )
@@ -1678,8 +1689,10 @@ def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str
     assert done.returncode == 2
     assert done.stderr.count("\n") == 4  # three of usage
     last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {told}" in last
+    assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
     assert variable not in last
+    if not value:
+        return  # as if it were not set
     done = bare("--check", **{variable: value})
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -1707,7 +1720,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     unit = systemd_unit(node)
     assert unit["ExecStart"] == [f"{node.root}/python3 -m smarter_device_manager"]
     assert unit["WorkingDirectory"] == [str(node.root)]
-    assert unit["ReadWritePaths"] == ["/var/lib/kubelet/device-plugins"]
+    assert unit["ReadWritePaths"] == ["-/var/lib/kubelet/device-plugins"]
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
     options = {
@@ -1723,7 +1736,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         "--listen": ":1",
     }
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
-    assert unit["ReadWritePaths"] == ["/p/50%%"]
+    assert unit["ReadWritePaths"] == ["-/p/50%%"]
     told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
     shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
     assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
@@ -3004,7 +3017,7 @@ def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: 
     """The plan of a first look."""
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     tracked, left_out = sdm.track({}, snapshot, gpus, matcher, "/dev", 0.0)
-    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev")
+    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev", 0.0)
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
@@ -3383,6 +3396,10 @@ def device_side(node: Node, conf: str) -> sdm.DeviceSide:
     return sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys))
 
 
+def problem_of(side: sdm.DeviceSide, resource: str) -> str:
+    return side.plan.resources[resource].devices[0].problem
+
+
 STICK = '- devicematch: ^stick\n  attributes: {idVendor: "10c4", idProduct: ea60}\n'
 
 
@@ -3458,14 +3475,65 @@ def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, m
     assert side.turn() == []
     clock.now += 1
     assert len(side.turn()) == 1
-    assert side.plan.resources == {}
-    assert left(side.plan) == {
-        "stick0": 'its idVendor is "10c4" (asked for: 10c4); its idProduct is "eb00" (asked for: ea60)'
-    }
+    problem = 'its idVendor is "10c4" (asked for: 10c4); its idProduct is "eb00" (asked for: ea60)'
+    assert problem_of(side, "stick0") == problem
     (node.sys / "devices/usb1/1-1/idProduct").write_text("ea60\n")
     clock.now += 60
     side.turn()
-    assert set(side.plan.resources) == {"stick0"}
+    assert problem_of(side, "stick0") == ""
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["attribute", "device", "nothing"])
+def test_a_device_that_its_attributes_chose_is_kept_for_ten_minutes(
+    node: Node, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """When it has another attribute, when another device stands there, and when nothing does: Unhealthy in its place,
+    so that what its pods are told comes from here."""
+    clock = Clock(monkeypatch)
+    folder = node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
+    side = device_side(node, STICK + "- devicematch: ^other\n")
+    side.start()
+    chosen = side.plan.resources["stick0"].devices[0]
+    if what != "attribute":
+        node.unplug("stick0")
+        shutil.rmtree(folder)
+        side.turn()
+        clock.now += 30
+    if what == "attribute":
+        (folder / "idProduct").write_text("eb00\n")
+    elif what == "device":
+        node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
+    began = clock.now - 30 if what == "nothing" else clock.now
+    side.turn(reread=True)
+    for _ in range(2):
+        lost = side.plan.resources["stick0"].devices[0]
+        assert lost.problem and lost.since == began and not lost.specs
+        assert dataclasses.replace(lost, problem="", since=chosen.since, is_lost=False, specs=chosen.specs) == chosen
+        assert "stick0" not in left(side.plan)
+        clock.now = began + 599
+        assert side.turn() == []
+        node.rules("# another text\n" + STICK)
+        side.turn(reread=True)
+        chosen = dataclasses.replace(chosen, line=2)
+    clock.now = began + 600
+    assert len(side.turn()) == 1
+    assert side.plan.resources == {}
+    assert ("stick0" in left(side.plan)) == (what != "nothing")
+
+
+@needs_root
+def test_a_lost_device_goes_with_the_rule_that_chose_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
+    side = device_side(node, STICK)
+    side.start()
+    (folder / "idProduct").write_text("eb00\n")
+    side.turn(reread=True)
+    assert problem_of(side, "stick0")
+    for rules in (STICK.replace("ea60", "ea61"), "- devicematch: ^stic$\n"):
+        node.rules(rules)
+        side.turn(reread=True)
+        assert side.plan.resources == {}
 
 
 @needs_root
@@ -3489,7 +3557,7 @@ def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, s
     kubelet.wait_for("stick0", Healthy=1)
     (node.sys / "devices/usb1/1-1/idProduct").write_text("eb00\n")
     daemon.hang_up()
-    daemon.says("stick0: offered no more")
+    daemon.says('/dev/stick0: Unhealthy: its idVendor is "10c4" .*; its idProduct is "eb00" .asked for: ea60')
 
 
 @needs_root
@@ -3520,11 +3588,10 @@ def test_another_device_under_the_same_name_and_number_is_asked_for_its_own_attr
     node.unplug("stick0")
     node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
     plans = side.turn()
-    assert [plan.resources.get("stick0") and plan.resources["stick0"].devices[0].problem for plan in plans] == [
+    assert [plan.resources["stick0"].devices[0].problem for plan in plans] == [
         "it is gone",
-        None,
+        'its idVendor is "1a86" (asked for: 10c4); its idProduct is "7523" (asked for: ea60)',
     ]
-    assert "1a86" in left(side.plan)["stick0"]
 
 
 @needs_root
@@ -3549,7 +3616,7 @@ def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
     entry = snapshot_of(board.tree).entries["ttyUSB0"]
     for serial in range(1000):
         node = sdm.DeviceNode("ttyUSB0", "", entry._replace(generation=serial))
-        assert sysfs.answer(rule.attributes, node) == ("", (("idVendor", "10c4"),), sdm.Reason.ATTRIBUTES)
+        assert sysfs.answer(rule.attributes, node)[:2] == ("", (("idVendor", "10c4"),))
         sysfs.numa(node)
         sysfs.forget([serial])
     assert max(len(vars(sysfs)[name]) for name in ("_numa", "_answers", "_asked", "_settling")) == 1
@@ -4023,7 +4090,7 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     ):
         snapshot = snapshot_of({"nvidia0": "char", **tree})
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
         device = plan.resources["nvidia0"].devices[0]
         assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
         assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
@@ -4085,7 +4152,7 @@ def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
     for names in (("video0", "video1"), ("video1",)):
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
     assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
     assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
     assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
@@ -4237,7 +4304,7 @@ def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
     ):
         snapshot = snapshot_of(tree)
         tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
         assert {device.path: device.problem for device in plan.resources["stick"].devices} == wanted
 
 
@@ -4361,7 +4428,9 @@ class Looks:
         matcher = sdm.Matcher(sdm.parse_rules(conf))
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
         self.tracked, left_out = sdm.track(self.tracked, snapshot, gpus, matcher, "/dev", now)
-        self.plan = sdm.make_plan(self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev")
+        self.plan = sdm.make_plan(
+            self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", now
+        )
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
 
@@ -5305,6 +5374,41 @@ def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["a%41", "50%", "a b?c#d", "[@:;&=+$]", "\u00e9", "\udcff"])
+def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
+    """gRPC is given a URI."""
+    node.plugins = node.root / name
+    node.plugins.mkdir()
+    kubelet = Kubelet(node).up()
+    try:
+        offer(node, "null")
+        start()
+        kubelet.wait_for("null", Healthy=1)
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        kubelet.down()
+        kubelet.up()
+        wait_for(lambda: kubelet.count("null") == 2)
+        assert sorted(path.name for path in node.plugins.iterdir()) == ["kubelet.sock", "smarter-null.sock"]
+        assert not list(node.root.glob("aA*"))
+    finally:
+        kubelet.down()
+
+
+def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """After "unix:" that would be the name of a host."""
+    offer(node, "null")
+    start("--plugin-dir", f"/{node.plugins}")
+    kubelet.wait_for("null", Healthy=1)
+
+
+def test_a_plugin_directory_with_a_comma_is_refused(node: Node) -> None:
+    (node.root / "a,b").mkdir()
+    node.rules("[]")
+    done = node.run("--plugin-dir", f"{node.root}/a,b")
+    assert done.returncode == 1
+    assert f"{node.root}/a,b has a comma" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
     offer(node, "null")
     done = node.run("--plugin-dir", f"{node.root}/nowhere")
@@ -5409,6 +5513,336 @@ def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: K
     ]
 
 
+# Starts of containers, of which the kubelet asks where a rule has attributes
+
+
+STICKS = '- {devicematch: ^ttyUSB, attributes: {idVendor: "10c4", serial: "A.*"}}\n'
+STICK_POOL = STICKS.replace("^ttyUSB,", "^ttyUSB, resource: sticks,")
+
+
+def plug_stick(board: Board, tty: str, serial: str, port: str = "1-1.1", vendor: str = "10c4") -> None:
+    """Plug a serial adapter into PORT, which gets the node TTY."""
+    number = f"188:{tty[-1]}"
+    usb_serial(board, tty, number, port, vendor, "ea60", "CP2102", serial)
+    build(board.node.dev, {tty: f"char {number}"})
+
+
+def unplug_stick(board: Board, tty: str) -> None:
+    board.node.unplug(tty)
+    link = board.node.sys / f"dev/char/188:{tty[-1]}"
+    shutil.rmtree(link.resolve().parents[3])
+    link.unlink()
+
+
+def set_serial(board: Board, tty: str, serial: str) -> None:
+    """Have the stick at the node TTY another serial number, as firmware can."""
+    ((board.node.sys / f"dev/char/188:{tty[-1]}").resolve().parents[3] / "serial").write_text(serial + "\n")
+
+
+def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
+    """The words with which the start of a container with IDS is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.starts(resource, *ids)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    return caught.value.details()
+
+
+def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
+    try:
+        kubelet.starts(resource, *ids)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION, error
+        return False
+    return True
+
+
+def refused_words(resource: str, given: str, problem: str) -> str:
+    return (
+        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
+        "device is back; delete the pod to have it given a device anew"
+    )
+
+
+@needs_root
+def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("null")
+    node.plug("zero")
+    plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
+    node.rules(plain + STICKS + "- {devicematch: ^ttyUSB0$, attributes: {serial: B1}, resource: sticks}\n")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    start()
+    wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
+    wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
+    for name, (has_preference, checks_starts) in wanted.items():
+        options = pb.DevicePluginOptions(
+            get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
+        )
+        requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
+        assert [request.options for request in requests] == [options], name
+        assert kubelet.client(name).options == options, name
+
+
+@needs_root
+def test_a_container_starts_with_the_device_that_it_was_given(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
+    node.plug("null")
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    plug_stick(board, "ttyUSB2", "B2", "1-1.3")
+    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+    kubelet.starts("ttyUSB0", "0")
+    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0")
+    with plugin_stub(node, "null") as stub:
+        stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=["0"]), timeout=PATIENCE)
+    assert Status(daemon).metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 0
+    assert "refused" not in daemon.log
+
+
+@needs_root
+def test_a_start_is_refused_when_another_device_stands_there_and_counted_and_logged_once(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    kubelet.take("ttyUSB0")
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.2")
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    kubelet.wait_for("ttyUSB0", Unhealthy=1)
+    wait_for(lambda: "asked for: A" in start_refusal(kubelet, "ttyUSB0", "0"))  # the device side has looked by now
+    for _ in range(3):
+        words = start_refusal(kubelet, "ttyUSB0", "0")
+    given = 'smarter-devices/ttyUSB0: the container was given /dev/ttyUSB0 (ID "0")'
+    assert words.startswith(f"{given}, but its idVendor is")
+    assert 'its serial is "C1"' in words and "(asked for: A.*). It starts once" in words
+    status = Status(daemon)
+    refusals = status.resource("ttyUSB0")["start_refusals"]
+    assert refusals >= 5
+    assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == refusals
+    daemon.says(r"WARNING start of a container refused: .*\(asked for.* resource=smarter-devices/ttyUSB0")
+    lines = re.findall("start of a container refused: (.*)", daemon.log)
+    assert len(lines) == len(set(lines)) and len(lines) < refusals  # a line for each reason
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["gone", "another serial", "companion"])
+def test_a_start_is_refused_until_the_right_device_is_back(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str
+) -> None:
+    """Nobody has to do anything but that; the plan is old at first, and new before it is asked again."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("lock")
+    node.rules(STICKS.replace("}}", "}, with: [lock]}"))
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    if what == "gone":
+        unplug_stick(board, "ttyUSB0")
+        problem = "it is gone"
+    elif what == "companion":
+        node.unplug("lock")
+        problem = "it goes with /dev/lock: it is gone"
+    else:
+        set_serial(board, "ttyUSB0", "C1")
+        problem = 'its serial is "C1" and was "A1"'
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', problem)
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    kubelet.wait_for("ttyUSB0", Unhealthy=1)
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    if what == "gone":
+        plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+    elif what == "companion":
+        node.plug("lock")
+    else:
+        set_serial(board, "ttyUSB0", "A1")
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    assert kubelet.count("ttyUSB0") == 1
+    refused = daemon.log.count("start of a container refused")
+    unplug_stick(board, "ttyUSB0")
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    wait_for(lambda: daemon.log.count("start of a container refused") == refused + 1)  # told anew
+
+
+@needs_root
+def test_a_start_is_not_refused_while_only_the_plan_is_old(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """The right device was pulled and is back, and the device side has not looked yet."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+    kubelet.starts("ttyUSB0", "0")
+
+
+@needs_root
+def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_looked(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """The rule asks for no more; only what the plan has is compared, since expressions can take long."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    start("--interval", "3600")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    set_serial(board, "ttyUSB0", "A2")
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "A2" and was "A1"')
+    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    assert kubelet.count("ttyUSB0") == 1
+
+
+@needs_root
+def test_starts_are_checked_right_after_a_restart_of_the_daemon(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """It need not remember what it allocated: the ID says all."""
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "A2", "1-1.2")
+    node.rules(STICK_POOL)
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=2)
+    kubelet.take("sticks", "ttyUSB0:0", "ttyUSB1:0")
+    kubelet.starts("sticks", "ttyUSB0:0", "ttyUSB1:0")
+    daemon.kill()
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.3")
+    start()
+    kubelet.wait_for("sticks", Healthy=1)
+    given = '/dev/ttyUSB0 (ID "ttyUSB0:0")'
+    problem = 'the resource has no device there any more: its idVendor is "10c4"; its serial is "C1"'
+    for ids in (["ttyUSB0:0"], ["ttyUSB1:0", "ttyUSB0:0"]):
+        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, problem)
+    kubelet.starts("sticks", "ttyUSB1:0")
+    unplug_stick(board, "ttyUSB0")
+    problem = "the resource has no device there any more: it is gone"
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, problem)
+    plug_stick(board, "ttyUSB0", "A1", "1-1.3")
+    wait_for(lambda: may_start(kubelet, "sticks", "ttyUSB0:0", "ttyUSB1:0"))
+
+
+@needs_root
+def test_a_start_with_an_id_that_names_no_device_is_refused(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(STICKS + STICK_POOL.replace("A.*", "B.*"))
+    start()
+    wait_ready(kubelet, ["ttyUSB0", "sticks"])
+    for wrong in ("x", "00", "", "ttyUSB0:0", "\u0661", "a\n:0", "9" * 5000):
+        given = f'the ID "{sdm.printable(wrong[:200])}"'
+        words = refused_words("ttyUSB0", given, "the resource has no such ID")
+        assert start_refusal(kubelet, "ttyUSB0", wrong) == words
+        if ":" not in wrong or "\n" in wrong:
+            words = refused_words("sticks", given, "the resource has no such ID")
+            assert start_refusal(kubelet, "sticks", "ttyUSB1:0", wrong) == words
+    for wrong, there in (
+        ("../sys:0", "a link that leaves /dev"),
+        ("x" * 5000 + ":0", "it is gone"),
+        ("ttyUSB0:0", 'its idVendor is "10c4"; its serial is "A1"'),
+    ):
+        words = start_refusal(kubelet, "sticks", wrong)
+        assert f"the resource has no device there any more: {there}. It starts once" in words
+        assert len(words) < 1000
+    kubelet.starts("sticks", "ttyUSB1:0")
+    kubelet.starts("ttyUSB0", "0")
+    kubelet.starts("sticks", "ttyUSB1:7")  # it may have had more slots when the container was given this one
+    kubelet.starts("ttyUSB0", "7")
+
+
+HANGING_SYSFS = """
+import os, time
+read = sdm.read_attribute
+def hang(folder, name):
+    if os.path.exists({flag!r}):
+        with open({stuck!r}, "a") as file:
+            file.write("x")
+        while os.path.exists({flag!r}):
+            time.sleep(0.01)
+    return read(folder, name)
+sdm.read_attribute = hang
+"""
+
+
+@needs_root
+def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, node: Node, kubelet: Kubelet) -> None:
+    """A driver may keep whoever reads an attribute for ever. One thread may be kept, and no call."""
+    flag, stuck = node.root / "flag", node.root / "stuck"
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.plug("null")
+    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMARTER_DEVICE_MANAGER_INTERVAL", "3600")
+        daemon = broken_daemon(node, HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
+    try:
+        wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+        kubelet.starts("ttyUSB0", "0")
+        threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+        first_times, later_times = [], []
+        for turn in range(6):
+            stuck.write_text("")
+            flag.touch()
+            with plugin_stub(node, "ttyUSB0") as stub, plugin_stub(node, "sticks") as pool:
+                stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+                pool.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+                for number in range(10):
+                    asked, slot_id = (pool, "ttyUSB0:0") if (number + turn) % 2 else (stub, "0")
+                    began = time.monotonic()
+                    with pytest.raises(grpc.RpcError) as caught:
+                        asked.PreStartContainer(pb.PreStartContainerRequest(devices_ids=[slot_id]), timeout=PATIENCE)
+                    (later_times if number else first_times).append(time.monotonic() - began)
+                    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+            assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads
+            assert len(stuck.read_text()) <= 2  # of the threads that are kept, one is the device side's
+            flag.unlink()
+            wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+        assert min(first_times[::2]) < 0.1 and min(first_times[1::2]) < 0.1
+        assert statistics.median(later_times) < 0.05
+        daemon.says("start of a container refused: .*but sysfs does not answer, so its attributes cannot be read. It")
+    finally:
+        flag.unlink(missing_ok=True)
+        assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_conf_that_has_a_rule_ask_for_attributes_has_its_resource_registered_anew(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """For the kubelet hears of the options only then. To be asked in vain is no reason for that."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules("- devicematch: ^ttyUSB\n")
+    start()
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    node.rules(STICKS)
+    wait_for(lambda: kubelet.count("ttyUSB0") == 2)
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    assert [request.options.pre_start_required for _, request in kubelet.requests] == [False, True]
+    assert kubelet.client("ttyUSB0").options.pre_start_required
+    set_serial(board, "ttyUSB0", "C1")
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    set_serial(board, "ttyUSB0", "A1")
+    node.rules("- {devicematch: ^ttyUSB, nummaxdevices: 2}\n")
+    kubelet.wait_for("ttyUSB0", Healthy=2)
+    set_serial(board, "ttyUSB0", "C1")
+    kubelet.starts("ttyUSB0", "0")
+    assert kubelet.count("ttyUSB0") == 2
+
+
 # The list
 
 
@@ -5487,6 +5921,92 @@ def test_a_list_is_never_longer_than_the_kubelet_takes(node: Node, kubelet: Kube
     kubelet.wait_for("pool", Healthy=20_000, Unhealthy=10_000)
     assert kubelet.gives("pool", f"{names[2]}:9999") == {f"/dev/{names[2]}": f"/dev/{names[2]}"}
     assert kubelet.count("pool") == 1
+
+
+def counted(message: pb.ListAndWatchResponse) -> dict[tuple[str, str], int]:
+    """How many slots of each device have each health; devices are named by their first letter."""
+    counts: dict[tuple[str, str], int] = {}
+    for device in message.devices:
+        key = device.ID[0], device.health
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+@needs_root
+def test_of_a_stream_that_is_not_read_only_the_newest_list_waits(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """And one before it, if a device was Unhealthy meanwhile: who holds it must hear of that."""
+    names = {letter: letter * 200 for letter in "abcd"}  # so that a list is more than the kernel takes for a reader
+    slots = 4000
+    for letter in "abc":
+        node.plug(names[letter])
+    node.rules(f"- {{devicematch: '^[a-d]+$', resource: pool, nummaxdevices: {slots}}}\n")
+    start()
+    kubelet.wait_for("pool", Healthy=3 * slots)
+    with plugin_stub(node, "pool") as stub:
+        stream = stub.ListAndWatch(pb.Empty(), timeout=10 * PATIENCE)
+        list(stream.initial_metadata())  # it is open, and the first list is under way
+        for _ in range(3):
+            for letter in "ab":
+                node.unplug(names[letter])
+                kubelet.wait_for("pool", Healthy=2 * slots, Unhealthy=slots)
+                node.plug(names[letter])
+                kubelet.wait_for("pool", Healthy=3 * slots)
+        node.plug(names["d"])
+        kubelet.wait_for("pool", Healthy=4 * slots)
+        node.unplug(names["c"])
+        kubelet.wait_for("pool", Healthy=3 * slots, Unhealthy=slots)
+        newest = {("a", "Healthy"): slots, ("b", "Healthy"): slots, ("c", "Unhealthy"): slots, ("d", "Healthy"): slots}
+        lists = [counted(next(stream))]
+        while lists[-1] != newest:
+            lists.append(counted(next(stream)))
+        assert len(lists) <= 4  # of which two were under way when nothing was read any more
+        for letter in "ab":
+            assert any((letter, "Unhealthy") in found for found in lists)
+        node.plug(names["c"])
+        assert counted(next(stream)) == {(letter, "Healthy"): slots for letter in "abcd"}
+    assert len(kubelet.client("pool").lists) >= 12
+
+
+def test_a_stream_is_sent_what_is_new_to_it() -> None:
+    """The same list is not sent twice; of a device that went and came back it is told, and only once; and it ends."""
+    plan = offered("- {devicematch: '^[abc]$', resource: pool}\n", snapshot_of(dict.fromkeys("abc", "char")))
+    whole = plan.resources["pool"]
+
+    def without(*letters: str) -> sdm.Resource:
+        devices = (
+            dataclasses.replace(device, problem="gone") if device.path in letters else device
+            for device in whole.devices
+        )
+        return dataclasses.replace(whole, devices=tuple(devices))
+
+    async def check() -> None:
+        stream = sdm.ListStream(without("c"))
+
+        async def sent() -> str | None:
+            """The Healthy devices of the next list; None where there is none yet."""
+            try:
+                found = await asyncio.wait_for(stream.next(), 0.05)
+            except asyncio.TimeoutError:
+                return None
+            return "".join(slot.id[0] for slot in sdm.slots_of(found) if slot.healthy) if found else "the end"
+
+        assert [await sent(), await sent()] == ["ab", None]
+        stream.update(without("c"))
+        assert await sent() is None
+        for news in (without("a", "c"), without("c"), without("a"), whole):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["bc", "abc", None]
+        for news in (without("b"), without("a")):
+            stream.update(news)
+        assert [await sent(), await sent(), await sent()] == ["c", "bc", None]
+        stream.update(whole)
+        assert [await sent(), await sent()] == ["abc", None]
+        for news in (without("a"), without("b")):
+            stream.update(news)
+        stream.end()
+        assert await sent() == "the end"
+
+    asyncio.run(check())
 
 
 # kubelet comes and goes
@@ -5846,6 +6366,21 @@ def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
     assert kubelet.count("pool") == 1
     assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_change_that_is_undone_at_once_does_not_end_the_watch(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.plug("video0")
+    node.rules("- {devicematch: '^video', resource: pool}\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("pool", Healthy=1)
+    for number in (1, 2):
+        wait_calm(daemon)
+        (node.dev / "temporary").touch()
+        (node.dev / "temporary").unlink()
+        wait_calm(daemon)
+        node.plug(f"video{number}")
+        kubelet.wait_for("pool", Healthy=1 + number)
 
 
 @needs_root
@@ -6716,6 +7251,78 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     wait_ready(kubelet, ["null", "zero"], 3.0)
 
 
+# Every call is answered
+
+
+def test_every_method_of_the_service_is_one_that_answers() -> None:
+    methods = [name for name in vars(sdm.rpc.DevicePluginServicer) if not name.startswith("_")]
+    assert sorted(methods) == sorted(METHODS)
+    assert all(hasattr(getattr(sdm.Plugin, name), "__wrapped__") for name in methods)
+
+
+UNFORESEEN = {  # a request of each method, and what fails when it is looked at
+    "ListAndWatch": (pb.Empty(), "sdm.ListStream.next"),
+    "GetPreferredAllocation": (
+        pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()]),
+        "sdm.preferred_allocation",
+    ),
+    "Allocate": (
+        pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["video0:0"])]),
+        "sdm.allocate",
+    ),
+    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.names_device"),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("method", UNFORESEEN)
+def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet: Kubelet, method: str) -> None:
+    """The text of the exception is none that gRPC takes, nor one for a terminal; and it is long."""
+    node.plug("video0")
+    node.rules("- devicematch: video\n  resource: pool\n")
+    request, failing = UNFORESEEN[method]
+    text = r"nobody \udcff foresaw\x1b[31m\nINFO this" + " \u20ac" * 5000
+    daemon = broken_daemon(node, f"def fail(*_):\n    raise ValueError('{text}')\n{failing} = fail")
+    wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
+    with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError) as caught:
+        list(itertools.chain(getattr(stub, method)(request, timeout=PATIENCE)))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    words = caught.value.details()
+    assert words.startswith(
+        f"smarter-devices/pool: {method} failed, which is a bug of the plugin: "
+        r"ValueError: nobody \udcff foresaw\x1b[31m\nINFO this " + "\u20ac \u20ac"
+    )
+    assert re.search(r"[ \u20ac]\.\.\.$", words) and len(words.encode()) < 3000
+    daemon.says(rf"CRITICAL smarter-devices/pool: {method} failed; this is a bug\n  Traceback \(most recent call last")
+    assert r"  ValueError: nobody \udcff foresaw\x1b[31m" in daemon.log
+    assert "\x1b" not in daemon.log and not re.search("^INFO", daemon.log, re.MULTILINE)
+    status = Status(daemon)
+    assert status.metrics()["internal_errors_total"] >= 1
+    assert any(event["event"] == "internal-error" for event in status.document()["events"])
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """A link's target, and a node in a folder, both of which came after the last look."""
+    node.plug("video0")
+    node.plug("snd/a")
+    node.link("cam", "video0")
+    node.rules("- devicematch: ^(cam|snd)$\n")
+    daemon = start("--interval", "3600")
+    wait_ready(kubelet, ["cam", "snd"])
+    node.link("cam", "gone\udcff\x1b[31m")
+    node.plug("snd/b\udcff")
+    assert refusal(kubelet, "cam", "0") == (
+        "UNAVAILABLE",
+        r"smarter-devices/cam: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which is not there",
+    )
+    status, words = refusal(kubelet, "snd", "0")
+    assert status == "UNAVAILABLE"
+    assert r"the name /dev/snd/b\udcff is not UTF-8" in words
+    assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
+
+
 # A service manager: systemd starts the daemon before the kubelet, and watches over it
 
 
@@ -7028,6 +7635,1382 @@ GPUS = "- devicematch: nvidia-gpu\n  nummaxdevices: 4\n"  # devices that take no
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# DRA: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+NODE_NAME = "node-1"
+NODE_PATH = f"/api/v1/nodes/{NODE_NAME}"
+API = "/apis/resource.k8s.io/v1"
+LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+
+
+def device_of_path(path: str, **fields: Any) -> sdm.Device:
+    values: dict[str, Any] = {
+        "path": path, "line": 1, "slots": 1, "parts": (sdm.Part(path, f"/dev/{path}", False),), "permissions": "rw",
+        "env": (), "numa": (), "attributes": (), "identity": (), "specs": (), "problem": "", "since": 0.0,
+    }  # fmt: skip
+    known = {field.name for field in dataclasses.fields(sdm.Device)}
+    return sdm.Device(**{key: value for key, value in {**values, **fields}.items() if key in known})
+
+
+def plan_of(*devices: sdm.Device, pool: str = "") -> sdm.Plan:
+    resources = {device.path: sdm.Resource(device.path, False, (device,)) for device in devices}
+    return sdm.Plan({pool: sdm.Resource(pool, True, devices)} if pool else resources, (), (), ())
+
+
+def slice_devices(plan: sdm.Plan) -> list[dict[str, Any]]:
+    slots = sdm.slots_by_device_name(plan)
+    return [sdm.slice_device(name, slot, "smarter-devices") for name, slot in slots.items()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text("aAbB01-_/.:é", min_size=1, max_size=90), unique=True, min_size=1, max_size=30))
+@example(["video-0", "video", "video-0-0", "VIDEO", "Video", "video_0", "a" * 58, "a" * 59, "-", "a-12345678"])
+def test_names_of_devices_are_labels_and_unique(paths: list[str]) -> None:
+    names = list(sdm.slots_by_device_name(plan_of(*(device_of_path(path, slots=3) for path in paths))))
+    assert len(names) == 3 * len(paths)
+    for name in names:
+        assert re.fullmatch(LABEL, name), name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("video0", "video0-7"),
+        ("ttyUSB0", "ttyusb0-8acffaea-7"),
+        ("dri/renderD128", "dri-renderd128-78bc635c-7"),
+        (
+            "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0",
+            "serial-by-id-usb-silicon-labs-cp2102-0001-if00-po-338af8d6-7",
+        ),
+    ],
+)
+def test_names_of_devices_are_the_same_tomorrow(path: str, name: str) -> None:
+    assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
+
+
+def test_names_of_devices_are_63_characters_long_at_the_most() -> None:
+    assert len(list(sdm.slots_by_device_name(plan_of(device_of_path("a" * 200, slots=10000))))[-1]) == 63
+
+
+def test_attributes_are_within_the_limits_of_the_api() -> None:
+    facts = {"idVendor": "10c4", "serial": "é" * 200, "product": "x" * 64, "driver": "cp210x"}
+    device = device_of_path("serial/" + "y" * 100, numa=(1,), facts=tuple(facts.items()), slots=2)
+    found = slice_devices(plan_of(device, pool="serial"))
+    assert [item["attributes"]["slot"] for item in found] == [{"int": 0}, {"int": 1}]
+    attributes = found[0]["attributes"]
+    assert attributes["numaNode"] == {"int": 1}
+    assert attributes["resource"] == attributes["pool"] == {"string": "serial"}
+    assert attributes["path"] == {"string": ("/dev/serial/" + "y" * 100)[:64]}
+    assert attributes["serial"] == {"string": "é" * 32}
+    assert attributes["product"] == {"string": "x" * 64}
+    for name in attributes:
+        assert re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,31}", name)
+    (alone,) = slice_devices(plan_of(device_of_path("video0", numa=(0, 1))))
+    assert alone == {
+        "name": "video0-0",
+        "attributes": {"resource": {"string": "video0"}, "path": {"string": "/dev/video0"}, "slot": {"int": 0}},
+    }
+    (gone,) = slice_devices(plan_of(device_of_path("video0", problem="it is gone")))
+    assert gone["taints"] == [{"key": "smarter-devices/gone", "effect": "NoExecute"}]
+
+
+@pytest.mark.parametrize(
+    ("tainted", "sizes"),
+    [
+        ((), [128, 128, 44]), ((0,), [64, 128, 108]), ((63,), [64, 128, 108]), ((100,), [100, 64, 128, 8]),
+        (range(300), [64, 64, 64, 64, 44]),
+    ],
+)  # fmt: skip
+def test_slices_are_as_large_as_they_may_be(tainted: Sequence[int], sizes: list[int]) -> None:
+    devices = [{"name": str(number), **({"taints": [1]} if number in tainted else {})} for number in range(300)]
+    slices = sdm.split_into_slices(devices)
+    assert [device for group in slices for device in group] == devices
+    for group in slices:
+        assert len(group) <= (64 if any("taints" in device for device in group) else 128)
+    assert list(map(len, slices)) == sizes
+    assert sdm.split_into_slices([]) == []
+
+
+def test_names_of_slices_are_names_of_objects_and_unique() -> None:
+    names = {
+        sdm.slice_name(node, domain, index)
+        for node, domain in [("a-b", "c"), ("a", "b-c"), ("n" * 253, "d" * 63), ("n" * 229 + "." + "m" * 20, "d")]
+        for index in range(12)
+    }
+    assert len(names) == 48
+    for name in names:
+        assert len(name) <= 253
+        assert re.fullmatch(rf"{LABEL}(\.{LABEL})*", re.sub("[nd]{64,}", "n", name)), name
+
+
+def test_device_classes_are_as_in_the_facts() -> None:
+    whole = sdm.device_class("smarter-devices")
+    assert whole["metadata"]["name"] == "smarter-devices"
+    assert whole["spec"] == {"selectors": [{"cel": {"expression": 'device.driver == "smarter-devices"'}}]}
+    one = sdm.device_class("smarter-devices", "ttyUSB0")
+    assert one["metadata"]["name"] == "ttyusb0-8acffaea.smarter-devices"
+    assert one["spec"]["extendedResourceName"] == "smarter-devices/ttyUSB0"
+    assert one["spec"]["selectors"][0]["cel"]["expression"] == (
+        'device.driver == "smarter-devices" && device.attributes["smarter-devices"].resource == "ttyUSB0"'
+    )
+    for item in (whole, one):
+        assert item["metadata"]["labels"] == {"app.kubernetes.io/managed-by": "smarter-device-manager"}
+        assert (item["apiVersion"], item["kind"]) == ("resource.k8s.io/v1", "DeviceClass")
+        assert len(item["metadata"]["name"]) <= 253
+    assert len(sdm.device_class("d" * 63, "r" * 63)["metadata"]["name"]) <= 253
+
+
+def result_of(device: str, request: str = "r", **more: str) -> dict[str, str]:
+    return {"request": request, "driver": "smarter-devices", "pool": NODE_NAME, "device": device, **more}
+
+
+def test_what_a_claim_was_allocated_is_read() -> None:
+    results = [result_of("a-0"), result_of("gpu-1", driver="gpu.example.com", pool="x"), result_of("b-0", "q/first")]
+    claim = {"status": {"allocation": {"devices": {"results": results}}}}
+    assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == [("r", "a-0"), ("q", "b-0")]
+    with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
+        sdm.allocated_devices(claim, "smarter-devices", "node-2")
+    for nonsense in (
+        {}, {"status": None}, {"status": {}}, {"status": {"allocation": None}}, {"status": {"allocation": []}},
+        {"status": {"allocation": {"devices": {"results": None}}}},
+        {"status": {"allocation": {"devices": {"results": [1]}}}},
+        {"status": {"allocation": {"devices": {"results": [{}]}}}},
+        {"status": {"allocation": {"devices": {"results": [{**result_of("a"), "device": 7}]}}}},
+    ):  # fmt: skip
+        with pytest.raises(sdm.AllocationError, match="not allocated"):
+            sdm.allocated_devices(nonsense, "smarter-devices", NODE_NAME)
+
+
+def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
+    devices = (
+        sdm.PreparedDevice("video0-0", "r", "video0", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
+        sdm.PreparedDevice("b-1", "q", "b", "/dev/b", {"env": ["A=b"]}, True),
+    )
+    claim = sdm.PreparedClaim("0-1", "default", "claim", devices)
+    document = json.loads(json.dumps(sdm.cdi_document(claim, "d")))
+    assert sdm.read_cdi_document(document, "d") == claim
+    assert [device["name"] for device in document["devices"]] == ["0-1-video0-0", "0-1-b-1:gone"]
+    for path, value in [
+        (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
+        (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
+        (("devices", 0, "containerEdits"), []), (("devices", 0, "name"), "0-1-"), (("devices", 0, "annotations"), {}),
+    ]:  # fmt: skip
+        broken = json.loads(json.dumps(document))
+        item = broken
+        for key in path[:-1]:
+            item = item[key]
+        item[path[-1]] = value
+        with pytest.raises((LookupError, TypeError, ValueError)):
+            sdm.read_cdi_document(broken, "d")
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("https://10.96.0.1:443", (True, "10.96.0.1", 443, "")),
+        ("https://[fd00::1]:6443/", (True, "fd00::1", 6443, "")),
+        ("https://api.example.com/k8s/clusters/c-1/", (True, "api.example.com", 443, "/k8s/clusters/c-1")),
+        ("http://127.0.0.1:8001", (False, "127.0.0.1", 8001, "")),
+        ("http://localhost", (False, "localhost", 80, "")),
+        ("http://[::1]:8001", (False, "::1", 8001, "")),
+    ],
+)
+def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
+    assert sdm.parse_api_url(url) == (url, *address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
+        "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
+    ],
+)  # fmt: skip
+def test_what_is_no_url_of_an_api_server(url: str) -> None:
+    with pytest.raises(ValueError, match=r"no URL such as|has no TLS"):
+        sdm.parse_api_url(url)
+
+
+def answer_bytes(status: int, body: object, *headers: str) -> bytes:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return "\r\n".join([f"HTTP/1.0 {status} Status", *headers, "", ""]).encode() + content
+
+
+def test_answers_of_an_api_server() -> None:
+    assert sdm.parse_api_answer(answer_bytes(200, {"a": 1}), "url") == (200, {"a": 1}, 0.0)
+    assert sdm.parse_api_answer(answer_bytes(429, {}, "retry-after: 7", "X: y"), "url") == (429, {}, 7.0)
+    assert sdm.parse_api_answer(answer_bytes(503, b"<html>", "Retry-After: 999999"), "url") == (503, {}, 60.0)
+    assert sdm.parse_api_answer(answer_bytes(429, {}, "Retry-After: soon"), "url").retry_after == 0.0
+    for content, problem in [
+        (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (answer_bytes(200, b"{"), "no whole JSON object"),
+        (answer_bytes(200, []), "no whole JSON object"), (answer_bytes(200, b"[" * 100_000), "no whole JSON object"),
+        (answer_bytes(200, b"\xff"), "no whole JSON object"), (b"HTTP/1.1 200 OK", "no whole JSON object"),
+    ]:  # fmt: skip
+        with pytest.raises(sdm.ApiError, match=problem):
+            sdm.parse_api_answer(content, "url")
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "status", "text"),
+    [
+        ("list", f"{API}/resourceslices?x=y", 403, 'lacks the right "list" on "resourceslices" (403): why'),
+        (
+            "get",
+            f"{API}/namespaces/nodes/resourceclaims/x",
+            403,
+            'lacks the right "get" on "resourceclaims" (403): why',
+        ),
+        ("get", "/api/v1/nodes/n", 403, 'lacks the right "get" on "nodes" (403): why'),
+        (
+            "create",
+            f"{API}/deviceclasses",
+            404,
+            "has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why",
+        ),
+        ("get", f"{API}/deviceclasses/x", 401, "does not accept the token (401) to get deviceclasses: why"),
+        ("update", f"{API}/resourceslices/x", 500, "fails (500) to update resourceslices: why"),
+    ],
+)
+def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
+    assert text in sdm.api_problem(verb, path, sdm.ApiAnswer(status, {"message": "why"}, 0.0))
+    long = sdm.api_problem(verb, path, sdm.ApiAnswer(status, {"message": "\n" * 10_000}, 0.0))
+    assert len(long) < 400 and "\n" not in long
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: an API server over TLS, with the checks and rights of a real one and faults to show; and a kubelet
+# ---------------------------------------------------------------------------------------------------------------------
+
+RIGHTS = {
+    *(("resourceslices", verb) for verb in ("get", "list", "create", "update", "delete")),
+    ("resourceclaims", "get"), ("deviceclasses", "get"), ("deviceclasses", "create"), ("nodes", "get"),
+}  # fmt: skip
+VERBS = {"POST": "create", "PUT": "update", "DELETE": "delete"}
+
+
+class ApiCall(NamedTuple):
+    when: float
+    verb: str
+    kind: str
+    name: str
+    status: int
+
+
+class ApiServer(sdm.SimulatedApiServer):
+    """The stand-in API server on the kubelets' thread, and faults for it to show."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(NODE_NAME)
+        self.folder = folder
+        self.calls: list[ApiCall] = []
+        self.rights = set(RIGHTS)
+        self.tokens = {"one"}
+        self.drops_taints = False  # as before 1.36
+        self.fault: Callable[[str, str], bytes | float | None] = lambda verb, kind: None  # bytes, or seconds of silence
+        self.before_write: Callable[[str], Any] | None = None
+        self.port = 0
+
+    def up(self, certificate: str = "server") -> ApiServer:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(self.folder / f"{certificate}.crt", self.folder / f"{certificate}.key")
+        Kubelet.do(self, self.start(self.port, tls))
+        self.port = int(self.url.rpartition(":")[2])
+        return self
+
+    def down(self) -> None:
+        Kubelet.do(self, self.stop())
+
+    loop = property(lambda self: Kubelet.loop)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
+            method, target, head, body = await self.read_request(reader)
+            match = re.match(r".*?/v1(?:/namespaces/[^/]+)?/([a-z]+)/?([^?]*)", target)
+            assert match, target
+            kind, name = match.groups()
+            verb = VERBS.get(method) or ("get" if name else "list")
+            fault = self.fault(verb, kind)
+            if isinstance(fault, float):
+                await asyncio.sleep(fault)
+            token = re.search(r"\r\nAuthorization: Bearer (\S+)", head)
+            if isinstance(fault, bytes):
+                status, answer = int((re.search(rb" (\d+)", fault) or [b"", b"0"])[1]), fault
+            elif not token or token[1] not in self.tokens:
+                status, answer = 401, self.format_answer(401, {"message": "Unauthorized"})
+            elif (kind, verb) not in self.rights:
+                message = f'{kind} is forbidden: User "sdm" cannot {verb} resource "{kind}"'
+                status, answer = 403, self.format_answer(403, {"message": message})
+            else:
+                status, document = self.respond(method, target, body)
+                answer = self.format_answer(status, document)
+            self.calls.append(ApiCall(time.monotonic(), verb, kind, name, status))
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    def respond(self, method: str, target: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if method in ("POST", "PUT"):
+            if self.before_write:
+                self.before_write(target)
+            problem = self.find_problem(body)
+            if problem:
+                return 422, {"message": problem}
+        return super().respond(method, target, body)
+
+    def put(self, path: str, item: dict[str, Any]) -> dict[str, Any]:
+        item = json.loads(json.dumps(item))
+        for device in (item.get("spec") or {}).get("devices", ()):
+            if self.drops_taints:
+                device.pop("taints", None)
+            for taint in device.get("taints", ()):
+                taint.setdefault("timeAdded", "2026-01-01T00:00:00Z")
+        item["metadata"] = {**item["metadata"], "creationTimestamp": "2026-01-01T00:00:00Z", "generation": 7}
+        return super().put(path, item)
+
+    def find_problem(self, body: dict[str, Any]) -> str:
+        """Why a real API server would not have BODY."""
+        if body["kind"] != "ResourceSlice":
+            return ""
+        spec, owner = body["spec"], body["metadata"]["ownerReferences"]
+        devices = spec["devices"]
+        limit = 64 if any(device.get("taints") for device in devices) else 128
+        if len(devices) > limit or len({device["name"] for device in devices}) < len(devices):
+            return f"more than {limit} devices, or one twice"
+        for device in devices:
+            texts = [value["string"] for value in device["attributes"].values() if "string" in value]
+            if not re.fullmatch(LABEL, device["name"]) or any(len(text.encode()) > 64 for text in texts):
+                return f"the device {device} is invalid"
+        if owner != [{"apiVersion": "v1", "kind": "Node", "name": NODE_NAME, "uid": self.node_uid}]:
+            return f"the owner {owner} is invalid"
+        return "" if spec["pool"]["generation"] > 0 and spec["pool"]["name"] else "the pool is invalid"
+
+    @property
+    def node_uid(self) -> str:
+        return str(self.objects[NODE_PATH]["metadata"]["uid"])
+
+    def slices(self) -> list[dict[str, Any]]:
+        return self.list(f"{API}/resourceslices")
+
+    def devices(self) -> dict[str, dict[str, Any]]:
+        """The devices as the scheduler sees them: of the newest generation, and only if all its slices are there."""
+        slices = self.slices()
+        newest = max((item["spec"]["pool"]["generation"] for item in slices), default=0)
+        current = [item for item in slices if item["spec"]["pool"]["generation"] == newest]
+        if any(item["spec"]["pool"]["resourceSliceCount"] != len(current) for item in current):
+            return {}
+        return {device["name"]: device for item in current for device in item["spec"]["devices"]}
+
+    def tainted(self) -> set[str]:
+        return {name for name, device in self.devices().items() if device.get("taints")}
+
+    def classes(self) -> dict[str, dict[str, Any]]:
+        return {item["metadata"]["name"]: item for item in self.list(f"{API}/deviceclasses")}
+
+    def writes(self) -> list[tuple[str, str]]:
+        return [(call.verb, call.kind) for call in self.calls if call.verb in ("create", "update", "delete")]
+
+    def remove_slices(self) -> None:
+        for item in self.slices():
+            del self.objects[f"{API}/resourceslices/{item['metadata']['name']}"]
+
+
+class DraKubelet(sdm.SimulatedDraKubelet):
+    """The stand-in kubelet for drivers, on the kubelets' thread: it registers every socket that appears."""
+
+    loop = property(lambda self: Kubelet.loop)
+
+    def __init__(self, folder: Path, api: ApiServer) -> None:
+        super().__init__(str(folder))
+        self.api = api
+        self.infos: list[pb.PluginInfo] = []
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    def up(self) -> DraKubelet:
+        self.api.remove_slices()  # as kubelet does when it starts
+        self._seen.clear()
+        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)  # type: ignore[assignment]
+        return self
+
+    def down(self) -> None:
+        if self._watcher:
+            self._watcher.cancel()
+        Kubelet.do(self, self.stop())
+        self.drivers.clear()
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, grpc.RpcError):  # it went just now, or nobody listens
+                for item in os.scandir(f"{self.folder}/plugins_registry"):
+                    found = item.stat()
+                    seen = (found.st_ino, found.st_ctime_ns)
+                    if not item.name.startswith(".") and self._seen.get(item.name) != seen:
+                        self.infos.append(await self.register(item.name))
+                        self._seen[item.name] = seen
+            await asyncio.sleep(0.01)
+
+    def do(self, work: Any) -> Any:
+        return Kubelet.do(self, work)  # type: ignore[arg-type]
+
+
+class Cluster:
+    """A node, its API server and its kubelet, for a DRA driver."""
+
+    def __init__(self, node: Node, certificates: Path) -> None:
+        self.node = node
+        self.api = ApiServer(certificates).up()
+        self.kubelet = DraKubelet(node.root / "k", self.api).up()
+        self.cdi = node.root / "cdi"
+        self.token = node.root / "token"
+        self.token.write_text("one\n")
+        self.count = 0
+
+    def options(self, **changes: str) -> list[str]:
+        options = {
+            "api": "dra", "kubelet-dir": self.kubelet.folder, "cdi-dir": str(self.cdi), "node-name": NODE_NAME,
+            "kube-api": self.api.url, "kube-token-file": str(self.token), "kube-ca-file": f"{self.api.folder}/ca.crt",
+        }  # fmt: skip
+        return [part for key, value in {**options, **changes}.items() for part in (f"--{key}", value)]
+
+    def claim(self, *devices: str, requests: Mapping[str, str] | None = None) -> pb.Claim:
+        """A claim that was allocated these DEVICES, by one request if REQUESTS (request by device) do not say which."""
+        self.count += 1
+        claim = pb.Claim(namespace="default", name=f"claim-{self.count}", uid=f"0000-{self.count:04}")
+        results = [result_of(device, (requests or {}).get(device, "r")) for device in devices]
+        status = {"allocation": {"devices": {"results": [*results, result_of("x", driver="gpu.example.com")]}}}
+        self.api.put(self.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
+        return claim
+
+    def path(self, claim: pb.Claim) -> str:
+        return f"{API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+
+    def prepare(self, claim: pb.Claim) -> pb.NodePrepareResourceResponse:
+        response = self.kubelet.do(self.kubelet.prepare("smarter-devices", claim))
+        assert list(response.claims) == [claim.uid]
+        return response.claims[claim.uid]
+
+    def unprepare(self, *claims: pb.Claim) -> None:
+        response = self.kubelet.do(self.kubelet.unprepare("smarter-devices", *claims))
+        assert {uid: answer.error for uid, answer in response.claims.items()} == {claim.uid: "" for claim in claims}
+
+    def file(self, claim: pb.Claim) -> Path:
+        return self.cdi / f"smarter-devices_{claim.uid}.json"
+
+    def gives(self, claim: pb.Claim, *requests: str) -> tuple[dict[str, str], list[str]]:
+        """What a container runtime gives to a container with CLAIM: nodes (path -> host path), and env."""
+        prepared = self.prepare(claim)
+        assert not prepared.error, prepared.error
+        return self.edits(claim, [item for device in prepared.devices for item in device.cdi_device_ids])
+
+    def edits(self, claim: pb.Claim, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        document = json.loads(self.file(claim).read_text())
+        by_id = {f"{document['kind']}={device['name']}": device["containerEdits"] for device in document["devices"]}
+        nodes: dict[str, str] = {}
+        env: list[str] = []
+        for cdi_id in ids:
+            nodes.update((node["path"], node["hostPath"]) for node in by_id[cdi_id].get("deviceNodes", ()))
+            env = by_id[cdi_id].get("env", env)
+        return nodes, env
+
+    def wait_for_devices(self, *names: str) -> dict[str, dict[str, Any]]:
+        wait_for(lambda: set(self.api.devices()) == set(names), lambda: f"{names}, not {list(self.api.devices())}")
+        return self.api.devices()
+
+    def ready(self, *names: str) -> None:
+        """Wait until the driver is registered and has published the devices NAMES, and the classes."""
+        self.wait_for_devices(*names)
+        resources = {device["attributes"]["resource"]["string"] for device in self.api.devices().values()}
+        wait_for(lambda: "smarter-devices" in self.kubelet.drivers and len(self.api.classes()) > len(resources))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CA, another CA, and certificates of theirs for a server at 127.0.0.1; and one for another host."""
+    folder = tmp_path_factory.mktemp("ca")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    for ca, server, name in [("ca", "server", "127.0.0.1"), ("other-ca", "other", "127.0.0.1"), ("ca", "wrong", "::1")]:
+        if not (folder / f"{ca}.crt").exists():
+            openssl(
+                "req", "-x509", *key, "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}", "-days", "9"
+            )
+        (folder / "extensions").write_text(f"subjectAltName=IP:{name}\n")
+        openssl("req", *key, "-keyout", f"{server}.key", "-out", f"{server}.csr", "-subj", "/CN=api")
+        signing = ["-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "9", "-extfile", "extensions"]
+        openssl("x509", "-req", "-in", f"{server}.csr", *signing, "-out", f"{server}.crt")
+    return folder
+
+
+@pytest.fixture
+def cluster(node: Node, certificates: Path) -> Iterator[Cluster]:
+    cluster = Cluster(node, certificates)
+    yield cluster
+    cluster.kubelet.down()
+    cluster.api.down()
+
+
+def with_constants(**constants: float) -> list[str]:
+    """A command through which a daemon has other values of the script's CONSTANTS, so that a test need not wait."""
+    changes = "".join(f"sdm.{name} = {value}; " for name, value in constants.items())
+    path = f"sys.argv = sys.argv[2:]; sys.path.insert(0, {str(HERE)!r}); "
+    return [
+        sys.executable,
+        "-c",
+        f"import sys; {path}import smarter_device_manager as sdm; {changes}sys.exit(sdm.main())",
+    ]
+
+
+VIDEO = "- devicematch: ^video[0-9]*$\n  nummaxdevices: 2\n"
+SERIAL = "- devicematch: ^serial/\n"
+
+
+@pytest.fixture
+def camera(node: Node, cluster: Cluster) -> Cluster:
+    """A cluster whose node has /dev/video0, with two slots."""
+    node.plug("video0")
+    node.rules(VIDEO)
+    return cluster
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: what is published
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: Cluster, start: Starter) -> None:
+    tty = node.plug("ttyUSB0")
+    usb = {
+        "idVendor": "10c4",
+        "idProduct": "ea60",
+        "serial": "0001",
+        "manufacturer": "Silicon Labs",
+        "product": "CP2102",
+    }
+    node.sysfs("pci0/usb1", {"idVendor": "1d6b", "serial": "hub"})
+    node.sysfs("pci0/usb1/1-1", {**usb, "numa_node": "1"})
+    folder = node.sysfs("pci0/usb1/1-1/1-1:1.0/ttyUSB0/tty/ttyUSB0", {}, tty)
+    for link, target in ((folder / "subsystem", "class/tty"), (folder.parents[1] / "driver", "bus/usb-serial/cp210x")):
+        link.symlink_to(node.sys / target)
+    node.plug("video0")
+    node.rules(VIDEO + "- devicematch: ^ttyUSB\n  resource: serial\n")
+    daemon = start(*cluster.options())
+    name = "ttyusb0-8acffaea-0"
+    cluster.ready("video0-0", "video0-1", name)
+    values = {key: next(iter(value.values())) for key, value in cluster.api.devices()[name]["attributes"].items()}
+    assert values == {
+        **usb, "resource": "serial", "pool": "serial", "path": "/dev/ttyUSB0", "slot": 0, "numaNode": 1,
+        "subsystem": "tty", "driver": "cp210x",
+    }  # fmt: skip
+    (item,) = cluster.api.slices()
+    assert item["spec"]["driver"] == "smarter-devices"
+    assert item["spec"]["nodeName"] == item["spec"]["pool"]["name"] == NODE_NAME
+    assert (item["spec"]["pool"]["generation"], item["spec"]["pool"]["resourceSliceCount"]) == (1, 1)
+    assert item["metadata"]["ownerReferences"][0]["uid"] == cluster.api.node_uid
+    wait_for(lambda: len(cluster.api.classes()) == 3)
+    assert cluster.api.classes().keys() == {"smarter-devices", "video0.smarter-devices", "serial.smarter-devices"}
+    assert cluster.api.writes().count(("create", "resourceslices")) == 1
+    assert len(cluster.api.writes()) == 4
+    assert {(call.kind, call.verb) for call in cluster.api.calls} <= RIGHTS
+    assert daemon.stop() == 0
+    assert cluster.api.slices(), "they stay for whoever comes next"
+
+
+@needs_root
+def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    wait_for(lambda: len(camera.api.classes()) == 2)
+    assert daemon.stop() == 0
+    count, writes = len(camera.api.calls), camera.api.writes()
+    daemon = start(*camera.options())
+    daemon.says("registered with kubelet")
+    wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
+    assert daemon.stop() == 0
+    assert camera.api.writes() == writes
+    assert "published" not in daemon.log
+
+
+@needs_root
+def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) -> None:
+    path = f"{API}/deviceclasses/video0.smarter-devices"
+    before = camera.api.put(path, {"metadata": {"name": "video0.smarter-devices"}, "spec": {"mine": True}})
+    daemon = start(*camera.options())
+    daemon.says("made a DeviceClass name=smarter-devices")
+    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    camera.node.rules("- devicematch: nothing\n")
+    camera.wait_for_devices()
+    assert daemon.stop() == 0
+    assert camera.api.objects[path] == before
+    assert "smarter-devices" in camera.api.classes()
+
+
+@needs_root
+def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: Cluster, start: Starter) -> None:
+    for number in range(150):
+        node.plug(f"video{number}")
+    node.rules("- devicematch: ^video[0-9]*$\n")
+    daemon = start(*cluster.options())
+    cluster.wait_for_devices(*(f"video{number}-0" for number in range(150)))
+    assert cluster.api.writes().count(("create", "resourceslices")) == 2
+    node.unplug("video0")
+    wait_for(lambda: cluster.api.tainted() == {"video0-0"})
+    slices = cluster.api.slices()
+    assert sorted(len(item["spec"]["devices"]) for item in slices) == [64, 86]
+    assert {item["spec"]["pool"]["generation"] for item in slices} == {2}
+    for number in range(1, 100):
+        node.unplug(f"video{number}")
+    wait_for(lambda: len(cluster.api.tainted()) == 100)
+    node.rules("- devicematch: ^video14.$\n")
+    cluster.wait_for_devices(*(f"video{number}-0" for number in range(140, 150)))
+    wait_for(lambda: len(cluster.api.slices()) == 1, "stale slices are removed")
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_stale_slices_of_ours_are_removed_and_no_others(camera: Cluster, start: Starter) -> None:
+    def old(name: str, **changes: Any) -> None:
+        spec = {
+            "driver": "smarter-devices", "nodeName": NODE_NAME, "devices": [],
+            "pool": {"name": NODE_NAME, "generation": 41, "resourceSliceCount": 1}, **changes,
+        }  # fmt: skip
+        camera.api.put(f"{API}/resourceslices/{name}", {"metadata": {"name": name}, "spec": spec})
+
+    old("ours")
+    old("other-node", nodeName="node-2")
+    old("other-driver", driver="gpu.example.com")
+    camera.api.put(f"{API}/resourceslices/strange", {"metadata": {"name": "strange"}, "spec": None})
+    start(*camera.options()).says("published 2 devices in 1 ResourceSlice generation=42")
+    wait_for(lambda: f"{API}/resourceslices/ours" not in camera.api.objects)
+    assert {item["metadata"]["name"] for item in camera.api.slices()} > {"other-node", "other-driver", "strange"}
+
+
+@needs_root
+def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
+    camera.api.drops_taints = True
+    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
+    camera.ready("video0-0", "video0-1")
+    camera.node.unplug("video0")
+    wait_for(lambda: ("update", "resourceslices") in camera.api.writes())
+    count = len(camera.api.calls)
+    wait_for(lambda: len(camera.api.calls) > count + 5)
+    assert camera.api.writes().count(("update", "resourceslices")) == 1
+
+
+@needs_root
+def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
+    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
+    camera.ready("video0-0", "video0-1")
+    camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
+    camera.api.remove_slices()  # as the garbage collector does
+    camera.wait_for_devices("video0-0", "video0-1")
+    assert camera.api.slices()[0]["metadata"]["ownerReferences"][0]["uid"] == "another"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: prepare and unprepare
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    (info,) = camera.kubelet.infos
+    assert (info.type, info.name, list(info.supported_versions)) == ("DRAPlugin", "smarter-devices", ["v1.DRAPlugin"])
+    assert info.endpoint == f"{camera.kubelet.folder}/plugins/smarter-devices/dra.sock"
+    assert stat.S_IMODE(os.stat(info.endpoint).st_mode) == 0o600
+    claim = camera.claim("video0-1")
+    for _ in range(2):
+        (device,) = camera.prepare(claim).devices
+        assert list(device.request_names) == ["r"]
+        assert (device.pool_name, device.device_name) == (NODE_NAME, "video0-1")
+        assert list(device.cdi_device_ids) == [f"smarter-devices/device={claim.uid}-video0-1"]
+    document = json.loads(camera.file(claim).read_text())
+    assert (document["cdiVersion"], document["kind"]) == ("0.6.0", "smarter-devices/device")
+    assert document["devices"][0]["containerEdits"] == {
+        "deviceNodes": [{"path": "/dev/video0", "hostPath": "/dev/video0", "permissions": "rw"}]
+    }
+    assert stat.S_IMODE(camera.file(claim).stat().st_mode) == 0o644
+    assert [item.name for item in camera.cdi.iterdir()] == [camera.file(claim).name]
+    other = camera.claim("video0-0")
+    assert camera.gives(other) == ({"/dev/video0": "/dev/video0"}, [])
+    for _ in range(2):
+        camera.unprepare(claim, other)
+        assert not list(camera.cdi.iterdir())
+    assert daemon.log.count("prepared for a pod") == 2
+    assert not camera.gives(claim)[1]
+
+
+@needs_root
+def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
+    camera.gives(first)
+    for _ in range(3):
+        error = camera.prepare(second).error
+        assert error == f"smarter-devices: video0-0 is still prepared for the claim default/claim-1 (uid {first.uid})"
+    assert daemon.log.count("is still prepared for the claim") == 1
+    assert not camera.file(second).exists()
+    assert not camera.gives(camera.claim("video0-1"))[1], "nothing of the second was taken"
+    camera.unprepare(first)
+
+
+@needs_root
+def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+
+    def error(claim: pb.Claim) -> str:
+        return str(camera.prepare(claim).error)
+
+    assert 'this node offers no device "video7-0"' in error(camera.claim("video7-0"))
+    claim = camera.claim("video0-0")
+    assert "is another one now" in error(pb.Claim(namespace="default", name=claim.name, uid="other"))
+    assert "(404)" in error(pb.Claim(namespace="default", name="nothing", uid="u"))
+    for names in (
+        {"uid": "../../x"},
+        {"uid": ""},
+        {"uid": "a/b"},
+        {"name": "../x"},
+        {"namespace": "a/b"},
+        {"name": "x?y"},
+    ):
+        assert "is none" in error(pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names}))
+    camera.api.put(camera.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}})
+    assert "not allocated" in error(claim)
+    gone = camera.claim("video0-0")
+    camera.node.unplug("video0")
+    assert "/dev/video0: it is gone" in error(gone)
+    assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
+    assert (
+        camera.kubelet.do(camera.kubelet.unprepare("smarter-devices", pb.Claim(uid="../x"))).claims["../x"].error == ""
+    )
+
+
+@needs_root
+def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
+    node: Node, cluster: Cluster, start: Starter
+) -> None:
+    node.plug("bus/ttyUSB7")
+    node.link("serial/stick", "../bus/ttyUSB7")
+    for name in ("snd/controlC0", "snd/pcmC0D0p", "video0", "media0"):
+        node.plug(name)
+    node.sysfs("gpu.0", {})
+    node.sysfs("gpu.1", {})
+    node.rules(
+        SERIAL + "  containerpath: /dev/stick\n  permissions: r\n- devicematch: ^snd$\n"
+        "- devicematch: ^video0$\n  with: [media0]\n  env: {CAMERA: '/dev/\\g<0>'}\n"
+        "- devicematch: nvidia-gpu\n  resource: gpu\n"
+    )
+    start(*cluster.options())
+    serial = "serial-stick-" + sdm.short_hash("serial/stick") + "-0"
+    cluster.ready(serial, "snd-0", "video0-0", "nvidia-gpu0-0", "nvidia-gpu1-0")
+    claim = cluster.claim(serial)
+    assert cluster.gives(claim) == ({"/dev/stick": "/dev/bus/ttyUSB7"}, [])
+    nodes = json.loads(cluster.file(claim).read_text())["devices"][0]["containerEdits"]["deviceNodes"]
+    assert [item["permissions"] for item in nodes] == ["r"]
+    assert cluster.gives(cluster.claim("snd-0"))[0] == {
+        name: name for name in ("/dev/snd/controlC0", "/dev/snd/pcmC0D0p")
+    }
+    camera = {"/dev/video0": "/dev/video0", "/dev/media0": "/dev/media0"}
+    assert cluster.gives(cluster.claim("video0-0")) == (camera, ["CAMERA=/dev/video0"])
+    gpus = cluster.claim("nvidia-gpu0-0", "nvidia-gpu1-0")
+    assert cluster.gives(gpus) == ({}, ["NVIDIA_VISIBLE_DEVICES=0,1"]), "one request, so one container has both"
+    cluster.unprepare(gpus)
+    apart = cluster.claim("nvidia-gpu0-0", "nvidia-gpu1-0", requests={"nvidia-gpu0-0": "a", "nvidia-gpu1-0": "b"})
+    first, second = cluster.prepare(apart).devices
+    assert cluster.edits(apart, first.cdi_device_ids)[1] == ["NVIDIA_VISIBLE_DEVICES=0"]
+    assert cluster.edits(apart, second.cdi_device_ids)[1] == ["NVIDIA_VISIBLE_DEVICES=1"]
+
+
+@needs_root
+def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
+    ids = camera.prepare(claim).devices[0].cdi_device_ids
+    camera.prepare(gone)
+    before = camera.file(claim).stat()
+    daemon.kill()
+    camera.file(remade).write_text(
+        camera.file(gone).read_text().replace(gone.uid, remade.uid).replace(gone.name, remade.name)
+    )
+    camera.api.put(camera.path(remade), {"metadata": {"name": remade.name, "uid": "another"}})
+    del camera.api.objects[camera.path(gone)]
+    files = {
+        "smarter-devices_0000-9.json": "{broken", "smarter-devices_0000-8.json": "{}",
+        ".smarter-devices_0123456789abcdef": "half",
+        "foreign.json": "{broken", "smarter-devices_0000-7.json": '{"kind": "other/device"}', "other_0000-9.json": "{",
+        "smarter-devices_0000-6.json": camera.file(claim).read_text(),
+    }  # fmt: skip
+    for name, text in files.items():
+        (camera.cdi / name).write_text(text)
+    camera.api.down()
+    daemon = start(*camera.options())
+    daemon.says("does not answer: Connection refused; trying again")
+    assert camera.file(gone).exists(), "nobody knows yet"
+    camera.api.up()
+    left = {camera.file(claim).name, "foreign.json", "smarter-devices_0000-7.json", "other_0000-9.json"}
+    wait_for(lambda: {item.name for item in camera.cdi.iterdir()} == left)
+    assert daemon.log.count("removed a broken CDI file") == 3
+    assert camera.file(claim).stat().st_ino == before.st_ino, "not written again"
+    assert "is still prepared for the claim default/claim-1" in camera.prepare(camera.claim("video0-0")).error
+    assert camera.prepare(claim).devices[0].cdi_device_ids == ids
+    camera.unprepare(claim)
+    assert not camera.file(claim).exists()
+
+
+@needs_root
+def test_a_device_that_comes_back_under_another_number_is_given_again(
+    node: Node, cluster: Cluster, start: Starter
+) -> None:
+    node.plug("ttyUSB0")
+    node.link("serial/stick", "../ttyUSB0")
+    node.rules(SERIAL)
+    name = "serial-stick-" + sdm.short_hash("serial/stick") + "-0"
+    daemon = start(*cluster.options())
+    cluster.ready(name)
+    claim = cluster.claim(name)
+    ids = cluster.prepare(claim).devices[0].cdi_device_ids
+    assert cluster.edits(claim, ids)[0] == {"/dev/serial/stick": "/dev/ttyUSB0"}
+    node.unplug("serial/stick")
+    node.unplug("ttyUSB0")
+    wait_for(lambda: cluster.api.tainted() == {name})
+    with pytest.raises(KeyError):  # no container starts with what may come to stand there
+        cluster.edits(claim, ids)
+    node.plug("ttyUSB0")
+    node.plug("ttyUSB1")
+    node.link("serial/stick", "../ttyUSB1")
+    wait_for(lambda: not cluster.api.tainted())
+    wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
+    assert cluster.edits(claim, ids)[0] == {"/dev/serial/stick": "/dev/ttyUSB1"}
+    node.link("serial/stick", "../ttyUSB0")
+    wait_for(lambda: "ttyUSB0" in cluster.file(claim).read_text())
+    daemon.kill()
+    node.link("serial/stick", "../ttyUSB1")
+    start(*cluster.options())
+    wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
+
+
+@needs_root
+def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
+    node: Node, cluster: Cluster, start: Starter
+) -> None:
+    node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
+    node.rules("- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n")
+    start(*cluster.options())
+    name = "ttyusb0-8acffaea-0"
+    cluster.ready(name)
+    claim = cluster.claim(name)
+    ids = cluster.prepare(claim).devices[0].cdi_device_ids
+    node.unplug("ttyUSB0")
+    node.sysfs("usb/2", {"serial": "B"}, node.plug("ttyUSB0"))
+    wait_for(lambda: cluster.api.tainted() == {name})
+    wait_for(lambda: ":gone" in cluster.file(claim).read_text())
+    with pytest.raises(KeyError):
+        cluster.edits(claim, ids)
+
+
+@needs_root
+def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
+    start(*camera.options(), through=with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2))
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-1")
+    camera.gives(claim)
+    camera.node.unplug("video0")
+    unplugged = time.monotonic()
+    wait_for(lambda: camera.api.tainted() == {"video0-0", "video0-1"})
+    (taint,) = camera.api.devices()["video0-1"]["taints"]
+    assert (taint["key"], taint["effect"]) == ("smarter-devices/gone", "NoExecute")
+    camera.node.plug("video0")
+    wait_for(lambda: not camera.api.tainted())
+    camera.node.unplug("video0")
+    camera.wait_for_devices("video0-1")
+    assert time.monotonic() - unplugged > 2
+    assert camera.api.tainted() == {"video0-1"}, "it is prepared"
+    camera.unprepare(claim)
+    camera.wait_for_devices()
+
+
+@needs_root
+def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera: Cluster, start: Starter) -> None:
+    camera.node.plug("video1")
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
+    claim, kept = camera.claim("video0-0"), camera.claim("video1-0")
+    camera.gives(claim)
+    camera.gives(kept)
+    daemon.stop()
+    camera.node.unplug("video0")
+    camera.node.rules("- devicematch: ^video0$\n")
+    start(*camera.options())
+    assert camera.wait_for_devices("video0-0")["video0-0"]["attributes"]["resource"] == {"string": "video0"}
+    # video1 is not offered any more, but there: its pod goes on
+    assert camera.api.tainted() == {"video0-0"}
+    assert ":gone" not in camera.file(kept).read_text()
+    camera.unprepare(claim)
+    camera.wait_for_devices()
+
+
+@needs_root
+def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
+    camera.cdi.write_text("in the way")
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    assert camera.prepare(claim).error == "smarter-devices: cannot write a CDI file: File exists"
+    camera.cdi.unlink()
+    assert camera.gives(claim)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: an API server that does not do what it is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) -> None:
+    camera.api.down()
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    daemon.says("does not answer: Connection refused; trying again")
+    status = Status(daemon)
+    wait_for(lambda: "not published: the API server at" in status.wait_for("/readyz", 503).body)
+    assert status.ask("/healthz").status == 200
+    camera.api.up()
+    camera.ready("video0-0", "video0-1")
+    daemon.says("the API server does again what it is asked")
+    claim = camera.claim("video0-0")
+    nodes = camera.gives(claim)
+    camera.api.down()
+    assert "does not answer" in camera.prepare(camera.claim("video0-1")).error
+    assert camera.gives(claim) == nodes, "it is prepared"
+    camera.api.up()
+    assert camera.gives(camera.claim("video0-1"))
+
+
+@needs_root
+def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) -> None:
+    camera.kubelet.down()  # a registration would have it tried at once
+    camera.api.rights -= {("resourceslices", "create"), ("deviceclasses", "create")}
+    daemon = start(*camera.options())
+    for kind in ("resourceslices", "deviceclasses"):
+        daemon.says(rf'lacks the right "create" on "{kind}" \(403\): {kind} is forbidden')
+    wait_for(lambda: [call.status for call in camera.api.calls if call.kind == "resourceslices"].count(403) == 3)
+    assert daemon.log.count("(403)") == 2
+    times = [call.when for call in camera.api.calls if call.kind == "resourceslices" and call.status == 403]
+    assert times[1] - times[0] > 0.9
+    assert times[2] - times[1] > 1.9, "the pauses grow"
+    camera.api.rights |= RIGHTS
+    camera.wait_for_devices("video0-0", "video0-1")
+
+
+@needs_root
+def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    conflicts = 2
+
+    def write_first(target: str) -> None:
+        nonlocal conflicts
+        if conflicts:
+            conflicts -= 1
+            path = target if target in camera.api.objects else ""
+            sdm.SimulatedApiServer.put(camera.api, path, camera.api.objects[path])
+
+    wait_for(lambda: len(camera.api.classes()) == 2)
+    camera.api.before_write = write_first
+    unplugged = time.monotonic()
+    camera.node.unplug("video0")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
+    last = [call for call in camera.api.calls if call.verb == "update"]
+    assert last[2].when - last[0].when < 1.0, f"{unplugged}"
+
+
+@needs_root
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluster, start: Starter) -> None:
+    times: list[float] = []
+
+    def fault(verb: str, kind: str) -> bytes | None:
+        times.append(time.monotonic())
+        return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(times) == 1 else None
+
+    camera.api.fault = fault
+    start(*camera.options())
+    wait_for(camera.api.slices)
+    listed = [call.when for call in camera.api.calls if (call.verb, call.kind) == ("list", "resourceslices")]
+    assert listed[1] - listed[0] > 2.9
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"",
+        b"\0" * 5000,
+        answer_bytes(200, b""),
+        answer_bytes(200, [1, 2]),
+        answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
+        answer_bytes(
+            200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
+        ),
+        answer_bytes(200, b"{" + b'"a": ' * 300_000),
+        answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
+        answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
+    ],
+    ids=range(9),
+)
+def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.api.fault = lambda verb, kind: nonsense
+    assert camera.prepare(claim).error
+    camera.api.remove_slices()
+    count = len(camera.api.calls)
+    camera.kubelet.down()
+    camera.kubelet.up()
+    wait_for(lambda: len(camera.api.calls) >= count + 2)
+    camera.api.fault = lambda verb, kind: None
+    camera.kubelet.down()
+    camera.kubelet.up()
+    camera.ready("video0-0", "video0-1")
+    assert camera.gives(claim)
+    assert psutil.Process(daemon.process.pid).memory_info().rss < 200 << 20
+
+
+@needs_root
+def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(API_SECONDS=0.5))
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.api.fault = lambda verb, kind: 3.0
+    begin = time.monotonic()
+    assert "did not answer within 0 s" in camera.prepare(claim).error
+    assert time.monotonic() - begin < 2.0
+    assert Status(daemon).ask("/healthz").status == 200
+    camera.api.fault = lambda verb, kind: None
+    assert camera.gives(claim)
+    camera.api.fault = lambda verb, kind: 30.0
+    camera.kubelet.down()
+    camera.kubelet.up()
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 3.0
+
+
+@needs_root
+def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    camera.api.tokens = {"two"}
+    camera.token.write_text("two")
+    assert camera.gives(camera.claim("video0-0"))
+    camera.api.tokens = {"three"}
+    asked = len(camera.api.calls)
+
+    def replace(verb: str, kind: str) -> None:
+        camera.token.write_text("three")  # when the request with the old one is on its way
+
+    camera.api.fault = replace
+    assert camera.gives(camera.claim("video0-1"))
+    assert [call.status for call in camera.api.calls[asked:]] == [401, 200]
+    camera.api.fault = lambda verb, kind: None
+    camera.api.tokens = {"four"}
+    assert "does not accept the token (401)" in camera.prepare(camera.claim("video0-1")).error
+    camera.token.write_text(" \n")
+    assert "holds no token" in camera.prepare(camera.claim("video0-1")).error
+    camera.token.unlink()
+    assert f"cannot read the token file {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
+    assert daemon.process.poll() is None
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("certificate", "ca", "problem"),
+    [
+        ("other", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
+        ("wrong", "ca.crt", "has a certificate that .*ca.crt does not vouch for: IP address mismatch"),
+        ("server", "other-ca.crt", "has a certificate that .*other-ca.crt does not vouch for: "),
+        ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
+        ("server", "extensions", "the CA file .*extensions holds no certificate"),
+    ],
+)
+def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
+    camera.api.down()
+    camera.api.up(certificate)
+    daemon = start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/{ca}"}))
+    daemon.says(problem)
+    assert daemon.stop() == 0
+    assert not camera.api.calls, "nobody has seen the token"
+
+
+@needs_root
+def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
+    ca = camera.node.root / "ca.crt"
+    ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
+    daemon = start(
+        *camera.options(**{"kube-ca-file": str(ca)}),
+        through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05),
+    )
+    camera.ready("video0-0", "video0-1")
+    camera.api.down()
+    daemon.says("does not answer")
+    camera.api.objects = {NODE_PATH: {"metadata": {"name": NODE_NAME, "uid": "another"}}}
+    ca.write_bytes((camera.api.folder / "other-ca.crt").read_bytes())
+    camera.api.up("other")
+    camera.ready("video0-0", "video0-1")
+
+
+@needs_root
+def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
+    start(*camera.options(**{"node-name": "node-9"})).says(
+        r"there is no Node node-9 \(404\); --node-name names the Node"
+    )
+    camera.api.fault = lambda verb, kind: answer_bytes(404, {"message": "the server could not find it"})
+
+
+@needs_root
+def test_an_api_server_without_dra_is_named(camera: Cluster, start: Starter) -> None:
+    camera.api.fault = lambda verb, kind: answer_bytes(404, b"404 page not found")
+    start(*camera.options()).says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
+
+
+@needs_root
+def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
+    start(*camera.options(), through=with_constants(COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05))
+    camera.ready("video0-0", "video0-1")
+    camera.api.remove_slices()
+    assert not camera.api.devices()
+    camera.wait_for_devices("video0-0", "video0-1")
+    (item,) = camera.api.slices()
+    item["spec"]["devices"].pop()
+    camera.api.put(f"{API}/resourceslices/{item['metadata']['name']}", item)
+    assert len(camera.api.devices()) == 1
+    camera.wait_for_devices("video0-0", "video0-1")
+    camera.kubelet.down()
+    camera.kubelet.up()  # which deletes them
+    registered = time.monotonic()
+    camera.wait_for_devices("video0-0", "video0-1")
+    assert time.monotonic() - registered < 1.5, "at once"
+
+
+def test_the_looks_at_the_slices_are_often_enough() -> None:
+    assert sdm.COMPARE_SECONDS + 2 * sdm.API_SECONDS <= 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DRA: the kubelet, other instances, the status, and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
+    camera.kubelet.down()
+    daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
+    daemon.says("kubelet has not registered the driver; waiting for it")
+    camera.kubelet.up()
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    for count in (2, 3):
+        camera.kubelet.down()
+        camera.kubelet.up()
+        wait_for(lambda count=count: daemon.log.count("registered with kubelet") == count)
+        camera.wait_for_devices("video0-0", "video0-1")
+        assert camera.gives(claim)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
+)
+def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    path = Path(camera.kubelet.folder) / which
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    daemon.says("a socket file of the driver was deleted or replaced")
+    wait_for(lambda: daemon.log.count("registered with kubelet") == 2)
+    assert camera.gives(claim)
+    assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
+
+
+@needs_root
+def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
+    first = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    second = start(*camera.options(), "--listen", "127.0.0.1:0")
+    assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
+    second.says("another instance serves the driver smarter-devices; waiting for its end")
+    count = len(camera.api.calls)
+    first.kill()
+    second.says("registered with kubelet")
+    assert camera.gives(claim)
+    assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
+    assert len(camera.api.calls) > count
+    assert second.log.count("another instance") == 1
+    assert second.stop() == 0
+    left = [path.name for path in Path(camera.kubelet.folder).rglob("*") if path.is_socket()]
+    assert left == []
+
+
+@needs_root
+def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    camera.ready("video0-0", "video0-1")
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+
+    async def refuse() -> None:
+        path = f"unix:{camera.kubelet.folder}/plugins_registry/smarter-devices-reg.sock"
+        async with grpc.aio.insecure_channel(path) as channel:
+            message = pb.RegistrationStatus(plugin_registered=False, error="not on my watch")
+            await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
+
+    camera.kubelet.do(refuse())
+    daemon.says("kubelet refused the driver: not on my watch")
+    assert "not on my watch" in status.wait_for("/readyz", 503).body
+
+
+@needs_root
+def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) -> None:
+    camera.kubelet.down()
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    status = Status(daemon)
+    assert "not registered with the kubelet yet" in status.wait_for("/readyz", 503).body
+    camera.kubelet.up()
+    status.wait_for("/readyz", 200)
+    claim = camera.claim("video0-1")
+    camera.gives(claim)
+    assert camera.prepare(camera.claim("video7-0")).error
+    found = wait_for(lambda: (metrics := status.metrics())["claims_prepared"] == 1 and metrics)
+    assert found["api_reachable"] == found["slices_published"] == found["prepare_errors_total"] == 1
+    assert found["slice_devices_published"] == 2
+    assert abs(found["slices_published_timestamp_seconds"] - time.time()) < 60
+    assert found["api_requests_total", "get", "200"] >= 1
+    assert found["api_requests_total", "create", "201"] >= 3
+    assert found["registered", "smarter-devices/video0"] == found["allocations_total", "smarter-devices/video0"] == 1
+    dra = status.document()["dra"]
+    assert dra["registered"] and not dra["problem"]
+    assert dra["claims"] == [{"namespace": "default", "name": claim.name, "devices": ["/dev/video0"]}]
+    assert status.document()["problems"] == []
+    page = status.ask("/").body
+    assert "Claims prepared" in page and "API server answers" in page
+    text = node.run("--status", status.address).stdout
+    assert "DRA: 2 devices published in 1 ResourceSlice, 1 claim prepared, the API server answers" in text
+    camera.api.down()
+    camera.prepare(camera.claim("video0-0"))
+    wait_for(lambda: status.metrics()["api_reachable"] == 0)
+    assert status.metrics()["api_requests_total", "get", "error"] >= 1
+    assert status.metrics()["registered", "smarter-devices/video0"] == 1
+
+
+def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
+    assert not [name for name in served.metrics() if (name if isinstance(name, str) else name[0]) in DRA_METRICS]
+    assert served.document()["dra"] is None
+
+
+@needs_root
+def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    camera.ready("video0-0", "video0-1")
+    response = pb.ListPodResourcesResponse()
+    container = response.pod_resources.add(namespace="default", name="camera").containers.add(name="main")
+    devices = container.dynamic_resources.add(claim_name="claim-1", claim_namespace="default").claim_resources
+    devices.add(driver_name="smarter-devices", pool_name=NODE_NAME, device_name="video0-1")
+    devices.add(driver_name="gpu.example.com", pool_name=NODE_NAME, device_name="video0-0")
+    devices.add(driver_name="smarter-devices", pool_name=NODE_NAME, device_name="strange")
+    pods = PodResources(node)
+    pods.answer = response.SerializeToString()
+    camera.kubelet.do(pods.start())
+    try:
+        held = wait_for(lambda: Status(daemon).resource("video0").get("holders"))
+        assert [(item["slot"], item["pod"], item["container"]) for item in held] == [("1", "camera", "main")]
+    finally:
+        camera.kubelet.do(pods.stop())
+
+
+@needs_root
+def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> None:
+    node.plug("video0")
+    node.plug("bus/stick")
+    node.link("serial/x", "../bus/stick")
+    node.sysfs("gpu.0", {})
+    node.rules(VIDEO + SERIAL + "- devicematch: nvidia-gpu\n")
+    run = node.run("--dry-run", "--api", "dra")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "4 devices in 1 ResourceSlice, 4 DeviceClasses; every resource could be prepared." in run.stdout
+    assert re.search(
+        r"2 +smarter-devices/video0 +video0-0: resource=video0 path=/dev/video0 slot=0\n +/dev/video0 rw\n", run.stdout
+    )
+    assert re.search(r"\n +/dev/serial/x rw \(the host's /dev/bus/stick\)\n", run.stdout)
+    assert re.search(r"\n +NVIDIA_VISIBLE_DEVICES=0\n", run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--kube-api", "http://10.0.0.1:443"], "--kube-api: .* has no TLS: write https://"),
+        (["--kube-api", "10.0.0.1"], "--kube-api: .* is no URL such as https://"),
+        (["--kube-api", ""], "outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file"),
+        (["--domain", "d" * 64], "of at most 63 characters"),
+        (["--domain", "3d.example.com"], "begin with a letter"),
+        (["--node-name", "Node_1"], "is no name of a Node"),
+        (["--kubelet-dir", "/nowhere"], "there is no directory /nowhere"),
+        (["--kubelet-dir", "/tmp/" + "../tmp" + "/" * 3], None),
+    ],
+)  # fmt: skip
+def test_options_of_dra_that_will_not_do(options: list[str], text: str | None, node: Node) -> None:
+    if text is None:
+        long = node.root / ("x" * 90)
+        long.mkdir()
+        options, text = ["--kubelet-dir", str(long)], "bytes too long"
+    node.rules("- devicematch: x\n")
+    given = ["--api", "dra", "--kube-api", "https://127.0.0.1:1", "--kubelet-dir", str(node.root), *options]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("KUBERNETES_")}
+    run = node.run(*given, env=environment)
+    assert run.returncode == 1
+    assert re.search(text, run.stderr), run.stderr
+    assert "Traceback" not in run.stderr
+    assert node.run("--api", "csi").returncode == 2
+
+
+def test_the_address_of_the_api_server_is_that_of_a_pod(node: Node) -> None:
+    node.rules("- devicematch: x\n")
+    environment = {
+        **os.environ,
+        "KUBERNETES_SERVICE_HOST": "fd00::1",
+        "KUBERNETES_SERVICE_PORT": "443",
+        "NODE_NAME": "edge-7",
+    }
+    environment["COLUMNS"] = "1000"
+    text = node.run("--help", env=environment).stdout
+    assert "https://[fd00::1]:443" in text and "edge-7" in text and "/var/run/cdi" in text
+
+
+@needs_root
+def test_nothing_of_dra_is_loaded_without_it(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.rules(GPUS)
+    node.sysfs("gpu.0", {})
+    daemon = start()
+    kubelet.wait_for("nvidia-gpu0", Healthy=4)
+    libraries = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+    assert "libssl" not in libraries and "_ssl" not in libraries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Helpers: a client of the status server, and what else a test of it needs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -7149,7 +9132,7 @@ def served(folder: Path, kubelet: Kubelet, start: Starter) -> Status:
 
 
 def holders_of(response: pb.ListPodResourcesResponse) -> list[tuple[str, sdm.Holder]]:
-    return [pair for pairs in sdm.find_holders(response, "smarter-devices") for pair in pairs]
+    return [pair for pairs in sdm.find_holders(response, "smarter-devices", {}) for pair in pairs]
 
 
 def test_holders_are_those_of_our_domain() -> None:
@@ -7568,6 +9551,12 @@ def test_ready_takes_an_open_stream(node: Node, folder: Path, start: Starter) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+DRA_METRICS = {
+    "api_requests_total", "api_reachable", "slices_published", "slice_devices_published",
+    "slices_published_timestamp_seconds", "claims_prepared", "prepare_errors_total",
+}  # fmt: skip
+
+
 def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
     answer = served.ask("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -7577,7 +9566,7 @@ def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
         parsed = found.pop(name.removesuffix("_total") if family.kind == "counter" else name)
         assert (parsed.type, parsed.documentation) == (family.kind, family.help)
         assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
-        if family.name not in ("slots_in_use", "slot_holder"):
+        if family.name not in ("slots_in_use", "slot_holder") and family.name not in DRA_METRICS:
             assert parsed.samples
     assert not found
     lines = answer.body.splitlines()
@@ -8267,6 +10256,16 @@ def hostile_document() -> dict[str, Any]:
         time=sdm.utc(1e9),
         threads=sdm.describe_threads({HOSTILE_WORD: 0.0}, 1.0, 100.0),
         kubelet={"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
+        dra={
+            "problem": HOSTILE_WORD,
+            "slices": 1,
+            "slice_devices": 1,
+            "published_at_seconds": 1.0,
+            "api_reachable": True,
+            "api_requests": [{"verb": HOSTILE_WORD, "code": HOSTILE_WORD, "count": 1}],
+            "claims_prepared": 1,
+            "prepare_errors": 1,
+        },
         process=sdm.describe_process(),
         events=[
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "resource", "more"), "")},
@@ -8856,3 +10855,152 @@ def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet,
 
     wait_for(lambda: {"registered", "plugged", "started"} <= events())
     assert daemon.log == ""
+
+
+# A log that is not read
+
+
+class FullPipe:
+    """A pipe for the log of a daemon, and full: who writes into it waits until it is read."""
+
+    def __init__(self, is_blocking: bool = True) -> None:
+        self.reader, self.writer = os.pipe()
+        self.text = ""  # that was read
+        fcntl.fcntl(self.writer, 1031, 4096)  # F_SETPIPE_SZ, which has no name before Python 3.10
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"-\n" * 64)
+        os.set_blocking(self.writer, is_blocking)
+
+    def waits(self) -> bool:
+        """Read what there is; whether there was something."""
+        if not select.select([self.reader], [], [], 0.2)[0]:
+            return False
+        data = os.read(self.reader, 1 << 16)
+        self.text += data.decode()
+        return bool(data)
+
+    def read(self) -> bool:
+        """Read what there is; true."""
+        self.waits()
+        return True
+
+    def read_to_the_end(self) -> str:
+        """All that comes until the daemon has ended."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+        wait_for(lambda: not (select.select([self.reader], [], [], PATIENCE)[0] and self.waits()))
+        return self.text
+
+    def __enter__(self) -> FullPipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (self.reader, self.writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def cpu_time(daemon: Daemon) -> float:
+    """The seconds of CPU that it has used."""
+    return sum(psutil.Process(daemon.process.pid).cpu_times()[:2])
+
+
+def get(daemon: Daemon, path: str) -> tuple[int, str]:
+    """What a daemon whose log cannot be read says of its status: the status of the answer, and its body."""
+    found = wait_for(lambda: [one for one in psutil.Process(daemon.process.pid).net_connections("inet") if one.laddr])
+    connection = http.client.HTTPConnection("127.0.0.1", found[0].laddr.port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_said(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
+) -> None:
+    """Nor where whoever else has the pipe made it one of which nobody waits for a reader."""
+    count = sdm.MAX_QUEUED_LINES + 200
+    with FullPipe(is_blocking) as pipe:
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        with plugin_stub(node, "nvidia-gpu0") as stub:
+            for number in range(count):
+                asked = [pb.ContainerAllocateRequest(devices_ids=[f"x{number}"])]
+                call = stub.Allocate.future(pb.AllocateRequest(container_requests=asked), timeout=PATIENCE)
+                assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        kubelet.take("nvidia-gpu0")
+        assert get(daemon, "/healthz")[0] == 200
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3  # what waits for the reader sleeps
+        dropped = int(samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"])
+        assert 200 < dropped < 220
+        said = f"ERROR {dropped} lines of the log had to be dropped, since nobody read it lines={dropped}"
+        wait_for(lambda: pipe.read() and said in pipe.text, lambda: pipe.text[-2000:])
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert read == list(range(len(read)))  # the oldest, which tell how it began
+        wait_for(lambda: not pipe.waits())
+        read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
+        assert len(read) + dropped == count + 1  # the Allocate that was granted is the last one of these
+        assert "allocated" not in pipe.text
+        kubelet.take("nvidia-gpu0")
+        wait_for(lambda: pipe.read() and "INFO allocated" in pipe.text)
+        assert daemon.stop() == 0
+        assert " INFO stopping: SIGTERM\n" in pipe.read_to_the_end()
+        assert pipe.text.count("had to be dropped") == 1
+
+
+def test_a_log_that_can_be_written_nowhere_is_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        os.close(pipe.reader)
+        pipe.reader = os.open(os.devnull, os.O_RDONLY)
+        daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        wait_for(lambda: samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"] >= 4)
+        kubelet.take("nvidia-gpu0")
+        usage = cpu_time(daemon)
+        settle(daemon)
+        assert cpu_time(daemon) - usage < 0.3
+        assert daemon.stop() == 0
+
+
+def test_it_ends_although_nobody_reads_its_log(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        stops_well(daemon, node)
+
+
+def test_what_waits_when_it_ends_is_written_if_somebody_reads(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter
+) -> None:
+    with FullPipe() as pipe:
+        daemon = start(stderr=pipe.writer)
+        kubelet.wait_for("nvidia-gpu0", Healthy=4)
+        for number in range(100):
+            with pytest.raises(grpc.RpcError):
+                kubelet.take("nvidia-gpu0", f"x{number}")
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not sockets(node))
+        text = pipe.read_to_the_end()
+        assert len(re.findall('no device ID "x', text)) == 100
+        assert " INFO stopping: SIGTERM\n" in text and text.endswith("\n")
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
+    """After what was logged until then; and though nobody reads it, it ends."""
+    node.rules("- devicematch: [\n")
+    kept = sdm.kept_conf_path(str(node.plugins), sdm.DEFAULT_DOMAIN)
+    os.mkdir(kept)
+    done = node.run()
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert "WARNING the conf kept in" in first and last.startswith(f"smarter_device_manager.py: {node.conf}:")
+    with FullPipe() as pipe:
+        daemon = Daemon(node, stderr=pipe.writer)
+        assert daemon.process.wait(PATIENCE) == 1

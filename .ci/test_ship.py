@@ -60,8 +60,8 @@ def render(values: dict[str, Any] | None = None, chart_dir: Path = CHART) -> lis
     with helm().chart.Chart.load(chart_dir) as chart:
         chart.validate_schema(chart.merge_values(values))
         texts = chart.render(values, name="my-" + NAME, namespace="kube-system")
-    objects = [yaml.safe_load(text) for path, text in sorted(texts.items()) if path.endswith(".yaml")]
-    return [item for item in objects if item]
+    rendered = [yaml.safe_load_all(text) for path, text in sorted(texts.items()) if path.endswith(".yaml")]
+    return [item for items in rendered for item in items if item]
 
 
 def pick(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
@@ -356,6 +356,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "nodeSelector": ({"edge": "yes"}, '"nodeSelector": {"edge": "yes"}'),
     "config": ([{"devicematch": "^null$"}], r'- {\"devicematch\":\"^null$\"}\n'),
     "kubeletDir": ("/data/kubelet", '"/data/kubelet/device-plugins"'),
+    "api": ("dra", '"--api=dra"'),
     "domain": ("example.com", '"--domain=example.com"'),
     "interval": (0.5, '"--interval=0.5"'),
     "logLevel": ("debug", '"--log-level=debug"'),
@@ -644,6 +645,88 @@ def test_the_installed_command_works_without_options(packages: Path, tmp_path: P
     assert run("--manifest").stdout == printed("--manifest")
     unit = run("--systemd-unit").stdout  # empty where this very Python is below a home folder
     assert not unit or f"WorkingDirectory={tmp_path}\n" in unit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chart with api: dra
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_dra_adds_exactly_what_it_needs() -> None:
+    plain, dra = render(), render({"api": "dra"})
+    added = [item["kind"] for item in dra if item["kind"] not in [other["kind"] for other in plain]]
+    policy = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+    assert sorted(added) == sorted(["ServiceAccount", "ClusterRole", "ClusterRoleBinding", *policy])
+    assert_valid([item for item in dra if item["kind"] not in policy])
+    was, now = pod(plain), pod(dra)
+    assert now.pop("serviceAccountName") == pick(dra, "ServiceAccount")["metadata"]["name"] == NAME
+    assert (was.pop("automountServiceAccountToken"), now.pop("automountServiceAccountToken")) == (False, True)
+    (before,), (after,) = was.pop("containers"), now.pop("containers")
+    assert before.pop("args")[0].startswith("--plugin-dir=")
+    assert after.pop("args")[:2] == ["--api=dra", "--kubelet-dir=/var/lib/kubelet"]
+    folders = ["/var/lib/kubelet/plugins/smarter-devices", "/var/lib/kubelet/plugins_registry", "/var/run/cdi"]
+    assert [mount["mountPath"] for mount in after["volumeMounts"] if not mount.get("readOnly")] == folders
+    assert before.pop("volumeMounts")[1:] == after.pop("volumeMounts")[3:]
+    assert before == after
+    volumes = now.pop("volumes")
+    assert [volume["hostPath"] for volume in volumes[:3]] == [
+        {"path": path, "type": "DirectoryOrCreate"} for path in folders
+    ]
+    assert was.pop("volumes")[1:] == volumes[3:]
+    assert was == now
+
+
+def test_its_rights_are_these_and_no_more() -> None:
+    dra = render({"api": "dra", "application": {"appName": "cameras"}})
+    rights = {
+        (kind, verb)
+        for rule in pick(dra, "ClusterRole")["rules"]
+        for kind in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert rights == {
+        *(("resourceslices", verb) for verb in ("get", "list", "create", "update", "delete")),
+        ("resourceclaims", "get"), ("deviceclasses", "get"), ("deviceclasses", "create"), ("nodes", "get"),
+    }  # fmt: skip
+    groups = {rule["apiGroups"][0] for rule in pick(dra, "ClusterRole")["rules"] if rule["resources"] != ["nodes"]}
+    assert groups == {"resource.k8s.io"}
+    binding = pick(dra, "ClusterRoleBinding")
+    assert binding["roleRef"]["name"] == pick(dra, "ClusterRole")["metadata"]["name"] == "cameras"
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "cameras", "namespace": "kube-system"}]
+    assert pick(dra, "ServiceAccount")["metadata"] | {"labels": {}} == {
+        "name": "cameras", "namespace": "kube-system", "labels": {},
+    }  # fmt: skip
+    assert pod(dra)["serviceAccountName"] == "cameras"
+
+
+def test_each_node_can_write_its_own_slices_only() -> None:
+    dra = render({"api": "dra", "domain": "example.com"})
+    spec = pick(dra, "ValidatingAdmissionPolicy")["spec"]
+    assert spec["failurePolicy"] == "Fail"
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    assert (rule["resources"], set(rule["operations"])) == (["resourceslices"], {"CREATE", "UPDATE", "DELETE"})
+    assert f'"system:serviceaccount:kube-system:{NAME}"' in spec["matchConditions"][0]["expression"]
+    assert "authentication.kubernetes.io/node-name" in spec["variables"][0]["expression"]
+    assert 'driver == "example.com"' in spec["validations"][1]["expression"]
+    binding = pick(dra, "ValidatingAdmissionPolicyBinding")["spec"]
+    assert (binding["policyName"], binding["validationActions"]) == (NAME, ["Deny"])
+
+
+def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
+    options = [part for part in container(render({"api": "dra"}))["args"] if not part.startswith(("--dev", "--sys"))]
+    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), *options, "--check", "--conf", str(CONF)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
+    attributes = {"path": {"string": "/dev/video0"}, "slot": {"int": 0}}
+    devices = [{"name": "video0-0", "attributes": attributes, "taints": [sdm.gone_taint("smarter-devices")]}]
+    pool = {"name": "node-1", "generation": 1, "resourceSliceCount": 1}
+    slices = [sdm.resource_slice("smarter-devices", "node-1", "uid", 0, pool, devices)]
+    newest = kubernetes_validate.utils.all_versions()[-1]
+    for item in [*slices, sdm.device_class("smarter-devices"), sdm.device_class("smarter-devices", "video0")]:
+        kubernetes_validate.validate(item, newest, strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
