@@ -410,10 +410,10 @@ class _Parser:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
             return self.node(int(text), start)
-        number = re.fullmatch(r"[+]?0*([0-9]+)(?:\.[0-9]*)?", text, re.ASCII)
+        number = re.fullmatch(r"[+]?0*([0-9]{1,18})(?:\.[0-9]*)?", text, re.ASCII)
         if number:
             told = "a number must be whole, and without zeros before it"
-            self.fail(f"{text[:40]}: {told}: write {number[1][:40]}; a text must be in quotes: {_shown(text)}", start)
+            self.fail(f"{text[:40]}: {told}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -3033,6 +3033,22 @@ def _temporary_name(path: str) -> str:
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
+def descriptor_limit() -> int:
+    """How many file descriptors this process may have."""
+    import resource as limits
+
+    limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == limits.RLIM_INFINITY else limit
+
+
+def open_descriptors() -> int:
+    """How many file descriptors this process has."""
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
+    except OSError:
+        return descriptor_limit()  # there is none left to look with
+
+
 class UnixServer:
     """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
 
@@ -3461,6 +3477,9 @@ REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
 RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
+ADMISSION_SECONDS = 10.0  # before another look whether there is room for more resources
+DESCRIPTORS_EACH = 2  # file descriptors that a registered resource has
+RESERVED_DESCRIPTORS = 96  # for all else: clients of the status server (64), Allocate, kubelet.sock, gRPC itself
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
 DEFAULT_DOMAIN = "smarter-devices"
@@ -3914,6 +3933,7 @@ class Registration:
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
         self.trouble = ""  # why it is not ready, as last logged
+        self.is_admitted = False
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
@@ -3943,6 +3963,20 @@ class Registration:
     def served_by_other(self) -> bool:
         """Another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
+
+    @property
+    def descriptors(self) -> int:
+        """How many file descriptors it has open: its server listens, and kubelet's connection carries the stream."""
+        return (self._server is not None) + self._is_stream_open
+
+    def admit(self) -> None:
+        """Let run() serve it: there are DESCRIPTORS_EACH for it."""
+        self.is_admitted = True
+        self.wake()
+
+    def hold_back(self, problem: str) -> None:
+        """Say why it is not admitted yet."""
+        self._log_trouble("not-served", problem)
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
         """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
@@ -3998,6 +4032,8 @@ class Registration:
 
     async def _advance(self) -> Optional[float]:
         """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        if not self.is_admitted:
+            return None
         self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
         now = time.monotonic()
         if not self._kubelet.is_answering:
@@ -4163,6 +4199,7 @@ class DevicePluginSide:
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
         self._next_look: Optional[asyncio.TimerHandle] = None
+        self._next_admission: Optional[asyncio.TimerHandle] = None
         self._loop = loop
         self._done: asyncio.Future[None] = loop.create_future()
 
@@ -4274,6 +4311,30 @@ class DevicePluginSide:
             if name not in self.registrations:
                 registration = self.registrations[name] = Registration(resource, self._context)
                 self._start(name, registration)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Have registrations served, by name, as many as there are file descriptors for; none is sent away again."""
+        if self._next_admission:
+            self._next_admission.cancel()
+            self._next_admission = None
+        waiting = sorted(name for name, found in self.registrations.items() if not found.is_admitted)
+        if not waiting or self._done.done():
+            return
+        limit = descriptor_limit()
+        admitted = [found for found in self.registrations.values() if found.is_admitted]
+        promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
+        room = (limit - RESERVED_DESCRIPTORS - open_descriptors() - promised) // DESCRIPTORS_EACH
+        for number, name in enumerate(waiting):
+            if number < room:
+                self.registrations[name].admit()
+            else:
+                self.registrations[name].hold_back(
+                    f"no file descriptors are left for it: this process may have {limit}, and keeps "
+                    f"{RESERVED_DESCRIPTORS} for other uses; raise the limit (LimitNOFILE=, ulimit -n)"
+                )
+        if len(waiting) > room:
+            self._next_admission = self._loop.call_later(ADMISSION_SECONDS, self._admit)
 
     def _start(self, name: str, registration: Registration) -> None:
         task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
@@ -4285,6 +4346,7 @@ class DevicePluginSide:
             error = None if task.cancelled() else task.exception()
             if error:
                 self._fail(error)
+            self._admit()  # others may have its descriptors
 
         task.add_done_callback(ended)
 
@@ -7461,12 +7523,26 @@ def api_server(options: argparse.Namespace) -> ApiServer:
 
 
 def raise_limit() -> None:
-    """Let the process have as many descriptors as it may: a resource takes two, and runtimes begin with 1024."""
+    """Let the process have as many descriptors as it may: runtimes begin with 1024.
+
+    The hard limit may be higher than Linux lets anybody set it (fs.nr_open); then that is the limit.
+    """
     import resource as limits
 
-    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # somebody has just lowered it: fewer will do for fewer resources
+    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+    try:
+        with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
+            most = int(file.read())
+    except (OSError, ValueError):
+        most = 1 << 20  # Linux's own default
+    if hard != limits.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft == limits.RLIM_INFINITY or soft >= most:
+        return
+    try:
         limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError) as error:
+        log.warning("cannot raise the limit of file descriptors from %d to %d: %s", soft, most, error)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -7496,11 +7572,13 @@ def serve(options: argparse.Namespace) -> int:
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
+    watches = FolderWatches(options.dev_dir)
+    watches.ask(devices.folders())  # before the resources, which have the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, FolderWatches(options.dev_dir))
+        _run(devices, thread, manager, options.interval, watches)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)

@@ -772,7 +772,7 @@ def test_what_some_yaml_takes_for_no_text_must_be_quoted(word: str) -> None:
         (f"a: {word}", 4),
         (f"[b, {word}]" if "," not in word else f"- {word}", 5 if "," not in word else 3),
     ):
-        with pytest.raises(sdm.ConfigError, match=re.escape(f'quote it ("{word}")')) as caught:
+        with pytest.raises(sdm.ConfigError, match=rf'quote it \("{re.escape(word)}"\)|in quotes: "{re.escape(word)}"') as caught:
             sdm.parse_yaml(text)
         assert (caught.value.line, caught.value.column) == (1, column)
     assert sdm.parse_yaml(f'a: "{word}"') == {"a": word}
@@ -6580,6 +6580,7 @@ async def a_registration_alone(plugin_dir: str) -> None:
     context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, others, events)
     registration = sdm.Registration(sdm.Resource("null", False, ()), context)
     assert not registration.is_ready
+    registration.admit()
     running = asyncio.ensure_future(registration.run())
     await until(lambda: registration.is_ready)
     registration.check_socket({"smarter-null.d.sock": 1})  # another's
@@ -7458,6 +7459,64 @@ def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+def limited(count: int) -> list[str]:
+    """A command that lets another have COUNT descriptors, which it cannot raise."""
+    return ["prlimit", f"--nofile={count}:{count}"]
+
+
+@needs_root
+def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """The first ones by name; the rest is named, with the limit. Allocate and the status server have their reserve."""
+    names = sorted(offer_many(node, 120))
+    daemon = start("--listen", "127.0.0.1:0", through=limited(256))
+    status = Status(daemon)
+    told = daemon.says(r"WARNING (\d+) resources: no file descriptors are left for it: this process may have 256, and")
+    count = 120 - int(told[1])
+    assert 50 <= count <= (256 - sdm.RESERVED_DESCRIPTORS) / 2
+    wait_ready(kubelet, names[:count])
+    settle(daemon)
+    assert sorted(kubelet.clients) == sorted(kubelet.name(name) for name in names[:count])
+    assert kubelet.gives(names[count - 1]) == {f"/dev/{names[count - 1]}": f"/dev/{names[count - 1]}"}
+    unready = status.wait_for("/readyz", 503).body.splitlines()
+    assert [line.partition(": ")[0] for line in unready] == [kubelet.name(name) for name in names[count:]]
+    assert "this process may have 256" in unready[0]
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(status.connect()) for _ in range(sdm.MAX_CLIENTS)]
+        wait_for(lambda: open_sockets(daemon) >= len(idle))
+        assert kubelet.gives(names[0]) == {f"/dev/{names[0]}": f"/dev/{names[0]}"}
+        assert status.ask("/healthz").status == 200
+        kubelet.down()
+        kubelet.up()
+        wait_ready(kubelet, names[:count])
+    node.rules(f"- devicematch: ^({'|'.join(names[3 : count + 3])})$\n")  # three go, and three may have their place
+    wait_ready(kubelet, names[3 : count + 3])
+    status.wait_for("/readyz", 200)
+    for name in names[:2]:
+        node.unplug(name)
+    node.rules("- devicematch: ^video\n")  # the first ones come back too late
+    daemon.says(f"{120 - 2 - count} resources: no file descriptors")
+    settle(daemon)
+    assert all_ready(kubelet, names[3 : count + 3])
+
+
+@pytest.mark.skipif(not os.access("/proc/sys/fs/nr_open", os.W_OK), reason="the kernel's limit cannot be set here")
+def test_a_hard_limit_above_what_the_kernel_allows(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """It was set when fs.nr_open was higher. For a moment this is so for the whole machine."""
+    offer(node, "null")
+    kernels = Path("/proc/sys/fs/nr_open")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = kernels.read_text()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    kernels.write_text(str(hard - 64))
+    try:
+        daemon = start()
+        wait_ready(kubelet, ["null"])
+    finally:
+        kernels.write_text(before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (hard - 64, hard - 64)
 
 
 @pytest.mark.parametrize("has_room", [False, True])
