@@ -8274,7 +8274,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     if options.api == "dra":
         raise Problem("--systemd-unit is for the device plugin API only")
     folder, name = os.path.split(os.path.abspath(__file__))
-    for path in (sys.executable, f"{folder}/{name}", options.conf):
+    for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
@@ -8318,7 +8318,7 @@ def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> Lis
     """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
     what is as it is by default is left out."""
     shown = {
-        **{path: getattr(options, path) for path in paths},
+        **{path: getattr(options, path) or "" for path in paths},
         "domain": options.domain,
         "interval": f"{options.interval:g}",
         "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",

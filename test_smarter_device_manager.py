@@ -772,7 +772,9 @@ def test_what_some_yaml_takes_for_no_text_must_be_quoted(word: str) -> None:
         (f"a: {word}", 4),
         (f"[b, {word}]" if "," not in word else f"- {word}", 5 if "," not in word else 3),
     ):
-        with pytest.raises(sdm.ConfigError, match=rf'quote it \("{re.escape(word)}"\)|in quotes: "{re.escape(word)}"') as caught:
+        with pytest.raises(
+            sdm.ConfigError, match=rf'quote it \("{re.escape(word)}"\)|in quotes: "{re.escape(word)}"'
+        ) as caught:
             sdm.parse_yaml(text)
         assert (caught.value.line, caught.value.column) == (1, column)
     assert sdm.parse_yaml(f'a: "{word}"') == {"a": word}
