@@ -63,6 +63,7 @@ import api_pb2 as pb  # noqa: E402
 
 SCRIPT = Path(sdm.__file__).resolve()
 HERE = SCRIPT.parent
+CONFIG_PAGE = HERE / "docs/config.md"
 PATIENCE = 20.0  # seconds that a condition may take; it takes less, but machines are slow at times
 Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
@@ -4542,7 +4543,7 @@ def test_where_the_gpus_of_a_tegra_are_found(node: Node) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The original's conf, and the README's examples
+# The original's conf, and the examples of docs/config.md
 # ---------------------------------------------------------------------------------------------------------------------
 
 ORIGINAL = """
@@ -4628,9 +4629,9 @@ def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
             assert nodes == {f"/dev/{name}": f"/dev/{name}"}
 
 
-def readme_conf(name: str) -> str:
-    """The conf that README.md shows after <!-- example: NAME -->."""
-    found = re.search(rf"<!-- example: {name} -->\n```yaml\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+def page_conf(name: str) -> str:
+    """The conf that docs/config.md shows after <!-- example: NAME -->."""
+    found = re.search(rf"<!-- example: {name} -->\n```yaml\n(.*?)```", CONFIG_PAGE.read_text(), re.DOTALL)
     assert found, name
     return found[1]
 
@@ -4906,7 +4907,7 @@ EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, G
 @pytest.mark.parametrize(
     ("name", "made", "wanted", "not_wanted"), EXAMPLES, ids=[found[1].__name__ for found in EXAMPLES]
 )
-def test_the_examples_of_the_readme_find_what_they_say(
+def test_the_examples_of_the_page_find_what_they_say(
     name: str,
     made: Callable[[Board], None],
     wanted: Mapping[str, tuple[int, Given, Given]],
@@ -4914,7 +4915,7 @@ def test_the_examples_of_the_readme_find_what_they_say(
     board: Board,
 ) -> None:
     made(board)
-    plan = board.plan(readme_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    plan = board.plan(page_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
     snapshot = snapshot_of(board.tree)
     assert {
         f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
@@ -4929,13 +4930,13 @@ def test_the_examples_of_the_readme_find_what_they_say(
     assert not paths & not_wanted.keys()
 
 
-def test_every_example_of_the_readme_is_tested() -> None:
-    shown = re.findall(r"<!-- example: (.*) -->", (HERE / "README.md").read_text())
+def test_every_example_of_the_page_is_tested() -> None:
+    shown = re.findall(r"<!-- example: (.*) -->", CONFIG_PAGE.read_text())
     assert sorted(shown) == sorted({found[0] for found in EXAMPLES}) == sorted(set(shown))
 
 
-def test_the_table_of_keys_in_the_readme_is_whole_and_its_examples_are_good() -> None:
-    rows = dict(re.findall(r"^\| `([a-z]+)` \| .* \| `(.*)` \|$", (HERE / "README.md").read_text(), re.MULTILINE))
+def test_the_table_of_keys_is_whole_and_its_examples_are_good() -> None:
+    rows = dict(re.findall(r"^\| `([a-z]+)` \| .* \| `(.*)` \|$", CONFIG_PAGE.read_text(), re.MULTILINE))
     assert list(rows) == list(sdm._KEYS)
     for key, value in rows.items():
         more = "" if key == "devicematch" else "\n  devicematch: ^(.)$"
@@ -4950,7 +4951,7 @@ def test_the_examples_are_offered_by_the_daemon_on_real_nodes(
 ) -> None:
     made(board)
     build(board.node.dev, board.tree)
-    board.node.rules(readme_conf(name))
+    board.node.rules(page_conf(name))
     document = json.loads(board.node.run("--list", "--json").stdout)
     listed_there = {
         f"{found['name'].partition('/')[2]} {device['path'].removeprefix('/dev/')}": (
@@ -9704,15 +9705,15 @@ def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: st
     assert [found.reason.label for found in plan.left_out] == [label]
 
 
-def test_the_readme_has_every_metric_and_no_other() -> None:
-    readme = (HERE / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", readme, re.MULTILINE)
+def test_the_page_has_every_metric_and_no_other() -> None:
+    page = (HERE / "docs/operating.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", page, re.MULTILINE)
     families = [(sdm.metric_name(family), family.kind, family.help) for family in sdm.FAMILIES]
     assert [(name, kind, told) for name, kind, _, told in rows] == families
 
 
-def test_the_readmes_alerts_ask_for_metrics_that_there_are() -> None:
-    (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+    (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "docs/operating.md").read_text(), re.M | re.S)
     rules = yaml.safe_load(alerts)["groups"][0]["rules"]
     asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
     assert len(asked) == 3

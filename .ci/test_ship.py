@@ -761,6 +761,7 @@ COMMANDS = {
     r"python3 -m venv .* --dry-run": RUN_BY_CI,
     r"python3 -m venv .*pytest.*": RUN_BY_CI,
     r"python3 smarter_device_manager.py --list": "test_what_the_readme_runs_on_a_bare_python",
+    r"python3 smarter_device_manager.py --check --conf conf.yaml": "test_its_rules_are_those_of_conf_yaml",
     r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0": (
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
     ),
@@ -781,6 +782,7 @@ COMMANDS = {
     r"helm (install|template) .* --set api=dra.*": CANNOT + "no cluster; test_ship renders the chart with api: dra",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
+    r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
     r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
     r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
@@ -857,7 +859,8 @@ def test_the_readmes_names_are_the_manifests() -> None:
 
 
 def readme_pod(name: str) -> dict[str, Any]:
-    (text,) = re.findall(rf"<!-- pod: {name} -->\n```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    pattern = rf"<!-- pod: {name} -->\n```yaml\n(.*?)^```$"
+    (text,) = (text for page in PAGES for text in re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL))
     return yaml.safe_load(text)
 
 
@@ -873,12 +876,24 @@ def test_the_readmes_pods_ask_for_what_is_offered(name: str, path: str) -> None:
 
 
 def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
+    page = (ROOT / "docs/install.md").read_text()
     for kind, path in PATHS_OF.items():
-        assert kind == "k3s" or (f"`{path}/device-plugins`" in README and f"kubeletDir={path}`" in README)
+        assert kind == "k3s" or (f"`{path}/device-plugins`" in page and f"kubeletDir={path}`" in page)
 
 
-def test_the_readme_has_every_option() -> None:
+def test_a_page_has_every_option() -> None:
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--help"]
     wide = {**os.environ, "COLUMNS": "1000"}  # else an option may be broken in two
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
-    assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= set(re.findall(r"--[a-z-]+", README))
+    documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
+    assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= documented
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_rules_on_each_page_are_good(page: Path, tmp_path: Path) -> None:
+    for rules in re.findall(r"^```yaml\n((?:#[^\n]*\n)*- devicematch.*?)^```$", page.read_text(), re.M | re.S):
+        check(rules, tmp_path)
