@@ -779,7 +779,6 @@ COMMANDS = {
     r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
-    r"helm (install|template) .* --set api=dra.*": CANNOT + "no cluster; test_ship renders the chart with api: dra",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
