@@ -484,7 +484,7 @@ class _Alarm:
     """Ends work that takes too long, by an exception that the handler of a signal raises.
 
     Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
-    be such that it may end anywhere. The signal is SIGVTALRM, whose timer counts CPU time: a machine that is busy with
+    be such that it may end anywhere. The signal is SIGPROF, whose timer counts CPU time: a machine that is busy with
     something else makes no search take too long.
     """
 
@@ -500,23 +500,23 @@ class _Alarm:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("only the main thread can search within a limit of time")
         if not self._is_installed:
-            signal.signal(signal.SIGVTALRM, self._ring)
+            signal.signal(signal.SIGPROF, self._ring)
             self._is_installed = True
         try:
             self._due = time.thread_time() + seconds
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             return work()
         finally:
             # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
             self._due = 0.0
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _ring(self, *_: object) -> None:
         if not self._due:
             return
         left = self._due - time.thread_time()
         if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
-            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+            signal.setitimer(signal.ITIMER_PROF, left)
             return
         self._due = 0.0
         raise SearchTimeout
