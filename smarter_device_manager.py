@@ -7243,9 +7243,8 @@ class DeviceSide:
         """Look at all that no change in /dev tells of; whether the plan may be another for that."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = (node for device in self._tracked.values() for node in device.nodes)
+        nodes = [node for device in self._tracked.values() for node in device.nodes]
         self._sysfs.forget(node.entry.generation for node in nodes)
-        nodes = (node for device in self._tracked.values() for node in device.nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
         has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))

@@ -4034,6 +4034,29 @@ def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypa
     assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
 
 
+def test_the_document_of_a_conf_without_the_new_keys_is_what_it_was(board: Board) -> None:
+    board.device("gpu.0", {})
+    board.node.rules("- devicematch: nvidia-gpu\n- {devicematch: nvidia-gpu, env: {A: b}}\n- devicematch: ^x$\n")
+    text = re.sub('"since": "[^"]*"', '"since": ""', board.node.run("--list", "--json").stdout)
+    device = {
+        "path": "nvidia-gpu0",
+        "line": 2,
+        "slots": 1,
+        "healthy": True,
+        "problem": "",
+        "since": "",
+        "numa": [],
+        "nodes": [],
+        "env": {"NVIDIA_VISIBLE_DEVICES": "0", "A": "b"},
+    }
+    document = {
+        "resources": [{"name": "smarter-devices/nvidia-gpu0", "pool": False, "slots": 1, "devices": [device]}],
+        "left_out": [],
+        "unused": [{"line": 3, "pattern": "^x$"}],
+    }
+    assert text == json.dumps(document, indent=2) + "\n"
+
+
 def test_list_tells_of_rules_that_others_override(board: Board) -> None:
     board.device("gpu.0", {})
     board.node.rules(
@@ -4979,6 +5002,28 @@ def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
     """Every list that RESOURCE sent since it was registered last: health by ID."""
     lists = kubelet.clients[kubelet.name(resource)].lists
     return [{slot_id: device.health for slot_id, device in sent.items()} for sent in lists]
+
+
+@needs_root
+def test_a_stick_that_comes_back_as_another_is_in_its_pool_and_not_in_its_container(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """A Coral USB accelerator is given its firmware at its first use: another idVendor, and the next number."""
+    usb = {"idVendor": "1a6e", "idProduct": "089a"}
+    node.sysfs("usb2/2-1", usb, node.plug("bus/usb/002/003", major=189, minor=130))
+    node.rules(readme_conf("coral"))
+    start()
+    kubelet.wait_for("coral-usb", Healthy=1)
+    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/003": "/dev/bus/usb/002/003"}
+    kubelet.starts("coral-usb", "bus/usb/002/003:0")
+    node.unplug("bus/usb/002/003")
+    (node.sys / "dev/char/189:130").unlink()
+    node.sysfs("usb2/2-1", {"idVendor": "18d1", "idProduct": "9302"}, node.plug("bus/usb/002/004", 189, 131))
+    kubelet.wait_for("coral-usb", Healthy=1, Unhealthy=1)
+    with pytest.raises(grpc.RpcError, match="was given /dev/bus/usb/002/003"):
+        kubelet.starts("coral-usb", "bus/usb/002/003:0")
+    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/004": "/dev/bus/usb/002/004"}
+    kubelet.starts("coral-usb", "bus/usb/002/004:0")
 
 
 @needs_root
