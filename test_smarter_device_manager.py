@@ -5011,7 +5011,7 @@ def test_a_stick_that_comes_back_as_another_is_in_its_pool_and_not_in_its_contai
     """A Coral USB accelerator is given its firmware at its first use: another idVendor, and the next number."""
     usb = {"idVendor": "1a6e", "idProduct": "089a"}
     node.sysfs("usb2/2-1", usb, node.plug("bus/usb/002/003", major=189, minor=130))
-    node.rules(readme_conf("coral"))
+    node.rules(page_conf("coral"))
     start()
     kubelet.wait_for("coral-usb", Healthy=1)
     assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/003": "/dev/bus/usb/002/003"}
