@@ -2270,7 +2270,7 @@ class Claim(NamedTuple):
     device: Device
     is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
     is_gone: bool
-    nodes: Tuple[DeviceNode, ...]  # none while it is gone
+    nodes: Tuple[DeviceNode, ...]  # as last seen
 
 
 def make_plan(
@@ -2313,7 +2313,7 @@ def make_plan(
             problems.append(LeftOut.of(path, rule.line, error))
             continue
         is_gone = bool(lost or tracked_device.problem)
-        claim = Claim(device, bool(rule.resource), is_gone, () if is_gone else tracked_device.nodes)
+        claim = Claim(device, bool(rule.resource), is_gone, tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
     for name in sorted(claims):
@@ -2384,17 +2384,20 @@ def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) ->
 
 
 def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these."""
+    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these.
+
+    What is gone had its nodes; so it is compared with what is gone, and what is there with what is there.
+    """
     kept: List[Claim] = []
     doubles: List[LeftOut] = []
-    paths: Dict[int, str] = {}  # by the node's generation
+    paths: Dict[Tuple[bool, int], str] = {}  # by whether it is gone, and the node's generation
     for claim in claims:
-        nodes = [node.entry.generation for node in claim.nodes]
+        nodes = [(claim.is_gone, node.entry.generation) for node in claim.nodes]
         path = next((paths[node] for node in nodes if node in paths), None)
         if path is None:
             kept.append(claim)
             paths.update((node, claim.device.path) for node in nodes)
-        else:
+        elif not claim.is_gone:
             error = NotADevice(Reason.SAME_NODE, path=path)
             doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
     return kept, doubles

@@ -4337,6 +4337,17 @@ def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
         assert {device.path: device.problem for device in plan.resources["stick"].devices} == wanted
 
 
+def test_a_pool_offers_a_node_once_also_when_it_is_gone() -> None:
+    matcher = sdm.Matcher(sdm.parse_rules("- {devicematch: '^(camera|video0)$', resource: pool}\n"))
+    tracked: sdm.TrackedDevices = {}
+    plan = sdm.EMPTY_PLAN
+    for now, tree in enumerate(({"camera": "-> video0", "video0": "char"}, {"camera": "-> video0"})):
+        snapshot = snapshot_of(tree)
+        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", now)
+        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", now)
+        assert listed(plan) == {"pool": ["camera"]}
+
+
 @given(st.text("aé/\U0001f600", min_size=1, max_size=300), st.integers(0, 10_000), st.lists(st.integers(0, 2**63 - 1)))
 @example("a" * 200, 10_000, [0, 1, 127, 128, 2**63 - 1])
 @settings(max_examples=30, deadline=None)
