@@ -5636,9 +5636,9 @@ def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
     node.plug("null")
     node.plug("zero")
     plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
-    node.rules(plain + STICKS + "- {devicematch: ^ttyUSB0$, attributes: {serial: B1}, resource: sticks}\n")
+    node.plug("lp0")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
-    node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*"))
+    node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*") + "- {devicematch: ^lp0$, resource: sticks}\n")
     start()
     wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
     wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
@@ -5825,6 +5825,23 @@ def test_a_start_with_an_id_that_names_no_device_is_refused(
     kubelet.starts("ttyUSB0", "0")
     kubelet.starts("sticks", "ttyUSB1:7")  # it may have had more slots when the container was given this one
     kubelet.starts("ttyUSB0", "7")
+
+
+@needs_root
+def test_of_many_refusals_only_so_many_are_remembered(board: Board, node: Node, kubelet: Kubelet) -> None:
+    """Whoever may ask could name any number of IDs."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    daemon = broken_daemon(node, "sdm.MAX_REFUSALS = 2")
+    try:
+        kubelet.wait_for("ttyUSB0", Healthy=1)
+        for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
+            assert not may_start(kubelet, "ttyUSB0", slot_id)
+        daemon.says('"c".*\n.*"a"')
+        logged = re.findall('start of a container refused: the container was given the ID "(.)"', daemon.log)
+        assert logged == ["a", "b", "c", "a"]
+    finally:
+        assert daemon.stop() == 0
 
 
 HANGING_SYSFS = """
