@@ -412,8 +412,8 @@ class _Parser:
             return self.node(int(text), start)
         number = re.fullmatch(r"[+]?0*([0-9]{1,18})(?:\.[0-9]*)?", text, re.ASCII)
         if number:
-            told = "a number must be whole, and without zeros before it"
-            self.fail(f"{text[:40]}: {told}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
+            problem = "a number must be whole, and without zeros before it"
+            self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
                 f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
@@ -4327,7 +4327,9 @@ class DevicePluginSide:
         limit = descriptor_limit()
         admitted = [found for found in self.registrations.values() if found.is_admitted]
         promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
-        room = (limit - RESERVED_DESCRIPTORS - open_descriptors() - promised) // DESCRIPTORS_EACH
+        room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
+        # What ends may have some still, and clients more than usual: then this looks again a little later.
+        room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
         for number, name in enumerate(waiting):
             if number < room:
                 self.registrations[name].admit()
@@ -7695,24 +7697,24 @@ def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceS
 def show_attributes(options: argparse.Namespace) -> int:
     """--list --attributes: print what sysfs knows of a device, to write a rule from."""
     path = _path_below(options.attributes, options.dev_dir)
-    told = f"/dev/{path}"
+    shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
     try:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
     except NotADevice as error:
-        raise Problem(f"{told} is no device: {error}") from None
+        raise Problem(f"{shown} is no device: {error}") from None
     except OSError as error:
-        raise Problem(f"cannot look at {told}: {error.strerror}; --dev-dir names the host's /dev") from None
+        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if nodes[0].suffix:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
-        raise Problem(f"{told} is a folder; name one of its nodes: {paths}")
+        raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
     chain = Sysfs(options.sys_dir).attributes(nodes[0].entry)
     if not chain:
         number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
         kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} knows nothing of {told} ({kind} {number}); --sys-dir names the host's /sys")
+        raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
         print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
     else:
@@ -8397,8 +8399,8 @@ def build_parser() -> argparse.ArgumentParser:
         "on; the command line wins. SIGHUP has conf and devices read again now.",
     )
     beside = _conf_beside()
-    told = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _path, beside, told, "--config")
+    conf_help = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
     _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
     _add(
         parser,
@@ -8432,6 +8434,12 @@ def build_parser() -> argparse.ArgumentParser:
         "",
         "serve health, metrics and a status page there (default: off)",
     )
+    _add_modes(parser)
+    return parser
+
+
+def _add_modes(parser: argparse.ArgumentParser) -> None:
+    """What to do instead of serving, and the options that go with one such mode only."""
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
@@ -8449,11 +8457,10 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
     parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
     parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
-    told = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
-    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=told)
-    told = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
-    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=told)
-    return parser
+    image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
+    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
+    namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
+    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
 
 
 def program_name() -> str:
@@ -8474,7 +8481,7 @@ def _add(
     metavar: str,
     read: Callable[[str], Any],
     default: Optional[str],
-    told: str,
+    help_text: str,
     *others: str,
 ) -> None:
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
@@ -8485,7 +8492,7 @@ def _add(
         metavar=metavar,
         type=_argument(read, variable, given),
         default=given or default,
-        help=(told + (f" (default: {default})" if default else "")).replace("%", "%%"),
+        help=(help_text + (f" (default: {default})" if default else "")).replace("%", "%%"),
     )
 
 
