@@ -4888,11 +4888,11 @@ class CdiFiles:
         return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
 
     def load(self) -> None:
-        """Read back what is prepared, and remove what a crash left half made."""
+        """Read back what is prepared, and remove what a crash left half made. Raises OSError: then nobody knows it."""
         self.claims = {}
         try:
             names = os.listdir(self._folder)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return  # there is no such folder until something is prepared
         for name in names:
             match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
@@ -4913,9 +4913,8 @@ class CdiFiles:
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
                 return claim
-        except OSError as error:
-            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
-            return None
+        except (FileNotFoundError, IsADirectoryError):
+            return None  # neither is a file of ours
         except (ValueError, LookupError, TypeError, RecursionError):
             pass  # broken; as one of another claim is
         log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
@@ -5061,14 +5060,11 @@ class Publisher:
 
     async def _read_node_uid(self) -> str:
         try:
-            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
         except ApiError as error:
             if error.status != 404:
                 raise
             raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
-        if not isinstance(uid, str) or not uid:
-            raise ApiError("what the API server sends as a Node is none", 200)
-        return uid
 
     def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
         """The slices that are wanted, by name, such that they can take the place of COPIES."""
@@ -5145,6 +5141,14 @@ class Publisher:
                 raise
 
 
+def _uid(document: Document, kind: str) -> str:
+    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
+    uid = _dig(document, "metadata", "uid")
+    if not isinstance(uid, str) or not uid:
+        raise ApiError(f"what the API server sends as {kind} is none", 200)
+    return uid
+
+
 def _generation(resource_slice: Document) -> int:
     generation = _dig(resource_slice, "spec", "pool", "generation")
     return generation if type(generation) is int else 0
@@ -5203,9 +5207,10 @@ class DraSide:
         self._plan = EMPTY_PLAN
         self._devices = devices
         self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
-        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._logged: Dict[str, str] = {}  # of a claim, by its uid: why not all is well with it
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
+        self._is_unsettled = False  # whether the CDI files may have to be rewritten without another plan
         self._publishing: Optional[asyncio.Task[None]] = None
         self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)  # seconds between two looks
         self._done: asyncio.Future[None] = loop.create_future()
@@ -5216,6 +5221,8 @@ class DraSide:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
+                if self._is_unsettled:
+                    self.apply(self._plan)
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             await self._end()
@@ -5311,7 +5318,8 @@ class DraSide:
             self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
             await self._end()
-            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+            where = error.filename or self.settings.kubelet_dir
+            self._log_problem("not-served", f"cannot serve in {where}: {error.strerror}")
         if self.is_standby:
             self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
 
@@ -5400,7 +5408,8 @@ class DraSide:
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
                 entry.error = f"{self.settings.domain}: {text}"
-                self._count_refusal(claim, text)
+                self.prepare_errors += 1
+                self._log_of_claim("refused", f"Prepare refused: {text}", claim.uid, f"{claim.namespace}/{claim.name}")
                 continue
             for device in prepared.devices:
                 cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
@@ -5426,19 +5435,20 @@ class DraSide:
             if holder and holder.uid != claim.uid:
                 who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
                 raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
-        prepared = PreparedClaim(
-            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
-        )
         before = self.cdi.claims.get(claim.uid)
+        devices = self._devices_now(requests, before.devices if before else ())
+        for device in devices:
+            if device.name not in self.slots and self._is_gone(device):
+                raise AllocationError("UNAVAILABLE", f"{device.path}: it is gone")
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
         if not before:
-            for device in prepared.devices:
-                name = self.slots[device.name].resource.name
-                self.prepared[name] = self.prepared.get(name, 0) + 1
-            devices = join_names([device.name for device in prepared.devices])
-            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
-        self._refusals.pop(claim.uid, None)
+            for device in devices:
+                self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=names)
+        self._logged.pop(claim.uid, None)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
@@ -5451,7 +5461,7 @@ class DraSide:
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _dig(found, "metadata", "uid") != claim.uid:
+        if _uid(found, "a ResourceClaim") != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
         return allocated_devices(found, self.settings.domain, self.settings.node)
@@ -5461,7 +5471,7 @@ class DraSide:
 
     def _unprepare(self, uid: str) -> str:
         """Forget the claim UID; why that failed, if it did."""
-        self._refusals.pop(uid, None)
+        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
@@ -5472,15 +5482,13 @@ class DraSide:
             self._publish()
         return ""
 
-    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
-        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
-        self.prepare_errors += 1
-        if self._refusals.get(claim.uid) != text:
-            while len(self._refusals) >= MAX_REFUSALS:
-                del self._refusals[next(iter(self._refusals))]
-            self._refusals[claim.uid] = text
-            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
-            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+    def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
+        """Log TEXT unless it is what was logged last of the claim UID: all that fails is tried again."""
+        if self._logged.get(uid) != text:
+            while len(self._logged) >= MAX_REFUSALS:
+                del self._logged[next(iter(self._logged))]
+            self._logged[uid] = text
+            log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
@@ -5509,35 +5517,55 @@ class DraSide:
 
     def _rewrite_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
+        self._is_unsettled = False
         for claim in list(self.cdi.claims.values()):
-            name = f"{claim.namespace}/{claim.name}"
-            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
+            gone = [device for device in claim.devices if self._is_gone(device)]
+            requests = [(device.request, device.name) for device in claim.devices if device not in gone]
             try:
-                if all(device.name in self.slots and not device.is_gone for device in devices):
-                    requests = [(device.request, device.name) for device in devices]
-                    devices = prepare_devices(requests, self.slots, self._devices)
+                devices = self._devices_now(requests, claim.devices)
+                devices = _by_name([*devices, *(device._replace(is_gone=True) for device in gone)])
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
+                    name = f"{claim.namespace}/{claim.name}"
                     log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
             except AllocationError:
-                continue  # it went just now: the next plan says so
+                self._is_unsettled = True  # it went just now: the next plan says so
             except OSError as error:
+                self._is_unsettled = True
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
+                self._log_of_claim("cdi-file-not-rewritten", text, claim.uid, f"{claim.namespace}/{claim.name}")
+            # The plan does not change with a device that it does not offer.
+            self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
+
+    def _devices_now(
+        self, requests: Sequence[Tuple[str, str]], before: Iterable[PreparedDevice]
+    ) -> Tuple[PreparedDevice, ...]:
+        """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+
+        What was prepared BEFORE and is no longer offered stays as it was. Raises AllocationError.
+        """
+        kept = {(device.request, device.name): device for device in before if device.name not in self.slots}
+        offered = [request for request in requests if request not in kept]
+        devices = prepare_devices(offered, self.slots, self._devices)
+        return _by_name([*devices, *(kept[request]._replace(is_gone=False) for request in requests if request in kept)])
 
     async def _drop_gone_claims(self) -> None:
         """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
+                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
             except ApiError as error:
                 if error.status != 404:
                     raise
-                uid = None
+                uid = ""
             self._unchecked.pop()
             if uid != claim.uid:
                 self._unprepare(claim.uid)
+
+
+def _by_name(devices: Iterable[PreparedDevice]) -> Tuple[PreparedDevice, ...]:
+    return tuple(sorted(devices, key=lambda device: device.name))
 
 
 def _inodes(path: str) -> Mapping[str, int]:
