@@ -2932,6 +2932,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
 RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
@@ -3122,15 +3123,32 @@ class UnixServer:
             os.umask(mask)
 
 
-def remove_leftovers(folder: str) -> None:
-    """Remove the sockets with temporary names that killed instances left in FOLDER."""
-    try:
-        for name in os.listdir(folder):
-            path = f"{folder}/{name}"
-            if re.fullmatch(r"\.[0-9a-f]{16}", name) and stat.S_ISSOCK(os.lstat(path).st_mode) and connect_error(path):
+async def remove_leftovers(folder: str) -> None:
+    """Remove the sockets with temporary names that killed instances left in FOLDER.
+
+    An instance that starts at this moment has bound such a socket and does not listen on it yet. So a socket goes only
+    if nobody answers on it LEFTOVER_SECONDS later either.
+    """
+    found = _dead_temporary_sockets(folder)
+    if found:
+        await asyncio.sleep(LEFTOVER_SECONDS)
+        for path in found & _dead_temporary_sockets(folder):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def _dead_temporary_sockets(folder: str) -> Set[str]:
+    """The sockets with temporary names in FOLDER on which nobody answers."""
+    found = set()
+    try:
+        for item in os.scandir(folder):
+            if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
+                with contextlib.suppress(FileNotFoundError):  # it was published just now
+                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and connect_error(item.path):
+                        found.add(item.path)
     except OSError as error:
         log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
+    return found
 
 
 def _remove_dead_socket(path: str) -> None:
@@ -4218,11 +4236,12 @@ class DevicePluginSide:
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
-        remove_leftovers(self.plugin_dir)
+        leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
             await self._done
         finally:
+            leftovers.cancel()
             await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._events.flush()
@@ -5212,12 +5231,15 @@ class DraSide:
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
+        folders = [os.path.dirname(path) for path in self.settings.sockets]
+        leftovers = asyncio.gather(*(remove_leftovers(folder) for folder in folders))
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
+            leftovers.cancel()
             await self._end()
         self._done.result()
 
@@ -5319,7 +5341,6 @@ class DraSide:
         """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
         for path in self.settings.sockets:
             os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            remove_leftovers(os.path.dirname(path))
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         if not all(server.publish() for server in self._servers):
@@ -6731,7 +6752,9 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
+        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
