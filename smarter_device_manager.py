@@ -2344,6 +2344,17 @@ def track(
     return new, left_out
 
 
+def track_gone(plan: Plan, now: float) -> TrackedDevices:
+    """The devices of PLAN, a former one, as devices that went NOW."""
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    return {
+        device.path: TrackedDevice(
+            (DeviceNode(device.path, "", Entry(CHAR, generation=-number)),), Reason.GONE.template, now
+        )
+        for number, device in enumerate(devices, 1)
+    }
+
+
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
     """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
@@ -2579,15 +2590,28 @@ def _follow_lost(
     """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
     still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
-    held, known = dict(device.attributes), {value.name for value in device.values}
+    held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
         fits = all(attribute.name in held and attribute.fits(held[attribute.name]) for attribute in rule.attributes)
-        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not known.issuperset(rule.values):
+        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not values.keys() >= {*rule.values}:
             continue
+        try:
+            parts = tuple(_parts(device.path, rule, match, values))
+        except NotADevice:
+            continue  # the rule was edited, and has no place for it in a container
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
-        is_expired = now - since >= EXPIRY_SECONDS
-        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
-        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+        lost = dataclasses.replace(
+            device,
+            line=rule.line,
+            slots=rule.slots,
+            parts=parts,
+            permissions=rule.permissions,
+            specs=(),
+            problem=problem,
+            since=since,
+            is_lost=True,
+        )
+        return (rule, match, lost) if now - since < EXPIRY_SECONDS else (None, None, None)
     return None, None, None
 
 
@@ -2766,8 +2790,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
-        if not device.parts and device.problem:
-            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+        if device.problem and (device.is_lost or not device.parts):
+            raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
         except NotADevice as error:
@@ -7014,21 +7038,23 @@ MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
-class KeptConf:
-    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+class KeptFile:
+    """The file PATH, which keeps a text for the next start of this daemon.
 
-    Its first line says which file that is, and has a checksum of the rest.
+    Its first line says what the file holds, WHAT, and has a checksum of the rest. EVENT is logged where the text cannot
+    be kept.
     """
 
-    def __init__(self, path: str, conf: str) -> None:
+    def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
-        self._conf = conf
+        self._what = what
+        self._event = event
         self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
         """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
-        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        where others than root and this user can have written it, or where it is not whole or holds something else."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
@@ -7038,7 +7064,7 @@ class KeptConf:
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
         if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+            raise ValueError(f"it does not hold {self._what}, or is damaged")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
@@ -7055,8 +7081,8 @@ class KeptConf:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
-                log_event("conf-not-kept", sentence, logging.WARNING)
+                sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+                log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
             self._invalidate()
 
@@ -7075,7 +7101,7 @@ class KeptConf:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Empty the file in its place: old rules would be worse than none."""
+        """Empty the file in its place: an old text would be worse than none."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
@@ -7095,17 +7121,61 @@ class KeptConf:
             raise
 
     def _first_line(self, data: bytes) -> bytes:
-        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
-        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode()
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
     return _open_at_once(path, flags | os.O_NOFOLLOW)
 
 
-def kept_conf_path(plugin_dir: str, domain: str) -> str:
-    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
-    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+def kept_path(folder: str, domain: str, ending: str) -> str:
+    """Where the instance with DOMAIN keeps a file in FOLDER; the kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 200, domain)}.{ending}"
+
+
+class KeptDevices:
+    """The file PATH, which keeps which devices rules chose by their attributes, and with which values.
+
+    The kubelet may ask for such a device's container to start again after this process was started anew. Where another
+    device stands there by then, the kept one is offered still, Unhealthy, and the container is refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+
+    def read(self) -> Plan:
+        """The resources of the devices that were kept, as far as a new plan needs them as the previous one."""
+        resources: Dict[str, Resource] = {}
+        try:
+            for kept in json.loads(self._file.read()[0]):
+                name, path, is_pool = str(kept["resource"]), str(kept["path"]), bool(kept["pool"])
+                attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
+                device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
+                others = resources[name].devices if name in resources else ()
+                resources[name] = Resource(name, is_pool, (*others, device))
+        except FileNotFoundError:
+            return EMPTY_PLAN
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.debug("the devices kept in %s are ignored: %r", self._file.path, error)
+            return EMPTY_PLAN
+        return Plan(resources, (), ())
+
+    def keep(self, plan: Plan) -> None:
+        """Keep those of PLAN's devices that rules chose by attributes."""
+        devices = [
+            {
+                "resource": resource.name,
+                "pool": resource.pool,
+                "path": device.path,
+                "attributes": device.attributes,
+                "values": device.values,
+            }
+            for resource in plan.resources.values()
+            for device in resource.devices
+            if device.attributes
+        ]
+        if devices or os.path.lexists(self._file.path):
+            self._file.keep(json.dumps(devices))
 
 
 class ConfFile:
@@ -7124,7 +7194,8 @@ class ConfFile:
         self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
         self._text: Optional[str] = None  # that the rules in force come from
         self._refused_text: Optional[str] = None
-        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+        what = f"the last good text of {json.dumps(path)}"
+        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
         """Take over the first rules. Raises Problem where there are no good ones."""
@@ -7138,7 +7209,7 @@ class ConfFile:
             self._refuse(error, text, f", from {self._kept.path}")
         self._keep()
 
-    def _restore(self, kept: KeptConf) -> bool:
+    def _restore(self, kept: KeptFile) -> bool:
         """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
         try:
             text, kept_at = kept.read()
@@ -7229,7 +7300,15 @@ class ConfFile:
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
+    def __init__(
+        self,
+        conf: str,
+        dev_dir: str,
+        sys_dir: str,
+        kept_path: str = "",
+        kept_devices: Optional[KeptDevices] = None,
+        with_facts: bool = False,
+    ) -> None:
         """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
@@ -7242,6 +7321,7 @@ class DeviceSide:
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
+        self._kept_devices = kept_devices
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -7259,6 +7339,9 @@ class DeviceSide:
             raise Problem(problem) from None
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
+        if self._kept_devices:
+            self.plan = self._kept_devices.read()
+            self._tracked = track_gone(self.plan, time.monotonic())
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7277,6 +7360,8 @@ class DeviceSide:
             plans.append(self._make_plan(self.snapshot))
             if plans == [old]:
                 plans = []
+        if plans and self._kept_devices:
+            self._kept_devices.keep(self.plan)
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
@@ -7629,8 +7714,11 @@ def serve(options: argparse.Namespace) -> int:
         ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
         raise
     raise_limit()
-    kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
+    folder = dra_settings(options).folder if is_dra else options.plugin_dir
+    # The DRA side keeps what is prepared, in CDI files.
+    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, "devices"))
+    kept_conf = kept_path(folder, options.domain, "conf")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
