@@ -8416,7 +8416,7 @@ def test_what_is_published_already_is_not_written_again(camera: Cluster, start: 
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
     daemon = start(*camera.options())
-    daemon.says("registered with kubelet")
+    daemon.says("registered with the kubelet")
     wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
     assert daemon.stop() == 0
     assert camera.api.writes() == writes
@@ -8569,7 +8569,9 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
         {"namespace": "a/b"},
         {"name": "x?y"},
     ):
-        assert "is none" in error(pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names}))
+        assert "is not one" in error(
+            pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names})
+        )
     camera.api.put(camera.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}})
     assert "not allocated" in error(claim)
     gone = camera.claim("video0-0")
@@ -8772,7 +8774,7 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert status.ask("/healthz").status == 200
     camera.api.up()
     camera.ready("video0-0", "video0-1")
-    daemon.says("the API server does again what it is asked")
+    daemon.says("the API server does what it is asked again")
     claim = camera.claim("video0-0")
     nodes = camera.gives(claim)
     camera.api.down()
@@ -9003,7 +9005,7 @@ def test_the_looks_at_the_slices_are_often_enough() -> None:
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
-    daemon.says("kubelet has not registered the driver; waiting for it")
+    daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
@@ -9011,7 +9013,7 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
     for count in (2, 3):
         camera.kubelet.down()
         camera.kubelet.up()
-        wait_for(lambda count=count: daemon.log.count("registered with kubelet") == count)
+        wait_for(lambda count=count: daemon.log.count("registered with the kubelet") == count)
         camera.wait_for_devices("video0-0", "video0-1")
         assert camera.gives(claim)
 
@@ -9028,7 +9030,7 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
     path = Path(camera.kubelet.folder) / which
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     daemon.says("a socket file of the driver was deleted or replaced")
-    wait_for(lambda: daemon.log.count("registered with kubelet") == 2)
+    wait_for(lambda: daemon.log.count("registered with the kubelet") == 2)
     assert camera.gives(claim)
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
 
@@ -9044,7 +9046,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     second.says("another instance serves the driver smarter-devices; waiting for its end")
     count = len(camera.api.calls)
     first.kill()
-    second.says("registered with kubelet")
+    second.says("registered with the kubelet")
     assert camera.gives(claim)
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
     assert len(camera.api.calls) > count
@@ -9068,7 +9070,7 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
             await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
 
     camera.kubelet.do(refuse())
-    daemon.says("kubelet refused the driver: not on my watch")
+    daemon.says("the kubelet refused the driver: not on my watch")
     assert "not on my watch" in status.wait_for("/readyz", 503).body
 
 
