@@ -5163,7 +5163,7 @@ class Publisher:
 
     async def _read_node_uid(self) -> str:
         try:
-            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
+            return _check_uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -5244,11 +5244,11 @@ class Publisher:
                 raise
 
 
-def _uid(document: Document, kind: str) -> str:
+def _check_uid(document: Document, kind: str) -> str:
     """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
     uid = _dig(document, "metadata", "uid")
     if not isinstance(uid, str) or not uid:
-        raise ApiError(f"what the API server sends as {kind} is none", 200)
+        raise ApiError(f"what the API server sends as {kind} has no uid", 200)
     return uid
 
 
@@ -5550,13 +5550,16 @@ class DraSide(KubeletSide):
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _uid(found, "a ResourceClaim") != claim.uid:
+        if found["metadata"]["uid"] != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
         return allocated_devices(found, self.domain, self.settings.node)
 
     async def _read_claim(self, namespace: str, name: str) -> Document:
-        return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
+        """The claim, which has a uid. Raises ApiError."""
+        found = await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
+        _check_uid(found, "a ResourceClaim")
+        return found
 
     def _unprepare(self, uid: str) -> str:
         """Remove the CDI file of the claim UID; why that failed, or an empty text."""
@@ -5642,7 +5645,7 @@ class DraSide(KubeletSide):
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
+                uid = (await self._read_claim(claim.namespace, claim.name))["metadata"]["uid"]
             except ApiError as error:
                 if error.status != 404:
                     raise
