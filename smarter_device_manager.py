@@ -4505,6 +4505,7 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+NOT_SERVED = "this instance of the driver has ended; the next one will do it"  # and must know of it
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
 # their methods with the names of the messages in api.proto.
@@ -5287,7 +5288,7 @@ class DraSide(KubeletSide):
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.prepare_errors = 0
-        self.prepared: Dict[str, int] = {}  # how many slots, by resource
+        self.prepared: Dict[str, int] = {}  # numbers of slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: PlanSlots = {}  # those of the plan
@@ -5429,14 +5430,13 @@ class DraSide(KubeletSide):
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """Stop to serve and to publish. The slices stay for the next instance."""
+        """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
+        self.publisher, self.is_registered = None, False
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
-        servers, self._servers = self._servers, []
+        servers, self._servers, self._publishing = self._servers, [], None
         await asyncio.gather(*(server.stop() for server in reversed(servers)))
-        self.publisher = self._publishing = None
-        self.is_registered = False
 
     def _log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
@@ -5500,6 +5500,8 @@ class DraSide(KubeletSide):
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
         # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
+        if not self.publisher:
+            raise AllocationError("UNAVAILABLE", NOT_SERVED)
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
@@ -5542,6 +5544,8 @@ class DraSide(KubeletSide):
 
     def _unprepare(self, uid: str) -> str:
         """Remove the CDI file of the claim UID; why that failed, or an empty text."""
+        if not self.publisher:
+            return f"{self.domain}: {NOT_SERVED}"
         self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
@@ -5569,9 +5573,8 @@ class DraSide(KubeletSide):
             devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            self.publisher.want(
-                [*devices, *(lost_device(device, self.domain) for device in lost)], list(self._plan.resources)
-            )
+            devices += [lost_device(device, self.domain) for device in lost]
+            self.publisher.want(devices, list(self._plan.resources))
 
     def _is_gone(self, device: PreparedDevice) -> bool:
         """Whether DEVICE is gone, or another device is in its place.

@@ -8672,6 +8672,24 @@ def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(came
 
 
 @needs_root
+def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
+    """It has read the CDI files by then, and would not know of another."""
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    prepared, claim = camera.claim("video0-0"), camera.claim("video0-1")
+    camera.gives(prepared)
+
+    def end(verb: str, kind: str) -> float:
+        daemon.process.send_signal(signal.SIGTERM)
+        return 0.15
+
+    camera.api.fault = end
+    assert "this instance of the driver has ended" in camera.prepare(claim).error
+    assert not camera.file(claim).exists()
+    assert daemon.stop() == 0
+
+
+@needs_root
 def test_a_cdi_file_that_cannot_be_read_is_not_forgotten(camera: Cluster, start: Starter) -> None:
     camera.cdi.mkdir()
     path = camera.cdi / "smarter-devices_0000-9.json"
