@@ -8071,7 +8071,7 @@ class ApiCall(NamedTuple):
 
 
 class ApiServer(sdm.SimulatedApiServer):
-    """The stand-in API server on the kubelets' thread, and faults for it to show."""
+    """The simulated API server on the kubelets' thread, and the faults that a test has it show."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(NODE_NAME)
@@ -8189,7 +8189,7 @@ class ApiServer(sdm.SimulatedApiServer):
 
 
 class DraKubelet(sdm.SimulatedDraKubelet):
-    """The stand-in kubelet for drivers, on the kubelets' thread: it registers every socket that appears."""
+    """The simulated kubelet for DRA drivers, on the kubelets' thread: it registers every socket that appears."""
 
     loop = property(lambda self: Kubelet.loop)
 
