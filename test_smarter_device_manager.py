@@ -8438,6 +8438,22 @@ def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) 
 
 
 @needs_root
+def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera: Cluster, start: Starter) -> None:
+    def make_first(target: str) -> None:
+        if target.endswith("deviceclasses"):
+            for name in ("smarter-devices", "video0.smarter-devices"):
+                sdm.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
+
+    camera.api.before_write = make_first
+    daemon = start(*camera.options())
+    wait_for(lambda: ("create", "deviceclasses") in camera.api.writes())
+    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    assert daemon.stop() == 0
+    assert "trying again" not in daemon.log
+    assert [item["spec"] for item in camera.api.classes().values()] == [{}, {}]
+
+
+@needs_root
 def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(150):
         node.plug(f"video{number}")
@@ -8764,8 +8780,10 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     wait_for(lambda: not cluster.api.tainted())
     wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
     assert cluster.edits(claim, ids)[0] == {"/dev/serial/stick": "/dev/ttyUSB1"}
-    node.link("serial/stick", "../ttyUSB0")
-    wait_for(lambda: "ttyUSB0" in cluster.file(claim).read_text())
+    with cluster.file(claim).open() as old:
+        node.link("serial/stick", "../ttyUSB0")
+        wait_for(lambda: "ttyUSB0" in cluster.file(claim).read_text())
+        assert "ttyUSB1" in old.read(), "another file was renamed into its place"
     daemon.kill()
     node.link("serial/stick", "../ttyUSB1")
     start(*cluster.options())
