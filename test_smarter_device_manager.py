@@ -7051,27 +7051,112 @@ def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet:
     wait_ready(kubelet, names)
 
 
-STARTS = {
-    "script": [str(SCRIPT)],
-    "script in its folder": [SCRIPT.name],
-    "module": ["-m", SCRIPT.stem],
-    "installed command": ["-c", f"import sys, {SCRIPT.stem}; sys.exit({SCRIPT.stem}.main())"],  # as pip makes it
-    "isolated": ["-I", str(SCRIPT)],
+APP = "app/smarter_device_manager.py"
+MODULE = ["-m", "smarter_device_manager"]
+STARTS = {  # what Python is given in the node's root, and what ps(1) shows of that
+    "script": ([APP], MODULE),
+    "flags": (["-E", "-s", "-X", "utf8", "-W", "ignore", APP], ["-E", "-s", "-X", "utf8", "-W", "ignore", *MODULE]),
+    "link": (["link"], MODULE),
+    "other name": (["app/other-name.py"], ["-m", "other-name"]),
+    "no ending": (["app/no_ending"], ["app/no_ending"]),
+    "no name of a module": (["app/a.b.py"], ["app/a.b.py"]),
+    "name of a built-in module": (["app/time.py"], ["app/time.py"]),
+    "folder": (["app"], ["app"]),
+    "isolated": (["-I", APP], ["-I", APP]),
+    "module": (MODULE, MODULE),
+    "installed command": (["installed"], ["installed"]),  # as pip makes it
+    "profiler": (["-m", "cProfile", "-o", os.devnull, APP], ["-m", "cProfile", "-o", os.devnull, APP]),
 }
 
 
+@pytest.fixture
+def app(node: Node) -> Path:
+    """The script in a folder of its own, under several names, and a folder "cwd" full of modules to be left alone."""
+    folder = node.root / "app"
+    folder.mkdir()
+    for name in ("api_pb2.py", "api_pb2_grpc.py", SCRIPT.name):
+        shutil.copy(HERE / name, folder)
+    for name in ("other-name.py", "no_ending", "a.b.py", "time.py", "__main__.py"):
+        os.link(folder / SCRIPT.name, folder / name)
+    (node.root / "link").symlink_to(APP)
+    (node.root / "installed").write_text(f"import sys, {SCRIPT.stem}\nsys.exit({SCRIPT.stem}.main())\n")
+    (node.root / "cwd").mkdir()
+    for name in (SCRIPT.stem, "json", "asyncio", "grpc", "api_pb2"):
+        (node.root / "cwd" / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    return folder
+
+
+def shown(process: subprocess.Popen[str]) -> list[str]:
+    """What ps(1) shows of PROCESS, without the interpreter."""
+    return Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[1:-1]
+
+
 @pytest.mark.parametrize("how", STARTS)
-def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, how: str) -> None:
+def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, app: Path, how: str) -> None:
+    """And ps(1) shows a command line that a person on the node recognises, whose paths are those of the start."""
     offer(node, "null")
-    command = [sys.executable, *STARTS[how], *node.options()]
-    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    given, expected = STARTS[how]
+    options = [*node.options()[2:], "--conf", node.conf.name]
+    environment = {**os.environ, "PYTHONPATH": ":".join(["app", *filter(None, sys.path)])}
+    process = subprocess.Popen(
+        [sys.executable, *given, *options], cwd=node.root, env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         kubelet.wait_for("null", Healthy=1)
+        assert shown(process) == [*expected, *options]
+        assert Path(f"/proc/{process.pid}/cwd").samefile(node.root)
     finally:
         process.terminate()
-        _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, told
-    assert "Traceback" not in told
+        _, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("where", ["modules in it", "deleted"])
+def test_the_working_directory_of_a_script_does_not_matter(node: Node, kubelet: Kubelet, app: Path, where: str) -> None:
+    offer(node, "null")
+    command = [sys.executable, str(app / SCRIPT.name), *node.options()]
+    if where == "deleted":
+        command = ["sh", "-c", 'rm -r "$PWD"; exec "$@"', "sh", *command]
+    with subprocess.Popen(command, cwd=node.root / "cwd", stderr=subprocess.PIPE, text=True) as process:
+        kubelet.wait_for("null", Healthy=1)
+        assert shown(process) == [*MODULE, *node.options()]
+        process.terminate()
+    assert process.returncode == 0
+
+
+def test_a_restarted_script_keeps_its_name_and_environment(node: Node, app: Path) -> None:
+    """The variable that carries its name from one process to the next is not left behind."""
+    offer(node, "null")
+    shutil.rmtree(node.plugins)
+    modules = node.root / "modules"
+    modules.mkdir()
+    at_exit = "print(os.getcwd(), os.environ['PYTHONPATH'], 'SMARTER_DEVICE_MANAGER_RESTARTED' in os.environ)"
+    (modules / "sitecustomize.py").write_text(f"import atexit, os\natexit.register(lambda: {at_exit})\n")
+    environment = {**os.environ, "PYTHONPATH": "modules"}
+    command = [sys.executable, "link", *node.options()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=node.root, env=environment)
+    assert (done.returncode, done.stderr[:28]) == (1, "link: there is no directory ")
+    assert done.stdout == f"{node.root} {modules} False\n"
+
+
+@needs_root
+def test_a_script_takes_no_more_memory_than_a_module(node: Node, kubelet: Kubelet, app: Path) -> None:
+    """Python keeps the syntax tree of a script, 20 MB, until the end."""
+    offer(node, "null")
+
+    def memory(*arguments: str) -> int:
+        with subprocess.Popen(
+            [sys.executable, *arguments, *node.options()], cwd=app, stderr=subprocess.DEVNULL
+        ) as process:
+            kubelet.wait_for("null", Healthy=1)
+            resident = psutil.Process(process.pid).memory_info().rss
+            process.terminate()
+        kubelet.wait_for("null", Healthy=0)
+        return resident
+
+    memory(*MODULE)  # leaves byte code
+    assert memory(SCRIPT.name) < memory(*MODULE) + 3 * MIB
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
