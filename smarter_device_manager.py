@@ -29,6 +29,11 @@ Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
+    sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
+
 import argparse
 import binascii
 import contextlib
@@ -50,7 +55,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -85,9 +89,6 @@ if TYPE_CHECKING:
 
     import api_pb2 as pb
     import api_pb2_grpc as rpc
-
-if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
-    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
 
 __version__ = "1.0.0"
 
@@ -7748,9 +7749,10 @@ def show_attributes(options: argparse.Namespace) -> int:
         kind = nodes[0].entry.kind
         raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
-        print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
+        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+        write_output(json.dumps(blocks, indent=2) + "\n")
     else:
-        print(render_attributes(path, chain), end="")
+        write_output(render_attributes(path, chain))
     return 0
 
 
@@ -7798,11 +7800,11 @@ def show_list(options: argparse.Namespace) -> int:
     devices = _look_once(options)
     document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
     if options.json:
-        print(json.dumps(document, indent=2))
+        write_output(json.dumps(document, indent=2) + "\n")
         return 0
     text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(text + (f"\n{notes}" if notes else ""), end="")
+    write_output(text + (f"\n{notes}" if notes else ""))
     return 0
 
 
@@ -7824,7 +7826,7 @@ def show_status(options: argparse.Namespace) -> int:
         text = render_status(document)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
-    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
@@ -7840,8 +7842,8 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
-    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
     return 0
 
 
@@ -7861,7 +7863,7 @@ def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
-        print(_nothing_found(devices, options))
+        write_output(_nothing_found(devices, options))
         return 1
     load_grpc()
     import tempfile
@@ -7870,12 +7872,9 @@ def dry_run(options: argparse.Namespace) -> int:
         if options.api == "dra":
             return asyncio.run(_dry_run_dra(devices.plan, options, folder))
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
-    print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
-    count = len(devices.plan.resources)
-    print(
-        f"\n{pluralize(count, 'resource')}, "
-        + ("all registered and allocated." if is_good else "not all of them well.")
-    )
+    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    ending = "all registered and allocated" if is_good else "not all of them well"
+    write_output(f"{table}\n{pluralize(len(devices.plan.resources), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
 
 
@@ -7886,7 +7885,8 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     if devices.plan.left_out:
         lines += ["and leaves out"]
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
+    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
@@ -7971,11 +7971,11 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
         ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
         lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
+    write_output(f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n")
     side.stop()
     await running
     await kubelet.stop()
@@ -8325,7 +8325,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    print(
+    write_output(
         SYSTEMD_UNIT.format(
             folder=_systemd_word(folder),
             module=os.path.splitext(name)[0],
@@ -8333,8 +8333,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             plugin_dir=_systemd_word(options.plugin_dir),
             options="".join(f" {_systemd_word(option)}" for option in given),
             network=network,
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8374,7 +8373,7 @@ def print_manifest(options: argparse.Namespace) -> int:
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
     import hashlib
 
-    print(
+    write_output(
         MANIFEST.format(
             namespace=options.namespace or DEFAULT_NAMESPACE,
             image=options.image or DEFAULT_IMAGE,
@@ -8386,8 +8385,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             plugin_dir=json.dumps(options.plugin_dir),
             pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8446,13 +8444,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
-    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
-    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
+    _add(parser, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
+    _add(parser, "--cdi-dir", "DIR", _path, "/var/run/cdi", "for dra: where the container runtime reads CDI")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
     _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
-    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
-    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
+    _add(parser, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
+    _add(parser, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
         parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
@@ -8544,7 +8542,11 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
 def _path(text: str) -> str:
     if not text:
         raise ValueError('"" is no path')
-    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
+    try:
+        path = os.path.abspath(text)
+    except OSError:
+        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+    return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
 def _seconds(text: str) -> float:
@@ -8627,9 +8629,40 @@ def _problem_line(problem: Problem) -> str:
     return f"{program_name()}: {printable(str(problem))}"
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError where its reader has gone (--list | head), and Problem where the disk is
+    full, say; after that nothing is written any more, of which Python would complain when it exits."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     resume_restart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    try:
+        try:
+            return run(parse_options())
+        finally:
+            write_output("")  # what argparse left to be written
+    except Problem as error:
+        print(_problem_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line; exits where they are wrong, or ask for --help or --version only."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
@@ -8638,9 +8671,11 @@ def main() -> int:
         parser.error("--image and --namespace go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what OPTIONS ask for; the exit status. Raises Problem."""
     modes: Dict[str, Callable[[argparse.Namespace], int]] = {
         "check": check,
         "list": show_list,
@@ -8649,31 +8684,20 @@ def main() -> int:
         "systemd_unit": print_systemd_unit,
         "manifest": print_manifest,
     }
-    mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    try:
-        if mode is not serve:
+    for name, mode in modes.items():
+        if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            status = mode(options)
-            sys.stdout.flush()
-            return status
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        restart_as_module()
-        log_queue = LogQueue()
-        set_up_log(options, log_queue, logging.INFO)
-        with LogWriter(log_queue):
-            try:
-                return serve(options)
-            except Problem as error:
-                log_queue.enqueue(_problem_line(error))
-                return 1
-    except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # --list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 128 + signal.SIGPIPE
+            return mode(options)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    restart_as_module()
+    log_queue = LogQueue()
+    set_up_log(options, log_queue, logging.INFO)
+    with LogWriter(log_queue):
+        try:
+            return serve(options)
+        except Problem as error:
+            log_queue.enqueue(_problem_line(error))
+            return 1
 
 
 if __name__ == "__main__":

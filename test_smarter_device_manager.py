@@ -1898,7 +1898,10 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0o700)
 
 
-@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--json"], ["--manifest"]])
+WITH_OUTPUT = [["--list"], ["--list", "--json"], ["--check"], ["--manifest"], ["--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("arguments", WITH_OUTPUT)
 def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
     node.rules(GPU_RULE.format(1))
     reader, writer = os.pipe()
@@ -1909,21 +1912,50 @@ def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> Non
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("arguments", WITH_OUTPUT)
+def test_output_that_cannot_be_written_is_one_line(node: Node, arguments: list[str]) -> None:
+    """A full disk is an error; a closed stdout is what somebody asked for."""
+    node.rules(GPU_RULE.format(1))
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    message = "smarter_device_manager.py: cannot write the output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], check=False, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_relative_path_in_a_working_directory_that_is_gone(node: Node) -> None:
+    command = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(SCRIPT), "--check", "--conf=c.yaml"]
+    (node.root / "cwd").mkdir()
+    done = subprocess.run(command, check=False, cwd=node.root / "cwd", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.endswith('"c.yaml" begins in the working directory, which is gone; write the whole path\n')
+
+
 def test_a_daemon_that_offers_nothing_says_where_to_look(node: Node, start: Starter) -> None:
     node.rules("- devicematch: ^nothing$\n")
     daemon = start()
     daemon.says("WARNING no rule matches a device that can be offered; see --list\n")
 
 
-def test_an_older_python_is_told_so_in_one_line() -> None:
-    """The whole file must be text that it can read until then."""
-    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
-    older = shutil.which("python3.8")
-    if older is None or subprocess.run([older, "--version"], check=False, capture_output=True).returncode:
-        pytest.skip("no Python 3.8 here")
-    done = subprocess.run([older, SCRIPT, "--list"], check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.fullmatch(r"smarter_device_manager\.py needs Python 3\.9 or newer; this is 3\.8\.\d+\n", done.stderr)
+def test_an_older_python_is_refused_in_one_line() -> None:
+    """It must be able to read the whole file, and import all that comes before the check."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 7))
+    program = f"""
+import __future__, pkgutil, runpy, sys
+class NotThere:
+    def find_spec(self, name, *_):
+        raise AssertionError(f"Python 3.7 may not have {{name}}")
+sys.meta_path.insert(0, NotThere())
+for name in ("argparse", "typing", "dataclasses"):
+    sys.modules.pop(name, None)
+sys.version_info, sys.version = (3, 7, 17), "3.7.17 (default)"
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "smarter-device-manager needs Python 3.9 or newer; this is 3.7.17\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
