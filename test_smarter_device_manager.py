@@ -6893,7 +6893,7 @@ def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet:
     assert len(sockets(node)) == 4
     third = start()
     third.says("2 resources: another instance")
-    assert len(sockets(node)) == 4  # its own two
+    wait_for(lambda: len(sockets(node)) == 4)  # its own two
     assert third.stop() == 0
     assert len(sockets(node)) == 2
     stops_well(first, node)
