@@ -1,30 +1,32 @@
 #!/usr/bin/env python3
-"""Offer the devices of a Linux node to Kubernetes: each one a resource that a pod can ask for, no pod privileged.
+"""Offer the devices of a Linux node to Kubernetes, each as a resource that a pod can request without being privileged.
 
-A conf file names devices by regular expressions over their paths below /dev, and says how many containers may use one
-at once:
+A config file selects devices by regular expressions over their paths below /dev, and says how many containers may use
+each of them at once:
 
     - devicematch: ^video[0-9]*$
       nummaxdevices: 20
 
-Each device found is offered to kubelet through the device plugin API (v1beta1) as smarter-devices/NAME, and a
-container that was given a slot of it finds the device in its own /dev. Hot-plug, edits of the conf file and restarts
-of kubelet are followed.
+The daemon offers each device to the kubelet as smarter-devices/NAME, through the device plugin API (v1beta1) or as a
+driver for Dynamic Resource Allocation (--api dra). A container that is given one of its slots finds the device in its
+own /dev. The daemon follows hot-plugged devices, edits of the config file and restarts of the kubelet.
 
-    smarter_device_manager.py                   serve kubelet on this node
-    smarter_device_manager.py --list            what would be offered, what is left out and why
-    smarter_device_manager.py --check           is the conf file good?
-    smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
-    smarter_device_manager.py --status          what a running daemon says
-    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
-    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
+    smarter_device_manager.py                   serve the kubelet of this node
+    smarter_device_manager.py --list            show what would be offered, and what is left out and why
+    smarter_device_manager.py --check           check the config file
+    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --status          show the state of a running daemon
+    smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
-kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
-file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
-socket and stream). What passes between them is immutable, so nothing is locked.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
+kubelet, Command line. Each of them needs only those above it.
 
-Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
+There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
+the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
+two is immutable, so there are no locks.
+
+Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
 
 from __future__ import annotations
@@ -94,31 +96,30 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML: a strict subset, read by our own parser, because a daemon of one file has no libraries.
-# The law: for any text it returns exactly what PyYAML's safe_load returns, or raises ConfigError
-# that says where and what to write instead. More may be refused here; more may be accepted only if
-# the law still holds (the tests compare with PyYAML). The configuration chapter relies on Node's
-# line and column for its own messages.
+# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library.
+# The law: for any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says
+# where the problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check
+# against PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MAX_DEPTH = 50  # levels of nesting; it also bounds the recursion of the parser
+_MAX_DEPTH = 50  # levels of nesting; this also limits the parser's recursion
 _MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
 _END = "\0"  # marks the end of the text: no YAML text may contain it
 
-# Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
+# Characters that YAML does not allow, or that YAML 1.1 and 1.2 read differently (line breaks, byte order mark).
 _BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
-# All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
+# What may stand between two tokens: blanks, comments and line breaks. A '#' starts a comment only after a blank.
 _GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
 _DOCUMENT_START = re.compile(r"(?: *(?:#[^\n]*)?\n)*---(?= *(?: #[^\n]*)?\n)")
 _DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
 _LIST_DASH = re.compile(r"-(?=[ \t\n])")
 _BLOCK_COLON = re.compile(r" *:(?=[ \t\n])")
-_FLOW_COLON = re.compile(r" *:")  # what cannot follow it is part of the plain text before it
+_FLOW_COLON = re.compile(r" *:")  # _FLOW_PLAIN has taken each ':' that belongs to a text
 
 
 def _plain_pattern(stop: str) -> re.Pattern[str]:
-    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters stop."""
+    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters in STOP."""
     char = rf"(?:[^ \t\n:{stop}]|:(?![ \t\n{stop}]))"
     return re.compile(rf"(?![?:,\[\]{{}}#&*!|>'\"%@`]|-(?!{char})){char}+(?: +(?!#){char}+)*")
 
@@ -132,7 +133,7 @@ _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-# Everything that some YAML (1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for another type.
+# What some YAML reader (of version 1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for something other than text.
 _NOT_PLAIN_TEXT = re.compile(
     r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
     | [-+]?\.[0-9_]+(?:e[-+]?[0-9]+)?                                    # .5
@@ -144,7 +145,7 @@ _NOT_PLAIN_TEXT = re.compile(
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
-# What to write instead of a text that starts with one of these.
+# What to write instead of a plain text that starts with one of these characters.
 _HINTS = {
     "-": "a list item starts on a line of its own; a text that is only '-' must be quoted",
     "?": "a text that starts with '?' must be quoted; keys with '?' are not supported",
@@ -159,7 +160,7 @@ _HINTS = {
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, where (from 1), and what to write instead."""
+    """What is wrong with the config file and what to write instead; line and column count from 1."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
@@ -172,7 +173,7 @@ class ConfigError(ValueError):
 
 
 class Node(NamedTuple):
-    """A value and where it starts (from 1)."""
+    """A value and the place where it starts; line and column count from 1."""
 
     value: Any  # str, int, bool or None; a list of nodes; Pairs
     line: int
@@ -180,7 +181,7 @@ class Node(NamedTuple):
 
 
 class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping; a type of its own, to tell {} from []."""
+    """The keys and values of a mapping. The type tells {} from []."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -189,7 +190,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes that know their place, or raise ConfigError."""
+    """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
 
 
@@ -203,14 +204,14 @@ def _plain_value(node: Node) -> Any:
 
 
 class _Parser:
-    """One method per rule of the grammar; each starts at self.pos and moves it behind its rule.
+    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
 
-    Block rules end at the next token, so that its column tells who goes on; the others end right
-    behind their last character. depth is the level of nesting of what is parsed.
+    Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
+    after their last character. depth is the level of nesting.
     """
 
     def __init__(self, text: str) -> None:
-        # A line break before the end spares all rules the case of a last line without one.
+        # With a line break at the end, no method has to care for a last line without one.
         self.text = text.removeprefix("\ufeff").replace("\r\n", "\n") + "\n" + _END
         self.line_starts = [0] + [match.end() for match in re.finditer("\n", self.text)]
         self.pos = 0
@@ -229,7 +230,7 @@ class _Parser:
         return line, pos - self.line_starts[line - 1] + 1
 
     def indent(self) -> int:
-        """The column of the token at self.pos; the end of the text is left of all others."""
+        """The column of the token at self.pos; 0 at the end of the text."""
         return 0 if self.char() == _END else self.place(self.pos)[1]
 
     def node(self, value: Any, start: int) -> Node:
@@ -273,7 +274,7 @@ class _Parser:
         start = self.pos
         node = self.flow_node(depth, _BLOCK_PLAIN)
         if self.end_of(_BLOCK_COLON) > self.pos:
-            self.pos = start  # it was the first key
+            self.pos = start  # this was the first key
             return self.block_mapping(depth)
         self.end_line()
         return node
@@ -304,7 +305,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def block_value(self, depth: int, indent: int) -> Node:
-        """What belongs to a key with this indent, from behind its ':' on."""
+        """The value of a key with this indent; self.pos is after its ':'."""
         empty = self.node(None, self.pos)
         if not self.skip():
             node = self.flow_node(depth, _BLOCK_PLAIN)
@@ -313,7 +314,7 @@ class _Parser:
         if self.indent() > indent:
             return self.block_node(depth)
         if self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
-            return self.block_list(depth)  # the one thing that needs no deeper indent
+            return self.block_list(depth)  # the only value that needs no deeper indent
         return empty
 
     def end_line(self) -> None:
@@ -326,7 +327,7 @@ class _Parser:
     def misplaced(self) -> NoReturn:
         self.fail(
             "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
-            "has a space behind its ':'; a text must not go on over several lines"
+            "has a space after its ':'; a text must be on one line"
         )
 
     def check_depth(self, depth: int) -> None:
@@ -334,12 +335,12 @@ class _Parser:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
     def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
-        """A key and its ':', the same rule for both styles but for their patterns."""
+        """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
         key, end = node.value, self.end_of(colon)
         if end == self.pos:
-            self.fail("there is no ': ' behind this key: write 'key: value', with the space", start)
+            self.fail("there is no ': ' after this key: write 'key: value', with the space", start)
         if not isinstance(key, str):
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
@@ -381,7 +382,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
-        """Go through a flow collection; stop at the start of each entry for the caller to read."""
+        """Parse a flow collection; yield at the start of each entry, which the caller parses."""
         start = self.pos
         self.check_depth(depth)
         self.pos += len("[")
@@ -404,7 +405,7 @@ class _Parser:
         start = self.pos
         match = pattern.match(self.text, start)
         if not match:
-            default = f"no text starts with '{self.char()}': quote it, or add what is missing before"
+            default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
         text = match.group()
         self.pos = match.end()
@@ -418,8 +419,8 @@ class _Parser:
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
-                f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
-                "else write a decimal number of up to 18 digits, true, false or null",
+                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
+                "otherwise write a decimal number of up to 18 digits, true, false or null",
                 start,
             )
         return self.node(text, start)
@@ -453,51 +454,51 @@ class _Parser:
 
 
 def _shown(text: str) -> str:
-    """The text in quotes, as one could write it, but short."""
+    """TEXT in quotes, for a message; a long one is cut."""
     return f'"{text}"' if len(text) <= 40 else f'"{text[:40]}..."'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
-# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
-# for it: it is written out here, or refused.
+# Expressions: searches for expressions of RE2 (https://github.com/google/re2/wiki/Syntax), which the Go program used,
+# with Python's re, within a limit of time. A pattern is translated so that every version of re reads it like RE2 and
+# without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
-MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
-TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
-MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
-MAX_GROUPS = 1000  # one inside the other, as in Go
-MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
+MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or several nested ones, as in RE2
+MAX_GROUPS = 1000  # nested, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # of an expression that Go compiled: maxSize of its regexp/syntax
 
 T = TypeVar("T")
 
 
 class ExpressionError(ValueError):
-    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
+    """A text is not an expression of RE2, or one that Python cannot express. The message says what to write instead."""
 
 
 class SearchTimeout(Exception):
-    """A search took too long, so nobody knows what it would have found."""
+    """A search took too long, so its result is unknown."""
 
 
 class _Alarm:
-    """Ends work that takes too long, by an exception that the handler of a signal raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises.
 
-    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
-    be such that it may end anywhere. The signal is SIGPROF, whose timer counts CPU time: a machine that is busy with
-    something else makes no search take too long.
+    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
+    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
+    long because the machine is busy with something else.
     """
 
     def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
         self._is_installed = False
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
 
-        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
+        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("only the main thread can search within a limit of time")
@@ -509,7 +510,7 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             return work()
         finally:
-            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
             self._due = 0.0
             signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -517,7 +518,7 @@ class _Alarm:
         if not self._due:
             return
         left = self._due - time.thread_time()
-        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+        if left > 0:  # the timer counts the clock's ticks, of all threads in the process
             signal.setitimer(signal.ITIMER_PROF, left)
             return
         self._due = 0.0
@@ -528,10 +529,10 @@ _ALARM = _Alarm()
 
 
 class Expression:
-    """An expression of RE2, searched by Python's re within a limit of CPU time.
+    """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
-    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
+    other threads run for as long as it took, and is not tried again with the same text.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -553,11 +554,11 @@ class Expression:
         return hash(self.pattern)
 
     def search(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.search()."""
         return self._find(self.compiled.search, text)
 
     def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.fullmatch()."""
         return self._find(self.compiled.fullmatch, text)
 
     def was_slow(self, text: str) -> bool:
@@ -567,7 +568,7 @@ class Expression:
     def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
         if self.was_slow(text):
             raise SearchTimeout
-        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        # The more texts took too long, the less time the next one gets: a thousand would take a minute otherwise.
         seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
         try:
             return _ALARM.limit(lambda: find(text), seconds)
@@ -580,7 +581,7 @@ class Expression:
 
 
 class Expressions:
-    """Several expressions that are all searched in one text. For the main thread only."""
+    """Several expressions that are all searched for in one text. For the main thread only."""
 
     def __init__(self, expressions: Iterable[Expression]) -> None:
         self._expressions = tuple(expressions)
@@ -588,9 +589,9 @@ class Expressions:
         self._were_slow = False
 
     def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """What the search for each of them finds in TEXT, or that it took too long."""
+        """Per expression, what the search in TEXT found, or that it took too long."""
         if not self._were_slow:
-            try:  # one limit for all of them: to set it takes longer than most searches
+            try:  # one limit for all of them, because setting it takes longer than most searches
                 return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
             except SearchTimeout:
                 self._were_slow = True
@@ -602,7 +603,7 @@ def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTi
     try:
         return expression.search(text)
     except SearchTimeout:
-        return SearchTimeout()  # without a traceback, for it is kept
+        return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -623,7 +624,7 @@ _POSIX_CLASSES = {  # the first and last character of each range
     "word": "09AZ__az",
     "xdigit": "09AFaf",
 }
-_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
+_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s does not have the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _CHARACTER = re.compile(
@@ -652,27 +653,27 @@ Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
 class _Part(NamedTuple):
-    """A part of an expression, translated, and what must be known of it to repeat it."""
+    """A translated part of an expression, and what must be known to repeat it."""
 
     text: str
-    may_be_empty: bool  # whether it can match without taking a character
-    may_take: bool  # whether it can take one
-    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    may_be_empty: bool  # it can match without consuming a character
+    may_take: bool  # it can match and consume one
+    repeats: int = 1  # copies that RE2 makes of something in it because of {n,m}
     instructions: int = 1  # that Go compiles it to
 
 
 class _Group:
-    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+    """A group that is still open, or the whole expression: the parts of its last alternative, and those before it."""
 
     def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
         self.opening = opening
-        self.flags = flags  # in force for each further atom
+        self.flags = flags  # for the atoms that follow
         self.parts: List[_Part] = []
         self._alternatives: List[_Part] = []
         self._is_look_around = is_look_around
 
     def end_alternative(self) -> None:
-        """Begin the next alternative."""
+        """Finish the last alternative, and begin the next one."""
         self._alternatives.append(
             _Part(
                 "".join(part.text for part in self.parts),
@@ -685,7 +686,7 @@ class _Group:
         self.parts = []
 
     def close(self, closing: str) -> _Part:
-        """The whole group as one part."""
+        """Finish the group, and return it as one part."""
         self.end_alternative()
         return _Part(
             self.opening + "|".join(part.text for part in self._alternatives) + closing,
@@ -697,16 +698,16 @@ class _Group:
 
 
 def translate(pattern: str) -> str:
-    """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
+    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
 
-    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
-    of what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around, which only Python has, is allowed. Raises ExpressionError for what Python cannot express, and for most
+    of what RE2 refuses; re.compile() refuses the rest.
     """
     groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
-        assert token  # its last alternative takes any character
+        assert token  # the last alternative matches any character
         kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
             position, part = _translate_atom(pattern, token.start(), group.flags)
@@ -719,9 +720,7 @@ def translate(pattern: str) -> str:
             opening = f"(?P<{token['name']}>" if token["name"] else token[0]
             groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise ExpressionError(
-                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
-            )
+            raise ExpressionError(f"{token[0]} does not begin a group; (?:...), (?i:...), (?P<name>...) and (?=...) do")
         elif kind == "close" and len(groups) > 1:
             groups.pop()
             groups[-1].parts.append(group.close(")"))
@@ -731,35 +730,35 @@ def translate(pattern: str) -> str:
             group.end_alternative()
         elif not is_repeatable:
             raise ExpressionError(
-                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+                rf"there is nothing before {token[0]} to repeat; for the character itself, write \{token[0][0]}"
             )
         else:
             group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
         if len(groups) > MAX_GROUPS:
-            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
-    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} nested groups")
+    return "".join(group.close("").text for group in groups)  # re refuses groups that are still open
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
     text = token[0]
-    least, most = _bounds(token)  # most: None where there is no limit
+    least, most = _bounds(token)
     copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
     instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
     if copies > MAX_REPEATS:
-        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+        raise ExpressionError(f"{text} makes {copies} copies of what it repeats; RE2 allows {MAX_REPEATS}")
     if instructions > MAX_INSTRUCTIONS:
-        raise ExpressionError(f"{text} makes it too large for Go")
+        raise ExpressionError(f"{text} makes the expression too large for Go")
     if part.may_be_empty and part.may_take and (most is None or most - least > 1):
         raise ExpressionError(
-            f"{text} repeats what may be empty, which Go and Python understand differently; "
-            f"let it take a character at least, such as (a+)* for (a*)*"
+            f"{text} repeats something that may be empty, which Go and Python handle differently; "
+            f"make it match at least one character, such as (a+)* for (a*)*"
         )
     if part.may_take:
         written = part.text + text
     elif least:
-        written = part.text  # a place is no other the second time; and re repeats none
+        written = part.text  # an assertion holds the second time, too; and re cannot repeat one
     else:
         is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
         written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
@@ -767,33 +766,34 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 
 
 def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
-    """How often TOKEN repeats at least and at most; None: without limit."""
+    """How often TOKEN repeats at least and at most; None if there is no limit."""
     if not token["min"]:
         return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
     if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
-        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 allows")
     least = int(token["min"])
     most = int(token["max"]) if token["max"] else None if token["to"] else least
     if most is not None and most < least:
-        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+        raise ExpressionError(f"{token[0]}: the least number of repetitions is greater than the most")
     return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
+    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
     return before.union(on) - set(off)
 
 
 def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
-    """What stands at POSITION for one character or one place, and where it ends."""
+    """The part for the one character or assertion at POSITION, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
     if char in "^$":
         return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+        # re's own \B differs by version.
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))
     named = _NAMED_CLASS.match(pattern, position)
     if char == ".":
         position, text = position + 1, "(?s:.)" if "s" in flags else "."
@@ -837,10 +837,10 @@ def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tupl
 
 def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
     if high < low:
-        raise ExpressionError(f"the range {low}-{high} runs backwards")
+        raise ExpressionError(f"the range {low}-{high} is in the wrong order")
     if "i" in flags and not high.isascii():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+            f"(?i) works for the letters of ASCII only; exclude {low}-{high} from it, such as (?-i:[{low}-{high}])"
         )
 
 
@@ -851,7 +851,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            classes = ", ".join(_POSIX_CLASSES)
+            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {classes}")
         bounds = _POSIX_CLASSES[name]
     ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
     if "i" in flags:
@@ -860,8 +861,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
 
 
 def _fold(ranges: Ranges) -> Ranges:
-    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
-    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    """RANGES, and the other cases of each letter of ASCII in them. Of k and s there are three: Unicode's simple case
+    folding, which Go and RE2 use, has the kelvin sign and the long s, too."""
     found = list(ranges)
     for low, high in ranges:
         for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
@@ -874,7 +875,7 @@ def _fold(ranges: Ranges) -> Ranges:
 
 
 def _complement(ranges: Ranges) -> Ranges:
-    """All characters that are not in RANGES, in sorted order."""
+    """The ranges of all characters that are not in RANGES, sorted."""
     found, start = [], 0
     for low, high in sorted(ranges):
         if low > start:
@@ -884,11 +885,11 @@ def _complement(ranges: Ranges) -> Ranges:
 
 
 def _write_class(ranges: Ranges, is_negated: bool) -> str:
-    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    """The [class] of RANGES, with its signs escaped, so that re warns of none."""
     others = _complement(ranges)
     ranges = _complement(others)
     if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
-        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+        ranges, is_negated = others, not is_negated  # re needs 5 ms to compile a class of nearly all of Unicode
     if not ranges:
         return r"[\s\S]" if is_negated else r"[^\s\S]"
     written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
@@ -896,7 +897,7 @@ def _write_class(ranges: Ranges, is_negated: bool) -> str:
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
+    """The one character at POSITION, written as itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
         raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
@@ -908,22 +909,22 @@ def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int,
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+            f"(?i) works for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
     if char and char in "CQEpP":
-        return f"\\{char} is of Go's expressions only; write the characters themselves or a [class]"
+        return f"\\{char} is not supported; write the characters themselves or a [class]"
     if char and char in "123456789":
-        return f"\\{char} would be what a group matched, which cannot be asked for in an expression"
+        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
     hints = {
-        "": r"a backslash itself is \\",
-        "Z": r"the end is $ or \z",
-        "x": r"by number it is \x7f or \x{20ac}",
+        "": r"for a backslash, write \\",
+        "Z": r"for the end, write $ or \z",
+        "x": r"a character by its number is \x7f or \x{20ac}",
     }
-    return f"\\{char} is no escape; " + hints.get(char, f"the character itself is {char}")
+    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
 
 
 def _literal(char: str) -> str:
@@ -6732,8 +6733,8 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stand-in kubelet: what the real one does to a device plugin, as far as a plugin can tell. --dry-run and the tests talk
-# to it over real sockets; a kindness here that kubelet does not have would hide a fault of the daemon.
+# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
+# must not be more lenient than the real one, or it would hide faults of the daemon.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS = 10.0
@@ -6741,21 +6742,21 @@ HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 
 
 class Client:
-    """A registration that a stand-in kubelet accepted: kubelet's connection to the plugin."""
+    """The simulated kubelet's connection to a plugin whose registration it accepted."""
 
     def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
         self.name = name
         self.endpoint = endpoint
         self.options = options
         self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
-        self.is_open = True  # whether the stream is
+        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
+        self.is_open = True  # the stream
         self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
-        """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
+        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
         self.is_open = False
         self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
@@ -6768,13 +6769,13 @@ class SimulatedKubelet:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest of each resource
-        self.registrations: List[str] = []  # the names, in order
+        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
+        self.registrations: List[str] = []  # names of resources, in order
         self._server: Optional[grpc.aio.Server] = None
         self._watchers: Dict[Client, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
+        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
         for item in os.scandir(self.folder):
             try:
                 if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
@@ -6783,7 +6784,7 @@ class SimulatedKubelet:
                 continue  # a plugin moved it into place, or removed it, just now
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
-        # The file stays behind when kubelet stops; grpc removes the one that it made itself.
+        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
         self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
@@ -6801,7 +6802,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
         own = [("grpc.use_local_subchannel_pool", 1)]
         channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
@@ -6816,7 +6817,7 @@ class SimulatedKubelet:
         return pb.Empty()
 
     def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why kubelet would not have this registration; empty where it would."""
+        """Why the kubelet would refuse this registration; empty if it would not."""
         domain, _, name = request.resource_name.partition("/")
         if request.version != "v1beta1":
             return f"requested API version {request.version!r} is not supported by kubelet"
@@ -6827,7 +6828,8 @@ class SimulatedKubelet:
         return ""
 
     async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        """Read the list stream of CLIENT. When it ends, disconnect the newest client of that resource, as the real kubelet
+        does, even if that is another one."""
         client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
             async for message in client.stream:
@@ -6840,21 +6842,21 @@ class SimulatedKubelet:
             await self.clients.get(client.name, client).disconnect()
 
     def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""
+        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
         client = self.clients.get(name)
         if client is None or not client.lists:
             return {}
         return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
 
     async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container, as kubelet does: the IDs, and what came.
+        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
 
-        Raises Problem where it has not so many Healthy ones, and grpc.RpcError where the plugin refuses.
+        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
         if len(free) < count:
-            raise Problem(f"{name} has {len(free)} Healthy slots, not {count}")
+            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
         ids = free[:count]
         if client.options.get_preferred_allocation_available:
             asked = pb.PreferredAllocationRequest()
@@ -6867,9 +6869,9 @@ class SimulatedKubelet:
         return ids, response.container_responses[0]
 
     async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
 
-        Raises grpc.RpcError where the plugin refuses.
+        Raises grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         if client.options.pre_start_required:
@@ -6877,7 +6879,7 @@ class SimulatedKubelet:
 
 
 class SimulatedApiServer:
-    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
 
     def __init__(self, node: str) -> None:
         self.url = ""
@@ -6887,24 +6889,24 @@ class SimulatedApiServer:
         self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
 
     async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen, with TLS where it is given."""
+        """Listen on PORT, or on a free port; with TLS if it is given."""
         self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server:
             self._server.close()
             await self._server.wait_closed()
 
     def put(self, path: str, item: Document) -> Document:
-        """Keep ITEM, and give it another resourceVersion."""
+        """Store ITEM under PATH with a new resourceVersion, and return it."""
         metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
         self.objects[path] = {**item, "metadata": metadata}
         return self.objects[path]
 
     def list(self, path: str) -> List[Document]:
-        """What was created at PATH."""
+        """The objects of the collection PATH."""
         return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -6916,7 +6918,7 @@ class SimulatedApiServer:
         writer.close()
 
     async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the request that comes from READER."""
+        """The method, target, whole head and body of the next request from READER."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
         data = await reader.readexactly(int(length[1]) if length else 0)
@@ -6924,12 +6926,12 @@ class SimulatedApiServer:
         return method, target, head, json.loads(data) if data else {}
 
     def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """An answer, with one more HEADER where it is given."""
+        """The bytes of an answer; HEADER is one more header line."""
         content = json.dumps(document).encode()
         return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
 
     def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """The HTTP status and the document that answer a request."""
+        """Handle a request; the HTTP status and the document that answer it."""
         path = target.partition("?")[0]
         if method == "POST":
             path += f"/{body['metadata']['name']}"
@@ -6948,7 +6950,7 @@ class SimulatedApiServer:
 
 
 class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -7931,7 +7933,7 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
+    """--dry-run: offer this machine's devices to a simulated kubelet and allocate one slot of each."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
         write_output(_nothing_found(devices, options))
@@ -8018,7 +8020,7 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 
 
 async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource for a kubelet."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -8544,7 +8546,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
-    modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
+    modes.add_argument("--dry-run", action="store_true", help="serve a simulated kubelet, allocate all once, and exit")
     modes.add_argument(
         "--status",
         nargs="?",
