@@ -544,7 +544,7 @@ class Expression:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
-            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+            raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self._slow_texts: Dict[str, None] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -932,26 +932,26 @@ def _literal(char: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
+# chapters below rely on every Rule being valid: expanding its templates cannot fail.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
 class Companion(NamedTuple):
-    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
+    """A companion of a device, which is given to a container together with it."""
 
-    template: str
+    template: str  # of the path below /dev
     optional: bool = False
     containerpath: str = ""  # template; empty: beside the device, or as on the host
     permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+    """A sysfs attribute that a rule requires: its name, and the expression that must match its whole value."""
 
     name: str
     match: Expression
@@ -965,14 +965,15 @@ class Attribute(NamedTuple):
 
 
 def _compile(node: Node) -> Expression:
-    """The expression that NODE of the conf holds."""
+    """The expression in NODE. Raises ConfigError."""
     try:
         return Expression(_text(node))
     except ExpressionError as error:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+# Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
+# of a sysfs attribute.
 _REFERENCE = re.compile(
     r"""
     \\ (?: (?P<number> [1-9][0-9]? )
@@ -985,10 +986,10 @@ _REFERENCE = re.compile(
 
 
 def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+    """TEMPLATE with its references replaced by the groups of MATCH and by VALUES, which are sysfs attributes by name.
 
-    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
-    it is one part of a path at the most, and never "." or "..".
+    A group that did not take part in the match is empty. In a value, each character that the name of a resource cannot
+    have becomes "_"; so a value never spans several parts of a path, and is never "." or "..".
     """
 
     def replacement(found: re.Match[str]) -> str:
@@ -1008,27 +1009,25 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference["wrong"] is not None:
-            problem = (
-                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
-            )
+            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
         elif reference["attribute"]:
             if _is_attribute(reference["attribute"]):
                 continue
-            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
+            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
-            problem = f"{reference[0]}: devicematch has no such group"
+            problem = f"devicematch has no group {reference[0]}"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
 
 
 def _is_attribute(name: str) -> bool:
-    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    """Whether NAME can be the name of a file in a device's folder in sysfs."""
     return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
-# Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
@@ -1069,7 +1068,7 @@ def _read_resource(node: Node) -> str:
     domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
         name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
+        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1079,7 +1078,7 @@ def _read_containerpath(node: Node) -> str:
     if not text.startswith("/dev/"):
         raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
     if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not hold ".."', node.line, node.column)
+        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
     return text
 
 
@@ -1101,7 +1100,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
@@ -1113,7 +1112,7 @@ def _read_companions(node: Node) -> Tuple[Companion, ...]:
 
 
 def _read_companion(node: Node) -> Companion:
-    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
     if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
         raise _wrong(node, "a path below /dev, or a mapping with it")
     if not isinstance(node.value, Pairs):
@@ -1122,7 +1121,7 @@ def _read_companion(node: Node) -> Companion:
         return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
     nodes = _nodes_by_key(node, _COMPANION_KEYS)
     if "path" not in nodes:
-        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
     if _read_template(nodes["path"]).endswith("?"):
         problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
         raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
@@ -1158,7 +1157,7 @@ def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
     found = []
     for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is no name of a variable", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
         if "\0" in _text(value):
             raise _wrong(value, "a text without NUL")
         found.append((name.value, value.value))
@@ -1171,11 +1170,11 @@ def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
+    """A rule of the config file. A field made by _key() has that key in the file."""
 
-    line: int  # of the conf file
-    match: Expression  # searched in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as the conf has it
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str = _key("devicematch", _text)  # match, as written in the config file
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
@@ -1183,28 +1182,26 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
+    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
 
 
 def parse_rules(text: str) -> Tuple[Rule, ...]:
-    """The rules of the conf TEXT, in its order.
-
-    Raises ConfigError with the line and column of what is wrong.
-    """
+    """The rules in TEXT, that of a config file, in order. Raises ConfigError."""
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
         line = text.count("\n", 0, manifest.start()) + 1
-        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
+        message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
+        raise ConfigError(message, line, 1)
     document = compose_yaml(text)
     if document.value is None:
-        raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
+        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
     if isinstance(document.value, Pairs) or not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
-        raise ConfigError("the list holds no rule", document.line, document.column)
+        raise ConfigError("the list has no rules", document.line, document.column)
     rules = tuple(_parse_rule(node) for node in document.value)
     _check_own_names(rules)
     return rules
@@ -1229,11 +1226,11 @@ def _parse_rule(node: Node) -> Rule:
 
 
 def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
         if key.value not in keys:
-            import difflib  # for a wrong conf only
+            import difflib  # needed for this error only
 
             near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
             raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
@@ -1255,7 +1252,8 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
+    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
+    exist."""
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
@@ -1270,47 +1268,44 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error of a conf in which a pool has the name that a device has by its own."""
+    """The error that POOL has the same name as the device at PATH, which RULE offers."""
     name = resource_name(path)
     message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
     return ConfigError(message, pool.line, 1)
 
 
 def resource_name(text: str) -> str:
-    """The name of the resource that the path (or expanded template) TEXT is offered as; empty where none is left.
+    """The name of the resource for TEXT, a path or an expanded template; empty if TEXT has no letter or digit.
 
-    kubelet takes names of at most 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
+    The kubelet accepts names of up to 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
     return shorten(name, 63, text)
 
 
 def shorten(name: str, limit: int, text: str) -> str:
-    """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
+    """NAME; one that is longer than LIMIT is cut, and ends in 8 hex digits of the SHA-256 of TEXT."""
     if len(name) <= limit:
         return name
-    import hashlib  # loads OpenSSL, 4 MB, which no device of a usual name needs
+    import hashlib  # loads OpenSSL, which takes 4 MB; devices with usual names do not need it
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
 
 
 def load_rules(path: str) -> Tuple[Rule, ...]:
-    """The rules of the conf file PATH.
-
-    Raises ConfigError with line and column for what is wrong in it, and OSError where it cannot be read.
-    """
+    """The rules in the config file PATH. Raises ConfigError, and OSError if it cannot be read."""
     return parse_rules(read_conf(path))
 
 
 def read_conf(path: str) -> str:
-    """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
+    """The text of the config file PATH. Raises OSError, and ConfigError if it is not UTF-8 or too long."""
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError("this is no plain file; a conf must be one, for it is read again and again", 1, 1)
+            raise ConfigError("this is not a plain file; the config file must be one, because it is read again", 1, 1)
         data = file.read(CONF_BYTES + 1)
     if len(data) > CONF_BYTES:
-        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
+        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a config file?", 1, 1)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -1319,11 +1314,11 @@ def read_conf(path: str) -> str:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """open(2) that does not wait for the writer of a FIFO."""
+    """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules where there is no conf file: conf.yaml, word for word.
+# The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
 # What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
 # below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
@@ -6828,8 +6823,10 @@ class SimulatedKubelet:
         return ""
 
     async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT. When it ends, disconnect the newest client of that resource, as the real kubelet
-        does, even if that is another one."""
+        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
+
+        The real kubelet does so, too.
+        """
         client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
             async for message in client.stream:
@@ -7039,7 +7036,7 @@ class KeptConf:
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no plain file")
+                raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ValueError("others than root can have written it")
             first_line = file.readline(CONF_BYTES)

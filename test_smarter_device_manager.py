@@ -1290,9 +1290,9 @@ def test_the_shipped_conf_is_good() -> None:
 
 BAD_RULES = [
     # conf, line, column, what the message must say
-    ("", 1, 1, "the file holds no rule"),
-    ("# only\n# comments\n", 1, 1, "the file holds no rule"),
-    ("[]", 1, 1, "holds no rule"),
+    ("", 1, 1, "the file has no rules"),
+    ("# only\n# comments\n", 1, 1, "the file has no rules"),
+    ("[]", 1, 1, "has no rules"),
     ("devicematch: a", 1, 1, "expected a list of rules (- devicematch: ...), found a mapping"),
     ("a", 1, 1, 'expected a list of rules (- devicematch: ...), found a text ("a")'),
     ("\n42", 2, 1, "found a number (42)"),
@@ -1313,7 +1313,7 @@ BAD_RULES = [
     ("- devicematch: true", 1, 16, "expected a text, found true or false"),
     ("- devicematch: [a]", 1, 16, "expected a text, found a list"),
     ("- devicematch: {a: b}", 1, 16, "expected a text, found a mapping"),
-    ("- devicematch: '^a('", 1, 16, '"^a(" is no regular expression: missing )'),
+    ("- devicematch: '^a('", 1, 16, '"^a(" is not a regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
@@ -1335,19 +1335,19 @@ BAD_RULES = [
     ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
-    ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": \1: devicematch has no such group'),
-    ("- devicematch: (a)\n  resource: x\\2", 2, 13, r"\2: devicematch has no such group"),
-    ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"\g<n>: devicematch has no such group"),
-    ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"\g<2>: devicematch has no such group"),
-    (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "a backslash stands for a group"),
-    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": devicematch has no group \1'),
+    ("- devicematch: (a)\n  resource: x\\2", 2, 13, r"devicematch has no group \2"),
+    ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"devicematch has no group \g<n>"),
+    ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"devicematch has no group \g<2>"),
+    (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "after a backslash, write a group"),
+    ("- devicematch: a\n  resource: x\\y", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: x\\", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: x\\0", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
-    ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not hold ".."'),
+    ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not have a ".."'),
     ('- devicematch: a\n  containerpath: "/dev/a\\0"', 2, 18, "expected a text that is not empty"),
-    ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "no such group"),
+    ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "has no group"),
     ("- devicematch: a\n  permissions: rwx", 2, 16, '"rwx" must be letters of r, w and m'),
     ("- devicematch: a\n  permissions: rr", 2, 16, "each once"),
     ("- devicematch: a\n  permissions: ''", 2, 16, "must be letters of r, w and m"),
@@ -1357,39 +1357,39 @@ BAD_RULES = [
     ("- devicematch: a\n  attributes: {idVendor: 1234}", 2, 26, 'put it in quotes, "1234"'),
     ("- devicematch: a\n  attributes: {idVendor: 0042}", 2, 26, 'a text must be in quotes: "0042"'),
     ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
-    ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is no regular expression'),
-    ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is no attribute of sysfs'),
-    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is no attribute of sysfs"),
-    ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is no attribute of sysfs"),
+    ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is not a regular expression'),
+    ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is not an attribute of sysfs'),
+    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is not an attribute of sysfs"),
+    ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  with: snd/timer", 2, 9, r'a list of paths below /dev, such as ["snd/controlC\1"]'),
     ("- devicematch: a\n  with: []", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: {b: c}", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: [b, /dev/c]", 2, 13, '"/dev/c" must be a path below /dev, such as snd/controlC0'),
     ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
     ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
-    ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "no such group"),
+    ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "has no group"),
     ("- devicematch: a\n  with: [{}]", 2, 10, "expected a path below /dev, or a mapping with it"),
     ("- devicematch: a\n  with: [[b]]", 2, 10, "expected a path below /dev, or a mapping with it"),
-    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "what goes along needs a path"),
+    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "a companion needs a path"),
     ("- devicematch: a\n  with: [{path: b, optionl: true}]", 2, 20, 'unknown key "optionl"; did you mean optional?'),
     ("- devicematch: a\n  with: [{path: b, optional: 'yes'}]", 2, 30, "expected true or false, found a text"),
     ("- devicematch: a\n  with: [{path: 'b?'}]", 2, 17, 'write optional: true instead of the "?"'),
     ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
-    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not hold ".."'),
-    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "no such group"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not have a ".."'),
+    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "has no group"),
     ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
-    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is no attribute of sysfs'),
-    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is no attribute of sysfs'),
-    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is no attribute of sysfs'),
+    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is not an attribute of sysfs'),
+    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is not an attribute of sysfs'),
+    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is not an attribute of sysfs'),
     ("- devicematch: a\n  with: [7]", 2, 10, "expected a text: put it in quotes"),
     ("- devicematch: a\n  env: {}", 2, 8, r"a mapping of variables, such as CAMERA: /dev/\g<0>"),
     ("- devicematch: a\n  env: [A]", 2, 8, "a mapping of variables"),
-    ("- devicematch: a\n  env: {A-B: c}", 2, 9, '"A-B" is no name of a variable'),
+    ("- devicematch: a\n  env: {A-B: c}", 2, 9, '"A-B" is not a name for a variable'),
     ("- devicematch: a\n  env: {A: 1}", 2, 12, 'put it in quotes, "1"'),
-    ("- devicematch: a\n  env: {A: \\1}", 2, 12, "no such group"),
+    ("- devicematch: a\n  env: {A: \\1}", 2, 12, "has no group"),
     ('- devicematch: a\n  env: {A: "b\\0"}', 2, 12, "a text without NUL"),
     (
         "- devicematch: ^ttyUSB0$\n- devicematch: ^a$\n- devicematch: ^video\n  resource: ttyUSB0",
@@ -1488,7 +1488,7 @@ def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
     done = node.run()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f'{node.conf}:1:16: "(" is no regular expression' in done.stderr
+    assert f'{node.conf}:1:16: "(" is not a regular expression' in done.stderr
 
 
 def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
@@ -1505,13 +1505,13 @@ def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
     says(f"cannot read the conf file {node.conf}: Too many levels of symbolic links")
     node.conf.unlink()
     node.conf.write_bytes(b"")
-    says(f"{node.conf}:1:1: the file holds no rule; write a list: - devicematch: ^video[0-9]*$")
+    says(f"{node.conf}:1:1: the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     node.conf.write_bytes("- devicematch: a\n# é\xe9\n".encode("latin-1"))
     says(f"{node.conf}:2:3: this is not UTF-8; save the file as UTF-8")
     node.conf.write_bytes("- devicematch: a\n".encode("utf-16"))
     says(f"{node.conf}:1:1: this is not UTF-8; save the file as UTF-8")
     node.conf.write_bytes(b"- devicematch: a\n" + b"#" * MIB)
-    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a conf?")
+    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a config file?")
     node.conf.write_bytes(b"- devicematch: \x1b[31m\n")
     says(f"{node.conf}:1:16: the character U+001B is not allowed: remove it, save as UTF-8")
     node.conf.write_bytes(b'- devicematch: a\n  permissions: "\\e[31m"\n')
@@ -1835,13 +1835,13 @@ data:
 @pytest.mark.parametrize(
     ("conf", "told"),
     [
-        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf"),
-        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; only the text"),
+        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"),
+        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; the config file"),
         (
             "- devicematch: a\n  resource: smarter-devices/zigbee\n",
-            '2:13: "smarter-devices/zigbee" must be without the domain, which --domain says: write zigbee',
+            '2:13: "smarter-devices/zigbee" must not have the domain, which --domain sets: write zigbee',
         ),
-        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must be without the domain'),
+        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must not have the domain'),
     ],
 )
 def test_a_conf_that_is_for_somewhere_else(node: Node, conf: str, told: str) -> None:
@@ -2070,7 +2070,7 @@ def test_the_last_good_rules_stay_and_each_fault_is_one_line(node: Node, kubelet
     turns(gpu_daemon, 5)
     assert len(refused()) == 1
     node.rules("")
-    gpu_daemon.says(r"conf\.yaml:1:1: the file holds no rule.* the last good rules stay in force")
+    gpu_daemon.says(r"conf\.yaml:1:1: the file has no rules.* the last good rules stay in force")
     node.conf.unlink()
     gpu_daemon.says(r"cannot read the conf file .*: No such file or directory; the last good rules stay in force")
     node.conf.mkdir()
@@ -2108,7 +2108,7 @@ def test_a_conf_that_is_broken_is_parsed_once_for_each_change(node: Node) -> Non
     conf.start()
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
-    assert conf.error == f'{node.conf}:40001:16: "(" is no regular expression: missing ), unterminated subpattern'
+    assert conf.error == f'{node.conf}:40001:16: "(" is not a regular expression: missing ), unterminated subpattern'
     assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
     time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
     conf.follow()
@@ -2234,7 +2234,7 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
     is_ignored("Is a directory")
     kept.rmdir()
     os.mkfifo(kept)
-    is_ignored("it is no plain file")
+    is_ignored("it is not a plain file")
     kept.unlink()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(kept))
@@ -7214,12 +7214,12 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
     os.mkfifo(node.root / "fifo")
     done = node.run("--conf", str(node.root / "fifo"))
     assert done.returncode == 1
-    assert f"{node.root}/fifo:1:1: this is no plain file" in done.stderr and "Traceback" not in done.stderr
+    assert f"{node.root}/fifo:1:1: this is not a plain file" in done.stderr and "Traceback" not in done.stderr
     offer(node, "null")
     daemon = start()
     kubelet.wait_for("null", Healthy=1)
     (node.root / "fifo").rename(node.conf)
-    daemon.says("this is no plain file; .* the last good rules stay in force")
+    daemon.says("this is not a plain file; .* the last good rules stay in force")
     stops_well(daemon, node)
 
 
