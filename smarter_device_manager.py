@@ -2797,17 +2797,16 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
-# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
+# Log: one line per event, as text or as JSON. Programs rely on the names of events and fields, which must stay; the
+# sentences may be improved at any time. Whoever logs never waits for a reader of the log.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_NAMES = 8  # in one line of the log
+MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
 MAX_TRACEBACK_LINES = 100
-MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
-FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
-
-MAX_EVENTS = 100  # that are kept for whoever asks
+MAX_QUEUED_LINES = 1000  # not written yet
+FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
+MAX_EVENTS = 100  # that the status page shows
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
 Document = Dict[str, Any]  # what json.dumps() takes
@@ -2816,12 +2815,12 @@ log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
-    """Something that a person can put right; the text is one sentence that says what, where and how."""
+    """Something that a person can fix. The text is one sentence that says what is wrong, where, and what to do."""
 
 
 @dataclass
 class LogCounts:
-    """What the log has counted since the process started."""
+    """Counters since the process started."""
 
     dropped_lines: int = 0
     internal_errors: int = 0
@@ -2831,30 +2830,30 @@ log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
-    """Log one EVENT: a plain SENTENCE, then its FIELDS."""
+    """Log an EVENT: a SENTENCE for people, and FIELDS for programs."""
     log.log(level, sentence, extra={"event": event, "fields": fields})
 
 
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
-    """Log one EVENT that is the same for all NAMES, which stand under KEY."""
+    """Log an EVENT that is the same for all NAMES; they are the value of the field KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
     log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
 def log_internal_error(sentence: str) -> None:
-    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    """Log and count an unexpected exception, the one being handled; SENTENCE says what failed."""
     log_counts.internal_errors += 1
     extra = {"event": "internal-error", "fields": {}}
     log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
 
 
 def join_names(names: Sequence[str]) -> str:
-    """NAMES as the value of a field, the first MAX_NAMES of them."""
+    """The first MAX_NAMES of NAMES, as the value of a field."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
+    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
@@ -2868,7 +2867,7 @@ def _quote(text: str) -> str:
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
-    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
     if not record.exc_info:
         return []
     lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
@@ -2876,7 +2875,7 @@ def _traceback_lines(record: logging.LogRecord) -> List[str]:
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object an event, on one line."""
+    """One JSON object per event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
@@ -2886,7 +2885,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def event_of(record: logging.LogRecord) -> Dict[str, Any]:
-    """RECORD as a document."""
+    """RECORD as a JSON document."""
     return {
         "time": utc(record.created),
         "level": record.levelname.lower(),
@@ -2897,7 +2896,7 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+    """Queues lines for a LogWriter. Drops and counts those that do not fit."""
 
     def __init__(self) -> None:
         self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
@@ -2914,23 +2913,22 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
-    manager."""
+    """Writes the lines of a LogQueue to stderr, on a thread of its own, because a write may wait for the reader."""
 
     def __init__(self, log_queue: LogQueue) -> None:
         super().__init__(log_queue.lines)
         self._lines = log_queue.lines
-        # Where there is no stderr, some other file may have its number.
+        # If stderr is closed, another file may have its descriptor.
         self._descriptor = sys.stderr.fileno() if sys.stderr else -1
-        self._reported = 0  # of the lines that were dropped
+        self._reported = 0  # dropped lines that a line has reported
 
     def __enter__(self) -> LogWriter:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
-        base class, would wait for a reader that may never come."""
+        """Wait until all lines are written, but no longer than FLUSH_SECONDS. The thread ends with the process;
+        stop() of the base class would wait for a reader that may never come."""
         with self._lines.all_tasks_done:
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
 
@@ -2943,42 +2941,42 @@ class LogWriter(logging.handlers.QueueListener):
         dropped = log_counts.dropped_lines - self._reported
         if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
             self._reported += dropped
-            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
             log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
     def _write(self, data: bytes) -> None:
-        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # who else has this file made it so
+            except BlockingIOError:  # another process made this file non-blocking
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)
                 writable.poll()
 
 
 def utc(seconds: float) -> str:
-    """The time of day SECONDS after the epoch, as ISO 8601 in UTC."""
+    """SECONDS since the epoch as a date and time in UTC, by ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
 def pluralize(number: int, noun: str) -> str:
-    """NUMBER of what NOUN names: 1 slot, 2 slots."""
+    """NUMBER and NOUN, as in "1 slot" and "2 slots"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def truncate(text: str, limit: int) -> str:
-    """TEXT, or its first LIMIT characters and three dots."""
+    """TEXT; of a longer one, the first LIMIT characters and three dots."""
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
+    """TEXT with an escape for each character that a terminal does not show, or that cannot be encoded."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class EventRing(logging.Handler):
-    """The last events, as documents, the newest first."""
+    """Keeps the last MAX_EVENTS events as documents, the newest first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2993,14 +2991,14 @@ class EventRing(logging.Handler):
             self._events = [event, *self._events[: MAX_EVENTS - 1]]
 
     def events(self) -> Sequence[Document]:
-        """As they are now; the list is replaced, never changed."""
+        """The events so far. New events replace the list; they never change it."""
         return self._events
 
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
+    """A filter for grpc's loggers: bytes that cannot be decoded are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
+        record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
@@ -3046,7 +3044,7 @@ def load_grpc(with_tls: bool = False) -> None:
         sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
     folder = os.path.dirname(os.path.realpath(__file__))
     if folder not in sys.path:
-        sys.path.append(folder)  # python3 -I leaves it out, but the stubs are there
+        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
     try:
         import asyncio
 
@@ -6987,69 +6985,67 @@ class SimulatedDraKubelet:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
-# statuses and the texts of errors are in the README and in other people's scripts.
+# Command line: options, modes, and the loop of the main thread. Options and exit statuses must stay, because the
+# documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the process after it
-LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
-REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
+LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
-# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
-# where it is not blocked. SIGIO is the same for the plugin directory.
+# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
+# default is to be ignored. SIGIO is its counterpart for the plugin directory.
 FOLDER_SIGNAL = signal.SIGURG
-BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
-MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
-GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
-REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
-REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread accepts them one by one
+MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
+GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
+REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
 DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # of a pod
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
-DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
+DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
+MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
 class KeptConf:
-    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+    """A copy in PATH of the last good text of the config file CONF, for a start when that one is broken.
 
-    Its first line says which file that is, and has a checksum of the rest.
+    The first line of the copy names CONF and has a checksum of the rest.
     """
 
     def __init__(self, path: str, conf: str) -> None:
         self.path = path
         self._conf = conf
-        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
+        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the copy that has it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
-        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
-        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a copy that is damaged, is
+        of another config file, or may have been written by somebody other than root and this user."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ValueError("others than root can have written it")
+                raise ValueError("somebody other than root may have written it")
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
         if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+            raise ValueError(f"it is damaged, or not a copy of {self._conf}")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
-        """Have the file hold TEXT. Where that cannot be done, it is logged once, and tried again at the next call.
-
-        Cheap where nothing changed: one stat(2).
-        """
+        """Keep TEXT, at the cost of one stat(2) if that was done before. A failure is logged once; the next call tries
+        again."""
         if (text, self._find_stamp()) == self._kept:
             return
         try:
@@ -7059,7 +7055,7 @@ class KeptConf:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
+                sentence = f"cannot keep a copy of the config file in {self.path}: {error.strerror}"
                 log_event("conf-not-kept", sentence, logging.WARNING)
             self._is_failing = True
             self._invalidate()
@@ -7071,7 +7067,7 @@ class KeptConf:
             return False
 
     def _find_stamp(self) -> Tuple[int, ...]:
-        """What tells whether somebody else wrote or removed the file; nothing where there is none."""
+        """A value that changes if somebody else writes or removes the copy; empty if there is none."""
         try:
             found = os.lstat(self.path)
         except OSError:
@@ -7079,7 +7075,7 @@ class KeptConf:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Empty the file in its place: old rules would be worse than none."""
+        """Truncate the copy, because old rules would be worse than none."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
@@ -7088,7 +7084,7 @@ class KeptConf:
     def _replace(self, data: bytes) -> None:
         new = f"{self.path}.new"
         if os.path.lexists(new):
-            os.unlink(new)  # that a daemon left behind which was killed
+            os.unlink(new)  # left behind by a daemon that was killed
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -7108,30 +7104,30 @@ def _open_no_link_at_once(path: str, flags: int) -> int:
 
 
 def kept_conf_path(plugin_dir: str, domain: str) -> str:
-    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
+    """Where the instance with DOMAIN keeps its last good config file. The kubelet removes nothing but sockets there."""
     return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
 
 
 class ConfFile:
-    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
 
-    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
-    text is kept there, and its rules are in force after a start with a broken one.
+    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
+    its rules are in force after a start with a broken config file.
     """
 
     def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: Tuple[Rule, ...] = ()  # in force
-        self.error = ""  # why the file as it is now is refused
+        self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
-        self._text: Optional[str] = None  # that the rules in force come from
+        self._stamp: Tuple[int, ...] = ()  # when the file was last read; () if an equal one would not prove no change
+        self._text: Optional[str] = None  # of the rules in force
         self._refused_text: Optional[str] = None
         self._kept = KeptConf(kept_path, path) if kept_path and path else None
 
     def start(self) -> None:
-        """Take over the first rules. Raises Problem where there are no good ones."""
+        """Put the first rules in force. Raises Problem if there are no good ones."""
         text = None
         try:
             text = self._read()
@@ -7143,7 +7139,7 @@ class ConfFile:
         self._keep()
 
     def _restore(self, kept: KeptConf) -> bool:
-        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
         try:
             text, kept_at = kept.read()
             self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
@@ -7151,14 +7147,15 @@ class ConfFile:
             return False
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", "") or str(error)
-            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {why}"
+            log_event("kept-conf-ignored", sentence, logging.WARNING)
             return False
         return True
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+        """Read the file again if it changed, or if REREAD; whether there are new rules.
 
-        What is wrong with it is logged once. The text of the rules in force is kept, also where it could not be so far.
+        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
         """
         has_new_rules = self._follow(reread)
         self._keep()
@@ -7186,13 +7183,13 @@ class ConfFile:
             return False
         if has_new_rules or self.error:
             self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+            log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=len(self.rules))
         self.error, self._refused_text = "", None
         return has_new_rules
 
     def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
-        """What tells one content of the file from another, and whether it does so already."""
-        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        """A value that changes with the content of the file, and whether enough time has passed for that to hold."""
+        found = os.stat(self._path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
 
@@ -7211,7 +7208,7 @@ class ConfFile:
             self._stamp = stamp if has_settled else ()
 
     def _take_over(self, text: str) -> bool:
-        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        """Put the rules of TEXT in force; whether they are new. Raises ConfigError."""
         has_new_rules = text != self._text
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
@@ -7219,22 +7216,27 @@ class ConfFile:
         return has_new_rules
 
     def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
-        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        """Record and log that the file is refused, because of ERROR in TEXT or in reading it."""
         self.error, self._refused_text = self._describe(error), text
         self.failed_reloads += 1
         log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
 
     def _describe(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._path}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._path}: {error.strerror}"
+        return describe_conf_error(self._path, error)
+
+
+def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
+    """What is wrong in the config file PATH and where, or why it cannot be read."""
+    if isinstance(error, ConfigError):
+        return f"{path}:{error.line}:{error.column}: {error.message}"
+    return f"cannot read the config file {path}: {error.strerror}"
 
 
 class DeviceSide:
-    """The main thread's part: the conf file and /dev, and the plan that they make."""
+    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
     def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
-        """KEPT_PATH is for the last good conf, as of ConfFile."""
+        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
         self.scan_seconds = 0.0  # that the last look at /dev took
@@ -7255,7 +7257,7 @@ class DeviceSide:
         return self._matcher.rules
 
     def start(self) -> None:
-        """Make the first plan. Raises Problem for a conf or a /dev that will not do."""
+        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
         try:
             os.listdir(self._dev_dir)
         except OSError as error:
@@ -7266,7 +7268,8 @@ class DeviceSide:
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
-        """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
+        """Look for changes, everywhere if REREAD; the new plans, in order. There are none if nothing changed, and two
+        if a device went and came back."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
         has_new_rules = self._conf.follow(reread)
@@ -7286,7 +7289,7 @@ class DeviceSide:
         return plans
 
     def overridden(self) -> List[Overridden]:
-        """What rules name without effect, because other rules have it."""
+        """Devices that a rule names without effect, because another rule has them."""
         return find_overridden(self.plan, self._tracked, self._matcher)
 
     def hasten_full_look(self) -> None:
@@ -7294,13 +7297,14 @@ class DeviceSide:
         self._next_full_look = 0.0
 
     def folders(self) -> List[str]:
-        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+        and the others by their depth."""
         paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
     def stats(self) -> DeviceSideStats:
-        """What there is to say of it after a turn."""
+        """The state for the status page, as of the last turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
             conf={
@@ -7317,7 +7321,7 @@ class DeviceSide:
         )
 
     def _look_beyond_dev(self, now: float) -> bool:
-        """Look at all that no change in /dev tells of; whether the plan may be another for that."""
+        """Look at what can change without a change in /dev; whether the plan may change because of it."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = [node for device in self._tracked.values() for node in device.nodes]
@@ -7328,7 +7332,7 @@ class DeviceSide:
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
-        """Take a new snapshot; the paths that flapped, and whether anything changed."""
+        """Take a new snapshot; the paths that went and came back in between, and whether anything changed."""
         before = self.snapshot
         started = time.monotonic()
         try:
@@ -7353,7 +7357,7 @@ class DeviceSide:
 
 
 def log_changes(old: Plan, new: Plan) -> None:
-    """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
+    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
     groups: Dict[Tuple[str, str, int], List[str]] = {}
@@ -7361,7 +7365,7 @@ def log_changes(old: Plan, new: Plan) -> None:
         was, now = before.get(key), after.get(key)
         change = None
         if now is None:
-            change = ("retired", "offered no more", logging.INFO)
+            change = ("retired", "no longer offered", logging.INFO)
         elif now.problem and not (was and was.problem):
             change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
         elif was is None:
@@ -7379,10 +7383,10 @@ def log_changes(old: Plan, new: Plan) -> None:
 
 
 class FolderWatches:
-    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
 
-    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
-    the kernel does not tell.
+    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
+    the poll.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -7391,7 +7395,7 @@ class FolderWatches:
         self._watches: Dict[str, Watch] = {}
 
     def ask(self, folders: Sequence[str]) -> None:
-        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
         wanted = folders[: self._limit]
         for path in self._watches.keys() - set(wanted):
             self._watches.pop(path).close()
@@ -7402,7 +7406,7 @@ class FolderWatches:
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: a loop, and the DevicePluginSide and the StatusServer, if there is one, that run on it."""
+    """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
@@ -7418,8 +7422,8 @@ class KubeletThread(threading.Thread):
         else:
             watch = Watch(options.plugin_dir)
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
-        self.status: Optional[StatusServer] = None  # to be set before the start
-        self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
+        self.status: Optional[StatusServer] = None  # set it before start()
+        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7428,10 +7432,10 @@ class KubeletThread(threading.Thread):
         except BaseException:
             self.has_failed = True
             log.critical("the kubelet side failed; this is a bug", exc_info=True)
-            os.kill(os.getpid(), signal.SIGTERM)  # for the main thread to end too
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends the main thread
 
     async def _serve(self) -> None:
-        """Run both until one of them ends; then end the other. Raises what went wrong."""
+        """Run the kubelet side and the status server until one of them ends, then end the other. Raises what failed."""
         tasks = [asyncio.ensure_future(self.side.run())]
         if self.status:
             tasks.append(asyncio.ensure_future(self.status.run()))
@@ -7443,7 +7447,7 @@ class KubeletThread(threading.Thread):
             task.result()
 
     def send(self, plan: Plan) -> None:
-        """Have the kubelet side apply PLAN."""
+        """Give PLAN to the kubelet side and the status server."""
         self._loop.call_soon_threadsafe(self._take, plan)
 
     def _take(self, plan: Plan) -> None:
@@ -7452,12 +7456,12 @@ class KubeletThread(threading.Thread):
             self.status.plan = plan
 
     def look(self) -> None:
-        """Have the kubelet side look at its directory: something changed there."""
+        """Have the kubelet side look at its directory, where something changed."""
         if isinstance(self.side, DevicePluginSide):
             self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, stats: DeviceSideStats) -> None:
-        """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
+        """Give STATS to the status server. They are immutable, so the loop need not wake up for them."""
         if self.status:
             self.status.stats = stats
 
@@ -7466,9 +7470,9 @@ class KubeletThread(threading.Thread):
         return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory is another, of which the kernel does not tell.
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem for one that was deleted while it is mounted here: whatever is made in its place is elsewhere.
+        Raises Problem if it was deleted while it is mounted here: a new one in its place is not visible here.
         """
         try:
             found = os.stat(self.side.plugin_dir)
@@ -7477,7 +7481,7 @@ class KubeletThread(threading.Thread):
             found, directory = None, ()
         if found and not found.st_nlink:
             raise Problem(
-                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it: ending, so that the "
+                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
                 "next start finds the one that the kubelet uses now"
             )
         if directory != self._directory:
@@ -7485,17 +7489,17 @@ class KubeletThread(threading.Thread):
             self.look()
 
     def stop(self) -> None:
-        """Have the kubelet side end, and wait for that; not for long."""
+        """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
-            self._loop.close()  # or Python may take it apart in an order that it complains of
+            self._loop.close()  # otherwise Python may complain when it exits
 
 
 class ServiceManager:
-    """Whoever started this process and asked to hear of it, as systemd does, by the protocol of sd_notify(3).
+    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
 
-    Without one, or with variables that say nothing sensible, nothing is done.
+    Does nothing if the variables of the protocol are not set, or not valid.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -7508,7 +7512,7 @@ class ServiceManager:
         self.next_ping = time.monotonic() + self._ping_seconds
 
     def notify(self, state: str) -> None:
-        """Say STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
         if not self._address:
             return
         try:
@@ -7519,7 +7523,7 @@ class ServiceManager:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
 
     def ping(self, is_alive: bool) -> None:
-        """Tell the watchdog, where that is due, that all goes on; not if it does not, and it ends this process."""
+        """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
         if time.monotonic() >= self.next_ping:
             self.next_ping = time.monotonic() + self._ping_seconds
             if is_alive:
@@ -7527,12 +7531,12 @@ class ServiceManager:
 
 
 def is_number(text: str) -> bool:
-    """Whether TEXT is a whole number above 0 that fits into 64 bits."""
+    """Whether TEXT is a positive whole number that fits into 64 bits."""
     return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
 def check_plugin_dir(path: str) -> None:
-    """Raise Problem where no plugin can listen in the directory PATH."""
+    """Raise Problem if no plugin can listen in the directory PATH."""
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
         is_allowed = os.access(path, os.R_OK | os.X_OK)
@@ -7541,34 +7545,36 @@ def check_plugin_dir(path: str) -> None:
     except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run shows everything without one)"
+            f"--dry-run works without a kubelet)"
         ) from None
     if not is_directory:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
-        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory")
     if "," in path:
-        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
+        raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
         raise Problem(
-            f"the path {path} is {too_long} bytes too long: those of the sockets in it would pass {SOCKET_PATH_BYTES} "
-            f"bytes, the most that Unix has; make a link to it that has a shorter path"
+            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; make a link to it that has a shorter path"
         )
 
 
 def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem where there can be no DRA driver with OPTIONS."""
+    """Raise Problem if OPTIONS do not allow a DRA driver."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
-            f"with --api dra, the domain is the driver's name, of at most {MAX_DRIVER_NAME} characters that begin with "
-            f"a letter; {options.domain} is none"
+            f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
+            f"{MAX_DRIVER_NAME} characters; {options.domain} does not"
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
-        raise Problem(f'--node-name: "{options.node_name}" is no name of a Node; kubectl get nodes shows them')
+        raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
     api_server(options)
     if not os.path.isdir(options.kubelet_dir):
-        raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
+        raise Problem(
+            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
+        )
     settings = dra_settings(options)
     try:
         os.makedirs(settings.folder, 0o750, exist_ok=True)
@@ -7577,18 +7583,19 @@ def check_dra(options: argparse.Namespace) -> None:
     longest = max(len(os.fsencode(path)) for path in settings.sockets)
     if longest > SOCKET_PATH_BYTES:
         raise Problem(
-            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
-            f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
+            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: the sockets in it would "
+            f"have paths of more than {SOCKET_PATH_BYTES} bytes, which Unix does not allow; choose a shorter path or "
+            "domain"
         )
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
-    """What OPTIONS say of the driver."""
+    """The settings of the DRA driver from OPTIONS."""
     return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
-    """The API server of OPTIONS. Raises Problem."""
+    """The API server from OPTIONS. Raises Problem."""
     if not options.kube_api:
         raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
     try:
@@ -7599,9 +7606,9 @@ def api_server(options: argparse.Namespace) -> ApiServer:
 
 
 def raise_limit() -> None:
-    """Let the process have as many descriptors as it may: runtimes begin with 1024.
+    """Raise the limit of file descriptors, which is usually 1024, as far as possible.
 
-    The hard limit may be higher than Linux lets anybody set it (fs.nr_open); then that is the limit.
+    That is to the hard limit or to fs.nr_open, above which Linux lets nobody set it.
     """
     import resource as limits
 
@@ -7622,7 +7629,7 @@ def raise_limit() -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
     is_dra = options.api == "dra"
     try:
         if is_dra:
@@ -7630,7 +7637,7 @@ def serve(options: argparse.Namespace) -> int:
         else:
             check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
+        ConfFile(options.conf).start()  # report an error in the config file first, since somebody may just have made it
         raise
     raise_limit()
     kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
@@ -7649,7 +7656,7 @@ def serve(options: argparse.Namespace) -> int:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     watches = FolderWatches(options.dev_dir)
-    watches.ask(devices.folders())  # before the resources, which have the descriptors that are left
+    watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
@@ -7668,13 +7675,13 @@ def serve(options: argparse.Namespace) -> int:
 def _open_status(
     options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
 ) -> Optional[StatusServer]:
-    """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
+    """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     try:
         listener = listen(options.listen)
     except Problem as problem:
-        log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
+        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
     status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
@@ -7686,15 +7693,15 @@ def _open_status(
 def _run(
     devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
 ) -> None:
-    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
-    watched: Optional[Snapshot] = None  # whose folders are
-    taken = 0
+    """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+    watched: Optional[Snapshot] = None  # the one whose folders are watched
+    taken = 0  # the last signal
     manager.notify("READY=1")
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look: no change falls between
+            watches.ask(devices.folders())  # before the look, so that no change is missed
         old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
@@ -7705,7 +7712,7 @@ def _run(
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
         due = began + interval
-        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+        if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
@@ -7716,10 +7723,9 @@ def _run(
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
-    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
+    """Wait until DUE for one of SIGNALS; that one, otherwise FOLDER_SIGNAL if it came, otherwise 0.
 
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
-    pinged.
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look, and MANAGER is pinged.
     """
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
@@ -7731,26 +7737,26 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
-            # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
+            # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
             return number if number in SIGNALS else folder_signal
 
 
 def restart_as_module() -> None:
-    """Replace this process, where Python runs the script itself, by python3 -m MODULE with the same flags and options.
+    """If Python runs this file as a script, replace the process by python3 -m MODULE with the same flags and options.
 
-    It takes 20 MB less, because Python keeps the syntax tree of a script until the end, but that of a module only until
-    it is compiled. The new process starts in the script's folder, which is the first in sys.path either way, and
-    resume_restart() takes it back to the present working directory. There is no restart where -m would not find this
-    very file (python3 -I, an ending other than .py), or where anything is in the way.
+    That takes 20 MB less: Python keeps the syntax tree of a script until it ends, and that of a module only until it is
+    compiled. The new process starts in the folder of the script, which is the first in sys.path either way, and
+    resume_restart() takes it back to the present working directory. Returns if -m would not find this very file (as
+    with python3 -I, or a name that does not end in .py), and if anything fails.
     """
     frame = sys._getframe()
     while frame.f_back:
         frame = frame.f_back
     if frame.f_globals is not globals():
-        return  # imported, started with -m, or by a debugger
+        return  # imported, or run by -m, a debugger or a profiler
     try:
         import importlib.util
 
@@ -7766,8 +7772,8 @@ def restart_as_module() -> None:
         packages = os.environ.get("PYTHONPATH")
         if packages:
             os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # one for each thread takes 7 KiB more per resource
-        directory = os.open(".", os.O_PATH)  # may have no path any more
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena per thread takes 7 KiB more per resource
+        directory = os.open(".", os.O_PATH)  # a descriptor, because the directory may have been deleted
         os.set_inheritable(directory, True)
         os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
         os.chdir(folder)
@@ -7777,7 +7783,7 @@ def restart_as_module() -> None:
 
 
 def resume_restart() -> None:
-    """Have the working directory and the name of the process that restart_as_module() replaced."""
+    """If restart_as_module() has replaced the process, take over the working directory and the name of the old one."""
     directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
     if directory.isdecimal():
         os.fchdir(int(directory))
@@ -7786,7 +7792,7 @@ def resume_restart() -> None:
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for the modes that end then. Raises Problem."""
+    """The device side after its first look, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
@@ -7795,7 +7801,7 @@ def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceS
 
 
 def show_attributes(options: argparse.Namespace) -> int:
-    """--list --attributes: print what sysfs knows of a device, to write a rule from."""
+    """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     path = _path_below(options.attributes, options.dev_dir)
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
@@ -7804,7 +7810,7 @@ def show_attributes(options: argparse.Namespace) -> int:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
     except NotADevice as error:
-        raise Problem(f"{shown} is no device: {error}") from None
+        raise Problem(f"{shown} is not a device: {error}") from None
     except OSError as error:
         raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if nodes[0].suffix:
@@ -7817,7 +7823,7 @@ def show_attributes(options: argparse.Namespace) -> int:
     if not chain:
         number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
         kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
         blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
         write_output(json.dumps(blocks, indent=2) + "\n")
@@ -7827,12 +7833,11 @@ def show_attributes(options: argparse.Namespace) -> int:
 
 
 def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
-    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
-    attributes, each block such as it can stand in a rule."""
+    """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
     lines = [
-        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
-        "# take one of these blocks, and of its lines those that tell this device from others.",
-        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
+        "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
+        "# Take one of these blocks, and those of its lines that tell this device from others.",
+        r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -7845,7 +7850,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
 
 
 def _escaped(text: str) -> str:
-    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
+    """An expression for a rule that matches only TEXT, written in printable characters."""
     literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
     return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
 
@@ -7855,7 +7860,7 @@ def _yaml_quoted(text: str) -> str:
 
 
 def _path_below(text: str, dev_dir: str) -> str:
-    """The path below /dev that somebody gave as /dev/video0, video0 or, in a made-up one, DEV_DIR/video0."""
+    """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
     path = os.path.normpath(text)
     for top in (dev_dir, "/dev"):
         if path == top or path.startswith(top + "/"):
@@ -7879,7 +7884,7 @@ def show_list(options: argparse.Namespace) -> int:
 
 
 def show_status(options: argparse.Namespace) -> int:
-    """--status: print what a running daemon says of itself."""
+    """--status: print the state of a running daemon."""
     host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
@@ -7887,21 +7892,21 @@ def show_status(options: argparse.Namespace) -> int:
         body = _fetch(address, "/status.json")
     except (OSError, UnicodeError) as error:
         raise Problem(
-            f"no daemon answers on {where} ({network_error(error)}); it does so where its --listen "
-            f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
+            f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
+            f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
     try:
         document = json.loads(body)
         text = render_status(document)
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
+        raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
     write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
 def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS has under PATH; empty where it has nothing there. Raises OSError."""
+    """What the status server at ADDRESS sends for PATH; empty if its status is not 200. Raises OSError."""
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
         with connection.makefile("rb") as file:
@@ -7910,7 +7915,7 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 
 
 def check(options: argparse.Namespace) -> int:
-    """--check: say whether the conf file is good."""
+    """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
     write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
@@ -7918,7 +7923,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
-    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    """Hints on good RULES that may not do what was meant: names that will be changed, and paths that cannot match."""
     for rule in rules:
         name = resource_name(rule.resource)
         if rule.resource != name and "\\" not in rule.resource:
@@ -7930,7 +7935,7 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer this machine's devices to a simulated kubelet and allocate one slot of each."""
+    """--dry-run: offer the devices of this machine to a simulated kubelet, and allocate a slot of each resource."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
         write_output(_nothing_found(devices, options))
@@ -7960,7 +7965,7 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
 
 
 async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
-    """The table's rows, and whether every resource was registered, listed and allocated."""
+    """The rows of the table, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
     host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
@@ -7987,7 +7992,7 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
 
 
 async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
-    """What a container with one slot of RESOURCE is given, in words; and whether it could be had."""
+    """Lines that say what a container with a slot of RESOURCE is given, and whether all went well."""
     if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
         return ["not registered"], False
     if not kubelet.devices(name):
@@ -8010,14 +8015,14 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
 
 
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """What a container sees at CONTAINER, and what the host has in its place."""
+    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
     link, is_folder = target_of(host, targets)
     more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
 async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource for a kubelet."""
+    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -8056,7 +8061,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
 async def _prepare_one(
     api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
 ) -> List[str]:
-    """DEVICE of a slice, and what its CDI file gives to a container, in words."""
+    """Lines that describe DEVICE, from a slice, and what its CDI file gives to a container."""
     values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
     lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
     claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
@@ -8074,9 +8079,9 @@ async def _prepare_one(
     return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
-# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+# Installing: what --systemd-unit and --manifest print, with the values of the other options.
 
-HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
@@ -8086,7 +8091,7 @@ SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]
 Description=Offer the devices of this node to Kubernetes
-# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
 Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
 Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
 RequiresMountsFor={folder} {plugin_dir}
@@ -8100,15 +8105,15 @@ RestartSec=2
 TimeoutStopSec=5
 WorkingDirectory={folder}
 Environment=MALLOC_ARENA_MAX=1
-# There may be no kubelet yet. (The "-" of ReadWritePaths= below is for this command, too.)
+# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
 ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
-# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
 ExecStartPre=-+{python} -m compileall -q -l .
 ExecStart={python} -m {module}{options}
 ExecReload=/bin/kill -HUP $MAINPID
 
-# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
-# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
+# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
 CapabilityBoundingSet=
 NoNewPrivileges=yes
 ReadWritePaths=-{plugin_dir}
@@ -8143,10 +8148,10 @@ SystemCallErrorNumber=EPERM
 WantedBy=multi-user.target
 """
 
-# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+# The DaemonSet is that of daemonset.yaml, and what is needed without an image; a test compares the two.
 MANIFEST = """\
 # smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
-# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+# Use kubectl apply --server-side, because the script does not fit into an annotation.
 apiVersion: v1
 kind: ConfigMap
 metadata:
@@ -8357,8 +8362,8 @@ spec:
             type: DirectoryOrCreate
 """
 
-# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
-# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
+# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
 INSTALL_PACKAGES = """\
 import os, pathlib, subprocess, sys
 
@@ -8376,13 +8381,15 @@ if not marker.exists() or subprocess.call(check):
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
-    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
-        raise Problem("--systemd-unit is for the device plugin API only")
-    folder, name = os.path.split(os.path.abspath(__file__))
+        raise Problem("--systemd-unit does not support --api dra")
+    folder, name = os.path.split(os.path.realpath(__file__))
     for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+            raise Problem(
+                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
+            )
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
     socket_path = options.pod_resources_socket
     if socket_path == DEFAULT_POD_RESOURCES:
@@ -8409,19 +8416,19 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
 
 
 def _pod_resources_beside(plugin_dir: str) -> str:
-    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    """The kubelet's folder for its pod-resources socket, if PLUGIN_DIR is its directory for device plugins."""
     return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
-    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    """TEXT as one word in a unit file (systemd.syntax(7), systemd.service(5))."""
     text = text.replace("%", "%%").replace("$", "$$")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
 def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
-    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
-    what is as it is by default is left out."""
+    """The command line that sets PATHS, and the options for names and the log, to their values in OPTIONS. Defaults are
+    left out."""
     shown = {
         **{path: getattr(options, path) or "" for path in paths},
         "domain": options.domain,
@@ -8435,11 +8442,12 @@ def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> Lis
 
 
 def print_manifest(options: argparse.Namespace) -> int:
-    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    """--manifest: print a manifest that runs this script in a cluster, with a public image of Python."""
     if options.api == "dra":
-        raise Problem("--manifest is for the device plugin API only; for dra there is helm template, see docs/dra.md")
-    folder = os.path.dirname(os.path.abspath(__file__))
-    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+        raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
+    path = os.path.realpath(__file__)
+    folder = os.path.dirname(path)
+    files = {"smarter_device_manager.py": _read_text(path)}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
     import hashlib
 
@@ -8461,7 +8469,7 @@ def print_manifest(options: argparse.Namespace) -> int:
 
 
 def _indented(text: str, spaces: int) -> str:
-    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    """TEXT as a block text in YAML after "|2", indented by SPACES, without the last line break."""
     return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
 
 
@@ -8471,112 +8479,108 @@ def _read_text(path: str) -> str:
             return file.read()
     except OSError as error:
         raise Problem(
-            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+            f"cannot read {path}: {error.strerror}; the manifest contains the script and its two stubs"
         ) from None
 
 
 def _read_good_conf(path: str) -> str:
-    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    """The text of the config file PATH, or of the built-in rules if it is empty. Raises Problem."""
     try:
         text = read_conf(path) if path else DEFAULT_CONF
         parse_rules(text)
-    except ConfigError as error:
-        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
-    except OSError as error:
-        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    except (ConfigError, OSError) as error:
+        raise Problem(describe_conf_error(path, error)) from None
     return text
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options. Each value can also come from the environment; the command line wins."""
+    """The parser of the command line. Values can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
         usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
-        description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
-        "says.",
-        epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
-        "on; the command line wins. SIGHUP has conf and devices read again now.",
-    )
-    beside = _conf_beside()
-    conf_help = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
-    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
-    _add(
-        parser,
-        "--pod-resources-socket",
-        "PATH",
-        _path,
-        DEFAULT_POD_RESOURCES,
-        "the kubelet's socket for the PodResources API, which tells who has what",
-    )
-    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
-    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
-    _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
-    _add(parser, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
-    _add(parser, "--cdi-dir", "DIR", _path, "/var/run/cdi", "for dra: where the container runtime reads CDI")
-    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
-    _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
-    _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
-    _add(parser, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
-    _add(parser, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
-    _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
-    _add(
-        parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
-    )
-    _add(parser, "--log-format", "FORMAT", _log_format, "text", "text or json, one line an event")
-    _add(
-        parser,
-        "--listen",
-        "ADDRESS:PORT",
-        _listen_address,
-        "",
-        "serve health, metrics and a status page there (default: off)",
+        description="Offer the devices of this node to Kubernetes, as resources that pods can request. Without a mode, "
+        "this serves the kubelet of the node until SIGTERM.",
+        epilog=f"An option with a value can also be set by an environment variable, such as {ENVIRONMENT}CONF for "
+        "--conf; the command line wins. On SIGHUP, a daemon reads the config file and looks at all devices again.",
     )
     _add_modes(parser)
+    beside = _conf_beside()
+    conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
+    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
+    _add(parser, "--pod-resources-socket", "PATH", _path, DEFAULT_POD_RESOURCES, holders_help)
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "the host's /dev")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "the host's /sys")
+    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    _add(parser, "--interval", "SECONDS", _seconds, "1", "the time between two looks at config file and devices")
+    level_help = "debug, info, warning or error (default: info; in modes: warning)"
+    _add(parser, "--log-level", "LEVEL", _level, "", level_help)
+    log_format = _one_of("a format", "text", "json")
+    _add(parser, "--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
+    listen_help = "serve health, metrics and a status page there (default: off)"
+    _add(parser, "--listen", "ADDRESS:PORT", _listen_address, "", listen_help)
+    _add_dra_options(parser)
     return parser
 
 
 def _add_modes(parser: argparse.ArgumentParser) -> None:
-    """What to do instead of serving, and the options that go with one such mode only."""
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
-    modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
-    modes.add_argument("--dry-run", action="store_true", help="serve a simulated kubelet, allocate all once, and exit")
+    """Add the modes, and the options that belong to one of them."""
+    group = parser.add_argument_group("modes, which do something else and exit")
+    modes = group.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="say whether the config file is good")
+    modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
+    modes.add_argument("--dry-run", action="store_true", help="try everything with a simulated kubelet")
     modes.add_argument(
         "--status",
         nargs="?",
         const=True,
         type=_argument(_address),
         metavar="ADDRESS:PORT",
-        help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
+        help="print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)",
     )
-    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
-    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
-    modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
-    parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
-    parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit that has the options given")
+    manifest_help = "print a Kubernetes manifest that has the options given and needs no image of its own"
+    modes.add_argument("--manifest", action="store_true", help=manifest_help)
+    version = f"smarter-device-manager {__version__}"
+    modes.add_argument("--version", action="version", version=version, help="print the version")
+    group.add_argument("--json", action="store_true", help="with --list or --status: print JSON")
+    attributes_help = "with --list: print the attributes of the device PATH, to write rules from"
+    group.add_argument("--attributes", metavar="PATH", help=attributes_help)
     image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
-    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
+    group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
     namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
-    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+    group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+
+
+def _add_dra_options(parser: argparse.ArgumentParser) -> None:
+    """Add --api, and the options that it takes with dra."""
+    group = parser.add_argument_group("Dynamic Resource Allocation")
+    api = _one_of("an API", "device-plugin", "dra")
+    _add(group, "--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
+    _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
+    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
+    _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
+    _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
+    _add(group, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "the CA certificates of the API server")
 
 
 def program_name() -> str:
-    """The name that this program was called by."""
+    """The name by which this program was called."""
     name = os.path.basename(sys.argv[0])
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
 def _conf_beside() -> Optional[str]:
-    """The path of the conf.yaml beside the script, if there is one."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    """The path of the conf.yaml in the script's folder, if there is one."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
     return beside if os.path.lexists(beside) else None
 
 
 def _add(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     option: str,
     metavar: str,
     read: Callable[[str], Any],
@@ -8597,7 +8601,8 @@ def _add(
 
 
 def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[str] = None) -> Callable[[str], Any]:
-    """READ for argparse, which shows only errors of its own kind in full; GIVEN is what the environment has."""
+    """READ for argparse, which shows only errors of its own type in full. GIVEN is the value of the environment's
+    VARIABLE."""
 
     def convert(text: str) -> Any:
         try:
@@ -8611,7 +8616,7 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
 
 def _path(text: str) -> str:
     if not text:
-        raise ValueError('"" is no path')
+        raise ValueError('"" is not a path')
     try:
         path = os.path.abspath(text)
     except OSError:
@@ -8625,54 +8630,51 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0.01 <= seconds <= 3600:
-        raise ValueError(f'"{text}" is no number of seconds from 0.01 to 3600')
+        raise ValueError(f'"{text}" is not a number of seconds from 0.01 to 3600')
     return seconds
 
 
 def _domain(text: str) -> str:
     if not is_domain(text):
         raise ValueError(
-            f'"{text}" is no domain that kubelet takes: lower-case letters, digits, "-" and ".", up to 244 characters, '
-            "not kubernetes.io's, not beginning with requests."
+            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
+            "characters, not one of kubernetes.io, and not beginning with requests."
         )
     return text
 
 
-def _api(text: str) -> str:
-    if text not in ("device-plugin", "dra"):
-        raise ValueError(f'"{text}" is no API: device-plugin or dra')
-    return text
+def _one_of(kind: str, *values: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in values:
+            raise ValueError(f'"{text}" is not {kind}: {" or ".join(values)}')
+        return text
+
+    return read
 
 
 def _pod_api_url() -> str:
-    """The URL of the API server, as every pod is told it; empty outside a pod."""
+    """The URL of the API server, from the variables that every pod has; empty outside a pod."""
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
     return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
 
 
 def _image(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
-        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+        raise ValueError(f'"{text}" is not the name of an image, such as {DEFAULT_IMAGE}')
     return text
 
 
 def _namespace(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+        raise ValueError(f'"{text}" is not a namespace: lower-case letters, digits and "-", up to 63 characters')
     return text
 
 
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
-        raise ValueError(f'"{text}" is no level: {", ".join(levels)}')
+        raise ValueError(f'"{text}" is not a level: {", ".join(levels)}')
     return levels.get(text.lower(), logging.NOTSET)
-
-
-def _log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise ValueError(f'"{text}" is no format: text or json')
-    return text
 
 
 def _listen_address(text: str) -> Optional[Tuple[str, int]]:
@@ -8682,15 +8684,15 @@ def _listen_address(text: str) -> Optional[Tuple[str, int]]:
 def _address(text: str) -> Tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
-        raise ValueError(f'"{text}" is no ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
+        raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
 
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
-    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
     least = options.log_level or level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
@@ -8700,8 +8702,10 @@ def _problem_line(problem: Problem) -> str:
 
 
 def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError where its reader has gone (--list | head), and Problem where the disk is
-    full, say; after that nothing is written any more, of which Python would complain when it exits."""
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
+
+    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
+    """
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -8721,7 +8725,7 @@ def main() -> int:
         try:
             return run(parse_options())
         finally:
-            write_output("")  # what argparse left to be written
+            write_output("")  # flushes what argparse printed
     except Problem as error:
         print(_problem_line(error), file=sys.stderr)
         return 1
@@ -8732,7 +8736,7 @@ def main() -> int:
 
 
 def parse_options() -> argparse.Namespace:
-    """The options of the command line; exits where they are wrong, or ask for --help or --version only."""
+    """The options of the command line. Exits if they are wrong, and after --help and --version."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:

@@ -1497,12 +1497,12 @@ def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"smarter_device_manager.py: {told}\n"
 
-    says(f"cannot read the conf file {node.conf}: No such file or directory")
+    says(f"cannot read the config file {node.conf}: No such file or directory")
     node.conf.mkdir()
-    says(f"cannot read the conf file {node.conf}: Is a directory")
+    says(f"cannot read the config file {node.conf}: Is a directory")
     node.conf.rmdir()
     node.conf.symlink_to("conf.yaml")
-    says(f"cannot read the conf file {node.conf}: Too many levels of symbolic links")
+    says(f"cannot read the config file {node.conf}: Too many levels of symbolic links")
     node.conf.unlink()
     node.conf.write_bytes(b"")
     says(f"{node.conf}:1:1: the file has no rules; write a list: - devicematch: ^video[0-9]*$")
@@ -1524,7 +1524,7 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
     node.conf.chmod(0)
     done = node.run("--check")
     assert done.returncode == 1
-    assert done.stderr == f"smarter_device_manager.py: cannot read the conf file {node.conf}: Permission denied\n"
+    assert done.stderr == f"smarter_device_manager.py: cannot read the config file {node.conf}: Permission denied\n"
 
 
 def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
@@ -1547,7 +1547,7 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == told
     (node.root / "conf.yaml").write_text("- devicematch: a\n")  # beside the script
     assert run("--check").stdout == f"{node.root}/conf.yaml: good, 1 rule\n"
-    assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the conf file /nowhere: ")
+    assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the config file /nowhere: ")
 
 
 def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> None:
@@ -1673,18 +1673,18 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("interval", "abc", '"abc" is no number of seconds from 0.01 to 3600'),
-        ("interval", "0", '"0" is no number of seconds'),
-        ("interval", "nan", '"nan" is no number of seconds'),
-        ("interval", "-1", '"-1" is no number of seconds'),
-        ("domain", "Bad_Domain", '"Bad_Domain" is no domain that kubelet takes'),
-        ("domain", "x.kubernetes.io", '"x.kubernetes.io" is no domain that kubelet takes'),
-        ("plugin-dir", "", '"" is no path'),
-        ("dev-dir", "", '"" is no path'),
-        ("sys-dir", "", '"" is no path'),
-        ("pod-resources-socket", "", '"" is no path'),
-        ("conf", "", '"" is no path'),
-        ("log-level", "loud", '"loud" is no level: debug, info, warning, error'),
+        ("interval", "abc", '"abc" is not a number of seconds from 0.01 to 3600'),
+        ("interval", "0", '"0" is not a number of seconds'),
+        ("interval", "nan", '"nan" is not a number of seconds'),
+        ("interval", "-1", '"-1" is not a number of seconds'),
+        ("domain", "Bad_Domain", '"Bad_Domain" is not a domain that the kubelet accepts'),
+        ("domain", "x.kubernetes.io", '"x.kubernetes.io" is not a domain that the kubelet accepts'),
+        ("plugin-dir", "", '"" is not a path'),
+        ("dev-dir", "", '"" is not a path'),
+        ("sys-dir", "", '"" is not a path'),
+        ("pod-resources-socket", "", '"" is not a path'),
+        ("conf", "", '"" is not a path'),
+        ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
     ],
 )
 def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str) -> None:
@@ -1789,11 +1789,15 @@ def test_a_word_of_a_unit(text: str, word: str) -> None:
     ("arguments", "status", "told"),
     [
         (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
-        (["--manifest", "--conf=/nowhere/conf.yaml"], 1, "cannot read the conf file /nowhere/conf.yaml: No such file"),
+        (
+            ["--manifest", "--conf=/nowhere/conf.yaml"],
+            1,
+            "cannot read the config file /nowhere/conf.yaml: No such file",
+        ),
         (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
-        (["--manifest", "--image=my image"], 2, '"my image" is no name of an image, such as docker.io/'),
-        (["--manifest", "--image="], 2, '"" is no name of an image'),
-        (["--manifest", "--namespace=Lab"], 2, '"Lab" is no name of a namespace: lower-case letters'),
+        (["--manifest", "--image=my image"], 2, '"my image" is not the name of an image, such as docker.io/'),
+        (["--manifest", "--image="], 2, '"" is not the name of an image'),
+        (["--manifest", "--namespace=Lab"], 2, '"Lab" is not a namespace: lower-case letters'),
         (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
         (["--image=python"], 2, "--image and --namespace go with --manifest"),
         (["--manifest", "--list"], 2, "not allowed with argument"),
@@ -1878,7 +1882,7 @@ def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
 def test_the_conf_is_refused_before_the_plugin_directory(node: Node) -> None:
     """Somebody typed --conf just now; the other is as it is by default."""
     done = bare(*node.options(), "--conf=/nowhere", "--plugin-dir=/nowhere")
-    assert done.stderr == "smarter_device_manager.py: cannot read the conf file /nowhere: No such file or directory\n"
+    assert done.stderr == "smarter_device_manager.py: cannot read the config file /nowhere: No such file or directory\n"
 
 
 def test_a_plugin_directory_that_is_a_file(node: Node) -> None:
@@ -1895,7 +1899,7 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0)
     for path in (node.plugins, node.plugins / "below"):
         done = bare(*node.options(), f"--plugin-dir={path}")
-        told = f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs"
+        told = f"permission denied for {path}: run this as root, who owns the kubelet's directory"
         assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
     node.plugins.chmod(0o700)
 
@@ -2072,20 +2076,20 @@ def test_the_last_good_rules_stay_and_each_fault_is_one_line(node: Node, kubelet
     node.rules("")
     gpu_daemon.says(r"conf\.yaml:1:1: the file has no rules.* the last good rules stay in force")
     node.conf.unlink()
-    gpu_daemon.says(r"cannot read the conf file .*: No such file or directory; the last good rules stay in force")
+    gpu_daemon.says(r"cannot read the config file .*: No such file or directory; the last good rules stay in force")
     node.conf.mkdir()
-    gpu_daemon.says(r"cannot read the conf file .*: Is a directory; the last good rules stay in force")
+    gpu_daemon.says(r"cannot read the config file .*: Is a directory; the last good rules stay in force")
     turns(gpu_daemon, 5)
     assert len(refused()) == 4
     kubelet.wait_for("nvidia-gpu0", Healthy=1)
     node.conf.rmdir()
     node.rules(GPU_RULE.format(1))  # what is in force already
-    gpu_daemon.says("the conf file was read again")
+    gpu_daemon.says("the config file was read again")
     node.rules(GPU_RULE.format(5))
     kubelet.wait_for("nvidia-gpu0", Healthy=5)
     turns(gpu_daemon, 5)
     assert len(refused()) == 4
-    assert gpu_daemon.log.count("the conf file was read again") == 2
+    assert gpu_daemon.log.count("the config file was read again") == 2
     assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
 
 
@@ -2210,10 +2214,10 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
         done = node.run()
         assert done.returncode == 1
         first, second = done.stderr.splitlines()
-        assert re.search(f"WARNING the conf kept in {kept} is ignored: {why}$", first), done.stderr
+        assert re.search(f"WARNING the kept copy of the config file, {kept}, is ignored: {why}$", first), done.stderr
         assert f"{node.conf}:1:16: " in second
 
-    not_whole = f"it does not come from {node.conf}, or is damaged"
+    not_whole = f"it is damaged, or not a copy of {node.conf}"
     for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
         kept.write_bytes(data)
         is_ignored(not_whole)
@@ -2221,11 +2225,11 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
     is_ignored(not_whole)
     kept.write_bytes(good)
     kept.chmod(0o620)
-    is_ignored("others than root can have written it")
+    is_ignored("somebody other than root may have written it")
     if os.geteuid() == 0:
         kept.chmod(0o600)
         os.chown(kept, 1000, -1)
-        is_ignored("others than root can have written it")
+        is_ignored("somebody other than root may have written it")
     kept.rename(node.root / "elsewhere")
     kept.symlink_to(node.root / "elsewhere")
     is_ignored("Too many levels of symbolic links")
@@ -2258,7 +2262,7 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
     for slots in (2, 3):
         node.rules(GPU_RULE.format(slots))
         kubelet.wait_for("nvidia-gpu0", Healthy=slots)
-    daemon.says(f"WARNING cannot keep the conf for a restart with a broken one: {kept_conf(node)}: Is a directory\n")
+    daemon.says(f"WARNING cannot keep a copy of the config file in {kept_conf(node)}: Is a directory\n")
     assert daemon.log.count("cannot keep") == 1
     assert not kept_conf(node).with_name(kept_conf(node).name + ".new").exists()
     kept_conf(node).rmdir()
@@ -3743,9 +3747,9 @@ def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, st
         ("../dev/f", "../dev/f is not in {dev}; give a path such as /dev/video0 or video0"),
         ("/dev", "/dev is not in {dev}; give a path such as /dev/video0 or video0"),
         ("", " is not in {dev}; give a path such as /dev/video0 or video0"),
-        ("f", "/dev/f is no device: a plain file, not a device"),
-        ("d", "/dev/d is no device: a folder that holds no device node"),
-        ("loop", "/dev/loop is no device: a link that leads in a circle"),
+        ("f", "/dev/f is not a device: a plain file, not a device"),
+        ("d", "/dev/d is not a device: a folder that holds no device node"),
+        ("loop", "/dev/loop is not a device: a link that leads in a circle"),
     ],
 )
 def test_what_has_no_attributes_is_said_in_one_sentence(node: Node, path: str, told: str) -> None:
@@ -3761,9 +3765,7 @@ def test_a_folder_and_what_sysfs_does_not_know_have_no_attributes_to_show(node: 
     done = node.run("--list", "--attributes", "snd")
     assert "/dev/snd is a folder; name one of its nodes: /dev/snd/a, /dev/snd/b\n" in done.stderr
     done = node.run("--list", "--attributes", "/dev/snd/b")
-    assert (
-        f"{node.sys} knows nothing of /dev/snd/b (block device 8:3); --sys-dir names the host's /sys\n" in done.stderr
-    )
+    assert f"{node.sys} does not have /dev/snd/b (block device 8:3); --sys-dir names the host's /sys\n" in done.stderr
 
 
 def test_attributes_go_with_list(node: Node) -> None:
@@ -7440,7 +7442,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     offer(node, "null", "zero")
     daemon = start()
     if answer.startswith(b"\xff"):
-        daemon.says("WARNING what a client or kubelet sent is no message")
+        daemon.says("WARNING a client or the kubelet sent bytes that are no message")
     else:
         daemon.says("WARNING 2 resources: kubelet refused its registration")
     if answer.startswith(b"\xff"):
@@ -7801,7 +7803,7 @@ def test_a_plugin_directory_that_is_deleted_under_its_mount_ends_it(node: Node, 
         shutil.rmtree(node.plugins)
         node.plugins.mkdir()
         assert daemon.process.wait(PATIENCE) == 1
-        daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it: ending")
+        daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it; exiting")
         assert "Traceback" not in daemon.log
     finally:
         daemon.kill()
@@ -9168,7 +9170,7 @@ def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> Non
         (["--kube-api", ""], "outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file"),
         (["--domain", "d" * 64], "of at most 63 characters"),
         (["--domain", "3d.example.com"], "begin with a letter"),
-        (["--node-name", "Node_1"], "is no name of a Node"),
+        (["--node-name", "Node_1"], "is not the name of a Node"),
         (["--kubelet-dir", "/nowhere"], "there is no directory /nowhere"),
         (["--kubelet-dir", "/tmp/" + "../tmp" + "/" * 3], None),
     ],
@@ -10313,7 +10315,7 @@ def test_an_address_that_cannot_be_had_is_logged_and_the_daemon_goes_on(
     assert len(lines) == 1
     reason = "Address already in use" if "127" in address else "there is no such host name|Name or service not known"
     assert re.search(
-        rf" ERROR cannot listen on {re.escape(address)}: ({reason}); going on without a status page", lines[0]
+        rf" ERROR cannot listen on {re.escape(address)}: ({reason}); continuing without a status page", lines[0]
     )
     assert daemon.stop() == 0
 
@@ -10977,7 +10979,7 @@ def test_status_of_something_else_is_refused(node: Node, answer: bytes, more: tu
         run = node.run("--status", f"127.0.0.1:{server.getsockname()[1]}", *more)
         thread.join()
     assert run.returncode == 1
-    assert re.search("is no smarter-device-manager|no daemon answers", run.stderr)
+    assert re.search("is not a smarter-device-manager|no daemon answers", run.stderr)
     assert run.stderr.count("\n") == 1
 
 
@@ -10985,7 +10987,7 @@ def test_status_of_something_else_is_refused(node: Node, answer: bytes, more: tu
 def test_status_of_no_address_is_a_usage_error(node: Node, address: str) -> None:
     run = node.run("--status", address)
     assert run.returncode == 2
-    assert f'"{address}" is no ADDRESS:PORT, such as' in run.stderr
+    assert f'"{address}" is not an ADDRESS:PORT, such as' in run.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -11141,7 +11143,7 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_sai
         assert cpu_time(daemon) - usage < 0.3  # what waits for the reader sleeps
         dropped = int(samples(get(daemon, "/metrics")[1])["log_lines_dropped_total"])
         assert 200 < dropped < 220
-        said = f"ERROR {dropped} lines of the log had to be dropped, since nobody read it lines={dropped}"
+        said = f"ERROR dropped {dropped} lines of the log, because nobody read it lines={dropped}"
         wait_for(lambda: pipe.read() and said in pipe.text, lambda: pipe.text[-2000:])
         read = [int(number) for number in re.findall('no device ID "x([0-9]+)"', pipe.text)]
         assert read == list(range(len(read)))  # the oldest, which tell how it began
@@ -11202,7 +11204,9 @@ def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
     done = node.run()
     assert done.returncode == 1
     first, last = done.stderr.splitlines()
-    assert "WARNING the conf kept in" in first and last.startswith(f"smarter_device_manager.py: {node.conf}:")
+    assert "WARNING the kept copy of the config file" in first and last.startswith(
+        f"smarter_device_manager.py: {node.conf}:"
+    )
     with FullPipe() as pipe:
         daemon = Daemon(node, stderr=pipe.writer)
         assert daemon.process.wait(PATIENCE) == 1
