@@ -1814,7 +1814,7 @@ def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
     command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest holds" in done.stderr
+    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest contains" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
@@ -9168,8 +9168,8 @@ def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> Non
         (["--kube-api", "http://10.0.0.1:443"], "--kube-api: .* has no TLS: write https://"),
         (["--kube-api", "10.0.0.1"], "--kube-api: .* is no URL such as https://"),
         (["--kube-api", ""], "outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file"),
-        (["--domain", "d" * 64], "of at most 63 characters"),
-        (["--domain", "3d.example.com"], "begin with a letter"),
+        (["--domain", "d" * 64], "at most 63 characters"),
+        (["--domain", "3d.example.com"], "must begin with a letter"),
         (["--node-name", "Node_1"], "is not the name of a Node"),
         (["--kubelet-dir", "/nowhere"], "there is no directory /nowhere"),
         (["--kubelet-dir", "/tmp/" + "../tmp" + "/" * 3], None),
@@ -11155,7 +11155,7 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_sai
         wait_for(lambda: pipe.read() and "INFO allocated" in pipe.text)
         assert daemon.stop() == 0
         assert " INFO stopping: SIGTERM\n" in pipe.read_to_the_end()
-        assert pipe.text.count("had to be dropped") == 1
+        assert pipe.text.count("of the log, because nobody read it") == 1
 
 
 def test_a_log_that_can_be_written_nowhere_is_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
