@@ -1470,15 +1470,15 @@ class NotADevice(Exception):
 
 
 class Entry(NamedTuple):
-    """One name below /dev, as lstat(2) saw it."""
+    """One name below /dev, as lstat(2) shows it."""
 
     kind: str
     device: int = 0  # st_rdev of a node
     inode: int = 0
     target: str = ""  # of a link
-    untrusted: bool = False  # a folder in which others than root may make names
+    untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # another one whenever this name came to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else
 
 
 class DeviceNode(NamedTuple):
@@ -1499,7 +1499,7 @@ class Tree(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one look: every entry by path, and the names in each folder, sorted."""
+    """/dev at one moment: every entry by path, and the sorted names of each folder."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
@@ -1511,15 +1511,15 @@ class Snapshot:
         return self.folders.get(path, ())
 
     def without(self, paths: Iterable[str]) -> Snapshot:
-        """The same look, had PATHS not been there."""
+        """This snapshot without PATHS."""
         return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
 
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
 
-    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
-    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
+    Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
+    can make PATH lead elsewhere later. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
     entry = tree.entry(real)
@@ -1549,10 +1549,10 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
 
-    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
-    find nodes in another file system.
+    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
+    nodes of another file system.
     """
     todo = [top]
     while todo:
@@ -1607,7 +1607,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 
 def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """A link's TARGET, where absolute as a path below /dev; None where it leads elsewhere."""
+    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
     if not target.startswith("/"):
         return target
     for top in ("/dev", dev_dir):
@@ -1617,7 +1617,7 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
 
 
 def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry of the tree whose /dev is ROOT."""
+    """FOUND as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
@@ -1634,8 +1634,8 @@ def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Ent
 class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
-    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1829,7 +1829,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class HeldAttribute(NamedTuple):
-    """An attribute that a rule asked for, and the value with which a device had it."""
+    """A sysfs attribute, and the value that a device had when the rule was applied."""
 
     name: str
     value: str
@@ -1838,15 +1838,15 @@ class HeldAttribute(NamedTuple):
 class AttributeAnswer(NamedTuple):
     """Whether a device has the attributes that a rule asks for."""
 
-    mismatch: str  # what it has instead; empty: it has them
-    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
-    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
-    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+    mismatch: str  # what the device has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # the attributes and their values; empty: the device does not have them
+    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in the rule's templates
+    reason: Reason = Reason.ATTRIBUTES  # for a mismatch
 
 
 UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
 
-# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+# The generation of a node, the attributes that its device must have, and the attributes whose values are wanted too.
 _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
@@ -1859,9 +1859,9 @@ class SysfsTimeout(Exception):
 
 
 class SysfsReader:
-    """Reads from sysfs, each time on a thread of its own, since a driver can keep whoever reads an attribute for ever.
+    """Reads from sysfs, each time on a thread of its own, because a driver can block a reader for ever.
 
-    A device is not read again before its last read has ended: no more than one thread hangs per device and reader.
+    A device is not read again before its last read has ended, so at most one thread hangs per device and reader.
     """
 
     def __init__(self, sys_dir: str) -> None:
@@ -1898,7 +1898,7 @@ class SysfsReader:
             raise SysfsTimeout from None
 
     def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
-        """Say that nobody waits for FUTURE any more, which start() returned for ENTRY's device."""
+        """Stop waiting for FUTURE, which start() returned for ENTRY's device."""
         self._hanging[entry.kind, entry.device] = future
 
     def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
@@ -1940,11 +1940,11 @@ class SysfsReader:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
+    """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
 
-    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS. A
-    driver that keeps a reader delays nobody for longer than SYSFS_SECONDS: what is known of its device stays, and what
-    is not known yet is asked again.
+    A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
+    driver that blocks its readers delays the caller by SYSFS_SECONDS at most: what is known of its device stays valid,
+    and what is not known yet is read again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
@@ -1954,12 +1954,12 @@ class Sysfs:
         self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
-        self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[_Question] = set()  # what lacks something, and is new
-        self._unanswered: Set[_Question] = set()  # what sysfs did not answer in time
+        self._asked: Dict[int, float] = {}  # the time of the first question about a generation
+        self._settling: Set[_Question] = set()  # about new nodes that lack something
+        self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
 
     def forget(self, generations: Iterable[int]) -> None:
-        """Drop what is remembered of nodes with other generations than GENERATIONS."""
+        """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
@@ -1969,12 +1969,12 @@ class Sysfs:
         self._unanswered &= self._answers.keys()
 
     def ask_again(self, generations: Iterable[int]) -> bool:
-        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
         there = set(generations)
         return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
-        """The NUMA node that NODE is close to; None where there is none or nobody knows."""
+        """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
             try:
@@ -1986,14 +1986,14 @@ class Sysfs:
         return self._numa[generation]
 
     def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
-        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        """What sysfs says of all NODES in common: subsystem, driver and USB_FACTS. Empty unless built with_facts."""
         if not self._with_facts or not nodes:
             return ()
         first, *others = (self._facts_of(node) for node in nodes)
         return tuple(item for item in first.items() if all(item in other.items() for other in others))
 
     def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
-        """The facts of NODE's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
         generation = node.entry.generation
         if generation not in self._facts:
             try:
@@ -2009,8 +2009,8 @@ class Sysfs:
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
     ) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
-        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        """Whether NODE's device, or a single one of its parents, has all ATTRIBUTES, like ATTRS in udev(7); and the
+        values of the attributes NAMES: from that folder, else from the device's own, else from the nearest parent's."""
         key = (node.entry.generation, attributes, names)
         if key not in self._answers:
             answer = self._ask(key, node) or UNANSWERED
@@ -2021,8 +2021,7 @@ class Sysfs:
         return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new, or of which sysfs did not answer, has by now other attributes than when answer()
-        was asked."""
+        """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
         has_changed = self._renew(self._settling | self._unanswered)
         now = time.monotonic()
         for key in list(self._settling):
@@ -2031,7 +2030,7 @@ class Sysfs:
         return has_changed
 
     def _renew(self, keys: Iterable[_Question]) -> bool:
-        """Ask again for KEYS; whether an answer is another one now."""
+        """Answer KEYS anew. Returns whether an answer has changed."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
@@ -2042,7 +2041,7 @@ class Sysfs:
         return has_changed
 
     def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
-        """The answer to QUESTION of NODE; None where sysfs does not answer in time."""
+        """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
         _, attributes, names = question
         try:
             folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
@@ -2078,8 +2077,8 @@ class Sysfs:
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
-    """The value of the attribute NAME in the sysfs FOLDER, None where it cannot be read. A link (driver, subsystem)
-    has its target's last name as value, as in udev."""
+    """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
+    subsystem) is the last part of its target, as in udev."""
     path = f"{folder}/{name}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -2097,7 +2096,7 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
 
 
 def _attribute_names(folder: str) -> List[str]:
-    """The files in the sysfs FOLDER that can be read and tell one device from another, and the links that can."""
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
     try:
         with os.scandir(folder) as items:
             files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
@@ -2113,7 +2112,7 @@ def _is_usable(value: str) -> bool:
 
 
 def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
-    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    """The values of ATTRIBUTES in the sysfs FOLDER if it has them all; else an empty tuple."""
     held = []
     for attribute in attributes:
         value = folder.get(attribute.name)
@@ -2124,7 +2123,8 @@ def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tupl
 
 
 def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
-    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it, or with a mismatch
+    that says which are missing."""
     values, problems = [], []
     for name in names:
         value = next(iter(values_of(folders, name)), None)
@@ -2138,8 +2138,7 @@ def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]
 
 
 def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of FOLDERS, a device's and its parents', has the same values of all ATTRIBUTES still; else what
-    there is instead."""
+    """Empty if one of FOLDERS still has the same values of all ATTRIBUTES; else what there is instead."""
     if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
         return ""
     found = nearest_values(folders, [held.name for held in attributes])
@@ -2148,7 +2147,7 @@ def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) ->
 
 
 def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None is not there."""
+    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None for one that is missing."""
     nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
     return [nearest.get(name) for name in names]
 
@@ -2169,12 +2168,13 @@ def values_of(folders: Folders, name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
-# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
+# Plan: from rules and the contents of /dev to resources by name. Immutable data and pure functions (sysfs is only read
+# for nodes not seen before). The kubelet side compares two plans. A name, an ID or an order that changes here costs
+# pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
-MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
+MAX_SHOWN = 200  # characters of an unknown ID in a message
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 
@@ -2182,18 +2182,18 @@ class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
     The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
-    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
-    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
+    leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
 
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
+    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
-    """A path below /dev that belongs to a device, and where a container sees it."""
+    """A path below /dev that belongs to a device, and its path in a container."""
 
     path: str
     container: str
@@ -2208,23 +2208,23 @@ class Device:
     path: str  # as matched, below /dev
     line: int  # of the rule that it follows
     slots: int
-    parts: Tuple[Part, ...]  # itself first, then what goes along; a Tegra GPU has none
+    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
-    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
+    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() of the moment when it appeared or went
-    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    since: float  # time.monotonic() when it appeared or went
+    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
-    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A resource as kubelet sees it: a device of its own name, or a pool of devices that a rule named."""
+    """A resource as the kubelet sees it: one device under a name made from its path, or a pool that a rule names."""
 
     name: str  # without the domain
     pool: bool
@@ -2232,7 +2232,7 @@ class Resource:
 
 
 class Slot(NamedTuple):
-    """One entry of the list that kubelet is sent: Device of the device plugin API."""
+    """One entry of the list that is sent to the kubelet: Device of the device plugin API."""
 
     id: str
     healthy: bool
@@ -2240,7 +2240,7 @@ class Slot(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A path that a rule named and that is not offered (by that rule), and why."""
+    """A path that a rule names but that is not offered under that rule, and why."""
 
     path: str
     line: int
@@ -2249,13 +2249,13 @@ class LeftOut(NamedTuple):
 
     @classmethod
     def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """What ERROR says of PATH, which the rule of LINE names."""
+        """PATH, which the rule in LINE names, left out because of ERROR."""
         return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be offered, and what not."""
+    """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
@@ -2267,10 +2267,10 @@ EMPTY_PLAN = Plan({}, (), ())
 
 @dataclass(frozen=True)
 class TrackedDevice:
-    """A path that a rule names and that stands for a device, or did so within EXPIRY_SECONDS."""
+    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
 
-    nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
-    problem: str  # why it is no device any more; empty: it is one
+    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
+    problem: str  # why it no longer leads to a device; empty: it does
     since: float
 
 
@@ -2278,8 +2278,9 @@ Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
-    since /dev's names hardly change. For the main thread only."""
+    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell.
+
+    The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
@@ -2290,7 +2291,7 @@ class Matcher:
         self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
-        """The rules that name the PATH of something below /dev."""
+        """The rules that name PATH, which is below /dev."""
         found = self._matches.get(path)
         if found is None:
             found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
@@ -2301,7 +2302,7 @@ class Matcher:
         return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered of all but PATHS."""
+        """Drop what is remembered, except about PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
 
@@ -2316,9 +2317,9 @@ TrackedDevices = Mapping[str, TrackedDevice]
 def track(
     old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, those that went lately among them, and the paths that are none.
+    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
@@ -2345,7 +2346,7 @@ def track(
 
 
 def track_gone(plan: Plan, now: float) -> TrackedDevices:
-    """The devices of PLAN, a former one, as devices that went NOW."""
+    """The devices of PLAN, which a previous run made, as devices that went NOW."""
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     return {
         device.path: TrackedDevice(
@@ -2356,7 +2357,7 @@ def track_gone(plan: Plan, now: float) -> TrackedDevices:
 
 
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
@@ -2386,10 +2387,11 @@ def make_plan(
     dev_dir: str,
     now: float,
 ) -> Plan:
-    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
-    does a device that was chosen by its attributes go at once when it has others, or another stands there.
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
+    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
+    stand in its place.
     """
     before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
@@ -2429,14 +2431,14 @@ def make_plan(
 
 
 class Overridden(NamedTuple):
-    """A rule that names a device without effect, because another rule has it."""
+    """A rule that names a device without effect, because a later rule applies to it."""
 
     rule: Rule
     device: Device
 
 
 def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
     for device in (device for resource in plan.resources.values() for device in resource.devices):
         named = [
@@ -2450,7 +2452,7 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
     winners, losers = _choose(name, claims, previous)
     is_pool = winners[0].is_pool
     if is_pool:
@@ -2464,10 +2466,10 @@ def _make_resource(
 
 
 def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
-    unchanged, then the first path in sorted order.
+    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
@@ -2487,9 +2489,9 @@ def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) ->
 
 
 def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these.
+    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
 
-    What is gone had its nodes; so it is compared with what is gone, and what is there with what is there.
+    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
     """
     kept: List[Claim] = []
     doubles: List[LeftOut] = []
@@ -2507,9 +2509,9 @@ def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]
 
 
 def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
-    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+    """The DEVICES of one resource whose slots do not fit into its list: their rules' lines, by path.
 
-    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    The devices that PREVIOUS has come first, so that a newcomer takes no room from them.
     """
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
@@ -2524,9 +2526,9 @@ def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[R
 
 
 def list_bytes(device: Device, is_pool: bool) -> int:
-    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+    """The size in bytes of DEVICE's slots in a ListAndWatchResponse, with the longer of the two health words.
 
-    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
     """
     nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
     rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
@@ -2540,7 +2542,7 @@ def list_bytes(device: Device, is_pool: bool) -> int:
 
 
 def _field_bytes(length: int) -> int:
-    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    """The size of a field that holds LENGTH bytes, with its tag and length."""
     return 1 + _varint_bytes(length) + length
 
 
@@ -2551,8 +2553,8 @@ def _varint_bytes(number: int) -> int:
 def _follow(
     path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
-    it."""
+    """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
+    not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
@@ -2571,7 +2573,7 @@ def _follow(
 
 
 def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
-    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
     answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
@@ -2587,8 +2589,8 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
 def _follow_lost(
     device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
-    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
+    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
     held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
@@ -2598,7 +2600,7 @@ def _follow_lost(
         try:
             parts = tuple(_parts(device.path, rule, match, values))
         except NotADevice:
-            continue  # the rule was edited, and has no place for it in a container
+            continue  # the rule was edited, and the path in the container is no longer a good one
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
         lost = dataclasses.replace(
             device,
@@ -2625,7 +2627,7 @@ def _device(
     sysfs: Sysfs,
     dev_dir: str,
 ) -> Device:
-    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
+    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
@@ -2657,7 +2659,7 @@ def _device(
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
     yield Part(path, _place(container, path), False, rule.permissions)
@@ -2668,7 +2670,7 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str
 
 
 def _place(container: str, path: str) -> str:
-    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
     place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
@@ -2680,7 +2682,7 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     for part in device.parts:
@@ -2701,9 +2703,9 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
 
 
 def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+    """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
-    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    Raises NotADevice if two nodes, or two folders, would have the same path in the container.
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
@@ -2718,19 +2720,20 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
 
 
 def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
     has_node = any(part.path == device.path for part in device.parts)
     return f"/dev/{device.path}" if has_node else device.path
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
-    """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
+    """The list that is sent to the kubelet. IDs follow from paths alone, so they mean the same device tomorrow."""
     return tuple(
         Slot(_slot_id(resource, device, number), not device.problem, device.numa)
         for device in resource.devices
@@ -2743,7 +2746,7 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
-    """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    """The device of RESOURCE to which SLOT_ID belongs; None if it is not an ID of RESOURCE."""
     return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
 
 
@@ -2753,7 +2756,7 @@ def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
 
 
 def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
@@ -2776,10 +2779,7 @@ class ContainerAllocation(NamedTuple):
 
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
-    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices.
-
-    Raises AllocationError.
-    """
+    """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
     for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
@@ -2807,8 +2807,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
-    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
-    ones with the fewest slots in use before the others."""
+    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
+    with the fewest slots in use first."""
     preferred = list(must)
     kept = set(preferred)
     free = set(available) - kept
@@ -3033,26 +3033,26 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
-# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
+# Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
+# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
+# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
 LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
-RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
+RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
+SLICE_SECONDS = 0.001  # of long work before the loop serves others
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
     ("grpc.max_connection_idle_ms", 3_600_000),
 )
 
@@ -3060,17 +3060,17 @@ Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of c
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
+    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
 
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
     if with_tls:
         import ssl  # noqa: F401  # for asyncio to find
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
     try:
         import asyncio
 
@@ -3081,7 +3081,7 @@ def load_grpc(with_tls: bool = False) -> None:
         import api_pb2_grpc as rpc
     except ImportError as error:
         raise Problem(
-            f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
+            f"serving needs the packages grpcio and protobuf, and the files api_pb2.py and api_pb2_grpc.py beside the "
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
@@ -3095,9 +3095,9 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside.
 
-    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
     """
 
     @functools.wraps(method)
@@ -3115,7 +3115,7 @@ def answered(method: Method) -> Method:
 
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
-    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
     data = printable(text).encode()
     if len(data) > MAX_ERROR_BYTES:
         data = data[:MAX_ERROR_BYTES] + b"..."
@@ -3124,13 +3124,13 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
 
 
 def unix_target(path: str) -> str:
-    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    """The gRPC URI of the Unix socket PATH. A channel takes a comma for the end of its URI, even an escaped one."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 
 
 def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -3143,12 +3143,12 @@ def connect_error(path: str) -> str:
 
 
 def _temporary_name(path: str) -> str:
-    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
 def descriptor_limit() -> int:
-    """How many file descriptors this process may have."""
+    """The limit of file descriptors of this process."""
     import resource as limits
 
     limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
@@ -3156,7 +3156,7 @@ def descriptor_limit() -> int:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process has."""
+    """The number of file descriptors that this process has open."""
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
     except OSError:
@@ -3164,11 +3164,11 @@ def open_descriptors() -> int:
 
 
 class UnixServer:
-    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
-    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
-    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
-    is_lost() says so.
+    Other instances may want the same path. start() makes the server ready for clients, publish() moves its socket to
+    PATH unless another server answers there, withdraw() and stop() end it. The socket file may be deleted or replaced
+    at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
@@ -3179,12 +3179,12 @@ class UnixServer:
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        """Serve under a temporary name, so that a client that finds a socket at PATH gets an answer. Raises OSError."""
         self._bind(self._temporary)
         await self._server.start()
 
     def publish(self) -> bool:
-        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
         if not is_published and connect_error(self.path):
             _remove_dead_socket(self.path)
@@ -3192,7 +3192,7 @@ class UnixServer:
         return is_published
 
     def _link(self) -> bool:
-        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        """Give the socket file its final name unless that is taken. link(2), unlike rename(2), replaces nothing."""
         try:
             os.link(self._temporary, self.path)
         except FileExistsError:
@@ -3202,11 +3202,11 @@ class UnixServer:
         return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, judged by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
     def withdraw(self) -> None:
-        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        """Remove the published file if it is still ours, so that another instance can take over, and go on serving."""
         inode, self._inode = self._inode, 0
         try:
             if inode and os.stat(self.path).st_ino == inode:
@@ -3216,7 +3216,7 @@ class UnixServer:
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
 
     async def stop(self) -> None:
-        """End the server; calls in progress have STOP_SECONDS."""
+        """End the server. Calls in progress get STOP_SECONDS."""
         self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
@@ -3265,7 +3265,7 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last look at it, and put back if it turns out to be that one.
+    last check, and moved back if somebody answers on it after all.
     """
     aside = _temporary_name(path)
     try:
@@ -3279,10 +3279,10 @@ def _remove_dead_socket(path: str) -> None:
 
 
 class OtherInstances:
-    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+    """Waits for the servers of other instances to end, and then calls those who wait for one of them.
 
-    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
-    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    A process that is killed leaves its socket files behind, so the directory does not change; but its connections end.
+    So this holds a connection to one of the sockets, and checks all of them when the connection ends.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -3293,13 +3293,13 @@ class OtherInstances:
         self._retry: Optional[asyncio.TimerHandle] = None
 
     def wait_for(self, path: str, wake: Callable[[], None]) -> None:
-        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
         self._waiting[path] = wake
         if self._connection is None:
             self._connect()
 
     def forget(self, path: str) -> None:
-        """Wait for that one no more."""
+        """Stop waiting for the server on PATH."""
         self._waiting.pop(path, None)
         if not self._waiting:
             self._disconnect()
@@ -3313,7 +3313,7 @@ class OtherInstances:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             connection.connect(self._path)
-        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+        except OSError:  # too many connections, here or there; or the server has ended
             if connection:
                 connection.close()
             self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
@@ -3331,7 +3331,7 @@ class OtherInstances:
             self._connection = None
 
     def _read(self) -> None:
-        """Read what the server says, which is of no interest, until it ends the connection."""
+        """Read and discard what the server sends, until it ends the connection."""
         assert self._connection
         try:
             if self._connection.recv(1 << 16):
@@ -3343,7 +3343,7 @@ class OtherInstances:
         if connect_error(self._path):
             self._wake_all()
         else:
-            self._connect()  # a server bears a client that says nothing for some seconds only
+            self._connect()  # the server has dropped a client that sent nothing for some seconds
 
     def _wake_all(self) -> None:
         self._disconnect()
@@ -3354,8 +3354,8 @@ class OtherInstances:
 class Watch:
     """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
     def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
@@ -3364,33 +3364,33 @@ class Watch:
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
+                self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
 
     def close(self) -> None:
-        """Ask for nothing any more."""
+        """Request no more signals."""
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
 
 
 class DirectoryInodes:
-    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
 
     def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
         found = os.stat(self._path)
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
         if stamp == self._stamp:
@@ -3401,7 +3401,7 @@ class DirectoryInodes:
 
 
 class GroupedLog:
-    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+    """Logs events of resources. Like events of several resources at about the same time become one line."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -3410,7 +3410,7 @@ class GroupedLog:
         self._timer: Optional[asyncio.TimerHandle] = None
 
     def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log this EVENT of the resource NAME, together with others like it."""
+        """Log EVENT of the resource NAME, together with like events of others."""
         now = self._loop.time()
         if self._timer:
             self._timer.cancel()
@@ -3420,38 +3420,38 @@ class GroupedLog:
         self._names.setdefault((event, sentence, level), set()).add(name)
 
     def flush(self) -> None:
-        """Log now what is waiting."""
+        """Log the collected events now."""
         for (event, sentence, level), names in self._names.items():
             log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._names.clear()
 
 
 class KubeletConnection:
-    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+    """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
     """
 
     def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._events = events
         self._on_change = on_change
         self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
         self._last_met: Optional[Identity] = None  # the kubelet that answered last
-        self._last_logged = ""  # of a kubelet that does not answer
+        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
         assert self._channel
         return self._channel
 
     def check(self) -> None:
-        """Look at kubelet.sock, and connect to it if it is another than before."""
+        """Check kubelet.sock, and connect to it if it is not the one seen before."""
         try:
             found = os.stat(self._path)
             identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
@@ -3461,16 +3461,16 @@ class KubeletConnection:
             self.identity = identity
             self.is_answering = False
         if identity is None:
-            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
         elif not self.is_answering and self.check_answering():
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment."""
         reason = connect_error(self._path)
         self.is_answering = not reason
         if reason and self.identity:
-            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
         return self.is_answering
 
     async def close(self) -> None:
@@ -3490,11 +3490,11 @@ class KubeletConnection:
         self.restarts += is_another
         self._last_logged = ""
         self._events.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
         self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
-        """Log SENTENCE, unless it is what was logged last."""
+        """Log SENTENCE, unless it was the last one logged."""
         if sentence != self._last_logged:
             self._last_logged = sentence
             self._events.flush()
@@ -3503,7 +3503,7 @@ class KubeletConnection:
 
 
 class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
+    """A container that holds a slot of a resource."""
 
     slot: str  # its ID
     namespace: str
@@ -3518,9 +3518,8 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
 ) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
-    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
-    MAX_HOLDERS.
+    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
+    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
@@ -3541,10 +3540,10 @@ def find_holders(
 
 
 class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+    """Asks the kubelet which container holds which slots of DOMAIN's resources.
 
     It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
     """
 
     def __init__(self, path: str, domain: str) -> None:
@@ -3552,7 +3551,7 @@ class PodResources:
         self._domain = domain
 
     async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
-        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
+        """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
@@ -3562,12 +3561,12 @@ class PodResources:
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
+            log.debug("the kubelet does not say who holds which slots: %s", error)
             return None
         return holders
 
     async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
@@ -3580,7 +3579,7 @@ class PodResources:
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
     done = []
     end = time.monotonic() + SLICE_SECONDS
     for item in items:
@@ -3592,34 +3591,34 @@ async def in_slices(items: Iterable[T]) -> List[T]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
-# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
+# all. The behaviour follows what the real kubelet does, as comments say. The Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
-MAX_REFUSALS = 1000  # that are remembered, to log each once
-READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
-LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
-CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
+READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
+LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
+CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
+NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
+EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
+REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
-ADMISSION_SECONDS = 10.0  # before another look whether there is room for more resources
-DESCRIPTORS_EACH = 2  # file descriptors that a registered resource has
-RESERVED_DESCRIPTORS = 96  # for all else: clients of the status server (64), Allocate, kubelet.sock, gRPC itself
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end together when the daemon ends, and seconds between
+ADMISSION_SECONDS = 10.0  # before another check whether there is room for more resources
+DESCRIPTORS_EACH = 2  # file descriptors per registered resource
+RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
 DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
-    """The devices of the host as they are at this moment, of which the plan may not know yet.
+    """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
     """
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
@@ -3629,7 +3628,7 @@ class HostDevices:
         self._next_look: Optional[asyncio.TimerHandle] = None
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
-        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
@@ -3637,15 +3636,15 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
 
-        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        The answer comes within about READ_SECONDS, whatever sysfs does.
         """
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which nothing in /dev stands for
+                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
                         return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
@@ -3676,12 +3675,12 @@ class HostDevices:
             raise SysfsTimeout from None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
-        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
@@ -3696,7 +3695,7 @@ class HostDevices:
         return "; ".join(values) or f"a {entry.kind} stands there"
 
     def look_again(self) -> None:
-        """Have the device side look again, soon."""
+        """Make the device side look again soon."""
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
 
@@ -3710,33 +3709,33 @@ def _cannot_look(error: OSError) -> str:
 
 
 class ListStream:
-    """What one ListAndWatch stream is still to be sent of a resource.
+    """The lists of one resource that a ListAndWatch stream has yet to send.
 
-    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
-    Unhealthy for a moment meanwhile, one before it in which that device is.
+    The reader may be slow, or not read at all. So only the newest list waits, and before it one more if a device was
+    Unhealthy for a moment meanwhile.
     """
 
     def __init__(self, resource: Resource) -> None:
         self._newest = resource
         self._sent: Optional[ListKey] = None
-        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the last list was sent
         self._is_ended = False
         self._has_news = asyncio.Event()
         self._has_news.set()
 
     def update(self, resource: Resource) -> None:
-        """Have the list of RESOURCE sent, unless it is the same."""
+        """Send the list of RESOURCE, unless it equals the last one."""
         self._newest = resource
         self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
         self._has_news.set()
 
     def end(self) -> None:
-        """Let next() return None, whatever waits."""
+        """Make next() return None, even if a list is waiting."""
         self._is_ended = True
         self._has_news.set()
 
     async def next(self) -> Optional[Resource]:
-        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        """Wait for the next list to send, and return its resource. None at the end."""
         while True:
             await self._has_news.wait()
             if self._is_ended:
@@ -3754,12 +3753,12 @@ ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
 
 
 def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
     return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
 
 
 def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
-    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    """RESOURCE with the devices at PATHS Unhealthy."""
     if not paths:
         return resource
     devices = (
@@ -3770,16 +3769,16 @@ def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
 
 
 class PluginOptions(NamedTuple):
-    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
 
-    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
-    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
+    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
 
 
 def options_of(resource: Resource) -> PluginOptions:
     """The options that RESOURCE needs.
 
-    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
     return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
 
@@ -3787,7 +3786,7 @@ def options_of(resource: Resource) -> PluginOptions:
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
-    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
     def __init__(
@@ -3800,12 +3799,12 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by path or ID
 
     def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
 
-        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
         return (
@@ -3814,13 +3813,13 @@ class Plugin:
         )
 
     def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
 
     def end_streams(self) -> None:
-        """Let every open stream end in good order."""
+        """End every open stream in good order."""
         for stream in self._streams:
             stream.end()
 
@@ -3883,7 +3882,7 @@ class Plugin:
         return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse what would take the loop long: others wait for it meanwhile."""
+        """Refuse a request that would keep the loop busy for long, while others wait."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
             await abort(context, "INVALID_ARGUMENT", text)
@@ -3892,10 +3891,10 @@ class Plugin:
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
-        """Let a container start if its devices are those that their rules chose.
+        """Allow a container to start if its devices are those that their rules chose.
 
-        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
-        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
+        it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
@@ -3914,7 +3913,7 @@ class Plugin:
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
@@ -3923,7 +3922,7 @@ class Plugin:
         return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
         given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
         text = (
             f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
@@ -3963,9 +3962,9 @@ def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateRespo
 
 
 def is_domain(text: str) -> bool:
-    """Whether kubelet takes TEXT as the domain of a resource.
+    """Whether the kubelet accepts TEXT as the domain of a resource.
 
-    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    It must be a DNS subdomain, also with the prefix "requests." of quotas, but must not have that prefix itself.
     """
     label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
     is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
@@ -3973,18 +3972,18 @@ def is_domain(text: str) -> bool:
 
 
 def socket_room(plugin_dir: str) -> int:
-    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    """The bytes available for NAME in PLUGIN_DIR/smarter-NAME.sock; fewer than SHORTEST_NAME are too few."""
     return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
 
 
 def socket_name(name: str, domain: str, plugin_dir: str) -> str:
-    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    """The file name of the socket of the resource NAME; its path has at most SOCKET_PATH_BYTES."""
     own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
+    """When to retry: after MIN_BACKOFF_SECONDS, then after twice as long each time, up to MAXIMUM seconds."""
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
@@ -3992,22 +3991,22 @@ class Backoff:
         self._pause = 0.0
 
     def reset(self) -> None:
-        """Forget what failed."""
+        """Forget the failures."""
         self.retry_at = self._pause = 0.0
 
     def fail(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
-        """Put off the next try UNTIL then, whatever failed."""
+        """Delay the next try UNTIL that time."""
         self.retry_at = until
 
 
 class RegistrationContext(NamedTuple):
-    """What all registrations share."""
+    """What all registrations have in common."""
 
     plugin_dir: str
     domain: str
@@ -4018,11 +4017,11 @@ class RegistrationContext(NamedTuple):
 
 
 class Registration:
-    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
+    """The life of one resource with the kubelet: run() listens, registers, watches the stream, repairs, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.trouble = ""  # why it is not ready, as last logged
+        self.trouble = ""  # why it is not ready, as logged last
         self.is_admitted = False
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -4030,48 +4029,48 @@ class Registration:
         self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
-        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._registered_with: Optional[Identity] = None  # the kubelet at the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
         self._is_waiting = False  # for another instance to end
-        self._is_socket_lost = False  # our socket file is gone or another's
-        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_socket_lost = False  # whether our socket file was deleted or replaced
+        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = False
         self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
-        self._stream_deadline = 0.0  # for kubelet to open it
+        self._stream_deadline = 0.0  # for the kubelet to open it
         self._backoff = Backoff()
         self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Registered, and kubelet's stream is open."""
+        """Whether it is registered and the kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
 
     @property
     def served_by_other(self) -> bool:
-        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
     @property
     def descriptors(self) -> int:
-        """How many file descriptors it has open: its server listens, and kubelet's connection carries the stream."""
+        """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
         return (self._server is not None) + self._is_stream_open
 
     def admit(self) -> None:
-        """Let run() serve it: there are DESCRIPTORS_EACH for it."""
+        """Allow run() to serve it: there are DESCRIPTORS_EACH for it."""
         self.is_admitted = True
         self.wake()
 
     def hold_back(self, problem: str) -> None:
-        """Say why it is not admitted yet."""
+        """Log why it is not admitted yet."""
         self._log_trouble("not-served", problem)
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
-        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
-        It must not be cancelled: grpc's servers do not survive that.
+        It must not be cancelled, because grpc's servers do not survive that.
         """
         try:
             if previous:
@@ -4082,18 +4081,18 @@ class Registration:
             await self._end_server()
 
     def retire(self) -> None:
-        """Let run() end."""
+        """Make run() end."""
         self._is_retired = True
         if self._call:
             self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have run() look again at what there is to do."""
+        """Make run() check again what there is to do."""
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
+        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
             self.wake()
@@ -4101,7 +4100,7 @@ class Registration:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
-        """Wait until woken, for SECONDS at the most."""
+        """Wait for wake(), for SECONDS at most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
         except asyncio.TimeoutError:
@@ -4121,17 +4120,17 @@ class Registration:
             self.wake()
 
     async def _advance(self) -> Optional[float]:
-        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        """Do what is due. Returns the seconds until more may be due without a call of wake(); None for never."""
         if not self.is_admitted:
             return None
-        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        self._kubelet.check()  # the last check may be outdated: the end of a stream may mean a new kubelet
         now = time.monotonic()
         if not self._kubelet.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
+            return None  # the kubelet is down; what is served stays as it is
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
-        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+        if self._is_waiting:  # without a stream, nothing else tells that the kubelet went down and sockets went with it
             return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
@@ -4145,12 +4144,14 @@ class Registration:
         return await self._serve_and_register()
 
     def _registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
+        """Why it must be served and registered anew; empty if it need not."""
         if self._is_socket_lost:
             return "its socket file was deleted"
         if self._is_stream_open or (not self._stream and now < self._stream_deadline):
             return ""
-        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+        if self._stream:
+            return "the kubelet ended its stream"
+        return f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s"
 
     def _lose_registration(self, problem: str, now: float) -> None:
         self._is_registered = False
@@ -4161,8 +4162,8 @@ class Registration:
         self._log_trouble("stream-lost", problem)
 
     async def _serve_and_register(self) -> Optional[float]:
-        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
-        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        """Serve the resource anew and register it. Returns the same as _advance()."""
+        await self._end_server()  # first, because the kubelet takes the end of an older stream for that of the newest
         self._registered_with = self._kubelet.identity
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
@@ -4174,7 +4175,7 @@ class Registration:
         return None if self._is_retired else await self._publish_and_register()
 
     async def _publish_and_register(self) -> Optional[float]:
-        """Register what is ready to be served, unless another instance serves it."""
+        """Publish the socket and register, unless another instance serves the resource."""
         assert self._server
         self._is_waiting = False
         try:
@@ -4190,7 +4191,7 @@ class Registration:
 
     def _serving_failed(self, error: OSError) -> Optional[float]:
         if not self._kubelet.check_answering():
-            self._registered_with = None  # a new one removes sockets while it starts
+            self._registered_with = None  # the next kubelet removes all sockets when it starts
             return None
         self._backoff.fail(time.monotonic())
         self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
@@ -4199,7 +4200,7 @@ class Registration:
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
+            return 0  # another kubelet came meanwhile, and the channel leads to it
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -4210,7 +4211,7 @@ class Registration:
         try:
             await self._call
         except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
+            return 0  # it is retired, or a new kubelet came and the channel was closed
         except grpc.RpcError as error:
             return await self._registration_failed(error)
         finally:
@@ -4218,26 +4219,26 @@ class Registration:
         self.registrations += 1
         self._is_registered = True
         self._stream_deadline = time.monotonic() + STREAM_SECONDS
-        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
         return 0
 
     async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
             self._registered_with = None
             return None
         self.refusals += 1
         self._backoff.fail(time.monotonic())
-        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        self._log_trouble("refused", f"the kubelet refused to register it ({error.code().name}): {error.details()}")
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
         """End the server and its streams.
 
-        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
-        once, and must not do that while the older stream is open.
+        The kubelet's stream ends before the socket file goes. Another instance that waits for the file to go registers
+        at once, and must not do that while the older stream is open.
         """
         server, self._server = self._server, None
         self._is_registered = self._is_socket_lost = self._is_waiting = False
@@ -4252,7 +4253,7 @@ class Registration:
         self._stream, self._is_stream_open = None, False
 
     def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
-        """Log TROUBLE, unless it is what was logged last."""
+        """Log TROUBLE, unless it was the last one logged."""
         if trouble != self.trouble:
             self.trouble = trouble
             self._events.add(event, trouble, level, self.plugin.full_name)
@@ -4261,9 +4262,9 @@ class Registration:
 class DevicePluginSide:
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
-    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
-    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
-    to look_now()) only lets the looks be fewer, and sooner.
+    It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
+    directory. It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed
+    to look_now()) only makes the looks fewer and sooner.
     """
 
     def __init__(
@@ -4279,7 +4280,7 @@ class DevicePluginSide:
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
-        self.slot_ids: SlotsOfDra = {}  # without DRA there is none
+        self.slot_ids: SlotsOfDra = {}  # DRA's; here there are none
         self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
@@ -4295,16 +4296,16 @@ class DevicePluginSide:
 
     @property
     def is_answering(self) -> bool:
-        """Whether kubelet answers."""
+        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     @property
     def kubelet_restarts(self) -> int:
-        """How often another kubelet was met."""
+        """How often a new kubelet took the place of another."""
         return self._kubelet.restarts
 
     async def run(self) -> None:
-        """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
         leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
@@ -4319,8 +4320,8 @@ class DevicePluginSide:
             await self._kubelet.close()
 
     async def _retire_all(self) -> None:
-        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
-        and they would all wait for the last one."""
+        """End the registrations a few at a time. Each resource is without a stream until the next instance has
+        registered it, and if all ended at once, the first would wait for the last."""
         while self.registrations:
             for name in list(self.registrations)[:RETIRE_AT_ONCE]:
                 self.registrations.pop(name).retire()
@@ -4337,13 +4338,14 @@ class DevicePluginSide:
             self._done.set_exception(error)
 
     def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and again when that is due."""
-        will_be_told = self._watch is not None and self._watch.ask()  # before the look: no change falls between
+        """Look at kubelet.sock and our own sockets, and schedule the next look."""
+        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
         self._look()
-        self._look_in(self.calm_look if will_be_told and self.is_answering else LOOK_SECONDS)
+        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
 
     def look_now(self) -> None:
-        """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
+        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
+        looks."""
         self._look()
         self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
@@ -4356,7 +4358,7 @@ class DevicePluginSide:
             self._fail(error)
 
     def _look_in(self, seconds: float) -> None:
-        """Put the next look() so far off; a plain timer, for it costs half of a coroutine."""
+        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
         if self._next_look:
             self._next_look.cancel()
         if not self._done.done():
@@ -4367,10 +4369,10 @@ class DevicePluginSide:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)  # the calm is over
+            self._look_in(LOOK_SECONDS)
 
     def _check_sockets(self) -> None:
-        """Have registrations heal whose socket files were deleted or replaced."""
+        """Pass the files in the plugin directory to the registrations if they have changed."""
         if not self.is_answering:
             return
         try:
@@ -4383,7 +4385,7 @@ class DevicePluginSide:
                 registration.check_socket(inodes)
 
     def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
+        """Like apply(), as a callback of the loop: what it raises, run() raises. Does nothing once run() must end."""
         try:
             if not self._done.done():
                 self.apply(plan)
@@ -4391,7 +4393,7 @@ class DevicePluginSide:
             self._fail(error)
 
     def apply(self, plan: Plan) -> None:
-        """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
+        """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
             if resource and registration.plugin.can_offer(resource):
@@ -4405,7 +4407,7 @@ class DevicePluginSide:
         self._admit()
 
     def _admit(self) -> None:
-        """Have registrations served, by name, as many as there are file descriptors for; none is sent away again."""
+        """Admit waiting registrations in sorted order, as far as file descriptors suffice. An admitted one stays."""
         if self._next_admission:
             self._next_admission.cancel()
             self._next_admission = None
@@ -4416,7 +4418,7 @@ class DevicePluginSide:
         admitted = [found for found in self.registrations.values() if found.is_admitted]
         promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
         room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
-        # What ends may have some still, and clients more than usual: then this looks again a little later.
+        # Ending registrations may still have some, and clients more than usual; then this checks again later.
         room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
         for number, name in enumerate(waiting):
             if number < room:
@@ -4439,7 +4441,7 @@ class DevicePluginSide:
             error = None if task.cancelled() else task.exception()
             if error:
                 self._fail(error)
-            self._admit()  # others may have its descriptors
+            self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
 
@@ -5471,7 +5473,7 @@ class DraSide:
         if request.plugin_registered:
             self.registrations += 1
             self.problem = ""
-            log_event("registered", "registered with kubelet", driver=self.settings.domain)
+            log_event("registered", "registered with the kubelet", driver=self.settings.domain)
         else:
             self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
         if self.publisher:
