@@ -6085,10 +6085,6 @@ _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{do
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {state}" role="img" \
 aria-label="{state}"></span><code>{text}</code>"""
-_PROBLEM = '<small class="why">Unhealthy: {problem}</small><small>since {since}</small>'
-_USER = '<li>{container} <span class="dim">of</span> {pod} <small>{word} {slots}</small></li>'
-_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
-_ITEM = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
@@ -6120,7 +6116,9 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
         yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
     yield '<dl class="facts">\n'
-    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in _facts(document))
+    for name, value, more in _facts(document):
+        fact = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
+        yield _fill(fact, name=name, value=value, more=more)
     yield "</dl>\n<h2>Resources</h2>\n"
     says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
     if document["resources"]:
@@ -6131,7 +6129,7 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     else:
         yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
     for key, title, columns in LISTS:
-        rows = [[item[column] for column in columns.values()] for item in document[key]]
+        rows = ([item[column] for column in columns.values()] for item in document[key])
         yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
     yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
@@ -6139,9 +6137,8 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
 
 def _page_problem(sentence: str, names: Sequence[str]) -> str:
     """One of find_problems(); its names lead to their rows."""
-    links = [_fill('<a href="#{name}">{name}</a>', name=name) for name in names[:MAX_NAMES]]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
+    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
+    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
 def _facts(document: Document) -> Iterator[Tuple[str, object, str]]:
@@ -6180,32 +6177,34 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
     for device in resource["devices"]:
         yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
         head = ""  # it spans all rows
-        items = [
-            _fill(
-                _USER,
-                container=container,
-                pod=pod,
-                word="slot" if len(slots) == 1 else "slots",
-                slots=_first_names(slots),
-            )
-            for (pod, container), slots in users.get(device["path"], {}).items()
-        ]
-        yield '<td role="cell" data-name="Used by:">' + (f"<ul>{''.join(items)}</ul>" if items else "") + "</td></tr>\n"
+        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
 def _page_device(device: Document) -> str:
-    since, state = clock(device["since"]), "Unhealthy" if device["problem"] else "Healthy"
+    since, problem = clock(device["since"]), device["problem"]
+    state = "Unhealthy" if problem else "Healthy"
     cell = _fill(_DEVICE, since=since, line=device["line"], state=state, text=device_text(device))
-    return cell + (_fill(_PROBLEM, since=since, problem=device["problem"]) if device["problem"] else "") + "</td>"
+    why = '<small class="why">Unhealthy: {problem}</small><small>since {since}</small>'
+    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
+
+
+def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
+    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+    items = (
+        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
+        for (pod, container), ids in users.items()
+    )
+    return f"<ul>{''.join(items)}</ul>" if users else ""
 
 
 def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, text=text, more=" ".join(more)) for key, text, *more in items]
-    if pieces:
-        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
-        yield from pieces
-        yield "</ul>\n"
+    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
+    for key, text, *more in items:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield head + _fill(item, key=key, text=text, more=" ".join(more))
+        head = ""
+    yield "" if head else "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
