@@ -5699,8 +5699,9 @@ def unready_text(trouble: str) -> str:
 
 def conf_problem(conf: Document) -> str:
     """Why the config file is refused, and which rules are in force; empty where it is good."""
-    since = clock(conf["read_at"])
-    return conf["error"] and f"the config file is refused, the rules of {since} UTC stay in force: {conf['error']}"
+    if not conf["error"]:
+        return ""
+    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
 def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
@@ -5802,16 +5803,19 @@ def _device_cell(device: Document) -> str:
     return device_text(device) + (f" (Unhealthy: {device['problem']})" if device["problem"] else "")
 
 
+def dra_text(dra: Document) -> str:
+    """The part of the document on DRA, in one line."""
+    slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
+    claims = f"{pluralize(dra['claims_prepared'], 'claim')} prepared"
+    return f"DRA: {slices}, {claims}, the API server {'answers' if dra['api_reachable'] else 'does not answer'}"
+
+
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
-    resources, problems, dra = document["resources"], document["problems"], document["dra"]
+    resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
     lines += [f"  - {problem}" for problem in problems]
-    if dra:
-        slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
-        reachable = "answers" if dra["api_reachable"] else "does not answer"
-        claims = pluralize(dra["claims_prepared"], "claim")
-        lines.append(f"DRA: {slices}, {claims} prepared, the API server {reachable}")
+    lines += [dra_text(document["dra"])] if document["dra"] else []
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
@@ -6001,11 +6005,10 @@ small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { 
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: flex; flex-wrap: wrap; gap: .75rem; } .facts div { flex: 1 1 7.5rem; padding: .6rem 1rem; }
-.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
 table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
 svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
 rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
@@ -6013,9 +6016,6 @@ rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
 .Healthy { background: var(--good); } .Unhealthy { background: var(--bad); }
 @media (max-width: 44rem) {
   .list li { grid-template-columns: 1fr; }
-  .facts { display: block; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
-  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
@@ -6115,11 +6115,8 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
         yield '<ul class="card list wrong">\n'
         yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
-    yield '<dl class="facts">\n'
-    for name, value, more in _facts(document):
-        fact = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
-        yield _fill(fact, name=name, value=value, more=more)
-    yield "</dl>\n<h2>Resources</h2>\n"
+    facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
+    yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
     says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
     if document["resources"]:
         yield _TABLE
@@ -6141,21 +6138,19 @@ def _page_problem(sentence: str, names: Sequence[str]) -> str:
     return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
-def _facts(document: Document) -> Iterator[Tuple[str, object, str]]:
-    """The figures on top of the page: name, value, and one more."""
-    resources, conf, kubelet, dra = document["resources"], document["conf"], document["kubelet"], document["dra"]
-    devices = [device for resource in resources for device in resource["devices"]]
-    present = sum(device["healthy"] for device in devices)
+def _facts(document: Document) -> Iterator[str]:
+    resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
+    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
-    slots = sum(resource["slots"] for resource in resources)
-    yield "Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"
-    yield "Devices", len(devices), f"{present} present, {len(devices) - present} absent"
-    yield "Slots in use", "unknown" if None in in_use else sum(in_use), f"of {slots}"
-    yield "Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"
-    yield "Config file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")
-    if dra:
-        yield "ResourceSlices", dra["slices"], f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
-        yield "Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} failed"
+    slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
+    restarts = pluralize(kubelet["restarts"], "restart")
+    yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
+    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
+    yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
+    yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
+    if document["dra"]:
+        yield dra_text(document["dra"])
 
 
 def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
@@ -6495,9 +6490,8 @@ class StatusServer:
                     remarks.append(f"{side.domain}/{name}: {state['trouble']}")
                 elif not state["ready"]:
                     unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
-        if self.stats.conf["error"]:
-            remarks.append(conf_problem(self.stats.conf))
-        return plain(503 if unready else 200, [*(unready or ["ok"]), *remarks])
+        remarks.append(conf_problem(self.stats.conf))
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
 
     async def _view(self, path: str) -> Response:
         """What PATH shows of the document."""

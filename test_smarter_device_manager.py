@@ -8991,9 +8991,9 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     assert dra["claims"] == [{"namespace": "default", "name": claim.name, "devices": ["/dev/video0"]}]
     assert status.document()["problems"] == []
     page = status.ask("/").body
-    assert "Claims prepared" in page and "API server answers" in page
     text = node.run("--status", status.address).stdout
-    assert "DRA: 2 devices published in 1 ResourceSlice, 1 claim prepared, the API server answers" in text
+    for shown in (page, text):
+        assert "DRA: 2 devices published in 1 ResourceSlice, 1 claim prepared, the API server answers" in shown
     camera.api.down()
     camera.prepare(camera.claim("video0-0"))
     wait_for(lambda: status.metrics()["api_reachable"] == 0)
@@ -9235,7 +9235,8 @@ def test_holders_are_those_of_our_domain() -> None:
 
 def described(resource: sdm.Resource, *holders: sdm.Holder) -> sdm.Document:
     """RESOURCE as the document has it, while HOLDERS have slots of it."""
-    return sdm.describe_use(resource, {resource.name: holders})
+    use = sdm.describe_use(resource, {resource.name: holders})
+    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), "ready": False, "trouble": "", **use}
 
 
 def test_each_slot_in_use_counts_once() -> None:
@@ -10370,10 +10371,8 @@ def test_the_page_escapes_everything() -> None:
     page = "".join(sdm.render_page(hostile_document(), "nonce"))
     page.encode()
     found = Tags(page)
-    allowed = (
-        "html head meta noscript title link style script body header h1 button p span strong main h2 ul li a dl div"
-    )
-    more = "dt dd small table thead tbody tr th td svg rect code footer"
+    allowed = "html head meta noscript title link style script body header h1 button p span strong main h2 ul li a"
+    more = "small table thead tbody tr th td svg rect code footer"
     assert found.tags <= {*allowed.split(), *more.split()}
     assert page.count("<script") == page.count("</script>") == 1
     assert not any(name.startswith("on") for name in found.attributes)
@@ -10680,11 +10679,6 @@ def test_the_page_fits_each_screen(node: Node, greenhouse: Status, chromium: Chr
     for width, is_dark in itertools.product((1280, 768, 390), (False, True)):
         chromium.show(url_of(greenhouse), width, is_dark)
         assert chromium.run("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
-        tops = chromium.run(
-            "[...document.querySelectorAll('.facts div')].map(card => card.getBoundingClientRect().top)"
-        )
-        in_a_row = {tops.count(top) for top in tops}
-        assert len(in_a_row) == 1, "no card is left over"
         assert chromium.run("getComputedStyle(document.querySelector('tbody')).display") == (
             "block" if width == 390 else "table-row-group"
         )
