@@ -5862,17 +5862,15 @@ def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}
-    rows = []
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: Dict[Tuple[int, str], Set[int]] = {}
     for rule, device in overridden:
-        rows.append((rule.line, device_path(device), f"line {device.line}"))
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    without_effect = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
-    return _section("Named without effect, because a later rule has it", ("LINE", "PATH", "HAS IT"), rows) + _section(
-        "Rules that later rules override for every device that they name",
-        ("LINE", "DEVICEMATCH", "BY LINE"),
-        without_effect,
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
     )
 
 
@@ -6016,10 +6014,10 @@ def _api_requests(document: Document) -> Samples:
 
 
 FAMILIES = (
-    Family("build_info", "1; the labels tell the version.", _build),
+    Family("build_info", "Always 1; the labels have the versions.", _build),
     Family("slots", "Containers that may have the resource at once.", "resources.slots"),
-    Family("slots_in_use", "Slots that containers have; absent: unknown.", "resources.in_use"),
-    Family("slot_holder", "1 for each container that has a slot.", _slot_holders),
+    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
     Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
     Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
     Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
@@ -6029,23 +6027,21 @@ FAMILIES = (
     Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
     Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
     Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
-    Family("conf_reloads_total", "Changed config files that were taken over.", "conf.reloads"),
+    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
     Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
-    Family("conf_good", "0 if the config file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
+    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
     Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
-    Family("scan_duration_seconds", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
     Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
     Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
     Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
     Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
     Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
-    Family(
-        "slices_published_timestamp_seconds", "When the slices were last as they should be.", "dra.published_at_seconds"
-    ),
+    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
     Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
     Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
     Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
-    Family("log_lines_dropped_total", "Lines of the log that nobody read.", "process.log_lines_dropped"),
+    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
     Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
     Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
     Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
@@ -6073,10 +6069,8 @@ REFRESH_SECONDS = 5  # of the page
 STYLE = """
 :root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
   --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
-  --track: light-dark(#e6e9ed, #2c343e); --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a);
-  --good: light-dark(#166a3a, #56d08a); --good-back: light-dark(#e3f4e9, #12301f);
-  --bad: light-dark(#b3262b, #ff8a8a); --bad-back: light-dark(#fdecec, #3a1719);
-  --goal: light-dark(#fff7d6, #33301a); }
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
@@ -6085,11 +6079,10 @@ header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: non
 h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
 code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
-button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
-.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
 small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
-.why { color: var(--bad); }
+.good { color: var(--good); } .bad { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
@@ -6100,10 +6093,10 @@ table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
 thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
-svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
 rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
-.Healthy { background: var(--good); } .Unhealthy { background: var(--bad); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
 @media (max-width: 44rem) {
   .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
@@ -6169,11 +6162,11 @@ scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th 
 Used by</th></tr></thead>
 """
 _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="why">{trouble}</small><small class="why">{refused}</small></th>
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
 <td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
-_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {state}" role="img" \
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
 aria-label="{state}"></span><code>{text}</code>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
@@ -6214,7 +6207,7 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
             yield from _page_resource(resource, says_trouble)
         yield "</table>\n"
     else:
-        yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
+        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
     for key, title, columns in LISTS:
         rows = ([item[column] for column in columns.values()] for item in document[key])
         yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
@@ -6268,9 +6261,9 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
 
 def _page_device(device: Document) -> str:
     since, problem = clock(device["since"]), device["problem"]
-    state = "Unhealthy" if problem else "Healthy"
-    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, text=device_text(device))
-    why = '<small class="why">Unhealthy: {problem}</small><small>since {since}</small>'
+    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
+    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
+    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
     return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
 
 

@@ -4068,7 +4068,7 @@ def test_list_tells_of_rules_that_others_override(board: Board) -> None:
     )
     text = board.node.run("--list").stdout
     rows = [re.split(" {2,}", line.strip()) for line in text.splitlines()]
-    assert rows.index(["LINE", "PATH", "HAS IT"]) + 1 == rows.index(["2", "nvidia-gpu0", "line 3"])
+    assert rows.index(["LINE", "PATH", "BY LINE"]) + 1 == rows.index(["2", "nvidia-gpu0", "3"])
     assert rows.index(["LINE", "DEVICEMATCH", "BY LINE"]) + 1 == rows.index(["2", "nvidia-gpu", "3"])
     board.node.rules("- devicematch: nvidia-gpu\n")
     assert "later rule" not in board.node.run("--list").stdout
