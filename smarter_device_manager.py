@@ -5641,51 +5641,31 @@ def _inodes(path: str) -> Mapping[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
-# which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
-# the server's paths are a public interface. A new metric is one more line of FAMILIES.
+# Status: what is offered, what is in use and what is wrong, as one document (JSON). Tables, metrics and the page are
+# pure renderers of that document; a small server comes last. The document's keys, the names of the metrics and the
+# paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
+MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
 class DeviceSideStats(NamedTuple):
-    """What the device side says of itself after each turn."""
+    """What the device side reports after each turn."""
 
-    heartbeat: float  # time.monotonic() of that
-    conf: Document  # how it stands with the conf file, as the whole document has it
-    dev_problem: str  # why /dev cannot be looked at
-    scan_seconds: float  # that the last look at /dev took
-
-
-class RegistrationState(NamedTuple):
-    """How one resource stands with the kubelet."""
-
-    ready: bool = False  # registered, and the kubelet's stream is open
-    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
-    trouble: str = ""  # why not
-    allocations: int = 0
-    registrations: int = 0
-    refusals: int = 0
-    stream_losses: int = 0
-    start_refusals: int = 0
+    heartbeat: float  # time.monotonic() of the report
+    conf: Document  # the part "conf" of the status document
+    dev_problem: str  # why /dev cannot be read
+    scan_seconds: float  # how long the last look at /dev took
 
 
-# The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
+# The document. --list --json prints its parts "resources", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, domain: str, epoch: float) -> Document:
-    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing.
-
-    EPOCH is the time.time() at which time.monotonic() was 0.
-    """
-    resources = [describe_resource(resource, domain, epoch) for resource in plan.resources.values()]
-    return {"resources": resources, **_describe_rest(plan)}
-
-
-def _describe_rest(plan: Plan) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
+        "resources": resources,
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5695,7 +5675,7 @@ def _describe_rest(plan: Plan) -> Document:
 
 
 def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document."""
+    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
     return {
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
@@ -5725,32 +5705,24 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
     }
 
 
-def describe_offer(
-    resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
-) -> Document:
-    """RESOURCE as a document, with how it stands with the kubelet and, where HOLDERS are known, who has its slots."""
-    document = {**describe_resource(resource, domain, epoch), **state._asdict(), "in_use": None, "holders": None}
-    if holders is not None:
-        held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
-        document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
-    return document
-
-
-def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Document]:
-    """The HOLDERS of slots that RESOURCE offers now, as documents in the order of the slots."""
+def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+    if holders is None:
+        return {"in_use": None, "holders": None}
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     found = []
-    for holder in set(holders):
+    for holder in set(holders.get(resource.name, ())):
         path, _, number = holder.slot.rpartition(":")
         device = devices.get(path)
         if device and is_slot_of(device, resource, holder.slot):
             document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
             found.append((path, int(number), holder, document))
-    return [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    held = [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
 def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document: what is in PLAN and STATS, the RESOURCES of describe_offer(), and OTHERS as they are."""
+    """The whole document of a daemon: PLAN, STATS, the RESOURCES with their registration and use, and OTHERS."""
     document = {
         "smarter_device_manager": __version__,
         **others,
@@ -5760,15 +5732,15 @@ def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Docu
         "conf": stats.conf,
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
-        "resources": resources,
-        **_describe_rest(plan),
+        **describe_plan(plan, resources),
     }
-    document["problems"] = [problem_text(*problem) for problem in find_problems(document).items()]
+    for sentence, names in find_problems(document).items():
+        document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
     return document
 
 
 def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
-    """Each thread with its last of HEARTBEATS and the MAX_AGE that it may have, in seconds of time.monotonic()."""
+    """Per thread the age of its last heartbeat, and MAX_AGE; all in seconds of time.monotonic()."""
     return [
         {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
         for name, heartbeat in heartbeats.items()
@@ -5776,7 +5748,7 @@ def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
-    """A sentence for each of THREADS that hangs."""
+    """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
         for thread in threads
@@ -5785,57 +5757,52 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
-    """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
-    kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
+    """What is wrong, the worst first: sentences, each with the names of the resources or devices that have it."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
+
+    def add(sentence: str, *names: str) -> None:
+        problems.setdefault(sentence, []).extend(names)
+
     if document["dra"]:
-        problems.update({document["dra"]["problem"]: []} if document["dra"]["problem"] else {})
-    elif not kubelet["answering"]:
-        where = kubelet["plugin_dir"]
-        problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
-    for resource in resources:
-        if kubelet["answering"] and not document["dra"] and not resource["ready"]:
-            problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
-    if document["dev_problem"]:
-        problems[document["dev_problem"]] = []
-    if conf["error"]:
-        problems[conf_error_text(conf["error"], conf["read_at"])] = []
-    for resource in resources:
-        holders = _holders_by_device(resource)
+        add(document["dra"]["problem"])
+    elif not document["kubelet"]["answering"]:
+        where = document["kubelet"]["plugin_dir"]
+        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+    else:
+        for resource in document["resources"]:
+            if not resource["ready"]:
+                add(unready_text(resource["trouble"]), resource["name"])
+    add(document["dev_problem"])
+    add(conf_problem(document["conf"]))
+    for resource in document["resources"]:
+        users = _users_by_device(resource)
         for device in resource["devices"]:
-            if not device["healthy"]:
-                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
-                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
-                problems.setdefault(sentence, []).append(device["path"])
+            if device["problem"]:
+                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
+    problems.pop("", None)
     return problems
 
 
-def problem_text(sentence: str, names: Sequence[str]) -> str:
-    """One of find_problems() as a line of text."""
-    return f"{_first_names(names)}: {sentence}" if names else sentence
-
-
 def unready_text(trouble: str) -> str:
-    """Why a resource is not with the kubelet, in words."""
-    return f"not registered with the kubelet: {trouble}" if trouble else "not registered with the kubelet yet"
+    """That a resource is not registered, because of TROUBLE if that is known."""
+    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
 
 
-def conf_error_text(error: str, read_at: str) -> str:
-    """That the conf file is refused for ERROR, and of when the rules in force are."""
-    return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
+def conf_problem(conf: Document) -> str:
+    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    if not conf["error"]:
+        return ""
+    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
-    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
-    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """Per path of a device of RESOURCE, the slots that each container has: by namespace/pod and container."""
+    users: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
     for holder in resource["holders"] or ():
-        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
-    return found
-
-
-def _pod_and_container(holder: Document) -> Tuple[str, str]:
-    """The names of HOLDER as kubectl has them: namespace/pod, and the container."""
-    return f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
+    return users
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -5843,19 +5810,26 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def clock(time_of_day: str) -> str:
-    """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
-    return f"{time_of_day[:10]} {time_of_day[11:19]}"
+def clock(moment: str) -> str:
+    """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
+    return moment[:19].replace("T", " ")
 
 
 # Text: for terminals.
 
+# What tables and page list below the resources: the key in the document, the title, and the key of each column.
+LISTS = (
+    ("left_out", "Left out, though a rule names it", {"LINE": "line", "PATH": "path", "REASON": "reason"}),
+    ("unused", "Rules that matched nothing", {"LINE": "line", "DEVICEMATCH": "pattern"}),
+)
 
-def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+
+def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
     """ROWS as lines of text in columns, numbers to the right. The last column may be as long as it likes."""
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(row[column].isdecimal() for row in cells[1:]) for column in range(len(header))]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
     lines = (
         "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
         for row in cells
@@ -5863,111 +5837,102 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
+def _section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+    """ROWS as a table below TITLE; nothing where there are none."""
+    return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
+
+
+def _render_lists(document: Document) -> str:
+    return "".join(
+        _section(title, columns, [[item[column] for column in columns.values()] for item in document[key]])
+        for key, title, columns in LISTS
+    )
+
+
 def render_list(document: Document) -> str:
     """What --list prints of describe_plan()'s DOCUMENT."""
-    rows: List[Tuple[object, ...]] = [
-        (
-            device["slots"],
-            device["line"],
-            resource["name"] + (" (pool)" if resource["pool"] else ""),
-            _device_text(device),
-        )
+    rows = [
+        (device["slots"], device["line"], resource["name"] + " (pool)" * resource["pool"], _device_cell(device))
         for resource in document["resources"]
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
-    return text + _render_rest(document)
-
-
-def _render_rest(document: Document) -> str:
-    text = ""
-    if document["left_out"]:
-        left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
-        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), left_out)
-    if document["unused"]:
-        unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
-        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
-    return text
+    return text + _render_lists(document)
 
 
 def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    if not overridden:
-        return ""
-    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
-    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: Dict[Tuple[int, str], Set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    if winners:
-        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
-        text += "\nRules that later rules override for every device that they name:\n"
-        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
+    )
+
+
+def device_text(device: Document) -> str:
+    """The path of DEVICE, where its link leads, its number of nodes, and the path in the container if that differs."""
+    text: str = device["path"]
+    if device["nodes"]:  # none while it is Unhealthy
+        node = device["nodes"][0]
+        target, is_folder = target_of(node["host"], node["targets"])
+        text += f" -> {target}" if target else ""
+        count = sum(len(each["targets"]) for each in device["nodes"])
+        text += f" ({pluralize(count, 'node')})" if is_folder or count > 1 else ""
+        text += "" if node["container"].startswith(device["path"]) else f" as {node['container']}"
     return text
 
 
-def _device_text(device: Document) -> str:
-    problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
-    return f"{device['path']}{problem or _device_details(device)}"
+def _device_cell(device: Document) -> str:
+    return device_text(device) + (f" (Unhealthy: {device['problem']})" if device["problem"] else "")
 
 
-def _device_details(device: Document) -> str:
-    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
-    container sees it if that is not where the host has it."""
-    nodes = device["nodes"]
-    if not nodes:
-        return ""
-    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
-    details = f" -> {link}" if link else ""
-    count = sum(len(node["targets"]) for node in nodes)
-    if is_folder or count > 1:
-        details += f" ({pluralize(count, 'node')})"
-    if not nodes[0]["container"].startswith(device["path"]):
-        details += f" as {nodes[0]['container']}"
-    return details
-
-
-def describe_dra(dra: Document) -> str:
-    """The part on DRA of the status document in one line."""
-    claims = pluralize(dra["claims_prepared"], "claim")
-    reachable = "answers" if dra["api_reachable"] else "does not answer"
+def dra_text(dra: Document) -> str:
+    """The part of the document on DRA, in one line."""
     slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
-    return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
+    claims = f"{pluralize(dra['claims_prepared'], 'claim')} prepared"
+    return f"DRA: {slices}, {claims}, the API server {'answers' if dra['api_reachable'] else 'does not answer'}"
 
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
-    lines += [f"  - {problem}" for problem in problems] + ([describe_dra(document["dra"])] if document["dra"] else [])
-    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
+    lines += [f"  - {problem}" for problem in problems]
+    lines += [dra_text(document["dra"])] if document["dra"] else []
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
             resource["name"],
             "yes" if resource["ready"] else "no",
-            _first_names([_device_text(device) for device in resource["devices"]]),
+            _first_names([_device_cell(device) for device in resource["devices"]]),
         )
         for resource in resources
     ]
-    header = ("IN USE", "RESOURCE", "READY", "DEVICE")
-    text += render_table(header, offered) if offered else "No device is offered.\n"
     held = [
-        (holder["slot"], resource["name"].partition("/")[2], *_pod_and_container(holder))
+        (_first_names(slots), resource["name"].partition("/")[2], pod, container)
         for resource in resources
-        for holder in resource["holders"] or ()
+        for users in _users_by_device(resource).values()
+        for (pod, container), slots in users.items()
     ]
-    if held:
-        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
     events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
-    return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+    return (
+        "".join(f"{printable(line)}\n" for line in [*lines, ""])
+        + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
+        + _section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
+        + _render_lists(document)
+        + _section("Last events", ("TIME", "EVENT"), events)
+    )
 
 
 def event_text(event: Document) -> Tuple[str, str]:
-    """What EVENT says, with the resources or devices that it is about; and its other fields."""
+    """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
     sentence = event["message"]
     others = []
     for key, value in event.items():
@@ -5989,33 +5954,38 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
 
 class Family(NamedTuple):
-    """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
+    """A metric: its name without the prefix, its help, and where the document has its values.
+
+    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
+    """
 
     name: str
-    kind: str
     help: str
-    read: Callable[[Document], Samples]
+    source: Union[str, Callable[[Document], Samples]]
+
+    @property
+    def kind(self) -> str:
+        """Its type."""
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def full_name(self) -> str:
+        """Its name as it is exported; those of a process have the names that all Prometheus clients give them."""
+        return self.name if self.name.startswith("process_") else PREFIX + self.name
+
+    def samples(self, document: Document) -> Samples:
+        """Its samples in DOCUMENT."""
+        if not isinstance(self.source, str):
+            return self.source(document)
+        part, _, key = self.source.partition(".")
+        if part == "resources":
+            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+        return [({}, document[part][key])] if document[part] else []
 
 
-def _each(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of each resource where it is known."""
-    return lambda document: (
-        ({"resource": resource["name"]}, resource[key])
-        for resource in document["resources"]
-        if resource[key] is not None
-    )
-
-
-def _one(part: str, key: str) -> Callable[[Document], Samples]:
-    """The value KEY of a PART of the document."""
-    return lambda document: [({}, document[part][key])]
-
-
-def _devices(document: Document) -> Samples:
-    for resource in document["resources"]:
-        healthy = sum(device["healthy"] for device in resource["devices"])
-        yield {"resource": resource["name"], "state": "present"}, healthy
-        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+def _build(document: Document) -> Samples:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
 def _slot_holders(document: Document) -> Samples:
@@ -6028,98 +5998,66 @@ def _slot_holders(document: Document) -> Samples:
     return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
 
 
+def _devices(document: Document) -> Samples:
+    for resource in document["resources"]:
+        healthy = sum(device["healthy"] for device in resource["devices"])
+        yield {"resource": resource["name"], "state": "present"}, healthy
+        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+
+
 def _left_out(document: Document) -> Samples:
-    counts = {reason.label: 0 for reason in Reason}
-    for left in document["left_out"]:
-        counts[left["label"]] += 1
-    return [({"reason": label}, count) for label, count in counts.items()]
+    labels = [left["label"] for left in document["left_out"]]
+    return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
 def _api_requests(document: Document) -> Samples:
-    requests = document["dra"]["api_requests"] if document["dra"] else []
-    return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
-
-
-def _of_dra(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of the part on DRA, if there is one."""
-    return lambda document: [({}, document["dra"][key])] if document["dra"] else []
-
-
-def _build(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return [({"version": document["smarter_device_manager"], "python": python}, 1)]
+    for asked in document["dra"]["api_requests"] if document["dra"] else ():
+        yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
 FAMILIES = (
-    Family("build_info", "gauge", "1; the labels tell the version.", _build),
-    Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
-    Family("slots_in_use", "gauge", "Slots that containers have; absent: unknown.", _each("in_use")),
-    Family("slot_holder", "gauge", "1 for each container that has a slot.", _slot_holders),
-    Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
-    Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
-    Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
-    Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
-    Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
-    Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
-    Family("kubelet_answering", "gauge", "1 if the kubelet answers on its socket.", _one("kubelet", "answering")),
-    Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
-    Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
-    Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
-    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
-    Family(
-        "conf_last_good_timestamp_seconds",
-        "gauge",
-        "When the conf file was last good.",
-        _one("conf", "read_at_seconds"),
-    ),
-    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family(
-        "api_requests_total",
-        "counter",
-        "Requests to the API server, by verb and code; this and more with dra.",
-        _api_requests,
-    ),
-    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api_reachable")),
-    Family("slices_published", "gauge", "ResourceSlices of this node.", _of_dra("slices")),
-    Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
-    Family(
-        "slices_published_timestamp_seconds",
-        "gauge",
-        "When the slices were last as they should be.",
-        _of_dra("published_at_seconds"),
-    ),
-    Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
-    Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
-    Family(
-        "internal_errors_total",
-        "counter",
-        "Calls that failed for an unforeseen reason.",
-        _one("process", "internal_errors"),
-    ),
-    Family(
-        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
-    ),
-    Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
-    Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
-    Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
+    Family("build_info", "Always 1; the labels have the versions.", _build),
+    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
+    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
+    Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
+    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
-
-
-def metric_name(family: Family) -> str:
-    """The whole name of FAMILY; those of a process have the names that all Prometheus clients give them."""
-    return family.name if family.name.startswith("process_") else PREFIX + family.name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
-        name = metric_name(family)
+        name = family.full_name
         yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.read(document):
+        for labels, value in family.samples(document):
             pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
-            number = int(value) if isinstance(value, (int, bool)) else value
+            number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
@@ -6131,46 +6069,38 @@ def _label(text: str) -> str:
 
 REFRESH_SECONDS = 5  # of the page
 STYLE = """
-:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
-  --bad-back: #fdecec; --goal: #fff7d6; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
-  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
-  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
+:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
+  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
 h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
-button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
-.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
-.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
-.why, small { display: block; }
+h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
+small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
+.good { color: var(--good); } .bad { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
-.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
 table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
-.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
-.dot { background: var(--good); } .off { background: var(--bad); }
-.hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
+rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
 @media (max-width: 44rem) {
-  .list li, .facts { grid-template-columns: 1fr; }
-  .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
-  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
+  .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
@@ -6178,39 +6108,35 @@ thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thea
 """
 SCRIPT = """
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-let isPaused = false;
-const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
+const period = 1000 * document.body.dataset.refresh;
+const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement?.getAttribute("href");
+  const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
-    if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
+    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
   }
   document.title = page.title;
   document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
-  if (focused && document.activeElement === document.body)
+  if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
 async function refresh() {
   if (mayChange()) try {
-    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
     const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
     if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
     trouble.textContent = "";
   } catch {
     trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
   }
-  setTimeout(refresh, 1000 * document.body.dataset.refresh);
 }
 
-button.onclick = () => {
-  isPaused = !isPaused;
-  button.textContent = isPaused ? "Resume" : "Pause";
-};
+button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
-setTimeout(refresh, 1000 * document.body.dataset.refresh);
+setInterval(refresh, period);
 """
 
 _HEAD = """<!doctype html>
@@ -6232,27 +6158,22 @@ cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 <strong id="trouble" class="bad" role="status"></strong></p></header>
 <main id="content" data-live>
 """
-_LINK = '<a href="#{name}">{name}</a>'
-_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
 _TABLE = """<table class="card" role="table">
 <thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
 scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
 Used by</th></tr></thead>
 """
-_NAME = '<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}'
-_USE = """</th><td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg class="bar {full}" aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
-_DEVICE = '<td role="cell"><span title="{more}"><span class="dot {off}"></span><span class="hidden">{state} </span>\
-<code>{path}</code>{details}</span>'
-_WHY = '<span class="why">{why}</span>'
-_SINCE = "<small>since {since}</small>"
-_HOLDER = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
-_ITEM = '<li><span class="key">{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code>"""
 _FOOT = """</main>
-<footer class="dim">The page follows the daemon every {refresh} seconds. The same, for programs: <a href="status.json">\
+<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-"""
+<script nonce="{nonce}">"""
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6264,127 +6185,110 @@ def _fill(template: str, **values: object) -> str:
 def render_page(document: Document, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
     count = len(document["problems"])
-    verdict = "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
-    colour, mood = ("%23b3262b", "bad") if count else ("%23166a3a", "good")
-    node, version, refresh = document["node"], document["smarter_device_manager"], REFRESH_SECONDS
-    yield _fill(_HEAD, refresh=refresh, nonce=nonce) + STYLE
-    values = {"colour": colour, "mood": mood, "version": version, "time": clock(document["time"])}
-    yield _fill(_TOP, refresh=refresh, node=node, verdict=verdict, **values)
+    values = {
+        "nonce": nonce,
+        "refresh": REFRESH_SECONDS,
+        "node": document["node"],
+        "version": document["smarter_device_manager"],
+        "time": clock(document["time"]),
+        "verdict": "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong",
+        "mood": "bad" if count else "good",
+        "colour": "%23b3262b" if count else "%23166a3a",
+    }
+    yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
         yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
-    yield from _page_facts(document)
-    yield "<h2>Resources</h2>\n"
+    facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
+    yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
+    says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, document["kubelet"]["answering"])
+            yield from _page_resource(resource, says_trouble)
         yield "</table>\n"
     else:
-        yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
-    left_out = ((left["path"], left["reason"], f"rule of line {left['line']}") for left in document["left_out"])
-    yield from _page_list("Left out, though a rule names it", left_out)
-    unused = ((f"line {rule['line']}", rule["pattern"], "") for rule in document["unused"])
-    yield from _page_list("Rules that matched nothing", unused)
-    events = ((clock(event["time"]), *event_text(event)) for event in document["events"])
-    yield from _page_list("Last events", events)
-    yield _fill(_FOOT, refresh=refresh) + _fill('<script nonce="{nonce}">', nonce=nonce) + SCRIPT
-    yield "</script>\n</body>\n</html>\n"
+        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+    for key, title, columns in LISTS:
+        rows = ([item[column] for column in columns.values()] for item in document[key])
+        yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
+    yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
+    yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _page_problem(sentence: str, names: Sequence[str]) -> str:
     """One of find_problems(); its names lead to their rows."""
-    links = [_fill(_LINK, name=name) for name in names[:MAX_NAMES]]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
+    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
+    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
-def _page_facts(document: Document) -> Iterator[str]:
+def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    devices = [device for resource in resources for device in resource["devices"]]
-    present = sum(device["healthy"] for device in devices)
+    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
-    facts: List[Tuple[str, object, str]] = [
-        ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
-        ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
-        (
-            "Slots in use",
-            "unknown" if None in in_use else sum(in_use),
-            f"of {sum(resource['slots'] for resource in resources)}",
-        ),
-        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
-        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
-    ]
+    slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
+    restarts = pluralize(kubelet["restarts"], "restart")
+    yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
+    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
+    yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
+    yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
     if document["dra"]:
-        dra = document["dra"]
-        reachable = f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
-        facts += [
-            ("ResourceSlices", dra["slices"], reachable),
-            ("Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} could not be"),
-        ]
-    yield '<dl class="facts">\n'
-    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
-    yield "</dl>\n"
+        yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
-    """The rows of RESOURCE: one for each device, with who holds it."""
-    slots, in_use, devices = resource["slots"], resource["in_use"], resource["devices"]
-    percent = min(100, 100 * (in_use or 0) // max(slots, 1))
-    full = "full" if percent == 100 else ""
+def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
+    """The rows of RESOURCE: one per device, with the containers that use it."""
+    in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
+    head = _fill(
+        _RESOURCE,
+        rows=len(resource["devices"]),
+        domain=domain,
+        name=name,
+        trouble=unready_text(resource["trouble"]) if says_trouble and not resource["ready"] else "",
+        refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
+        use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
+        percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
+    )
+    users = _users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    holders = _holders_by_device(resource)
-    for number, device in enumerate(devices):
-        yield _fill('<tr id="{path}" role="row">', path=device["path"])
-        if number == 0:
-            yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
-            if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
-                yield _fill(_WHY, why=unready_text(resource["trouble"]))
-            if resource["start_refusals"]:
-                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
-            use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
-            yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
-        yield from _page_device(device)
-        yield from _page_holders(holders.get(device["path"], {}))
-        yield "</tr>\n"
+    for device in resource["devices"]:
+        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
+        head = ""  # it spans all rows
+        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
-def _page_device(device: Document) -> Iterator[str]:
-    since, is_healthy = clock(device["since"]), device["healthy"]
-    yield _fill(
-        _DEVICE,
-        more=f"since {since}, by the rule of line {device['line']}",
-        off="" if is_healthy else "off",
-        state="Healthy:" if is_healthy else "",
-        path=device["path"],
-        details=_device_details(device) if is_healthy else "",
+def _page_device(device: Document) -> str:
+    since, problem = clock(device["since"]), device["problem"]
+    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
+    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
+    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
+    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
+
+
+def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
+    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+    items = (
+        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
+        for (pod, container), ids in users.items()
     )
-    if not is_healthy:
-        yield _fill(_WHY + _SINCE, why=f"Unhealthy: {device['problem']}", since=since)
-    yield "</td>\n"
+    return f"<ul>{''.join(items)}</ul>" if users else ""
 
 
-def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
-    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
-    for (pod, container), ids in holders.items():
-        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
-    yield "</ul></td>" if holders else "</td>"
+def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
+    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
+    for key, text, *more in items:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield head + _fill(item, key=key, text=text, more=" ".join(more))
+        head = ""
+    yield "" if head else "</ul>\n"
 
 
-def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, text=text, more=more) for key, text, more in items]
-    if pieces:
-        yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
-        yield from pieces
-        yield "</ul>\n"
-
-
-# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
-# It reads and writes its sockets by itself: asyncio's streams accept a whole backlog of clients in one turn of the
+# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
+# client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
 BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
@@ -6392,8 +6296,8 @@ MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answere
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
+ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
+FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
 _PHRASES = {
     200: "OK",
@@ -6411,6 +6315,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
 
+Response = Tuple[bytes, bytes]  # head and body: the same object for all who get it, so slow readers cost no memory
+
 
 class Unanswerable(Exception):
     """A request that gets an error: its status."""
@@ -6420,17 +6326,8 @@ class Unanswerable(Exception):
         self.status = status
 
 
-class Response(NamedTuple):
-    """What a client is answered."""
-
-    status: int
-    kind: str  # its Content-Type
-    body: bytes  # one object for all who get it: slow readers are to cost no memory
-    policy: str = "default-src 'none'"  # its Content-Security-Policy
-
-
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """What the HEAD of an HTTP request asks for (RFC 9112): GET or HEAD, and the path. Raises Unanswerable."""
+    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112). Raises Unanswerable."""
     first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -6438,9 +6335,8 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     if line[3] != b"1":
         raise Unanswerable(505)
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    names = [header[1].lower() for header in headers if header]
-    hosts = names.count(b"host")
-    if len(names) < len(headers) or hosts > 1 or (hosts == 0 and line[4] != b"0"):
+    hosts = [header[1].lower() for header in headers if header].count(b"host")
+    if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
         raise Unanswerable(400)
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable(405)
@@ -6448,36 +6344,32 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     return line[1].decode(), path or "/"
 
 
-def plain(status: int, lines: Sequence[str] = ()) -> Response:
-    """LINES as a plain text; without any, what STATUS means."""
-    text = "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"])
-    return Response(status, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
-
-
-def format_head(response: Response, now: float) -> bytes:
-    """All of RESPONSE but its body as bytes to send, dated NOW."""
+def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+    """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
+    body = text.encode("utf-8", "backslashreplace")
     head = [
-        f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
-        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(now))}",
-        f"Content-Type: {response.kind}",
-        f"Content-Length: {len(response.body)}",
-        f"Content-Security-Policy: {response.policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        f"HTTP/1.1 {status} {_PHRASES[status]}",
+        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        "Content-Security-Policy: default-src 'none'; "
+        f"{policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if response.status == 405 else []),
+        *(["Allow: GET, HEAD"] if status == 405 else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode()
+    return "\r\n".join([*head, "", ""]).encode(), body
 
 
-async def encoded(pieces: Iterable[str]) -> bytes:
-    """PIECES as one text, put together in slices."""
-    return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
+def plain(status: int, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, what STATUS means."""
+    return respond(status, "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"]))
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
+    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
     host = address[0]
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
@@ -6503,21 +6395,20 @@ def address_text(address: Tuple[Any, ...]) -> str:
 
 
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
-    loop = asyncio.get_running_loop()
+    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
     while b"\n\r\n" not in data and b"\n\n" not in data:
         if len(data) >= HEAD_BYTES:
             raise Unanswerable(431 if b"\n" in data else 414)
-        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
+        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
-        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
+        if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
             raise Unanswerable(400)
     return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
 
 
 async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
-    """Send DATA and end; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
+    """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
     loop = asyncio.get_running_loop()
     for part in data:
         await loop.sock_sendall(connection, part)
@@ -6529,7 +6420,7 @@ async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
 
 
 def describe_process() -> Document:
-    """What the kernel knows of this process; proc(5) has its start in ticks since the machine's."""
+    """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -6539,6 +6430,27 @@ def describe_process() -> Document:
         "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
         "internal_errors": log_counts.internal_errors,
         "log_lines_dropped": log_counts.dropped_lines,
+    }
+
+
+def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> Document:
+    """How the resource NAME of SIDE stands with the kubelet."""
+    counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
+    if isinstance(side, DraSide):
+        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
+        return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
+    registration = side.registrations.get(name)
+    if registration is None:
+        return {"ready": False, "served_by_other": False, "trouble": "", **counts}
+    return {
+        "ready": registration.is_ready,  # registered, and the kubelet's stream is open
+        "served_by_other": registration.served_by_other,  # /readyz, and nothing else, takes that for ready
+        "trouble": "" if registration.is_ready else registration.trouble,
+        "allocations": registration.plugin.allocations,
+        "registrations": registration.registrations,
+        "refusals": registration.refusals,
+        "stream_losses": registration.stream_losses,
+        "start_refusals": registration.plugin.start_refusals,
     }
 
 
@@ -6566,11 +6478,9 @@ class StatusServer:
         self._pod_resources = pod_resources
         self._node = node
         self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._asking: Clients = {}  # those whose request is awaited
-        self._answered: Clients = {}  # those that are being answered
+        self._asking: Clients = {}  # whose request is awaited
+        self._answered: Clients = {}  # who are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
-        self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
-        self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6584,7 +6494,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]
@@ -6594,8 +6504,8 @@ class StatusServer:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client."""
-        task = asyncio.ensure_future(self._talk(connection))
+        """Serve a new client."""
+        task = asyncio.ensure_future(self._serve(connection))
         self._add(self._asking, task)
 
         def end(_: object) -> None:
@@ -6606,14 +6516,14 @@ class StatusServer:
         task.add_done_callback(end)
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        """Add TASK to CLIENTS. Where they are too many, the oldest goes, so that none can keep others out for long."""
         if len(clients) >= MAX_CLIENTS:
             oldest = next(iter(clients))
             del clients[oldest]
             oldest.cancel()
         clients[task] = None
 
-    async def _talk(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
         task = asyncio.current_task()
         assert task
@@ -6622,97 +6532,67 @@ class StatusServer:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
-                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
-                response = await self._respond(path)
+                self._add(self._answered, task)  # so that silent and slow clients do not keep each other out
+                head, body = await self._respond(path)
             except Unanswerable as error:
-                response = plain(error.status)
+                head, body = plain(error.status)
             except asyncio.TimeoutError:
-                response = plain(408)
-            data = [format_head(response, time.time()), *([response.body] if method != "HEAD" else [])]
-            await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
+                head, body = plain(408)
+            await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went or was too slow: %s", error)
+            log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _respond(self, path: str) -> Response:
         try:
-            if path in self._probes:
-                return self._probes[path]()
-            if path in self._views:
-                return await self._shared(path, self._views[path])
+            if path == "/healthz":
+                hanging = find_hanging(self._threads())
+                return plain(503 if hanging else 200, hanging or ["ok"])
+            if path == "/readyz":
+                return self._readyz()
+            if path in ("/", "/metrics", "/status.json"):
+                return await self._shared(path, lambda: self._view(path))
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return plain(500)
-        return plain(404)
-
-    def _healthz(self) -> Response:
-        hanging = find_hanging(self._threads())
-        return plain(503 if hanging else 200, hanging or ["ok"])
+            raise Unanswerable(500) from None
+        raise Unanswerable(404)
 
     def _threads(self) -> List[Document]:
         heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
         return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            if self._side.is_standby:
-                return plain(200, ["ok", obstacle, *self._remarks()])
-            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
-        states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [
-            f"{name}: {unready_text(state.trouble)}"
-            for name, state in states.items()
-            if not state.ready and not state.served_by_other
-        ]
-        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
-        return plain(503 if unready else 200, (unready + waiting or ["ok"]) + self._remarks())
+        """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
+        side = self._side
+        unready: List[str] = []
+        remarks: List[str] = []
+        if isinstance(side, DraSide):
+            if side.obstacle:
+                (remarks if side.is_standby else unready).append(side.obstacle)
+        else:
+            for name in self.plan.resources:
+                state = describe_registration(side, name)
+                if state["served_by_other"]:
+                    remarks.append(f"{side.domain}/{name}: {state['trouble']}")
+                elif not state["ready"]:
+                    unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
+        remarks.append(conf_problem(self.stats.conf))
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
 
-    def _remarks(self) -> List[str]:
-        """What is worth a line of /readyz and does not change its status."""
-        conf = self.stats.conf
-        return [conf_error_text(conf["error"], conf["read_at"])] if conf["error"] else []
-
-    def _registration_state(self, name: str) -> RegistrationState:
-        """How the resource NAME stands with the kubelet."""
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            return RegistrationState(
-                ready=not obstacle,
-                trouble=obstacle,
-                served_by_other=self._side.is_standby,
-                allocations=self._side.prepared.get(name, 0),
-                registrations=self._side.registrations,
-            )
-        registration = self._side.registrations.get(name)
-        if registration is None:
-            return RegistrationState()
-        return RegistrationState(
-            ready=registration.is_ready,
-            served_by_other=registration.served_by_other,
-            trouble="" if registration.is_ready else registration.trouble,
-            allocations=registration.plugin.allocations,
-            registrations=registration.registrations,
-            refusals=registration.refusals,
-            stream_losses=registration.stream_losses,
-            start_refusals=registration.plugin.start_refusals,
-        )
-
-    async def _metrics(self) -> Response:
-        body = await encoded(render_metrics(await self._document()))
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", body)
-
-    async def _json(self) -> Response:
-        body = await encoded(json.JSONEncoder(indent=1).iterencode(await self._document()))
-        return Response(200, "application/json", body)
-
-    async def _page(self) -> Response:
-        nonce = os.urandom(16).hex()
-        body = await encoded(render_page(await self._document(), nonce))
-        policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", body, f"default-src 'none'; {policy}")
+    async def _view(self, path: str) -> Response:
+        """What PATH shows of the document."""
+        document = await self._shared("", self._describe)
+        nonce, policy = os.urandom(16).hex(), ""
+        if path == "/":
+            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
+            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+        elif path == "/metrics":
+            kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        else:
+            kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
+        return respond(200, "".join(await in_slices(pieces)), kind, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
+        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
         if not self._made:
             asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
         if key not in self._made:
@@ -6723,30 +6603,30 @@ class StatusServer:
     def _forget(self) -> None:
         self._made = {}
 
-    async def _document(self) -> Document:
-        return await self._shared("", self._describe)
-
     async def _describe(self) -> Document:
         holders = await self._pod_resources.holders(self._side.slot_ids)
         side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
-        offers = (
-            describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
+        resources = (
+            {
+                **describe_resource(resource, side.domain, epoch),
+                **describe_registration(side, name),
+                **describe_use(resource, holders),
+            }
             for name, resource in plan.resources.items()
         )
-        kubelet = {
-            "answering": side.is_answering,
-            "restarts": side.kubelet_restarts,
-            "plugin_dir": side.plugin_dir,
-        }
         return describe_daemon(
             plan,
             self.stats,
-            await in_slices(offers),
+            await in_slices(resources),
             node=self._node,
             domain=side.domain,
             time=utc(time.time()),
             threads=self._threads(),
-            kubelet=kubelet,
+            kubelet={
+                "answering": side.is_answering,
+                "restarts": side.kubelet_restarts,
+                "plugin_dir": side.plugin_dir,
+            },
             dra=side.describe() if isinstance(side, DraSide) else None,
             process=describe_process(),
             events=self.events.events(),
@@ -7925,7 +7805,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.attributes is not None:
         return show_attributes(options)
     devices = _look_once(options)
-    document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
+    epoch = time.time() - time.monotonic()
+    resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
+    document = describe_plan(devices.plan, resources)
     if options.json:
         print(json.dumps(document, indent=2))
         return 0
