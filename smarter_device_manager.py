@@ -1,33 +1,40 @@
 #!/usr/bin/env python3
-"""Offer the devices of a Linux node to Kubernetes: each one a resource that a pod can ask for, no pod privileged.
+"""Offer the devices of a Linux node to Kubernetes, each as a resource that a pod can request without being privileged.
 
-A conf file names devices by regular expressions over their paths below /dev, and says how many containers may use one
-at once:
+A config file selects devices by regular expressions over their paths below /dev, and says how many containers may use
+each of them at once:
 
     - devicematch: ^video[0-9]*$
       nummaxdevices: 20
 
-Each device found is offered to kubelet through the device plugin API (v1beta1) as smarter-devices/NAME, and a
-container that was given a slot of it finds the device in its own /dev. Hot-plug, edits of the conf file and restarts
-of kubelet are followed.
+The daemon offers each device to the kubelet as smarter-devices/NAME, through the device plugin API (v1beta1) or as a
+driver for Dynamic Resource Allocation (--api dra). A container that is given one of its slots finds the device in its
+own /dev. The daemon follows hot-plugged devices, edits of the config file and restarts of the kubelet.
 
-    smarter_device_manager.py                   serve kubelet on this node
-    smarter_device_manager.py --list            what would be offered, what is left out and why
-    smarter_device_manager.py --check           is the conf file good?
-    smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
-    smarter_device_manager.py --status          what a running daemon says
-    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
-    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
+    smarter_device_manager.py                   serve the kubelet of this node
+    smarter_device_manager.py --list            show what would be offered, and what is left out and why
+    smarter_device_manager.py --check           check the config file
+    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --status          show the state of a running daemon
+    smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
-kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
-file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
-socket and stream). What passes between them is immutable, so nothing is locked.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
+kubelet, Command line. Each of them needs only those above it.
 
-Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
+There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
+the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
+two is immutable, so there are no locks.
+
+Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
+    sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
 import argparse
 import binascii
@@ -51,7 +58,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -87,37 +93,33 @@ if TYPE_CHECKING:
     import api_pb2 as pb
     import api_pb2_grpc as rpc
 
-if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
-    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
-
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML: a strict subset, read by our own parser, because a daemon of one file has no libraries.
-# The law: for any text it returns exactly what PyYAML's safe_load returns, or raises ConfigError
-# that says where and what to write instead. More may be refused here; more may be accepted only if
-# the law still holds (the tests compare with PyYAML). The configuration chapter relies on Node's
-# line and column for its own messages.
+# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library.
+# The law: for any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says
+# where the problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check
+# against PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MAX_DEPTH = 50  # levels of nesting; it also bounds the recursion of the parser
+_MAX_DEPTH = 50  # levels of nesting; this also limits the parser's recursion
 _MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
 _END = "\0"  # marks the end of the text: no YAML text may contain it
 
-# Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
+# Characters that YAML does not allow, or that YAML 1.1 and 1.2 read differently (line breaks, byte order mark).
 _BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
-# All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
+# What may stand between two tokens: blanks, comments and line breaks. A '#' starts a comment only after a blank.
 _GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
 _DOCUMENT_START = re.compile(r"(?: *(?:#[^\n]*)?\n)*---(?= *(?: #[^\n]*)?\n)")
 _DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
 _LIST_DASH = re.compile(r"-(?=[ \t\n])")
 _BLOCK_COLON = re.compile(r" *:(?=[ \t\n])")
-_FLOW_COLON = re.compile(r" *:")  # what cannot follow it is part of the plain text before it
+_FLOW_COLON = re.compile(r" *:")  # _FLOW_PLAIN has taken each ':' that belongs to a text
 
 
 def _plain_pattern(stop: str) -> re.Pattern[str]:
-    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters stop."""
+    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters in STOP."""
     char = rf"(?:[^ \t\n:{stop}]|:(?![ \t\n{stop}]))"
     return re.compile(rf"(?![?:,\[\]{{}}#&*!|>'\"%@`]|-(?!{char})){char}+(?: +(?!#){char}+)*")
 
@@ -131,7 +133,7 @@ _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-# Everything that some YAML (1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for another type.
+# What some YAML reader (of version 1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for something other than text.
 _NOT_PLAIN_TEXT = re.compile(
     r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
     | [-+]?\.[0-9_]+(?:e[-+]?[0-9]+)?                                    # .5
@@ -143,7 +145,7 @@ _NOT_PLAIN_TEXT = re.compile(
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
-# What to write instead of a text that starts with one of these.
+# What to write instead of a plain text that starts with one of these characters.
 _HINTS = {
     "-": "a list item starts on a line of its own; a text that is only '-' must be quoted",
     "?": "a text that starts with '?' must be quoted; keys with '?' are not supported",
@@ -158,7 +160,7 @@ _HINTS = {
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, where (from 1), and what to write instead."""
+    """What is wrong with the config file and what to write instead; line and column count from 1."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
@@ -171,7 +173,7 @@ class ConfigError(ValueError):
 
 
 class Node(NamedTuple):
-    """A value and where it starts (from 1)."""
+    """A value and the place where it starts; line and column count from 1."""
 
     value: Any  # str, int, bool or None; a list of nodes; Pairs
     line: int
@@ -179,7 +181,7 @@ class Node(NamedTuple):
 
 
 class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping; a type of its own, to tell {} from []."""
+    """The keys and values of a mapping. The type tells {} from []."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -188,7 +190,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes that know their place, or raise ConfigError."""
+    """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
 
 
@@ -202,14 +204,14 @@ def _plain_value(node: Node) -> Any:
 
 
 class _Parser:
-    """One method per rule of the grammar; each starts at self.pos and moves it behind its rule.
+    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
 
-    Block rules end at the next token, so that its column tells who goes on; the others end right
-    behind their last character. depth is the level of nesting of what is parsed.
+    Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
+    after their last character. depth is the level of nesting.
     """
 
     def __init__(self, text: str) -> None:
-        # A line break before the end spares all rules the case of a last line without one.
+        # With a line break at the end, no method has to care for a last line without one.
         self.text = text.removeprefix("\ufeff").replace("\r\n", "\n") + "\n" + _END
         self.line_starts = [0] + [match.end() for match in re.finditer("\n", self.text)]
         self.pos = 0
@@ -228,7 +230,7 @@ class _Parser:
         return line, pos - self.line_starts[line - 1] + 1
 
     def indent(self) -> int:
-        """The column of the token at self.pos; the end of the text is left of all others."""
+        """The column of the token at self.pos; 0 at the end of the text."""
         return 0 if self.char() == _END else self.place(self.pos)[1]
 
     def node(self, value: Any, start: int) -> Node:
@@ -272,7 +274,7 @@ class _Parser:
         start = self.pos
         node = self.flow_node(depth, _BLOCK_PLAIN)
         if self.end_of(_BLOCK_COLON) > self.pos:
-            self.pos = start  # it was the first key
+            self.pos = start  # this was the first key
             return self.block_mapping(depth)
         self.end_line()
         return node
@@ -303,7 +305,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def block_value(self, depth: int, indent: int) -> Node:
-        """What belongs to a key with this indent, from behind its ':' on."""
+        """The value of a key with this indent; self.pos is after its ':'."""
         empty = self.node(None, self.pos)
         if not self.skip():
             node = self.flow_node(depth, _BLOCK_PLAIN)
@@ -312,7 +314,7 @@ class _Parser:
         if self.indent() > indent:
             return self.block_node(depth)
         if self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
-            return self.block_list(depth)  # the one thing that needs no deeper indent
+            return self.block_list(depth)  # the only value that needs no deeper indent
         return empty
 
     def end_line(self) -> None:
@@ -325,7 +327,7 @@ class _Parser:
     def misplaced(self) -> NoReturn:
         self.fail(
             "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
-            "has a space behind its ':'; a text must not go on over several lines"
+            "has a space after its ':'; a text must be on one line"
         )
 
     def check_depth(self, depth: int) -> None:
@@ -333,12 +335,12 @@ class _Parser:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
     def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
-        """A key and its ':', the same rule for both styles but for their patterns."""
+        """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
         key, end = node.value, self.end_of(colon)
         if end == self.pos:
-            self.fail("there is no ': ' behind this key: write 'key: value', with the space", start)
+            self.fail("there is no ': ' after this key: write 'key: value', with the space", start)
         if not isinstance(key, str):
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
@@ -380,7 +382,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
-        """Go through a flow collection; stop at the start of each entry for the caller to read."""
+        """Parse a flow collection; yield at the start of each entry, which the caller parses."""
         start = self.pos
         self.check_depth(depth)
         self.pos += len("[")
@@ -403,7 +405,7 @@ class _Parser:
         start = self.pos
         match = pattern.match(self.text, start)
         if not match:
-            default = f"no text starts with '{self.char()}': quote it, or add what is missing before"
+            default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
         text = match.group()
         self.pos = match.end()
@@ -417,8 +419,8 @@ class _Parser:
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
-                f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
-                "else write a decimal number of up to 18 digits, true, false or null",
+                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
+                "otherwise write a decimal number of up to 18 digits, true, false or null",
                 start,
             )
         return self.node(text, start)
@@ -452,51 +454,51 @@ class _Parser:
 
 
 def _shown(text: str) -> str:
-    """The text in quotes, as one could write it, but short."""
+    """TEXT in quotes, for a message; a long one is cut."""
     return f'"{text}"' if len(text) <= 40 else f'"{text[:40]}..."'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
-# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
-# for it: it is written out here, or refused.
+# Expressions: searches for expressions of RE2 (https://github.com/google/re2/wiki/Syntax), which the Go program used,
+# with Python's re, within a limit of time. A pattern is translated so that every version of re reads it like RE2 and
+# without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
-MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
-TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
-MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
-MAX_GROUPS = 1000  # one inside the other, as in Go
-MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
+MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or several nested ones, as in RE2
+MAX_GROUPS = 1000  # nested, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # of an expression that Go compiled: maxSize of its regexp/syntax
 
 T = TypeVar("T")
 
 
 class ExpressionError(ValueError):
-    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
+    """A text is not an expression of RE2, or one that Python cannot express. The message says what to write instead."""
 
 
 class SearchTimeout(Exception):
-    """A search took too long, so nobody knows what it would have found."""
+    """A search took too long, so its result is unknown."""
 
 
 class _Alarm:
-    """Ends work that takes too long, by an exception that the handler of a signal raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises.
 
-    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
-    be such that it may end anywhere. The signal is SIGPROF, whose timer counts CPU time: a machine that is busy with
-    something else makes no search take too long.
+    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
+    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
+    long because the machine is busy with something else.
     """
 
     def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
         self._is_installed = False
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
 
-        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
+        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("only the main thread can search within a limit of time")
@@ -508,7 +510,7 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             return work()
         finally:
-            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
             self._due = 0.0
             signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -516,7 +518,7 @@ class _Alarm:
         if not self._due:
             return
         left = self._due - time.thread_time()
-        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+        if left > 0:  # the timer counts the clock's ticks, of all threads in the process
             signal.setitimer(signal.ITIMER_PROF, left)
             return
         self._due = 0.0
@@ -527,10 +529,10 @@ _ALARM = _Alarm()
 
 
 class Expression:
-    """An expression of RE2, searched by Python's re within a limit of CPU time.
+    """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
-    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
+    other threads run for as long as it took, and is not tried again with the same text.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -542,7 +544,7 @@ class Expression:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
-            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+            raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self._slow_texts: Dict[str, None] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -552,11 +554,11 @@ class Expression:
         return hash(self.pattern)
 
     def search(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.search()."""
         return self._find(self.compiled.search, text)
 
     def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.fullmatch()."""
         return self._find(self.compiled.fullmatch, text)
 
     def was_slow(self, text: str) -> bool:
@@ -566,7 +568,7 @@ class Expression:
     def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
         if self.was_slow(text):
             raise SearchTimeout
-        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        # The more texts took too long, the less time the next one gets: a thousand would take a minute otherwise.
         seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
         try:
             return _ALARM.limit(lambda: find(text), seconds)
@@ -579,7 +581,7 @@ class Expression:
 
 
 class Expressions:
-    """Several expressions that are all searched in one text. For the main thread only."""
+    """Several expressions that are all searched for in one text. For the main thread only."""
 
     def __init__(self, expressions: Iterable[Expression]) -> None:
         self._expressions = tuple(expressions)
@@ -587,9 +589,9 @@ class Expressions:
         self._were_slow = False
 
     def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """What the search for each of them finds in TEXT, or that it took too long."""
+        """Per expression, what the search in TEXT found, or that it took too long."""
         if not self._were_slow:
-            try:  # one limit for all of them: to set it takes longer than most searches
+            try:  # one limit for all of them, because setting it takes longer than most searches
                 return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
             except SearchTimeout:
                 self._were_slow = True
@@ -601,7 +603,7 @@ def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTi
     try:
         return expression.search(text)
     except SearchTimeout:
-        return SearchTimeout()  # without a traceback, for it is kept
+        return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -622,7 +624,7 @@ _POSIX_CLASSES = {  # the first and last character of each range
     "word": "09AZ__az",
     "xdigit": "09AFaf",
 }
-_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
+_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s does not have the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _CHARACTER = re.compile(
@@ -651,27 +653,27 @@ Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
 class _Part(NamedTuple):
-    """A part of an expression, translated, and what must be known of it to repeat it."""
+    """A translated part of an expression, and what must be known to repeat it."""
 
     text: str
-    may_be_empty: bool  # whether it can match without taking a character
-    may_take: bool  # whether it can take one
-    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    may_be_empty: bool  # it can match without consuming a character
+    may_take: bool  # it can match and consume one
+    repeats: int = 1  # copies that RE2 makes of something in it because of {n,m}
     instructions: int = 1  # that Go compiles it to
 
 
 class _Group:
-    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+    """A group that is still open, or the whole expression: the parts of its last alternative, and those before it."""
 
     def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
         self.opening = opening
-        self.flags = flags  # in force for each further atom
+        self.flags = flags  # for the atoms that follow
         self.parts: List[_Part] = []
         self._alternatives: List[_Part] = []
         self._is_look_around = is_look_around
 
     def end_alternative(self) -> None:
-        """Begin the next alternative."""
+        """Finish the last alternative, and begin the next one."""
         self._alternatives.append(
             _Part(
                 "".join(part.text for part in self.parts),
@@ -684,7 +686,7 @@ class _Group:
         self.parts = []
 
     def close(self, closing: str) -> _Part:
-        """The whole group as one part."""
+        """Finish the group, and return it as one part."""
         self.end_alternative()
         return _Part(
             self.opening + "|".join(part.text for part in self._alternatives) + closing,
@@ -696,16 +698,16 @@ class _Group:
 
 
 def translate(pattern: str) -> str:
-    """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
+    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
 
-    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
-    of what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around, which only Python has, is allowed. Raises ExpressionError for what Python cannot express, and for most
+    of what RE2 refuses; re.compile() refuses the rest.
     """
     groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
-        assert token  # its last alternative takes any character
+        assert token  # the last alternative matches any character
         kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
             position, part = _translate_atom(pattern, token.start(), group.flags)
@@ -718,9 +720,7 @@ def translate(pattern: str) -> str:
             opening = f"(?P<{token['name']}>" if token["name"] else token[0]
             groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise ExpressionError(
-                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
-            )
+            raise ExpressionError(f"{token[0]} does not begin a group; (?:...), (?i:...), (?P<name>...) and (?=...) do")
         elif kind == "close" and len(groups) > 1:
             groups.pop()
             groups[-1].parts.append(group.close(")"))
@@ -730,35 +730,35 @@ def translate(pattern: str) -> str:
             group.end_alternative()
         elif not is_repeatable:
             raise ExpressionError(
-                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+                rf"there is nothing before {token[0]} to repeat; for the character itself, write \{token[0][0]}"
             )
         else:
             group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
         if len(groups) > MAX_GROUPS:
-            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
-    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} nested groups")
+    return "".join(group.close("").text for group in groups)  # re refuses groups that are still open
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
     text = token[0]
-    least, most = _bounds(token)  # most: None where there is no limit
+    least, most = _bounds(token)
     copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
     instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
     if copies > MAX_REPEATS:
-        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+        raise ExpressionError(f"{text} makes {copies} copies of what it repeats; RE2 allows {MAX_REPEATS}")
     if instructions > MAX_INSTRUCTIONS:
-        raise ExpressionError(f"{text} makes it too large for Go")
+        raise ExpressionError(f"{text} makes the expression too large for Go")
     if part.may_be_empty and part.may_take and (most is None or most - least > 1):
         raise ExpressionError(
-            f"{text} repeats what may be empty, which Go and Python understand differently; "
-            f"let it take a character at least, such as (a+)* for (a*)*"
+            f"{text} repeats something that may be empty, which Go and Python handle differently; "
+            f"make it match at least one character, such as (a+)* for (a*)*"
         )
     if part.may_take:
         written = part.text + text
     elif least:
-        written = part.text  # a place is no other the second time; and re repeats none
+        written = part.text  # an assertion holds the second time, too; and re cannot repeat one
     else:
         is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
         written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
@@ -766,33 +766,34 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 
 
 def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
-    """How often TOKEN repeats at least and at most; None: without limit."""
+    """How often TOKEN repeats at least and at most; None if there is no limit."""
     if not token["min"]:
         return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
     if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
-        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 allows")
     least = int(token["min"])
     most = int(token["max"]) if token["max"] else None if token["to"] else least
     if most is not None and most < least:
-        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+        raise ExpressionError(f"{token[0]}: the least number of repetitions is greater than the most")
     return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
+    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
     return before.union(on) - set(off)
 
 
 def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
-    """What stands at POSITION for one character or one place, and where it ends."""
+    """The part for the one character or assertion at POSITION, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
     if char in "^$":
         return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+        # re's own \B differs by version.
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))
     named = _NAMED_CLASS.match(pattern, position)
     if char == ".":
         position, text = position + 1, "(?s:.)" if "s" in flags else "."
@@ -836,10 +837,10 @@ def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tupl
 
 def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
     if high < low:
-        raise ExpressionError(f"the range {low}-{high} runs backwards")
+        raise ExpressionError(f"the range {low}-{high} is in the wrong order")
     if "i" in flags and not high.isascii():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+            f"(?i) works for the letters of ASCII only; exclude {low}-{high} from it, such as (?-i:[{low}-{high}])"
         )
 
 
@@ -850,7 +851,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            classes = ", ".join(_POSIX_CLASSES)
+            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {classes}")
         bounds = _POSIX_CLASSES[name]
     ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
     if "i" in flags:
@@ -859,8 +861,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
 
 
 def _fold(ranges: Ranges) -> Ranges:
-    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
-    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    """RANGES, and the other cases of each letter of ASCII in them. Of k and s there are three: Unicode's simple case
+    folding, which Go and RE2 use, has the kelvin sign and the long s, too."""
     found = list(ranges)
     for low, high in ranges:
         for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
@@ -873,7 +875,7 @@ def _fold(ranges: Ranges) -> Ranges:
 
 
 def _complement(ranges: Ranges) -> Ranges:
-    """All characters that are not in RANGES, in sorted order."""
+    """The ranges of all characters that are not in RANGES, sorted."""
     found, start = [], 0
     for low, high in sorted(ranges):
         if low > start:
@@ -883,11 +885,11 @@ def _complement(ranges: Ranges) -> Ranges:
 
 
 def _write_class(ranges: Ranges, is_negated: bool) -> str:
-    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    """The [class] of RANGES, with its signs escaped, so that re warns of none."""
     others = _complement(ranges)
     ranges = _complement(others)
     if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
-        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+        ranges, is_negated = others, not is_negated  # re needs 5 ms to compile a class of nearly all of Unicode
     if not ranges:
         return r"[\s\S]" if is_negated else r"[^\s\S]"
     written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
@@ -895,7 +897,7 @@ def _write_class(ranges: Ranges, is_negated: bool) -> str:
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
+    """The one character at POSITION, written as itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
         raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
@@ -907,22 +909,22 @@ def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int,
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+            f"(?i) works for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
     if char and char in "CQEpP":
-        return f"\\{char} is of Go's expressions only; write the characters themselves or a [class]"
+        return f"\\{char} is not supported; write the characters themselves or a [class]"
     if char and char in "123456789":
-        return f"\\{char} would be what a group matched, which cannot be asked for in an expression"
+        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
     hints = {
-        "": r"a backslash itself is \\",
-        "Z": r"the end is $ or \z",
-        "x": r"by number it is \x7f or \x{20ac}",
+        "": r"for a backslash, write \\",
+        "Z": r"for the end, write $ or \z",
+        "x": r"a character by its number is \x7f or \x{20ac}",
     }
-    return f"\\{char} is no escape; " + hints.get(char, f"the character itself is {char}")
+    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
 
 
 def _literal(char: str) -> str:
@@ -930,26 +932,26 @@ def _literal(char: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
+# chapters below rely on every Rule being valid: expanding its templates cannot fail.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
 class Companion(NamedTuple):
-    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
+    """A companion of a device, which is given to a container together with it."""
 
-    template: str
+    template: str  # of the path below /dev
     optional: bool = False
     containerpath: str = ""  # template; empty: beside the device, or as on the host
     permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+    """A sysfs attribute that a rule requires: its name, and the expression that must match its whole value."""
 
     name: str
     match: Expression
@@ -963,14 +965,15 @@ class Attribute(NamedTuple):
 
 
 def _compile(node: Node) -> Expression:
-    """The expression that NODE of the conf holds."""
+    """The expression in NODE. Raises ConfigError."""
     try:
         return Expression(_text(node))
     except ExpressionError as error:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+# Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
+# of a sysfs attribute.
 _REFERENCE = re.compile(
     r"""
     \\ (?: (?P<number> [1-9][0-9]? )
@@ -983,10 +986,10 @@ _REFERENCE = re.compile(
 
 
 def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+    """TEMPLATE with its references replaced by the groups of MATCH and by VALUES, which are sysfs attributes by name.
 
-    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
-    it is one part of a path at the most, and never "." or "..".
+    A group that did not take part in the match is empty. In a value, each character that the name of a resource cannot
+    have becomes "_"; so a value never spans several parts of a path, and is never "." or "..".
     """
 
     def replacement(found: re.Match[str]) -> str:
@@ -1006,27 +1009,25 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference["wrong"] is not None:
-            problem = (
-                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
-            )
+            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
         elif reference["attribute"]:
             if _is_attribute(reference["attribute"]):
                 continue
-            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
+            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
-            problem = f"{reference[0]}: devicematch has no such group"
+            problem = f"devicematch has no group {reference[0]}"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
 
 
 def _is_attribute(name: str) -> bool:
-    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    """Whether NAME can be the name of a file in a device's folder in sysfs."""
     return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
-# Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
@@ -1067,7 +1068,7 @@ def _read_resource(node: Node) -> str:
     domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
         name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
+        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1077,7 +1078,7 @@ def _read_containerpath(node: Node) -> str:
     if not text.startswith("/dev/"):
         raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
     if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not hold ".."', node.line, node.column)
+        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
     return text
 
 
@@ -1099,7 +1100,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
@@ -1111,7 +1112,7 @@ def _read_companions(node: Node) -> Tuple[Companion, ...]:
 
 
 def _read_companion(node: Node) -> Companion:
-    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
     if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
         raise _wrong(node, "a path below /dev, or a mapping with it")
     if not isinstance(node.value, Pairs):
@@ -1120,7 +1121,7 @@ def _read_companion(node: Node) -> Companion:
         return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
     nodes = _nodes_by_key(node, _COMPANION_KEYS)
     if "path" not in nodes:
-        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
     if _read_template(nodes["path"]).endswith("?"):
         problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
         raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
@@ -1156,7 +1157,7 @@ def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
     found = []
     for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is no name of a variable", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
         if "\0" in _text(value):
             raise _wrong(value, "a text without NUL")
         found.append((name.value, value.value))
@@ -1169,11 +1170,11 @@ def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
+    """A rule of the config file. A field made by _key() has that key in the file."""
 
-    line: int  # of the conf file
-    match: Expression  # searched in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as the conf has it
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str = _key("devicematch", _text)  # match, as written in the config file
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
@@ -1181,28 +1182,26 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
+    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
 
 
 def parse_rules(text: str) -> Tuple[Rule, ...]:
-    """The rules of the conf TEXT, in its order.
-
-    Raises ConfigError with the line and column of what is wrong.
-    """
+    """The rules in TEXT, that of a config file, in order. Raises ConfigError."""
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
         line = text.count("\n", 0, manifest.start()) + 1
-        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
+        message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
+        raise ConfigError(message, line, 1)
     document = compose_yaml(text)
     if document.value is None:
-        raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
+        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
     if isinstance(document.value, Pairs) or not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
-        raise ConfigError("the list holds no rule", document.line, document.column)
+        raise ConfigError("the list has no rules", document.line, document.column)
     rules = tuple(_parse_rule(node) for node in document.value)
     _check_own_names(rules)
     return rules
@@ -1227,11 +1226,11 @@ def _parse_rule(node: Node) -> Rule:
 
 
 def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
         if key.value not in keys:
-            import difflib  # for a wrong conf only
+            import difflib  # needed for this error only
 
             near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
             raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
@@ -1253,7 +1252,8 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
+    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
+    exist."""
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
@@ -1268,47 +1268,44 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error of a conf in which a pool has the name that a device has by its own."""
+    """The error that POOL has the same name as the device at PATH, which RULE offers."""
     name = resource_name(path)
     message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
     return ConfigError(message, pool.line, 1)
 
 
 def resource_name(text: str) -> str:
-    """The name of the resource that the path (or expanded template) TEXT is offered as; empty where none is left.
+    """The name of the resource for TEXT, a path or an expanded template; empty if TEXT has no letter or digit.
 
-    kubelet takes names of at most 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
+    The kubelet accepts names of up to 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
     return shorten(name, 63, text)
 
 
 def shorten(name: str, limit: int, text: str) -> str:
-    """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
+    """NAME; one that is longer than LIMIT is cut, and ends in 8 hex digits of the SHA-256 of TEXT."""
     if len(name) <= limit:
         return name
-    import hashlib  # loads OpenSSL, 4 MB, which no device of a usual name needs
+    import hashlib  # loads OpenSSL, which takes 4 MB; devices with usual names do not need it
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
 
 
 def load_rules(path: str) -> Tuple[Rule, ...]:
-    """The rules of the conf file PATH.
-
-    Raises ConfigError with line and column for what is wrong in it, and OSError where it cannot be read.
-    """
+    """The rules in the config file PATH. Raises ConfigError, and OSError if it cannot be read."""
     return parse_rules(read_conf(path))
 
 
 def read_conf(path: str) -> str:
-    """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
+    """The text of the config file PATH. Raises OSError, and ConfigError if it is not UTF-8 or too long."""
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError("this is no plain file; a conf must be one, for it is read again and again", 1, 1)
+            raise ConfigError("this is not a plain file; the config file must be one, because it is read again", 1, 1)
         data = file.read(CONF_BYTES + 1)
     if len(data) > CONF_BYTES:
-        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
+        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a config file?", 1, 1)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -1317,11 +1314,11 @@ def read_conf(path: str) -> str:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """open(2) that does not wait for the writer of a FIFO."""
+    """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules where there is no conf file: conf.yaml, word for word.
+# The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
 # What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
 # below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
@@ -3071,6 +3068,9 @@ def load_grpc(with_tls: bool = False) -> None:
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
         sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
+    folder = os.path.dirname(os.path.realpath(__file__))
+    if folder not in sys.path:
+        sys.path.append(folder)  # python3 -I leaves it out, but the stubs are there
     try:
         import asyncio
 
@@ -6634,8 +6634,8 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stand-in kubelet: what the real one does to a device plugin, as far as a plugin can tell. --dry-run and the tests talk
-# to it over real sockets; a kindness here that kubelet does not have would hide a fault of the daemon.
+# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
+# must not be more lenient than the real one, or it would hide faults of the daemon.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS = 10.0
@@ -6643,21 +6643,21 @@ HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 
 
 class Client:
-    """A registration that a stand-in kubelet accepted: kubelet's connection to the plugin."""
+    """The simulated kubelet's connection to a plugin whose registration it accepted."""
 
     def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
         self.name = name
         self.endpoint = endpoint
         self.options = options
         self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
-        self.is_open = True  # whether the stream is
+        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
+        self.is_open = True  # the stream
         self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
-        """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
+        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
         self.is_open = False
         self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
@@ -6670,13 +6670,13 @@ class SimulatedKubelet:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest of each resource
-        self.registrations: List[str] = []  # the names, in order
+        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
+        self.registrations: List[str] = []  # names of resources, in order
         self._server: Optional[grpc.aio.Server] = None
         self._watchers: Dict[Client, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
+        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
         for item in os.scandir(self.folder):
             try:
                 if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
@@ -6685,7 +6685,7 @@ class SimulatedKubelet:
                 continue  # a plugin moved it into place, or removed it, just now
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
-        # The file stays behind when kubelet stops; grpc removes the one that it made itself.
+        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
         self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
@@ -6703,7 +6703,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
         own = [("grpc.use_local_subchannel_pool", 1)]
         channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
@@ -6718,7 +6718,7 @@ class SimulatedKubelet:
         return pb.Empty()
 
     def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why kubelet would not have this registration; empty where it would."""
+        """Why the kubelet would refuse this registration; empty if it would not."""
         domain, _, name = request.resource_name.partition("/")
         if request.version != "v1beta1":
             return f"requested API version {request.version!r} is not supported by kubelet"
@@ -6729,7 +6729,10 @@ class SimulatedKubelet:
         return ""
 
     async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
+
+        The real kubelet does so, too.
+        """
         client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
             async for message in client.stream:
@@ -6742,21 +6745,21 @@ class SimulatedKubelet:
             await self.clients.get(client.name, client).disconnect()
 
     def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""
+        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
         client = self.clients.get(name)
         if client is None or not client.lists:
             return {}
         return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
 
     async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container, as kubelet does: the IDs, and what came.
+        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
 
-        Raises Problem where it has not so many Healthy ones, and grpc.RpcError where the plugin refuses.
+        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
         if len(free) < count:
-            raise Problem(f"{name} has {len(free)} Healthy slots, not {count}")
+            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
         ids = free[:count]
         if client.options.get_preferred_allocation_available:
             asked = pb.PreferredAllocationRequest()
@@ -6769,9 +6772,9 @@ class SimulatedKubelet:
         return ids, response.container_responses[0]
 
     async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
 
-        Raises grpc.RpcError where the plugin refuses.
+        Raises grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         if client.options.pre_start_required:
@@ -6779,7 +6782,7 @@ class SimulatedKubelet:
 
 
 class SimulatedApiServer:
-    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
 
     def __init__(self, node: str) -> None:
         self.url = ""
@@ -6789,24 +6792,24 @@ class SimulatedApiServer:
         self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
 
     async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen, with TLS where it is given."""
+        """Listen on PORT, or on a free port; with TLS if it is given."""
         self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server:
             self._server.close()
             await self._server.wait_closed()
 
     def put(self, path: str, item: Document) -> Document:
-        """Keep ITEM, and give it another resourceVersion."""
+        """Store ITEM under PATH with a new resourceVersion, and return it."""
         metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
         self.objects[path] = {**item, "metadata": metadata}
         return self.objects[path]
 
     def list(self, path: str) -> List[Document]:
-        """What was created at PATH."""
+        """The objects of the collection PATH."""
         return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -6818,7 +6821,7 @@ class SimulatedApiServer:
         writer.close()
 
     async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the request that comes from READER."""
+        """The method, target, whole head and body of the next request from READER."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
         data = await reader.readexactly(int(length[1]) if length else 0)
@@ -6826,12 +6829,12 @@ class SimulatedApiServer:
         return method, target, head, json.loads(data) if data else {}
 
     def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """An answer, with one more HEADER where it is given."""
+        """The bytes of an answer; HEADER is one more header line."""
         content = json.dumps(document).encode()
         return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
 
     def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """The HTTP status and the document that answer a request."""
+        """Handle a request; the HTTP status and the document that answer it."""
         path = target.partition("?")[0]
         if method == "POST":
             path += f"/{body['metadata']['name']}"
@@ -6850,7 +6853,7 @@ class SimulatedApiServer:
 
 
 class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -6895,6 +6898,7 @@ class SimulatedDraKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the process after it
 LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -6940,7 +6944,7 @@ class KeptFile:
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no plain file")
+                raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ValueError("others than root can have written it")
             first_line = file.readline(CONF_BYTES)
@@ -7704,23 +7708,51 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             return number if number in SIGNALS else folder_signal
 
 
-def restart_lean() -> None:
-    """Start the process over, with the script as a module: both savings can only be had from outside.
+def restart_as_module() -> None:
+    """Replace this process, where Python runs the script itself, by python3 -m MODULE with the same flags and options.
 
-    Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
-    it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
+    It takes 20 MB less, because Python keeps the syntax tree of a script until the end, but that of a module only until
+    it is compiled. The new process starts in the script's folder, which is the first in sys.path either way, and
+    resume_restart() takes it back to the present working directory. There is no restart where -m would not find this
+    very file (python3 -I, an ending other than .py), or where anything is in the way.
     """
-    with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-        given = file.read().split("\0")[:-1]
-    flags = given[1 : len(given) - len(sys.argv)]
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module, ending = os.path.splitext(name)
-    if "-m" in flags or ending != ".py":
-        return  # a debugger or profiler runs the script, or it is none to import
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
-    code += f"sys.exit(__import__({module!r}).main())"
-    os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    if frame.f_globals is not globals():
+        return  # imported, started with -m, or by a debugger
+    try:
+        import importlib.util
+
+        path = os.path.realpath(__file__)
+        folder, name = os.path.split(path)
+        module = name.removesuffix(".py")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin != path:
+            return
+        with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            given = file.read().split("\0")[:-1]
+        flags = given[1 : len(given) - len(sys.argv)]
+        packages = os.environ.get("PYTHONPATH")
+        if packages:
+            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # one for each thread takes 7 KiB more per resource
+        directory = os.open(".", os.O_PATH)  # may have no path any more
+        os.set_inheritable(directory, True)
+        os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
+        os.chdir(folder)
+        os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[1:]])
+    except (ImportError, OSError, ValueError):
+        resume_restart()
+
+
+def resume_restart() -> None:
+    """Have the working directory and the name of the process that restart_as_module() replaced."""
+    directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
+    if directory.isdecimal():
+        os.fchdir(int(directory))
+        os.close(int(directory))
+        sys.argv[0] = name
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
@@ -7757,9 +7789,10 @@ def show_attributes(options: argparse.Namespace) -> int:
         kind = nodes[0].entry.kind
         raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
-        print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
+        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+        write_output(json.dumps(blocks, indent=2) + "\n")
     else:
-        print(render_attributes(path, chain), end="")
+        write_output(render_attributes(path, chain))
     return 0
 
 
@@ -7809,11 +7842,11 @@ def show_list(options: argparse.Namespace) -> int:
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources)
     if options.json:
-        print(json.dumps(document, indent=2))
+        write_output(json.dumps(document, indent=2) + "\n")
         return 0
     text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(text + (f"\n{notes}" if notes else ""), end="")
+    write_output(text + (f"\n{notes}" if notes else ""))
     return 0
 
 
@@ -7835,7 +7868,7 @@ def show_status(options: argparse.Namespace) -> int:
         text = render_status(document)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
-    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
@@ -7851,8 +7884,8 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
-    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
     return 0
 
 
@@ -7869,10 +7902,10 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
+    """--dry-run: offer this machine's devices to a simulated kubelet and allocate one slot of each."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
-        print(_nothing_found(devices, options))
+        write_output(_nothing_found(devices, options))
         return 1
     load_grpc()
     import tempfile
@@ -7881,12 +7914,9 @@ def dry_run(options: argparse.Namespace) -> int:
         if options.api == "dra":
             return asyncio.run(_dry_run_dra(devices.plan, options, folder))
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
-    print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
-    count = len(devices.plan.resources)
-    print(
-        f"\n{pluralize(count, 'resource')}, "
-        + ("all registered and allocated." if is_good else "not all of them well.")
-    )
+    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    ending = "all registered and allocated" if is_good else "not all of them well"
+    write_output(f"{table}\n{pluralize(len(devices.plan.resources), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
 
 
@@ -7897,7 +7927,8 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     if devices.plan.left_out:
         lines += ["and leaves out"]
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
+    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
@@ -7958,7 +7989,7 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 
 
 async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource for a kubelet."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -7982,11 +8013,11 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
         ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
         lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
+    write_output(f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n")
     side.stop()
     await running
     await kubelet.stop()
@@ -8336,7 +8367,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    print(
+    write_output(
         SYSTEMD_UNIT.format(
             folder=_systemd_word(folder),
             module=os.path.splitext(name)[0],
@@ -8344,8 +8375,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             plugin_dir=_systemd_word(options.plugin_dir),
             options="".join(f" {_systemd_word(option)}" for option in given),
             network=network,
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8385,7 +8415,7 @@ def print_manifest(options: argparse.Namespace) -> int:
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
     import hashlib
 
-    print(
+    write_output(
         MANIFEST.format(
             namespace=options.namespace or DEFAULT_NAMESPACE,
             image=options.image or DEFAULT_IMAGE,
@@ -8397,8 +8427,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             plugin_dir=json.dumps(options.plugin_dir),
             pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8457,13 +8486,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
-    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
-    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
+    _add(parser, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
+    _add(parser, "--cdi-dir", "DIR", _path, "/var/run/cdi", "for dra: where the container runtime reads CDI")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
     _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
-    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
-    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
+    _add(parser, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
+    _add(parser, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
         parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
@@ -8486,7 +8515,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
-    modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
+    modes.add_argument("--dry-run", action="store_true", help="serve a simulated kubelet, allocate all once, and exit")
     modes.add_argument(
         "--status",
         nargs="?",
@@ -8555,7 +8584,11 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
 def _path(text: str) -> str:
     if not text:
         raise ValueError('"" is no path')
-    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
+    try:
+        path = os.path.abspath(text)
+    except OSError:
+        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+    return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
 def _seconds(text: str) -> float:
@@ -8638,8 +8671,40 @@ def _problem_line(problem: Problem) -> str:
     return f"{program_name()}: {printable(str(problem))}"
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError where its reader has gone (--list | head), and Problem where the disk is
+    full, say; after that nothing is written any more, of which Python would complain when it exits."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
+    resume_restart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    try:
+        try:
+            return run(parse_options())
+        finally:
+            write_output("")  # what argparse left to be written
+    except Problem as error:
+        print(_problem_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line; exits where they are wrong, or ask for --help or --version only."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
@@ -8648,9 +8713,11 @@ def main() -> int:
         parser.error("--image and --namespace go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what OPTIONS ask for; the exit status. Raises Problem."""
     modes: Dict[str, Callable[[argparse.Namespace], int]] = {
         "check": check,
         "list": show_list,
@@ -8659,32 +8726,20 @@ def main() -> int:
         "systemd_unit": print_systemd_unit,
         "manifest": print_manifest,
     }
-    mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    try:
-        if mode is not serve:
+    for name, mode in modes.items():
+        if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            status = mode(options)
-            sys.stdout.flush()
-            return status
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        if __name__ == "__main__" and __spec__ is None:
-            restart_lean()
-        log_queue = LogQueue()
-        set_up_log(options, log_queue, logging.INFO)
-        with LogWriter(log_queue):
-            try:
-                return serve(options)
-            except Problem as error:
-                log_queue.enqueue(_problem_line(error))
-                return 1
-    except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # --list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 128 + signal.SIGPIPE
+            return mode(options)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    restart_as_module()
+    log_queue = LogQueue()
+    set_up_log(options, log_queue, logging.INFO)
+    with LogWriter(log_queue):
+        try:
+            return serve(options)
+        except Problem as error:
+            log_queue.enqueue(_problem_line(error))
+            return 1
 
 
 if __name__ == "__main__":
