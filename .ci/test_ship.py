@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -766,7 +767,7 @@ COMMANDS = {
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
     ),
     r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
-    r"sudo (apt-get install|mkdir|cp|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
+    r"sudo (apt-get install|mkdir|cp|rm|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*": (
         "test_the_unit_is_right_and_hardened"
     ),
@@ -780,6 +781,7 @@ COMMANDS = {
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
+    r"\.venv/bin/pytest -q --section polling": "test_a_section_can_be_run_alone",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
@@ -799,6 +801,10 @@ COMMANDS = {
     ),
     r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
 }
+
+
+def read_page(name: str) -> str:
+    return (ROOT / f"docs/{name}.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -886,6 +892,47 @@ def test_a_page_has_every_option() -> None:
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
     assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= documented
+
+
+def test_a_section_can_be_run_alone() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "--section"]
+    tests = ROOT / "test_smarter_device_manager.py"
+    result = subprocess.run([*command, "polling", tests], capture_output=True, text=True, check=True, cwd=ROOT)
+    text = tests.read_text()
+    (section,) = re.findall(r"^# -+\n# Polling\n# -+\n(.*?)^# -{50,}$", text, re.MULTILINE | re.DOTALL)
+    ran = re.findall(r"::(\w+)", result.stdout)
+    assert list(dict.fromkeys(ran)) == re.findall(r"^def (test_\w+)", section, re.MULTILINE)
+    result = subprocess.run([*command, "no such", tests], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR and "Polling" in result.stderr
+
+
+def texts_of_the_script() -> list[str]:
+    """All its string literals, with … in place of what an f-string fills in."""
+    tree = ast.parse((ROOT / "smarter_device_manager.py").read_text())
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return texts
+
+
+@pytest.mark.parametrize("page", ["operating", "dra"])
+def test_each_line_that_a_page_explains_is_one_that_the_daemon_writes(page: str) -> None:
+    """Every part of such a line between two placeholders stands in a text of the script."""
+    (table,) = re.findall(r"^\| (?:line|it says) \| what to do \|\n(.*?)(?:\n\n|\Z)", read_page(page), re.M | re.S)
+    lines = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert len(lines) > 5
+    texts = texts_of_the_script()
+    for line in lines:
+        for part in re.split(r"…|\.\.\.|\b[A-Z]{4,}(?::[A-Z]+)*\b|(?<=: )", line):
+            assert any(part.strip() in text for text in texts), (line, part)
+
+
+def test_the_readme_and_its_page_name_the_same_smallest_memory_limits() -> None:
+    rows = re.findall(r"^\| (\d+) \| .* \| (\d+ MiB) \|$", read_page("from-go"), re.MULTILINE)
+    assert [number for number, _ in rows] == ["10", "50"]
+    for number, limit in rows:
+        assert f"{limit} for {number} resources" in " ".join(README.split())
 
 
 def test_the_readme_is_short() -> None:
