@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import binascii
+import concurrent.futures
 import contextlib
 import dataclasses
 import enum
@@ -469,7 +470,7 @@ MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several a
 MAX_GROUPS = 1000  # one inside the other, as in Go
 MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
 
-S = TypeVar("S")
+T = TypeVar("T")
 
 
 class ExpressionError(ValueError):
@@ -492,7 +493,7 @@ class _Alarm:
         self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
         self._is_installed = False
 
-    def limit(self, work: Callable[[], S], seconds: float) -> S:
+    def limit(self, work: Callable[[], T], seconds: float) -> T:
         """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
 
         Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
@@ -953,6 +954,13 @@ class Attribute(NamedTuple):
     name: str
     match: Expression
 
+    def fits(self, value: str) -> bool:
+        """Whether VALUE matches. A search that takes too long counts as no."""
+        try:
+            return self.match.fullmatch(value) is not None
+        except SearchTimeout:
+            return False
+
 
 def _compile(node: Node) -> Expression:
     """The expression that NODE of the conf holds."""
@@ -1412,6 +1420,8 @@ MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
 MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
+SYSFS_SECONDS = 0.2  # for one read of what sysfs knows of a device
+SYSFS_HANGS = "sysfs does not answer"
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
 
@@ -1834,24 +1844,119 @@ class AttributeAnswer(NamedTuple):
     reason: Reason = Reason.ATTRIBUTES  # of a mismatch
 
 
+UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
+
 # The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
 _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
+
+
+# What the folders in sysfs of a device and of its parents hold, the device's own first: attributes, value by name.
+Folders = Sequence[Mapping[str, str]]
+
+
+class SysfsTimeout(Exception):
+    """A read from sysfs took too long."""
+
+
+class SysfsReader:
+    """Reads from sysfs, each time on a thread of its own, since a driver can keep whoever reads an attribute for ever.
+
+    A device is not read again before its last read has ended: no more than one thread hangs per device and reader.
+    """
+
+    def __init__(self, sys_dir: str) -> None:
+        self._sys_dir = sys_dir
+        self._hanging: Dict[Tuple[str, int], concurrent.futures.Future[Any]] = {}  # by kind and number of the device
+
+    def values(self, entry: Entry, names: Sequence[str]) -> Folders:
+        """The values of the attributes NAMES of ENTRY's device and of its parents, the device's own first.
+
+        Raises SysfsTimeout.
+        """
+        return self.wait(entry, self.start(entry, functools.partial(self._values, entry, names)))
+
+    def start_values(self, entry: Entry, names: Sequence[str]) -> concurrent.futures.Future[Folders]:
+        """Start to read what values() returns. Raises SysfsTimeout."""
+        return self.start(entry, functools.partial(self._values, entry, names))
+
+    def start(self, entry: Entry, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Start JOB, which reads of ENTRY's device. Raises SysfsTimeout where an earlier one has not ended."""
+        hanging = self._hanging.get((entry.kind, entry.device))
+        if hanging and not hanging.done():
+            raise SysfsTimeout
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=self._work, args=(job, future), name="sysfs", daemon=True).start()
+        return future
+
+    def wait(self, entry: Entry, future: concurrent.futures.Future[T]) -> T:
+        """What the FUTURE of start() brings. Raises SysfsTimeout after SYSFS_SECONDS."""
+        try:
+            return future.result(SYSFS_SECONDS)
+        except concurrent.futures.TimeoutError:
+            self.give_up(entry, future)
+            raise SysfsTimeout from None
+
+    def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
+        """Say that nobody waits for FUTURE any more, which start() returned for ENTRY's device."""
+        self._hanging[entry.kind, entry.device] = future
+
+    def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
+        try:
+            future.set_result(job())
+        except Exception as error:
+            future.set_exception(error)
+
+    def _values(self, entry: Entry, names: Sequence[str]) -> Folders:
+        folders = []
+        for folder in self._chain(entry):
+            values = ((name, read_attribute(folder, name)) for name in names)
+            folders.append({name: value for name, value in values if value is not None})
+        return folders
+
+    def _chain(self, entry: Entry) -> Iterator[str]:
+        """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
+        kind = "char" if entry.kind == CHAR else "block"
+        top = os.path.realpath(f"{self._sys_dir}/devices")
+        folder = os.path.realpath(f"{self._sys_dir}/dev/{kind}/{os.major(entry.device)}:{os.minor(entry.device)}")
+        yield folder
+        while folder.startswith(top + "/") and os.path.dirname(folder) != top:
+            folder = os.path.dirname(folder)
+            yield folder
+
+    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
+        """Each folder of ENTRY's device and its parents that has attributes a rule could ask for, and these: value by
+        name. Raises SysfsTimeout."""
+        return self.wait(entry, self.start(entry, functools.partial(self._attributes, entry)))
+
+    def _attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
+        found = []
+        for folder in self._chain(entry):
+            values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
+            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+            if usable:
+                found.append((folder, usable))
+        return found
 
 
 class Sysfs:
     """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
 
-    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS.
+    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS. A
+    driver that keeps a reader delays nobody for longer than SYSFS_SECONDS: what is known of its device stays, and what
+    is not known yet is asked again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
         self._sys_dir = sys_dir
         self._with_facts = with_facts
-        self._facts: Dict[int, Dict[str, str]] = {}
+        self._reader = SysfsReader(sys_dir)
+        self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # when a generation was first asked for
         self._settling: Set[_Question] = set()  # what lacks something, and is new
+        self._unanswered: Set[_Question] = set()  # what sysfs did not answer in time
 
     def forget(self, generations: Iterable[int]) -> None:
         """Drop what is remembered of nodes with other generations than GENERATIONS."""
@@ -1861,6 +1966,7 @@ class Sysfs:
         self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
+        self._unanswered &= self._answers.keys()
 
     def ask_again(self, generations: Iterable[int]) -> bool:
         """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
@@ -1871,7 +1977,10 @@ class Sysfs:
         """The NUMA node that NODE is close to; None where there is none or nobody knows."""
         generation = node.entry.generation
         if generation not in self._numa:
-            values = (read_attribute(folder, "numa_node") or "" for folder in self.chain(node.entry))
+            try:
+                values = values_of(self._reader.values(node.entry, ["numa_node"]), "numa_node")
+            except SysfsTimeout:
+                return None
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
@@ -1880,20 +1989,22 @@ class Sysfs:
         """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
         if not self._with_facts or not nodes:
             return ()
-        for node in nodes:
-            if node.entry.generation not in self._facts:
-                self._facts[node.entry.generation] = self._read_facts(node.entry)
-        first, *others = (self._facts[node.entry.generation] for node in nodes)
+        first, *others = (self._facts_of(node) for node in nodes)
         return tuple(item for item in first.items() if all(item in other.items() for other in others))
 
-    def _read_facts(self, entry: Entry) -> Dict[str, str]:
-        """The facts of ENTRY's device; a driver, or a USB device, is that of the nearest parent that has one."""
-        chain = list(self.chain(entry))
-        usb_device = next((folder for folder in chain if read_attribute(folder, "idVendor")), "")
-        drivers = (read_attribute(folder, "driver") for folder in chain)
-        facts = {"subsystem": read_attribute(chain[0], "subsystem"), "driver": next(filter(None, drivers), None)}
-        facts.update((name, read_attribute(usb_device, name)) for name in USB_FACTS if usb_device)
-        return {name: value for name, value in facts.items() if value}
+    def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
+        """The facts of NODE's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        generation = node.entry.generation
+        if generation not in self._facts:
+            try:
+                folders = self._reader.values(node.entry, ["subsystem", "driver", *USB_FACTS])
+            except SysfsTimeout:
+                return {}
+            usb_device = next((folder for folder in folders if folder.get("idVendor")), {})
+            facts = {"subsystem": folders[0].get("subsystem"), "driver": next(iter(values_of(folders, "driver")), None)}
+            facts.update((name, usb_device.get(name)) for name in USB_FACTS)
+            self._facts[generation] = {name: value for name, value in facts.items() if value}
+        return self._facts[generation]
 
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
@@ -1902,7 +2013,7 @@ class Sysfs:
         the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
         key = (node.entry.generation, attributes, names)
         if key not in self._answers:
-            answer = self._ask(key, node)
+            answer = self._ask(key, node) or UNANSWERED
             self._answers[key] = node, answer
             now = time.monotonic()
             if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
@@ -1910,8 +2021,9 @@ class Sysfs:
         return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new has by now other attributes than when answer() was asked."""
-        has_changed = self._renew(self._settling)
+        """Whether a node that is new, or of which sysfs did not answer, has by now other attributes than when answer()
+        was asked."""
+        has_changed = self._renew(self._settling | self._unanswered)
         now = time.monotonic()
         for key in list(self._settling):
             if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
@@ -1923,49 +2035,35 @@ class Sysfs:
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
-            answer = self._ask(key, node)
+            answer = self._ask(key, node) or before
             if answer != before:
                 self._answers[key] = node, answer
                 has_changed = True
         return has_changed
 
-    def _ask(self, question: _Question, node: DeviceNode) -> AttributeAnswer:
+    def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
+        """The answer to QUESTION of NODE; None where sysfs does not answer in time."""
         _, attributes, names = question
-        chain = list(self.chain(node.entry))
+        try:
+            folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
+        except SysfsTimeout:
+            self._unanswered.add(question)
+            return None
+        self._unanswered.discard(question)
         if not attributes:
-            return _with_values(AttributeAnswer("", ()), chain, names)
-        for folder in chain:
+            return _with_values(AttributeAnswer("", ()), folders, names)
+        for folder in folders:
             held = _held_in(folder, attributes)
             if held:
-                return _with_values(AttributeAnswer("", held), [folder, *chain], names)
+                return _with_values(AttributeAnswer("", held), [folder, *folders], names)
         slow, others = [], []
         for attribute in attributes:
-            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(folders, attribute.name))):
                 slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
-            shown = shown_values(chain, attribute.name)
+            shown = shown_values(folders, attribute.name)
             others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
         return AttributeAnswer("; ".join(slow + others), (), reason=reason)
-
-    def chain(self, entry: Entry) -> Iterator[str]:
-        """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
-        kind = "char" if entry.kind == CHAR else "block"
-        top = os.path.realpath(f"{self._sys_dir}/devices")
-        folder = os.path.realpath(f"{self._sys_dir}/dev/{kind}/{os.major(entry.device)}:{os.minor(entry.device)}")
-        yield folder
-        while folder.startswith(top + "/") and os.path.dirname(folder) != top:
-            folder = os.path.dirname(folder)
-            yield folder
-
-    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
-        """Each folder of ENTRY's chain that has attributes a rule could ask for, and these: value by name."""
-        found = []
-        for folder in self.chain(entry):
-            values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-            if usable:
-                found.append((folder, usable))
-        return found
 
     def tegra_gpus(self) -> List[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
@@ -2014,21 +2112,18 @@ def _is_usable(value: str) -> bool:
     return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
-def _held_in(folder: str, attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
+def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
     """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
     held = []
     for attribute in attributes:
-        value = read_attribute(folder, attribute.name)
-        try:
-            if value is None or not attribute.match.fullmatch(value):
-                return ()
-        except SearchTimeout:
+        value = folder.get(attribute.name)
+        if value is None or not attribute.fits(value):
             return ()
         held.append(HeldAttribute(attribute.name, value))
     return tuple(held)
 
 
-def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterable[str]) -> AttributeAnswer:
+def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
     """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
     values, problems = [], []
     for name in names:
@@ -2042,21 +2137,20 @@ def _with_values(answer: AttributeAnswer, folders: Sequence[str], names: Iterabl
     return answer._replace(mismatch="; ".join(problems), values=tuple(values))
 
 
-def changed_attributes(chain: Iterable[str], attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of the folders in CHAIN has the same values of all ATTRIBUTES still; else what there is
-    instead."""
-    folders = list(chain)
-    if any(all(read_attribute(folder, held.name) == held.value for held in attributes) for folder in folders):
+def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
+    """Empty where one of FOLDERS, a device's and its parents', has the same values of all ATTRIBUTES still; else what
+    there is instead."""
+    if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
         return ""
     found = nearest_values(folders, [held.name for held in attributes])
     changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
     return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
 
 
-def nearest_values(chain: Iterable[str], names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first folder in CHAIN that has one of them; None is not there."""
-    found = ([read_attribute(folder, name) for name in names] for folder in chain)
-    return next((values for values in found if any(value is not None for value in values)), [None] * len(names))
+def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
+    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None is not there."""
+    nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
+    return [nearest.get(name) for name in names]
 
 
 def describe_value(name: str, value: Optional[str]) -> str:
@@ -2064,15 +2158,14 @@ def describe_value(name: str, value: Optional[str]) -> str:
     return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
 
 
-def shown_values(folders: Iterable[str], name: str) -> str:
+def shown_values(folders: Folders, name: str) -> str:
     """The values that the attribute NAME has in FOLDERS, in words."""
     return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
 
 
-def values_of(folders: Iterable[str], name: str) -> List[str]:
+def values_of(folders: Folders, name: str) -> List[str]:
     """The values that the attribute NAME has in FOLDERS, of those that have it."""
-    values = (read_attribute(folder, name) for folder in folders)
-    return [value for value in values if value is not None]
+    return [folder[name] for folder in folders if name in folder]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2083,8 +2176,6 @@ def values_of(folders: Iterable[str], name: str) -> List[str]:
 EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
 MAX_SHOWN = 200  # characters of an ID that nobody was ever given
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
-
-T = TypeVar("T")
 
 
 class DeviceSpec(NamedTuple):
@@ -2127,6 +2218,7 @@ class Device:
     problem: str  # why it is Unhealthy; empty: it is Healthy
     since: float  # time.monotonic() of the moment when it appeared or went
     is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
     facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
 
 
@@ -2252,6 +2344,17 @@ def track(
     return new, left_out
 
 
+def track_gone(plan: Plan, now: float) -> TrackedDevices:
+    """The devices of PLAN, a former one, as devices that went NOW."""
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    return {
+        device.path: TrackedDevice(
+            (DeviceNode(device.path, "", Entry(CHAR, generation=-number)),), Reason.GONE.template, now
+        )
+        for number, device in enumerate(devices, 1)
+    }
+
+
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
     """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
@@ -2304,7 +2407,7 @@ def make_plan(
         if rule is None or match is None:
             continue
         try:
-            values = _template_values(rule, tracked_device, sysfs)
+            values = dict(lost.values) if lost else _template_values(rule, tracked_device, sysfs)
             name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
             if not name:
                 raise NotADevice(Reason.NO_NAME)
@@ -2487,23 +2590,29 @@ def _follow_lost(
     """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
     still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
-    held = dict(device.attributes)
+    held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
-        fits = {attribute.name for attribute in rule.attributes if _fits(attribute, held.get(attribute.name))}
-        if isinstance(match, SearchTimeout) or rule.values or not fits or len(fits) < len(rule.attributes):
+        fits = all(attribute.name in held and attribute.fits(held[attribute.name]) for attribute in rule.attributes)
+        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not values.keys() >= {*rule.values}:
             continue
+        try:
+            parts = tuple(_parts(device.path, rule, match, values))
+        except NotADevice:
+            continue  # the rule was edited, and has no place for it in a container
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
-        is_expired = now - since >= EXPIRY_SECONDS
-        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
-        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+        lost = dataclasses.replace(
+            device,
+            line=rule.line,
+            slots=rule.slots,
+            parts=parts,
+            permissions=rule.permissions,
+            specs=(),
+            problem=problem,
+            since=since,
+            is_lost=True,
+        )
+        return (rule, match, lost) if now - since < EXPIRY_SECONDS else (None, None, None)
     return None, None, None
-
-
-def _fits(attribute: Attribute, value: Optional[str]) -> bool:
-    try:
-        return value is not None and attribute.match.fullmatch(value) is not None
-    except SearchTimeout:
-        return False
 
 
 def _device(
@@ -2533,6 +2642,7 @@ def _device(
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
         identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
         attributes=next(filter(None, held), ()),
+        values=tuple(HeldAttribute(name, value) for name, value in values.items()),
         specs=(),
         problem=tracked_device.problem,
         since=tracked_device.since,
@@ -2680,8 +2790,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
-        if not device.parts and device.problem:
-            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+        if device.problem and (device.is_lost or not device.parts):
+            raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
         except NotADevice as error:
@@ -2932,6 +3042,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
 RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
@@ -3122,15 +3233,32 @@ class UnixServer:
             os.umask(mask)
 
 
-def remove_leftovers(folder: str) -> None:
-    """Remove the sockets with temporary names that killed instances left in FOLDER."""
-    try:
-        for name in os.listdir(folder):
-            path = f"{folder}/{name}"
-            if re.fullmatch(r"\.[0-9a-f]{16}", name) and stat.S_ISSOCK(os.lstat(path).st_mode) and connect_error(path):
+async def remove_leftovers(folder: str) -> None:
+    """Remove the sockets with temporary names that killed instances left in FOLDER.
+
+    An instance that starts at this moment has bound such a socket and does not listen on it yet. So a socket goes only
+    if nobody answers on it LEFTOVER_SECONDS later either.
+    """
+    found = _dead_temporary_sockets(folder)
+    if found:
+        await asyncio.sleep(LEFTOVER_SECONDS)
+        for path in found & _dead_temporary_sockets(folder):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def _dead_temporary_sockets(folder: str) -> Set[str]:
+    """The sockets with temporary names in FOLDER on which nobody answers."""
+    found = set()
+    try:
+        for item in os.scandir(folder):
+            if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
+                with contextlib.suppress(FileNotFoundError):  # it was published just now
+                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and connect_error(item.path):
+                        found.add(item.path)
     except OSError as error:
         log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
+    return found
 
 
 def _remove_dead_socket(path: str) -> None:
@@ -3488,50 +3616,6 @@ SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash 
 DEFAULT_DOMAIN = "smarter-devices"
 
 
-class SysfsReader:
-    """Runs functions that read from sysfs on a thread of its own, since a driver can make a read hang for ever.
-
-    There is one thread, started when it is first needed. Belongs to one loop.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Tuple[Callable[[], Any], asyncio.Future[Any]]] = queue.SimpleQueue()
-        self._thread: Optional[threading.Thread] = None
-        self._overdue = 0  # jobs that have not ended, and that nobody waits for any more
-
-    async def call(self, job: Callable[[], T]) -> T:
-        """What JOB returns. Raises asyncio.TimeoutError after READ_SECONDS; at once, while an earlier one hangs."""
-        if self._overdue:
-            raise asyncio.TimeoutError
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="sysfs", daemon=True)
-            self._thread.start()
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put((job, done))
-        try:
-            return await asyncio.wait_for(asyncio.shield(done), READ_SECONDS)
-        finally:
-            if not done.done():
-                self._overdue += 1
-                done.add_done_callback(self._end_overdue)
-
-    def _end_overdue(self, done: asyncio.Future[Any]) -> None:
-        done.exception()  # otherwise asyncio logs that nobody asked for it
-        self._overdue -= 1
-
-    def _work(self) -> None:
-        while True:
-            job, done = self._jobs.get()
-            try:
-                finish = functools.partial(done.set_result, job())
-            except Exception as error:
-                finish = functools.partial(done.set_exception, error)
-            try:
-                done.get_loop().call_soon_threadsafe(finish)
-            except RuntimeError:
-                return  # the loop is closed, since the process ends
-
-
 class HostDevices:
     """The devices of the host as they are at this moment, of which the plan may not know yet.
 
@@ -3540,8 +3624,7 @@ class HostDevices:
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
-        self._sysfs = Sysfs(sys_dir)
-        self._reader = SysfsReader()
+        self._sysfs = SysfsReader(sys_dir)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
 
@@ -3570,43 +3653,47 @@ class HostDevices:
                         return device, str(error)
         except OSError as error:
             return devices[0], _cannot_look(error)
-        with_attributes = [(device, nodes) for device, nodes in chosen if device.attributes]
-        if not with_attributes:
-            return None
+        end = time.monotonic() + READ_SECONDS
+        for device, nodes in chosen:
+            names = [held.name for held in device.attributes]
+            changes = []
+            try:
+                for node in nodes:
+                    changes.append(changed_attributes(await self._values(node.entry, names, end), device.attributes))
+            except SysfsTimeout:
+                return device, UNANSWERED.mismatch
+            if changes and "" not in changes:
+                return device, changes[0]
+        return None
+
+    async def _values(self, entry: Entry, names: Sequence[str], end: float) -> Folders:
+        """What SysfsReader.values() returns. Raises SysfsTimeout at END, of time.monotonic()."""
+        future = self._sysfs.start_values(entry, names)
         try:
-            return await self._reader.call(functools.partial(self._find_changed, with_attributes))
+            return await asyncio.wait_for(asyncio.wrap_future(future), end - time.monotonic())
         except asyncio.TimeoutError:
-            return with_attributes[0][0], "sysfs does not answer, so its attributes cannot be read"
+            self._sysfs.give_up(entry, future)
+            raise SysfsTimeout from None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
-    def _find_changed(self, chosen: Iterable[Tuple[Device, Iterable[DeviceNode]]]) -> Optional[Tuple[Device, str]]:
-        for device, nodes in chosen:
-            changes = [changed_attributes(self._sysfs.chain(node.entry), device.attributes) for node in nodes]
-            if "" not in changes:
-                return device, changes[0]
-        return None
-
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
-            values = await self._reader.call(functools.partial(self._find_values, entry, names))
+            found = nearest_values(await self._values(entry, names, time.monotonic() + READ_SECONDS), names)
+            values = [describe_value(name, value) for name, value in zip(names, found)]
         except NotADevice as error:
             return str(error)
         except OSError as error:
             return _cannot_look(error)
-        except asyncio.TimeoutError:
+        except SysfsTimeout:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
-
-    def _find_values(self, entry: Entry, names: Sequence[str]) -> List[str]:
-        values = nearest_values(self._sysfs.chain(entry), names)
-        return [describe_value(name, value) for name, value in zip(names, values)]
 
     def look_again(self) -> None:
         """Have the device side look again, soon."""
@@ -4218,11 +4305,12 @@ class DevicePluginSide:
 
     async def run(self) -> None:
         """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
-        remove_leftovers(self.plugin_dir)
+        leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
             await self._done
         finally:
+            leftovers.cancel()
             await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._events.flush()
@@ -5212,12 +5300,15 @@ class DraSide:
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
+        folders = [os.path.dirname(path) for path in self.settings.sockets]
+        leftovers = asyncio.gather(*(remove_leftovers(folder) for folder in folders))
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
+            leftovers.cancel()
             await self._end()
         self._done.result()
 
@@ -5319,7 +5410,6 @@ class DraSide:
         """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
         for path in self.settings.sockets:
             os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            remove_leftovers(os.path.dirname(path))
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         if not all(server.publish() for server in self._servers):
@@ -6731,7 +6821,9 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"))
+        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
             options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
         except grpc.RpcError as error:
@@ -6946,21 +7038,23 @@ MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
-class KeptConf:
-    """The file PATH, which keeps the last good text of the conf file CONF, for a start with a broken one.
+class KeptFile:
+    """The file PATH, which keeps a text for the next start of this daemon.
 
-    Its first line says which file that is, and has a checksum of the rest.
+    Its first line says what the file holds, WHAT, and has a checksum of the rest. EVENT is logged where the text cannot
+    be kept.
     """
 
-    def __init__(self, path: str, conf: str) -> None:
+    def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
-        self._conf = conf
+        self._what = what
+        self._event = event
         self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
         """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
-        where others than root and this user can have written it, or where it is not whole or not CONF's."""
+        where others than root and this user can have written it, or where it is not whole or holds something else."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
@@ -6970,7 +7064,7 @@ class KeptConf:
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
         if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it does not come from {self._conf}, or is damaged")
+            raise ValueError(f"it does not hold {self._what}, or is damaged")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
@@ -6987,8 +7081,8 @@ class KeptConf:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                sentence = f"cannot keep the conf for a restart with a broken one: {self.path}: {error.strerror}"
-                log_event("conf-not-kept", sentence, logging.WARNING)
+                sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+                log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
             self._invalidate()
 
@@ -7007,7 +7101,7 @@ class KeptConf:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Empty the file in its place: old rules would be worse than none."""
+        """Empty the file in its place: an old text would be worse than none."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
@@ -7027,17 +7121,61 @@ class KeptConf:
             raise
 
     def _first_line(self, data: bytes) -> bytes:
-        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
-        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode()
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
     return _open_at_once(path, flags | os.O_NOFOLLOW)
 
 
-def kept_conf_path(plugin_dir: str, domain: str) -> str:
-    """Where the last good conf of the instance with DOMAIN is kept; kubelet removes nothing but sockets there."""
-    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+def kept_path(folder: str, domain: str, ending: str) -> str:
+    """Where the instance with DOMAIN keeps a file in FOLDER; the kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 200, domain)}.{ending}"
+
+
+class KeptDevices:
+    """The file PATH, which keeps which devices rules chose by their attributes, and with which values.
+
+    The kubelet may ask for such a device's container to start again after this process was started anew. Where another
+    device stands there by then, the kept one is offered still, Unhealthy, and the container is refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+
+    def read(self) -> Plan:
+        """The resources of the devices that were kept, as far as a new plan needs them as the previous one."""
+        resources: Dict[str, Resource] = {}
+        try:
+            for kept in json.loads(self._file.read()[0]):
+                name, path, is_pool = str(kept["resource"]), str(kept["path"]), bool(kept["pool"])
+                attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
+                device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
+                others = resources[name].devices if name in resources else ()
+                resources[name] = Resource(name, is_pool, (*others, device))
+        except FileNotFoundError:
+            return EMPTY_PLAN
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.debug("the devices kept in %s are ignored: %r", self._file.path, error)
+            return EMPTY_PLAN
+        return Plan(resources, (), ())
+
+    def keep(self, plan: Plan) -> None:
+        """Keep those of PLAN's devices that rules chose by attributes."""
+        devices = [
+            {
+                "resource": resource.name,
+                "pool": resource.pool,
+                "path": device.path,
+                "attributes": device.attributes,
+                "values": device.values,
+            }
+            for resource in plan.resources.values()
+            for device in resource.devices
+            if device.attributes
+        ]
+        if devices or os.path.lexists(self._file.path):
+            self._file.keep(json.dumps(devices))
 
 
 class ConfFile:
@@ -7056,7 +7194,8 @@ class ConfFile:
         self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
         self._text: Optional[str] = None  # that the rules in force come from
         self._refused_text: Optional[str] = None
-        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+        what = f"the last good text of {json.dumps(path)}"
+        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
         """Take over the first rules. Raises Problem where there are no good ones."""
@@ -7070,7 +7209,7 @@ class ConfFile:
             self._refuse(error, text, f", from {self._kept.path}")
         self._keep()
 
-    def _restore(self, kept: KeptConf) -> bool:
+    def _restore(self, kept: KeptFile) -> bool:
         """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
         try:
             text, kept_at = kept.read()
@@ -7161,7 +7300,15 @@ class ConfFile:
 class DeviceSide:
     """The main thread's part: the conf file and /dev, and the plan that they make."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
+    def __init__(
+        self,
+        conf: str,
+        dev_dir: str,
+        sys_dir: str,
+        kept_path: str = "",
+        kept_devices: Optional[KeptDevices] = None,
+        with_facts: bool = False,
+    ) -> None:
         """KEPT_PATH is for the last good conf, as of ConfFile."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
@@ -7174,6 +7321,7 @@ class DeviceSide:
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
+        self._kept_devices = kept_devices
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -7191,6 +7339,9 @@ class DeviceSide:
             raise Problem(problem) from None
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
+        if self._kept_devices:
+            self.plan = self._kept_devices.read()
+            self._tracked = track_gone(self.plan, time.monotonic())
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7209,6 +7360,8 @@ class DeviceSide:
             plans.append(self._make_plan(self.snapshot))
             if plans == [old]:
                 plans = []
+        if plans and self._kept_devices:
+            self._kept_devices.keep(self.plan)
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
@@ -7561,8 +7714,11 @@ def serve(options: argparse.Namespace) -> int:
         ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
         raise
     raise_limit()
-    kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
+    folder = dra_settings(options).folder if is_dra else options.plugin_dir
+    # The DRA side keeps what is prepared, in CDI files.
+    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, "devices"))
+    kept_conf = kept_path(folder, options.domain, "conf")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
@@ -7710,7 +7866,10 @@ def show_attributes(options: argparse.Namespace) -> int:
     if nodes[0].suffix:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
         raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
-    chain = Sysfs(options.sys_dir).attributes(nodes[0].entry)
+    try:
+        chain = SysfsReader(options.sys_dir).attributes(nodes[0].entry)
+    except SysfsTimeout:
+        raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
     if not chain:
         number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
         kind = nodes[0].entry.kind

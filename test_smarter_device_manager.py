@@ -2179,7 +2179,7 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
         assert re.search(f"WARNING the conf kept in {kept} is ignored: {why}$", first), done.stderr
         assert f"{node.conf}:1:16: " in second
 
-    not_whole = f"it does not come from {node.conf}, or is damaged"
+    not_whole = f'it does not hold the last good text of "{node.conf}", or is damaged'
     for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
         kept.write_bytes(data)
         is_ignored(not_whole)
@@ -2224,7 +2224,7 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
     for slots in (2, 3):
         node.rules(GPU_RULE.format(slots))
         kubelet.wait_for("nvidia-gpu0", Healthy=slots)
-    daemon.says(f"WARNING cannot keep the conf for a restart with a broken one: {kept_conf(node)}: Is a directory\n")
+    daemon.says(f"WARNING cannot keep the last good text of .* for the next start: {kept_conf(node)}: Is a directory\n")
     assert daemon.log.count("cannot keep") == 1
     assert not kept_conf(node).with_name(kept_conf(node).name + ".new").exists()
     kept_conf(node).rmdir()
@@ -2258,7 +2258,7 @@ def test_rules_that_could_not_be_kept_are_kept_later_and_old_ones_are_no_more(no
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
-    paths = {sdm.kept_conf_path("/p", "a" * 240 + letter) for letter in "bc"}
+    paths = {sdm.kept_path("/p", "a" * 240 + letter, "devices.new") for letter in "bc"}
     assert len(paths) == 2
     assert all(len(os.path.basename(path)) < 250 for path in paths)
 
@@ -5768,11 +5768,16 @@ def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_loo
     assert kubelet.count("ttyUSB0") == 1
 
 
+def kept_devices(node: Node) -> Path:
+    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.devices"
+
+
 @needs_root
+@pytest.mark.parametrize("damage", ["", "removed", "damaged", "of others"])
 def test_starts_are_checked_right_after_a_restart_of_the_daemon(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
+    board: Board, node: Node, kubelet: Kubelet, start: Starter, damage: str
 ) -> None:
-    """It need not remember what it allocated: the ID says all."""
+    """The ID says what is needed. What the daemon keeps over a restart only makes the refusal's words better."""
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "A2", "1-1.2")
     node.rules(STICK_POOL)
@@ -5781,20 +5786,68 @@ def test_starts_are_checked_right_after_a_restart_of_the_daemon(
     kubelet.take("sticks", "ttyUSB0:0", "ttyUSB1:0")
     kubelet.starts("sticks", "ttyUSB0:0", "ttyUSB1:0")
     daemon.kill()
+    assert stat.S_IMODE(kept_devices(node).stat().st_mode) == 0o600
+    if damage == "removed":
+        kept_devices(node).unlink()
+    elif damage == "damaged":
+        kept_devices(node).write_text("[]")
+    elif damage:
+        kept_devices(node).chmod(0o666)
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "C1", "1-1.3")
-    start()
-    kubelet.wait_for("sticks", Healthy=1)
+    again = start()
+    kubelet.wait_for("sticks", **({"Healthy": 1} if damage else {"Healthy": 1, "Unhealthy": 1}))
     given = '/dev/ttyUSB0 (ID "ttyUSB0:0")'
-    problem = 'the resource has no device there any more: its idVendor is "10c4"; its serial is "C1"'
+    no_more = "the resource has no device there any more: " if damage else ""
+    problem = 'its idVendor is "10c4"; its serial is "C1"' if damage else 'its serial is "C1" and was "A1"'
     for ids in (["ttyUSB0:0"], ["ttyUSB1:0", "ttyUSB0:0"]):
-        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, problem)
+        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, no_more + problem)
     kubelet.starts("sticks", "ttyUSB1:0")
     unplug_stick(board, "ttyUSB0")
-    problem = "the resource has no device there any more: it is gone"
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, problem)
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, f"{no_more}it is gone")
     plug_stick(board, "ttyUSB0", "A1", "1-1.3")
     wait_for(lambda: may_start(kubelet, "sticks", "ttyUSB0:0", "ttyUSB1:0"))
+    assert "Traceback" not in again.log
+
+
+@needs_root
+@pytest.mark.parametrize("rules", [STICKS, STICKS.replace("}}", r"}, env: {SERIAL: '\g<attr:serial>'}}")])
+@pytest.mark.parametrize("what", ["another", "gone"])
+def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str, rules: str
+) -> None:
+    """Its resource has the path's name, so without that there would be nothing to refuse the start."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.plug("null")
+    node.rules(rules + "- devicematch: ^null$\n")
+    daemon = start()
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    given = '/dev/ttyUSB0 (ID "0")'
+    for turn in range(2):
+        daemon.kill()
+        if not turn:
+            unplug_stick(board, "ttyUSB0")
+            if what == "another":
+                plug_stick(board, "ttyUSB0", "C1", "1-1.2")
+        daemon = start()
+        wait_for(lambda turn=turn: kubelet.count("ttyUSB0") == turn + 2)
+        wait_ready(kubelet, ["null", "ttyUSB0"])
+        kubelet.wait_for("ttyUSB0", Unhealthy=1)
+        problem = 'its serial is "C1" and was "A1"' if what == "another" else "it is gone"
+        assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", given, problem)
+        with pytest.raises(grpc.RpcError):  # the kubelet would not ask for it, but may have asked just before
+            kubelet.take("ttyUSB0", "0")
+    if what == "another":
+        unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    kubelet.starts("ttyUSB0", "0")
+    daemon.stop()
+    node.rules("- devicematch: ^null$\n")
+    start()
+    kubelet.wait_for("null", Healthy=1)
+    wait_for(lambda: kept_devices(node).read_text().endswith("[]"))
+    assert list(sockets(node)) == ["smarter-null.sock"]
 
 
 @needs_root
@@ -5859,6 +5912,44 @@ sdm.read_attribute = hang
 
 
 @needs_root
+def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices(
+    board: Board, node: Node, kubelet: Kubelet
+) -> None:
+    flag, stuck = node.root / "flag", node.root / "stuck"
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "A2", "1-1.2")
+    node.rules(STICK_POOL + "- devicematch: ^null$\n")
+    patch = HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)).replace(
+        "if os.path.exists", "if '1-1.2' in folder and os.path.exists"
+    )
+    flag.touch()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SMARTER_DEVICE_MANAGER_LISTEN", "127.0.0.1:0")
+        daemon = broken_daemon(node, patch)
+    try:
+        kubelet.wait_for("sticks", Healthy=1)
+        daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
+        status = Status(daemon)
+        node.plug("null")
+        kubelet.wait_for("null", Healthy=1)
+        assert status.ask("/healthz").status == 200
+        flag.unlink()
+        kubelet.wait_for("sticks", Healthy=2)
+        assert len(stuck.read_text()) == 1  # thread, however often the device side looked
+        flag.touch()
+        daemon.hang_up()
+        wait_for(lambda: len(stuck.read_text()) == 2)
+        node.plug("zero")
+        node.rules(STICK_POOL + "- devicematch: ^(null|zero)$\n")
+        kubelet.wait_for("zero", Healthy=1)
+        assert list(kubelet.health("sticks").values()) == [sdm.HEALTHY] * 2  # what was known stays
+        assert "Traceback" not in daemon.log
+    finally:
+        flag.unlink(missing_ok=True)
+        assert daemon.stop() == 0
+
+
+@needs_root
 def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, node: Node, kubelet: Kubelet) -> None:
     """A driver may keep whoever reads an attribute for ever. One thread may be kept, and no call."""
     flag, stuck = node.root / "flag", node.root / "stuck"
@@ -5889,7 +5980,7 @@ def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, nod
                     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
             assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
             assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 4  # those of grpc come and go
-            assert len(stuck.read_text()) <= 2  # of the threads that are kept, one is the device side's
+            assert len(stuck.read_text()) <= 3  # one for each device that the device side reads, and one for the starts
             flag.unlink()
             wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
         assert min(first_times[::2]) < 0.1 and min(first_times[1::2]) < 0.1
@@ -6861,7 +6952,7 @@ def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet:
     assert len(sockets(node)) == 4
     third = start()
     third.says("2 resources: another instance")
-    assert len(sockets(node)) == 4  # its own two
+    wait_for(lambda: len(sockets(node)) == 4)  # its own two
     assert third.stop() == 0
     assert len(sockets(node)) == 2
     stops_well(first, node)
@@ -11078,7 +11169,7 @@ def test_what_waits_when_it_ends_is_written_if_somebody_reads(
 def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
     """After what was logged until then; and though nobody reads it, it ends."""
     node.rules("- devicematch: [\n")
-    kept = sdm.kept_conf_path(str(node.plugins), sdm.DEFAULT_DOMAIN)
+    kept = sdm.kept_path(str(node.plugins), sdm.DEFAULT_DOMAIN, "conf")
     os.mkdir(kept)
     done = node.run()
     assert done.returncode == 1
