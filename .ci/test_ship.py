@@ -34,14 +34,14 @@ RULES = yaml.safe_load(CONF.read_text())
 
 
 def helm() -> Any:
-    """Helm itself, as a library; what needs it is skipped where its package has no wheel (armv7, say)."""
+    """Helm itself, as a library. Tests that need it are skipped where its package has no wheel (armv7, for example)."""
     return pytest.importorskip(
         "helm_python", reason="helm-python-sdk is installed on x86_64 only: it has no wheel for some machines"
     )
 
 
 def schemas() -> list[str]:
-    """The oldest version of Kubernetes that takes all of daemonset.yaml, and the newest that is known here."""
+    """The oldest version of Kubernetes that knows all fields of daemonset.yaml, and the newest version known here."""
     return ["1.30.0", kubernetes_validate.utils.all_versions()[-1]]
 
 
@@ -80,7 +80,7 @@ def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(conf: str, folder: Path) -> None:
-    """Have the daemon itself say that it takes CONF."""
+    """See that the daemon itself finds CONF good."""
     (folder / "conf.yaml").write_text(conf)
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--check", "--conf", str(folder / "conf.yaml")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -98,7 +98,7 @@ def test_the_manifest_is_valid_for_the_oldest_and_newest_kubernetes_known() -> N
 
 
 def test_older_kubernetes_does_not_know_recursive_read_only_alone() -> None:
-    """The README's table says so: with --validate=false the API server drops the field, and takes the rest."""
+    """docs/install.md says so: with --validate=false the API server drops this one field and takes the rest."""
     daemonset = pick(manifest(), "DaemonSet")
     oldest = kubernetes_validate.utils.all_versions()[0]
     with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
@@ -161,7 +161,7 @@ def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
 
 
 def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
-    """With what the manifest mounts of /sys, every device's attributes are found as with all of it."""
+    """The parts of /sys that the manifest mounts give the same attributes of every device as all of /sys."""
     for name in ("dev", "devices"):
         (tmp_path / name).symlink_to(f"/sys/{name}")
     number = next((text for text in os.listdir("/sys/dev/char") if text.startswith("1:")), None)
@@ -260,7 +260,7 @@ config: {json.dumps(GO_RULES)}
 
 
 def test_the_go_charts_values_mean_the_same(tmp_path: Path) -> None:
-    """Its values file, which has no nodeSelector and no other key than these; config there is a comment at first."""
+    """The Go chart's values file has these keys and no nodeSelector; its config is a comment at first."""
     values = yaml.safe_load(GO_VALUES)
     objects = render(values)
     assert pick(objects, "DaemonSet")["metadata"]["name"] == pick(objects, "ConfigMap")["metadata"]["name"] == NAME
@@ -441,7 +441,7 @@ SCRIPT_NAME = "smarter_device_manager.py"
 
 
 def printed(*arguments: str) -> str:
-    """What the script prints, on a Python without any package and in a locale without UTF-8."""
+    """What the script prints on a Python without packages, in a locale without UTF-8."""
     command = [sys.executable, "-I", "-S", str(ROOT / SCRIPT_NAME), *arguments]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
     return subprocess.run(command, capture_output=True, check=True, env=environment).stdout.decode()
@@ -538,7 +538,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
 
 
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
-    """With wheels that stand in for the packages, and the script's import of them in a module that stands in for it."""
+    """With made-up wheels in place of the packages, and a module that imports them in place of the script."""
     wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
     for folder in (wheels, packages, app):
         folder.mkdir()
@@ -754,7 +754,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (Path(__file__), ROOT / "test_smarter_device_manager.py"))
 
-# What runs each command of the README. "cannot": there is no cluster, no engine of containers and no registry here.
+# What runs each command of the README and of docs/. CANNOT: no cluster, container engine or registry is here.
 RUN_BY_CI = "by .ci/run"
 TOOL_OF_CI = "by .ci/run too, in less time"
 CANNOT = "cannot be run here: "
@@ -889,9 +889,9 @@ def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
 def test_a_page_has_every_option() -> None:
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--help"]
     wide = {**os.environ, "COLUMNS": "1000"}  # else an option may be broken in two
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
-    assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= documented
+    assert set(re.findall(r"--[a-z-]+", shown)) - {"--help", "--version"} <= documented
 
 
 def test_a_section_can_be_run_alone() -> None:
