@@ -168,8 +168,8 @@ def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
     if number is None:
         pytest.skip("no /sys here")
     entry = sdm.Entry(sdm.CHAR, os.makedev(*map(int, number.split(":"))))
-    found = sdm.Sysfs(str(tmp_path)).attributes(entry)
-    assert found == sdm.Sysfs("/sys").attributes(entry) != []
+    found = sdm.SysfsReader(str(tmp_path)).attributes(entry)
+    assert found == sdm.SysfsReader("/sys").attributes(entry) != []
     assert "subsystem" in found[0][1]
 
 
