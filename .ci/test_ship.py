@@ -99,13 +99,14 @@ def test_the_manifest_is_valid_for_the_oldest_and_newest_kubernetes_known() -> N
 
 def test_older_kubernetes_does_not_know_recursive_read_only_alone() -> None:
     """docs/install.md says so: with --validate=false the API server drops this one field and takes the rest."""
-    daemonset = pick(manifest(), "DaemonSet")
     oldest = kubernetes_validate.utils.all_versions()[0]
-    with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
+    for objects in (manifest(), printed_manifest()):
+        daemonset = pick(objects, "DaemonSet")
+        with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
+            kubernetes_validate.validate(daemonset, oldest, strict=True)
+        for mount in container([daemonset])["volumeMounts"]:
+            mount.pop("recursiveReadOnly", None)
         kubernetes_validate.validate(daemonset, oldest, strict=True)
-    for mount in container([daemonset])["volumeMounts"]:
-        mount.pop("recursiveReadOnly", None)
-    kubernetes_validate.validate(daemonset, oldest, strict=True)
 
 
 def test_its_rules_are_those_of_conf_yaml(tmp_path: Path) -> None:
