@@ -1320,15 +1320,15 @@ def _open_at_once(path: str, flags: int) -> int:
 
 # The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
-# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
-# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
-# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
+# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
+# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
 
-# Sound: the whole folder, every card with its controls, goes to a container.
+# Sound: a container gets the whole folder, with every card and its controls.
 - devicematch: ^snd$
   nummaxdevices: 20
 
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
 - devicematch: ^gpiomem[0-9]*$
   nummaxdevices: 40
 - devicematch: ^gpiochip[0-9]*$
@@ -1358,7 +1358,7 @@ DEFAULT_CONF = r"""
 - devicematch: ^vcsm.*$
   nummaxdevices: 20
 
-# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
 - devicematch: ^ttyUSB[0-9]*$
   nummaxdevices: 1
 - devicematch: ^ttyACM[0-9]*$
@@ -1370,17 +1370,17 @@ DEFAULT_CONF = r"""
 - devicematch: ^ttyAMA[0-9]*$
   nummaxdevices: 1
 
-# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
 - devicematch: nvidia-gpu
   nummaxdevices: 10
 
-# More than most containers should have. Take away the "# " of what you need.
+# These give a container more power than most should have. Remove the "# " in front of what you need.
 
 # TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
 # - devicematch: ^net/tun$
 #   nummaxdevices: 20
 
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
 # - devicematch: ^fuse$
 #   nummaxdevices: 20
 
@@ -1388,7 +1388,7 @@ DEFAULT_CONF = r"""
 # - devicematch: ^kvm$
 #   nummaxdevices: 20
 
-# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
 # - devicematch: ^dri/renderD[0-9]*$
 #   nummaxdevices: 20
 # - devicematch: ^dri/card[0-9]*$
