@@ -3163,6 +3163,31 @@ def open_descriptors() -> int:
         return descriptor_limit()  # there is none left to look with
 
 
+async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
+    """The result of WORK within SECONDS; else raises asyncio.TimeoutError.
+
+    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
+    https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
+        task.cancel()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        return await wait_bounded(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+
+
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
@@ -3588,6 +3613,37 @@ async def in_slices(items: Iterable[T]) -> List[T]:
             await asyncio.sleep(0)
             end = time.monotonic() + SLICE_SECONDS
     return done
+
+
+class KubeletSide:
+    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
+        self.heartbeat = time.monotonic()  # of the last look at the sockets
+        self.calm_look = calm_look  # seconds between two looks, at the most
+        self._done: asyncio.Future[None] = loop.create_future()
+
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
+        try:
+            if not self._done.done():
+                self.apply(plan)
+        except Exception as error:
+            self._fail(error)
+
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+        raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4259,7 +4315,7 @@ class Registration:
             self._events.add(event, trouble, level, self.plugin.full_name)
 
 
-class DevicePluginSide:
+class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
     It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
@@ -4276,12 +4332,11 @@ class DevicePluginSide:
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
     ) -> None:
+        super().__init__(loop, calm_look)
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
-        self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
-        self.slot_ids: SlotsOfDra = {}  # DRA's; here there are none
-        self.calm_look = calm_look
+        self.slot_ids: SlotsOfDra = {}  # without DRA there is none
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
         others = OtherInstances(loop)
@@ -4292,7 +4347,6 @@ class DevicePluginSide:
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._next_admission: Optional[asyncio.TimerHandle] = None
         self._loop = loop
-        self._done: asyncio.Future[None] = loop.create_future()
 
     @property
     def is_answering(self) -> bool:
@@ -4326,16 +4380,6 @@ class DevicePluginSide:
             for name in list(self.registrations)[:RETIRE_AT_ONCE]:
                 self.registrations.pop(name).retire()
             await asyncio.sleep(RETIRE_PAUSE)
-
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
 
     def look(self) -> None:
         """Look at kubelet.sock and our own sockets, and schedule the next look."""
@@ -4383,14 +4427,6 @@ class DevicePluginSide:
         if inodes is not None:
             for registration in self.registrations.values():
                 registration.check_socket(inodes)
-
-    def deliver(self, plan: Plan) -> None:
-        """Like apply(), as a callback of the loop: what it raises, run() raises. Does nothing once run() must end."""
-        try:
-            if not self._done.done():
-                self.apply(plan)
-        except Exception as error:
-            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
@@ -4449,19 +4485,19 @@ class DevicePluginSide:
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
 # plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
-# has the driver prepare the claim: a CDI file tells the container runtime what to add to the container. First pure
+# has the driver prepare the claim: a CDI file says what the container runtime is to add to the container. First pure
 # functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # these five are limits of the API
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as the next three are
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
-MAX_API_TEXT = 200  # characters of the API server's words that are repeated
+MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
 API_SECONDS = 5.0  # for a request and its answer
-COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
+COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
 MAX_API_BACKOFF_SECONDS = 60.0
@@ -4471,10 +4507,11 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
-GONE = ":gone"  # after the name of a CDI device: no runtime finds it under the name that the kubelet has
-# The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
-# dra/v1. Each method with the names of its messages in api.proto.
+GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
+# their methods with the names of the messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("request", "resource", "path")  # annotations of a CDI file
 _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
     PLUGIN_REGISTRATION: {
         "GetInfo": ("InfoRequest", "PluginInfo"),
@@ -4507,16 +4544,20 @@ class PreparedDevice(NamedTuple):
     resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
-    is_gone: bool = False  # no container is to start with what may stand there in its place
+    is_gone: bool = False  # then no container may start with it: another device may be in its place
 
 
 class PreparedClaim(NamedTuple):
-    """A ResourceClaim of which the devices are prepared: what one CDI file holds."""
+    """A ResourceClaim whose devices are prepared: the content of one CDI file."""
 
     uid: str
     namespace: str
     name: str
     devices: Tuple[PreparedDevice, ...]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
@@ -4553,24 +4594,23 @@ def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
     texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
     if resource.pool:
         texts["pool"] = resource.name
+    numbers = {"slot": slot.number, **({"numaNode": device.numa[0]} if len(device.numa) == 1 else {})}
+    return _slice_device(name, texts, numbers, bool(device.problem), domain)
+
+
+def lost_device(device: PreparedDevice, domain: str) -> Document:
+    """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, {}, True, domain)
+
+
+def _slice_device(
+    name: str, texts: Mapping[str, str], numbers: Mapping[str, int], is_gone: bool, domain: str
+) -> Document:
     attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    attributes["slot"] = {"int": slot.number}
-    if len(device.numa) == 1:
-        attributes["numaNode"] = {"int": device.numa[0]}
-    taints = {"taints": [gone_taint(domain)]} if device.problem else {}
+    attributes.update((key, {"int": number}) for key, number in numbers.items())
+    # The control plane evicts the pods that use a device with this taint.
+    taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
     return {"name": name, "attributes": attributes, **taints}
-
-
-def lost_device(prepared: PreparedDevice, domain: str) -> Document:
-    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice. DeviceClasses ask for its resource."""
-    texts = {"resource": prepared.resource, "path": prepared.path}
-    attributes = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
-
-
-def gone_taint(domain: str) -> Document:
-    """The taint by which the control plane evicts the pods that have a device that is gone."""
-    return {"key": f"{domain}/gone", "effect": "NoExecute"}
 
 
 def _cut_bytes(text: str) -> str:
@@ -4591,7 +4631,7 @@ def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
-    """The name of the slice INDEX of NODE: the same after a restart, and no other node's or driver's."""
+    """The name of the slice INDEX of NODE, which is the same after a restart and unique in the cluster."""
     readable = f"{node}-{domain}"[:230].rstrip(".-")
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
@@ -4599,7 +4639,7 @@ def slice_name(node: str, domain: str, index: int) -> str:
 def resource_slice(
     domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
 ) -> Document:
-    """The ResourceSlice INDEX of NODE. The Node owns it, so that it goes when that goes."""
+    """The ResourceSlice INDEX of NODE. The Node owns it, so it is deleted with the Node."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
     metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
     spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
@@ -4607,7 +4647,7 @@ def resource_slice(
 
 
 def device_class(domain: str, resource: str = "") -> Document:
-    """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
+    """The DeviceClass of all devices, or that of one RESOURCE, which a pod requests as it does with a device plugin."""
     name, expression = domain, f'device.driver == "{domain}"'
     spec: Document = {}
     if resource:
@@ -4629,7 +4669,7 @@ def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
 
 
 def comparable_slice(resource_slice: Document) -> object:
-    """What must be equal for RESOURCE_SLICE to be as wanted: its spec and owner, but for generation and times."""
+    """The part of RESOURCE_SLICE that is to be as wanted: its spec and owner without generation and times."""
     return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
         _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
     ]
@@ -4643,7 +4683,7 @@ def _without(value: object, keys: Set[str]) -> object:
 
 
 def _dig(value: object, *keys: str) -> Any:
-    """What KEYS lead to in VALUE, of JSON; None where there is nothing."""
+    """The value below KEYS in VALUE, of JSON; None where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -4660,9 +4700,9 @@ def _checked_text(value: object) -> str:
 
 
 def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name in each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+    """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
 
-    A result of a request's alternative (request/alternative) counts as the request's, as it does for the kubelet.
+    A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
     """
     found = []
@@ -4683,8 +4723,8 @@ def prepare_devices(
 ) -> Tuple[PreparedDevice, ...]:
     """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
 
-    A container gets all devices of a request, so these must go together, and share their env, as slots that one
-    Allocate asks for. Raises AllocationError.
+    A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
+    one Allocate. Raises AllocationError.
     """
     groups: Dict[Tuple[str, str], List[str]] = {}
     for request, name in requests:
@@ -4703,7 +4743,7 @@ def prepare_devices(
 
 
 def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI, where a runtime takes neither a link nor a folder, but nodes alone."""
+    """ALLOCATION as containerEdits of CDI, which may name only nodes, no link or folder."""
     nodes = {
         container: {"path": container, "hostPath": host, "permissions": spec.permissions}
         for spec in allocation.specs
@@ -4715,15 +4755,14 @@ def container_edits(allocation: ContainerAllocation) -> Document:
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     """The CDI file of CLAIM; read_cdi_document() is its inverse."""
-    owner = {"uid": claim.uid, "namespace": claim.namespace, "name": claim.name}
     return {
         "cdiVersion": "0.6.0",
         "kind": f"{domain}/device",
-        "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
+        "annotations": {f"{domain}/claim-{key}": getattr(claim, key) for key in _CLAIM_NOTES},
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/{key}": getattr(device, key) for key in ("request", "resource", "path")},
+                "annotations": {f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -4732,29 +4771,26 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
 
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
-    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other."""
-    uid, namespace, name = (
-        _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in ("uid", "namespace", "name")
-    )
+    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
+    owner = {key: _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in _CLAIM_NOTES}
+    if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
+        raise ValueError("no name of a claim")
     devices = []
     for device in document["devices"]:
-        prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        notes = [_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "resource", "path")]
-        edits, is_gone = device["containerEdits"], label.endswith(GONE)
-        if prefix or not label or not isinstance(edits, dict):
+        prefix, _, name = _checked_text(device["name"]).partition(f"{owner['uid']}-")
+        notes = {key: _checked_text(device["annotations"][f"{domain}/{key}"]) for key in _DEVICE_NOTES}
+        edits = device["containerEdits"]
+        if prefix or not name or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        request, resource, path = notes
-        devices.append(PreparedDevice(label.removesuffix(GONE), request, resource, path, edits, is_gone))
-    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
-        raise ValueError("no name of a claim")
-    return PreparedClaim(uid, namespace, name, tuple(devices))
+        devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
+    return PreparedClaim(**owner, devices=tuple(devices))
 
 
 # The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: why, in one sentence; the HTTP status (0: no answer); for how long to wait, in seconds."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and how many seconds to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -4763,11 +4799,11 @@ class ApiError(Exception):
 
 
 class ConflictError(ApiError):
-    """A write to an object that is another one by now, or gone."""
+    """A write to an object that somebody else has changed, made or deleted."""
 
 
 class ApiAddress(NamedTuple):
-    """Where the API server is."""
+    """The address of the API server."""
 
     url: str
     is_tls: bool
@@ -4777,7 +4813,7 @@ class ApiAddress(NamedTuple):
 
 
 class ApiAnswer(NamedTuple):
-    """What the API server answered."""
+    """An answer of the API server."""
 
     status: int
     document: Document
@@ -4785,7 +4821,7 @@ class ApiAnswer(NamedTuple):
 
 
 def parse_api_url(url: str) -> ApiAddress:
-    """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
+    """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
     match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
@@ -4797,7 +4833,7 @@ def parse_api_url(url: str) -> ApiAddress:
 
 
 def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    """CONTENT, all that the API server at URL sent, as an answer. Raises ApiError where it is not one."""
     head, _, body = content.partition(b"\r\n\r\n")
     match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
     if not match:
@@ -4816,7 +4852,7 @@ def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
 
 
 def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
-    """Why the API server did not do what VERB asks of PATH, in one sentence."""
+    """Why the API server refused VERB on PATH, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
     message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
@@ -4830,29 +4866,29 @@ def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
 
 
 class ApiServer:
-    """The API server of the cluster, with TLS by the CA file, always. Token and CA file are read for each request.
+    """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
 
-    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to be kept: it is asked little.
+    Requests are few, so each is one connection of HTTP/1.0, which has neither chunks nor a connection to keep.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
-        self.requests: Dict[Tuple[str, str], int] = {}  # how many, by verb and code
-        self.problem = "it has not been asked yet"  # why the last request had no answer; empty: it had one
+        self.requests: Dict[Tuple[str, str], int] = {}  # their number by verb and code
+        self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
         self._token_file = token_file
         self._ca_file = ca_file
 
     async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
-        """Have the API server do VERB to PATH; what it answers. Takes 2 * API_SECONDS at the most. Raises ApiError."""
-        answer = await self._ask(verb, path, body)
-        if answer.status == 401:  # the token was replaced when it was on its way
-            answer = await self._ask(verb, path, body)
+        """The answer to VERB on PATH, within 2 * API_SECONDS. Raises ApiError."""
+        answer = await self._send(verb, path, body)
+        if answer.status == 401:  # the token was replaced while the request was on its way
+            answer = await self._send(verb, path, body)
         if 200 <= answer.status < 300:
             return answer.document
         raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
 
-    async def _ask(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
-        """Ask once, and keep count."""
+    async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """Send one request, and count it."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
@@ -4897,7 +4933,7 @@ class ApiServer:
             raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
 
     def _authorization(self) -> List[str]:
-        """The header with the token. Without TLS there is none: whoever listens there need not be the API server."""
+        """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
         if not self.address.is_tls:
             return []
         try:
@@ -4908,31 +4944,6 @@ class ApiServer:
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
         return [f"Authorization: Bearer {token.decode()}"]
-
-
-async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
-    """What WORK gives within SECONDS; else raises asyncio.TimeoutError.
-
-    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
-    https://github.com/python/cpython/issues/86296
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
-        task.cancel()
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:
@@ -4947,13 +4958,13 @@ async def _read_all(reader: asyncio.StreamReader) -> bytes:
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
-    """Why the API server cannot be asked, to follow its name."""
+    """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
     if not reason and error.errno and error.errno > 0:
-        reason = os.strerror(error.errno)  # asyncio has put words of its own into error.strerror
+        reason = os.strerror(error.errno)  # error.strerror is a text of asyncio's
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
@@ -4961,7 +4972,7 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
 
 
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per claim, and what they hold. Other files are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self.claims: Mapping[str, PreparedClaim] = {}  # by uid
@@ -4978,22 +4989,26 @@ class CdiFiles:
         return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
 
     def load(self) -> None:
-        """Read back what is prepared, and remove what a crash left half made."""
-        self.claims = {}
+        """Read what is prepared, and remove what a crash left half written.
+
+        Raises OSError where a file cannot be read: to go on without it would give its devices to another claim.
+        """
+        claims = {}
         try:
             names = os.listdir(self._folder)
-        except OSError:
-            return  # there is no such folder until something is prepared
+        except (FileNotFoundError, NotADirectoryError):
+            names = []  # write() makes the folder, or says why not
         for name in names:
             match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
             claim = self._read(match[1]) if match else None
             if claim:
-                self.claims = {**self.claims, claim.uid: claim}
+                claims[claim.uid] = claim
             elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
                 self._discard(f"{self._folder}/{name}")
+        self.claims = claims
 
     def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where it is another's, or broken and therefore removed."""
+        """The claim of the file of UID; None where the file is not ours, or was removed because it is broken."""
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
@@ -5003,11 +5018,10 @@ class CdiFiles:
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
                 return claim
-        except OSError as error:
-            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # broken; as one of another claim is
+            pass  # it is broken, as a file with the uid of another claim is
         log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
         self._discard(path)
         return None
@@ -5017,7 +5031,7 @@ class CdiFiles:
             os.unlink(path)
 
     def write(self, claim: PreparedClaim) -> None:
-        """Keep CLAIM. Its file is never seen half written. Raises OSError."""
+        """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
         try:
@@ -5031,7 +5045,7 @@ class CdiFiles:
         self.claims = {**self.claims, claim.uid: claim}
 
     def remove(self, uid: str) -> None:
-        """Forget the claim UID. Raises OSError."""
+        """Remove the file of the claim UID. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(uid))
         self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
@@ -5043,24 +5057,24 @@ class CdiFiles:
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
-    Of the slices, which all have one generation, either none is written or each one, once. Where the server's content
-    is what is wanted, or what it made of what was written last, nothing is. FINALLY is done when both are well.
+    The slices share one generation, so either none is written or each one, once. None is where the server has what is
+    wanted, or what it made of what was written last. FINALLY_ is called when slices and classes are published.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is as wanted
-        self.slices = self.devices = 0  # that are published
-        self.published_at = 0.0  # time.time() when they were last found or made as wanted
+        self.problems: List[str] = []  # why not everything is published
+        self.slices = self.devices = 0  # numbers of those that are published
+        self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
+        self._copies: Optional[Dict[str, Document]] = None  # the server's slices, by name; None: to be listed
         self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
         self._node_uid = ""
-        self._classes: Set[str] = set()  # that are there
+        self._classes: Set[str] = set()  # names of those that exist
         self._next_class_look = 0.0
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
@@ -5073,7 +5087,7 @@ class Publisher:
         self._wanted, self._resources = wanted, resources
 
     def refresh(self) -> None:
-        """Look at the API server now: a kubelet that started has deleted the slices."""
+        """Compare with the API server now: a kubelet that has started deleted the slices."""
         self._copies, self._next_class_look = None, 0.0
         self._changed.set()
         self._urgent.set()
@@ -5095,7 +5109,7 @@ class Publisher:
                     self._copies = None
 
     async def _advance(self) -> float:
-        """Do what is to be done, as far as the API server lets it; for how long it must not be asked again."""
+        """Publish what the API server accepts; the seconds for which it must be left alone."""
         problems, pause = [], 0.0
         for step in self._steps:
             try:
@@ -5104,12 +5118,12 @@ class Publisher:
                 problems.append(str(error))
                 pause = max(pause, error.retry_after)
                 if not error.status:
-                    break  # it is away
+                    break  # there is no answer, so there is none to the next request
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
         if self.problems and not problems:
-            log_event("published-again", "the API server does again what it is asked")
+            log_event("published-again", "the API server does what it is asked again")
         self.problems = problems
         if problems:
             self._backoff.fail(time.monotonic())
@@ -5124,18 +5138,18 @@ class Publisher:
             try:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if is_listed and not (self._node_uid and self._is_published(copies)):
-                    self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
-                    self._next_class_look = 0.0  # whoever deleted slices, or brought another server, took classes too
+                    self._node_uid = await self._read_node_uid()  # it differs if the Node was deleted and made again
+                    self._next_class_look = 0.0  # the classes may be gone too, or the server be another one
                 if not self._is_published(copies):
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))
                 self.published_at = time.time()
                 return
             except ApiError as error:
-                self._copies = None  # nobody knows what was done
+                self._copies = None  # what the server has is unknown now
                 if not isinstance(error, ConflictError):
                     raise
-                conflict = error  # somebody else wrote meanwhile: look again, at once
+                conflict = error  # somebody else has written: list again, at once
         raise conflict
 
     async def _list_slices(self) -> Dict[str, Document]:
@@ -5151,17 +5165,14 @@ class Publisher:
 
     async def _read_node_uid(self) -> str:
         try:
-            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
         except ApiError as error:
             if error.status != 404:
                 raise
             raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
-        if not isinstance(uid, str) or not uid:
-            raise ApiError("what the API server sends as a Node is none", 200)
-        return uid
 
     def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
-        """The slices that are wanted, by name, such that they can take the place of COPIES."""
+        """The wanted slices by name, with what is needed to replace COPIES by them."""
         slices = {}
         pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
         for index, devices in enumerate(self._wanted):
@@ -5173,7 +5184,7 @@ class Publisher:
         return slices
 
     def _is_published(self, copies: Mapping[str, Document]) -> bool:
-        """Whether COPIES are the slices that are wanted."""
+        """Whether COPIES are the wanted slices."""
         slices = self._slices(0, copies)
         return (
             copies.keys() == slices.keys()
@@ -5186,7 +5197,7 @@ class Publisher:
         )
 
     async def _write_slices(self, copies: Dict[str, Document]) -> None:
-        """Write every slice that is wanted, in a new generation, and delete all others."""
+        """Write every wanted slice, in a new generation, and delete all others."""
         generation = 1 + max(map(_generation, copies.values()), default=0)
         slices = self._slices(generation, copies)
         for name, body in slices.items():
@@ -5209,7 +5220,7 @@ class Publisher:
             raise
 
     async def _make_classes(self) -> None:
-        """Make the DeviceClasses that are missing. Those that are there are left as they are. Raises ApiError."""
+        """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
         now = time.monotonic()
         if now >= self._next_class_look:
             self._classes.clear()
@@ -5235,6 +5246,14 @@ class Publisher:
                 raise
 
 
+def _uid(document: Document, kind: str) -> str:
+    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
+    uid = _dig(document, "metadata", "uid")
+    if not isinstance(uid, str) or not uid:
+        raise ApiError(f"what the API server sends as {kind} is none", 200)
+    return uid
+
+
 def _generation(resource_slice: Document) -> int:
     generation = _dig(resource_slice, "spec", "pool", "generation")
     return generation if type(generation) is int else 0
@@ -5248,7 +5267,7 @@ def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List
 
 
 class DraSettings(NamedTuple):
-    """Where a driver finds the others, and they find it."""
+    """The driver's name (DOMAIN), its node, and the folders that it works in."""
 
     kubelet_dir: str
     cdi_dir: str
@@ -5263,12 +5282,12 @@ class DraSettings(NamedTuple):
 
     @property
     def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
+        """The paths of the driver's own socket and of the one through which the kubelet registers it."""
         return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
 
 
-class DraSide:
-    """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
+class DraSide(KubeletSide):
+    """Offers a plan's resources through Dynamic Resource Allocation."""
 
     def __init__(
         self,
@@ -5276,12 +5295,12 @@ class DraSide:
         api: ApiServer,
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
-        look_seconds: float,
+        calm_look: float,
     ) -> None:
+        super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
@@ -5289,16 +5308,15 @@ class DraSide:
         self.prepared: Dict[str, int] = {}  # how many slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
-        self.slots: PlanSlots = {}  # that are offered
+        self.slots: PlanSlots = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._devices = devices
-        self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
-        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
+        self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
+        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
-        self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)  # seconds between two looks
-        self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
@@ -5308,28 +5326,13 @@ class DraSide:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
+                if self._is_unsettled:
+                    self.apply(self._plan)
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             leftovers.cancel()
             await self._end()
         self._done.result()
-
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
-
-    def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises."""
-        try:
-            self.apply(plan)
-        except Exception as error:
-            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
@@ -5345,7 +5348,7 @@ class DraSide:
 
     @property
     def slot_ids(self) -> SlotsOfDra:
-        """The resource and ID of each slot by the name of its device."""
+        """The resource and ID of each slot, by its device's name in the slices."""
         return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
@@ -5368,7 +5371,7 @@ class DraSide:
         return "" if self.publisher.published_at else "not published yet"
 
     def describe(self) -> Document:
-        """How the driver stands with the kubelet and the API server, as a part of the status document."""
+        """The part of the status document about the driver."""
         publisher, api = self.publisher, self.api
         return {
             "problem": self.obstacle,
@@ -5391,11 +5394,11 @@ class DraSide:
     # -- the sockets -----------------------------------------------------------------------------------------------
 
     async def _check_sockets(self) -> None:
-        """Serve the driver, unless another instance does; anew where its socket files are not its own any more."""
+        """Serve the driver unless another instance does, and serve it anew when a socket file was replaced."""
         if self._servers:
             if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
                 if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
-                    self._log_problem("kubelet-gone", "kubelet has not registered the driver; waiting for it")
+                    self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
                 return
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
@@ -5404,7 +5407,8 @@ class DraSide:
             self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
             await self._end()
-            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+            where = error.filename or self.settings.kubelet_dir
+            self._log_problem("not-served", f"cannot serve in {where}: {error.strerror}")
         if self.is_standby:
             self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
 
@@ -5417,7 +5421,7 @@ class DraSide:
         if not all(server.publish() for server in self._servers):
             await self._end()
             return False
-        # Nothing is awaited from here on, so the kubelet is answered when all is ready.
+        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
         self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
@@ -5443,7 +5447,7 @@ class DraSide:
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """Serve and publish no more. The slices stay: whoever comes next goes on with them."""
+        """Stop to serve and to publish. The slices stay for the next instance."""
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5462,7 +5466,7 @@ class DraSide:
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.domain, "endpoint": self.settings.sockets[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
@@ -5473,9 +5477,9 @@ class DraSide:
         if request.plugin_registered:
             self.registrations += 1
             self.problem = ""
-            log_event("registered", "registered with the kubelet", driver=self.settings.domain)
+            log_event("registered", "registered with the kubelet", driver=self.domain)
         else:
-            self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+            self._log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
         if self.publisher:
             self.publisher.refresh()
         return pb.RegistrationStatusResponse()
@@ -5491,11 +5495,12 @@ class DraSide:
                 prepared = await self._prepare(claim)
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-                entry.error = f"{self.settings.domain}: {text}"
-                self._count_refusal(claim, text)
+                entry.error = f"{self.domain}: {text}"
+                self.prepare_errors += 1
+                self._log_of_claim("refused", f"Prepare refused: {text}", claim.uid, f"{claim.namespace}/{claim.name}")
                 continue
             for device in prepared.devices:
-                cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
+                cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
                 entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
         return response
@@ -5512,85 +5517,87 @@ class DraSide:
     async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
-        # From here on nothing is awaited, so no other claim can come between.
+        # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
-                who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
-        prepared = PreparedClaim(
-            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
-        )
+                text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
+                raise AllocationError("FAILED_PRECONDITION", text)
         before = self.cdi.claims.get(claim.uid)
+        devices = self._devices_now(requests, before.devices if before else ())
+        for device in devices:
+            if device.name not in self.slots and self._is_gone(device):
+                raise AllocationError("UNAVAILABLE", f"{device.path}: it is gone")
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
         if not before:
-            for device in prepared.devices:
-                name = self.slots[device.name].resource.name
-                self.prepared[name] = self.prepared.get(name, 0) + 1
-            devices = join_names([device.name for device in prepared.devices])
-            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
-        self._refusals.pop(claim.uid, None)
+            for device in devices:
+                self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
+        self._logged.pop(claim.uid, None)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
-        """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
+        """The requests and devices that CLAIM was allocated; those it was prepared with while the API server is away.
+
+        Raises AllocationError and ApiError.
+        """
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is none")
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         try:
             found = await self._read_claim(claim.namespace, claim.name)
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _dig(found, "metadata", "uid") != claim.uid:
+        if _uid(found, "a ResourceClaim") != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self.settings.domain, self.settings.node)
+        return allocated_devices(found, self.domain, self.settings.node)
 
     async def _read_claim(self, namespace: str, name: str) -> Document:
         return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
 
     def _unprepare(self, uid: str) -> str:
-        """Forget the claim UID; why that failed, if it did."""
-        self._refusals.pop(uid, None)
+        """Remove the CDI file of the claim UID; why that failed, or an empty text."""
+        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
                 self.cdi.remove(uid)
             except OSError as error:
-                return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
-            log_event("unprepared", "its pod has ended", claim=f"{claim.namespace}/{claim.name}")
+                return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+            log_event("unprepared", "its pod has ended", claim=claim.full_name)
             self._publish()
         return ""
 
-    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
-        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
-        self.prepare_errors += 1
-        if self._refusals.get(claim.uid) != text:
-            while len(self._refusals) >= MAX_REFUSALS:
-                del self._refusals[next(iter(self._refusals))]
-            self._refusals[claim.uid] = text
-            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
-            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+    def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
+        """Log TEXT unless it is what was logged last of the claim UID: all that fails is tried again."""
+        if self._logged.get(uid) != text:
+            while len(self._logged) >= MAX_REFUSALS:
+                del self._logged[next(iter(self._logged))]
+            self._logged[uid] = text
+            log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        """Have what the plan offers in the slices, and what is prepared and gone."""
+        """Publish the plan's slots, and the prepared devices that are gone and no longer in the plan."""
         if self.publisher:
-            domain = self.settings.domain
-            devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
+            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            devices += [lost_device(device, domain) for device in lost]
-            self.publisher.want(devices, list(self._plan.resources))
+            self.publisher.want(
+                [*devices, *(lost_device(device, self.domain) for device in lost)], list(self._plan.resources)
+            )
 
     def _is_gone(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is not there, or another one in its place.
+        """Whether DEVICE is gone, or another device is in its place.
 
-        One that the plan has not, though it stands in /dev and no rule left it out, is no longer offered because of
-        the conf file. Its pod may go on.
+        One that is there and that no rule names any more is not gone: the config file has changed, and its pod may
+        go on.
         """
         slot = self.slots.get(device.name)
         if slot:
@@ -5601,39 +5608,58 @@ class DraSide:
 
     def _rewrite_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
+        self._is_unsettled = False
         for claim in list(self.cdi.claims.values()):
-            name = f"{claim.namespace}/{claim.name}"
-            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
+            gone = [device for device in claim.devices if self._is_gone(device)]
+            requests = [(device.request, device.name) for device in claim.devices if device not in gone]
             try:
-                if all(device.name in self.slots and not device.is_gone for device in devices):
-                    requests = [(device.request, device.name) for device in devices]
-                    devices = prepare_devices(requests, self.slots, self._devices)
+                devices = self._devices_now(requests, claim.devices)
+                devices = _by_name([*devices, *(device._replace(is_gone=True) for device in gone)])
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
-                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
+                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=claim.full_name)
             except AllocationError:
-                continue  # it went just now: the next plan says so
+                self._is_unsettled = True  # it went just now, which the next plan says
             except OSError as error:
+                self._is_unsettled = True
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
+                self._log_of_claim("cdi-file-not-rewritten", text, claim.uid, claim.full_name)
+            # The plan does not change when a device goes that it does not offer.
+            self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
+
+    def _devices_now(
+        self, requests: Sequence[Tuple[str, str]], before: Iterable[PreparedDevice]
+    ) -> Tuple[PreparedDevice, ...]:
+        """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+
+        What was prepared BEFORE and is no longer offered stays as it was. Raises AllocationError.
+        """
+        kept = {(device.request, device.name): device for device in before if device.name not in self.slots}
+        offered = [request for request in requests if request not in kept]
+        devices = prepare_devices(offered, self.slots, self._devices)
+        return _by_name([*devices, *(kept[request]._replace(is_gone=False) for request in requests if request in kept)])
 
     async def _drop_gone_claims(self) -> None:
-        """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
+        """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
+                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
             except ApiError as error:
                 if error.status != 404:
                     raise
-                uid = None
+                uid = ""
             self._unchecked.pop()
             if uid != claim.uid:
                 self._unprepare(claim.uid)
 
 
+def _by_name(devices: Iterable[PreparedDevice]) -> Tuple[PreparedDevice, ...]:
+    return tuple(sorted(devices, key=lambda device: device.name))
+
+
 def _inodes(path: str) -> Mapping[str, int]:
-    """The file PATH, if there is one, as UnixServer.is_lost() takes it."""
+    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
     try:
         return {os.path.basename(path): os.lstat(path).st_ino}
     except OSError:

@@ -8322,7 +8322,7 @@ class DraKubelet(sdm.SimulatedDraKubelet):
         self._watcher: asyncio.Task[None] | None = None
 
     def up(self) -> DraKubelet:
-        self.api.remove_slices()  # as kubelet does when it starts
+        self.do(self._remove_slices())
         self._seen.clear()
         self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)  # type: ignore[assignment]
         return self
@@ -8333,16 +8333,28 @@ class DraKubelet(sdm.SimulatedDraKubelet):
         Kubelet.do(self, self.stop())
         self.drivers.clear()
 
+    async def _remove_slices(self) -> None:
+        """What the kubelet does when it starts."""
+        self.api.remove_slices()
+
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(OSError, grpc.RpcError):  # it went just now, or nobody listens
-                for item in os.scandir(f"{self.folder}/plugins_registry"):
-                    found = item.stat()
-                    seen = (found.st_ino, found.st_ctime_ns)
-                    if not item.name.startswith(".") and self._seen.get(item.name) != seen:
-                        self.infos.append(await self.register(item.name))
-                        self._seen[item.name] = seen
+                for name, socket_file in self._sockets().items():
+                    if self._seen.get(name) != socket_file:
+                        self.infos.append(await self.register(name))
+                        self._seen[name] = socket_file
             await asyncio.sleep(0.01)
+
+    def _sockets(self) -> dict[str, tuple[int, int]]:
+        """What stands in plugins_registry: inode and time of change by name. Raises OSError."""
+        items = [item for item in os.scandir(f"{self.folder}/plugins_registry") if not item.name.startswith(".")]
+        return {item.name: (found.st_ino, found.st_ctime_ns) for item in items for found in [item.stat()]}
+
+    def find_unregistered(self) -> set[str]:
+        """The sockets that are there and not registered."""
+        sockets = self._sockets().items()
+        return {name for name, _ in sockets - self._seen.items()}
 
     def do(self, work: Any) -> Any:
         return Kubelet.do(self, work)  # type: ignore[arg-type]
@@ -8418,10 +8430,8 @@ class Cluster:
         wait_for(lambda: "smarter-devices" in self.kubelet.drivers and len(self.api.classes()) > len(resources))
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA, another CA, and certificates of theirs for a server at 127.0.0.1; and one for another host."""
-    folder = tmp_path_factory.mktemp("ca")
+def make_certificates(folder: Path) -> Path:
+    """Make in FOLDER a CA, another CA, certificates of theirs for a server at 127.0.0.1, and one for another host."""
 
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
@@ -8437,6 +8447,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         signing = ["-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "9", "-extfile", "extensions"]
         openssl("x509", "-req", "-in", f"{server}.csr", *signing, "-out", f"{server}.crt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificates(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture
@@ -8675,7 +8690,9 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
         {"namespace": "a/b"},
         {"name": "x?y"},
     ):
-        assert "is none" in error(pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names}))
+        assert "is not one" in error(
+            pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names})
+        )
     camera.api.put(camera.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}})
     assert "not allocated" in error(claim)
     gone = camera.claim("video0-0")
@@ -8878,7 +8895,7 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert status.ask("/healthz").status == 200
     camera.api.up()
     camera.ready("video0-0", "video0-1")
-    daemon.says("the API server does again what it is asked")
+    daemon.says("the API server does what it is asked again")
     claim = camera.claim("video0-0")
     nodes = camera.gives(claim)
     camera.api.down()
@@ -9109,7 +9126,7 @@ def test_the_looks_at_the_slices_are_often_enough() -> None:
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
-    daemon.says("kubelet has not registered the driver; waiting for it")
+    daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
@@ -9174,7 +9191,7 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
             await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
 
     camera.kubelet.do(refuse())
-    daemon.says("kubelet refused the driver: not on my watch")
+    daemon.says("the kubelet refused the driver: not on my watch")
     assert "not on my watch" in status.wait_for("/readyz", 503).body
 
 
