@@ -1320,15 +1320,15 @@ def _open_at_once(path: str, flags: int) -> int:
 
 # The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
-# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
-# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
-# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
+# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
+# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
 
-# Sound: the whole folder, every card with its controls, goes to a container.
+# Sound: a container gets the whole folder, with every card and its controls.
 - devicematch: ^snd$
   nummaxdevices: 20
 
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
 - devicematch: ^gpiomem[0-9]*$
   nummaxdevices: 40
 - devicematch: ^gpiochip[0-9]*$
@@ -1358,7 +1358,7 @@ DEFAULT_CONF = r"""
 - devicematch: ^vcsm.*$
   nummaxdevices: 20
 
-# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
 - devicematch: ^ttyUSB[0-9]*$
   nummaxdevices: 1
 - devicematch: ^ttyACM[0-9]*$
@@ -1370,17 +1370,17 @@ DEFAULT_CONF = r"""
 - devicematch: ^ttyAMA[0-9]*$
   nummaxdevices: 1
 
-# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
 - devicematch: nvidia-gpu
   nummaxdevices: 10
 
-# More than most containers should have. Take away the "# " of what you need.
+# These give a container more power than most should have. Remove the "# " in front of what you need.
 
 # TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
 # - devicematch: ^net/tun$
 #   nummaxdevices: 20
 
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
 # - devicematch: ^fuse$
 #   nummaxdevices: 20
 
@@ -1388,7 +1388,7 @@ DEFAULT_CONF = r"""
 # - devicematch: ^kvm$
 #   nummaxdevices: 20
 
-# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
 # - devicematch: ^dri/renderD[0-9]*$
 #   nummaxdevices: 20
 # - devicematch: ^dri/card[0-9]*$
@@ -1467,15 +1467,15 @@ class NotADevice(Exception):
 
 
 class Entry(NamedTuple):
-    """One name below /dev, as lstat(2) saw it."""
+    """One name below /dev, as lstat(2) shows it."""
 
     kind: str
     device: int = 0  # st_rdev of a node
     inode: int = 0
     target: str = ""  # of a link
-    untrusted: bool = False  # a folder in which others than root may make names
+    untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # another one whenever this name came to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else
 
 
 class DeviceNode(NamedTuple):
@@ -1496,7 +1496,7 @@ class Tree(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one look: every entry by path, and the names in each folder, sorted."""
+    """/dev at one moment: every entry by path, and the sorted names of each folder."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
@@ -1508,15 +1508,15 @@ class Snapshot:
         return self.folders.get(path, ())
 
     def without(self, paths: Iterable[str]) -> Snapshot:
-        """The same look, had PATHS not been there."""
+        """This snapshot without PATHS."""
         return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
 
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
 
-    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
-    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
+    Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
+    can make PATH lead elsewhere later. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
     entry = tree.entry(real)
@@ -1546,10 +1546,10 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
 
-    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
-    find nodes in another file system.
+    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
+    nodes of another file system.
     """
     todo = [top]
     while todo:
@@ -1604,7 +1604,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 
 def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """A link's TARGET, where absolute as a path below /dev; None where it leads elsewhere."""
+    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
     if not target.startswith("/"):
         return target
     for top in ("/dev", dev_dir):
@@ -1614,7 +1614,7 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
 
 
 def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry of the tree whose /dev is ROOT."""
+    """FOUND as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
@@ -1631,8 +1631,8 @@ def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Ent
 class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
-    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1826,7 +1826,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class HeldAttribute(NamedTuple):
-    """An attribute that a rule asked for, and the value with which a device had it."""
+    """A sysfs attribute, and the value that a device had when the rule was applied."""
 
     name: str
     value: str
@@ -1835,15 +1835,15 @@ class HeldAttribute(NamedTuple):
 class AttributeAnswer(NamedTuple):
     """Whether a device has the attributes that a rule asks for."""
 
-    mismatch: str  # what it has instead; empty: it has them
-    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
-    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
-    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+    mismatch: str  # what the device has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # the attributes and their values; empty: the device does not have them
+    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in the rule's templates
+    reason: Reason = Reason.ATTRIBUTES  # for a mismatch
 
 
 UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
 
-# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+# The generation of a node, the attributes that its device must have, and the attributes whose values are wanted too.
 _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
@@ -1856,9 +1856,9 @@ class SysfsTimeout(Exception):
 
 
 class SysfsReader:
-    """Reads from sysfs, each time on a thread of its own, since a driver can keep whoever reads an attribute for ever.
+    """Reads from sysfs, each time on a thread of its own, because a driver can block a reader for ever.
 
-    A device is not read again before its last read has ended: no more than one thread hangs per device and reader.
+    A device is not read again before its last read has ended, so at most one thread hangs per device and reader.
     """
 
     def __init__(self, sys_dir: str) -> None:
@@ -1895,7 +1895,7 @@ class SysfsReader:
             raise SysfsTimeout from None
 
     def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
-        """Say that nobody waits for FUTURE any more, which start() returned for ENTRY's device."""
+        """Stop waiting for FUTURE, which start() returned for ENTRY's device."""
         self._hanging[entry.kind, entry.device] = future
 
     def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
@@ -1937,11 +1937,11 @@ class SysfsReader:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
+    """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
 
-    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS. A
-    driver that keeps a reader delays nobody for longer than SYSFS_SECONDS: what is known of its device stays, and what
-    is not known yet is asked again.
+    A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
+    driver that blocks its readers delays the caller by SYSFS_SECONDS at most: what is known of its device stays valid,
+    and what is not known yet is read again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
@@ -1951,12 +1951,12 @@ class Sysfs:
         self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
-        self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[_Question] = set()  # what lacks something, and is new
-        self._unanswered: Set[_Question] = set()  # what sysfs did not answer in time
+        self._asked: Dict[int, float] = {}  # the time of the first question about a generation
+        self._settling: Set[_Question] = set()  # about new nodes that lack something
+        self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
 
     def forget(self, generations: Iterable[int]) -> None:
-        """Drop what is remembered of nodes with other generations than GENERATIONS."""
+        """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
@@ -1966,12 +1966,12 @@ class Sysfs:
         self._unanswered &= self._answers.keys()
 
     def ask_again(self, generations: Iterable[int]) -> bool:
-        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
         there = set(generations)
         return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
-        """The NUMA node that NODE is close to; None where there is none or nobody knows."""
+        """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
             try:
@@ -1983,14 +1983,14 @@ class Sysfs:
         return self._numa[generation]
 
     def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
-        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        """What sysfs says of all NODES in common: subsystem, driver and USB_FACTS. Empty unless built with_facts."""
         if not self._with_facts or not nodes:
             return ()
         first, *others = (self._facts_of(node) for node in nodes)
         return tuple(item for item in first.items() if all(item in other.items() for other in others))
 
     def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
-        """The facts of NODE's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
         generation = node.entry.generation
         if generation not in self._facts:
             try:
@@ -2006,8 +2006,8 @@ class Sysfs:
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
     ) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
-        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        """Whether NODE's device, or a single one of its parents, has all ATTRIBUTES, like ATTRS in udev(7); and the
+        values of the attributes NAMES: from that folder, else from the device's own, else from the nearest parent's."""
         key = (node.entry.generation, attributes, names)
         if key not in self._answers:
             answer = self._ask(key, node) or UNANSWERED
@@ -2018,8 +2018,7 @@ class Sysfs:
         return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new, or of which sysfs did not answer, has by now other attributes than when answer()
-        was asked."""
+        """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
         has_changed = self._renew(self._settling | self._unanswered)
         now = time.monotonic()
         for key in list(self._settling):
@@ -2028,7 +2027,7 @@ class Sysfs:
         return has_changed
 
     def _renew(self, keys: Iterable[_Question]) -> bool:
-        """Ask again for KEYS; whether an answer is another one now."""
+        """Answer KEYS anew. Returns whether an answer has changed."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
@@ -2039,7 +2038,7 @@ class Sysfs:
         return has_changed
 
     def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
-        """The answer to QUESTION of NODE; None where sysfs does not answer in time."""
+        """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
         _, attributes, names = question
         try:
             folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
@@ -2075,8 +2074,8 @@ class Sysfs:
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
-    """The value of the attribute NAME in the sysfs FOLDER, None where it cannot be read. A link (driver, subsystem)
-    has its target's last name as value, as in udev."""
+    """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
+    subsystem) is the last part of its target, as in udev."""
     path = f"{folder}/{name}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -2094,7 +2093,7 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
 
 
 def _attribute_names(folder: str) -> List[str]:
-    """The files in the sysfs FOLDER that can be read and tell one device from another, and the links that can."""
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
     try:
         with os.scandir(folder) as items:
             files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
@@ -2110,7 +2109,7 @@ def _is_usable(value: str) -> bool:
 
 
 def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
-    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    """The values of ATTRIBUTES in the sysfs FOLDER if it has them all; else an empty tuple."""
     held = []
     for attribute in attributes:
         value = folder.get(attribute.name)
@@ -2121,7 +2120,8 @@ def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tupl
 
 
 def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
-    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it, or with a mismatch
+    that says which are missing."""
     values, problems = [], []
     for name in names:
         value = next(iter(values_of(folders, name)), None)
@@ -2135,8 +2135,7 @@ def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]
 
 
 def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of FOLDERS, a device's and its parents', has the same values of all ATTRIBUTES still; else what
-    there is instead."""
+    """Empty if one of FOLDERS still has the same values of all ATTRIBUTES; else what there is instead."""
     if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
         return ""
     found = nearest_values(folders, [held.name for held in attributes])
@@ -2145,7 +2144,7 @@ def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) ->
 
 
 def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None is not there."""
+    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None for one that is missing."""
     nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
     return [nearest.get(name) for name in names]
 
@@ -2166,12 +2165,13 @@ def values_of(folders: Folders, name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
-# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
+# Plan: from rules and the contents of /dev to resources by name. Immutable data and pure functions (sysfs is only read
+# for nodes not seen before). The kubelet side compares two plans. A name, an ID or an order that changes here costs
+# pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
-MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
+MAX_SHOWN = 200  # characters of an unknown ID in a message
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 
@@ -2179,18 +2179,18 @@ class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
     The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
-    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
-    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
+    leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
 
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
+    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
-    """A path below /dev that belongs to a device, and where a container sees it."""
+    """A path below /dev that belongs to a device, and its path in a container."""
 
     path: str
     container: str
@@ -2205,23 +2205,23 @@ class Device:
     path: str  # as matched, below /dev
     line: int  # of the rule that it follows
     slots: int
-    parts: Tuple[Part, ...]  # itself first, then what goes along; a Tegra GPU has none
+    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
-    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
+    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() of the moment when it appeared or went
-    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    since: float  # time.monotonic() when it appeared or went
+    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
-    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A resource as kubelet sees it: a device of its own name, or a pool of devices that a rule named."""
+    """A resource as the kubelet sees it: one device under a name made from its path, or a pool that a rule names."""
 
     name: str  # without the domain
     pool: bool
@@ -2229,7 +2229,7 @@ class Resource:
 
 
 class Slot(NamedTuple):
-    """One entry of the list that kubelet is sent: Device of the device plugin API."""
+    """One entry of the list that is sent to the kubelet: Device of the device plugin API."""
 
     id: str
     healthy: bool
@@ -2237,7 +2237,7 @@ class Slot(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A path that a rule named and that is not offered (by that rule), and why."""
+    """A path that a rule names but that is not offered under that rule, and why."""
 
     path: str
     line: int
@@ -2246,13 +2246,13 @@ class LeftOut(NamedTuple):
 
     @classmethod
     def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """What ERROR says of PATH, which the rule of LINE names."""
+        """PATH, which the rule in LINE names, left out because of ERROR."""
         return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be offered, and what not."""
+    """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
@@ -2264,10 +2264,10 @@ EMPTY_PLAN = Plan({}, (), ())
 
 @dataclass(frozen=True)
 class TrackedDevice:
-    """A path that a rule names and that stands for a device, or did so within EXPIRY_SECONDS."""
+    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
 
-    nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
-    problem: str  # why it is no device any more; empty: it is one
+    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
+    problem: str  # why it no longer leads to a device; empty: it does
     since: float
 
 
@@ -2275,8 +2275,9 @@ Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
-    since /dev's names hardly change. For the main thread only."""
+    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell.
+
+    The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
@@ -2287,7 +2288,7 @@ class Matcher:
         self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
-        """The rules that name the PATH of something below /dev."""
+        """The rules that name PATH, which is below /dev."""
         found = self._matches.get(path)
         if found is None:
             found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
@@ -2298,7 +2299,7 @@ class Matcher:
         return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered of all but PATHS."""
+        """Drop what is remembered, except about PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
 
@@ -2313,9 +2314,9 @@ TrackedDevices = Mapping[str, TrackedDevice]
 def track(
     old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, those that went lately among them, and the paths that are none.
+    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
@@ -2341,8 +2342,19 @@ def track(
     return new, left_out
 
 
+def track_gone(plan: Plan, now: float) -> TrackedDevices:
+    """The devices of PLAN, which a previous run made, as devices that went NOW."""
+    devices = (device for resource in plan.resources.values() for device in resource.devices)
+    return {
+        device.path: TrackedDevice(
+            (DeviceNode(device.path, "", Entry(CHAR, generation=-number)),), Reason.GONE.template, now
+        )
+        for number, device in enumerate(devices, 1)
+    }
+
+
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
@@ -2372,10 +2384,11 @@ def make_plan(
     dev_dir: str,
     now: float,
 ) -> Plan:
-    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
-    does a device that was chosen by its attributes go at once when it has others, or another stands there.
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
+    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
+    stand in its place.
     """
     before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
@@ -2415,14 +2428,14 @@ def make_plan(
 
 
 class Overridden(NamedTuple):
-    """A rule that names a device without effect, because another rule has it."""
+    """A rule that names a device without effect, because a later rule applies to it."""
 
     rule: Rule
     device: Device
 
 
 def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
     for device in (device for resource in plan.resources.values() for device in resource.devices):
         named = [
@@ -2436,7 +2449,7 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
     winners, losers = _choose(name, claims, previous)
     is_pool = winners[0].is_pool
     if is_pool:
@@ -2450,10 +2463,10 @@ def _make_resource(
 
 
 def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
-    unchanged, then the first path in sorted order.
+    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
@@ -2473,9 +2486,9 @@ def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) ->
 
 
 def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these.
+    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
 
-    What is gone had its nodes; so it is compared with what is gone, and what is there with what is there.
+    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
     """
     kept: List[Claim] = []
     doubles: List[LeftOut] = []
@@ -2493,9 +2506,9 @@ def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]
 
 
 def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
-    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+    """The DEVICES of one resource whose slots do not fit into its list: their rules' lines, by path.
 
-    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    The devices that PREVIOUS has come first, so that a newcomer takes no room from them.
     """
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
@@ -2510,9 +2523,9 @@ def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[R
 
 
 def list_bytes(device: Device, is_pool: bool) -> int:
-    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+    """The size in bytes of DEVICE's slots in a ListAndWatchResponse, with the longer of the two health words.
 
-    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
     """
     nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
     rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
@@ -2526,7 +2539,7 @@ def list_bytes(device: Device, is_pool: bool) -> int:
 
 
 def _field_bytes(length: int) -> int:
-    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    """The size of a field that holds LENGTH bytes, with its tag and length."""
     return 1 + _varint_bytes(length) + length
 
 
@@ -2537,8 +2550,8 @@ def _varint_bytes(number: int) -> int:
 def _follow(
     path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
-    it."""
+    """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
+    not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
@@ -2557,7 +2570,7 @@ def _follow(
 
 
 def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
-    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
     answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
@@ -2573,18 +2586,31 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
 def _follow_lost(
     device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
-    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
+    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
-    held, known = dict(device.attributes), {value.name for value in device.values}
+    held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
         fits = all(attribute.name in held and attribute.fits(held[attribute.name]) for attribute in rule.attributes)
-        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not known.issuperset(rule.values):
+        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not values.keys() >= {*rule.values}:
             continue
+        try:
+            parts = tuple(_parts(device.path, rule, match, values))
+        except NotADevice:
+            continue  # the rule was edited, and the path in the container is no longer a good one
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
-        is_expired = now - since >= EXPIRY_SECONDS
-        lost = dataclasses.replace(device, line=rule.line, slots=rule.slots, specs=(), problem=problem, since=since)
-        return (None, None, None) if is_expired else (rule, match, dataclasses.replace(lost, is_lost=True))
+        lost = dataclasses.replace(
+            device,
+            line=rule.line,
+            slots=rule.slots,
+            parts=parts,
+            permissions=rule.permissions,
+            specs=(),
+            problem=problem,
+            since=since,
+            is_lost=True,
+        )
+        return (rule, match, lost) if now - since < EXPIRY_SECONDS else (None, None, None)
     return None, None, None
 
 
@@ -2598,7 +2624,7 @@ def _device(
     sysfs: Sysfs,
     dev_dir: str,
 ) -> Device:
-    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
+    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
@@ -2630,7 +2656,7 @@ def _device(
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
     yield Part(path, _place(container, path), False, rule.permissions)
@@ -2641,7 +2667,7 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str
 
 
 def _place(container: str, path: str) -> str:
-    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
     place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
@@ -2653,7 +2679,7 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     for part in device.parts:
@@ -2674,9 +2700,9 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
 
 
 def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+    """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
-    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    Raises NotADevice if two nodes, or two folders, would have the same path in the container.
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
@@ -2691,19 +2717,20 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
 
 
 def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
     has_node = any(part.path == device.path for part in device.parts)
     return f"/dev/{device.path}" if has_node else device.path
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
-    """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
+    """The list that is sent to the kubelet. IDs follow from paths alone, so they mean the same device tomorrow."""
     return tuple(
         Slot(_slot_id(resource, device, number), not device.problem, device.numa)
         for device in resource.devices
@@ -2716,7 +2743,7 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
-    """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    """The device of RESOURCE to which SLOT_ID belongs; None if it is not an ID of RESOURCE."""
     return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
 
 
@@ -2726,7 +2753,7 @@ def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
 
 
 def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
@@ -2749,10 +2776,7 @@ class ContainerAllocation(NamedTuple):
 
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
-    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices.
-
-    Raises AllocationError.
-    """
+    """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
     for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
@@ -2763,8 +2787,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
-        if not device.parts and device.problem:
-            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+        if device.problem and (device.is_lost or not device.parts):
+            raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
         except NotADevice as error:
@@ -2780,8 +2804,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
-    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
-    ones with the fewest slots in use before the others."""
+    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
+    with the fewest slots in use first."""
     preferred = list(must)
     kept = set(preferred)
     free = set(available) - kept
@@ -3004,26 +3028,26 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
-# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
+# Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
+# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
+# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
 LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
-RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
+RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
+SLICE_SECONDS = 0.001  # of long work before the loop serves others
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
     ("grpc.max_connection_idle_ms", 3_600_000),
 )
 
@@ -3031,17 +3055,17 @@ Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of c
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
+    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
 
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
     if with_tls:
         import ssl  # noqa: F401  # for asyncio to find
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
     folder = os.path.dirname(os.path.realpath(__file__))
     if folder not in sys.path:
         sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
@@ -3055,7 +3079,7 @@ def load_grpc(with_tls: bool = False) -> None:
         import api_pb2_grpc as rpc
     except ImportError as error:
         raise Problem(
-            f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
+            f"serving needs the packages grpcio and protobuf, and the files api_pb2.py and api_pb2_grpc.py beside the "
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
@@ -3069,9 +3093,9 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside.
 
-    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
     """
 
     @functools.wraps(method)
@@ -3089,7 +3113,7 @@ def answered(method: Method) -> Method:
 
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
-    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
     data = printable(text).encode()
     if len(data) > MAX_ERROR_BYTES:
         data = data[:MAX_ERROR_BYTES] + b"..."
@@ -3098,13 +3122,13 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
 
 
 def unix_target(path: str) -> str:
-    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    """The gRPC URI of the Unix socket PATH. A channel takes a comma for the end of its URI, even an escaped one."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 
 
 def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -3117,12 +3141,12 @@ def connect_error(path: str) -> str:
 
 
 def _temporary_name(path: str) -> str:
-    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
 def descriptor_limit() -> int:
-    """How many file descriptors this process may have."""
+    """The limit of file descriptors of this process."""
     import resource as limits
 
     limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
@@ -3130,19 +3154,44 @@ def descriptor_limit() -> int:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process has."""
+    """The number of file descriptors that this process has open."""
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
     except OSError:
         return descriptor_limit()  # there is none left to look with
 
 
-class UnixServer:
-    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
+    """The result of WORK within SECONDS; else raises asyncio.TimeoutError.
 
-    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
-    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
-    is_lost() says so.
+    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
+    https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
+        task.cancel()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        return await wait_bounded(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+
+
+class UnixServer:
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
+
+    Other instances may want the same path. start() makes the server ready for clients, publish() moves its socket to
+    PATH unless another server answers there, withdraw() and stop() end it. The socket file may be deleted or replaced
+    at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
@@ -3153,12 +3202,12 @@ class UnixServer:
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        """Serve under a temporary name, so that a client that finds a socket at PATH gets an answer. Raises OSError."""
         self._bind(self._temporary)
         await self._server.start()
 
     def publish(self) -> bool:
-        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
         if not is_published and connect_error(self.path):
             _remove_dead_socket(self.path)
@@ -3166,7 +3215,7 @@ class UnixServer:
         return is_published
 
     def _link(self) -> bool:
-        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        """Give the socket file its final name unless that is taken. link(2), unlike rename(2), replaces nothing."""
         try:
             os.link(self._temporary, self.path)
         except FileExistsError:
@@ -3176,11 +3225,11 @@ class UnixServer:
         return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, judged by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
     def withdraw(self) -> None:
-        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        """Remove the published file if it is still ours, so that another instance can take over, and go on serving."""
         inode, self._inode = self._inode, 0
         try:
             if inode and os.stat(self.path).st_ino == inode:
@@ -3190,7 +3239,7 @@ class UnixServer:
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
 
     async def stop(self) -> None:
-        """End the server; calls in progress have STOP_SECONDS."""
+        """End the server. Calls in progress get STOP_SECONDS."""
         self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
@@ -3239,7 +3288,7 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last look at it, and put back if it turns out to be that one.
+    last check, and moved back if somebody answers on it after all.
     """
     aside = _temporary_name(path)
     try:
@@ -3253,10 +3302,10 @@ def _remove_dead_socket(path: str) -> None:
 
 
 class OtherInstances:
-    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+    """Waits for the servers of other instances to end, and then calls those who wait for one of them.
 
-    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
-    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    A process that is killed leaves its socket files behind, so the directory does not change; but its connections end.
+    So this holds a connection to one of the sockets, and checks all of them when the connection ends.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -3267,13 +3316,13 @@ class OtherInstances:
         self._retry: Optional[asyncio.TimerHandle] = None
 
     def wait_for(self, path: str, wake: Callable[[], None]) -> None:
-        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
         self._waiting[path] = wake
         if self._connection is None:
             self._connect()
 
     def forget(self, path: str) -> None:
-        """Wait for that one no more."""
+        """Stop waiting for the server on PATH."""
         self._waiting.pop(path, None)
         if not self._waiting:
             self._disconnect()
@@ -3287,7 +3336,7 @@ class OtherInstances:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             connection.connect(self._path)
-        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+        except OSError:  # too many connections, here or there; or the server has ended
             if connection:
                 connection.close()
             self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
@@ -3305,7 +3354,7 @@ class OtherInstances:
             self._connection = None
 
     def _read(self) -> None:
-        """Read what the server says, which is of no interest, until it ends the connection."""
+        """Read and discard what the server sends, until it ends the connection."""
         assert self._connection
         try:
             if self._connection.recv(1 << 16):
@@ -3317,7 +3366,7 @@ class OtherInstances:
         if connect_error(self._path):
             self._wake_all()
         else:
-            self._connect()  # a server bears a client that says nothing for some seconds only
+            self._connect()  # the server has dropped a client that sent nothing for some seconds
 
     def _wake_all(self) -> None:
         self._disconnect()
@@ -3328,8 +3377,8 @@ class OtherInstances:
 class Watch:
     """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
     def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
@@ -3338,33 +3387,33 @@ class Watch:
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
+                self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
 
     def close(self) -> None:
-        """Ask for nothing any more."""
+        """Request no more signals."""
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
 
 
 class DirectoryInodes:
-    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
 
     def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
         found = os.stat(self._path)
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
         if stamp == self._stamp:
@@ -3375,7 +3424,7 @@ class DirectoryInodes:
 
 
 class GroupedLog:
-    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+    """Logs events of resources. Like events of several resources at about the same time become one line."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -3384,7 +3433,7 @@ class GroupedLog:
         self._timer: Optional[asyncio.TimerHandle] = None
 
     def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log this EVENT of the resource NAME, together with others like it."""
+        """Log EVENT of the resource NAME, together with like events of others."""
         now = self._loop.time()
         if self._timer:
             self._timer.cancel()
@@ -3394,38 +3443,38 @@ class GroupedLog:
         self._names.setdefault((event, sentence, level), set()).add(name)
 
     def flush(self) -> None:
-        """Log now what is waiting."""
+        """Log the collected events now."""
         for (event, sentence, level), names in self._names.items():
             log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._names.clear()
 
 
 class KubeletConnection:
-    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+    """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
     """
 
     def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._events = events
         self._on_change = on_change
         self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
         self._last_met: Optional[Identity] = None  # the kubelet that answered last
-        self._last_logged = ""  # of a kubelet that does not answer
+        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
         assert self._channel
         return self._channel
 
     def check(self) -> None:
-        """Look at kubelet.sock, and connect to it if it is another than before."""
+        """Check kubelet.sock, and connect to it if it is not the one seen before."""
         try:
             found = os.stat(self._path)
             identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
@@ -3435,16 +3484,16 @@ class KubeletConnection:
             self.identity = identity
             self.is_answering = False
         if identity is None:
-            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
         elif not self.is_answering and self.check_answering():
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment."""
         reason = connect_error(self._path)
         self.is_answering = not reason
         if reason and self.identity:
-            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
         return self.is_answering
 
     async def close(self) -> None:
@@ -3464,11 +3513,11 @@ class KubeletConnection:
         self.restarts += is_another
         self._last_logged = ""
         self._events.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
         self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
-        """Log SENTENCE, unless it is what was logged last."""
+        """Log SENTENCE, unless it was the last one logged."""
         if sentence != self._last_logged:
             self._last_logged = sentence
             self._events.flush()
@@ -3477,7 +3526,7 @@ class KubeletConnection:
 
 
 class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
+    """A container that holds a slot of a resource."""
 
     slot: str  # its ID
     namespace: str
@@ -3492,9 +3541,8 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
 ) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
-    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
-    MAX_HOLDERS.
+    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
+    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
@@ -3515,10 +3563,10 @@ def find_holders(
 
 
 class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+    """Asks the kubelet which container holds which slots of DOMAIN's resources.
 
     It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
     """
 
     def __init__(self, path: str, domain: str) -> None:
@@ -3526,7 +3574,7 @@ class PodResources:
         self._domain = domain
 
     async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
-        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
+        """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
@@ -3536,12 +3584,12 @@ class PodResources:
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
+            log.debug("the kubelet does not say who holds which slots: %s", error)
             return None
         return holders
 
     async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
@@ -3554,7 +3602,7 @@ class PodResources:
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
     done = []
     end = time.monotonic() + SLICE_SECONDS
     for item in items:
@@ -3565,35 +3613,66 @@ async def in_slices(items: Iterable[T]) -> List[T]:
     return done
 
 
+class KubeletSide:
+    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
+        self.heartbeat = time.monotonic()  # of the last look at the sockets
+        self.calm_look = calm_look  # seconds between two looks, at the most
+        self._done: asyncio.Future[None] = loop.create_future()
+
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
+        try:
+            if not self._done.done():
+                self.apply(plan)
+        except Exception as error:
+            self._fail(error)
+
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+        raise NotImplementedError
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
-# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
+# all. The behaviour follows what the real kubelet does, as comments say. The Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
-MAX_REFUSALS = 1000  # that are remembered, to log each once
-READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
-LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
-CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
+READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
+LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
+CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
+NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
+EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
+REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
-ADMISSION_SECONDS = 10.0  # before another look whether there is room for more resources
-DESCRIPTORS_EACH = 2  # file descriptors that a registered resource has
-RESERVED_DESCRIPTORS = 96  # for all else: clients of the status server (64), Allocate, kubelet.sock, gRPC itself
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end together when the daemon ends, and seconds between
+ADMISSION_SECONDS = 10.0  # before another check whether there is room for more resources
+DESCRIPTORS_EACH = 2  # file descriptors per registered resource
+RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
 DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
-    """The devices of the host as they are at this moment, of which the plan may not know yet.
+    """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
     """
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
@@ -3603,7 +3682,7 @@ class HostDevices:
         self._next_look: Optional[asyncio.TimerHandle] = None
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
-        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
@@ -3611,15 +3690,15 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
 
-        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        The answer comes within about READ_SECONDS, whatever sysfs does.
         """
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which nothing in /dev stands for
+                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
                         return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
@@ -3650,12 +3729,12 @@ class HostDevices:
             raise SysfsTimeout from None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
-        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
@@ -3670,7 +3749,7 @@ class HostDevices:
         return "; ".join(values) or f"a {entry.kind} stands there"
 
     def look_again(self) -> None:
-        """Have the device side look again, soon."""
+        """Make the device side look again soon."""
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
 
@@ -3684,33 +3763,33 @@ def _cannot_look(error: OSError) -> str:
 
 
 class ListStream:
-    """What one ListAndWatch stream is still to be sent of a resource.
+    """The lists of one resource that a ListAndWatch stream has yet to send.
 
-    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
-    Unhealthy for a moment meanwhile, one before it in which that device is.
+    The reader may be slow, or not read at all. So only the newest list waits, and before it one more if a device was
+    Unhealthy for a moment meanwhile.
     """
 
     def __init__(self, resource: Resource) -> None:
         self._newest = resource
         self._sent: Optional[ListKey] = None
-        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the last list was sent
         self._is_ended = False
         self._has_news = asyncio.Event()
         self._has_news.set()
 
     def update(self, resource: Resource) -> None:
-        """Have the list of RESOURCE sent, unless it is the same."""
+        """Send the list of RESOURCE, unless it equals the last one."""
         self._newest = resource
         self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
         self._has_news.set()
 
     def end(self) -> None:
-        """Let next() return None, whatever waits."""
+        """Make next() return None, even if a list is waiting."""
         self._is_ended = True
         self._has_news.set()
 
     async def next(self) -> Optional[Resource]:
-        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        """Wait for the next list to send, and return its resource. None at the end."""
         while True:
             await self._has_news.wait()
             if self._is_ended:
@@ -3728,12 +3807,12 @@ ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
 
 
 def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
     return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
 
 
 def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
-    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    """RESOURCE with the devices at PATHS Unhealthy."""
     if not paths:
         return resource
     devices = (
@@ -3744,16 +3823,16 @@ def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
 
 
 class PluginOptions(NamedTuple):
-    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
 
-    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
-    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
+    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
 
 
 def options_of(resource: Resource) -> PluginOptions:
     """The options that RESOURCE needs.
 
-    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
     return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
 
@@ -3761,7 +3840,7 @@ def options_of(resource: Resource) -> PluginOptions:
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
-    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
     def __init__(
@@ -3774,12 +3853,12 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by path or ID
 
     def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
 
-        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
         return (
@@ -3788,13 +3867,13 @@ class Plugin:
         )
 
     def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
 
     def end_streams(self) -> None:
-        """Let every open stream end in good order."""
+        """End every open stream in good order."""
         for stream in self._streams:
             stream.end()
 
@@ -3857,7 +3936,7 @@ class Plugin:
         return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse what would take the loop long: others wait for it meanwhile."""
+        """Refuse a request that would keep the loop busy for long, while others wait."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
             await abort(context, "INVALID_ARGUMENT", text)
@@ -3866,10 +3945,10 @@ class Plugin:
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
-        """Let a container start if its devices are those that their rules chose.
+        """Allow a container to start if its devices are those that their rules chose.
 
-        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
-        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
+        it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
@@ -3888,7 +3967,7 @@ class Plugin:
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
@@ -3897,7 +3976,7 @@ class Plugin:
         return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
         given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
         text = (
             f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
@@ -3937,9 +4016,9 @@ def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateRespo
 
 
 def is_domain(text: str) -> bool:
-    """Whether kubelet takes TEXT as the domain of a resource.
+    """Whether the kubelet accepts TEXT as the domain of a resource.
 
-    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    It must be a DNS subdomain, also with the prefix "requests." of quotas, but must not have that prefix itself.
     """
     label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
     is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
@@ -3947,18 +4026,18 @@ def is_domain(text: str) -> bool:
 
 
 def socket_room(plugin_dir: str) -> int:
-    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    """The bytes available for NAME in PLUGIN_DIR/smarter-NAME.sock; fewer than SHORTEST_NAME are too few."""
     return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
 
 
 def socket_name(name: str, domain: str, plugin_dir: str) -> str:
-    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    """The file name of the socket of the resource NAME; its path has at most SOCKET_PATH_BYTES."""
     own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
+    """When to retry: after MIN_BACKOFF_SECONDS, then after twice as long each time, up to MAXIMUM seconds."""
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
@@ -3966,22 +4045,22 @@ class Backoff:
         self._pause = 0.0
 
     def reset(self) -> None:
-        """Forget what failed."""
+        """Forget the failures."""
         self.retry_at = self._pause = 0.0
 
     def fail(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
-        """Put off the next try UNTIL then, whatever failed."""
+        """Delay the next try UNTIL that time."""
         self.retry_at = until
 
 
 class RegistrationContext(NamedTuple):
-    """What all registrations share."""
+    """What all registrations have in common."""
 
     plugin_dir: str
     domain: str
@@ -3992,11 +4071,11 @@ class RegistrationContext(NamedTuple):
 
 
 class Registration:
-    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
+    """The life of one resource with the kubelet: run() listens, registers, watches the stream, repairs, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.trouble = ""  # why it is not ready, as last logged
+        self.trouble = ""  # why it is not ready, as logged last
         self.is_admitted = False
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -4004,48 +4083,48 @@ class Registration:
         self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
-        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._registered_with: Optional[Identity] = None  # the kubelet at the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
         self._is_waiting = False  # for another instance to end
-        self._is_socket_lost = False  # our socket file is gone or another's
-        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_socket_lost = False  # whether our socket file was deleted or replaced
+        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = False
         self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
-        self._stream_deadline = 0.0  # for kubelet to open it
+        self._stream_deadline = 0.0  # for the kubelet to open it
         self._backoff = Backoff()
         self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Registered, and kubelet's stream is open."""
+        """Whether it is registered and the kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
 
     @property
     def served_by_other(self) -> bool:
-        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
     @property
     def descriptors(self) -> int:
-        """How many file descriptors it has open: its server listens, and kubelet's connection carries the stream."""
+        """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
         return (self._server is not None) + self._is_stream_open
 
     def admit(self) -> None:
-        """Let run() serve it: there are DESCRIPTORS_EACH for it."""
+        """Allow run() to serve it: there are DESCRIPTORS_EACH for it."""
         self.is_admitted = True
         self.wake()
 
     def hold_back(self, problem: str) -> None:
-        """Say why it is not admitted yet."""
+        """Log why it is not admitted yet."""
         self._log_trouble("not-served", problem)
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
-        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
-        It must not be cancelled: grpc's servers do not survive that.
+        It must not be cancelled, because grpc's servers do not survive that.
         """
         try:
             if previous:
@@ -4056,18 +4135,18 @@ class Registration:
             await self._end_server()
 
     def retire(self) -> None:
-        """Let run() end."""
+        """Make run() end."""
         self._is_retired = True
         if self._call:
             self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have run() look again at what there is to do."""
+        """Make run() check again what there is to do."""
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
+        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
             self.wake()
@@ -4075,7 +4154,7 @@ class Registration:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
-        """Wait until woken, for SECONDS at the most."""
+        """Wait for wake(), for SECONDS at most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
         except asyncio.TimeoutError:
@@ -4095,17 +4174,17 @@ class Registration:
             self.wake()
 
     async def _advance(self) -> Optional[float]:
-        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        """Do what is due. Returns the seconds until more may be due without a call of wake(); None for never."""
         if not self.is_admitted:
             return None
-        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        self._kubelet.check()  # the last check may be outdated: the end of a stream may mean a new kubelet
         now = time.monotonic()
         if not self._kubelet.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
+            return None  # the kubelet is down; what is served stays as it is
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
-        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+        if self._is_waiting:  # without a stream, nothing else tells that the kubelet went down and sockets went with it
             return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
@@ -4119,12 +4198,14 @@ class Registration:
         return await self._serve_and_register()
 
     def _registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
+        """Why it must be served and registered anew; empty if it need not."""
         if self._is_socket_lost:
             return "its socket file was deleted"
         if self._is_stream_open or (not self._stream and now < self._stream_deadline):
             return ""
-        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+        if self._stream:
+            return "the kubelet ended its stream"
+        return f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s"
 
     def _lose_registration(self, problem: str, now: float) -> None:
         self._is_registered = False
@@ -4135,8 +4216,8 @@ class Registration:
         self._log_trouble("stream-lost", problem)
 
     async def _serve_and_register(self) -> Optional[float]:
-        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
-        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        """Serve the resource anew and register it. Returns the same as _advance()."""
+        await self._end_server()  # first, because the kubelet takes the end of an older stream for that of the newest
         self._registered_with = self._kubelet.identity
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
@@ -4148,7 +4229,7 @@ class Registration:
         return None if self._is_retired else await self._publish_and_register()
 
     async def _publish_and_register(self) -> Optional[float]:
-        """Register what is ready to be served, unless another instance serves it."""
+        """Publish the socket and register, unless another instance serves the resource."""
         assert self._server
         self._is_waiting = False
         try:
@@ -4164,7 +4245,7 @@ class Registration:
 
     def _serving_failed(self, error: OSError) -> Optional[float]:
         if not self._kubelet.check_answering():
-            self._registered_with = None  # a new one removes sockets while it starts
+            self._registered_with = None  # the next kubelet removes all sockets when it starts
             return None
         self._backoff.fail(time.monotonic())
         self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
@@ -4173,7 +4254,7 @@ class Registration:
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
+            return 0  # another kubelet came meanwhile, and the channel leads to it
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -4184,7 +4265,7 @@ class Registration:
         try:
             await self._call
         except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
+            return 0  # it is retired, or a new kubelet came and the channel was closed
         except grpc.RpcError as error:
             return await self._registration_failed(error)
         finally:
@@ -4192,26 +4273,26 @@ class Registration:
         self.registrations += 1
         self._is_registered = True
         self._stream_deadline = time.monotonic() + STREAM_SECONDS
-        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
         return 0
 
     async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
             self._registered_with = None
             return None
         self.refusals += 1
         self._backoff.fail(time.monotonic())
-        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        self._log_trouble("refused", f"the kubelet refused to register it ({error.code().name}): {error.details()}")
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
         """End the server and its streams.
 
-        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
-        once, and must not do that while the older stream is open.
+        The kubelet's stream ends before the socket file goes. Another instance that waits for the file to go registers
+        at once, and must not do that while the older stream is open.
         """
         server, self._server = self._server, None
         self._is_registered = self._is_socket_lost = self._is_waiting = False
@@ -4226,18 +4307,18 @@ class Registration:
         self._stream, self._is_stream_open = None, False
 
     def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
-        """Log TROUBLE, unless it is what was logged last."""
+        """Log TROUBLE, unless it was the last one logged."""
         if trouble != self.trouble:
             self.trouble = trouble
             self._events.add(event, trouble, level, self.plugin.full_name)
 
 
-class DevicePluginSide:
+class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
-    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
-    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
-    to look_now()) only lets the looks be fewer, and sooner.
+    It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
+    directory. It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed
+    to look_now()) only makes the looks fewer and sooner.
     """
 
     def __init__(
@@ -4249,12 +4330,11 @@ class DevicePluginSide:
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
     ) -> None:
+        super().__init__(loop, calm_look)
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
-        self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
         self.slot_ids: SlotsOfDra = {}  # without DRA there is none
-        self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
         others = OtherInstances(loop)
@@ -4265,20 +4345,19 @@ class DevicePluginSide:
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._next_admission: Optional[asyncio.TimerHandle] = None
         self._loop = loop
-        self._done: asyncio.Future[None] = loop.create_future()
 
     @property
     def is_answering(self) -> bool:
-        """Whether kubelet answers."""
+        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     @property
     def kubelet_restarts(self) -> int:
-        """How often another kubelet was met."""
+        """How often a new kubelet took the place of another."""
         return self._kubelet.restarts
 
     async def run(self) -> None:
-        """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
         leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
@@ -4293,31 +4372,22 @@ class DevicePluginSide:
             await self._kubelet.close()
 
     async def _retire_all(self) -> None:
-        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
-        and they would all wait for the last one."""
+        """End the registrations a few at a time. Each resource is without a stream until the next instance has
+        registered it, and if all ended at once, the first would wait for the last."""
         while self.registrations:
             for name in list(self.registrations)[:RETIRE_AT_ONCE]:
                 self.registrations.pop(name).retire()
             await asyncio.sleep(RETIRE_PAUSE)
 
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
-
     def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and again when that is due."""
-        will_be_told = self._watch is not None and self._watch.ask()  # before the look: no change falls between
+        """Look at kubelet.sock and our own sockets, and schedule the next look."""
+        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
         self._look()
-        self._look_in(self.calm_look if will_be_told and self.is_answering else LOOK_SECONDS)
+        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
 
     def look_now(self) -> None:
-        """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
+        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
+        looks."""
         self._look()
         self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
@@ -4330,7 +4400,7 @@ class DevicePluginSide:
             self._fail(error)
 
     def _look_in(self, seconds: float) -> None:
-        """Put the next look() so far off; a plain timer, for it costs half of a coroutine."""
+        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
         if self._next_look:
             self._next_look.cancel()
         if not self._done.done():
@@ -4341,10 +4411,10 @@ class DevicePluginSide:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)  # the calm is over
+            self._look_in(LOOK_SECONDS)
 
     def _check_sockets(self) -> None:
-        """Have registrations heal whose socket files were deleted or replaced."""
+        """Pass the files in the plugin directory to the registrations if they have changed."""
         if not self.is_answering:
             return
         try:
@@ -4356,16 +4426,8 @@ class DevicePluginSide:
             for registration in self.registrations.values():
                 registration.check_socket(inodes)
 
-    def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
-        try:
-            if not self._done.done():
-                self.apply(plan)
-        except Exception as error:
-            self._fail(error)
-
     def apply(self, plan: Plan) -> None:
-        """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
+        """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
             if resource and registration.plugin.can_offer(resource):
@@ -4379,7 +4441,7 @@ class DevicePluginSide:
         self._admit()
 
     def _admit(self) -> None:
-        """Have registrations served, by name, as many as there are file descriptors for; none is sent away again."""
+        """Admit waiting registrations in sorted order, as far as file descriptors suffice. An admitted one stays."""
         if self._next_admission:
             self._next_admission.cancel()
             self._next_admission = None
@@ -4390,7 +4452,7 @@ class DevicePluginSide:
         admitted = [found for found in self.registrations.values() if found.is_admitted]
         promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
         room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
-        # What ends may have some still, and clients more than usual: then this looks again a little later.
+        # Ending registrations may still have some, and clients more than usual; then this checks again later.
         room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
         for number, name in enumerate(waiting):
             if number < room:
@@ -4413,7 +4475,7 @@ class DevicePluginSide:
             error = None if task.cancelled() else task.exception()
             if error:
                 self._fail(error)
-            self._admit()  # others may have its descriptors
+            self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
 
@@ -4421,19 +4483,19 @@ class DevicePluginSide:
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
 # plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
-# has the driver prepare the claim: a CDI file tells the container runtime what to add to the container. First pure
+# has the driver prepare the claim: a CDI file says what the container runtime is to add to the container. First pure
 # functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # these five are limits of the API
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as the next three are
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
-MAX_API_TEXT = 200  # characters of the API server's words that are repeated
+MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
 API_SECONDS = 5.0  # for a request and its answer
-COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
+COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
 MAX_API_BACKOFF_SECONDS = 60.0
@@ -4443,10 +4505,11 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
-GONE = ":gone"  # after the name of a CDI device: no runtime finds it under the name that the kubelet has
-# The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
-# dra/v1. Each method with the names of its messages in api.proto.
+GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
+# their methods with the names of the messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("request", "resource", "path")  # annotations of a CDI file
 _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
     PLUGIN_REGISTRATION: {
         "GetInfo": ("InfoRequest", "PluginInfo"),
@@ -4479,16 +4542,20 @@ class PreparedDevice(NamedTuple):
     resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
-    is_gone: bool = False  # no container is to start with what may stand there in its place
+    is_gone: bool = False  # then no container may start with it: another device may be in its place
 
 
 class PreparedClaim(NamedTuple):
-    """A ResourceClaim of which the devices are prepared: what one CDI file holds."""
+    """A ResourceClaim whose devices are prepared: the content of one CDI file."""
 
     uid: str
     namespace: str
     name: str
     devices: Tuple[PreparedDevice, ...]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
@@ -4525,24 +4592,23 @@ def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
     texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
     if resource.pool:
         texts["pool"] = resource.name
+    numbers = {"slot": slot.number, **({"numaNode": device.numa[0]} if len(device.numa) == 1 else {})}
+    return _slice_device(name, texts, numbers, bool(device.problem), domain)
+
+
+def lost_device(device: PreparedDevice, domain: str) -> Document:
+    """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, {}, True, domain)
+
+
+def _slice_device(
+    name: str, texts: Mapping[str, str], numbers: Mapping[str, int], is_gone: bool, domain: str
+) -> Document:
     attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    attributes["slot"] = {"int": slot.number}
-    if len(device.numa) == 1:
-        attributes["numaNode"] = {"int": device.numa[0]}
-    taints = {"taints": [gone_taint(domain)]} if device.problem else {}
+    attributes.update((key, {"int": number}) for key, number in numbers.items())
+    # The control plane evicts the pods that use a device with this taint.
+    taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
     return {"name": name, "attributes": attributes, **taints}
-
-
-def lost_device(prepared: PreparedDevice, domain: str) -> Document:
-    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice. DeviceClasses ask for its resource."""
-    texts = {"resource": prepared.resource, "path": prepared.path}
-    attributes = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
-
-
-def gone_taint(domain: str) -> Document:
-    """The taint by which the control plane evicts the pods that have a device that is gone."""
-    return {"key": f"{domain}/gone", "effect": "NoExecute"}
 
 
 def _cut_bytes(text: str) -> str:
@@ -4563,7 +4629,7 @@ def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
-    """The name of the slice INDEX of NODE: the same after a restart, and no other node's or driver's."""
+    """The name of the slice INDEX of NODE, which is the same after a restart and unique in the cluster."""
     readable = f"{node}-{domain}"[:230].rstrip(".-")
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
@@ -4571,7 +4637,7 @@ def slice_name(node: str, domain: str, index: int) -> str:
 def resource_slice(
     domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
 ) -> Document:
-    """The ResourceSlice INDEX of NODE. The Node owns it, so that it goes when that goes."""
+    """The ResourceSlice INDEX of NODE. The Node owns it, so it is deleted with the Node."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
     metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
     spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
@@ -4579,7 +4645,7 @@ def resource_slice(
 
 
 def device_class(domain: str, resource: str = "") -> Document:
-    """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
+    """The DeviceClass of all devices, or that of one RESOURCE, which a pod requests as it does with a device plugin."""
     name, expression = domain, f'device.driver == "{domain}"'
     spec: Document = {}
     if resource:
@@ -4601,7 +4667,7 @@ def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
 
 
 def comparable_slice(resource_slice: Document) -> object:
-    """What must be equal for RESOURCE_SLICE to be as wanted: its spec and owner, but for generation and times."""
+    """The part of RESOURCE_SLICE that is to be as wanted: its spec and owner without generation and times."""
     return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
         _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
     ]
@@ -4615,7 +4681,7 @@ def _without(value: object, keys: Set[str]) -> object:
 
 
 def _dig(value: object, *keys: str) -> Any:
-    """What KEYS lead to in VALUE, of JSON; None where there is nothing."""
+    """The value below KEYS in VALUE, of JSON; None where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -4632,9 +4698,9 @@ def _checked_text(value: object) -> str:
 
 
 def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name in each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+    """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
 
-    A result of a request's alternative (request/alternative) counts as the request's, as it does for the kubelet.
+    A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
     """
     found = []
@@ -4655,8 +4721,8 @@ def prepare_devices(
 ) -> Tuple[PreparedDevice, ...]:
     """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
 
-    A container gets all devices of a request, so these must go together, and share their env, as slots that one
-    Allocate asks for. Raises AllocationError.
+    A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
+    one Allocate. Raises AllocationError.
     """
     groups: Dict[Tuple[str, str], List[str]] = {}
     for request, name in requests:
@@ -4675,7 +4741,7 @@ def prepare_devices(
 
 
 def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI, where a runtime takes neither a link nor a folder, but nodes alone."""
+    """ALLOCATION as containerEdits of CDI, which may name only nodes, no link or folder."""
     nodes = {
         container: {"path": container, "hostPath": host, "permissions": spec.permissions}
         for spec in allocation.specs
@@ -4687,15 +4753,14 @@ def container_edits(allocation: ContainerAllocation) -> Document:
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     """The CDI file of CLAIM; read_cdi_document() is its inverse."""
-    owner = {"uid": claim.uid, "namespace": claim.namespace, "name": claim.name}
     return {
         "cdiVersion": "0.6.0",
         "kind": f"{domain}/device",
-        "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
+        "annotations": {f"{domain}/claim-{key}": getattr(claim, key) for key in _CLAIM_NOTES},
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/{key}": getattr(device, key) for key in ("request", "resource", "path")},
+                "annotations": {f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -4704,29 +4769,26 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
 
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
-    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other."""
-    uid, namespace, name = (
-        _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in ("uid", "namespace", "name")
-    )
+    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
+    owner = {key: _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in _CLAIM_NOTES}
+    if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
+        raise ValueError("no name of a claim")
     devices = []
     for device in document["devices"]:
-        prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        notes = [_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "resource", "path")]
-        edits, is_gone = device["containerEdits"], label.endswith(GONE)
-        if prefix or not label or not isinstance(edits, dict):
+        prefix, _, name = _checked_text(device["name"]).partition(f"{owner['uid']}-")
+        notes = {key: _checked_text(device["annotations"][f"{domain}/{key}"]) for key in _DEVICE_NOTES}
+        edits = device["containerEdits"]
+        if prefix or not name or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        request, resource, path = notes
-        devices.append(PreparedDevice(label.removesuffix(GONE), request, resource, path, edits, is_gone))
-    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
-        raise ValueError("no name of a claim")
-    return PreparedClaim(uid, namespace, name, tuple(devices))
+        devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
+    return PreparedClaim(**owner, devices=tuple(devices))
 
 
 # The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: why, in one sentence; the HTTP status (0: no answer); for how long to wait, in seconds."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and how many seconds to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -4735,11 +4797,11 @@ class ApiError(Exception):
 
 
 class ConflictError(ApiError):
-    """A write to an object that is another one by now, or gone."""
+    """A write to an object that somebody else has changed, made or deleted."""
 
 
 class ApiAddress(NamedTuple):
-    """Where the API server is."""
+    """The address of the API server."""
 
     url: str
     is_tls: bool
@@ -4749,7 +4811,7 @@ class ApiAddress(NamedTuple):
 
 
 class ApiAnswer(NamedTuple):
-    """What the API server answered."""
+    """An answer of the API server."""
 
     status: int
     document: Document
@@ -4757,7 +4819,7 @@ class ApiAnswer(NamedTuple):
 
 
 def parse_api_url(url: str) -> ApiAddress:
-    """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
+    """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
     match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
@@ -4769,7 +4831,7 @@ def parse_api_url(url: str) -> ApiAddress:
 
 
 def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    """CONTENT, all that the API server at URL sent, as an answer. Raises ApiError where it is not one."""
     head, _, body = content.partition(b"\r\n\r\n")
     match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
     if not match:
@@ -4788,7 +4850,7 @@ def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
 
 
 def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
-    """Why the API server did not do what VERB asks of PATH, in one sentence."""
+    """Why the API server refused VERB on PATH, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
     message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
@@ -4802,29 +4864,29 @@ def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
 
 
 class ApiServer:
-    """The API server of the cluster, with TLS by the CA file, always. Token and CA file are read for each request.
+    """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
 
-    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to be kept: it is asked little.
+    Requests are few, so each is one connection of HTTP/1.0, which has neither chunks nor a connection to keep.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
-        self.requests: Dict[Tuple[str, str], int] = {}  # how many, by verb and code
-        self.problem = "it has not been asked yet"  # why the last request had no answer; empty: it had one
+        self.requests: Dict[Tuple[str, str], int] = {}  # their number by verb and code
+        self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
         self._token_file = token_file
         self._ca_file = ca_file
 
     async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
-        """Have the API server do VERB to PATH; what it answers. Takes 2 * API_SECONDS at the most. Raises ApiError."""
-        answer = await self._ask(verb, path, body)
-        if answer.status == 401:  # the token was replaced when it was on its way
-            answer = await self._ask(verb, path, body)
+        """The answer to VERB on PATH, within 2 * API_SECONDS. Raises ApiError."""
+        answer = await self._send(verb, path, body)
+        if answer.status == 401:  # the token was replaced while the request was on its way
+            answer = await self._send(verb, path, body)
         if 200 <= answer.status < 300:
             return answer.document
         raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
 
-    async def _ask(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
-        """Ask once, and keep count."""
+    async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """Send one request, and count it."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
@@ -4869,7 +4931,7 @@ class ApiServer:
             raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
 
     def _authorization(self) -> List[str]:
-        """The header with the token. Without TLS there is none: whoever listens there need not be the API server."""
+        """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
         if not self.address.is_tls:
             return []
         try:
@@ -4880,31 +4942,6 @@ class ApiServer:
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
         return [f"Authorization: Bearer {token.decode()}"]
-
-
-async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
-    """What WORK gives within SECONDS; else raises asyncio.TimeoutError.
-
-    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
-    https://github.com/python/cpython/issues/86296
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
-        task.cancel()
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:
@@ -4919,13 +4956,13 @@ async def _read_all(reader: asyncio.StreamReader) -> bytes:
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
-    """Why the API server cannot be asked, to follow its name."""
+    """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
     if not reason and error.errno and error.errno > 0:
-        reason = os.strerror(error.errno)  # asyncio has put words of its own into error.strerror
+        reason = os.strerror(error.errno)  # error.strerror is a text of asyncio's
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
@@ -4933,7 +4970,7 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
 
 
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per claim, and what they hold. Other files are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self.claims: Mapping[str, PreparedClaim] = {}  # by uid
@@ -4950,22 +4987,26 @@ class CdiFiles:
         return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
 
     def load(self) -> None:
-        """Read back what is prepared, and remove what a crash left half made."""
-        self.claims = {}
+        """Read what is prepared, and remove what a crash left half written.
+
+        Raises OSError where a file cannot be read: to go on without it would give its devices to another claim.
+        """
+        claims = {}
         try:
             names = os.listdir(self._folder)
-        except OSError:
-            return  # there is no such folder until something is prepared
+        except (FileNotFoundError, NotADirectoryError):
+            names = []  # write() makes the folder, or says why not
         for name in names:
             match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
             claim = self._read(match[1]) if match else None
             if claim:
-                self.claims = {**self.claims, claim.uid: claim}
+                claims[claim.uid] = claim
             elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
                 self._discard(f"{self._folder}/{name}")
+        self.claims = claims
 
     def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where it is another's, or broken and therefore removed."""
+        """The claim of the file of UID; None where the file is not ours, or was removed because it is broken."""
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
@@ -4975,11 +5016,10 @@ class CdiFiles:
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
                 return claim
-        except OSError as error:
-            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # broken; as one of another claim is
+            pass  # it is broken, as a file with the uid of another claim is
         log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
         self._discard(path)
         return None
@@ -4989,7 +5029,7 @@ class CdiFiles:
             os.unlink(path)
 
     def write(self, claim: PreparedClaim) -> None:
-        """Keep CLAIM. Its file is never seen half written. Raises OSError."""
+        """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
         try:
@@ -5003,7 +5043,7 @@ class CdiFiles:
         self.claims = {**self.claims, claim.uid: claim}
 
     def remove(self, uid: str) -> None:
-        """Forget the claim UID. Raises OSError."""
+        """Remove the file of the claim UID. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(uid))
         self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
@@ -5015,24 +5055,24 @@ class CdiFiles:
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
-    Of the slices, which all have one generation, either none is written or each one, once. Where the server's content
-    is what is wanted, or what it made of what was written last, nothing is. FINALLY is done when both are well.
+    The slices share one generation, so either none is written or each one, once. None is where the server has what is
+    wanted, or what it made of what was written last. FINALLY_ is called when slices and classes are published.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is as wanted
-        self.slices = self.devices = 0  # that are published
-        self.published_at = 0.0  # time.time() when they were last found or made as wanted
+        self.problems: List[str] = []  # why not everything is published
+        self.slices = self.devices = 0  # numbers of those that are published
+        self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
+        self._copies: Optional[Dict[str, Document]] = None  # the server's slices, by name; None: to be listed
         self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
         self._node_uid = ""
-        self._classes: Set[str] = set()  # that are there
+        self._classes: Set[str] = set()  # names of those that exist
         self._next_class_look = 0.0
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
@@ -5045,7 +5085,7 @@ class Publisher:
         self._wanted, self._resources = wanted, resources
 
     def refresh(self) -> None:
-        """Look at the API server now: a kubelet that started has deleted the slices."""
+        """Compare with the API server now: a kubelet that has started deleted the slices."""
         self._copies, self._next_class_look = None, 0.0
         self._changed.set()
         self._urgent.set()
@@ -5067,7 +5107,7 @@ class Publisher:
                     self._copies = None
 
     async def _advance(self) -> float:
-        """Do what is to be done, as far as the API server lets it; for how long it must not be asked again."""
+        """Publish what the API server accepts; the seconds for which it must be left alone."""
         problems, pause = [], 0.0
         for step in self._steps:
             try:
@@ -5076,12 +5116,12 @@ class Publisher:
                 problems.append(str(error))
                 pause = max(pause, error.retry_after)
                 if not error.status:
-                    break  # it is away
+                    break  # there is no answer, so there is none to the next request
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
         if self.problems and not problems:
-            log_event("published-again", "the API server does again what it is asked")
+            log_event("published-again", "the API server does what it is asked again")
         self.problems = problems
         if problems:
             self._backoff.fail(time.monotonic())
@@ -5096,18 +5136,18 @@ class Publisher:
             try:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if is_listed and not (self._node_uid and self._is_published(copies)):
-                    self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
-                    self._next_class_look = 0.0  # whoever deleted slices, or brought another server, took classes too
+                    self._node_uid = await self._read_node_uid()  # it differs if the Node was deleted and made again
+                    self._next_class_look = 0.0  # the classes may be gone too, or the server be another one
                 if not self._is_published(copies):
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))
                 self.published_at = time.time()
                 return
             except ApiError as error:
-                self._copies = None  # nobody knows what was done
+                self._copies = None  # what the server has is unknown now
                 if not isinstance(error, ConflictError):
                     raise
-                conflict = error  # somebody else wrote meanwhile: look again, at once
+                conflict = error  # somebody else has written: list again, at once
         raise conflict
 
     async def _list_slices(self) -> Dict[str, Document]:
@@ -5123,17 +5163,14 @@ class Publisher:
 
     async def _read_node_uid(self) -> str:
         try:
-            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
         except ApiError as error:
             if error.status != 404:
                 raise
             raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
-        if not isinstance(uid, str) or not uid:
-            raise ApiError("what the API server sends as a Node is none", 200)
-        return uid
 
     def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
-        """The slices that are wanted, by name, such that they can take the place of COPIES."""
+        """The wanted slices by name, with what is needed to replace COPIES by them."""
         slices = {}
         pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
         for index, devices in enumerate(self._wanted):
@@ -5145,7 +5182,7 @@ class Publisher:
         return slices
 
     def _is_published(self, copies: Mapping[str, Document]) -> bool:
-        """Whether COPIES are the slices that are wanted."""
+        """Whether COPIES are the wanted slices."""
         slices = self._slices(0, copies)
         return (
             copies.keys() == slices.keys()
@@ -5158,7 +5195,7 @@ class Publisher:
         )
 
     async def _write_slices(self, copies: Dict[str, Document]) -> None:
-        """Write every slice that is wanted, in a new generation, and delete all others."""
+        """Write every wanted slice, in a new generation, and delete all others."""
         generation = 1 + max(map(_generation, copies.values()), default=0)
         slices = self._slices(generation, copies)
         for name, body in slices.items():
@@ -5181,7 +5218,7 @@ class Publisher:
             raise
 
     async def _make_classes(self) -> None:
-        """Make the DeviceClasses that are missing. Those that are there are left as they are. Raises ApiError."""
+        """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
         now = time.monotonic()
         if now >= self._next_class_look:
             self._classes.clear()
@@ -5207,6 +5244,14 @@ class Publisher:
                 raise
 
 
+def _uid(document: Document, kind: str) -> str:
+    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
+    uid = _dig(document, "metadata", "uid")
+    if not isinstance(uid, str) or not uid:
+        raise ApiError(f"what the API server sends as {kind} is none", 200)
+    return uid
+
+
 def _generation(resource_slice: Document) -> int:
     generation = _dig(resource_slice, "spec", "pool", "generation")
     return generation if type(generation) is int else 0
@@ -5220,7 +5265,7 @@ def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List
 
 
 class DraSettings(NamedTuple):
-    """Where a driver finds the others, and they find it."""
+    """The driver's name (DOMAIN), its node, and the folders that it works in."""
 
     kubelet_dir: str
     cdi_dir: str
@@ -5235,12 +5280,12 @@ class DraSettings(NamedTuple):
 
     @property
     def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
+        """The paths of the driver's own socket and of the one through which the kubelet registers it."""
         return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
 
 
-class DraSide:
-    """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
+class DraSide(KubeletSide):
+    """Offers a plan's resources through Dynamic Resource Allocation."""
 
     def __init__(
         self,
@@ -5248,12 +5293,12 @@ class DraSide:
         api: ApiServer,
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
-        look_seconds: float,
+        calm_look: float,
     ) -> None:
+        super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
@@ -5261,16 +5306,15 @@ class DraSide:
         self.prepared: Dict[str, int] = {}  # how many slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
-        self.slots: PlanSlots = {}  # that are offered
+        self.slots: PlanSlots = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._devices = devices
-        self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
-        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
+        self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
+        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
-        self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)  # seconds between two looks
-        self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
@@ -5280,28 +5324,13 @@ class DraSide:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
+                if self._is_unsettled:
+                    self.apply(self._plan)
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             leftovers.cancel()
             await self._end()
         self._done.result()
-
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
-
-    def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises."""
-        try:
-            self.apply(plan)
-        except Exception as error:
-            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
@@ -5317,7 +5346,7 @@ class DraSide:
 
     @property
     def slot_ids(self) -> SlotsOfDra:
-        """The resource and ID of each slot by the name of its device."""
+        """The resource and ID of each slot, by its device's name in the slices."""
         return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
@@ -5340,7 +5369,7 @@ class DraSide:
         return "" if self.publisher.published_at else "not published yet"
 
     def describe(self) -> Document:
-        """How the driver stands with the kubelet and the API server, as a part of the status document."""
+        """The part of the status document about the driver."""
         publisher, api = self.publisher, self.api
         return {
             "problem": self.obstacle,
@@ -5363,11 +5392,11 @@ class DraSide:
     # -- the sockets -----------------------------------------------------------------------------------------------
 
     async def _check_sockets(self) -> None:
-        """Serve the driver, unless another instance does; anew where its socket files are not its own any more."""
+        """Serve the driver unless another instance does, and serve it anew when a socket file was replaced."""
         if self._servers:
             if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
                 if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
-                    self._log_problem("kubelet-gone", "kubelet has not registered the driver; waiting for it")
+                    self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
                 return
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
@@ -5376,7 +5405,8 @@ class DraSide:
             self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
             await self._end()
-            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+            where = error.filename or self.settings.kubelet_dir
+            self._log_problem("not-served", f"cannot serve in {where}: {error.strerror}")
         if self.is_standby:
             self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
 
@@ -5389,7 +5419,7 @@ class DraSide:
         if not all(server.publish() for server in self._servers):
             await self._end()
             return False
-        # Nothing is awaited from here on, so the kubelet is answered when all is ready.
+        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
         self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
@@ -5415,7 +5445,7 @@ class DraSide:
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """Serve and publish no more. The slices stay: whoever comes next goes on with them."""
+        """Stop to serve and to publish. The slices stay for the next instance."""
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5434,7 +5464,7 @@ class DraSide:
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.domain, "endpoint": self.settings.sockets[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
@@ -5445,9 +5475,9 @@ class DraSide:
         if request.plugin_registered:
             self.registrations += 1
             self.problem = ""
-            log_event("registered", "registered with kubelet", driver=self.settings.domain)
+            log_event("registered", "registered with the kubelet", driver=self.domain)
         else:
-            self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+            self._log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
         if self.publisher:
             self.publisher.refresh()
         return pb.RegistrationStatusResponse()
@@ -5463,11 +5493,12 @@ class DraSide:
                 prepared = await self._prepare(claim)
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-                entry.error = f"{self.settings.domain}: {text}"
-                self._count_refusal(claim, text)
+                entry.error = f"{self.domain}: {text}"
+                self.prepare_errors += 1
+                self._log_of_claim("refused", f"Prepare refused: {text}", claim.uid, f"{claim.namespace}/{claim.name}")
                 continue
             for device in prepared.devices:
-                cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
+                cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
                 entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
         return response
@@ -5484,85 +5515,87 @@ class DraSide:
     async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
-        # From here on nothing is awaited, so no other claim can come between.
+        # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
-                who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
-        prepared = PreparedClaim(
-            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
-        )
+                text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
+                raise AllocationError("FAILED_PRECONDITION", text)
         before = self.cdi.claims.get(claim.uid)
+        devices = self._devices_now(requests, before.devices if before else ())
+        for device in devices:
+            if device.name not in self.slots and self._is_gone(device):
+                raise AllocationError("UNAVAILABLE", f"{device.path}: it is gone")
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
         if not before:
-            for device in prepared.devices:
-                name = self.slots[device.name].resource.name
-                self.prepared[name] = self.prepared.get(name, 0) + 1
-            devices = join_names([device.name for device in prepared.devices])
-            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
-        self._refusals.pop(claim.uid, None)
+            for device in devices:
+                self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
+        self._logged.pop(claim.uid, None)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
-        """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
+        """The requests and devices that CLAIM was allocated; those it was prepared with while the API server is away.
+
+        Raises AllocationError and ApiError.
+        """
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is none")
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         try:
             found = await self._read_claim(claim.namespace, claim.name)
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _dig(found, "metadata", "uid") != claim.uid:
+        if _uid(found, "a ResourceClaim") != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self.settings.domain, self.settings.node)
+        return allocated_devices(found, self.domain, self.settings.node)
 
     async def _read_claim(self, namespace: str, name: str) -> Document:
         return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
 
     def _unprepare(self, uid: str) -> str:
-        """Forget the claim UID; why that failed, if it did."""
-        self._refusals.pop(uid, None)
+        """Remove the CDI file of the claim UID; why that failed, or an empty text."""
+        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
                 self.cdi.remove(uid)
             except OSError as error:
-                return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
-            log_event("unprepared", "its pod has ended", claim=f"{claim.namespace}/{claim.name}")
+                return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+            log_event("unprepared", "its pod has ended", claim=claim.full_name)
             self._publish()
         return ""
 
-    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
-        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
-        self.prepare_errors += 1
-        if self._refusals.get(claim.uid) != text:
-            while len(self._refusals) >= MAX_REFUSALS:
-                del self._refusals[next(iter(self._refusals))]
-            self._refusals[claim.uid] = text
-            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
-            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+    def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
+        """Log TEXT unless it is what was logged last of the claim UID: all that fails is tried again."""
+        if self._logged.get(uid) != text:
+            while len(self._logged) >= MAX_REFUSALS:
+                del self._logged[next(iter(self._logged))]
+            self._logged[uid] = text
+            log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        """Have what the plan offers in the slices, and what is prepared and gone."""
+        """Publish the plan's slots, and the prepared devices that are gone and no longer in the plan."""
         if self.publisher:
-            domain = self.settings.domain
-            devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
+            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            devices += [lost_device(device, domain) for device in lost]
-            self.publisher.want(devices, list(self._plan.resources))
+            self.publisher.want(
+                [*devices, *(lost_device(device, self.domain) for device in lost)], list(self._plan.resources)
+            )
 
     def _is_gone(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is not there, or another one in its place.
+        """Whether DEVICE is gone, or another device is in its place.
 
-        One that the plan has not, though it stands in /dev and no rule left it out, is no longer offered because of
-        the conf file. Its pod may go on.
+        One that is there and that no rule names any more is not gone: the config file has changed, and its pod may
+        go on.
         """
         slot = self.slots.get(device.name)
         if slot:
@@ -5573,39 +5606,58 @@ class DraSide:
 
     def _rewrite_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
+        self._is_unsettled = False
         for claim in list(self.cdi.claims.values()):
-            name = f"{claim.namespace}/{claim.name}"
-            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
+            gone = [device for device in claim.devices if self._is_gone(device)]
+            requests = [(device.request, device.name) for device in claim.devices if device not in gone]
             try:
-                if all(device.name in self.slots and not device.is_gone for device in devices):
-                    requests = [(device.request, device.name) for device in devices]
-                    devices = prepare_devices(requests, self.slots, self._devices)
+                devices = self._devices_now(requests, claim.devices)
+                devices = _by_name([*devices, *(device._replace(is_gone=True) for device in gone)])
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
-                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
+                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=claim.full_name)
             except AllocationError:
-                continue  # it went just now: the next plan says so
+                self._is_unsettled = True  # it went just now, which the next plan says
             except OSError as error:
+                self._is_unsettled = True
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
+                self._log_of_claim("cdi-file-not-rewritten", text, claim.uid, claim.full_name)
+            # The plan does not change when a device goes that it does not offer.
+            self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
+
+    def _devices_now(
+        self, requests: Sequence[Tuple[str, str]], before: Iterable[PreparedDevice]
+    ) -> Tuple[PreparedDevice, ...]:
+        """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+
+        What was prepared BEFORE and is no longer offered stays as it was. Raises AllocationError.
+        """
+        kept = {(device.request, device.name): device for device in before if device.name not in self.slots}
+        offered = [request for request in requests if request not in kept]
+        devices = prepare_devices(offered, self.slots, self._devices)
+        return _by_name([*devices, *(kept[request]._replace(is_gone=False) for request in requests if request in kept)])
 
     async def _drop_gone_claims(self) -> None:
-        """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
+        """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
+                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
             except ApiError as error:
                 if error.status != 404:
                     raise
-                uid = None
+                uid = ""
             self._unchecked.pop()
             if uid != claim.uid:
                 self._unprepare(claim.uid)
 
 
+def _by_name(devices: Iterable[PreparedDevice]) -> Tuple[PreparedDevice, ...]:
+    return tuple(sorted(devices, key=lambda device: device.name))
+
+
 def _inodes(path: str) -> Mapping[str, int]:
-    """The file PATH, if there is one, as UnixServer.is_lost() takes it."""
+    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
     try:
         return {os.path.basename(path): os.lstat(path).st_ino}
     except OSError:
@@ -5613,51 +5665,31 @@ def _inodes(path: str) -> Mapping[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
-# which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
-# the server's paths are a public interface. A new metric is one more line of FAMILIES.
+# Status: what is offered, what is in use and what is wrong, as one document (JSON). Tables, metrics and the page are
+# pure renderers of that document; a small server comes last. The document's keys, the names of the metrics and the
+# paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
+MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
 class DeviceSideStats(NamedTuple):
-    """What the device side says of itself after each turn."""
+    """What the device side reports after each turn."""
 
-    heartbeat: float  # time.monotonic() of that
-    conf: Document  # how it stands with the conf file, as the whole document has it
-    dev_problem: str  # why /dev cannot be looked at
-    scan_seconds: float  # that the last look at /dev took
-
-
-class RegistrationState(NamedTuple):
-    """How one resource stands with the kubelet."""
-
-    ready: bool = False  # registered, and the kubelet's stream is open
-    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
-    trouble: str = ""  # why not
-    allocations: int = 0
-    registrations: int = 0
-    refusals: int = 0
-    stream_losses: int = 0
-    start_refusals: int = 0
+    heartbeat: float  # time.monotonic() of the report
+    conf: Document  # the part "conf" of the status document
+    dev_problem: str  # why /dev cannot be read
+    scan_seconds: float  # how long the last look at /dev took
 
 
-# The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
+# The document. --list --json prints its parts "resources", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, domain: str, epoch: float) -> Document:
-    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing.
-
-    EPOCH is the time.time() at which time.monotonic() was 0.
-    """
-    resources = [describe_resource(resource, domain, epoch) for resource in plan.resources.values()]
-    return {"resources": resources, **_describe_rest(plan)}
-
-
-def _describe_rest(plan: Plan) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
+        "resources": resources,
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5667,7 +5699,7 @@ def _describe_rest(plan: Plan) -> Document:
 
 
 def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document."""
+    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
     return {
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
@@ -5697,32 +5729,24 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
     }
 
 
-def describe_offer(
-    resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
-) -> Document:
-    """RESOURCE as a document, with how it stands with the kubelet and, where HOLDERS are known, who has its slots."""
-    document = {**describe_resource(resource, domain, epoch), **state._asdict(), "in_use": None, "holders": None}
-    if holders is not None:
-        held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
-        document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
-    return document
-
-
-def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Document]:
-    """The HOLDERS of slots that RESOURCE offers now, as documents in the order of the slots."""
+def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+    if holders is None:
+        return {"in_use": None, "holders": None}
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     found = []
-    for holder in set(holders):
+    for holder in set(holders.get(resource.name, ())):
         path, _, number = holder.slot.rpartition(":")
         device = devices.get(path)
         if device and is_slot_of(device, resource, holder.slot):
             document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
             found.append((path, int(number), holder, document))
-    return [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    held = [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
 def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document: what is in PLAN and STATS, the RESOURCES of describe_offer(), and OTHERS as they are."""
+    """The whole document of a daemon: PLAN, STATS, the RESOURCES with their registration and use, and OTHERS."""
     document = {
         "smarter_device_manager": __version__,
         **others,
@@ -5732,15 +5756,15 @@ def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Docu
         "conf": stats.conf,
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
-        "resources": resources,
-        **_describe_rest(plan),
+        **describe_plan(plan, resources),
     }
-    document["problems"] = [problem_text(*problem) for problem in find_problems(document).items()]
+    for sentence, names in find_problems(document).items():
+        document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
     return document
 
 
 def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
-    """Each thread with its last of HEARTBEATS and the MAX_AGE that it may have, in seconds of time.monotonic()."""
+    """Per thread the age of its last heartbeat, and MAX_AGE; all in seconds of time.monotonic()."""
     return [
         {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
         for name, heartbeat in heartbeats.items()
@@ -5748,7 +5772,7 @@ def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
-    """A sentence for each of THREADS that hangs."""
+    """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
         for thread in threads
@@ -5757,57 +5781,52 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
-    """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
-    kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
+    """What is wrong, the worst first: sentences, each with the names of the resources or devices that have it."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
+
+    def add(sentence: str, *names: str) -> None:
+        problems.setdefault(sentence, []).extend(names)
+
     if document["dra"]:
-        problems.update({document["dra"]["problem"]: []} if document["dra"]["problem"] else {})
-    elif not kubelet["answering"]:
-        where = kubelet["plugin_dir"]
-        problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
-    for resource in resources:
-        if kubelet["answering"] and not document["dra"] and not resource["ready"]:
-            problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
-    if document["dev_problem"]:
-        problems[document["dev_problem"]] = []
-    if conf["error"]:
-        problems[conf_error_text(conf["error"], conf["read_at"])] = []
-    for resource in resources:
-        holders = _holders_by_device(resource)
+        add(document["dra"]["problem"])
+    elif not document["kubelet"]["answering"]:
+        where = document["kubelet"]["plugin_dir"]
+        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+    else:
+        for resource in document["resources"]:
+            if not resource["ready"]:
+                add(unready_text(resource["trouble"]), resource["name"])
+    add(document["dev_problem"])
+    add(conf_problem(document["conf"]))
+    for resource in document["resources"]:
+        users = _users_by_device(resource)
         for device in resource["devices"]:
-            if not device["healthy"]:
-                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
-                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
-                problems.setdefault(sentence, []).append(device["path"])
+            if device["problem"]:
+                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
+    problems.pop("", None)
     return problems
 
 
-def problem_text(sentence: str, names: Sequence[str]) -> str:
-    """One of find_problems() as a line of text."""
-    return f"{_first_names(names)}: {sentence}" if names else sentence
-
-
 def unready_text(trouble: str) -> str:
-    """Why a resource is not with the kubelet, in words."""
-    return f"not registered with the kubelet: {trouble}" if trouble else "not registered with the kubelet yet"
+    """That a resource is not registered, because of TROUBLE if that is known."""
+    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
 
 
-def conf_error_text(error: str, read_at: str) -> str:
-    """That the conf file is refused for ERROR, and of when the rules in force are."""
-    return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
+def conf_problem(conf: Document) -> str:
+    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    if not conf["error"]:
+        return ""
+    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
-    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
-    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """Per path of a device of RESOURCE, the slots that each container has: by namespace/pod and container."""
+    users: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
     for holder in resource["holders"] or ():
-        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
-    return found
-
-
-def _pod_and_container(holder: Document) -> Tuple[str, str]:
-    """The names of HOLDER as kubectl has them: namespace/pod, and the container."""
-    return f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
+    return users
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -5815,19 +5834,26 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def clock(time_of_day: str) -> str:
-    """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
-    return f"{time_of_day[:10]} {time_of_day[11:19]}"
+def clock(moment: str) -> str:
+    """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
+    return moment[:19].replace("T", " ")
 
 
 # Text: for terminals.
 
+# What tables and page list below the resources: the key in the document, the title, and the key of each column.
+LISTS = (
+    ("left_out", "Left out, though a rule names it", {"LINE": "line", "PATH": "path", "REASON": "reason"}),
+    ("unused", "Rules that matched nothing", {"LINE": "line", "DEVICEMATCH": "pattern"}),
+)
 
-def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+
+def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
     """ROWS as lines of text in columns, numbers to the right. The last column may be as long as it likes."""
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(row[column].isdecimal() for row in cells[1:]) for column in range(len(header))]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
     lines = (
         "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
         for row in cells
@@ -5835,111 +5861,102 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
+def _section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+    """ROWS as a table below TITLE; nothing where there are none."""
+    return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
+
+
+def _render_lists(document: Document) -> str:
+    return "".join(
+        _section(title, columns, [[item[column] for column in columns.values()] for item in document[key]])
+        for key, title, columns in LISTS
+    )
+
+
 def render_list(document: Document) -> str:
     """What --list prints of describe_plan()'s DOCUMENT."""
-    rows: List[Tuple[object, ...]] = [
-        (
-            device["slots"],
-            device["line"],
-            resource["name"] + (" (pool)" if resource["pool"] else ""),
-            _device_text(device),
-        )
+    rows = [
+        (device["slots"], device["line"], resource["name"] + " (pool)" * resource["pool"], _device_cell(device))
         for resource in document["resources"]
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
-    return text + _render_rest(document)
-
-
-def _render_rest(document: Document) -> str:
-    text = ""
-    if document["left_out"]:
-        left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
-        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), left_out)
-    if document["unused"]:
-        unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
-        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
-    return text
+    return text + _render_lists(document)
 
 
 def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    if not overridden:
-        return ""
-    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
-    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: Dict[Tuple[int, str], Set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    if winners:
-        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
-        text += "\nRules that later rules override for every device that they name:\n"
-        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
+    )
+
+
+def device_text(device: Document) -> str:
+    """The path of DEVICE, where its link leads, its number of nodes, and the path in the container if that differs."""
+    text: str = device["path"]
+    if device["nodes"]:  # none while it is Unhealthy
+        node = device["nodes"][0]
+        target, is_folder = target_of(node["host"], node["targets"])
+        text += f" -> {target}" if target else ""
+        count = sum(len(each["targets"]) for each in device["nodes"])
+        text += f" ({pluralize(count, 'node')})" if is_folder or count > 1 else ""
+        text += "" if node["container"].startswith(device["path"]) else f" as {node['container']}"
     return text
 
 
-def _device_text(device: Document) -> str:
-    problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
-    return f"{device['path']}{problem or _device_details(device)}"
+def _device_cell(device: Document) -> str:
+    return device_text(device) + (f" (Unhealthy: {device['problem']})" if device["problem"] else "")
 
 
-def _device_details(device: Document) -> str:
-    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
-    container sees it if that is not where the host has it."""
-    nodes = device["nodes"]
-    if not nodes:
-        return ""
-    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
-    details = f" -> {link}" if link else ""
-    count = sum(len(node["targets"]) for node in nodes)
-    if is_folder or count > 1:
-        details += f" ({pluralize(count, 'node')})"
-    if not nodes[0]["container"].startswith(device["path"]):
-        details += f" as {nodes[0]['container']}"
-    return details
-
-
-def describe_dra(dra: Document) -> str:
-    """The part on DRA of the status document in one line."""
-    claims = pluralize(dra["claims_prepared"], "claim")
-    reachable = "answers" if dra["api_reachable"] else "does not answer"
+def dra_text(dra: Document) -> str:
+    """The part of the document on DRA, in one line."""
     slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
-    return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
+    claims = f"{pluralize(dra['claims_prepared'], 'claim')} prepared"
+    return f"DRA: {slices}, {claims}, the API server {'answers' if dra['api_reachable'] else 'does not answer'}"
 
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
-    lines += [f"  - {problem}" for problem in problems] + ([describe_dra(document["dra"])] if document["dra"] else [])
-    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
+    lines += [f"  - {problem}" for problem in problems]
+    lines += [dra_text(document["dra"])] if document["dra"] else []
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
             resource["name"],
             "yes" if resource["ready"] else "no",
-            _first_names([_device_text(device) for device in resource["devices"]]),
+            _first_names([_device_cell(device) for device in resource["devices"]]),
         )
         for resource in resources
     ]
-    header = ("IN USE", "RESOURCE", "READY", "DEVICE")
-    text += render_table(header, offered) if offered else "No device is offered.\n"
     held = [
-        (holder["slot"], resource["name"].partition("/")[2], *_pod_and_container(holder))
+        (_first_names(slots), resource["name"].partition("/")[2], pod, container)
         for resource in resources
-        for holder in resource["holders"] or ()
+        for users in _users_by_device(resource).values()
+        for (pod, container), slots in users.items()
     ]
-    if held:
-        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
     events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
-    return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+    return (
+        "".join(f"{printable(line)}\n" for line in [*lines, ""])
+        + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
+        + _section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
+        + _render_lists(document)
+        + _section("Last events", ("TIME", "EVENT"), events)
+    )
 
 
 def event_text(event: Document) -> Tuple[str, str]:
-    """What EVENT says, with the resources or devices that it is about; and its other fields."""
+    """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
     sentence = event["message"]
     others = []
     for key, value in event.items():
@@ -5961,33 +5978,38 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
 
 class Family(NamedTuple):
-    """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
+    """A metric: its name without the prefix, its help, and where the document has its values.
+
+    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
+    """
 
     name: str
-    kind: str
     help: str
-    read: Callable[[Document], Samples]
+    source: Union[str, Callable[[Document], Samples]]
+
+    @property
+    def kind(self) -> str:
+        """Its type."""
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def full_name(self) -> str:
+        """Its name as it is exported; those of a process have the names that all Prometheus clients give them."""
+        return self.name if self.name.startswith("process_") else PREFIX + self.name
+
+    def samples(self, document: Document) -> Samples:
+        """Its samples in DOCUMENT."""
+        if not isinstance(self.source, str):
+            return self.source(document)
+        part, _, key = self.source.partition(".")
+        if part == "resources":
+            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+        return [({}, document[part][key])] if document[part] else []
 
 
-def _each(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of each resource where it is known."""
-    return lambda document: (
-        ({"resource": resource["name"]}, resource[key])
-        for resource in document["resources"]
-        if resource[key] is not None
-    )
-
-
-def _one(part: str, key: str) -> Callable[[Document], Samples]:
-    """The value KEY of a PART of the document."""
-    return lambda document: [({}, document[part][key])]
-
-
-def _devices(document: Document) -> Samples:
-    for resource in document["resources"]:
-        healthy = sum(device["healthy"] for device in resource["devices"])
-        yield {"resource": resource["name"], "state": "present"}, healthy
-        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+def _build(document: Document) -> Samples:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
 def _slot_holders(document: Document) -> Samples:
@@ -6000,98 +6022,66 @@ def _slot_holders(document: Document) -> Samples:
     return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
 
 
+def _devices(document: Document) -> Samples:
+    for resource in document["resources"]:
+        healthy = sum(device["healthy"] for device in resource["devices"])
+        yield {"resource": resource["name"], "state": "present"}, healthy
+        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+
+
 def _left_out(document: Document) -> Samples:
-    counts = {reason.label: 0 for reason in Reason}
-    for left in document["left_out"]:
-        counts[left["label"]] += 1
-    return [({"reason": label}, count) for label, count in counts.items()]
+    labels = [left["label"] for left in document["left_out"]]
+    return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
 def _api_requests(document: Document) -> Samples:
-    requests = document["dra"]["api_requests"] if document["dra"] else []
-    return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
-
-
-def _of_dra(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of the part on DRA, if there is one."""
-    return lambda document: [({}, document["dra"][key])] if document["dra"] else []
-
-
-def _build(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return [({"version": document["smarter_device_manager"], "python": python}, 1)]
+    for asked in document["dra"]["api_requests"] if document["dra"] else ():
+        yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
 FAMILIES = (
-    Family("build_info", "gauge", "1; the labels tell the version.", _build),
-    Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
-    Family("slots_in_use", "gauge", "Slots that containers have; absent: unknown.", _each("in_use")),
-    Family("slot_holder", "gauge", "1 for each container that has a slot.", _slot_holders),
-    Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
-    Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
-    Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
-    Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
-    Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
-    Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
-    Family("kubelet_answering", "gauge", "1 if the kubelet answers on its socket.", _one("kubelet", "answering")),
-    Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
-    Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
-    Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
-    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
-    Family(
-        "conf_last_good_timestamp_seconds",
-        "gauge",
-        "When the conf file was last good.",
-        _one("conf", "read_at_seconds"),
-    ),
-    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family(
-        "api_requests_total",
-        "counter",
-        "Requests to the API server, by verb and code; this and more with dra.",
-        _api_requests,
-    ),
-    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api_reachable")),
-    Family("slices_published", "gauge", "ResourceSlices of this node.", _of_dra("slices")),
-    Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
-    Family(
-        "slices_published_timestamp_seconds",
-        "gauge",
-        "When the slices were last as they should be.",
-        _of_dra("published_at_seconds"),
-    ),
-    Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
-    Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
-    Family(
-        "internal_errors_total",
-        "counter",
-        "Calls that failed for an unforeseen reason.",
-        _one("process", "internal_errors"),
-    ),
-    Family(
-        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
-    ),
-    Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
-    Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
-    Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
+    Family("build_info", "Always 1; the labels have the versions.", _build),
+    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
+    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
+    Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
+    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
-
-
-def metric_name(family: Family) -> str:
-    """The whole name of FAMILY; those of a process have the names that all Prometheus clients give them."""
-    return family.name if family.name.startswith("process_") else PREFIX + family.name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
-        name = metric_name(family)
+        name = family.full_name
         yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.read(document):
+        for labels, value in family.samples(document):
             pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
-            number = int(value) if isinstance(value, (int, bool)) else value
+            number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
@@ -6103,46 +6093,38 @@ def _label(text: str) -> str:
 
 REFRESH_SECONDS = 5  # of the page
 STYLE = """
-:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
-  --bad-back: #fdecec; --goal: #fff7d6; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
-  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
-  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
+:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
+  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
 h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
-button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
-.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
-.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
-.why, small { display: block; }
+h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
+small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
+.good { color: var(--good); } .bad { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
-.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
 table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
-.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
-.dot { background: var(--good); } .off { background: var(--bad); }
-.hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
+rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
 @media (max-width: 44rem) {
-  .list li, .facts { grid-template-columns: 1fr; }
-  .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
-  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
+  .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
@@ -6150,39 +6132,35 @@ thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thea
 """
 SCRIPT = """
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-let isPaused = false;
-const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
+const period = 1000 * document.body.dataset.refresh;
+const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement?.getAttribute("href");
+  const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
-    if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
+    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
   }
   document.title = page.title;
   document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
-  if (focused && document.activeElement === document.body)
+  if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
 async function refresh() {
   if (mayChange()) try {
-    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
     const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
     if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
     trouble.textContent = "";
   } catch {
     trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
   }
-  setTimeout(refresh, 1000 * document.body.dataset.refresh);
 }
 
-button.onclick = () => {
-  isPaused = !isPaused;
-  button.textContent = isPaused ? "Resume" : "Pause";
-};
+button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
-setTimeout(refresh, 1000 * document.body.dataset.refresh);
+setInterval(refresh, period);
 """
 
 _HEAD = """<!doctype html>
@@ -6204,27 +6182,22 @@ cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 <strong id="trouble" class="bad" role="status"></strong></p></header>
 <main id="content" data-live>
 """
-_LINK = '<a href="#{name}">{name}</a>'
-_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
 _TABLE = """<table class="card" role="table">
 <thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
 scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
 Used by</th></tr></thead>
 """
-_NAME = '<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}'
-_USE = """</th><td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg class="bar {full}" aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
-_DEVICE = '<td role="cell"><span title="{more}"><span class="dot {off}"></span><span class="hidden">{state} </span>\
-<code>{path}</code>{details}</span>'
-_WHY = '<span class="why">{why}</span>'
-_SINCE = "<small>since {since}</small>"
-_HOLDER = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
-_ITEM = '<li><span class="key">{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code>"""
 _FOOT = """</main>
-<footer class="dim">The page follows the daemon every {refresh} seconds. The same, for programs: <a href="status.json">\
+<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-"""
+<script nonce="{nonce}">"""
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6236,127 +6209,110 @@ def _fill(template: str, **values: object) -> str:
 def render_page(document: Document, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
     count = len(document["problems"])
-    verdict = "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
-    colour, mood = ("%23b3262b", "bad") if count else ("%23166a3a", "good")
-    node, version, refresh = document["node"], document["smarter_device_manager"], REFRESH_SECONDS
-    yield _fill(_HEAD, refresh=refresh, nonce=nonce) + STYLE
-    values = {"colour": colour, "mood": mood, "version": version, "time": clock(document["time"])}
-    yield _fill(_TOP, refresh=refresh, node=node, verdict=verdict, **values)
+    values = {
+        "nonce": nonce,
+        "refresh": REFRESH_SECONDS,
+        "node": document["node"],
+        "version": document["smarter_device_manager"],
+        "time": clock(document["time"]),
+        "verdict": "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong",
+        "mood": "bad" if count else "good",
+        "colour": "%23b3262b" if count else "%23166a3a",
+    }
+    yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
         yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
-    yield from _page_facts(document)
-    yield "<h2>Resources</h2>\n"
+    facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
+    yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
+    says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, document["kubelet"]["answering"])
+            yield from _page_resource(resource, says_trouble)
         yield "</table>\n"
     else:
-        yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
-    left_out = ((left["path"], left["reason"], f"rule of line {left['line']}") for left in document["left_out"])
-    yield from _page_list("Left out, though a rule names it", left_out)
-    unused = ((f"line {rule['line']}", rule["pattern"], "") for rule in document["unused"])
-    yield from _page_list("Rules that matched nothing", unused)
-    events = ((clock(event["time"]), *event_text(event)) for event in document["events"])
-    yield from _page_list("Last events", events)
-    yield _fill(_FOOT, refresh=refresh) + _fill('<script nonce="{nonce}">', nonce=nonce) + SCRIPT
-    yield "</script>\n</body>\n</html>\n"
+        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+    for key, title, columns in LISTS:
+        rows = ([item[column] for column in columns.values()] for item in document[key])
+        yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
+    yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
+    yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _page_problem(sentence: str, names: Sequence[str]) -> str:
     """One of find_problems(); its names lead to their rows."""
-    links = [_fill(_LINK, name=name) for name in names[:MAX_NAMES]]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
+    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
+    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
-def _page_facts(document: Document) -> Iterator[str]:
+def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    devices = [device for resource in resources for device in resource["devices"]]
-    present = sum(device["healthy"] for device in devices)
+    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
-    facts: List[Tuple[str, object, str]] = [
-        ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
-        ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
-        (
-            "Slots in use",
-            "unknown" if None in in_use else sum(in_use),
-            f"of {sum(resource['slots'] for resource in resources)}",
-        ),
-        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
-        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
-    ]
+    slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
+    restarts = pluralize(kubelet["restarts"], "restart")
+    yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
+    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
+    yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
+    yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
     if document["dra"]:
-        dra = document["dra"]
-        reachable = f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
-        facts += [
-            ("ResourceSlices", dra["slices"], reachable),
-            ("Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} could not be"),
-        ]
-    yield '<dl class="facts">\n'
-    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
-    yield "</dl>\n"
+        yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
-    """The rows of RESOURCE: one for each device, with who holds it."""
-    slots, in_use, devices = resource["slots"], resource["in_use"], resource["devices"]
-    percent = min(100, 100 * (in_use or 0) // max(slots, 1))
-    full = "full" if percent == 100 else ""
+def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
+    """The rows of RESOURCE: one per device, with the containers that use it."""
+    in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
+    head = _fill(
+        _RESOURCE,
+        rows=len(resource["devices"]),
+        domain=domain,
+        name=name,
+        trouble=unready_text(resource["trouble"]) if says_trouble and not resource["ready"] else "",
+        refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
+        use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
+        percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
+    )
+    users = _users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    holders = _holders_by_device(resource)
-    for number, device in enumerate(devices):
-        yield _fill('<tr id="{path}" role="row">', path=device["path"])
-        if number == 0:
-            yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
-            if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
-                yield _fill(_WHY, why=unready_text(resource["trouble"]))
-            if resource["start_refusals"]:
-                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
-            use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
-            yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
-        yield from _page_device(device)
-        yield from _page_holders(holders.get(device["path"], {}))
-        yield "</tr>\n"
+    for device in resource["devices"]:
+        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
+        head = ""  # it spans all rows
+        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
-def _page_device(device: Document) -> Iterator[str]:
-    since, is_healthy = clock(device["since"]), device["healthy"]
-    yield _fill(
-        _DEVICE,
-        more=f"since {since}, by the rule of line {device['line']}",
-        off="" if is_healthy else "off",
-        state="Healthy:" if is_healthy else "",
-        path=device["path"],
-        details=_device_details(device) if is_healthy else "",
+def _page_device(device: Document) -> str:
+    since, problem = clock(device["since"]), device["problem"]
+    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
+    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
+    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
+    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
+
+
+def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
+    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+    items = (
+        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
+        for (pod, container), ids in users.items()
     )
-    if not is_healthy:
-        yield _fill(_WHY + _SINCE, why=f"Unhealthy: {device['problem']}", since=since)
-    yield "</td>\n"
+    return f"<ul>{''.join(items)}</ul>" if users else ""
 
 
-def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
-    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
-    for (pod, container), ids in holders.items():
-        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
-    yield "</ul></td>" if holders else "</td>"
+def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
+    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
+    for key, text, *more in items:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield head + _fill(item, key=key, text=text, more=" ".join(more))
+        head = ""
+    yield "" if head else "</ul>\n"
 
 
-def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, text=text, more=more) for key, text, more in items]
-    if pieces:
-        yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
-        yield from pieces
-        yield "</ul>\n"
-
-
-# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
-# It reads and writes its sockets by itself: asyncio's streams accept a whole backlog of clients in one turn of the
+# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
+# client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
 BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
@@ -6364,8 +6320,8 @@ MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answere
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
+ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
+FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
 _PHRASES = {
     200: "OK",
@@ -6383,6 +6339,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
 
+Response = Tuple[bytes, bytes]  # head and body: the same object for all who get it, so slow readers cost no memory
+
 
 class Unanswerable(Exception):
     """A request that gets an error: its status."""
@@ -6392,17 +6350,8 @@ class Unanswerable(Exception):
         self.status = status
 
 
-class Response(NamedTuple):
-    """What a client is answered."""
-
-    status: int
-    kind: str  # its Content-Type
-    body: bytes  # one object for all who get it: slow readers are to cost no memory
-    policy: str = "default-src 'none'"  # its Content-Security-Policy
-
-
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """What the HEAD of an HTTP request asks for (RFC 9112): GET or HEAD, and the path. Raises Unanswerable."""
+    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112). Raises Unanswerable."""
     first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -6410,9 +6359,8 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     if line[3] != b"1":
         raise Unanswerable(505)
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    names = [header[1].lower() for header in headers if header]
-    hosts = names.count(b"host")
-    if len(names) < len(headers) or hosts > 1 or (hosts == 0 and line[4] != b"0"):
+    hosts = [header[1].lower() for header in headers if header].count(b"host")
+    if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
         raise Unanswerable(400)
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable(405)
@@ -6420,36 +6368,32 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     return line[1].decode(), path or "/"
 
 
-def plain(status: int, lines: Sequence[str] = ()) -> Response:
-    """LINES as a plain text; without any, what STATUS means."""
-    text = "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"])
-    return Response(status, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
-
-
-def format_head(response: Response, now: float) -> bytes:
-    """All of RESPONSE but its body as bytes to send, dated NOW."""
+def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+    """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
+    body = text.encode("utf-8", "backslashreplace")
     head = [
-        f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
-        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(now))}",
-        f"Content-Type: {response.kind}",
-        f"Content-Length: {len(response.body)}",
-        f"Content-Security-Policy: {response.policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        f"HTTP/1.1 {status} {_PHRASES[status]}",
+        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        "Content-Security-Policy: default-src 'none'; "
+        f"{policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if response.status == 405 else []),
+        *(["Allow: GET, HEAD"] if status == 405 else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode()
+    return "\r\n".join([*head, "", ""]).encode(), body
 
 
-async def encoded(pieces: Iterable[str]) -> bytes:
-    """PIECES as one text, put together in slices."""
-    return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
+def plain(status: int, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, what STATUS means."""
+    return respond(status, "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"]))
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
+    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
     host = address[0]
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
@@ -6475,21 +6419,20 @@ def address_text(address: Tuple[Any, ...]) -> str:
 
 
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
-    loop = asyncio.get_running_loop()
+    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
     while b"\n\r\n" not in data and b"\n\n" not in data:
         if len(data) >= HEAD_BYTES:
             raise Unanswerable(431 if b"\n" in data else 414)
-        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
+        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
-        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
+        if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
             raise Unanswerable(400)
     return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
 
 
 async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
-    """Send DATA and end; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
+    """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
     loop = asyncio.get_running_loop()
     for part in data:
         await loop.sock_sendall(connection, part)
@@ -6501,7 +6444,7 @@ async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
 
 
 def describe_process() -> Document:
-    """What the kernel knows of this process; proc(5) has its start in ticks since the machine's."""
+    """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -6511,6 +6454,27 @@ def describe_process() -> Document:
         "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
         "internal_errors": log_counts.internal_errors,
         "log_lines_dropped": log_counts.dropped_lines,
+    }
+
+
+def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> Document:
+    """How the resource NAME of SIDE stands with the kubelet."""
+    counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
+    if isinstance(side, DraSide):
+        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
+        return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
+    registration = side.registrations.get(name)
+    if registration is None:
+        return {"ready": False, "served_by_other": False, "trouble": "", **counts}
+    return {
+        "ready": registration.is_ready,  # registered, and the kubelet's stream is open
+        "served_by_other": registration.served_by_other,  # /readyz, and nothing else, takes that for ready
+        "trouble": "" if registration.is_ready else registration.trouble,
+        "allocations": registration.plugin.allocations,
+        "registrations": registration.registrations,
+        "refusals": registration.refusals,
+        "stream_losses": registration.stream_losses,
+        "start_refusals": registration.plugin.start_refusals,
     }
 
 
@@ -6538,11 +6502,9 @@ class StatusServer:
         self._pod_resources = pod_resources
         self._node = node
         self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._asking: Clients = {}  # those whose request is awaited
-        self._answered: Clients = {}  # those that are being answered
+        self._asking: Clients = {}  # whose request is awaited
+        self._answered: Clients = {}  # who are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
-        self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
-        self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6556,7 +6518,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]
@@ -6566,8 +6528,8 @@ class StatusServer:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client."""
-        task = asyncio.ensure_future(self._talk(connection))
+        """Serve a new client."""
+        task = asyncio.ensure_future(self._serve(connection))
         self._add(self._asking, task)
 
         def end(_: object) -> None:
@@ -6578,14 +6540,14 @@ class StatusServer:
         task.add_done_callback(end)
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        """Add TASK to CLIENTS. Where they are too many, the oldest goes, so that none can keep others out for long."""
         if len(clients) >= MAX_CLIENTS:
             oldest = next(iter(clients))
             del clients[oldest]
             oldest.cancel()
         clients[task] = None
 
-    async def _talk(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
         task = asyncio.current_task()
         assert task
@@ -6594,97 +6556,67 @@ class StatusServer:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
-                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
-                response = await self._respond(path)
+                self._add(self._answered, task)  # so that silent and slow clients do not keep each other out
+                head, body = await self._respond(path)
             except Unanswerable as error:
-                response = plain(error.status)
+                head, body = plain(error.status)
             except asyncio.TimeoutError:
-                response = plain(408)
-            data = [format_head(response, time.time()), *([response.body] if method != "HEAD" else [])]
-            await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
+                head, body = plain(408)
+            await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went or was too slow: %s", error)
+            log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _respond(self, path: str) -> Response:
         try:
-            if path in self._probes:
-                return self._probes[path]()
-            if path in self._views:
-                return await self._shared(path, self._views[path])
+            if path == "/healthz":
+                hanging = find_hanging(self._threads())
+                return plain(503 if hanging else 200, hanging or ["ok"])
+            if path == "/readyz":
+                return self._readyz()
+            if path in ("/", "/metrics", "/status.json"):
+                return await self._shared(path, lambda: self._view(path))
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return plain(500)
-        return plain(404)
-
-    def _healthz(self) -> Response:
-        hanging = find_hanging(self._threads())
-        return plain(503 if hanging else 200, hanging or ["ok"])
+            raise Unanswerable(500) from None
+        raise Unanswerable(404)
 
     def _threads(self) -> List[Document]:
         heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
         return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            if self._side.is_standby:
-                return plain(200, ["ok", obstacle, *self._remarks()])
-            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
-        states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [
-            f"{name}: {unready_text(state.trouble)}"
-            for name, state in states.items()
-            if not state.ready and not state.served_by_other
-        ]
-        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
-        return plain(503 if unready else 200, (unready + waiting or ["ok"]) + self._remarks())
+        """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
+        side = self._side
+        unready: List[str] = []
+        remarks: List[str] = []
+        if isinstance(side, DraSide):
+            if side.obstacle:
+                (remarks if side.is_standby else unready).append(side.obstacle)
+        else:
+            for name in self.plan.resources:
+                state = describe_registration(side, name)
+                if state["served_by_other"]:
+                    remarks.append(f"{side.domain}/{name}: {state['trouble']}")
+                elif not state["ready"]:
+                    unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
+        remarks.append(conf_problem(self.stats.conf))
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
 
-    def _remarks(self) -> List[str]:
-        """What is worth a line of /readyz and does not change its status."""
-        conf = self.stats.conf
-        return [conf_error_text(conf["error"], conf["read_at"])] if conf["error"] else []
-
-    def _registration_state(self, name: str) -> RegistrationState:
-        """How the resource NAME stands with the kubelet."""
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            return RegistrationState(
-                ready=not obstacle,
-                trouble=obstacle,
-                served_by_other=self._side.is_standby,
-                allocations=self._side.prepared.get(name, 0),
-                registrations=self._side.registrations,
-            )
-        registration = self._side.registrations.get(name)
-        if registration is None:
-            return RegistrationState()
-        return RegistrationState(
-            ready=registration.is_ready,
-            served_by_other=registration.served_by_other,
-            trouble="" if registration.is_ready else registration.trouble,
-            allocations=registration.plugin.allocations,
-            registrations=registration.registrations,
-            refusals=registration.refusals,
-            stream_losses=registration.stream_losses,
-            start_refusals=registration.plugin.start_refusals,
-        )
-
-    async def _metrics(self) -> Response:
-        body = await encoded(render_metrics(await self._document()))
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", body)
-
-    async def _json(self) -> Response:
-        body = await encoded(json.JSONEncoder(indent=1).iterencode(await self._document()))
-        return Response(200, "application/json", body)
-
-    async def _page(self) -> Response:
-        nonce = os.urandom(16).hex()
-        body = await encoded(render_page(await self._document(), nonce))
-        policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", body, f"default-src 'none'; {policy}")
+    async def _view(self, path: str) -> Response:
+        """What PATH shows of the document."""
+        document = await self._shared("", self._describe)
+        nonce, policy = os.urandom(16).hex(), ""
+        if path == "/":
+            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
+            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+        elif path == "/metrics":
+            kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        else:
+            kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
+        return respond(200, "".join(await in_slices(pieces)), kind, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
+        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
         if not self._made:
             asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
         if key not in self._made:
@@ -6695,30 +6627,30 @@ class StatusServer:
     def _forget(self) -> None:
         self._made = {}
 
-    async def _document(self) -> Document:
-        return await self._shared("", self._describe)
-
     async def _describe(self) -> Document:
         holders = await self._pod_resources.holders(self._side.slot_ids)
         side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
-        offers = (
-            describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
+        resources = (
+            {
+                **describe_resource(resource, side.domain, epoch),
+                **describe_registration(side, name),
+                **describe_use(resource, holders),
+            }
             for name, resource in plan.resources.items()
         )
-        kubelet = {
-            "answering": side.is_answering,
-            "restarts": side.kubelet_restarts,
-            "plugin_dir": side.plugin_dir,
-        }
         return describe_daemon(
             plan,
             self.stats,
-            await in_slices(offers),
+            await in_slices(resources),
             node=self._node,
             domain=side.domain,
             time=utc(time.time()),
             threads=self._threads(),
-            kubelet=kubelet,
+            kubelet={
+                "answering": side.is_answering,
+                "restarts": side.kubelet_restarts,
+                "plugin_dir": side.plugin_dir,
+            },
             dra=side.describe() if isinstance(side, DraSide) else None,
             process=describe_process(),
             events=self.events.events(),
@@ -7016,21 +6948,22 @@ MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
-class KeptConf:
-    """A copy in PATH of the last good text of the config file CONF, for a start when that one is broken.
+class KeptFile:
+    """The file PATH, in which this daemon keeps a text for its next start.
 
-    The first line of the copy names CONF and has a checksum of the rest.
+    The first line says WHAT the text is, and has a checksum of it. If the text cannot be kept, EVENT is logged.
     """
 
-    def __init__(self, path: str, conf: str) -> None:
+    def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
-        self._conf = conf
-        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the copy that has it
+        self._what = what
+        self._event = event
+        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that has it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a copy that is damaged, is
-        of another config file, or may have been written by somebody other than root and this user."""
+        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is damaged or
+        has another text, or that somebody other than root and this user may have written."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
@@ -7040,7 +6973,7 @@ class KeptConf:
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
         if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it is damaged, or not a copy of {self._conf}")
+            raise ValueError(f"it is damaged, or is not {self._what}")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
@@ -7055,8 +6988,8 @@ class KeptConf:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                sentence = f"cannot keep a copy of the config file in {self.path}: {error.strerror}"
-                log_event("conf-not-kept", sentence, logging.WARNING)
+                sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+                log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
             self._invalidate()
 
@@ -7075,7 +7008,7 @@ class KeptConf:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Truncate the copy, because old rules would be worse than none."""
+        """Truncate the file, because an old text would be worse than none."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
@@ -7095,17 +7028,61 @@ class KeptConf:
             raise
 
     def _first_line(self, data: bytes) -> bytes:
-        conf, checksum = json.dumps(self._conf), binascii.crc32(data)
-        return f"# The last good text of {conf}, for a start with a broken one; CRC-32 {checksum:08x}\n".encode()
+        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode()
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
     return _open_at_once(path, flags | os.O_NOFOLLOW)
 
 
-def kept_conf_path(plugin_dir: str, domain: str) -> str:
-    """Where the instance with DOMAIN keeps its last good config file. The kubelet removes nothing but sockets there."""
-    return f"{plugin_dir}/smarter-device-manager-{shorten(domain, 200, domain)}.conf"
+def kept_path(folder: str, domain: str, ending: str) -> str:
+    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 200, domain)}.{ending}"
+
+
+class KeptDevices:
+    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
+
+    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
+    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+
+    def read(self) -> Plan:
+        """The kept devices as a plan, which has what make_plan() needs of its previous plan."""
+        resources: Dict[str, Resource] = {}
+        try:
+            for kept in json.loads(self._file.read()[0]):
+                name, path, is_pool = str(kept["resource"]), str(kept["path"]), bool(kept["pool"])
+                attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
+                device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
+                others = resources[name].devices if name in resources else ()
+                resources[name] = Resource(name, is_pool, (*others, device))
+        except FileNotFoundError:
+            return EMPTY_PLAN
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.debug("the devices kept in %s are ignored: %r", self._file.path, error)
+            return EMPTY_PLAN
+        return Plan(resources, (), ())
+
+    def keep(self, plan: Plan) -> None:
+        """Keep the devices in PLAN that rules chose by attributes."""
+        devices = [
+            {
+                "resource": resource.name,
+                "pool": resource.pool,
+                "path": device.path,
+                "attributes": device.attributes,
+                "values": device.values,
+            }
+            for resource in plan.resources.values()
+            for device in resource.devices
+            if device.attributes
+        ]
+        if devices or os.path.lexists(self._file.path):
+            self._file.keep(json.dumps(devices))
 
 
 class ConfFile:
@@ -7124,7 +7101,8 @@ class ConfFile:
         self._stamp: Tuple[int, ...] = ()  # when the file was last read; () if an equal one would not prove no change
         self._text: Optional[str] = None  # of the rules in force
         self._refused_text: Optional[str] = None
-        self._kept = KeptConf(kept_path, path) if kept_path and path else None
+        what = f"the last good text of {json.dumps(path)}"
+        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
@@ -7138,7 +7116,7 @@ class ConfFile:
             self._refuse(error, text, f", from {self._kept.path}")
         self._keep()
 
-    def _restore(self, kept: KeptConf) -> bool:
+    def _restore(self, kept: KeptFile) -> bool:
         """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
         try:
             text, kept_at = kept.read()
@@ -7235,7 +7213,15 @@ def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept_path: str = "", with_facts: bool = False) -> None:
+    def __init__(
+        self,
+        conf: str,
+        dev_dir: str,
+        sys_dir: str,
+        kept_path: str = "",
+        kept_devices: Optional[KeptDevices] = None,
+        with_facts: bool = False,
+    ) -> None:
         """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
@@ -7248,6 +7234,7 @@ class DeviceSide:
         self._matcher = Matcher(())
         self._tracked: TrackedDevices = {}
         self._gpus: Sequence[str] = ()
+        self._kept_devices = kept_devices
         self._next_full_look = 0.0
         self._dev_problem = ""
 
@@ -7265,6 +7252,9 @@ class DeviceSide:
             raise Problem(problem) from None
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
+        if self._kept_devices:
+            self.plan = self._kept_devices.read()
+            self._tracked = track_gone(self.plan, time.monotonic())
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7284,6 +7274,8 @@ class DeviceSide:
             plans.append(self._make_plan(self.snapshot))
             if plans == [old]:
                 plans = []
+        if plans and self._kept_devices:
+            self._kept_devices.keep(self.plan)
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
         return plans
@@ -7640,8 +7632,11 @@ def serve(options: argparse.Namespace) -> int:
         ConfFile(options.conf).start()  # report an error in the config file first, since somebody may just have made it
         raise
     raise_limit()
-    kept_path = kept_conf_path(dra_settings(options).folder if is_dra else options.plugin_dir, options.domain)
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_path, with_facts=is_dra)
+    folder = dra_settings(options).folder if is_dra else options.plugin_dir
+    # The DRA side keeps what is prepared, in CDI files.
+    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, "devices"))
+    kept_conf = kept_path(folder, options.domain, "conf")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options)
@@ -7873,7 +7868,9 @@ def show_list(options: argparse.Namespace) -> int:
     if options.attributes is not None:
         return show_attributes(options)
     devices = _look_once(options)
-    document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
+    epoch = time.time() - time.monotonic()
+    resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
+    document = describe_plan(devices.plan, resources)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
