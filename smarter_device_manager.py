@@ -6948,6 +6948,9 @@ MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
+# The config file, and what is kept for the next start.
+
+
 class KeptFile:
     """The file PATH, in which this daemon keeps a text for its next start.
 
@@ -7210,6 +7213,9 @@ def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
     return f"cannot read the config file {path}: {error.strerror}"
 
 
+# The device side.
+
+
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
@@ -7397,6 +7403,9 @@ class FolderWatches:
             self._watches[path].ask()
 
 
+# The gRPC thread, and the service manager.
+
+
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
 
@@ -7527,6 +7536,9 @@ def is_number(text: str) -> bool:
     return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
+# Serving.
+
+
 def check_plugin_dir(path: str) -> None:
     """Raise Problem if no plugin can listen in the directory PATH."""
     try:
@@ -7547,10 +7559,14 @@ def check_plugin_dir(path: str) -> None:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
-        raise Problem(
-            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; make a link to it that has a shorter path"
-        )
+        raise _long_path(path, too_long, "make a link to it that has a shorter path")
+
+
+def _long_path(path: str, too_long: int, advice: str) -> Problem:
+    return Problem(
+        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+    )
 
 
 def check_dra(options: argparse.Namespace) -> None:
@@ -7574,11 +7590,7 @@ def check_dra(options: argparse.Namespace) -> None:
         raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
     longest = max(len(os.fsencode(path)) for path in settings.sockets)
     if longest > SOCKET_PATH_BYTES:
-        raise Problem(
-            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: the sockets in it would "
-            f"have paths of more than {SOCKET_PATH_BYTES} bytes, which Unix does not allow; choose a shorter path or "
-            "domain"
-        )
+        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
@@ -7786,6 +7798,9 @@ def resume_restart() -> None:
         sys.argv[0] = name
 
 
+# Modes other than serving.
+
+
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
@@ -7941,12 +7956,9 @@ def dry_run(options: argparse.Namespace) -> int:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
-        if options.api == "dra":
-            return asyncio.run(_dry_run_dra(devices.plan, options, folder))
-        rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
-    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    ending = "all registered and allocated" if is_good else "not all of them well"
-    write_output(f"{table}\n{pluralize(len(devices.plan.resources), 'resource')}, {ending}.\n")
+        try_out = _dry_run_dra if options.api == "dra" else _dry_run
+        text, is_good = asyncio.run(try_out(devices.plan, options, folder))
+    write_output(text)
     return 0 if is_good else 1
 
 
@@ -7961,8 +7973,8 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
-    """The rows of the table, and whether every resource was registered, listed and allocated."""
+async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
+    """What --dry-run prints, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
     host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
@@ -7985,7 +7997,9 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     side.stop()
     await running
     await kubelet.stop()
-    return rows, is_good
+    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    ending = "all registered and allocated" if is_good else "not all registered and allocated"
+    return f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n", is_good
 
 
 async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
@@ -8018,8 +8032,8 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
-async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource."""
+async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
+    """The same with --api dra: publish to a simulated API server, and prepare a claim per resource."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -8047,12 +8061,11 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    write_output(f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n")
     side.stop()
     await running
     await kubelet.stop()
     await api.stop()
-    return 0 if is_good else 1
+    return f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n", is_good
 
 
 async def _prepare_one(
@@ -8490,6 +8503,9 @@ def _read_good_conf(path: str) -> str:
     return text
 
 
+# Options.
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line. Values can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
@@ -8683,6 +8699,9 @@ def _address(text: str) -> Tuple[str, int]:
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
         raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
+
+
+# The way from the options to a mode.
 
 
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
