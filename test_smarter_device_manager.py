@@ -755,12 +755,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("text", "line", "column", "told"), REFUSED)
-def test_yaml_that_is_refused(text: str, line: int, column: int, told: str) -> None:
+@pytest.mark.parametrize(("text", "line", "column", "message"), REFUSED)
+def test_yaml_that_is_refused(text: str, line: int, column: int, message: str) -> None:
     with pytest.raises(sdm.ConfigError) as caught:
         sdm.parse_yaml(text)
     assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert str(caught.value) == f"line {line}, column {column}: {caught.value.message}"
     assert isinstance(caught.value, ValueError)
 
@@ -770,7 +770,7 @@ NO_TEXT_TO_SOME = cut("""yes No ON y N off True FALSE Null NULL 0x1F 0o7 0b101 0
 
 
 @pytest.mark.parametrize("word", [*NO_TEXT_TO_SOME, "2001-1-1 1:1:1"])
-def test_what_some_yaml_takes_for_no_text_must_be_quoted(word: str) -> None:
+def test_what_some_yaml_reader_does_not_read_as_text_must_be_quoted(word: str) -> None:
     for text, column in (
         (f"a: {word}", 4),
         (f"[b, {word}]" if "," not in word else f"- {word}", 5 if "," not in word else 3),
@@ -937,7 +937,7 @@ NOT_OF_RE2 = [
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """PATTERN as a conf's rule has it; raises ConfigError, and any warning of re as an error."""
+    """PATTERN, compiled as in a rule. Raises ConfigError, and any warning of re as an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return sdm.parse_rules(f"- devicematch: {json.dumps(pattern)}\n")[0].match.compiled
@@ -952,16 +952,16 @@ def test_expressions_of_re2_mean_the_same(pattern: str, matches: list[str], othe
         assert not expression.search(text), text
 
 
-@pytest.mark.parametrize(("pattern", "told"), NOT_OF_RE2, ids=lambda text: text[:20])
-def test_expressions_that_would_mean_something_else_are_refused(pattern: str, told: str) -> None:
+@pytest.mark.parametrize(("pattern", "message"), NOT_OF_RE2, ids=lambda text: text[:20])
+def test_expressions_that_python_would_read_differently_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(sdm.ConfigError) as caught:
         compiled(pattern)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert len(caught.value.message) < 300
     assert (caught.value.line, caught.value.column) == (1, 16)
 
 
-def test_look_around_is_taken_too() -> None:
+def test_look_around_is_allowed() -> None:
     assert compiled(r"^video(?!0$)").search("video10")
     assert not compiled(r"^video(?!0$)").search("video0")
     assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
@@ -976,7 +976,7 @@ ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
 
 
 def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
-    """Check that PATTERN finds the same here as in RE2, or is refused here."""
+    """Check that PATTERN matches NAMES as in RE2, or is refused."""
     re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
     options = re2.Options()
     options.log_errors = False
@@ -1010,7 +1010,7 @@ def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
 
 
 def nested_expression(rng: random.Random, depth: int = 5) -> str:
-    """Groups, alternatives and repeats inside one another, over few characters."""
+    """An expression of nested groups, alternatives and repeats over few characters."""
     if depth == 0 or rng.random() < 0.3:
         return rng.choice(NESTED_ATOMS)
     inner, other = nested_expression(rng, depth - 1), nested_expression(rng, depth - 1)
@@ -1048,7 +1048,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.thread_time() - started
 
 
-def test_a_search_that_takes_too_long_ends_and_is_not_made_again() -> None:
+def test_a_search_that_takes_too_long_ends_and_is_not_repeated() -> None:
     expression = sdm.Expression(SLOW)
 
     def search() -> None:
@@ -1066,7 +1066,7 @@ def test_a_search_that_takes_too_long_ends_and_is_not_made_again() -> None:
     assert attribute.fullmatch("Sonoff Zigbee")
 
 
-def test_the_more_names_an_expression_takes_too_long_for_the_less_time_it_gets() -> None:
+def test_an_expression_that_keeps_taking_too_long_gets_less_time() -> None:
     expressions = sdm.Expressions([sdm.Expression("a"), sdm.Expression(SLOW), sdm.Expression("b")])
 
     def search() -> None:
@@ -1079,7 +1079,7 @@ def test_the_more_names_an_expression_takes_too_long_for_the_less_time_it_gets()
     assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
 
 
-def test_many_slow_texts_are_remembered_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expression_remembers_a_limited_number_of_slow_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdm, "MAX_SLOW_TEXTS", 2)
     expression = sdm.Expression(SLOW)
     for number in range(3):
@@ -1088,7 +1088,7 @@ def test_many_slow_texts_are_remembered_and_not_without_end(monkeypatch: pytest.
     assert [expression.was_slow(SLOW_NAME.format(number)) for number in range(3)] == [False, True, True]
 
 
-def test_an_alarm_rings_in_the_work_that_it_is_for_or_not_at_all() -> None:
+def test_an_alarm_interrupts_only_its_own_work() -> None:
     def spin(seconds: float) -> bool:
         end = time.thread_time() + seconds
         while time.thread_time() < end:
@@ -1122,7 +1122,7 @@ def slow_rules(*more: str) -> str:
 
 
 @needs_root
-def test_names_that_take_too_long_do_not_hold_up_the_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_names_that_take_too_long_do_not_delay_the_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.plug("video0")
     node.plug("ttyUSB0")
     node.rules("- devicematch: ^video\n" + slow_rules())
@@ -1158,7 +1158,7 @@ def test_names_that_take_too_long_do_not_hold_up_the_others(node: Node, kubelet:
 
 
 @needs_root
-def test_an_earlier_rule_may_take_a_name_that_took_a_later_one_too_long(node: Node) -> None:
+def test_an_earlier_rule_gets_a_name_for_which_a_later_one_took_too_long(node: Node) -> None:
     node.plug(SLOW_NAME.format(1))
     side = device_side(node, slow_rules("- devicematch: ^serial/by-id/x\n"))
     side.start()
@@ -1196,7 +1196,7 @@ def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monke
     assert side.plan.resources["stick0"].devices[0].line == 2
 
 
-def test_a_conf_whose_literal_names_take_another_rule_too_long_is_read_in_time() -> None:
+def test_literal_names_for_which_another_rule_takes_too_long_are_checked_in_time() -> None:
     names = [SLOW_NAME.format(number).replace("serial/by-id", "x") for number in range(20)]
     conf = "".join(
         f"- devicematch: ^{name}$\n- devicematch: a\n  resource: {sdm.resource_name(name)}\n" for name in names
@@ -1254,7 +1254,7 @@ def test_every_key_is_read() -> None:
     assert sdm.expand(third.resource, match, {"idVendor": "10c4", "serial": "A5 XK/3"}) == "10c4-A5_XK_3"
 
 
-def test_a_group_that_took_no_part_is_empty() -> None:
+def test_a_group_outside_the_match_is_empty() -> None:
     rule = sdm.parse_rules(r'[{devicematch: "^a(b)?(?<n>c)?$", resource: "x\\1\\g<n>\\g<2>y"}]')[0]
     match = rule.match.search("ac")
     assert match
@@ -1276,7 +1276,7 @@ def test_a_group_that_took_no_part_is_empty() -> None:
         (r"\1\g<0>", "_1_g_0_"),
     ],
 )
-def test_a_value_in_a_template_is_one_part_of_a_path(value: str, text: str) -> None:
+def test_a_value_in_a_template_never_spans_parts_of_a_path(value: str, text: str) -> None:
     rule = sdm.parse_rules(r"[{devicematch: ^a$, resource: 'x/\g<attr:serial>'}]")[0]
     match = rule.match.search("a")
     assert match
@@ -1401,13 +1401,13 @@ BAD_RULES = [
 ]
 
 
-@pytest.mark.parametrize(("conf", "line", "column", "told"), BAD_RULES)
-def test_a_bad_rule_is_refused_at_its_place(conf: str, line: int, column: int, told: str) -> None:
+@pytest.mark.parametrize(("conf", "line", "column", "message"), BAD_RULES)
+def test_a_bad_rule_is_refused_at_its_place(conf: str, line: int, column: int, message: str) -> None:
     with pytest.raises(sdm.ConfigError) as caught:
         sdm.parse_rules(conf)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert len(caught.value.message) < 300
-    if told.startswith('the pool "') or "which line" in told:  # two lines are to blame; the rule's line is enough
+    if message.startswith('the pool "') or "which line" in message:  # two lines are to blame; the rule's line is enough
         assert caught.value.line == line
     else:
         assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
@@ -1430,7 +1430,7 @@ values = st.recursive(
 
 @settings(thorough, max_examples=1000)
 @given(st.lists(st.dictionaries(st.sampled_from([*sdm._KEYS, "x"]), values, max_size=4) | values, max_size=3))
-def test_rules_or_an_error_with_a_place(document: Any) -> None:
+def test_any_document_is_rules_or_an_error_with_its_place(document: Any) -> None:
     try:
         rules = sdm.parse_rules(json.dumps(document, ensure_ascii=False))
     except sdm.ConfigError as error:
@@ -1479,8 +1479,8 @@ def test_check_says_that_a_conf_is_good_on_a_bare_python(node: Node) -> None:
 def test_a_bad_conf_is_one_line_with_its_place(node: Node, mode: str) -> None:
     node.rules("# c\n- devicematch: ^a$\n  nummaxdevice: 5\n")
     done = node.run(mode)
-    told = f'{node.conf}:3:3: unknown key "nummaxdevice"; did you mean nummaxdevices?'
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"smarter_device_manager.py: {told}\n")
+    message = f'{node.conf}:3:3: unknown key "nummaxdevice"; did you mean nummaxdevices?'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"smarter_device_manager.py: {message}\n")
 
 
 def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
@@ -1491,11 +1491,11 @@ def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
     assert f'{node.conf}:1:16: "(" is not a regular expression' in done.stderr
 
 
-def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
-    def says(told: str) -> None:
+def test_a_path_that_is_not_a_config_file(node: Node) -> None:
+    def says(message: str) -> None:
         done = bare(*node.options(), "--check")
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"smarter_device_manager.py: {told}\n"
+        assert done.stderr == f"smarter_device_manager.py: {message}\n"
 
     says(f"cannot read the config file {node.conf}: No such file or directory")
     node.conf.mkdir()
@@ -1528,13 +1528,13 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
 
 
 def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
-    """Copied to a machine by itself, without a conf: what it uses then is said, and is conf.yaml word for word."""
+    """Without a config file, the script says that it uses the built-in rules, which are those of conf.yaml."""
     assert (HERE / "conf.yaml").read_text() == sdm.DEFAULT_CONF
     alone = node.root / "alone.py"
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
     options = node.options()[2:]
-    told = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
+    message = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
@@ -1542,15 +1542,15 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
 
     done = run("--check")
     assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
-    assert done.stderr == told
+    assert done.stderr == message
     done = run("--list")
-    assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == told
+    assert "smarter-devices/nvidia-gpu0" in done.stdout and done.stderr == message
     (node.root / "conf.yaml").write_text("- devicematch: a\n")  # beside the script
     assert run("--check").stdout == f"{node.root}/conf.yaml: good, 1 rule\n"
     assert run("--check", "--conf", "/nowhere").stderr.startswith("alone.py: cannot read the config file /nowhere: ")
 
 
-def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> None:
+def test_usage_and_errors_begin_with_the_name_of_the_program(node: Node) -> None:
     called = node.root / "sdm"
     called.symlink_to(SCRIPT)
     assert os.access(SCRIPT, os.X_OK)
@@ -1561,7 +1561,7 @@ def test_usage_and_errors_carry_the_name_that_it_was_called_by(node: Node) -> No
 
 
 def test_a_daemon_says_that_it_has_the_built_in_rules(node: Node) -> None:
-    """And under the name that it was called by, also where it has started itself over."""
+    """And its errors begin with the name by which it was called, also after the restart as a module."""
     alone = node.root / "alone.py"
     for name in ("smarter_device_manager.py", "api_pb2.py", "api_pb2_grpc.py"):
         shutil.copy(HERE / name, node.root / ("alone.py" if name.startswith("smarter") else name))
@@ -1583,7 +1583,7 @@ def test_a_daemon_says_that_it_has_the_built_in_rules(node: Node) -> None:
     assert done.stderr.startswith("alone.py: there is no directory")
 
 
-def test_list_shows_what_is_offered_what_not_and_why(node: Node) -> None:
+def test_list_shows_what_is_offered_and_what_is_left_out_and_why(node: Node) -> None:
     node.sysfs("gpu.0", {})
     (node.dev / "video0").write_text("")
     (node.dev / "odd").symlink_to("gone")
@@ -1620,8 +1620,8 @@ def test_dry_run_on_a_node_without_a_device(node: Node) -> None:
     (node.dev / "something").write_text("")
     done = node.run("--dry-run")
     assert (done.returncode, done.stderr) == (1, "")
-    for told in ("No device found", "line 1: ^video", "line 2: ^snd$", "something"):
-        assert told in done.stdout
+    for message in ("No device found", "line 1: ^video", "line 2: ^snd$", "something"):
+        assert message in done.stdout
 
 
 def test_version_and_help() -> None:
@@ -1635,7 +1635,7 @@ def test_version_and_help() -> None:
     assert documented >= {"--log-level", "--check", "--list", "--dry-run", "--version"}
 
 
-def test_a_machine_without_kubelet_is_told_of_dry_run(node: Node) -> None:
+def test_without_a_kubelet_the_error_mentions_dry_run(node: Node) -> None:
     node.rules(GPU_RULE.format(1))
     shutil.rmtree(node.plugins)
     done = node.run()
@@ -1671,7 +1671,7 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("interval", "abc", '"abc" is not a number of seconds from 0.01 to 3600'),
         ("interval", "0", '"0" is not a number of seconds'),
@@ -1687,25 +1687,25 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
         ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
     ],
 )
-def test_a_value_that_is_none_is_one_sentence(option: str, value: str, told: str) -> None:
+def test_a_wrong_value_is_one_sentence(option: str, value: str, message: str) -> None:
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
     done = bare("--check", f"--{option}={value}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 3  # two of usage
     last = done.stderr.splitlines()[-1]
-    assert re.search(f"argument --{option}(/--config)?: {re.escape(told)}", last)
+    assert re.search(f"argument --{option}(/--config)?: {re.escape(message)}", last)
     assert variable not in last
     if not value:
         return  # as if it were not set
     done = bare("--check", **{variable: value})
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {told}" in last
+    assert f"argument --{option}: {message}" in last
     assert last.endswith(f"(from {variable})")
 
 
 def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
-    """What --systemd-unit prints on a Python that is not below somebody's home: the values of each key."""
+    """The values per key of what --systemd-unit prints, with a Python that is not in a home folder."""
     python = node.root / "python3"
     if not python.is_symlink():
         python.symlink_to(os.path.realpath(sys.executable))
@@ -1741,9 +1741,9 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     }
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["-/p/50%%"]
-    told = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
+    message = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
     shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
-    assert sorted(shlex.split(told)) == sorted(f"{name}={value}" for name, value in shown.items())
+    assert sorted(shlex.split(message)) == sorted(f"{name}={value}" for name, value in shown.items())
     environment = {  # every option that the daemon has, by the name of its variable in the environment
         action.option_strings[0]
         for action in sdm.build_parser()._actions
@@ -1781,12 +1781,12 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
         ("é", '"é"'),
     ],
 )
-def test_a_word_of_a_unit(text: str, word: str) -> None:
+def test_quoting_in_a_unit(text: str, word: str) -> None:
     assert sdm._systemd_word(text) == word
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
         (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
         (
@@ -1803,10 +1803,10 @@ def test_a_word_of_a_unit(text: str, word: str) -> None:
         (["--manifest", "--list"], 2, "not allowed with argument"),
     ],
 )
-def test_what_the_printing_modes_refuse(arguments: list[str], status: int, told: str) -> None:
+def test_what_the_printing_modes_refuse(arguments: list[str], status: int, message: str) -> None:
     done = bare(*arguments)
     assert (done.returncode, done.stdout) == (status, "")
-    assert told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
@@ -1818,7 +1818,7 @@ def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
-def test_json_is_for_what_prints_a_document(arguments: list[str]) -> None:
+def test_json_is_for_list_and_status(arguments: list[str]) -> None:
     done = bare(*arguments)
     assert done.returncode == 2
     assert done.stderr.endswith("error: --json goes with --list and --status\n")
@@ -1837,7 +1837,7 @@ data:
 
 
 @pytest.mark.parametrize(
-    ("conf", "told"),
+    ("conf", "message"),
     [
         (CONFIG_MAP, "2:1: this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"),
         ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; the config file"),
@@ -1848,11 +1848,11 @@ data:
         ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must not have the domain'),
     ],
 )
-def test_a_conf_that_is_for_somewhere_else(node: Node, conf: str, told: str) -> None:
+def test_a_file_that_is_meant_for_something_else(node: Node, conf: str, message: str) -> None:
     node.rules(conf)
     done = bare(*node.options(), "--check")
     assert (done.returncode, done.stdout) == (1, "")
-    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
@@ -1879,8 +1879,8 @@ def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
     assert "without /dev/" not in bare(*node.options(), "--list").stdout
 
 
-def test_the_conf_is_refused_before_the_plugin_directory(node: Node) -> None:
-    """Somebody typed --conf just now; the other is as it is by default."""
+def test_an_error_in_the_config_file_comes_before_one_of_the_plugin_directory(node: Node) -> None:
+    """Somebody may just have typed --conf; --plugin-dir has its default."""
     done = bare(*node.options(), "--conf=/nowhere", "--plugin-dir=/nowhere")
     assert done.stderr == "smarter_device_manager.py: cannot read the config file /nowhere: No such file or directory\n"
 
@@ -1888,8 +1888,8 @@ def test_the_conf_is_refused_before_the_plugin_directory(node: Node) -> None:
 def test_a_plugin_directory_that_is_a_file(node: Node) -> None:
     node.rules(GPU_RULE.format(1))
     done = bare(*node.options(), f"--plugin-dir={node.conf}")
-    told = f"{node.conf} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-    assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+    message = f"{node.conf} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
+    assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {message}\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may search every directory")
@@ -1899,8 +1899,8 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0)
     for path in (node.plugins, node.plugins / "below"):
         done = bare(*node.options(), f"--plugin-dir={path}")
-        told = f"permission denied for {path}: run this as root, who owns the kubelet's directory"
-        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {told}\n")
+        message = f"permission denied for {path}: run this as root, who owns the kubelet's directory"
+        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {message}\n")
     node.plugins.chmod(0o700)
 
 
@@ -1970,7 +1970,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 
 def turns(daemon: Daemon, count: int) -> None:
-    """Wait until the daemon's main thread has slept COUNT times more: it polls as often."""
+    """Wait until the main thread of the daemon has polled COUNT times more; it sleeps in between."""
     status = Path(f"/proc/{daemon.process.pid}/status")
 
     def sleeps() -> int:
@@ -2014,7 +2014,7 @@ def test_an_edit_that_keeps_size_and_time_is_followed(node: Node, kubelet: Kubel
 
 
 def alike(path: Path) -> tuple[int, int, int]:
-    """What two files must have in common to be told apart by their identity alone."""
+    """What two files must have in common to differ only in their identity."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -2093,7 +2093,7 @@ def test_the_last_good_rules_stay_and_each_fault_is_one_line(node: Node, kubelet
     assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
 
 
-def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_sighup_reads_the_config_file_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(1))
     daemon = start("--interval", "3600")
@@ -2105,7 +2105,7 @@ def test_a_hang_up_has_the_conf_read_now(node: Node, kubelet: Kubelet, start: St
     kubelet.wait_for("nvidia-gpu1", Healthy=2)
 
 
-def test_a_conf_that_is_broken_is_parsed_once_for_each_change(node: Node) -> None:
+def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     good, bad = "- devicematch: ^a$\n", "- devicematch: ^a$\n" * 40000 + "- devicematch: (\n"
     node.rules(good)
     conf = sdm.ConfFile(str(node.conf))
@@ -2192,7 +2192,7 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
 
 
-def test_the_modes_that_print_neither_use_the_kept_conf_nor_keep_one(node: Node) -> None:
+def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(1))
     for mode in ("--check", "--list", "--dry-run"):
@@ -2272,8 +2272,8 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
     assert node.conf.read_text() == GPU_RULE.format(4)
 
 
-def test_rules_that_could_not_be_kept_are_kept_later_and_old_ones_are_no_more(node: Node) -> None:
-    """A kept conf with rules of the past would be worse than none, and a directory made anew has none."""
+def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(node: Node) -> None:
+    """A copy with outdated rules would be worse than none. A new directory has none."""
     texts = [GPU_RULE.format(slots) for slots in (1, 2)]
     node.rules(texts[0])
     conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
@@ -7097,7 +7097,7 @@ def test_instances_in_containers_of_their_own_share_a_node(node: Node, kubelet: 
 # Signals, and the end
 
 
-def test_hang_up_reads_conf_and_devices_now(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_sighup_reads_config_file_and_devices_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, "null", "zero")
     node.rules("- devicematch: ^null$\n")
     daemon = start("--interval", "3600")
@@ -7116,7 +7116,7 @@ def test_hang_up_reads_conf_and_devices_now(node: Node, kubelet: Kubelet, start:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_in_good_order(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
+def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
     offer(node, *NAMES)
     daemon = start()
     wait_ready(kubelet, NAMES)
@@ -7200,7 +7200,7 @@ STARTS = {  # what Python is given in the node's root, and what ps(1) shows of t
 
 @pytest.fixture
 def app(node: Node) -> Path:
-    """The script in a folder of its own, under several names, and a folder "cwd" full of modules to be left alone."""
+    """The script in a folder of its own, under several names; "cwd" has modules that must not be imported."""
     folder = node.root / "app"
     folder.mkdir()
     for name in ("api_pb2.py", "api_pb2_grpc.py", SCRIPT.name):
@@ -7222,7 +7222,7 @@ def shown(process: subprocess.Popen[str]) -> list[str]:
 
 @pytest.mark.parametrize("how", STARTS)
 def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, app: Path, how: str) -> None:
-    """And ps(1) shows a command line that a person on the node recognises, whose paths are those of the start."""
+    """And ps(1) shows a command line that a person on the node recognises; relative paths still work."""
     offer(node, "null")
     given, expected = STARTS[how]
     options = [*node.options()[2:], "--conf", node.conf.name]
@@ -7255,7 +7255,7 @@ def test_the_working_directory_of_a_script_does_not_matter(node: Node, kubelet: 
 
 
 def test_a_restarted_script_keeps_its_name_and_environment(node: Node, app: Path) -> None:
-    """The variable that carries its name from one process to the next is not left behind."""
+    """And not the variable that carries its name from one process to the next."""
     offer(node, "null")
     shutil.rmtree(node.plugins)
     modules = node.root / "modules"
@@ -7290,7 +7290,7 @@ def test_a_script_takes_no_more_memory_than_a_module(node: Node, kubelet: Kubele
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_it_starts(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
-    """In a container the daemon is process 1, which loses signals that it has not asked for: they are held back."""
+    """In a container the daemon is process 1, which loses signals without a handler; so they are blocked."""
     offer(node, "null")
     daemon = start()
     held = Path(f"/proc/{daemon.process.pid}/status")
@@ -7305,7 +7305,7 @@ def test_a_signal_while_it_starts(node: Node, kubelet: Kubelet, start: Starter, 
 
 
 def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The writer of a FIFO may never come, and whoever waits for it hears no signal."""
+    """The writer of a FIFO may never come; a daemon that waits for it would not react to signals."""
     os.mkfifo(node.root / "fifo")
     done = node.run("--conf", str(node.root / "fifo"))
     assert done.returncode == 1
@@ -7347,9 +7347,9 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, wher
     if where == "device side, later":
         wait_ready(kubelet, ["null"])
         process.send_signal(signal.SIGHUP)
-    _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, told
-    assert told.count("Traceback") == 1 and "nobody foresaw this" in told
+    _, message = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, message
+    assert message.count("Traceback") == 1 and "nobody foresaw this" in message
     assert not sockets(node)
 
 
@@ -7618,11 +7618,11 @@ def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet:
     assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
 
 
-# A service manager: systemd starts the daemon before the kubelet, and watches over it
+# A service manager: systemd starts the daemon before the kubelet, and restarts it if it hangs
 
 
 class Manager:
-    """The socket of a service manager at ADDRESS, "@" for the abstract ones, and what it was told."""
+    """The socket of a service manager at ADDRESS, which begins with "@" if it is abstract, and what came there."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -7634,7 +7634,7 @@ class Manager:
         return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": watchdog}
 
     def hear(self, patience: float = PATIENCE) -> str:
-        """The next thing that it is told; "" where nothing comes in that time."""
+        """The next message; "" if none comes in that time."""
         self._socket.settimeout(patience)
         try:
             self.heard.append(self._socket.recv(1000).decode())
@@ -7657,7 +7657,7 @@ def manager(request: pytest.FixtureRequest, node: Node) -> Iterator[Manager]:
 
 
 def test_the_daemon_first_and_kubelet_later(node: Node, start: Starter, manager: Manager) -> None:
-    """It is ready without a kubelet, so that systemd goes on to start one; and has all registered soon after that."""
+    """It is ready without a kubelet, so that systemd starts one; then it registers everything soon."""
     names = offer_many(node, 10) if os.geteuid() == 0 else list(NAMES)
     if os.geteuid() != 0:
         offer(node, *names)
@@ -7690,7 +7690,7 @@ HANGS = {
 
 
 @pytest.mark.parametrize("side", HANGS)
-def test_a_side_that_hangs_has_the_watchdog_pinged_no_more(node: Node, kubelet: Kubelet, side: str) -> None:
+def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubelet, side: str) -> None:
     offer(node, "null")
     manager = Manager(f"@{node.root}")
     hang = "import time\nhang = lambda: time.sleep(3600)\n"
@@ -7718,7 +7718,7 @@ def test_a_side_that_hangs_has_the_watchdog_pinged_no_more(node: Node, kubelet: 
         ("", "1"),
     ],
 )
-def test_a_service_manager_that_makes_no_sense_is_served_without(
+def test_invalid_variables_of_a_service_manager_are_ignored(
     node: Node, kubelet: Kubelet, start: Starter, address: str, watchdog: str
 ) -> None:
     offer(node, "null")
@@ -11106,7 +11106,7 @@ def test_status_of_no_address_is_a_usage_error(node: Node, address: str) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_as_json_is_an_object_a_line(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
+def test_the_log_as_json_is_an_object_per_line(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
     daemon = start("--log-format", "json", "--listen", "127.0.0.1:0")
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     kubelet.take("nvidia-gpu0", "1")
@@ -11142,7 +11142,7 @@ def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kub
         assert re.fullmatch(rf'{stamp} (INFO|WARNING) [^=]+( [a-z]+=(\S*|"[^"]*"))*', line)
 
 
-def test_what_was_refused_is_logged_at_any_level_and_nothing_else(node: Node, folder: Path, start: Starter) -> None:
+def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Starter) -> None:
     node.sysfs("gpu.1", {})
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
@@ -11160,7 +11160,9 @@ def test_what_was_refused_is_logged_at_any_level_and_nothing_else(node: Node, fo
         kubelet.down()
 
 
-def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
+def test_the_status_has_events_that_the_log_leaves_out(
+    folder: Path, kubelet: Kubelet, start: Starter, node: Node
+) -> None:
     daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
     listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
 
@@ -11176,7 +11178,7 @@ def test_events_are_told_whatever_the_logs_level(folder: Path, kubelet: Kubelet,
 
 
 class FullPipe:
-    """A pipe for the log of a daemon, and full: who writes into it waits until it is read."""
+    """A full pipe for the log of a daemon: a write into it waits until somebody reads."""
 
     def __init__(self, is_blocking: bool = True) -> None:
         self.reader, self.writer = os.pipe()
@@ -11219,12 +11221,12 @@ class FullPipe:
 
 
 def cpu_time(daemon: Daemon) -> float:
-    """The seconds of CPU that it has used."""
+    """The seconds of CPU time that DAEMON has used."""
     return sum(psutil.Process(daemon.process.pid).cpu_times()[:2])
 
 
 def get(daemon: Daemon, path: str) -> tuple[int, str]:
-    """What a daemon whose log cannot be read says of its status: the status of the answer, and its body."""
+    """The HTTP status and body that a daemon sends for PATH. Its log, which has the address, may not be readable."""
     found = wait_for(lambda: [one for one in psutil.Process(daemon.process.pid).net_connections("inet") if one.laddr])
     connection = http.client.HTTPConnection("127.0.0.1", found[0].laddr.port, timeout=PATIENCE)
     with contextlib.closing(connection):
@@ -11234,10 +11236,10 @@ def get(daemon: Daemon, path: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("is_blocking", [True, False])
-def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_said(
+def test_nobody_waits_for_a_log_that_is_not_read_and_dropped_lines_are_counted(
     node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
 ) -> None:
-    """Nor where whoever else has the pipe made it one of which nobody waits for a reader."""
+    """Also if another process made the pipe non-blocking."""
     count = sdm.MAX_QUEUED_LINES + 200
     with FullPipe(is_blocking) as pipe:
         daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
@@ -11269,7 +11271,7 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_what_is_dropped_is_sai
         assert pipe.text.count("of the log, because nobody read it") == 1
 
 
-def test_a_log_that_can_be_written_nowhere_is_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+def test_lines_that_cannot_be_written_are_counted(folder: Path, kubelet: Kubelet, start: Starter) -> None:
     with FullPipe() as pipe:
         os.close(pipe.reader)
         pipe.reader = os.open(os.devnull, os.O_RDONLY)
@@ -11290,7 +11292,7 @@ def test_it_ends_although_nobody_reads_its_log(node: Node, folder: Path, kubelet
         stops_well(daemon, node)
 
 
-def test_what_waits_when_it_ends_is_written_if_somebody_reads(
+def test_the_last_lines_are_written_if_somebody_reads(
     node: Node, folder: Path, kubelet: Kubelet, start: Starter
 ) -> None:
     with FullPipe() as pipe:
@@ -11307,8 +11309,8 @@ def test_what_waits_when_it_ends_is_written_if_somebody_reads(
         assert daemon.process.wait(PATIENCE) == 0
 
 
-def test_why_it_does_not_start_comes_last_and_is_not_lost(node: Node) -> None:
-    """After what was logged until then; and though nobody reads it, it ends."""
+def test_the_reason_why_it_does_not_start_is_the_last_line(node: Node) -> None:
+    """And the process ends even if nobody reads it."""
     node.rules("- devicematch: [\n")
     kept = sdm.kept_path(str(node.plugins), sdm.DEFAULT_DOMAIN, "conf")
     os.mkdir(kept)
