@@ -782,7 +782,7 @@ COMMANDS = {
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
-    r"\.venv/bin/pytest -q -k [a-z]+": "any of the developers: pytest's own option",
+    r"\.venv/bin/pytest -q -k [a-z]+": "by .ci/run, which runs them all",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
