@@ -1,33 +1,40 @@
 #!/usr/bin/env python3
-"""Offer the devices of a Linux node to Kubernetes: each one a resource that a pod can ask for, no pod privileged.
+"""Offer the devices of a Linux node to Kubernetes, each as a resource that a pod can request without being privileged.
 
-A conf file names devices by regular expressions over their paths below /dev, and says how many containers may use one
-at once:
+A config file selects devices by regular expressions over their paths below /dev, and says how many containers may use
+each of them at once:
 
     - devicematch: ^video[0-9]*$
       nummaxdevices: 20
 
-Each device found is offered to kubelet through the device plugin API (v1beta1) as smarter-devices/NAME, and a
-container that was given a slot of it finds the device in its own /dev. Hot-plug, edits of the conf file and restarts
-of kubelet are followed.
+The daemon offers each device to the kubelet as smarter-devices/NAME, through the device plugin API (v1beta1) or as a
+driver for Dynamic Resource Allocation (--api dra). A container that is given one of its slots finds the device in its
+own /dev. The daemon follows hot-plugged devices, edits of the config file and restarts of the kubelet.
 
-    smarter_device_manager.py                   serve kubelet on this node
-    smarter_device_manager.py --list            what would be offered, what is left out and why
-    smarter_device_manager.py --check           is the conf file good?
-    smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
-    smarter_device_manager.py --status          what a running daemon says
-    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
-    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
+    smarter_device_manager.py                   serve the kubelet of this node
+    smarter_device_manager.py --list            show what would be offered, and what is left out and why
+    smarter_device_manager.py --check           check the config file
+    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --status          show the state of a running daemon
+    smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
-kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
-file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
-socket and stream). What passes between them is immutable, so nothing is locked.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
+kubelet, Command line. Each of them needs only those above it.
 
-Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
+There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
+the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
+two is immutable, so there are no locks.
+
+Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
+    sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
 import argparse
 import binascii
@@ -51,7 +58,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -87,37 +93,33 @@ if TYPE_CHECKING:
     import api_pb2 as pb
     import api_pb2_grpc as rpc
 
-if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
-    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
-
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML: a strict subset, read by our own parser, because a daemon of one file has no libraries.
-# The law: for any text it returns exactly what PyYAML's safe_load returns, or raises ConfigError
-# that says where and what to write instead. More may be refused here; more may be accepted only if
-# the law still holds (the tests compare with PyYAML). The configuration chapter relies on Node's
-# line and column for its own messages.
+# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library.
+# The law: for any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says
+# where the problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check
+# against PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MAX_DEPTH = 50  # levels of nesting; it also bounds the recursion of the parser
+_MAX_DEPTH = 50  # levels of nesting; this also limits the parser's recursion
 _MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
 _END = "\0"  # marks the end of the text: no YAML text may contain it
 
-# Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
+# Characters that YAML does not allow, or that YAML 1.1 and 1.2 read differently (line breaks, byte order mark).
 _BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
-# All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
+# What may stand between two tokens: blanks, comments and line breaks. A '#' starts a comment only after a blank.
 _GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
 _DOCUMENT_START = re.compile(r"(?: *(?:#[^\n]*)?\n)*---(?= *(?: #[^\n]*)?\n)")
 _DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
 _LIST_DASH = re.compile(r"-(?=[ \t\n])")
 _BLOCK_COLON = re.compile(r" *:(?=[ \t\n])")
-_FLOW_COLON = re.compile(r" *:")  # what cannot follow it is part of the plain text before it
+_FLOW_COLON = re.compile(r" *:")  # _FLOW_PLAIN has taken each ':' that belongs to a text
 
 
 def _plain_pattern(stop: str) -> re.Pattern[str]:
-    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters stop."""
+    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters in STOP."""
     char = rf"(?:[^ \t\n:{stop}]|:(?![ \t\n{stop}]))"
     return re.compile(rf"(?![?:,\[\]{{}}#&*!|>'\"%@`]|-(?!{char})){char}+(?: +(?!#){char}+)*")
 
@@ -131,7 +133,7 @@ _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-# Everything that some YAML (1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for another type.
+# What some YAML reader (of version 1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for something other than text.
 _NOT_PLAIN_TEXT = re.compile(
     r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
     | [-+]?\.[0-9_]+(?:e[-+]?[0-9]+)?                                    # .5
@@ -143,7 +145,7 @@ _NOT_PLAIN_TEXT = re.compile(
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
-# What to write instead of a text that starts with one of these.
+# What to write instead of a plain text that starts with one of these characters.
 _HINTS = {
     "-": "a list item starts on a line of its own; a text that is only '-' must be quoted",
     "?": "a text that starts with '?' must be quoted; keys with '?' are not supported",
@@ -158,7 +160,7 @@ _HINTS = {
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, where (from 1), and what to write instead."""
+    """What is wrong with the config file and what to write instead; line and column count from 1."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
@@ -171,7 +173,7 @@ class ConfigError(ValueError):
 
 
 class Node(NamedTuple):
-    """A value and where it starts (from 1)."""
+    """A value and the place where it starts; line and column count from 1."""
 
     value: Any  # str, int, bool or None; a list of nodes; Pairs
     line: int
@@ -179,7 +181,7 @@ class Node(NamedTuple):
 
 
 class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping; a type of its own, to tell {} from []."""
+    """The keys and values of a mapping. The type tells {} from []."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -188,7 +190,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes that know their place, or raise ConfigError."""
+    """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
 
 
@@ -202,14 +204,14 @@ def _plain_value(node: Node) -> Any:
 
 
 class _Parser:
-    """One method per rule of the grammar; each starts at self.pos and moves it behind its rule.
+    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
 
-    Block rules end at the next token, so that its column tells who goes on; the others end right
-    behind their last character. depth is the level of nesting of what is parsed.
+    Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
+    after their last character. depth is the level of nesting.
     """
 
     def __init__(self, text: str) -> None:
-        # A line break before the end spares all rules the case of a last line without one.
+        # With a line break at the end, no method has to care for a last line without one.
         self.text = text.removeprefix("\ufeff").replace("\r\n", "\n") + "\n" + _END
         self.line_starts = [0] + [match.end() for match in re.finditer("\n", self.text)]
         self.pos = 0
@@ -228,7 +230,7 @@ class _Parser:
         return line, pos - self.line_starts[line - 1] + 1
 
     def indent(self) -> int:
-        """The column of the token at self.pos; the end of the text is left of all others."""
+        """The column of the token at self.pos; 0 at the end of the text."""
         return 0 if self.char() == _END else self.place(self.pos)[1]
 
     def node(self, value: Any, start: int) -> Node:
@@ -272,7 +274,7 @@ class _Parser:
         start = self.pos
         node = self.flow_node(depth, _BLOCK_PLAIN)
         if self.end_of(_BLOCK_COLON) > self.pos:
-            self.pos = start  # it was the first key
+            self.pos = start  # this was the first key
             return self.block_mapping(depth)
         self.end_line()
         return node
@@ -303,7 +305,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def block_value(self, depth: int, indent: int) -> Node:
-        """What belongs to a key with this indent, from behind its ':' on."""
+        """The value of a key with this indent; self.pos is after its ':'."""
         empty = self.node(None, self.pos)
         if not self.skip():
             node = self.flow_node(depth, _BLOCK_PLAIN)
@@ -312,7 +314,7 @@ class _Parser:
         if self.indent() > indent:
             return self.block_node(depth)
         if self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
-            return self.block_list(depth)  # the one thing that needs no deeper indent
+            return self.block_list(depth)  # the only value that needs no deeper indent
         return empty
 
     def end_line(self) -> None:
@@ -325,7 +327,7 @@ class _Parser:
     def misplaced(self) -> NoReturn:
         self.fail(
             "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
-            "has a space behind its ':'; a text must not go on over several lines"
+            "has a space after its ':'; a text must be on one line"
         )
 
     def check_depth(self, depth: int) -> None:
@@ -333,12 +335,12 @@ class _Parser:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
     def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
-        """A key and its ':', the same rule for both styles but for their patterns."""
+        """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
         key, end = node.value, self.end_of(colon)
         if end == self.pos:
-            self.fail("there is no ': ' behind this key: write 'key: value', with the space", start)
+            self.fail("there is no ': ' after this key: write 'key: value', with the space", start)
         if not isinstance(key, str):
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
@@ -380,7 +382,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
-        """Go through a flow collection; stop at the start of each entry for the caller to read."""
+        """Parse a flow collection; yield at the start of each entry, which the caller parses."""
         start = self.pos
         self.check_depth(depth)
         self.pos += len("[")
@@ -403,7 +405,7 @@ class _Parser:
         start = self.pos
         match = pattern.match(self.text, start)
         if not match:
-            default = f"no text starts with '{self.char()}': quote it, or add what is missing before"
+            default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
         text = match.group()
         self.pos = match.end()
@@ -417,8 +419,8 @@ class _Parser:
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
-                f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
-                "else write a decimal number of up to 18 digits, true, false or null",
+                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
+                "otherwise write a decimal number of up to 18 digits, true, false or null",
                 start,
             )
         return self.node(text, start)
@@ -452,51 +454,51 @@ class _Parser:
 
 
 def _shown(text: str) -> str:
-    """The text in quotes, as one could write it, but short."""
+    """TEXT in quotes, for a message; a long one is cut."""
     return f'"{text}"' if len(text) <= 40 else f'"{text[:40]}..."'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
-# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
-# for it: it is written out here, or refused.
+# Expressions: searches for expressions of RE2 (https://github.com/google/re2/wiki/Syntax), which the Go program used,
+# with Python's re, within a limit of time. A pattern is translated so that every version of re reads it like RE2 and
+# without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
-MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
-TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
-MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
-MAX_GROUPS = 1000  # one inside the other, as in Go
-MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
+MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or several nested ones, as in RE2
+MAX_GROUPS = 1000  # nested, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # of an expression that Go compiled: maxSize of its regexp/syntax
 
 T = TypeVar("T")
 
 
 class ExpressionError(ValueError):
-    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
+    """A text is not an expression of RE2, or one that Python cannot express. The message says what to write instead."""
 
 
 class SearchTimeout(Exception):
-    """A search took too long, so nobody knows what it would have found."""
+    """A search took too long, so its result is unknown."""
 
 
 class _Alarm:
-    """Ends work that takes too long, by an exception that the handler of a signal raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises.
 
-    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
-    be such that it may end anywhere. The signal is SIGPROF, whose timer counts CPU time: a machine that is busy with
-    something else makes no search take too long.
+    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
+    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
+    long because the machine is busy with something else.
     """
 
     def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
         self._is_installed = False
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
 
-        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
+        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("only the main thread can search within a limit of time")
@@ -508,7 +510,7 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             return work()
         finally:
-            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
             self._due = 0.0
             signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -516,7 +518,7 @@ class _Alarm:
         if not self._due:
             return
         left = self._due - time.thread_time()
-        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+        if left > 0:  # the timer counts the clock's ticks, of all threads in the process
             signal.setitimer(signal.ITIMER_PROF, left)
             return
         self._due = 0.0
@@ -527,10 +529,10 @@ _ALARM = _Alarm()
 
 
 class Expression:
-    """An expression of RE2, searched by Python's re within a limit of CPU time.
+    """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
-    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
+    other threads run for as long as it took, and is not tried again with the same text.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -542,7 +544,7 @@ class Expression:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
-            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+            raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self._slow_texts: Dict[str, None] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -552,11 +554,11 @@ class Expression:
         return hash(self.pattern)
 
     def search(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.search()."""
         return self._find(self.compiled.search, text)
 
     def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.fullmatch()."""
         return self._find(self.compiled.fullmatch, text)
 
     def was_slow(self, text: str) -> bool:
@@ -566,7 +568,7 @@ class Expression:
     def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
         if self.was_slow(text):
             raise SearchTimeout
-        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        # The more texts took too long, the less time the next one gets: a thousand would take a minute otherwise.
         seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
         try:
             return _ALARM.limit(lambda: find(text), seconds)
@@ -579,7 +581,7 @@ class Expression:
 
 
 class Expressions:
-    """Several expressions that are all searched in one text. For the main thread only."""
+    """Several expressions that are all searched for in one text. For the main thread only."""
 
     def __init__(self, expressions: Iterable[Expression]) -> None:
         self._expressions = tuple(expressions)
@@ -587,9 +589,9 @@ class Expressions:
         self._were_slow = False
 
     def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """What the search for each of them finds in TEXT, or that it took too long."""
+        """Per expression, what the search in TEXT found, or that it took too long."""
         if not self._were_slow:
-            try:  # one limit for all of them: to set it takes longer than most searches
+            try:  # one limit for all of them, because setting it takes longer than most searches
                 return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
             except SearchTimeout:
                 self._were_slow = True
@@ -601,7 +603,7 @@ def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTi
     try:
         return expression.search(text)
     except SearchTimeout:
-        return SearchTimeout()  # without a traceback, for it is kept
+        return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -622,7 +624,7 @@ _POSIX_CLASSES = {  # the first and last character of each range
     "word": "09AZ__az",
     "xdigit": "09AFaf",
 }
-_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
+_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s does not have the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _CHARACTER = re.compile(
@@ -651,27 +653,27 @@ Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
 class _Part(NamedTuple):
-    """A part of an expression, translated, and what must be known of it to repeat it."""
+    """A translated part of an expression, and what must be known to repeat it."""
 
     text: str
-    may_be_empty: bool  # whether it can match without taking a character
-    may_take: bool  # whether it can take one
-    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    may_be_empty: bool  # it can match without consuming a character
+    may_take: bool  # it can match and consume one
+    repeats: int = 1  # copies that RE2 makes of something in it because of {n,m}
     instructions: int = 1  # that Go compiles it to
 
 
 class _Group:
-    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+    """A group that is still open, or the whole expression: the parts of its last alternative, and those before it."""
 
     def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
         self.opening = opening
-        self.flags = flags  # in force for each further atom
+        self.flags = flags  # for the atoms that follow
         self.parts: List[_Part] = []
         self._alternatives: List[_Part] = []
         self._is_look_around = is_look_around
 
     def end_alternative(self) -> None:
-        """Begin the next alternative."""
+        """Finish the last alternative, and begin the next one."""
         self._alternatives.append(
             _Part(
                 "".join(part.text for part in self.parts),
@@ -684,7 +686,7 @@ class _Group:
         self.parts = []
 
     def close(self, closing: str) -> _Part:
-        """The whole group as one part."""
+        """Finish the group, and return it as one part."""
         self.end_alternative()
         return _Part(
             self.opening + "|".join(part.text for part in self._alternatives) + closing,
@@ -696,16 +698,16 @@ class _Group:
 
 
 def translate(pattern: str) -> str:
-    """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
+    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
 
-    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
-    of what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around, which only Python has, is allowed. Raises ExpressionError for what Python cannot express, and for most
+    of what RE2 refuses; re.compile() refuses the rest.
     """
     groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
-        assert token  # its last alternative takes any character
+        assert token  # the last alternative matches any character
         kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
             position, part = _translate_atom(pattern, token.start(), group.flags)
@@ -718,9 +720,7 @@ def translate(pattern: str) -> str:
             opening = f"(?P<{token['name']}>" if token["name"] else token[0]
             groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise ExpressionError(
-                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
-            )
+            raise ExpressionError(f"{token[0]} does not begin a group; (?:...), (?i:...), (?P<name>...) and (?=...) do")
         elif kind == "close" and len(groups) > 1:
             groups.pop()
             groups[-1].parts.append(group.close(")"))
@@ -730,35 +730,35 @@ def translate(pattern: str) -> str:
             group.end_alternative()
         elif not is_repeatable:
             raise ExpressionError(
-                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+                rf"there is nothing before {token[0]} to repeat; for the character itself, write \{token[0][0]}"
             )
         else:
             group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
         if len(groups) > MAX_GROUPS:
-            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
-    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} nested groups")
+    return "".join(group.close("").text for group in groups)  # re refuses groups that are still open
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
     text = token[0]
-    least, most = _bounds(token)  # most: None where there is no limit
+    least, most = _bounds(token)
     copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
     instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
     if copies > MAX_REPEATS:
-        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+        raise ExpressionError(f"{text} makes {copies} copies of what it repeats; RE2 allows {MAX_REPEATS}")
     if instructions > MAX_INSTRUCTIONS:
-        raise ExpressionError(f"{text} makes it too large for Go")
+        raise ExpressionError(f"{text} makes the expression too large for Go")
     if part.may_be_empty and part.may_take and (most is None or most - least > 1):
         raise ExpressionError(
-            f"{text} repeats what may be empty, which Go and Python understand differently; "
-            f"let it take a character at least, such as (a+)* for (a*)*"
+            f"{text} repeats something that may be empty, which Go and Python handle differently; "
+            f"make it match at least one character, such as (a+)* for (a*)*"
         )
     if part.may_take:
         written = part.text + text
     elif least:
-        written = part.text  # a place is no other the second time; and re repeats none
+        written = part.text  # an assertion holds the second time, too; and re cannot repeat one
     else:
         is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
         written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
@@ -766,33 +766,34 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 
 
 def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
-    """How often TOKEN repeats at least and at most; None: without limit."""
+    """How often TOKEN repeats at least and at most; None if there is no limit."""
     if not token["min"]:
         return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
     if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
-        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 allows")
     least = int(token["min"])
     most = int(token["max"]) if token["max"] else None if token["to"] else least
     if most is not None and most < least:
-        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+        raise ExpressionError(f"{token[0]}: the least number of repetitions is greater than the most")
     return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
+    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
     return before.union(on) - set(off)
 
 
 def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
-    """What stands at POSITION for one character or one place, and where it ends."""
+    """The part for the one character or assertion at POSITION, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
     if char in "^$":
         return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+        # re's own \B differs by version.
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))
     named = _NAMED_CLASS.match(pattern, position)
     if char == ".":
         position, text = position + 1, "(?s:.)" if "s" in flags else "."
@@ -836,10 +837,10 @@ def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tupl
 
 def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
     if high < low:
-        raise ExpressionError(f"the range {low}-{high} runs backwards")
+        raise ExpressionError(f"the range {low}-{high} is in the wrong order")
     if "i" in flags and not high.isascii():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+            f"(?i) works for the letters of ASCII only; exclude {low}-{high} from it, such as (?-i:[{low}-{high}])"
         )
 
 
@@ -850,7 +851,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            classes = ", ".join(_POSIX_CLASSES)
+            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {classes}")
         bounds = _POSIX_CLASSES[name]
     ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
     if "i" in flags:
@@ -859,8 +861,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
 
 
 def _fold(ranges: Ranges) -> Ranges:
-    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
-    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    """RANGES, and the other cases of each letter of ASCII in them. Of k and s there are three: Unicode's simple case
+    folding, which Go and RE2 use, has the kelvin sign and the long s, too."""
     found = list(ranges)
     for low, high in ranges:
         for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
@@ -873,7 +875,7 @@ def _fold(ranges: Ranges) -> Ranges:
 
 
 def _complement(ranges: Ranges) -> Ranges:
-    """All characters that are not in RANGES, in sorted order."""
+    """The ranges of all characters that are not in RANGES, sorted."""
     found, start = [], 0
     for low, high in sorted(ranges):
         if low > start:
@@ -883,11 +885,11 @@ def _complement(ranges: Ranges) -> Ranges:
 
 
 def _write_class(ranges: Ranges, is_negated: bool) -> str:
-    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    """The [class] of RANGES, with its signs escaped, so that re warns of none."""
     others = _complement(ranges)
     ranges = _complement(others)
     if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
-        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+        ranges, is_negated = others, not is_negated  # re needs 5 ms to compile a class of nearly all of Unicode
     if not ranges:
         return r"[\s\S]" if is_negated else r"[^\s\S]"
     written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
@@ -895,7 +897,7 @@ def _write_class(ranges: Ranges, is_negated: bool) -> str:
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
+    """The one character at POSITION, written as itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
         raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
@@ -907,22 +909,22 @@ def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int,
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+            f"(?i) works for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
     if char and char in "CQEpP":
-        return f"\\{char} is of Go's expressions only; write the characters themselves or a [class]"
+        return f"\\{char} is not supported; write the characters themselves or a [class]"
     if char and char in "123456789":
-        return f"\\{char} would be what a group matched, which cannot be asked for in an expression"
+        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
     hints = {
-        "": r"a backslash itself is \\",
-        "Z": r"the end is $ or \z",
-        "x": r"by number it is \x7f or \x{20ac}",
+        "": r"for a backslash, write \\",
+        "Z": r"for the end, write $ or \z",
+        "x": r"a character by its number is \x7f or \x{20ac}",
     }
-    return f"\\{char} is no escape; " + hints.get(char, f"the character itself is {char}")
+    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
 
 
 def _literal(char: str) -> str:
@@ -930,26 +932,26 @@ def _literal(char: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
+# chapters below rely on every Rule being valid: expanding its templates cannot fail.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
 class Companion(NamedTuple):
-    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
+    """A companion of a device, which is given to a container together with it."""
 
-    template: str
+    template: str  # of the path below /dev
     optional: bool = False
     containerpath: str = ""  # template; empty: beside the device, or as on the host
     permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+    """A sysfs attribute that a rule requires: its name, and the expression that must match its whole value."""
 
     name: str
     match: Expression
@@ -963,14 +965,15 @@ class Attribute(NamedTuple):
 
 
 def _compile(node: Node) -> Expression:
-    """The expression that NODE of the conf holds."""
+    """The expression in NODE. Raises ConfigError."""
     try:
         return Expression(_text(node))
     except ExpressionError as error:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+# Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
+# of a sysfs attribute.
 _REFERENCE = re.compile(
     r"""
     \\ (?: (?P<number> [1-9][0-9]? )
@@ -983,10 +986,10 @@ _REFERENCE = re.compile(
 
 
 def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+    """TEMPLATE with its references replaced by the groups of MATCH and by VALUES, which are sysfs attributes by name.
 
-    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
-    it is one part of a path at the most, and never "." or "..".
+    A group that did not take part in the match is empty. In a value, each character that the name of a resource cannot
+    have becomes "_"; so a value never spans several parts of a path, and is never "." or "..".
     """
 
     def replacement(found: re.Match[str]) -> str:
@@ -1006,27 +1009,25 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference["wrong"] is not None:
-            problem = (
-                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
-            )
+            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
         elif reference["attribute"]:
             if _is_attribute(reference["attribute"]):
                 continue
-            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
+            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
-            problem = f"{reference[0]}: devicematch has no such group"
+            problem = f"devicematch has no group {reference[0]}"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
 
 
 def _is_attribute(name: str) -> bool:
-    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    """Whether NAME can be the name of a file in a device's folder in sysfs."""
     return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
-# Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
@@ -1067,7 +1068,7 @@ def _read_resource(node: Node) -> str:
     domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
         name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
+        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1077,7 +1078,7 @@ def _read_containerpath(node: Node) -> str:
     if not text.startswith("/dev/"):
         raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
     if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not hold ".."', node.line, node.column)
+        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
     return text
 
 
@@ -1099,7 +1100,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
@@ -1111,7 +1112,7 @@ def _read_companions(node: Node) -> Tuple[Companion, ...]:
 
 
 def _read_companion(node: Node) -> Companion:
-    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
     if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
         raise _wrong(node, "a path below /dev, or a mapping with it")
     if not isinstance(node.value, Pairs):
@@ -1120,7 +1121,7 @@ def _read_companion(node: Node) -> Companion:
         return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
     nodes = _nodes_by_key(node, _COMPANION_KEYS)
     if "path" not in nodes:
-        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
     if _read_template(nodes["path"]).endswith("?"):
         problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
         raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
@@ -1156,7 +1157,7 @@ def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
     found = []
     for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is no name of a variable", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
         if "\0" in _text(value):
             raise _wrong(value, "a text without NUL")
         found.append((name.value, value.value))
@@ -1169,11 +1170,11 @@ def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
+    """A rule of the config file. A field made by _key() has that key in the file."""
 
-    line: int  # of the conf file
-    match: Expression  # searched in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as the conf has it
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str = _key("devicematch", _text)  # match, as written in the config file
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
@@ -1181,28 +1182,26 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
+    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
 
 
 def parse_rules(text: str) -> Tuple[Rule, ...]:
-    """The rules of the conf TEXT, in its order.
-
-    Raises ConfigError with the line and column of what is wrong.
-    """
+    """The rules in TEXT, that of a config file, in order. Raises ConfigError."""
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
         line = text.count("\n", 0, manifest.start()) + 1
-        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
+        message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
+        raise ConfigError(message, line, 1)
     document = compose_yaml(text)
     if document.value is None:
-        raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
+        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
     if isinstance(document.value, Pairs) or not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
-        raise ConfigError("the list holds no rule", document.line, document.column)
+        raise ConfigError("the list has no rules", document.line, document.column)
     rules = tuple(_parse_rule(node) for node in document.value)
     _check_own_names(rules)
     return rules
@@ -1227,11 +1226,11 @@ def _parse_rule(node: Node) -> Rule:
 
 
 def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
         if key.value not in keys:
-            import difflib  # for a wrong conf only
+            import difflib  # needed for this error only
 
             near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
             raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
@@ -1253,7 +1252,8 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
+    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
+    exist."""
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
@@ -1268,47 +1268,44 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error of a conf in which a pool has the name that a device has by its own."""
+    """The error that POOL has the same name as the device at PATH, which RULE offers."""
     name = resource_name(path)
     message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
     return ConfigError(message, pool.line, 1)
 
 
 def resource_name(text: str) -> str:
-    """The name of the resource that the path (or expanded template) TEXT is offered as; empty where none is left.
+    """The name of the resource for TEXT, a path or an expanded template; empty if TEXT has no letter or digit.
 
-    kubelet takes names of at most 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
+    The kubelet accepts names of up to 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
     return shorten(name, 63, text)
 
 
 def shorten(name: str, limit: int, text: str) -> str:
-    """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
+    """NAME; one that is longer than LIMIT is cut, and ends in 8 hex digits of the SHA-256 of TEXT."""
     if len(name) <= limit:
         return name
-    import hashlib  # loads OpenSSL, 4 MB, which no device of a usual name needs
+    import hashlib  # loads OpenSSL, which takes 4 MB; devices with usual names do not need it
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
 
 
 def load_rules(path: str) -> Tuple[Rule, ...]:
-    """The rules of the conf file PATH.
-
-    Raises ConfigError with line and column for what is wrong in it, and OSError where it cannot be read.
-    """
+    """The rules in the config file PATH. Raises ConfigError, and OSError if it cannot be read."""
     return parse_rules(read_conf(path))
 
 
 def read_conf(path: str) -> str:
-    """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
+    """The text of the config file PATH. Raises OSError, and ConfigError if it is not UTF-8 or too long."""
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError("this is no plain file; a conf must be one, for it is read again and again", 1, 1)
+            raise ConfigError("this is not a plain file; the config file must be one, because it is read again", 1, 1)
         data = file.read(CONF_BYTES + 1)
     if len(data) > CONF_BYTES:
-        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
+        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a config file?", 1, 1)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -1317,21 +1314,21 @@ def read_conf(path: str) -> str:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """open(2) that does not wait for the writer of a FIFO."""
+    """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules where there is no conf file: conf.yaml, word for word.
+# The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
-# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
-# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
-# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
+# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
+# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
 
-# Sound: the whole folder, every card with its controls, goes to a container.
+# Sound: a container gets the whole folder, with every card and its controls.
 - devicematch: ^snd$
   nummaxdevices: 20
 
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
 - devicematch: ^gpiomem[0-9]*$
   nummaxdevices: 40
 - devicematch: ^gpiochip[0-9]*$
@@ -1361,7 +1358,7 @@ DEFAULT_CONF = r"""
 - devicematch: ^vcsm.*$
   nummaxdevices: 20
 
-# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
 - devicematch: ^ttyUSB[0-9]*$
   nummaxdevices: 1
 - devicematch: ^ttyACM[0-9]*$
@@ -1373,17 +1370,17 @@ DEFAULT_CONF = r"""
 - devicematch: ^ttyAMA[0-9]*$
   nummaxdevices: 1
 
-# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
 - devicematch: nvidia-gpu
   nummaxdevices: 10
 
-# More than most containers should have. Take away the "# " of what you need.
+# These give a container more power than most should have. Remove the "# " in front of what you need.
 
 # TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
 # - devicematch: ^net/tun$
 #   nummaxdevices: 20
 
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
 # - devicematch: ^fuse$
 #   nummaxdevices: 20
 
@@ -1391,7 +1388,7 @@ DEFAULT_CONF = r"""
 # - devicematch: ^kvm$
 #   nummaxdevices: 20
 
-# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
 # - devicematch: ^dri/renderD[0-9]*$
 #   nummaxdevices: 20
 # - devicematch: ^dri/card[0-9]*$
@@ -1470,15 +1467,15 @@ class NotADevice(Exception):
 
 
 class Entry(NamedTuple):
-    """One name below /dev, as lstat(2) saw it."""
+    """One name below /dev, as lstat(2) shows it."""
 
     kind: str
     device: int = 0  # st_rdev of a node
     inode: int = 0
     target: str = ""  # of a link
-    untrusted: bool = False  # a folder in which others than root may make names
+    untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # another one whenever this name came to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else
 
 
 class DeviceNode(NamedTuple):
@@ -1499,7 +1496,7 @@ class Tree(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one look: every entry by path, and the names in each folder, sorted."""
+    """/dev at one moment: every entry by path, and the sorted names of each folder."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
@@ -1511,15 +1508,15 @@ class Snapshot:
         return self.folders.get(path, ())
 
     def without(self, paths: Iterable[str]) -> Snapshot:
-        """The same look, had PATHS not been there."""
+        """This snapshot without PATHS."""
         return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
 
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
 
-    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
-    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
+    Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
+    can make PATH lead elsewhere later. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
     entry = tree.entry(real)
@@ -1549,10 +1546,10 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
 
-    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
-    find nodes in another file system.
+    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
+    nodes of another file system.
     """
     todo = [top]
     while todo:
@@ -1607,7 +1604,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 
 def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """A link's TARGET, where absolute as a path below /dev; None where it leads elsewhere."""
+    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
     if not target.startswith("/"):
         return target
     for top in ("/dev", dev_dir):
@@ -1617,7 +1614,7 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
 
 
 def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry of the tree whose /dev is ROOT."""
+    """FOUND as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
@@ -1634,8 +1631,8 @@ def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Ent
 class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
-    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1829,7 +1826,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class HeldAttribute(NamedTuple):
-    """An attribute that a rule asked for, and the value with which a device had it."""
+    """A sysfs attribute, and the value that a device had when the rule was applied."""
 
     name: str
     value: str
@@ -1838,15 +1835,15 @@ class HeldAttribute(NamedTuple):
 class AttributeAnswer(NamedTuple):
     """Whether a device has the attributes that a rule asks for."""
 
-    mismatch: str  # what it has instead; empty: it has them
-    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
-    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
-    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+    mismatch: str  # what the device has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # the attributes and their values; empty: the device does not have them
+    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in the rule's templates
+    reason: Reason = Reason.ATTRIBUTES  # for a mismatch
 
 
 UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
 
-# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+# The generation of a node, the attributes that its device must have, and the attributes whose values are wanted too.
 _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
@@ -1859,9 +1856,9 @@ class SysfsTimeout(Exception):
 
 
 class SysfsReader:
-    """Reads from sysfs, each time on a thread of its own, since a driver can keep whoever reads an attribute for ever.
+    """Reads from sysfs, each time on a thread of its own, because a driver can block a reader for ever.
 
-    A device is not read again before its last read has ended: no more than one thread hangs per device and reader.
+    A device is not read again before its last read has ended, so at most one thread hangs per device and reader.
     """
 
     def __init__(self, sys_dir: str) -> None:
@@ -1898,7 +1895,7 @@ class SysfsReader:
             raise SysfsTimeout from None
 
     def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
-        """Say that nobody waits for FUTURE any more, which start() returned for ENTRY's device."""
+        """Stop waiting for FUTURE, which start() returned for ENTRY's device."""
         self._hanging[entry.kind, entry.device] = future
 
     def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
@@ -1940,11 +1937,11 @@ class SysfsReader:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
+    """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
 
-    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS. A
-    driver that keeps a reader delays nobody for longer than SYSFS_SECONDS: what is known of its device stays, and what
-    is not known yet is asked again.
+    A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
+    driver that blocks its readers delays the caller by SYSFS_SECONDS at most: what is known of its device stays valid,
+    and what is not known yet is read again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
@@ -1954,12 +1951,12 @@ class Sysfs:
         self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
-        self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[_Question] = set()  # what lacks something, and is new
-        self._unanswered: Set[_Question] = set()  # what sysfs did not answer in time
+        self._asked: Dict[int, float] = {}  # the time of the first question about a generation
+        self._settling: Set[_Question] = set()  # about new nodes that lack something
+        self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
 
     def forget(self, generations: Iterable[int]) -> None:
-        """Drop what is remembered of nodes with other generations than GENERATIONS."""
+        """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
@@ -1969,12 +1966,12 @@ class Sysfs:
         self._unanswered &= self._answers.keys()
 
     def ask_again(self, generations: Iterable[int]) -> bool:
-        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
         there = set(generations)
         return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
-        """The NUMA node that NODE is close to; None where there is none or nobody knows."""
+        """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
             try:
@@ -1986,14 +1983,14 @@ class Sysfs:
         return self._numa[generation]
 
     def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
-        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        """What sysfs says of all NODES in common: subsystem, driver and USB_FACTS. Empty unless built with_facts."""
         if not self._with_facts or not nodes:
             return ()
         first, *others = (self._facts_of(node) for node in nodes)
         return tuple(item for item in first.items() if all(item in other.items() for other in others))
 
     def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
-        """The facts of NODE's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
         generation = node.entry.generation
         if generation not in self._facts:
             try:
@@ -2009,8 +2006,8 @@ class Sysfs:
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
     ) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
-        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        """Whether NODE's device, or a single one of its parents, has all ATTRIBUTES, like ATTRS in udev(7); and the
+        values of the attributes NAMES: from that folder, else from the device's own, else from the nearest parent's."""
         key = (node.entry.generation, attributes, names)
         if key not in self._answers:
             answer = self._ask(key, node) or UNANSWERED
@@ -2021,8 +2018,7 @@ class Sysfs:
         return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new, or of which sysfs did not answer, has by now other attributes than when answer()
-        was asked."""
+        """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
         has_changed = self._renew(self._settling | self._unanswered)
         now = time.monotonic()
         for key in list(self._settling):
@@ -2031,7 +2027,7 @@ class Sysfs:
         return has_changed
 
     def _renew(self, keys: Iterable[_Question]) -> bool:
-        """Ask again for KEYS; whether an answer is another one now."""
+        """Answer KEYS anew. Returns whether an answer has changed."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
@@ -2042,7 +2038,7 @@ class Sysfs:
         return has_changed
 
     def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
-        """The answer to QUESTION of NODE; None where sysfs does not answer in time."""
+        """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
         _, attributes, names = question
         try:
             folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
@@ -2078,8 +2074,8 @@ class Sysfs:
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
-    """The value of the attribute NAME in the sysfs FOLDER, None where it cannot be read. A link (driver, subsystem)
-    has its target's last name as value, as in udev."""
+    """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
+    subsystem) is the last part of its target, as in udev."""
     path = f"{folder}/{name}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -2097,7 +2093,7 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
 
 
 def _attribute_names(folder: str) -> List[str]:
-    """The files in the sysfs FOLDER that can be read and tell one device from another, and the links that can."""
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
     try:
         with os.scandir(folder) as items:
             files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
@@ -2113,7 +2109,7 @@ def _is_usable(value: str) -> bool:
 
 
 def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
-    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    """The values of ATTRIBUTES in the sysfs FOLDER if it has them all; else an empty tuple."""
     held = []
     for attribute in attributes:
         value = folder.get(attribute.name)
@@ -2124,7 +2120,8 @@ def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tupl
 
 
 def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
-    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it, or with a mismatch
+    that says which are missing."""
     values, problems = [], []
     for name in names:
         value = next(iter(values_of(folders, name)), None)
@@ -2138,8 +2135,7 @@ def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]
 
 
 def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of FOLDERS, a device's and its parents', has the same values of all ATTRIBUTES still; else what
-    there is instead."""
+    """Empty if one of FOLDERS still has the same values of all ATTRIBUTES; else what there is instead."""
     if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
         return ""
     found = nearest_values(folders, [held.name for held in attributes])
@@ -2148,7 +2144,7 @@ def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) ->
 
 
 def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None is not there."""
+    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None for one that is missing."""
     nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
     return [nearest.get(name) for name in names]
 
@@ -2169,12 +2165,13 @@ def values_of(folders: Folders, name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
-# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
+# Plan: from rules and the contents of /dev to resources by name. Immutable data and pure functions (sysfs is only read
+# for nodes not seen before). The kubelet side compares two plans. A name, an ID or an order that changes here costs
+# pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
-MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
+MAX_SHOWN = 200  # characters of an unknown ID in a message
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 
@@ -2182,18 +2179,18 @@ class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
     The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
-    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
-    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
+    leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
 
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
+    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
-    """A path below /dev that belongs to a device, and where a container sees it."""
+    """A path below /dev that belongs to a device, and its path in a container."""
 
     path: str
     container: str
@@ -2208,23 +2205,23 @@ class Device:
     path: str  # as matched, below /dev
     line: int  # of the rule that it follows
     slots: int
-    parts: Tuple[Part, ...]  # itself first, then what goes along; a Tegra GPU has none
+    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
-    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
+    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() of the moment when it appeared or went
-    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    since: float  # time.monotonic() when it appeared or went
+    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
-    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A resource as kubelet sees it: a device of its own name, or a pool of devices that a rule named."""
+    """A resource as the kubelet sees it: one device under a name made from its path, or a pool that a rule names."""
 
     name: str  # without the domain
     pool: bool
@@ -2232,7 +2229,7 @@ class Resource:
 
 
 class Slot(NamedTuple):
-    """One entry of the list that kubelet is sent: Device of the device plugin API."""
+    """One entry of the list that is sent to the kubelet: Device of the device plugin API."""
 
     id: str
     healthy: bool
@@ -2240,7 +2237,7 @@ class Slot(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A path that a rule named and that is not offered (by that rule), and why."""
+    """A path that a rule names but that is not offered under that rule, and why."""
 
     path: str
     line: int
@@ -2249,13 +2246,13 @@ class LeftOut(NamedTuple):
 
     @classmethod
     def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """What ERROR says of PATH, which the rule of LINE names."""
+        """PATH, which the rule in LINE names, left out because of ERROR."""
         return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be offered, and what not."""
+    """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
@@ -2267,10 +2264,10 @@ EMPTY_PLAN = Plan({}, (), ())
 
 @dataclass(frozen=True)
 class TrackedDevice:
-    """A path that a rule names and that stands for a device, or did so within EXPIRY_SECONDS."""
+    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
 
-    nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
-    problem: str  # why it is no device any more; empty: it is one
+    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
+    problem: str  # why it no longer leads to a device; empty: it does
     since: float
 
 
@@ -2278,8 +2275,9 @@ Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
-    since /dev's names hardly change. For the main thread only."""
+    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell.
+
+    The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
@@ -2290,7 +2288,7 @@ class Matcher:
         self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
-        """The rules that name the PATH of something below /dev."""
+        """The rules that name PATH, which is below /dev."""
         found = self._matches.get(path)
         if found is None:
             found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
@@ -2301,7 +2299,7 @@ class Matcher:
         return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered of all but PATHS."""
+        """Drop what is remembered, except about PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
 
@@ -2316,9 +2314,9 @@ TrackedDevices = Mapping[str, TrackedDevice]
 def track(
     old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, those that went lately among them, and the paths that are none.
+    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
@@ -2345,7 +2343,7 @@ def track(
 
 
 def track_gone(plan: Plan, now: float) -> TrackedDevices:
-    """The devices of PLAN, a former one, as devices that went NOW."""
+    """The devices of PLAN, which a previous run made, as devices that went NOW."""
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     return {
         device.path: TrackedDevice(
@@ -2356,7 +2354,7 @@ def track_gone(plan: Plan, now: float) -> TrackedDevices:
 
 
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
@@ -2386,10 +2384,11 @@ def make_plan(
     dev_dir: str,
     now: float,
 ) -> Plan:
-    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
-    does a device that was chosen by its attributes go at once when it has others, or another stands there.
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
+    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
+    stand in its place.
     """
     before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
@@ -2429,14 +2428,14 @@ def make_plan(
 
 
 class Overridden(NamedTuple):
-    """A rule that names a device without effect, because another rule has it."""
+    """A rule that names a device without effect, because a later rule applies to it."""
 
     rule: Rule
     device: Device
 
 
 def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
     for device in (device for resource in plan.resources.values() for device in resource.devices):
         named = [
@@ -2450,7 +2449,7 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
     winners, losers = _choose(name, claims, previous)
     is_pool = winners[0].is_pool
     if is_pool:
@@ -2464,10 +2463,10 @@ def _make_resource(
 
 
 def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
-    unchanged, then the first path in sorted order.
+    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
@@ -2487,9 +2486,9 @@ def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) ->
 
 
 def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these.
+    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
 
-    What is gone had its nodes; so it is compared with what is gone, and what is there with what is there.
+    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
     """
     kept: List[Claim] = []
     doubles: List[LeftOut] = []
@@ -2507,9 +2506,9 @@ def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]
 
 
 def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
-    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+    """The DEVICES of one resource whose slots do not fit into its list: their rules' lines, by path.
 
-    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    The devices that PREVIOUS has come first, so that a newcomer takes no room from them.
     """
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
@@ -2524,9 +2523,9 @@ def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[R
 
 
 def list_bytes(device: Device, is_pool: bool) -> int:
-    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+    """The size in bytes of DEVICE's slots in a ListAndWatchResponse, with the longer of the two health words.
 
-    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
     """
     nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
     rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
@@ -2540,7 +2539,7 @@ def list_bytes(device: Device, is_pool: bool) -> int:
 
 
 def _field_bytes(length: int) -> int:
-    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    """The size of a field that holds LENGTH bytes, with its tag and length."""
     return 1 + _varint_bytes(length) + length
 
 
@@ -2551,8 +2550,8 @@ def _varint_bytes(number: int) -> int:
 def _follow(
     path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
-    it."""
+    """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
+    not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
@@ -2571,7 +2570,7 @@ def _follow(
 
 
 def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
-    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
     answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
@@ -2587,8 +2586,8 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
 def _follow_lost(
     device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
-    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
+    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
     held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
@@ -2598,7 +2597,7 @@ def _follow_lost(
         try:
             parts = tuple(_parts(device.path, rule, match, values))
         except NotADevice:
-            continue  # the rule was edited, and has no place for it in a container
+            continue  # the rule was edited, and the path in the container is no longer a good one
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
         lost = dataclasses.replace(
             device,
@@ -2625,7 +2624,7 @@ def _device(
     sysfs: Sysfs,
     dev_dir: str,
 ) -> Device:
-    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
+    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
@@ -2657,7 +2656,7 @@ def _device(
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
     yield Part(path, _place(container, path), False, rule.permissions)
@@ -2668,7 +2667,7 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str
 
 
 def _place(container: str, path: str) -> str:
-    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
     place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
@@ -2680,7 +2679,7 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     for part in device.parts:
@@ -2701,9 +2700,9 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
 
 
 def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+    """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
-    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    Raises NotADevice if two nodes, or two folders, would have the same path in the container.
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
@@ -2718,19 +2717,20 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
 
 
 def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
     has_node = any(part.path == device.path for part in device.parts)
     return f"/dev/{device.path}" if has_node else device.path
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
-    """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
+    """The list that is sent to the kubelet. IDs follow from paths alone, so they mean the same device tomorrow."""
     return tuple(
         Slot(_slot_id(resource, device, number), not device.problem, device.numa)
         for device in resource.devices
@@ -2743,7 +2743,7 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
-    """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    """The device of RESOURCE to which SLOT_ID belongs; None if it is not an ID of RESOURCE."""
     return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
 
 
@@ -2753,7 +2753,7 @@ def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
 
 
 def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
@@ -2776,10 +2776,7 @@ class ContainerAllocation(NamedTuple):
 
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
-    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices.
-
-    Raises AllocationError.
-    """
+    """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
     for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
@@ -2807,8 +2804,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
-    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
-    ones with the fewest slots in use before the others."""
+    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
+    with the fewest slots in use first."""
     preferred = list(must)
     kept = set(preferred)
     free = set(available) - kept
@@ -3033,26 +3030,26 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
-# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
+# Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
+# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
+# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
 LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
-RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
+RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
+SLICE_SECONDS = 0.001  # of long work before the loop serves others
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
     ("grpc.max_connection_idle_ms", 3_600_000),
 )
 
@@ -3060,17 +3057,20 @@ Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of c
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
+    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
 
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
     if with_tls:
         import ssl  # noqa: F401  # for asyncio to find
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
+    folder = os.path.dirname(os.path.realpath(__file__))
+    if folder not in sys.path:
+        sys.path.append(folder)  # python3 -I leaves it out, but the stubs are there
     try:
         import asyncio
 
@@ -3081,7 +3081,7 @@ def load_grpc(with_tls: bool = False) -> None:
         import api_pb2_grpc as rpc
     except ImportError as error:
         raise Problem(
-            f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
+            f"serving needs the packages grpcio and protobuf, and the files api_pb2.py and api_pb2_grpc.py beside the "
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
@@ -3095,9 +3095,9 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside.
 
-    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
     """
 
     @functools.wraps(method)
@@ -3115,7 +3115,7 @@ def answered(method: Method) -> Method:
 
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
-    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
     data = printable(text).encode()
     if len(data) > MAX_ERROR_BYTES:
         data = data[:MAX_ERROR_BYTES] + b"..."
@@ -3124,13 +3124,13 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
 
 
 def unix_target(path: str) -> str:
-    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    """The gRPC URI of the Unix socket PATH. A channel takes a comma for the end of its URI, even an escaped one."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 
 
 def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -3143,12 +3143,12 @@ def connect_error(path: str) -> str:
 
 
 def _temporary_name(path: str) -> str:
-    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
 def descriptor_limit() -> int:
-    """How many file descriptors this process may have."""
+    """The limit of file descriptors of this process."""
     import resource as limits
 
     limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
@@ -3156,19 +3156,44 @@ def descriptor_limit() -> int:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process has."""
+    """The number of file descriptors that this process has open."""
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
     except OSError:
         return descriptor_limit()  # there is none left to look with
 
 
-class UnixServer:
-    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
+    """The result of WORK within SECONDS; else raises asyncio.TimeoutError.
 
-    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
-    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
-    is_lost() says so.
+    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
+    https://github.com/python/cpython/issues/86296
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
+        task.cancel()
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for EVENT, for SECONDS at the most; whether it came."""
+    try:
+        return await wait_bounded(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+
+
+class UnixServer:
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
+
+    Other instances may want the same path. start() makes the server ready for clients, publish() moves its socket to
+    PATH unless another server answers there, withdraw() and stop() end it. The socket file may be deleted or replaced
+    at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
@@ -3179,12 +3204,12 @@ class UnixServer:
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        """Serve under a temporary name, so that a client that finds a socket at PATH gets an answer. Raises OSError."""
         self._bind(self._temporary)
         await self._server.start()
 
     def publish(self) -> bool:
-        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
         if not is_published and connect_error(self.path):
             _remove_dead_socket(self.path)
@@ -3192,7 +3217,7 @@ class UnixServer:
         return is_published
 
     def _link(self) -> bool:
-        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        """Give the socket file its final name unless that is taken. link(2), unlike rename(2), replaces nothing."""
         try:
             os.link(self._temporary, self.path)
         except FileExistsError:
@@ -3202,11 +3227,11 @@ class UnixServer:
         return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, judged by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
     def withdraw(self) -> None:
-        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        """Remove the published file if it is still ours, so that another instance can take over, and go on serving."""
         inode, self._inode = self._inode, 0
         try:
             if inode and os.stat(self.path).st_ino == inode:
@@ -3216,7 +3241,7 @@ class UnixServer:
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
 
     async def stop(self) -> None:
-        """End the server; calls in progress have STOP_SECONDS."""
+        """End the server. Calls in progress get STOP_SECONDS."""
         self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
@@ -3265,7 +3290,7 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last look at it, and put back if it turns out to be that one.
+    last check, and moved back if somebody answers on it after all.
     """
     aside = _temporary_name(path)
     try:
@@ -3279,10 +3304,10 @@ def _remove_dead_socket(path: str) -> None:
 
 
 class OtherInstances:
-    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+    """Waits for the servers of other instances to end, and then calls those who wait for one of them.
 
-    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
-    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    A process that is killed leaves its socket files behind, so the directory does not change; but its connections end.
+    So this holds a connection to one of the sockets, and checks all of them when the connection ends.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -3293,13 +3318,13 @@ class OtherInstances:
         self._retry: Optional[asyncio.TimerHandle] = None
 
     def wait_for(self, path: str, wake: Callable[[], None]) -> None:
-        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
         self._waiting[path] = wake
         if self._connection is None:
             self._connect()
 
     def forget(self, path: str) -> None:
-        """Wait for that one no more."""
+        """Stop waiting for the server on PATH."""
         self._waiting.pop(path, None)
         if not self._waiting:
             self._disconnect()
@@ -3313,7 +3338,7 @@ class OtherInstances:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             connection.connect(self._path)
-        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+        except OSError:  # too many connections, here or there; or the server has ended
             if connection:
                 connection.close()
             self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
@@ -3331,7 +3356,7 @@ class OtherInstances:
             self._connection = None
 
     def _read(self) -> None:
-        """Read what the server says, which is of no interest, until it ends the connection."""
+        """Read and discard what the server sends, until it ends the connection."""
         assert self._connection
         try:
             if self._connection.recv(1 << 16):
@@ -3343,7 +3368,7 @@ class OtherInstances:
         if connect_error(self._path):
             self._wake_all()
         else:
-            self._connect()  # a server bears a client that says nothing for some seconds only
+            self._connect()  # the server has dropped a client that sent nothing for some seconds
 
     def _wake_all(self) -> None:
         self._disconnect()
@@ -3354,8 +3379,8 @@ class OtherInstances:
 class Watch:
     """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
     def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
@@ -3364,33 +3389,33 @@ class Watch:
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
+                self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
 
     def close(self) -> None:
-        """Ask for nothing any more."""
+        """Request no more signals."""
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
 
 
 class DirectoryInodes:
-    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
 
     def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
         found = os.stat(self._path)
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
         if stamp == self._stamp:
@@ -3401,7 +3426,7 @@ class DirectoryInodes:
 
 
 class GroupedLog:
-    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+    """Logs events of resources. Like events of several resources at about the same time become one line."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -3410,7 +3435,7 @@ class GroupedLog:
         self._timer: Optional[asyncio.TimerHandle] = None
 
     def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log this EVENT of the resource NAME, together with others like it."""
+        """Log EVENT of the resource NAME, together with like events of others."""
         now = self._loop.time()
         if self._timer:
             self._timer.cancel()
@@ -3420,38 +3445,38 @@ class GroupedLog:
         self._names.setdefault((event, sentence, level), set()).add(name)
 
     def flush(self) -> None:
-        """Log now what is waiting."""
+        """Log the collected events now."""
         for (event, sentence, level), names in self._names.items():
             log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._names.clear()
 
 
 class KubeletConnection:
-    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+    """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
     """
 
     def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._events = events
         self._on_change = on_change
         self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
         self._last_met: Optional[Identity] = None  # the kubelet that answered last
-        self._last_logged = ""  # of a kubelet that does not answer
+        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
         assert self._channel
         return self._channel
 
     def check(self) -> None:
-        """Look at kubelet.sock, and connect to it if it is another than before."""
+        """Check kubelet.sock, and connect to it if it is not the one seen before."""
         try:
             found = os.stat(self._path)
             identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
@@ -3461,16 +3486,16 @@ class KubeletConnection:
             self.identity = identity
             self.is_answering = False
         if identity is None:
-            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
         elif not self.is_answering and self.check_answering():
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment."""
         reason = connect_error(self._path)
         self.is_answering = not reason
         if reason and self.identity:
-            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
         return self.is_answering
 
     async def close(self) -> None:
@@ -3490,11 +3515,11 @@ class KubeletConnection:
         self.restarts += is_another
         self._last_logged = ""
         self._events.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
         self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
-        """Log SENTENCE, unless it is what was logged last."""
+        """Log SENTENCE, unless it was the last one logged."""
         if sentence != self._last_logged:
             self._last_logged = sentence
             self._events.flush()
@@ -3503,7 +3528,7 @@ class KubeletConnection:
 
 
 class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
+    """A container that holds a slot of a resource."""
 
     slot: str  # its ID
     namespace: str
@@ -3518,9 +3543,8 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
 ) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
-    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
-    MAX_HOLDERS.
+    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
+    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
@@ -3541,10 +3565,10 @@ def find_holders(
 
 
 class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+    """Asks the kubelet which container holds which slots of DOMAIN's resources.
 
     It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
     """
 
     def __init__(self, path: str, domain: str) -> None:
@@ -3552,7 +3576,7 @@ class PodResources:
         self._domain = domain
 
     async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
-        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
+        """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
@@ -3562,12 +3586,12 @@ class PodResources:
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
+            log.debug("the kubelet does not say who holds which slots: %s", error)
             return None
         return holders
 
     async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
@@ -3580,7 +3604,7 @@ class PodResources:
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
     done = []
     end = time.monotonic() + SLICE_SECONDS
     for item in items:
@@ -3591,35 +3615,66 @@ async def in_slices(items: Iterable[T]) -> List[T]:
     return done
 
 
+class KubeletSide:
+    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
+        self.heartbeat = time.monotonic()  # of the last look at the sockets
+        self.calm_look = calm_look  # seconds between two looks, at the most
+        self._done: asyncio.Future[None] = loop.create_future()
+
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let run() raise ERROR."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def deliver(self, plan: Plan) -> None:
+        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
+        try:
+            if not self._done.done():
+                self.apply(plan)
+        except Exception as error:
+            self._fail(error)
+
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+        raise NotImplementedError
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
-# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
+# all. The behaviour follows what the real kubelet does, as comments say. The Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
-MAX_REFUSALS = 1000  # that are remembered, to log each once
-READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
-LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
-CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
+READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
+LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
+CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
+NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
+EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
+REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
-ADMISSION_SECONDS = 10.0  # before another look whether there is room for more resources
-DESCRIPTORS_EACH = 2  # file descriptors that a registered resource has
-RESERVED_DESCRIPTORS = 96  # for all else: clients of the status server (64), Allocate, kubelet.sock, gRPC itself
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end together when the daemon ends, and seconds between
+ADMISSION_SECONDS = 10.0  # before another check whether there is room for more resources
+DESCRIPTORS_EACH = 2  # file descriptors per registered resource
+RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
 DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
-    """The devices of the host as they are at this moment, of which the plan may not know yet.
+    """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
     """
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
@@ -3629,7 +3684,7 @@ class HostDevices:
         self._next_look: Optional[asyncio.TimerHandle] = None
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
-        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
@@ -3637,15 +3692,15 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
 
-        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        The answer comes within about READ_SECONDS, whatever sysfs does.
         """
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which nothing in /dev stands for
+                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
                         return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
@@ -3676,12 +3731,12 @@ class HostDevices:
             raise SysfsTimeout from None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
-        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
@@ -3696,7 +3751,7 @@ class HostDevices:
         return "; ".join(values) or f"a {entry.kind} stands there"
 
     def look_again(self) -> None:
-        """Have the device side look again, soon."""
+        """Make the device side look again soon."""
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
 
@@ -3710,33 +3765,33 @@ def _cannot_look(error: OSError) -> str:
 
 
 class ListStream:
-    """What one ListAndWatch stream is still to be sent of a resource.
+    """The lists of one resource that a ListAndWatch stream has yet to send.
 
-    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
-    Unhealthy for a moment meanwhile, one before it in which that device is.
+    The reader may be slow, or not read at all. So only the newest list waits, and before it one more if a device was
+    Unhealthy for a moment meanwhile.
     """
 
     def __init__(self, resource: Resource) -> None:
         self._newest = resource
         self._sent: Optional[ListKey] = None
-        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the last list was sent
         self._is_ended = False
         self._has_news = asyncio.Event()
         self._has_news.set()
 
     def update(self, resource: Resource) -> None:
-        """Have the list of RESOURCE sent, unless it is the same."""
+        """Send the list of RESOURCE, unless it equals the last one."""
         self._newest = resource
         self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
         self._has_news.set()
 
     def end(self) -> None:
-        """Let next() return None, whatever waits."""
+        """Make next() return None, even if a list is waiting."""
         self._is_ended = True
         self._has_news.set()
 
     async def next(self) -> Optional[Resource]:
-        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        """Wait for the next list to send, and return its resource. None at the end."""
         while True:
             await self._has_news.wait()
             if self._is_ended:
@@ -3754,12 +3809,12 @@ ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
 
 
 def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
     return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
 
 
 def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
-    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    """RESOURCE with the devices at PATHS Unhealthy."""
     if not paths:
         return resource
     devices = (
@@ -3770,16 +3825,16 @@ def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
 
 
 class PluginOptions(NamedTuple):
-    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
 
-    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
-    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
+    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
 
 
 def options_of(resource: Resource) -> PluginOptions:
     """The options that RESOURCE needs.
 
-    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
     return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
 
@@ -3787,7 +3842,7 @@ def options_of(resource: Resource) -> PluginOptions:
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
-    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
     def __init__(
@@ -3800,12 +3855,12 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by path or ID
 
     def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
 
-        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
         return (
@@ -3814,13 +3869,13 @@ class Plugin:
         )
 
     def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
 
     def end_streams(self) -> None:
-        """Let every open stream end in good order."""
+        """End every open stream in good order."""
         for stream in self._streams:
             stream.end()
 
@@ -3883,7 +3938,7 @@ class Plugin:
         return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse what would take the loop long: others wait for it meanwhile."""
+        """Refuse a request that would keep the loop busy for long, while others wait."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
             await abort(context, "INVALID_ARGUMENT", text)
@@ -3892,10 +3947,10 @@ class Plugin:
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
-        """Let a container start if its devices are those that their rules chose.
+        """Allow a container to start if its devices are those that their rules chose.
 
-        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
-        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
+        it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
@@ -3914,7 +3969,7 @@ class Plugin:
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
@@ -3923,7 +3978,7 @@ class Plugin:
         return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
         given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
         text = (
             f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
@@ -3963,9 +4018,9 @@ def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateRespo
 
 
 def is_domain(text: str) -> bool:
-    """Whether kubelet takes TEXT as the domain of a resource.
+    """Whether the kubelet accepts TEXT as the domain of a resource.
 
-    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    It must be a DNS subdomain, also with the prefix "requests." of quotas, but must not have that prefix itself.
     """
     label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
     is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
@@ -3973,18 +4028,18 @@ def is_domain(text: str) -> bool:
 
 
 def socket_room(plugin_dir: str) -> int:
-    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    """The bytes available for NAME in PLUGIN_DIR/smarter-NAME.sock; fewer than SHORTEST_NAME are too few."""
     return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
 
 
 def socket_name(name: str, domain: str, plugin_dir: str) -> str:
-    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    """The file name of the socket of the resource NAME; its path has at most SOCKET_PATH_BYTES."""
     own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
+    """When to retry: after MIN_BACKOFF_SECONDS, then after twice as long each time, up to MAXIMUM seconds."""
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
@@ -3992,22 +4047,22 @@ class Backoff:
         self._pause = 0.0
 
     def reset(self) -> None:
-        """Forget what failed."""
+        """Forget the failures."""
         self.retry_at = self._pause = 0.0
 
     def fail(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
-        """Put off the next try UNTIL then, whatever failed."""
+        """Delay the next try UNTIL that time."""
         self.retry_at = until
 
 
 class RegistrationContext(NamedTuple):
-    """What all registrations share."""
+    """What all registrations have in common."""
 
     plugin_dir: str
     domain: str
@@ -4018,11 +4073,11 @@ class RegistrationContext(NamedTuple):
 
 
 class Registration:
-    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
+    """The life of one resource with the kubelet: run() listens, registers, watches the stream, repairs, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.trouble = ""  # why it is not ready, as last logged
+        self.trouble = ""  # why it is not ready, as logged last
         self.is_admitted = False
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -4030,48 +4085,48 @@ class Registration:
         self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
-        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._registered_with: Optional[Identity] = None  # the kubelet at the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
         self._is_waiting = False  # for another instance to end
-        self._is_socket_lost = False  # our socket file is gone or another's
-        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_socket_lost = False  # whether our socket file was deleted or replaced
+        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = False
         self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
-        self._stream_deadline = 0.0  # for kubelet to open it
+        self._stream_deadline = 0.0  # for the kubelet to open it
         self._backoff = Backoff()
         self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Registered, and kubelet's stream is open."""
+        """Whether it is registered and the kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
 
     @property
     def served_by_other(self) -> bool:
-        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
     @property
     def descriptors(self) -> int:
-        """How many file descriptors it has open: its server listens, and kubelet's connection carries the stream."""
+        """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
         return (self._server is not None) + self._is_stream_open
 
     def admit(self) -> None:
-        """Let run() serve it: there are DESCRIPTORS_EACH for it."""
+        """Allow run() to serve it: there are DESCRIPTORS_EACH for it."""
         self.is_admitted = True
         self.wake()
 
     def hold_back(self, problem: str) -> None:
-        """Say why it is not admitted yet."""
+        """Log why it is not admitted yet."""
         self._log_trouble("not-served", problem)
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
-        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
-        It must not be cancelled: grpc's servers do not survive that.
+        It must not be cancelled, because grpc's servers do not survive that.
         """
         try:
             if previous:
@@ -4082,18 +4137,18 @@ class Registration:
             await self._end_server()
 
     def retire(self) -> None:
-        """Let run() end."""
+        """Make run() end."""
         self._is_retired = True
         if self._call:
             self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have run() look again at what there is to do."""
+        """Make run() check again what there is to do."""
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
+        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
             self.wake()
@@ -4101,7 +4156,7 @@ class Registration:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
-        """Wait until woken, for SECONDS at the most."""
+        """Wait for wake(), for SECONDS at most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
         except asyncio.TimeoutError:
@@ -4121,17 +4176,17 @@ class Registration:
             self.wake()
 
     async def _advance(self) -> Optional[float]:
-        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        """Do what is due. Returns the seconds until more may be due without a call of wake(); None for never."""
         if not self.is_admitted:
             return None
-        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        self._kubelet.check()  # the last check may be outdated: the end of a stream may mean a new kubelet
         now = time.monotonic()
         if not self._kubelet.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
+            return None  # the kubelet is down; what is served stays as it is
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
-        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+        if self._is_waiting:  # without a stream, nothing else tells that the kubelet went down and sockets went with it
             return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
@@ -4145,12 +4200,14 @@ class Registration:
         return await self._serve_and_register()
 
     def _registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
+        """Why it must be served and registered anew; empty if it need not."""
         if self._is_socket_lost:
             return "its socket file was deleted"
         if self._is_stream_open or (not self._stream and now < self._stream_deadline):
             return ""
-        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+        if self._stream:
+            return "the kubelet ended its stream"
+        return f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s"
 
     def _lose_registration(self, problem: str, now: float) -> None:
         self._is_registered = False
@@ -4161,8 +4218,8 @@ class Registration:
         self._log_trouble("stream-lost", problem)
 
     async def _serve_and_register(self) -> Optional[float]:
-        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
-        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        """Serve the resource anew and register it. Returns the same as _advance()."""
+        await self._end_server()  # first, because the kubelet takes the end of an older stream for that of the newest
         self._registered_with = self._kubelet.identity
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
@@ -4174,7 +4231,7 @@ class Registration:
         return None if self._is_retired else await self._publish_and_register()
 
     async def _publish_and_register(self) -> Optional[float]:
-        """Register what is ready to be served, unless another instance serves it."""
+        """Publish the socket and register, unless another instance serves the resource."""
         assert self._server
         self._is_waiting = False
         try:
@@ -4190,7 +4247,7 @@ class Registration:
 
     def _serving_failed(self, error: OSError) -> Optional[float]:
         if not self._kubelet.check_answering():
-            self._registered_with = None  # a new one removes sockets while it starts
+            self._registered_with = None  # the next kubelet removes all sockets when it starts
             return None
         self._backoff.fail(time.monotonic())
         self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
@@ -4199,7 +4256,7 @@ class Registration:
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
+            return 0  # another kubelet came meanwhile, and the channel leads to it
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -4210,7 +4267,7 @@ class Registration:
         try:
             await self._call
         except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
+            return 0  # it is retired, or a new kubelet came and the channel was closed
         except grpc.RpcError as error:
             return await self._registration_failed(error)
         finally:
@@ -4218,26 +4275,26 @@ class Registration:
         self.registrations += 1
         self._is_registered = True
         self._stream_deadline = time.monotonic() + STREAM_SECONDS
-        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
         return 0
 
     async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
             self._registered_with = None
             return None
         self.refusals += 1
         self._backoff.fail(time.monotonic())
-        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        self._log_trouble("refused", f"the kubelet refused to register it ({error.code().name}): {error.details()}")
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
         """End the server and its streams.
 
-        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
-        once, and must not do that while the older stream is open.
+        The kubelet's stream ends before the socket file goes. Another instance that waits for the file to go registers
+        at once, and must not do that while the older stream is open.
         """
         server, self._server = self._server, None
         self._is_registered = self._is_socket_lost = self._is_waiting = False
@@ -4252,18 +4309,18 @@ class Registration:
         self._stream, self._is_stream_open = None, False
 
     def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
-        """Log TROUBLE, unless it is what was logged last."""
+        """Log TROUBLE, unless it was the last one logged."""
         if trouble != self.trouble:
             self.trouble = trouble
             self._events.add(event, trouble, level, self.plugin.full_name)
 
 
-class DevicePluginSide:
+class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
-    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
-    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
-    to look_now()) only lets the looks be fewer, and sooner.
+    It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
+    directory. It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed
+    to look_now()) only makes the looks fewer and sooner.
     """
 
     def __init__(
@@ -4275,12 +4332,11 @@ class DevicePluginSide:
         watch: Optional[Watch] = None,
         calm_look: float = CALM_LOOK_SECONDS,
     ) -> None:
+        super().__init__(loop, calm_look)
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
-        self.heartbeat = time.monotonic()  # of the last look at kubelet.sock
         self.slot_ids: SlotsOfDra = {}  # without DRA there is none
-        self.calm_look = calm_look
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
         others = OtherInstances(loop)
@@ -4291,20 +4347,19 @@ class DevicePluginSide:
         self._next_look: Optional[asyncio.TimerHandle] = None
         self._next_admission: Optional[asyncio.TimerHandle] = None
         self._loop = loop
-        self._done: asyncio.Future[None] = loop.create_future()
 
     @property
     def is_answering(self) -> bool:
-        """Whether kubelet answers."""
+        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     @property
     def kubelet_restarts(self) -> int:
-        """How often another kubelet was met."""
+        """How often a new kubelet took the place of another."""
         return self._kubelet.restarts
 
     async def run(self) -> None:
-        """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
         leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
@@ -4319,31 +4374,22 @@ class DevicePluginSide:
             await self._kubelet.close()
 
     async def _retire_all(self) -> None:
-        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
-        and they would all wait for the last one."""
+        """End the registrations a few at a time. Each resource is without a stream until the next instance has
+        registered it, and if all ended at once, the first would wait for the last."""
         while self.registrations:
             for name in list(self.registrations)[:RETIRE_AT_ONCE]:
                 self.registrations.pop(name).retire()
             await asyncio.sleep(RETIRE_PAUSE)
 
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
-
     def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and again when that is due."""
-        will_be_told = self._watch is not None and self._watch.ask()  # before the look: no change falls between
+        """Look at kubelet.sock and our own sockets, and schedule the next look."""
+        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
         self._look()
-        self._look_in(self.calm_look if will_be_told and self.is_answering else LOOK_SECONDS)
+        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
 
     def look_now(self) -> None:
-        """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
+        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
+        looks."""
         self._look()
         self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
@@ -4356,7 +4402,7 @@ class DevicePluginSide:
             self._fail(error)
 
     def _look_in(self, seconds: float) -> None:
-        """Put the next look() so far off; a plain timer, for it costs half of a coroutine."""
+        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
         if self._next_look:
             self._next_look.cancel()
         if not self._done.done():
@@ -4367,10 +4413,10 @@ class DevicePluginSide:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)  # the calm is over
+            self._look_in(LOOK_SECONDS)
 
     def _check_sockets(self) -> None:
-        """Have registrations heal whose socket files were deleted or replaced."""
+        """Pass the files in the plugin directory to the registrations if they have changed."""
         if not self.is_answering:
             return
         try:
@@ -4382,16 +4428,8 @@ class DevicePluginSide:
             for registration in self.registrations.values():
                 registration.check_socket(inodes)
 
-    def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
-        try:
-            if not self._done.done():
-                self.apply(plan)
-        except Exception as error:
-            self._fail(error)
-
     def apply(self, plan: Plan) -> None:
-        """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
+        """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
             if resource and registration.plugin.can_offer(resource):
@@ -4405,7 +4443,7 @@ class DevicePluginSide:
         self._admit()
 
     def _admit(self) -> None:
-        """Have registrations served, by name, as many as there are file descriptors for; none is sent away again."""
+        """Admit waiting registrations in sorted order, as far as file descriptors suffice. An admitted one stays."""
         if self._next_admission:
             self._next_admission.cancel()
             self._next_admission = None
@@ -4416,7 +4454,7 @@ class DevicePluginSide:
         admitted = [found for found in self.registrations.values() if found.is_admitted]
         promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
         room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
-        # What ends may have some still, and clients more than usual: then this looks again a little later.
+        # Ending registrations may still have some, and clients more than usual; then this checks again later.
         room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
         for number, name in enumerate(waiting):
             if number < room:
@@ -4439,7 +4477,7 @@ class DevicePluginSide:
             error = None if task.cancelled() else task.exception()
             if error:
                 self._fail(error)
-            self._admit()  # others may have its descriptors
+            self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
 
@@ -4447,19 +4485,19 @@ class DevicePluginSide:
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
 # plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
-# has the driver prepare the claim: a CDI file tells the container runtime what to add to the container. First pure
+# has the driver prepare the claim: a CDI file says what the container runtime is to add to the container. First pure
 # functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # these five are limits of the API
+MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as the next three are
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
-MAX_API_TEXT = 200  # characters of the API server's words that are repeated
+MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
 API_SECONDS = 5.0  # for a request and its answer
-COMPARE_SECONDS = 50.0  # between two looks at the slices on the API server: what was deleted is back within 60 s
+COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
 MAX_API_BACKOFF_SECONDS = 60.0
@@ -4469,10 +4507,11 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
-GONE = ":gone"  # after the name of a CDI device: no runtime finds it under the name that the kubelet has
-# The services of which the kubelet calls the methods: https://github.com/kubernetes/kubelet, pluginregistration/v1 and
-# dra/v1. Each method with the names of its messages in api.proto.
+GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
+# their methods with the names of the messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("request", "resource", "path")  # annotations of a CDI file
 _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
     PLUGIN_REGISTRATION: {
         "GetInfo": ("InfoRequest", "PluginInfo"),
@@ -4505,16 +4544,20 @@ class PreparedDevice(NamedTuple):
     resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
-    is_gone: bool = False  # no container is to start with what may stand there in its place
+    is_gone: bool = False  # then no container may start with it: another device may be in its place
 
 
 class PreparedClaim(NamedTuple):
-    """A ResourceClaim of which the devices are prepared: what one CDI file holds."""
+    """A ResourceClaim whose devices are prepared: the content of one CDI file."""
 
     uid: str
     namespace: str
     name: str
     devices: Tuple[PreparedDevice, ...]
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
@@ -4551,24 +4594,23 @@ def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
     texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
     if resource.pool:
         texts["pool"] = resource.name
+    numbers = {"slot": slot.number, **({"numaNode": device.numa[0]} if len(device.numa) == 1 else {})}
+    return _slice_device(name, texts, numbers, bool(device.problem), domain)
+
+
+def lost_device(device: PreparedDevice, domain: str) -> Document:
+    """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, {}, True, domain)
+
+
+def _slice_device(
+    name: str, texts: Mapping[str, str], numbers: Mapping[str, int], is_gone: bool, domain: str
+) -> Document:
     attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    attributes["slot"] = {"int": slot.number}
-    if len(device.numa) == 1:
-        attributes["numaNode"] = {"int": device.numa[0]}
-    taints = {"taints": [gone_taint(domain)]} if device.problem else {}
+    attributes.update((key, {"int": number}) for key, number in numbers.items())
+    # The control plane evicts the pods that use a device with this taint.
+    taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
     return {"name": name, "attributes": attributes, **taints}
-
-
-def lost_device(prepared: PreparedDevice, domain: str) -> Document:
-    """PREPARED, which the plan has forgotten, as a device of a ResourceSlice. DeviceClasses ask for its resource."""
-    texts = {"resource": prepared.resource, "path": prepared.path}
-    attributes = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    return {"name": prepared.name, "attributes": attributes, "taints": [gone_taint(domain)]}
-
-
-def gone_taint(domain: str) -> Document:
-    """The taint by which the control plane evicts the pods that have a device that is gone."""
-    return {"key": f"{domain}/gone", "effect": "NoExecute"}
 
 
 def _cut_bytes(text: str) -> str:
@@ -4589,7 +4631,7 @@ def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
-    """The name of the slice INDEX of NODE: the same after a restart, and no other node's or driver's."""
+    """The name of the slice INDEX of NODE, which is the same after a restart and unique in the cluster."""
     readable = f"{node}-{domain}"[:230].rstrip(".-")
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
@@ -4597,7 +4639,7 @@ def slice_name(node: str, domain: str, index: int) -> str:
 def resource_slice(
     domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
 ) -> Document:
-    """The ResourceSlice INDEX of NODE. The Node owns it, so that it goes when that goes."""
+    """The ResourceSlice INDEX of NODE. The Node owns it, so it is deleted with the Node."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
     metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
     spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
@@ -4605,7 +4647,7 @@ def resource_slice(
 
 
 def device_class(domain: str, resource: str = "") -> Document:
-    """The DeviceClass of all devices, or that of a RESOURCE, which pods can ask for as they ask a device plugin."""
+    """The DeviceClass of all devices, or that of one RESOURCE, which a pod requests as it does with a device plugin."""
     name, expression = domain, f'device.driver == "{domain}"'
     spec: Document = {}
     if resource:
@@ -4627,7 +4669,7 @@ def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
 
 
 def comparable_slice(resource_slice: Document) -> object:
-    """What must be equal for RESOURCE_SLICE to be as wanted: its spec and owner, but for generation and times."""
+    """The part of RESOURCE_SLICE that is to be as wanted: its spec and owner without generation and times."""
     return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
         _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
     ]
@@ -4641,7 +4683,7 @@ def _without(value: object, keys: Set[str]) -> object:
 
 
 def _dig(value: object, *keys: str) -> Any:
-    """What KEYS lead to in VALUE, of JSON; None where there is nothing."""
+    """The value below KEYS in VALUE, of JSON; None where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -4658,9 +4700,9 @@ def _checked_text(value: object) -> str:
 
 
 def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name in each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+    """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
 
-    A result of a request's alternative (request/alternative) counts as the request's, as it does for the kubelet.
+    A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
     """
     found = []
@@ -4681,8 +4723,8 @@ def prepare_devices(
 ) -> Tuple[PreparedDevice, ...]:
     """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
 
-    A container gets all devices of a request, so these must go together, and share their env, as slots that one
-    Allocate asks for. Raises AllocationError.
+    A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
+    one Allocate. Raises AllocationError.
     """
     groups: Dict[Tuple[str, str], List[str]] = {}
     for request, name in requests:
@@ -4701,7 +4743,7 @@ def prepare_devices(
 
 
 def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI, where a runtime takes neither a link nor a folder, but nodes alone."""
+    """ALLOCATION as containerEdits of CDI, which may name only nodes, no link or folder."""
     nodes = {
         container: {"path": container, "hostPath": host, "permissions": spec.permissions}
         for spec in allocation.specs
@@ -4713,15 +4755,14 @@ def container_edits(allocation: ContainerAllocation) -> Document:
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     """The CDI file of CLAIM; read_cdi_document() is its inverse."""
-    owner = {"uid": claim.uid, "namespace": claim.namespace, "name": claim.name}
     return {
         "cdiVersion": "0.6.0",
         "kind": f"{domain}/device",
-        "annotations": {f"{domain}/claim-{key}": value for key, value in owner.items()},
+        "annotations": {f"{domain}/claim-{key}": getattr(claim, key) for key in _CLAIM_NOTES},
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/{key}": getattr(device, key) for key in ("request", "resource", "path")},
+                "annotations": {f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -4730,29 +4771,26 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
 
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
-    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other."""
-    uid, namespace, name = (
-        _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in ("uid", "namespace", "name")
-    )
+    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
+    owner = {key: _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in _CLAIM_NOTES}
+    if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
+        raise ValueError("no name of a claim")
     devices = []
     for device in document["devices"]:
-        prefix, _, label = _checked_text(device["name"]).partition(f"{uid}-")
-        notes = [_checked_text(device["annotations"][f"{domain}/{key}"]) for key in ("request", "resource", "path")]
-        edits, is_gone = device["containerEdits"], label.endswith(GONE)
-        if prefix or not label or not isinstance(edits, dict):
+        prefix, _, name = _checked_text(device["name"]).partition(f"{owner['uid']}-")
+        notes = {key: _checked_text(device["annotations"][f"{domain}/{key}"]) for key in _DEVICE_NOTES}
+        edits = device["containerEdits"]
+        if prefix or not name or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        request, resource, path = notes
-        devices.append(PreparedDevice(label.removesuffix(GONE), request, resource, path, edits, is_gone))
-    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
-        raise ValueError("no name of a claim")
-    return PreparedClaim(uid, namespace, name, tuple(devices))
+        devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
+    return PreparedClaim(**owner, devices=tuple(devices))
 
 
 # The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: why, in one sentence; the HTTP status (0: no answer); for how long to wait, in seconds."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and how many seconds to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -4761,11 +4799,11 @@ class ApiError(Exception):
 
 
 class ConflictError(ApiError):
-    """A write to an object that is another one by now, or gone."""
+    """A write to an object that somebody else has changed, made or deleted."""
 
 
 class ApiAddress(NamedTuple):
-    """Where the API server is."""
+    """The address of the API server."""
 
     url: str
     is_tls: bool
@@ -4775,7 +4813,7 @@ class ApiAddress(NamedTuple):
 
 
 class ApiAnswer(NamedTuple):
-    """What the API server answered."""
+    """An answer of the API server."""
 
     status: int
     document: Document
@@ -4783,7 +4821,7 @@ class ApiAnswer(NamedTuple):
 
 
 def parse_api_url(url: str) -> ApiAddress:
-    """URL as an address. Raises ValueError where it is none, or one that would show a token to the network."""
+    """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
     match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
@@ -4795,7 +4833,7 @@ def parse_api_url(url: str) -> ApiAddress:
 
 
 def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that an API server at URL sent, as an answer. Raises ApiError for what is none."""
+    """CONTENT, all that the API server at URL sent, as an answer. Raises ApiError where it is not one."""
     head, _, body = content.partition(b"\r\n\r\n")
     match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
     if not match:
@@ -4814,7 +4852,7 @@ def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
 
 
 def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
-    """Why the API server did not do what VERB asks of PATH, in one sentence."""
+    """Why the API server refused VERB on PATH, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
     message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
@@ -4828,29 +4866,29 @@ def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
 
 
 class ApiServer:
-    """The API server of the cluster, with TLS by the CA file, always. Token and CA file are read for each request.
+    """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
 
-    A request is one connection of HTTP/1.0, which has neither chunks nor a connection to be kept: it is asked little.
+    Requests are few, so each is one connection of HTTP/1.0, which has neither chunks nor a connection to keep.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
-        self.requests: Dict[Tuple[str, str], int] = {}  # how many, by verb and code
-        self.problem = "it has not been asked yet"  # why the last request had no answer; empty: it had one
+        self.requests: Dict[Tuple[str, str], int] = {}  # their number by verb and code
+        self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
         self._token_file = token_file
         self._ca_file = ca_file
 
     async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
-        """Have the API server do VERB to PATH; what it answers. Takes 2 * API_SECONDS at the most. Raises ApiError."""
-        answer = await self._ask(verb, path, body)
-        if answer.status == 401:  # the token was replaced when it was on its way
-            answer = await self._ask(verb, path, body)
+        """The answer to VERB on PATH, within 2 * API_SECONDS. Raises ApiError."""
+        answer = await self._send(verb, path, body)
+        if answer.status == 401:  # the token was replaced while the request was on its way
+            answer = await self._send(verb, path, body)
         if 200 <= answer.status < 300:
             return answer.document
         raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
 
-    async def _ask(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
-        """Ask once, and keep count."""
+    async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        """Send one request, and count it."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
@@ -4895,7 +4933,7 @@ class ApiServer:
             raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
 
     def _authorization(self) -> List[str]:
-        """The header with the token. Without TLS there is none: whoever listens there need not be the API server."""
+        """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
         if not self.address.is_tls:
             return []
         try:
@@ -4906,31 +4944,6 @@ class ApiServer:
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
         return [f"Authorization: Bearer {token.decode()}"]
-
-
-async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
-    """What WORK gives within SECONDS; else raises asyncio.TimeoutError.
-
-    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
-    https://github.com/python/cpython/issues/86296
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # or it is logged as never retrieved
-        task.cancel()
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:
@@ -4945,13 +4958,13 @@ async def _read_all(reader: asyncio.StreamReader) -> bytes:
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
-    """Why the API server cannot be asked, to follow its name."""
+    """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
     if not reason and error.errno and error.errno > 0:
-        reason = os.strerror(error.errno)  # asyncio has put words of its own into error.strerror
+        reason = os.strerror(error.errno)  # error.strerror is a text of asyncio's
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
@@ -4959,7 +4972,7 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
 
 
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per claim, and what they hold. Other files are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self.claims: Mapping[str, PreparedClaim] = {}  # by uid
@@ -4976,22 +4989,26 @@ class CdiFiles:
         return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
 
     def load(self) -> None:
-        """Read back what is prepared, and remove what a crash left half made."""
-        self.claims = {}
+        """Read what is prepared, and remove what a crash left half written.
+
+        Raises OSError where a file cannot be read: to go on without it would give its devices to another claim.
+        """
+        claims = {}
         try:
             names = os.listdir(self._folder)
-        except OSError:
-            return  # there is no such folder until something is prepared
+        except (FileNotFoundError, NotADirectoryError):
+            names = []  # write() makes the folder, or says why not
         for name in names:
             match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
             claim = self._read(match[1]) if match else None
             if claim:
-                self.claims = {**self.claims, claim.uid: claim}
+                claims[claim.uid] = claim
             elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
                 self._discard(f"{self._folder}/{name}")
+        self.claims = claims
 
     def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where it is another's, or broken and therefore removed."""
+        """The claim of the file of UID; None where the file is not ours, or was removed because it is broken."""
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
@@ -5001,11 +5018,10 @@ class CdiFiles:
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
                 return claim
-        except OSError as error:
-            log_event("cdi-file-ignored", f"cannot read {path}: {error.strerror}", logging.WARNING)
+        except (FileNotFoundError, IsADirectoryError):
             return None
         except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # broken; as one of another claim is
+            pass  # it is broken, as a file with the uid of another claim is
         log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
         self._discard(path)
         return None
@@ -5015,7 +5031,7 @@ class CdiFiles:
             os.unlink(path)
 
     def write(self, claim: PreparedClaim) -> None:
-        """Keep CLAIM. Its file is never seen half written. Raises OSError."""
+        """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
         try:
@@ -5029,7 +5045,7 @@ class CdiFiles:
         self.claims = {**self.claims, claim.uid: claim}
 
     def remove(self, uid: str) -> None:
-        """Forget the claim UID. Raises OSError."""
+        """Remove the file of the claim UID. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(uid))
         self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
@@ -5041,24 +5057,24 @@ class CdiFiles:
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
-    Of the slices, which all have one generation, either none is written or each one, once. Where the server's content
-    is what is wanted, or what it made of what was written last, nothing is. FINALLY is done when both are well.
+    The slices share one generation, so either none is written or each one, once. None is where the server has what is
+    wanted, or what it made of what was written last. FINALLY_ is called when slices and classes are published.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is as wanted
-        self.slices = self.devices = 0  # that are published
-        self.published_at = 0.0  # time.time() when they were last found or made as wanted
+        self.problems: List[str] = []  # why not everything is published
+        self.slices = self.devices = 0  # numbers of those that are published
+        self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._copies: Optional[Dict[str, Document]] = None  # the server's, by name; None: to be listed
+        self._copies: Optional[Dict[str, Document]] = None  # the server's slices, by name; None: to be listed
         self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
         self._node_uid = ""
-        self._classes: Set[str] = set()  # that are there
+        self._classes: Set[str] = set()  # names of those that exist
         self._next_class_look = 0.0
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
@@ -5071,7 +5087,7 @@ class Publisher:
         self._wanted, self._resources = wanted, resources
 
     def refresh(self) -> None:
-        """Look at the API server now: a kubelet that started has deleted the slices."""
+        """Compare with the API server now: a kubelet that has started deleted the slices."""
         self._copies, self._next_class_look = None, 0.0
         self._changed.set()
         self._urgent.set()
@@ -5093,7 +5109,7 @@ class Publisher:
                     self._copies = None
 
     async def _advance(self) -> float:
-        """Do what is to be done, as far as the API server lets it; for how long it must not be asked again."""
+        """Publish what the API server accepts; the seconds for which it must be left alone."""
         problems, pause = [], 0.0
         for step in self._steps:
             try:
@@ -5102,12 +5118,12 @@ class Publisher:
                 problems.append(str(error))
                 pause = max(pause, error.retry_after)
                 if not error.status:
-                    break  # it is away
+                    break  # there is no answer, so there is none to the next request
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
         if self.problems and not problems:
-            log_event("published-again", "the API server does again what it is asked")
+            log_event("published-again", "the API server does what it is asked again")
         self.problems = problems
         if problems:
             self._backoff.fail(time.monotonic())
@@ -5122,18 +5138,18 @@ class Publisher:
             try:
                 copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
                 if is_listed and not (self._node_uid and self._is_published(copies)):
-                    self._node_uid = await self._read_node_uid()  # a Node that was made anew has another
-                    self._next_class_look = 0.0  # whoever deleted slices, or brought another server, took classes too
+                    self._node_uid = await self._read_node_uid()  # it differs if the Node was deleted and made again
+                    self._next_class_look = 0.0  # the classes may be gone too, or the server be another one
                 if not self._is_published(copies):
                     await self._write_slices(copies)
                 self.slices, self.devices = len(copies), sum(map(len, self._wanted))
                 self.published_at = time.time()
                 return
             except ApiError as error:
-                self._copies = None  # nobody knows what was done
+                self._copies = None  # what the server has is unknown now
                 if not isinstance(error, ConflictError):
                     raise
-                conflict = error  # somebody else wrote meanwhile: look again, at once
+                conflict = error  # somebody else has written: list again, at once
         raise conflict
 
     async def _list_slices(self) -> Dict[str, Document]:
@@ -5149,17 +5165,14 @@ class Publisher:
 
     async def _read_node_uid(self) -> str:
         try:
-            uid = _dig(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "metadata", "uid")
+            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
         except ApiError as error:
             if error.status != 404:
                 raise
             raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
-        if not isinstance(uid, str) or not uid:
-            raise ApiError("what the API server sends as a Node is none", 200)
-        return uid
 
     def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
-        """The slices that are wanted, by name, such that they can take the place of COPIES."""
+        """The wanted slices by name, with what is needed to replace COPIES by them."""
         slices = {}
         pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
         for index, devices in enumerate(self._wanted):
@@ -5171,7 +5184,7 @@ class Publisher:
         return slices
 
     def _is_published(self, copies: Mapping[str, Document]) -> bool:
-        """Whether COPIES are the slices that are wanted."""
+        """Whether COPIES are the wanted slices."""
         slices = self._slices(0, copies)
         return (
             copies.keys() == slices.keys()
@@ -5184,7 +5197,7 @@ class Publisher:
         )
 
     async def _write_slices(self, copies: Dict[str, Document]) -> None:
-        """Write every slice that is wanted, in a new generation, and delete all others."""
+        """Write every wanted slice, in a new generation, and delete all others."""
         generation = 1 + max(map(_generation, copies.values()), default=0)
         slices = self._slices(generation, copies)
         for name, body in slices.items():
@@ -5207,7 +5220,7 @@ class Publisher:
             raise
 
     async def _make_classes(self) -> None:
-        """Make the DeviceClasses that are missing. Those that are there are left as they are. Raises ApiError."""
+        """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
         now = time.monotonic()
         if now >= self._next_class_look:
             self._classes.clear()
@@ -5233,6 +5246,14 @@ class Publisher:
                 raise
 
 
+def _uid(document: Document, kind: str) -> str:
+    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
+    uid = _dig(document, "metadata", "uid")
+    if not isinstance(uid, str) or not uid:
+        raise ApiError(f"what the API server sends as {kind} is none", 200)
+    return uid
+
+
 def _generation(resource_slice: Document) -> int:
     generation = _dig(resource_slice, "spec", "pool", "generation")
     return generation if type(generation) is int else 0
@@ -5246,7 +5267,7 @@ def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List
 
 
 class DraSettings(NamedTuple):
-    """Where a driver finds the others, and they find it."""
+    """The driver's name (DOMAIN), its node, and the folders that it works in."""
 
     kubelet_dir: str
     cdi_dir: str
@@ -5261,12 +5282,12 @@ class DraSettings(NamedTuple):
 
     @property
     def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's socket, and of the one by which the kubelet finds the driver."""
+        """The paths of the driver's own socket and of the one through which the kubelet registers it."""
         return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
 
 
-class DraSide:
-    """Offers a plan's resources through Dynamic Resource Allocation. Belongs to LOOP and its thread."""
+class DraSide(KubeletSide):
+    """Offers a plan's resources through Dynamic Resource Allocation."""
 
     def __init__(
         self,
@@ -5274,12 +5295,12 @@ class DraSide:
         api: ApiServer,
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
-        look_seconds: float,
+        calm_look: float,
     ) -> None:
+        super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.is_registered = False
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
@@ -5287,16 +5308,15 @@ class DraSide:
         self.prepared: Dict[str, int] = {}  # how many slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
-        self.slots: PlanSlots = {}  # that are offered
+        self.slots: PlanSlots = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._devices = devices
-        self._unchecked: List[PreparedClaim] = []  # read back; whether they exist still is to be asked
-        self._refusals: Dict[str, str] = {}  # as last logged, by the claim's uid
+        self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
+        self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
+        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
-        self.calm_look = min(look_seconds, SOCKET_LOOK_SECONDS)  # seconds between two looks
-        self._done: asyncio.Future[None] = loop.create_future()
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
@@ -5306,28 +5326,13 @@ class DraSide:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
+                if self._is_unsettled:
+                    self.apply(self._plan)
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             leftovers.cancel()
             await self._end()
         self._done.result()
-
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
-
-    def deliver(self, plan: Plan) -> None:
-        """apply(), for a callback of the loop: what it raises, run() raises."""
-        try:
-            self.apply(plan)
-        except Exception as error:
-            self._fail(error)
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
@@ -5343,7 +5348,7 @@ class DraSide:
 
     @property
     def slot_ids(self) -> SlotsOfDra:
-        """The resource and ID of each slot by the name of its device."""
+        """The resource and ID of each slot, by its device's name in the slices."""
         return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
@@ -5366,7 +5371,7 @@ class DraSide:
         return "" if self.publisher.published_at else "not published yet"
 
     def describe(self) -> Document:
-        """How the driver stands with the kubelet and the API server, as a part of the status document."""
+        """The part of the status document about the driver."""
         publisher, api = self.publisher, self.api
         return {
             "problem": self.obstacle,
@@ -5389,11 +5394,11 @@ class DraSide:
     # -- the sockets -----------------------------------------------------------------------------------------------
 
     async def _check_sockets(self) -> None:
-        """Serve the driver, unless another instance does; anew where its socket files are not its own any more."""
+        """Serve the driver unless another instance does, and serve it anew when a socket file was replaced."""
         if self._servers:
             if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
                 if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
-                    self._log_problem("kubelet-gone", "kubelet has not registered the driver; waiting for it")
+                    self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
                 return
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
@@ -5402,7 +5407,8 @@ class DraSide:
             self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
             await self._end()
-            self._log_problem("not-served", f"cannot serve in {self.settings.kubelet_dir}: {error.strerror}")
+            where = error.filename or self.settings.kubelet_dir
+            self._log_problem("not-served", f"cannot serve in {where}: {error.strerror}")
         if self.is_standby:
             self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
 
@@ -5415,7 +5421,7 @@ class DraSide:
         if not all(server.publish() for server in self._servers):
             await self._end()
             return False
-        # Nothing is awaited from here on, so the kubelet is answered when all is ready.
+        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
         self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
@@ -5441,7 +5447,7 @@ class DraSide:
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """Serve and publish no more. The slices stay: whoever comes next goes on with them."""
+        """Stop to serve and to publish. The slices stay for the next instance."""
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5460,7 +5466,7 @@ class DraSide:
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.settings.domain, "endpoint": self.settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.domain, "endpoint": self.settings.sockets[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
@@ -5471,9 +5477,9 @@ class DraSide:
         if request.plugin_registered:
             self.registrations += 1
             self.problem = ""
-            log_event("registered", "registered with kubelet", driver=self.settings.domain)
+            log_event("registered", "registered with the kubelet", driver=self.domain)
         else:
-            self._log_problem("refused", f"kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+            self._log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
         if self.publisher:
             self.publisher.refresh()
         return pb.RegistrationStatusResponse()
@@ -5489,11 +5495,12 @@ class DraSide:
                 prepared = await self._prepare(claim)
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-                entry.error = f"{self.settings.domain}: {text}"
-                self._count_refusal(claim, text)
+                entry.error = f"{self.domain}: {text}"
+                self.prepare_errors += 1
+                self._log_of_claim("refused", f"Prepare refused: {text}", claim.uid, f"{claim.namespace}/{claim.name}")
                 continue
             for device in prepared.devices:
-                cdi_id = f"{self.settings.domain}/device={prepared.uid}-{device.name}"
+                cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
                 entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
         return response
@@ -5510,85 +5517,87 @@ class DraSide:
     async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
-        # From here on nothing is awaited, so no other claim can come between.
+        # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
-                who = f"{holder.namespace}/{holder.name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", f"{name} is still prepared for the claim {who}")
-        prepared = PreparedClaim(
-            claim.uid, claim.namespace, claim.name, prepare_devices(requests, self.slots, self._devices)
-        )
+                text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
+                raise AllocationError("FAILED_PRECONDITION", text)
         before = self.cdi.claims.get(claim.uid)
+        devices = self._devices_now(requests, before.devices if before else ())
+        for device in devices:
+            if device.name not in self.slots and self._is_gone(device):
+                raise AllocationError("UNAVAILABLE", f"{device.path}: it is gone")
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
         if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(prepared)
         if not before:
-            for device in prepared.devices:
-                name = self.slots[device.name].resource.name
-                self.prepared[name] = self.prepared.get(name, 0) + 1
-            devices = join_names([device.name for device in prepared.devices])
-            log_event("prepared", "prepared for a pod", claim=f"{claim.namespace}/{claim.name}", devices=devices)
-        self._refusals.pop(claim.uid, None)
+            for device in devices:
+                self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
+        self._logged.pop(claim.uid, None)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
-        """What CLAIM was allocated; of a prepared one, while the API server is away, what was prepared."""
+        """The requests and devices that CLAIM was allocated; those it was prepared with while the API server is away.
+
+        Raises AllocationError and ApiError.
+        """
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is none")
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         try:
             found = await self._read_claim(claim.namespace, claim.name)
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _dig(found, "metadata", "uid") != claim.uid:
+        if _uid(found, "a ResourceClaim") != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self.settings.domain, self.settings.node)
+        return allocated_devices(found, self.domain, self.settings.node)
 
     async def _read_claim(self, namespace: str, name: str) -> Document:
         return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
 
     def _unprepare(self, uid: str) -> str:
-        """Forget the claim UID; why that failed, if it did."""
-        self._refusals.pop(uid, None)
+        """Remove the CDI file of the claim UID; why that failed, or an empty text."""
+        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
                 self.cdi.remove(uid)
             except OSError as error:
-                return f"{self.settings.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
-            log_event("unprepared", "its pod has ended", claim=f"{claim.namespace}/{claim.name}")
+                return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
+            log_event("unprepared", "its pod has ended", claim=claim.full_name)
             self._publish()
         return ""
 
-    def _count_refusal(self, claim: pb.Claim, text: str) -> None:
-        """Count a Prepare that failed, and log it unless that is what was logged of CLAIM: the kubelet tries again."""
-        self.prepare_errors += 1
-        if self._refusals.get(claim.uid) != text:
-            while len(self._refusals) >= MAX_REFUSALS:
-                del self._refusals[next(iter(self._refusals))]
-            self._refusals[claim.uid] = text
-            name = f"{claim.namespace}/{claim.name}"[:MAX_SHOWN]
-            log_event("refused", f"Prepare refused: {text}", logging.WARNING, claim=name)
+    def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
+        """Log TEXT unless it is what was logged last of the claim UID: all that fails is tried again."""
+        if self._logged.get(uid) != text:
+            while len(self._logged) >= MAX_REFUSALS:
+                del self._logged[next(iter(self._logged))]
+            self._logged[uid] = text
+            log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        """Have what the plan offers in the slices, and what is prepared and gone."""
+        """Publish the plan's slots, and the prepared devices that are gone and no longer in the plan."""
         if self.publisher:
-            domain = self.settings.domain
-            devices = [slice_device(name, slot, domain) for name, slot in self.slots.items()]
+            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            devices += [lost_device(device, domain) for device in lost]
-            self.publisher.want(devices, list(self._plan.resources))
+            self.publisher.want(
+                [*devices, *(lost_device(device, self.domain) for device in lost)], list(self._plan.resources)
+            )
 
     def _is_gone(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is not there, or another one in its place.
+        """Whether DEVICE is gone, or another device is in its place.
 
-        One that the plan has not, though it stands in /dev and no rule left it out, is no longer offered because of
-        the conf file. Its pod may go on.
+        One that is there and that no rule names any more is not gone: the config file has changed, and its pod may
+        go on.
         """
         slot = self.slots.get(device.name)
         if slot:
@@ -5599,39 +5608,58 @@ class DraSide:
 
     def _rewrite_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
+        self._is_unsettled = False
         for claim in list(self.cdi.claims.values()):
-            name = f"{claim.namespace}/{claim.name}"
-            devices = tuple(device._replace(is_gone=self._is_gone(device)) for device in claim.devices)
+            gone = [device for device in claim.devices if self._is_gone(device)]
+            requests = [(device.request, device.name) for device in claim.devices if device not in gone]
             try:
-                if all(device.name in self.slots and not device.is_gone for device in devices):
-                    requests = [(device.request, device.name) for device in devices]
-                    devices = prepare_devices(requests, self.slots, self._devices)
+                devices = self._devices_now(requests, claim.devices)
+                devices = _by_name([*devices, *(device._replace(is_gone=True) for device in gone)])
                 if devices != claim.devices:
                     self.cdi.write(claim._replace(devices=devices))
-                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=name)
+                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=claim.full_name)
             except AllocationError:
-                continue  # it went just now: the next plan says so
+                self._is_unsettled = True  # it went just now, which the next plan says
             except OSError as error:
+                self._is_unsettled = True
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                log_event("cdi-file-not-rewritten", text, logging.ERROR, claim=name)
+                self._log_of_claim("cdi-file-not-rewritten", text, claim.uid, claim.full_name)
+            # The plan does not change when a device goes that it does not offer.
+            self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
+
+    def _devices_now(
+        self, requests: Sequence[Tuple[str, str]], before: Iterable[PreparedDevice]
+    ) -> Tuple[PreparedDevice, ...]:
+        """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+
+        What was prepared BEFORE and is no longer offered stays as it was. Raises AllocationError.
+        """
+        kept = {(device.request, device.name): device for device in before if device.name not in self.slots}
+        offered = [request for request in requests if request not in kept]
+        devices = prepare_devices(offered, self.slots, self._devices)
+        return _by_name([*devices, *(kept[request]._replace(is_gone=False) for request in requests if request in kept)])
 
     async def _drop_gone_claims(self) -> None:
-        """Remove the CDI files that were there at the start and of which the claim is gone. Raises ApiError."""
+        """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
             try:
-                uid = _dig(await self._read_claim(claim.namespace, claim.name), "metadata", "uid")
+                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
             except ApiError as error:
                 if error.status != 404:
                     raise
-                uid = None
+                uid = ""
             self._unchecked.pop()
             if uid != claim.uid:
                 self._unprepare(claim.uid)
 
 
+def _by_name(devices: Iterable[PreparedDevice]) -> Tuple[PreparedDevice, ...]:
+    return tuple(sorted(devices, key=lambda device: device.name))
+
+
 def _inodes(path: str) -> Mapping[str, int]:
-    """The file PATH, if there is one, as UnixServer.is_lost() takes it."""
+    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
     try:
         return {os.path.basename(path): os.lstat(path).st_ino}
     except OSError:
@@ -6630,8 +6658,8 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stand-in kubelet: what the real one does to a device plugin, as far as a plugin can tell. --dry-run and the tests talk
-# to it over real sockets; a kindness here that kubelet does not have would hide a fault of the daemon.
+# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
+# must not be more lenient than the real one, or it would hide faults of the daemon.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS = 10.0
@@ -6639,21 +6667,21 @@ HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 
 
 class Client:
-    """A registration that a stand-in kubelet accepted: kubelet's connection to the plugin."""
+    """The simulated kubelet's connection to a plugin whose registration it accepted."""
 
     def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
         self.name = name
         self.endpoint = endpoint
         self.options = options
         self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
-        self.is_open = True  # whether the stream is
+        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
+        self.is_open = True  # the stream
         self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
-        """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
+        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
         self.is_open = False
         self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
@@ -6666,13 +6694,13 @@ class SimulatedKubelet:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest of each resource
-        self.registrations: List[str] = []  # the names, in order
+        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
+        self.registrations: List[str] = []  # names of resources, in order
         self._server: Optional[grpc.aio.Server] = None
         self._watchers: Dict[Client, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
+        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
         for item in os.scandir(self.folder):
             try:
                 if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
@@ -6681,7 +6709,7 @@ class SimulatedKubelet:
                 continue  # a plugin moved it into place, or removed it, just now
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
-        # The file stays behind when kubelet stops; grpc removes the one that it made itself.
+        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
         self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
@@ -6699,7 +6727,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
         own = [("grpc.use_local_subchannel_pool", 1)]
         channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
@@ -6714,7 +6742,7 @@ class SimulatedKubelet:
         return pb.Empty()
 
     def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why kubelet would not have this registration; empty where it would."""
+        """Why the kubelet would refuse this registration; empty if it would not."""
         domain, _, name = request.resource_name.partition("/")
         if request.version != "v1beta1":
             return f"requested API version {request.version!r} is not supported by kubelet"
@@ -6725,7 +6753,10 @@ class SimulatedKubelet:
         return ""
 
     async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
+
+        The real kubelet does so, too.
+        """
         client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
             async for message in client.stream:
@@ -6738,21 +6769,21 @@ class SimulatedKubelet:
             await self.clients.get(client.name, client).disconnect()
 
     def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""
+        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
         client = self.clients.get(name)
         if client is None or not client.lists:
             return {}
         return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
 
     async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container, as kubelet does: the IDs, and what came.
+        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
 
-        Raises Problem where it has not so many Healthy ones, and grpc.RpcError where the plugin refuses.
+        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
         if len(free) < count:
-            raise Problem(f"{name} has {len(free)} Healthy slots, not {count}")
+            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
         ids = free[:count]
         if client.options.get_preferred_allocation_available:
             asked = pb.PreferredAllocationRequest()
@@ -6765,9 +6796,9 @@ class SimulatedKubelet:
         return ids, response.container_responses[0]
 
     async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
 
-        Raises grpc.RpcError where the plugin refuses.
+        Raises grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         if client.options.pre_start_required:
@@ -6775,7 +6806,7 @@ class SimulatedKubelet:
 
 
 class SimulatedApiServer:
-    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
 
     def __init__(self, node: str) -> None:
         self.url = ""
@@ -6785,24 +6816,24 @@ class SimulatedApiServer:
         self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
 
     async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen, with TLS where it is given."""
+        """Listen on PORT, or on a free port; with TLS if it is given."""
         self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server:
             self._server.close()
             await self._server.wait_closed()
 
     def put(self, path: str, item: Document) -> Document:
-        """Keep ITEM, and give it another resourceVersion."""
+        """Store ITEM under PATH with a new resourceVersion, and return it."""
         metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
         self.objects[path] = {**item, "metadata": metadata}
         return self.objects[path]
 
     def list(self, path: str) -> List[Document]:
-        """What was created at PATH."""
+        """The objects of the collection PATH."""
         return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -6814,7 +6845,7 @@ class SimulatedApiServer:
         writer.close()
 
     async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the request that comes from READER."""
+        """The method, target, whole head and body of the next request from READER."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
         data = await reader.readexactly(int(length[1]) if length else 0)
@@ -6822,12 +6853,12 @@ class SimulatedApiServer:
         return method, target, head, json.loads(data) if data else {}
 
     def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """An answer, with one more HEADER where it is given."""
+        """The bytes of an answer; HEADER is one more header line."""
         content = json.dumps(document).encode()
         return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
 
     def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """The HTTP status and the document that answer a request."""
+        """Handle a request; the HTTP status and the document that answer it."""
         path = target.partition("?")[0]
         if method == "POST":
             path += f"/{body['metadata']['name']}"
@@ -6846,7 +6877,7 @@ class SimulatedApiServer:
 
 
 class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -6891,6 +6922,7 @@ class SimulatedDraKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the process after it
 LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -6936,7 +6968,7 @@ class KeptFile:
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no plain file")
+                raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ValueError("others than root can have written it")
             first_line = file.readline(CONF_BYTES)
@@ -7700,23 +7732,51 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             return number if number in SIGNALS else folder_signal
 
 
-def restart_lean() -> None:
-    """Start the process over, with the script as a module: both savings can only be had from outside.
+def restart_as_module() -> None:
+    """Replace this process, where Python runs the script itself, by python3 -m MODULE with the same flags and options.
 
-    Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
-    it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
+    It takes 20 MB less, because Python keeps the syntax tree of a script until the end, but that of a module only until
+    it is compiled. The new process starts in the script's folder, which is the first in sys.path either way, and
+    resume_restart() takes it back to the present working directory. There is no restart where -m would not find this
+    very file (python3 -I, an ending other than .py), or where anything is in the way.
     """
-    with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-        given = file.read().split("\0")[:-1]
-    flags = given[1 : len(given) - len(sys.argv)]
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module, ending = os.path.splitext(name)
-    if "-m" in flags or ending != ".py":
-        return  # a debugger or profiler runs the script, or it is none to import
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
-    code += f"sys.exit(__import__({module!r}).main())"
-    os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    if frame.f_globals is not globals():
+        return  # imported, started with -m, or by a debugger
+    try:
+        import importlib.util
+
+        path = os.path.realpath(__file__)
+        folder, name = os.path.split(path)
+        module = name.removesuffix(".py")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin != path:
+            return
+        with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            given = file.read().split("\0")[:-1]
+        flags = given[1 : len(given) - len(sys.argv)]
+        packages = os.environ.get("PYTHONPATH")
+        if packages:
+            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # one for each thread takes 7 KiB more per resource
+        directory = os.open(".", os.O_PATH)  # may have no path any more
+        os.set_inheritable(directory, True)
+        os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
+        os.chdir(folder)
+        os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[1:]])
+    except (ImportError, OSError, ValueError):
+        resume_restart()
+
+
+def resume_restart() -> None:
+    """Have the working directory and the name of the process that restart_as_module() replaced."""
+    directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
+    if directory.isdecimal():
+        os.fchdir(int(directory))
+        os.close(int(directory))
+        sys.argv[0] = name
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
@@ -7753,9 +7813,10 @@ def show_attributes(options: argparse.Namespace) -> int:
         kind = nodes[0].entry.kind
         raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
-        print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
+        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+        write_output(json.dumps(blocks, indent=2) + "\n")
     else:
-        print(render_attributes(path, chain), end="")
+        write_output(render_attributes(path, chain))
     return 0
 
 
@@ -7805,11 +7866,11 @@ def show_list(options: argparse.Namespace) -> int:
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources)
     if options.json:
-        print(json.dumps(document, indent=2))
+        write_output(json.dumps(document, indent=2) + "\n")
         return 0
     text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(text + (f"\n{notes}" if notes else ""), end="")
+    write_output(text + (f"\n{notes}" if notes else ""))
     return 0
 
 
@@ -7831,7 +7892,7 @@ def show_status(options: argparse.Namespace) -> int:
         text = render_status(document)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
-    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
@@ -7847,8 +7908,8 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: say whether the conf file is good."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
-    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
     return 0
 
 
@@ -7865,10 +7926,10 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
+    """--dry-run: offer this machine's devices to a simulated kubelet and allocate one slot of each."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
-        print(_nothing_found(devices, options))
+        write_output(_nothing_found(devices, options))
         return 1
     load_grpc()
     import tempfile
@@ -7877,12 +7938,9 @@ def dry_run(options: argparse.Namespace) -> int:
         if options.api == "dra":
             return asyncio.run(_dry_run_dra(devices.plan, options, folder))
         rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
-    print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
-    count = len(devices.plan.resources)
-    print(
-        f"\n{pluralize(count, 'resource')}, "
-        + ("all registered and allocated." if is_good else "not all of them well.")
-    )
+    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    ending = "all registered and allocated" if is_good else "not all of them well"
+    write_output(f"{table}\n{pluralize(len(devices.plan.resources), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
 
 
@@ -7893,7 +7951,8 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     if devices.plan.left_out:
         lines += ["and leaves out"]
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
+    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
@@ -7954,7 +8013,7 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 
 
 async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+    """--dry-run --api dra: publish to a simulated API server, and prepare a claim per resource for a kubelet."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -7978,11 +8037,11 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
         ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
         lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
+    write_output(f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n")
     side.stop()
     await running
     await kubelet.stop()
@@ -8332,7 +8391,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    print(
+    write_output(
         SYSTEMD_UNIT.format(
             folder=_systemd_word(folder),
             module=os.path.splitext(name)[0],
@@ -8340,8 +8399,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             plugin_dir=_systemd_word(options.plugin_dir),
             options="".join(f" {_systemd_word(option)}" for option in given),
             network=network,
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8381,7 +8439,7 @@ def print_manifest(options: argparse.Namespace) -> int:
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
     import hashlib
 
-    print(
+    write_output(
         MANIFEST.format(
             namespace=options.namespace or DEFAULT_NAMESPACE,
             image=options.image or DEFAULT_IMAGE,
@@ -8393,8 +8451,7 @@ def print_manifest(options: argparse.Namespace) -> int:
             plugin_dir=json.dumps(options.plugin_dir),
             pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        ),
-        end="",
+        )
     )
     return 0
 
@@ -8453,13 +8510,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
     _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
     _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
-    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
-    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
+    _add(parser, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
+    _add(parser, "--cdi-dir", "DIR", _path, "/var/run/cdi", "for dra: where the container runtime reads CDI")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
     _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
-    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
-    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
+    _add(parser, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
+    _add(parser, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
     _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
     _add(
         parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
@@ -8482,7 +8539,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
     modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
-    modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
+    modes.add_argument("--dry-run", action="store_true", help="serve a simulated kubelet, allocate all once, and exit")
     modes.add_argument(
         "--status",
         nargs="?",
@@ -8551,7 +8608,11 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
 def _path(text: str) -> str:
     if not text:
         raise ValueError('"" is no path')
-    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
+    try:
+        path = os.path.abspath(text)
+    except OSError:
+        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+    return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
 def _seconds(text: str) -> float:
@@ -8634,8 +8695,40 @@ def _problem_line(problem: Problem) -> str:
     return f"{program_name()}: {printable(str(problem))}"
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError where its reader has gone (--list | head), and Problem where the disk is
+    full, say; after that nothing is written any more, of which Python would complain when it exits."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
+    resume_restart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    try:
+        try:
+            return run(parse_options())
+        finally:
+            write_output("")  # what argparse left to be written
+    except Problem as error:
+        print(_problem_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line; exits where they are wrong, or ask for --help or --version only."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
@@ -8644,9 +8737,11 @@ def main() -> int:
         parser.error("--image and --namespace go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what OPTIONS ask for; the exit status. Raises Problem."""
     modes: Dict[str, Callable[[argparse.Namespace], int]] = {
         "check": check,
         "list": show_list,
@@ -8655,32 +8750,20 @@ def main() -> int:
         "systemd_unit": print_systemd_unit,
         "manifest": print_manifest,
     }
-    mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    try:
-        if mode is not serve:
+    for name, mode in modes.items():
+        if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            status = mode(options)
-            sys.stdout.flush()
-            return status
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        if __name__ == "__main__" and __spec__ is None:
-            restart_lean()
-        log_queue = LogQueue()
-        set_up_log(options, log_queue, logging.INFO)
-        with LogWriter(log_queue):
-            try:
-                return serve(options)
-            except Problem as error:
-                log_queue.enqueue(_problem_line(error))
-                return 1
-    except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # --list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 128 + signal.SIGPIPE
+            return mode(options)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    restart_as_module()
+    log_queue = LogQueue()
+    set_up_log(options, log_queue, logging.INFO)
+    with LogWriter(log_queue):
+        try:
+            return serve(options)
+        except Problem as error:
+            log_queue.enqueue(_problem_line(error))
+            return 1
 
 
 if __name__ == "__main__":

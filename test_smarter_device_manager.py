@@ -1,8 +1,9 @@
 """Tests of smarter_device_manager.py: real processes, real sockets, real files.
 
-The daemon runs as a process of its own on a made-up /dev, /sys and plugin directory; the stand-in kubelet (the class of
-the script, made to misbehave where a test asks for it) runs on a thread here. Pure functions are tested as functions.
-The chapters are the script's. As an ordinary user, what must make device nodes is skipped.
+Most tests start the daemon as a process of its own, on a made-up /dev, /sys and plugin directory. The simulated kubelet
+runs on a thread of the test process; it is the script's class, with faults that a test can ask for. Pure functions are
+tested by calling them. The chapters are those of the script. Tests that make device nodes are skipped unless root runs
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import smarter_device_manager as sdm
 
-# Python 3.9 starts processes by fork(2), and what grpc's core does around that hangs one start in a hundred.
+# Python 3.9 starts processes with fork(2), and one start in a hundred hangs in what grpc's core does around that.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 sdm.load_grpc()
 import grpc  # noqa: E402
@@ -64,13 +65,14 @@ import api_pb2 as pb  # noqa: E402
 SCRIPT = Path(sdm.__file__).resolve()
 HERE = SCRIPT.parent
 CONFIG_PAGE = HERE / "docs/config.md"
-PATIENCE = 20.0  # seconds that a condition may take; it takes less, but machines are slow at times
+PATIENCE = 20.0  # seconds to wait for a condition, which is far more than it needs unless the machine is busy
 Starter = Callable[..., "Daemon"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
 def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", patience: float = PATIENCE) -> Any:
-    """Wait until CONDITION is true, and return what it gave. WHAT says what is missing; as a function, at the end."""
+    """Wait until CONDITION returns something true, and return that. The failure says WHAT was missing; where that is a
+    function, it is called after the wait."""
     give_up = time.monotonic() + patience
     while True:
         value = condition()
@@ -83,7 +85,7 @@ def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", p
 
 
 class Node:
-    """A made-up node: its /dev, /sys, plugin directory and conf file, all below one short path (socket paths are)."""
+    """A made-up node: its /dev, /sys, plugin directory and config file, below a path short enough for sockets."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -95,13 +97,13 @@ class Node:
         self.minor = 0
 
     def rules(self, text: str) -> None:
-        """Replace the conf file, as an editor does."""
+        """Replace the config file, as an editor does."""
         new = self.root / "conf.new"
         new.write_text(text)
         new.rename(self.conf)
 
     def plug(self, path: str, major: int = 240, minor: int | None = None, block: bool = False) -> Path:
-        """Make a device node below /dev, with a number of its own unless MINOR says which."""
+        """Make a device node below /dev; without MINOR it has a number of its own."""
         self.minor += 1
         node = self.dev / path
         node.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ class Node:
         return node
 
     def link(self, path: str, target: str) -> Path:
-        """Make a symbolic link below /dev, in place of what was there."""
+        """Make a symbolic link below /dev; it replaces what was there."""
         link = self.dev / path
         link.parent.mkdir(parents=True, exist_ok=True)
         new = link.with_name(".new")
@@ -123,7 +125,7 @@ class Node:
         (self.dev / path).unlink()
 
     def sysfs(self, path: str, attributes: Mapping[str, str], node: Path | None = None) -> Path:
-        """Make a device's folder below /sys/devices with ATTRIBUTES, and NODE's link to it under /sys/dev."""
+        """Make the folder of a device below /sys/devices, with ATTRIBUTES, and NODE's link to it in /sys/dev."""
         folder = self.sys / "devices" / path
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in attributes.items():
@@ -137,7 +139,7 @@ class Node:
         return folder
 
     def options(self) -> list[str]:
-        """The options that lead the script here."""
+        """The options that make the script use this node."""
         paths = {
             "--conf": self.conf,
             "--plugin-dir": self.plugins,
@@ -148,21 +150,21 @@ class Node:
         return [part for option, path in paths.items() for part in (option, str(path))]
 
     def run(self, *more: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        """Run the script to its end on this node."""
+        """Run the script on this node until it exits."""
         command = [sys.executable, str(SCRIPT), *self.options(), *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **kwargs)
 
 
 class Daemon:
-    """The script as a running daemon, and its log."""
+    """A daemon: a process that runs the script, and its log."""
 
     def __init__(
         self, node: Node, *more: str, through: Sequence[str] = (), stderr: int | None = None, **kwargs: Any
     ) -> None:
-        """Start it with the options MORE, THROUGH a command such as setpriv(1) where one is given; its log goes to the
-        descriptor STDERR, if that is given.
+        """Start it with the options MORE, through the command THROUGH (setpriv(1), say), with its log on the descriptor
+        STDERR instead of in a file.
 
-        No preexec_fn: with grpc's threads in this process, one child in a hundred crashes before its exec.
+        Do not use preexec_fn: this process has grpc's threads, and one child in a hundred crashes before its exec.
         """
         self.node = node
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
@@ -175,45 +177,45 @@ class Daemon:
         return Path(self._log).read_text()
 
     def says(self, pattern: str, patience: float = PATIENCE) -> re.Match[str]:
-        """Wait until the log has PATTERN."""
+        """Wait until PATTERN matches in the log."""
         return wait_for(lambda: re.search(pattern, self.log), lambda: f"{pattern!r} in the log:\n{self.log}", patience)
 
     def hang_up(self) -> None:
-        """Have conf and devices read again."""
+        """Send SIGHUP: the daemon reads the config file and all devices again."""
         self.process.send_signal(signal.SIGHUP)
 
     def stop(self, patience: float = PATIENCE) -> int:
-        """SIGTERM; the exit status."""
+        """Send SIGTERM, and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(patience)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Send SIGKILL, which ends it as a crash would."""
         self.process.kill()
         self.process.wait(PATIENCE)
 
 
 def holders_message(*entries: tuple[str, str, Sequence[str]]) -> pb.ListPodResourcesResponse:
-    """The kubelet's answer that says who has what: of each entry the resource's whole name, namespace/pod/container and
-    the IDs. Each entry is a pod of its own, as the answer may have it."""
+    """The kubelet's answer about who holds which slots. An entry is a resource with its domain, namespace/pod/container
+    and the IDs. The answer has a pod per entry, as the real one may."""
     response = pb.ListPodResourcesResponse()
     for name, who, ids in entries:
         namespace, pod, container = who.split("/")
         found = response.pod_resources.add(namespace=namespace, name=pod).containers.add(name=container)
-        for slot_id in ids:  # as the real one does: an item for each NUMA node, or for each ID
+        for slot_id in ids:  # the real one has an item per NUMA node, or per ID
             found.devices.add(resource_name=name, device_ids=[slot_id])
     return response
 
 
 class PodResources:
-    """The kubelet's PodResources API on the node's socket for it. Its answer is bytes, so that they can be wrong."""
+    """The kubelet's PodResources API, on the node's socket for it. The answer is bytes, so that a test can break it."""
 
     def __init__(self, node: Node) -> None:
         self.path = str(node.pod_resources)
         self.answer: bytes = b""
         self.delay = 0.0  # seconds before it answers
-        self.count = 0  # of the calls
+        self.count = 0  # of calls
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
@@ -237,23 +239,23 @@ class PodResources:
 
 
 class Kubelet(sdm.SimulatedKubelet):
-    """The stand-in kubelet on a thread of its own, and faults for it to show."""
+    """The simulated kubelet on a thread of its own, with faults that a test can ask for."""
 
-    loop: asyncio.AbstractEventLoop  # one for all of them: grpc.aio wants it so
+    loop: asyncio.AbstractEventLoop  # shared by all of them, as grpc.aio requires
 
     def __init__(self, node: Node, domain: str = sdm.DEFAULT_DOMAIN) -> None:
         super().__init__(str(node.plugins))
         self.domain = domain
-        self.refused: dict[str, str] = {}  # what to say to the registration of these resources
-        self.delay = 0.0  # seconds before a registration is looked at
+        self.refused: dict[str, str] = {}  # why to refuse the registration of a resource, by its name
+        self.delay = 0.0  # seconds before it answers a registration
         self.opens_streams = True
         self.ends_streams = False  # after the first list
         self.while_registering: Callable[[pb.RegisterRequest], Any] | None = None
-        self.refusals: list[str] = []  # the names, in order
+        self.refusals: list[str] = []  # names of resources, in order
         self.requests: list[tuple[float, pb.RegisterRequest]] = []
         self.open_calls = self.most_open_calls = 0
-        self.streams: dict[str, list[tuple[float, sdm.Client]]] = {}  # of each resource, and when each was opened
-        self.trapped: list[str] = []  # resources of which an older stream ended while a newer one was open
+        self.streams: dict[str, list[tuple[float, sdm.Client]]] = {}  # per resource: when each one was opened
+        self.trapped: list[str] = []  # resources whose older stream ended while a newer one was open
         self.pod_resources = PodResources(node)
 
     def do(self, work: Any, patience: float = PATIENCE) -> Any:
@@ -276,7 +278,7 @@ class Kubelet(sdm.SimulatedKubelet):
         await super().stop()
 
     def hold(self, *entries: tuple[str, str, Sequence[str]]) -> None:
-        """Say from now on who has what: of each entry the resource, namespace/pod/container and the IDs."""
+        """From now on, answer with these ENTRIES: the resource, namespace/pod/container, and the IDs of its slots."""
         self.pod_resources.answer = holders_message(
             *((self.name(resource), who, ids) for resource, who, ids in entries)
         ).SerializeToString()
@@ -319,26 +321,26 @@ class Kubelet(sdm.SimulatedKubelet):
         return self.clients[self.name(resource)]
 
     def end_stream(self, resource: str) -> None:
-        """Disconnect from RESOURCE, as kubelet does when something goes wrong."""
+        """Disconnect from RESOURCE, as the kubelet does when something goes wrong."""
         self.do(self.client(resource).disconnect())
 
     def times(self, resource: str) -> list[float]:
-        """When RESOURCE was registered, or tried to be."""
+        """When RESOURCE asked to be registered."""
         return [when for when, request in self.requests if request.resource_name == self.name(resource)]
 
     def count(self, resource: str) -> int:
-        """How often RESOURCE was registered, refused ones included."""
+        """How often RESOURCE asked to be registered."""
         return len(self.times(resource))
 
     def name(self, resource: str) -> str:
         return f"{self.domain}/{resource}"
 
     def health(self, resource: str) -> Mapping[str, str]:
-        """Each ID's health, as kubelet has it now."""
+        """The health of each ID, as the kubelet knows it."""
         return self.devices(self.name(resource))
 
     def wait_for(self, resource: str, **health: int) -> None:
-        """Wait until RESOURCE has so many slots of each health: Healthy=2, Unhealthy=0."""
+        """Wait until RESOURCE has this many slots of each health: Healthy=2, Unhealthy=0."""
 
         def counts() -> bool:
             found = list(self.health(resource).values())
@@ -349,7 +351,7 @@ class Kubelet(sdm.SimulatedKubelet):
         wait_for(counts, lambda: f"{resource} with {health}; kubelet has {dict(self.health(resource))}")
 
     def take(self, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
-        """Allocate these IDs (the first Healthy one where none is named) to one container."""
+        """Allocate these IDs to one container; without any, the first Healthy one."""
         client = self.clients[self.name(resource)]
         chosen = ids or [slot for slot, health in sorted(self.health(resource).items()) if health == sdm.HEALTHY][:1]
 
@@ -360,11 +362,11 @@ class Kubelet(sdm.SimulatedKubelet):
         return self.do(allocate()).container_responses[0]
 
     def starts(self, resource: str, *ids: str) -> None:
-        """Ask whether a container with these IDs may start, as before each start of it."""
+        """Ask whether a container with these IDs may start, as the kubelet does before each start."""
         self.do(self.start_container(self.name(resource), ids))
 
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
-        """The nodes that a container with these IDs is given: container path -> host path."""
+        """The devices that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
 
 
@@ -394,7 +396,7 @@ def kubelet(node: Node) -> Iterator[Kubelet]:
 
 @pytest.fixture
 def start(node: Node) -> Iterator[Starter]:
-    """Start daemons on the node; each is stopped at the end, and must not have shown a traceback."""
+    """Starts daemons on the node. At the end each one is stopped, and must not have logged a traceback."""
     daemons: list[Daemon] = []
 
     def start(*more: str, **kwargs: Any) -> Daemon:
@@ -438,11 +440,11 @@ def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: No
 # ---------------------------------------------------------------------------------------------------------------------
 
 thorough = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-MANY_SECONDS = 60.0  # what is linear takes 4 s, what is quadratic a day
+MANY_SECONDS = 60.0  # an algorithm that is linear takes 4 s, a quadratic one a day
 
 
 def typed(value: Any) -> Any:
-    """VALUE such that == tells True from 1, and one order of keys from another."""
+    """VALUE in a form in which == tells True from 1, and one order of keys from another."""
     if isinstance(value, dict):
         return "mapping", [(typed(key), typed(item)) for key, item in value.items()]
     if isinstance(value, list):
@@ -451,7 +453,7 @@ def typed(value: Any) -> Any:
 
 
 def obeys_the_law(text: str) -> bool:
-    """Check that TEXT is read as PyYAML reads it, or refused at a place that it has; whether it was read."""
+    """Check that TEXT is read as PyYAML reads it, or refused at a place in it; whether it was read."""
     try:
         found = sdm.parse_yaml(text)
     except sdm.ConfigError as error:
@@ -465,7 +467,7 @@ def obeys_the_law(text: str) -> bool:
 
 
 def cut(text: str, sign: str | None = None) -> list[str]:
-    """TEXT, cut at each SIGN, or at blanks."""
+    """The parts of TEXT between SIGNs, or between blanks."""
     return text.split(sign)
 
 
@@ -494,7 +496,7 @@ pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from(SIGNS), st.text(max_s
 
 @st.composite
 def grown_texts(draw: st.DrawFn) -> str:
-    """A real conf with a few changes."""
+    """A real config file with a few changes."""
     text = draw(st.sampled_from(GROWN_FROM))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(text)))
@@ -532,7 +534,7 @@ def test_yaml_law_for_each_kind_of_scalar_in_each_place(place: str, data: st.Dat
     obeys_the_law(place.format(data.draw(one | quoted)))
 
 
-# Documents of the subset alone, with the value that they must give: for what would be refused without need.
+# Documents in the subset, each with its value, to find what the parser refuses without need.
 written_words = st.sampled_from(
     ["a", "b c", "x:y", "a#b", "^video[0-9]*$", "-a", "é", "\U0001f600", "/dev/x", "it's", "1.2.3", 'say "x"']
 )
@@ -590,7 +592,7 @@ def flows(draw: st.DrawFn, depth: int) -> tuple[str, Any]:
 
 @st.composite
 def blocks(draw: st.DrawFn, indent: int, depth: int) -> tuple[str, Any]:
-    """A value in block style as it stands behind "-" or "key:", and what it is; its lines have more than INDENT."""
+    """A value in block style, as written after "-" or "key:" with more than INDENT, and what it is."""
     end = draw(st.sampled_from(["\n", " # c\n", "  \n", "\n\n", "\n# c\n", "\n   # c\n"]))
     kind = draw(st.sampled_from(["flow", "nothing", "list", "mapping"])) if depth else "flow"
     if kind == "nothing":
@@ -743,12 +745,12 @@ REFUSED = [
     ('a: "b" c', 1, 8, "only a comment may follow"),
     ("a: [0-9]+", 1, 9, "quote the whole text"),
     ("a: 'b'# c", 1, 7, "a comment needs a space"),
-    ("a: b\n  c", 2, 3, "must not go on over several lines"),
+    ("a: b\n  c", 2, 3, "a text must be on one line"),
     ("a: b\n  c: d", 2, 3, "check its indentation"),
     ("- a\nb: c", 2, 1, "check its indentation"),
     ("- a: b\n c: d", 2, 2, "check its indentation"),
     ("a:\n  - b\n - c", 3, 2, "check its indentation"),
-    ("- a:b\n  c: d", 2, 3, "a space behind its ':'"),
+    ("- a:b\n  c: d", 2, 3, "a space after its ':'"),
     ("a: - b", 1, 4, "a line of its own"),
 ]
 
@@ -872,59 +874,59 @@ SAME = [
 ]
 NOT_OF_RE2 = [
     # expression, what the message must say
-    (r"\C", r"\C is of Go's expressions only"),
-    (r"\Qa.b\E", r"\Q is of Go's expressions only"),
-    (r"\pL", r"\p is of Go's expressions only"),
-    (r"[\p{Greek}]", r"\p is of Go's expressions only"),
-    (r"\PN", r"\P is of Go's expressions only"),
+    (r"\C", r"\C is not supported"),
+    (r"\Qa.b\E", r"\Q is not supported"),
+    (r"\pL", r"\p is not supported"),
+    (r"[\p{Greek}]", r"\p is not supported"),
+    (r"\PN", r"\P is not supported"),
     (r"(?U)a+", "(?U)"),
     (r"(?x) a", "(?x)"),
     (r"(?a)a", "i, m and s are"),
-    (r"(?i", "no group known here"),
-    (r"(?>a)", "(?> begins no group known here"),
-    (r"(?#a)", "(?# begins no group known here"),
-    (r"(?P=n)", "(?P begins no group known here"),
-    (r"(a)(?(1)b|c)", "(?( begins no group known here"),
-    (r"(?P<1a>b)", "(?P begins no group known here"),
+    (r"(?i", "does not begin a group"),
+    (r"(?>a)", "(?> does not begin a group"),
+    (r"(?#a)", "(?# does not begin a group"),
+    (r"(?P=n)", "(?P does not begin a group"),
+    (r"(a)(?(1)b|c)", "(?( does not begin a group"),
+    (r"(?P<1a>b)", "(?P does not begin a group"),
     (r"(?P<n>a)(?P<n>b)", "redefinition"),
-    (r"(a)\1", "cannot be asked for"),
-    (r"[\1]", "cannot be asked for"),
-    (r"a\Z", r"the end is $ or \z"),
-    (r"\y", r"the character itself is y"),
-    (r"[\b]", r"\b is no escape"),
-    (r"[\z]", r"\z is no escape"),
-    (r"\u00e9", r"\u is no escape"),
-    (r"\N{DASH}", r"\N is no escape"),
-    (r"\é", r"\é is no escape"),
+    (r"(a)\1", "cannot refer to"),
+    (r"[\1]", "cannot refer to"),
+    (r"a\Z", r"for the end, write $ or \z"),
+    (r"\y", r"for the character itself, write y"),
+    (r"[\b]", r"\b is not an escape"),
+    (r"[\z]", r"\z is not an escape"),
+    (r"\u00e9", r"\u is not an escape"),
+    (r"\N{DASH}", r"\N is not an escape"),
+    (r"\é", r"\é is not an escape"),
     (r"\x4", r"\x7f or \x{20ac}"),
     (r"\x{110000}", "beyond Unicode"),
-    ("a\\", r"a backslash itself is \\"),
-    (r"a++", "nothing that + could repeat"),
-    (r"a*+", "nothing that + could repeat"),
-    (r"a{2}+", "nothing that + could repeat"),
-    (r"a**", "nothing that * could repeat"),
-    (r"*a", r"the character itself is \*"),
-    (r"(?i)*", "nothing that * could repeat"),
-    (r"a|{2}", "nothing that {2} could repeat"),
-    (r"^**", "nothing that * could repeat"),
-    (r"([a-c]*)*", "* repeats what may be empty"),
+    ("a\\", r"for a backslash, write \\"),
+    (r"a++", "nothing before + to repeat"),
+    (r"a*+", "nothing before + to repeat"),
+    (r"a{2}+", "nothing before + to repeat"),
+    (r"a**", "nothing before * to repeat"),
+    (r"*a", r"for the character itself, write \*"),
+    (r"(?i)*", "nothing before * to repeat"),
+    (r"a|{2}", "nothing before {2} to repeat"),
+    (r"^**", "nothing before * to repeat"),
+    (r"([a-c]*)*", "* repeats something that may be empty"),
     (r"(|a)+", "such as (a+)* for (a*)*"),
-    (r"(?:a|b?){1,3}", "{1,3} repeats what may be empty"),
-    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what is in it; RE2 takes 1000"),
+    (r"(?:a|b?){1,3}", "{1,3} repeats something that may be empty"),
+    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what it repeats; RE2 allows 1000"),
     (r"((a{500})*b){3}", "{3} makes 1500 copies"),
     (f"({'ab' * 2000}){{1000}}", "too large for Go"),
-    ("(?:" * 1001 + ")" * 1001, "more than 1000 groups"),
+    ("(?:" * 1001 + ")" * 1001, "more than 1000 nested groups"),
     (r"(?i)[€-₯]", "such as (?-i:[€-₯])"),
     (r"a{1001}", "more than the 1000 repetitions"),
     (r"a{2,99999999999}", "more than the 1000 repetitions"),
-    ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 takes"),
+    ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 allows"),
     (r"(?i)\x{e9}", "in both cases"),
     (r"(?i)[a-é]", "in both cases"),
-    (r"a{2,1}", "min repeat greater than max repeat"),
-    (r"[[:foo:]]", "there are alnum, alpha"),
-    (r"[[:a]:]", "is no character class"),
-    (r"[a-\d]", r"\d is no escape"),
-    (r"[z-a]", "the range z-a runs backwards"),
+    (r"a{2,1}", "the least number of repetitions is greater than the most"),
+    (r"[[:foo:]]", "the names are alnum, alpha"),
+    (r"[[:a]:]", "is not a character class"),
+    (r"[a-\d]", r"\d is not an escape"),
+    (r"[z-a]", "the range z-a is in the wrong order"),
     (r"[a", "unterminated character set"),
     (r"[]", "unterminated character set"),
     (r"(a", "unterminated subpattern"),
@@ -1288,9 +1290,9 @@ def test_the_shipped_conf_is_good() -> None:
 
 BAD_RULES = [
     # conf, line, column, what the message must say
-    ("", 1, 1, "the file holds no rule"),
-    ("# only\n# comments\n", 1, 1, "the file holds no rule"),
-    ("[]", 1, 1, "holds no rule"),
+    ("", 1, 1, "the file has no rules"),
+    ("# only\n# comments\n", 1, 1, "the file has no rules"),
+    ("[]", 1, 1, "has no rules"),
     ("devicematch: a", 1, 1, "expected a list of rules (- devicematch: ...), found a mapping"),
     ("a", 1, 1, 'expected a list of rules (- devicematch: ...), found a text ("a")'),
     ("\n42", 2, 1, "found a number (42)"),
@@ -1311,7 +1313,7 @@ BAD_RULES = [
     ("- devicematch: true", 1, 16, "expected a text, found true or false"),
     ("- devicematch: [a]", 1, 16, "expected a text, found a list"),
     ("- devicematch: {a: b}", 1, 16, "expected a text, found a mapping"),
-    ("- devicematch: '^a('", 1, 16, '"^a(" is no regular expression: missing )'),
+    ("- devicematch: '^a('", 1, 16, '"^a(" is not a regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
@@ -1333,19 +1335,19 @@ BAD_RULES = [
     ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
-    ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": \1: devicematch has no such group'),
-    ("- devicematch: (a)\n  resource: x\\2", 2, 13, r"\2: devicematch has no such group"),
-    ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"\g<n>: devicematch has no such group"),
-    ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"\g<2>: devicematch has no such group"),
-    (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "a backslash stands for a group"),
-    ("- devicematch: a\n  resource: x\\y", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: x\\", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "a backslash stands for a group of devicematch or for an"),
+    ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": devicematch has no group \1'),
+    ("- devicematch: (a)\n  resource: x\\2", 2, 13, r"devicematch has no group \2"),
+    ("- devicematch: (a)\n  resource: \\g<n>", 2, 13, r"devicematch has no group \g<n>"),
+    ("- devicematch: (a)\n  resource: \\g<2>", 2, 13, r"devicematch has no group \g<2>"),
+    (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "after a backslash, write a group"),
+    ("- devicematch: a\n  resource: x\\y", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: x\\", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: x\\0", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
-    ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not hold ".."'),
+    ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not have a ".."'),
     ('- devicematch: a\n  containerpath: "/dev/a\\0"', 2, 18, "expected a text that is not empty"),
-    ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "no such group"),
+    ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "has no group"),
     ("- devicematch: a\n  permissions: rwx", 2, 16, '"rwx" must be letters of r, w and m'),
     ("- devicematch: a\n  permissions: rr", 2, 16, "each once"),
     ("- devicematch: a\n  permissions: ''", 2, 16, "must be letters of r, w and m"),
@@ -1355,39 +1357,39 @@ BAD_RULES = [
     ("- devicematch: a\n  attributes: {idVendor: 1234}", 2, 26, 'put it in quotes, "1234"'),
     ("- devicematch: a\n  attributes: {idVendor: 0042}", 2, 26, 'a text must be in quotes: "0042"'),
     ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
-    ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is no regular expression'),
-    ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is no attribute of sysfs'),
-    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is no attribute of sysfs"),
-    ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is no attribute of sysfs"),
+    ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is not a regular expression'),
+    ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is not an attribute of sysfs'),
+    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is not an attribute of sysfs"),
+    ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  with: snd/timer", 2, 9, r'a list of paths below /dev, such as ["snd/controlC\1"]'),
     ("- devicematch: a\n  with: []", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: {b: c}", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: [b, /dev/c]", 2, 13, '"/dev/c" must be a path below /dev, such as snd/controlC0'),
     ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
     ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
-    ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "no such group"),
+    ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "has no group"),
     ("- devicematch: a\n  with: [{}]", 2, 10, "expected a path below /dev, or a mapping with it"),
     ("- devicematch: a\n  with: [[b]]", 2, 10, "expected a path below /dev, or a mapping with it"),
-    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "what goes along needs a path"),
+    ("- devicematch: a\n  with: [{optional: true}]", 2, 10, "a companion needs a path"),
     ("- devicematch: a\n  with: [{path: b, optionl: true}]", 2, 20, 'unknown key "optionl"; did you mean optional?'),
     ("- devicematch: a\n  with: [{path: b, optional: 'yes'}]", 2, 30, "expected true or false, found a text"),
     ("- devicematch: a\n  with: [{path: 'b?'}]", 2, 17, 'write optional: true instead of the "?"'),
     ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
-    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not hold ".."'),
-    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "no such group"),
+    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not have a ".."'),
+    ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "has no group"),
     ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
-    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "a backslash stands for a group of devicematch or for an"),
-    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is no attribute of sysfs'),
-    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is no attribute of sysfs'),
-    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is no attribute of sysfs'),
+    ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "after a backslash, write a group of devicematch or an"),
+    ("- devicematch: a\n  resource: \\g<attr:../b>", 2, 13, '"../b" is not an attribute of sysfs'),
+    ("- devicematch: a\n  env: {A: '\\g<attr:/b>'}", 2, 12, '"/b" is not an attribute of sysfs'),
+    ("- devicematch: a\n  with: [{path: '\\g<attr:a//b>'}]", 2, 17, '"a//b" is not an attribute of sysfs'),
     ("- devicematch: a\n  with: [7]", 2, 10, "expected a text: put it in quotes"),
     ("- devicematch: a\n  env: {}", 2, 8, r"a mapping of variables, such as CAMERA: /dev/\g<0>"),
     ("- devicematch: a\n  env: [A]", 2, 8, "a mapping of variables"),
-    ("- devicematch: a\n  env: {A-B: c}", 2, 9, '"A-B" is no name of a variable'),
+    ("- devicematch: a\n  env: {A-B: c}", 2, 9, '"A-B" is not a name for a variable'),
     ("- devicematch: a\n  env: {A: 1}", 2, 12, 'put it in quotes, "1"'),
-    ("- devicematch: a\n  env: {A: \\1}", 2, 12, "no such group"),
+    ("- devicematch: a\n  env: {A: \\1}", 2, 12, "has no group"),
     ('- devicematch: a\n  env: {A: "b\\0"}', 2, 12, "a text without NUL"),
     (
         "- devicematch: ^ttyUSB0$\n- devicematch: ^a$\n- devicematch: ^video\n  resource: ttyUSB0",
@@ -1486,7 +1488,7 @@ def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
     done = node.run()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f'{node.conf}:1:16: "(" is no regular expression' in done.stderr
+    assert f'{node.conf}:1:16: "(" is not a regular expression' in done.stderr
 
 
 def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
@@ -1503,13 +1505,13 @@ def test_what_stands_at_the_confs_path_but_is_none(node: Node) -> None:
     says(f"cannot read the conf file {node.conf}: Too many levels of symbolic links")
     node.conf.unlink()
     node.conf.write_bytes(b"")
-    says(f"{node.conf}:1:1: the file holds no rule; write a list: - devicematch: ^video[0-9]*$")
+    says(f"{node.conf}:1:1: the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     node.conf.write_bytes("- devicematch: a\n# é\xe9\n".encode("latin-1"))
     says(f"{node.conf}:2:3: this is not UTF-8; save the file as UTF-8")
     node.conf.write_bytes("- devicematch: a\n".encode("utf-16"))
     says(f"{node.conf}:1:1: this is not UTF-8; save the file as UTF-8")
     node.conf.write_bytes(b"- devicematch: a\n" + b"#" * MIB)
-    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a conf?")
+    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a config file?")
     node.conf.write_bytes(b"- devicematch: \x1b[31m\n")
     says(f"{node.conf}:1:16: the character U+001B is not allowed: remove it, save as UTF-8")
     node.conf.write_bytes(b'- devicematch: a\n  permissions: "\\e[31m"\n')
@@ -1833,13 +1835,13 @@ data:
 @pytest.mark.parametrize(
     ("conf", "told"),
     [
-        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf"),
-        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; only the text"),
+        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"),
+        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; the config file"),
         (
             "- devicematch: a\n  resource: smarter-devices/zigbee\n",
-            '2:13: "smarter-devices/zigbee" must be without the domain, which --domain says: write zigbee',
+            '2:13: "smarter-devices/zigbee" must not have the domain, which --domain sets: write zigbee',
         ),
-        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must be without the domain'),
+        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must not have the domain'),
     ],
 )
 def test_a_conf_that_is_for_somewhere_else(node: Node, conf: str, told: str) -> None:
@@ -1898,7 +1900,10 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0o700)
 
 
-@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--json"], ["--manifest"]])
+WITH_OUTPUT = [["--list"], ["--list", "--json"], ["--check"], ["--manifest"], ["--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("arguments", WITH_OUTPUT)
 def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
     node.rules(GPU_RULE.format(1))
     reader, writer = os.pipe()
@@ -1909,21 +1914,50 @@ def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> Non
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize("arguments", WITH_OUTPUT)
+def test_output_that_cannot_be_written_is_one_line(node: Node, arguments: list[str]) -> None:
+    """A full disk is an error; a closed stdout is what somebody asked for."""
+    node.rules(GPU_RULE.format(1))
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    message = "smarter_device_manager.py: cannot write the output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], check=False, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_relative_path_in_a_working_directory_that_is_gone(node: Node) -> None:
+    command = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, str(SCRIPT), "--check", "--conf=c.yaml"]
+    (node.root / "cwd").mkdir()
+    done = subprocess.run(command, check=False, cwd=node.root / "cwd", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.endswith('"c.yaml" begins in the working directory, which is gone; write the whole path\n')
+
+
 def test_a_daemon_that_offers_nothing_says_where_to_look(node: Node, start: Starter) -> None:
     node.rules("- devicematch: ^nothing$\n")
     daemon = start()
     daemon.says("WARNING no rule matches a device that can be offered; see --list\n")
 
 
-def test_an_older_python_is_told_so_in_one_line() -> None:
-    """The whole file must be text that it can read until then."""
-    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
-    older = shutil.which("python3.8")
-    if older is None or subprocess.run([older, "--version"], check=False, capture_output=True).returncode:
-        pytest.skip("no Python 3.8 here")
-    done = subprocess.run([older, SCRIPT, "--list"], check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.fullmatch(r"smarter_device_manager\.py needs Python 3\.9 or newer; this is 3\.8\.\d+\n", done.stderr)
+def test_an_older_python_is_refused_in_one_line() -> None:
+    """It must be able to read the whole file, and import all that comes before the check."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 7))
+    program = f"""
+import __future__, pkgutil, runpy, sys
+class NotThere:
+    def find_spec(self, name, *_):
+        raise AssertionError(f"Python 3.7 may not have {{name}}")
+sys.meta_path.insert(0, NotThere())
+for name in ("argparse", "typing", "dataclasses"):
+    sys.modules.pop(name, None)
+sys.version_info, sys.version = (3, 7, 17), "3.7.17 (default)"
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "smarter-device-manager needs Python 3.9 or newer; this is 3.7.17\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2036,7 +2070,7 @@ def test_the_last_good_rules_stay_and_each_fault_is_one_line(node: Node, kubelet
     turns(gpu_daemon, 5)
     assert len(refused()) == 1
     node.rules("")
-    gpu_daemon.says(r"conf\.yaml:1:1: the file holds no rule.* the last good rules stay in force")
+    gpu_daemon.says(r"conf\.yaml:1:1: the file has no rules.* the last good rules stay in force")
     node.conf.unlink()
     gpu_daemon.says(r"cannot read the conf file .*: No such file or directory; the last good rules stay in force")
     node.conf.mkdir()
@@ -2074,7 +2108,7 @@ def test_a_conf_that_is_broken_is_parsed_once_for_each_change(node: Node) -> Non
     conf.start()
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
-    assert conf.error == f'{node.conf}:40001:16: "(" is no regular expression: missing ), unterminated subpattern'
+    assert conf.error == f'{node.conf}:40001:16: "(" is not a regular expression: missing ), unterminated subpattern'
     assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
     time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
     conf.follow()
@@ -2200,7 +2234,7 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
     is_ignored("Is a directory")
     kept.rmdir()
     os.mkfifo(kept)
-    is_ignored("it is no plain file")
+    is_ignored("it is not a plain file")
     kept.unlink()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(kept))
@@ -6481,7 +6515,7 @@ def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, kubelet: Kubele
 
 def told_registered(log: str) -> list[int]:
     """How many resources each line of LOG says to be registered: all in one, unless the machine is slow meanwhile."""
-    found = re.findall(r"INFO (?:(\d+) resources|\S+): registered with kubelet", log)
+    found = re.findall(r"INFO (?:(\d+) resources|\S+): registered with the kubelet", log)
     return [int(count or 1) for count in found]
 
 
@@ -6689,7 +6723,7 @@ def test_a_stream_that_kubelet_ends_is_registered_anew(node: Node, kubelet: Kube
     wait_ready(kubelet, NAMES)
     wait_for(lambda: kubelet.count("null") == 2)
     assert [kubelet.count(name) for name in NAMES] == [1, 2, 1, 1, 1]
-    daemon.says("WARNING smarter-devices/null: kubelet ended its stream")
+    daemon.says("WARNING smarter-devices/null: the kubelet ended its stream")
 
 
 def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -6784,7 +6818,7 @@ def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet,
     kubelet.wait_for("null", Healthy=1)
     first, second = kubelet.times("null")
     assert 5.0 < second - first < 8.0
-    assert daemon.log.count("kubelet opened no stream in 5 s") == 1
+    assert daemon.log.count("kubelet opened no stream within 5 s") == 1
 
 
 def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_served(
@@ -6800,7 +6834,7 @@ def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_serve
     assert 1.9 < third - second < 3.9
     wait_for(lambda: "no room" in daemon.log)
     assert daemon.log.count("no room") == 1
-    daemon.says(r"WARNING smarter-devices/null: kubelet refused its registration \(UNKNOWN\): no room\\nat the inn")
+    daemon.says(r"WARNING smarter-devices/null: the kubelet refused to register it \(UNKNOWN\): no room\\nat the inn")
     assert sum(kubelet.count(name) for name in NAMES) == 7
     kubelet.refused.clear()
     kubelet.down()
@@ -7144,27 +7178,112 @@ def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet:
     wait_ready(kubelet, names)
 
 
-STARTS = {
-    "script": [str(SCRIPT)],
-    "script in its folder": [SCRIPT.name],
-    "module": ["-m", SCRIPT.stem],
-    "installed command": ["-c", f"import sys, {SCRIPT.stem}; sys.exit({SCRIPT.stem}.main())"],  # as pip makes it
-    "isolated": ["-I", str(SCRIPT)],
+APP = "app/smarter_device_manager.py"
+MODULE = ["-m", "smarter_device_manager"]
+STARTS = {  # what Python is given in the node's root, and what ps(1) shows of that
+    "script": ([APP], MODULE),
+    "flags": (["-E", "-s", "-X", "utf8", "-W", "ignore", APP], ["-E", "-s", "-X", "utf8", "-W", "ignore", *MODULE]),
+    "link": (["link"], MODULE),
+    "other name": (["app/other-name.py"], ["-m", "other-name"]),
+    "no ending": (["app/no_ending"], ["app/no_ending"]),
+    "no name of a module": (["app/a.b.py"], ["app/a.b.py"]),
+    "name of a built-in module": (["app/time.py"], ["app/time.py"]),
+    "folder": (["app"], ["app"]),
+    "isolated": (["-I", APP], ["-I", APP]),
+    "module": (MODULE, MODULE),
+    "installed command": (["installed"], ["installed"]),  # as pip makes it
+    "profiler": (["-m", "cProfile", "-o", os.devnull, APP], ["-m", "cProfile", "-o", os.devnull, APP]),
 }
 
 
+@pytest.fixture
+def app(node: Node) -> Path:
+    """The script in a folder of its own, under several names, and a folder "cwd" full of modules to be left alone."""
+    folder = node.root / "app"
+    folder.mkdir()
+    for name in ("api_pb2.py", "api_pb2_grpc.py", SCRIPT.name):
+        shutil.copy(HERE / name, folder)
+    for name in ("other-name.py", "no_ending", "a.b.py", "time.py", "__main__.py"):
+        os.link(folder / SCRIPT.name, folder / name)
+    (node.root / "link").symlink_to(APP)
+    (node.root / "installed").write_text(f"import sys, {SCRIPT.stem}\nsys.exit({SCRIPT.stem}.main())\n")
+    (node.root / "cwd").mkdir()
+    for name in (SCRIPT.stem, "json", "asyncio", "grpc", "api_pb2"):
+        (node.root / "cwd" / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    return folder
+
+
+def shown(process: subprocess.Popen[str]) -> list[str]:
+    """What ps(1) shows of PROCESS, without the interpreter."""
+    return Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[1:-1]
+
+
 @pytest.mark.parametrize("how", STARTS)
-def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, how: str) -> None:
+def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, app: Path, how: str) -> None:
+    """And ps(1) shows a command line that a person on the node recognises, whose paths are those of the start."""
     offer(node, "null")
-    command = [sys.executable, *STARTS[how], *node.options()]
-    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    given, expected = STARTS[how]
+    options = [*node.options()[2:], "--conf", node.conf.name]
+    environment = {**os.environ, "PYTHONPATH": ":".join(["app", *filter(None, sys.path)])}
+    process = subprocess.Popen(
+        [sys.executable, *given, *options], cwd=node.root, env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         kubelet.wait_for("null", Healthy=1)
+        assert shown(process) == [*expected, *options]
+        assert Path(f"/proc/{process.pid}/cwd").samefile(node.root)
     finally:
         process.terminate()
-        _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, told
-    assert "Traceback" not in told
+        _, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("where", ["modules in it", "deleted"])
+def test_the_working_directory_of_a_script_does_not_matter(node: Node, kubelet: Kubelet, app: Path, where: str) -> None:
+    offer(node, "null")
+    command = [sys.executable, str(app / SCRIPT.name), *node.options()]
+    if where == "deleted":
+        command = ["sh", "-c", 'rm -r "$PWD"; exec "$@"', "sh", *command]
+    with subprocess.Popen(command, cwd=node.root / "cwd", stderr=subprocess.PIPE, text=True) as process:
+        kubelet.wait_for("null", Healthy=1)
+        assert shown(process) == [*MODULE, *node.options()]
+        process.terminate()
+    assert process.returncode == 0
+
+
+def test_a_restarted_script_keeps_its_name_and_environment(node: Node, app: Path) -> None:
+    """The variable that carries its name from one process to the next is not left behind."""
+    offer(node, "null")
+    shutil.rmtree(node.plugins)
+    modules = node.root / "modules"
+    modules.mkdir()
+    at_exit = "print(os.getcwd(), os.environ['PYTHONPATH'], 'SMARTER_DEVICE_MANAGER_RESTARTED' in os.environ)"
+    (modules / "sitecustomize.py").write_text(f"import atexit, os\natexit.register(lambda: {at_exit})\n")
+    environment = {**os.environ, "PYTHONPATH": "modules"}
+    command = [sys.executable, "link", *node.options()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=node.root, env=environment)
+    assert (done.returncode, done.stderr[:28]) == (1, "link: there is no directory ")
+    assert done.stdout == f"{node.root} {modules} False\n"
+
+
+@needs_root
+def test_a_script_takes_no_more_memory_than_a_module(node: Node, kubelet: Kubelet, app: Path) -> None:
+    """Python keeps the syntax tree of a script, 20 MB, until the end."""
+    offer(node, "null")
+
+    def memory(*arguments: str) -> int:
+        with subprocess.Popen(
+            [sys.executable, *arguments, *node.options()], cwd=app, stderr=subprocess.DEVNULL
+        ) as process:
+            kubelet.wait_for("null", Healthy=1)
+            resident = psutil.Process(process.pid).memory_info().rss
+            process.terminate()
+        kubelet.wait_for("null", Healthy=0)
+        return resident
+
+    memory(*MODULE)  # leaves byte code
+    assert memory(SCRIPT.name) < memory(*MODULE) + 3 * MIB
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -7188,12 +7307,12 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, 
     os.mkfifo(node.root / "fifo")
     done = node.run("--conf", str(node.root / "fifo"))
     assert done.returncode == 1
-    assert f"{node.root}/fifo:1:1: this is no plain file" in done.stderr and "Traceback" not in done.stderr
+    assert f"{node.root}/fifo:1:1: this is not a plain file" in done.stderr and "Traceback" not in done.stderr
     offer(node, "null")
     daemon = start()
     kubelet.wait_for("null", Healthy=1)
     (node.root / "fifo").rename(node.conf)
-    daemon.says("this is no plain file; .* the last good rules stay in force")
+    daemon.says("this is not a plain file; .* the last good rules stay in force")
     stops_well(daemon, node)
 
 
@@ -7416,7 +7535,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     if answer.startswith(b"\xff"):
         daemon.says("WARNING what a client or kubelet sent is no message")
     else:
-        daemon.says("WARNING 2 resources: kubelet refused its registration")
+        daemon.says("WARNING 2 resources: the kubelet refused to register it")
     if answer.startswith(b"\xff"):
         kubelet.do(server.stop(None))
     else:
@@ -8073,7 +8192,7 @@ class ApiCall(NamedTuple):
 
 
 class ApiServer(sdm.SimulatedApiServer):
-    """The stand-in API server on the kubelets' thread, and faults for it to show."""
+    """The simulated API server on the kubelets' thread, and faults for it to show."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(NODE_NAME)
@@ -8191,7 +8310,7 @@ class ApiServer(sdm.SimulatedApiServer):
 
 
 class DraKubelet(sdm.SimulatedDraKubelet):
-    """The stand-in kubelet for drivers, on the kubelets' thread: it registers every socket that appears."""
+    """The simulated kubelet for drivers, on the kubelets' thread: it registers every socket that appears."""
 
     loop = property(lambda self: Kubelet.loop)
 
@@ -8203,7 +8322,7 @@ class DraKubelet(sdm.SimulatedDraKubelet):
         self._watcher: asyncio.Task[None] | None = None
 
     def up(self) -> DraKubelet:
-        self.api.remove_slices()  # as kubelet does when it starts
+        self.do(self._remove_slices())
         self._seen.clear()
         self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)  # type: ignore[assignment]
         return self
@@ -8214,16 +8333,28 @@ class DraKubelet(sdm.SimulatedDraKubelet):
         Kubelet.do(self, self.stop())
         self.drivers.clear()
 
+    async def _remove_slices(self) -> None:
+        """What the kubelet does when it starts."""
+        self.api.remove_slices()
+
     async def _watch(self) -> None:
         while True:
             with contextlib.suppress(OSError, grpc.RpcError):  # it went just now, or nobody listens
-                for item in os.scandir(f"{self.folder}/plugins_registry"):
-                    found = item.stat()
-                    seen = (found.st_ino, found.st_ctime_ns)
-                    if not item.name.startswith(".") and self._seen.get(item.name) != seen:
-                        self.infos.append(await self.register(item.name))
-                        self._seen[item.name] = seen
+                for name, socket_file in self._sockets().items():
+                    if self._seen.get(name) != socket_file:
+                        self.infos.append(await self.register(name))
+                        self._seen[name] = socket_file
             await asyncio.sleep(0.01)
+
+    def _sockets(self) -> dict[str, tuple[int, int]]:
+        """What stands in plugins_registry: inode and time of change by name. Raises OSError."""
+        items = [item for item in os.scandir(f"{self.folder}/plugins_registry") if not item.name.startswith(".")]
+        return {item.name: (found.st_ino, found.st_ctime_ns) for item in items for found in [item.stat()]}
+
+    def find_unregistered(self) -> set[str]:
+        """The sockets that are there and not registered."""
+        sockets = self._sockets().items()
+        return {name for name, _ in sockets - self._seen.items()}
 
     def do(self, work: Any) -> Any:
         return Kubelet.do(self, work)  # type: ignore[arg-type]
@@ -8299,10 +8430,8 @@ class Cluster:
         wait_for(lambda: "smarter-devices" in self.kubelet.drivers and len(self.api.classes()) > len(resources))
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA, another CA, and certificates of theirs for a server at 127.0.0.1; and one for another host."""
-    folder = tmp_path_factory.mktemp("ca")
+def make_certificates(folder: Path) -> Path:
+    """Make in FOLDER a CA, another CA, certificates of theirs for a server at 127.0.0.1, and one for another host."""
 
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
@@ -8318,6 +8447,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         signing = ["-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "9", "-extfile", "extensions"]
         openssl("x509", "-req", "-in", f"{server}.csr", *signing, "-out", f"{server}.crt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_certificates(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture
@@ -8403,7 +8537,7 @@ def test_what_is_published_already_is_not_written_again(camera: Cluster, start: 
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
     daemon = start(*camera.options())
-    daemon.says("registered with kubelet")
+    daemon.says("registered with the kubelet")
     wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
     assert daemon.stop() == 0
     assert camera.api.writes() == writes
@@ -8556,7 +8690,9 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
         {"namespace": "a/b"},
         {"name": "x?y"},
     ):
-        assert "is none" in error(pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names}))
+        assert "is not one" in error(
+            pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names})
+        )
     camera.api.put(camera.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}})
     assert "not allocated" in error(claim)
     gone = camera.claim("video0-0")
@@ -8759,7 +8895,7 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert status.ask("/healthz").status == 200
     camera.api.up()
     camera.ready("video0-0", "video0-1")
-    daemon.says("the API server does again what it is asked")
+    daemon.says("the API server does what it is asked again")
     claim = camera.claim("video0-0")
     nodes = camera.gives(claim)
     camera.api.down()
@@ -8990,7 +9126,7 @@ def test_the_looks_at_the_slices_are_often_enough() -> None:
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
-    daemon.says("kubelet has not registered the driver; waiting for it")
+    daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
@@ -8998,7 +9134,7 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
     for count in (2, 3):
         camera.kubelet.down()
         camera.kubelet.up()
-        wait_for(lambda count=count: daemon.log.count("registered with kubelet") == count)
+        wait_for(lambda count=count: daemon.log.count("registered with the kubelet") == count)
         camera.wait_for_devices("video0-0", "video0-1")
         assert camera.gives(claim)
 
@@ -9015,7 +9151,7 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
     path = Path(camera.kubelet.folder) / which
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     daemon.says("a socket file of the driver was deleted or replaced")
-    wait_for(lambda: daemon.log.count("registered with kubelet") == 2)
+    wait_for(lambda: daemon.log.count("registered with the kubelet") == 2)
     assert camera.gives(claim)
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
 
@@ -9031,7 +9167,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     second.says("another instance serves the driver smarter-devices; waiting for its end")
     count = len(camera.api.calls)
     first.kill()
-    second.says("registered with kubelet")
+    second.says("registered with the kubelet")
     assert camera.gives(claim)
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
     assert len(camera.api.calls) > count
@@ -9055,7 +9191,7 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
             await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
 
     camera.kubelet.do(refuse())
-    daemon.says("kubelet refused the driver: not on my watch")
+    daemon.says("the kubelet refused the driver: not on my watch")
     assert "not on my watch" in status.wait_for("/readyz", 503).body
 
 
@@ -9619,7 +9755,7 @@ def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter
             return [event for event in status.document()["events"] if event["event"] == "refused"]
 
         message = wait_for(refused)[0]["message"]
-        assert "kubelet refused its registration (UNKNOWN): no no no" in message
+        assert "kubelet refused to register it (UNKNOWN): no no no" in message
         assert len(message) == sdm.MAX_TEXT + len("...")
     finally:
         kubelet.down()
@@ -9696,7 +9832,9 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
     kubelet.up()
     try:
-        expected = "smarter-devices/nvidia-gpu1: not registered with the kubelet: kubelet refused .*not on my watch\n"
+        expected = (
+            "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
+        )
         wait_for(lambda: re.fullmatch(expected, status.ask("/readyz").body))
         assert status.ask("/readyz").status == 503
         wait_for(lambda: re.search(r"nvidia-gpu1: not registered.*not on my watch", status.document()["problems"][0]))
@@ -11013,7 +11151,7 @@ def test_what_was_refused_is_logged_at_any_level_and_nothing_else(node: Node, fo
         with pytest.raises(grpc.RpcError):
             kubelet.take("nvidia-gpu0", "99")
         daemon.says(r'WARNING Allocate refused: no device ID "99"')
-        daemon.says(r"WARNING smarter-devices/nvidia-gpu1: kubelet refused its registration .*not on my watch")
+        daemon.says(r"WARNING smarter-devices/nvidia-gpu1: the kubelet refused to register it .*not on my watch")
         assert daemon.stop() == 0
         assert all("refused" in line for line in daemon.log.splitlines()), daemon.log
     finally:
