@@ -3021,10 +3021,14 @@ class EventRing(logging.Handler):
         return self._events
 
 
-def shorten_decode_error(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
+def filter_grpc(record: logging.LogRecord) -> bool:
+    """A filter for grpc's loggers, for what clients do is no bug of ours: bytes that are not a message need no
+    traceback, and an answer that cannot be sent to a client that has gone needs no line."""
+    error = type(record.exc_info[1]).__name__ if record.exc_info else ""
+    if error == "ExecuteBatchError":
+        return False
+    if record.exc_info and error == "DecodeError":
+        record.msg, record.args = "what a client or the kubelet sent is no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
@@ -3088,7 +3092,7 @@ def load_grpc(with_tls: bool = False) -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(shorten_decode_error)
+        logging.getLogger(name).addFilter(filter_grpc)
 
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
@@ -3104,7 +3108,7 @@ def answered(method: Method) -> Method:
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # the latter: the client has gone
             raise
         except Exception as error:
             log_internal_error(f"{self.full_name}: {method.__name__} failed")

@@ -7533,7 +7533,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     offer(node, "null", "zero")
     daemon = start()
     if answer.startswith(b"\xff"):
-        daemon.says("WARNING what a client or kubelet sent is no message")
+        daemon.says("WARNING what a client or the kubelet sent is no message")
     else:
         daemon.says("WARNING 2 resources: the kubelet refused to register it")
     if answer.startswith(b"\xff"):
@@ -7593,6 +7593,21 @@ def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet:
     assert status.metrics()["internal_errors_total"] >= 1
     assert any(event["event"] == "internal-error" for event in status.document()["events"])
     assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: Kubelet) -> None:
+    """grpc says so by an exception of its own, a moment before it cancels the call."""
+    node.plug("video0")
+    node.rules("- devicematch: video\n  resource: pool\n")
+    gone = "from grpc._cython.cygrpc import ExecuteBatchError\ndef fail(*_):\n    raise ExecuteBatchError('gone')\n"
+    daemon = broken_daemon(node, f"{gone}sdm.ListStream.next = fail")
+    wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
+    with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError):
+        list(stub.ListAndWatch(pb.Empty(), timeout=0.5))
+    assert Status(daemon).metrics()["internal_errors_total"] == 0
+    assert daemon.stop() == 0
+    assert "bug" not in daemon.log and "ERROR" not in daemon.log and "Traceback" not in daemon.log
 
 
 @needs_root
