@@ -5995,16 +5995,14 @@ class Family(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Its type."""
         return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def full_name(self) -> str:
-        """Its name as it is exported; those of a process have the names that all Prometheus clients give them."""
+        """The exported name; those of a process are the names that all Prometheus clients give them."""
         return self.name if self.name.startswith("process_") else PREFIX + self.name
 
     def samples(self, document: Document) -> Samples:
-        """Its samples in DOCUMENT."""
         if not isinstance(self.source, str):
             return self.source(document)
         part, _, key = self.source.partition(".")
@@ -6349,7 +6347,7 @@ Response = Tuple[bytes, bytes]  # head and body: the same object for all who get
 
 
 class Unanswerable(Exception):
-    """A request that gets an error: its status."""
+    """A request that is answered with the error STATUS."""
 
     def __init__(self, status: int) -> None:
         super().__init__(_PHRASES[status])
