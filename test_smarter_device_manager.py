@@ -8793,6 +8793,90 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
 
 
 @needs_root
+def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    camera.api.fault = lambda verb, kind: answer_bytes(200, {"metadata": 7}) if kind == "resourceclaims" else None
+    daemon = start(*camera.options())
+    daemon.says("what the API server sends as a ResourceClaim has no uid")
+    assert camera.gives(claim), "it is prepared"
+    camera.api.fault = lambda verb, kind: None
+    assert camera.gives(claim)
+
+
+@needs_root
+def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
+    """It has read the CDI files by then, and would not know of another."""
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    prepared, claim = camera.claim("video0-0"), camera.claim("video0-1")
+    camera.gives(prepared)
+
+    def end(verb: str, kind: str) -> float:
+        daemon.process.send_signal(signal.SIGTERM)
+        return 0.15
+
+    camera.api.fault = end
+    assert "this instance of the driver has ended" in camera.prepare(claim).error
+    assert not camera.file(claim).exists()
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_cdi_file_that_cannot_be_read_is_not_forgotten(camera: Cluster, start: Starter) -> None:
+    camera.cdi.mkdir()
+    path = camera.cdi / "smarter-devices_0000-9.json"
+    path.symlink_to(path)
+    daemon = start(*camera.options())
+    daemon.says(f"cannot serve in {path}: Too many levels of symbolic links")
+    path.unlink()
+    (camera.cdi / path.name).mkdir()  # whatever that is, it is not ours
+    camera.ready("video0-0", "video0-1")
+    assert daemon.log.count("cannot serve") == 1
+
+
+@needs_root
+def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
+    camera: Cluster, start: Starter
+) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-1")
+    given = camera.gives(claim)
+    camera.node.rules("- devicematch: ^video7$\n")
+    camera.wait_for_devices()
+    assert camera.gives(claim) == given
+    assert "offers no device" in camera.prepare(camera.claim("video0-0")).error
+    camera.node.unplug("video0")
+    camera.wait_for_devices("video0-1")
+    assert camera.api.tainted() == {"video0-1"}
+    assert ":gone" in camera.file(claim).read_text()
+    assert camera.prepare(claim).error == "smarter-devices: /dev/video0: it is gone"
+    camera.node.plug("video0")
+    camera.wait_for_devices()
+    assert camera.gives(claim) == given
+
+
+@needs_root
+def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    camera.cdi.chmod(0o555)
+    camera.node.unplug("video0")
+    daemon.says(f"cannot write {camera.file(claim)}: Permission denied")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert ":gone" not in camera.file(claim).read_text()
+    camera.cdi.chmod(0o755)
+    wait_for(lambda: ":gone" in camera.file(claim).read_text())
+    assert daemon.log.count("cannot write") == 1
+
+
+@needs_root
 def test_a_device_that_comes_back_under_another_number_is_given_again(
     node: Node, cluster: Cluster, start: Starter
 ) -> None:
