@@ -6944,7 +6944,7 @@ class KeptFile:
         self.path = path
         self._what = what
         self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
+        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that holds it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
