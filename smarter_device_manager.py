@@ -3019,9 +3019,13 @@ class EventRing(logging.Handler):
         return self._events
 
 
-def shorten_decode_error(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers: bytes that cannot be decoded are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
+def filter_grpc(record: logging.LogRecord) -> bool:
+    """A filter for grpc's loggers, for what clients do is no bug of ours: bytes that are not a message need no
+    traceback, and an answer that cannot be sent to a client that has gone needs no line."""
+    error = type(record.exc_info[1]).__name__ if record.exc_info else ""
+    if error == "ExecuteBatchError":
+        return False
+    if record.exc_info and error == "DecodeError":
         record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
@@ -3086,7 +3090,7 @@ def load_grpc(with_tls: bool = False) -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(shorten_decode_error)
+        logging.getLogger(name).addFilter(filter_grpc)
 
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
@@ -3102,7 +3106,7 @@ def answered(method: Method) -> Method:
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # the latter: the client has gone
             raise
         except Exception as error:
             log_internal_error(f"{self.full_name}: {method.__name__} failed")
@@ -4505,6 +4509,7 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+NOT_SERVED = "this instance of the driver has ended; the next one will do it"  # and must know of it
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
 # their methods with the names of the messages in api.proto.
@@ -4697,6 +4702,11 @@ def _checked_text(value: object) -> str:
     return value
 
 
+def claim_path(namespace: str, name: str) -> str:
+    """The path of a ResourceClaim on the API server."""
+    return f"{_API}/namespaces/{namespace}/resourceclaims/{name}"
+
+
 def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
     """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
 
@@ -4885,6 +4895,17 @@ class ApiServer:
             return answer.document
         raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
 
+    async def find(
+        self, verb: str, path: str, body: Optional[Document] = None, *, absent: Tuple[int, ...]
+    ) -> Optional[Document]:
+        """call(); None where the status is one of ABSENT. Raises ApiError."""
+        try:
+            return await self.call(verb, path, body)
+        except ApiError as error:
+            if error.status not in absent:
+                raise
+            return None
+
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
         code = "error"
@@ -5069,8 +5090,8 @@ class Publisher:
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._copies: Optional[Dict[str, Document]] = None  # the server's slices, by name; None: to be listed
-        self._written: Dict[str, Tuple[object, List[Document]]] = {}  # resourceVersion and devices, by name
+        self._published: List[List[Document]] = []  # what was wanted when the slices were published last, and the
+        self._versions: Mapping[str, object] = {"": ""}  # resourceVersions that they have had since then, by name
         self._node_uid = ""
         self._classes: Set[str] = set()  # names of those that exist
         self._next_class_look = 0.0
@@ -5086,7 +5107,7 @@ class Publisher:
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._copies, self._next_class_look = None, 0.0
+        self._next_class_look = 0.0
         self._changed.set()
         self._urgent.set()
 
@@ -5103,8 +5124,7 @@ class Publisher:
                 await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
             else:
                 await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-                if not await wait_for_event(self._changed, COMPARE_SECONDS):
-                    self._copies = None
+                await wait_for_event(self._changed, COMPARE_SECONDS)
 
     async def _advance(self) -> float:
         """Publish what the API server accepts; the seconds for which it must be left alone."""
@@ -5131,24 +5151,21 @@ class Publisher:
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
-        for _ in range(3):
-            is_listed = self._copies is None
-            try:
-                copies = self._copies = self._copies if self._copies is not None else await self._list_slices()
-                if is_listed and not (self._node_uid and self._is_published(copies)):
-                    self._node_uid = await self._read_node_uid()  # it differs if the Node was deleted and made again
-                    self._next_class_look = 0.0  # the classes may be gone too, or the server be another one
-                if not self._is_published(copies):
-                    await self._write_slices(copies)
-                self.slices, self.devices = len(copies), sum(map(len, self._wanted))
-                self.published_at = time.time()
-                return
-            except ApiError as error:
-                self._copies = None  # what the server has is unknown now
-                if not isinstance(error, ConflictError):
+        for tries_left in (2, 1, 0):
+            wanted, copies = self._wanted, await self._list_slices()
+            is_unchanged = _versions(copies) == self._versions
+            if not is_unchanged:  # by us; the Node may be another one then, and the classes be gone
+                self._node_uid, self._next_class_look = await self._read_node_uid(), 0.0
+            if not is_unchanged or wanted != self._published:
+                try:
+                    await self._replace(copies, wanted)
+                except ConflictError:
+                    if tries_left:
+                        continue
                     raise
-                conflict = error  # somebody else has written: list again, at once
-        raise conflict
+            self._published, self._versions = wanted, _versions(copies)
+            self.slices, self.devices, self.published_at = len(wanted), sum(map(len, wanted)), time.time()
+            return
 
     async def _list_slices(self) -> Dict[str, Document]:
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
@@ -5162,52 +5179,36 @@ class Publisher:
         return copies
 
     async def _read_node_uid(self) -> str:
-        try:
-            return _uid(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404) from None
+        node = await self._api.find("get", f"/api/v1/nodes/{self._node}", absent=(404,))
+        if node is None:
+            raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404)
+        return _check_uid(node, "a Node")
 
-    def _slices(self, generation: int, copies: Mapping[str, Document]) -> Dict[str, Document]:
-        """The wanted slices by name, with what is needed to replace COPIES by them."""
-        slices = {}
-        pool = {"name": self._node, "generation": generation, "resourceSliceCount": len(self._wanted)}
-        for index, devices in enumerate(self._wanted):
-            body = resource_slice(self._domain, self._node, self._node_uid, index, pool, devices)
-            name = body["metadata"]["name"]
+    async def _replace(self, copies: Dict[str, Document], wanted: List[List[Document]]) -> None:
+        """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
+        generations = set(map(_generation, copies.values()))
+        pool = {"name": self._node, "generation": 1 + max(generations, default=0), "resourceSliceCount": len(wanted)}
+        slices = {
+            slice_name(self._node, self._domain, index): resource_slice(
+                self._domain, self._node, self._node_uid, index, pool, devices
+            )
+            for index, devices in enumerate(wanted)
+        }
+        has_all = copies.keys() == slices.keys() and len(generations) <= 1
+        if has_all and all(comparable_slice(copies[name]) == comparable_slice(body) for name, body in slices.items()):
+            return
+        for name, body in slices.items():
             if name in copies:
                 body["metadata"]["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
-            slices[name] = body
-        return slices
-
-    def _is_published(self, copies: Mapping[str, Document]) -> bool:
-        """Whether COPIES are the wanted slices."""
-        slices = self._slices(0, copies)
-        return (
-            copies.keys() == slices.keys()
-            and len({_generation(copy) for copy in copies.values()}) <= 1
-            and all(
-                self._written.get(name) == _version_and_devices(copies[name], wanted)
-                or comparable_slice(copies[name]) == comparable_slice(wanted)
-                for name, wanted in slices.items()
-            )
-        )
-
-    async def _write_slices(self, copies: Dict[str, Document]) -> None:
-        """Write every wanted slice, in a new generation, and delete all others."""
-        generation = 1 + max(map(_generation, copies.values()), default=0)
-        slices = self._slices(generation, copies)
-        for name, body in slices.items():
-            verb, path = ("update", f"/{name}") if name in copies else ("create", "")
-            copies[name] = await self._write(verb, path, body)
-            self._written[name] = _version_and_devices(copies[name], body)
+                copies[name] = await self._write("update", f"/{name}", body)
+            else:
+                copies[name] = await self._write("create", "", body)
         for name in copies.keys() - slices.keys():
             await self._write("delete", f"/{name}")
             del copies[name]
-        count = sum(len(body["spec"]["devices"]) for body in slices.values())
-        sentence = f"published {pluralize(count, 'device')} in {pluralize(len(slices), 'ResourceSlice')}"
-        log_event("published", sentence, generation=generation)
+        count = pluralize(sum(map(len, wanted)), "device")
+        sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
+        log_event("published", sentence, generation=pool["generation"])
 
     async def _write(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
         try:
@@ -5223,32 +5224,20 @@ class Publisher:
         if now >= self._next_class_look:
             self._classes.clear()
             self._next_class_look = now + CLASS_SECONDS
-        for body in [device_class(self._domain), *(device_class(self._domain, name) for name in self._resources)]:
-            name = body["metadata"]["name"]
+        for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
+            name, path = body["metadata"]["name"], f"{_API}/deviceclasses"
             if name not in self._classes:
-                await self._make_class(name, body)
+                is_missing = await self._api.find("get", f"{path}/{name}", absent=(404,)) is None
+                if is_missing and await self._api.find("create", path, body, absent=(409,)):
+                    log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
                 self._classes.add(name)
 
-    async def _make_class(self, name: str, body: Document) -> None:
-        try:
-            await self._api.call("get", f"{_API}/deviceclasses/{name}")
-            return
-        except ApiError as error:
-            if error.status != 404:
-                raise
-        try:
-            await self._api.call("create", f"{_API}/deviceclasses", body)
-            log_event("class-made", "made a DeviceClass", name=name)
-        except ApiError as error:
-            if error.status != 409:  # another node has just made it
-                raise
 
-
-def _uid(document: Document, kind: str) -> str:
+def _check_uid(document: Document, kind: str) -> str:
     """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
     uid = _dig(document, "metadata", "uid")
     if not isinstance(uid, str) or not uid:
-        raise ApiError(f"what the API server sends as {kind} is none", 200)
+        raise ApiError(f"what the API server sends as {kind} has no uid", 200)
     return uid
 
 
@@ -5257,8 +5246,8 @@ def _generation(resource_slice: Document) -> int:
     return generation if type(generation) is int else 0
 
 
-def _version_and_devices(copy: Document, wanted: Document) -> Tuple[object, List[Document]]:
-    return _dig(copy, "metadata", "resourceVersion"), wanted["spec"]["devices"]
+def _versions(slices: Mapping[str, Document]) -> Mapping[str, object]:
+    return {name: _dig(item, "metadata", "resourceVersion") for name, item in slices.items()}
 
 
 # The driver.
@@ -5303,7 +5292,7 @@ class DraSide(KubeletSide):
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.prepare_errors = 0
-        self.prepared: Dict[str, int] = {}  # how many slots, by resource
+        self.prepared: Dict[str, int] = {}  # numbers of slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: PlanSlots = {}  # those of the plan
@@ -5445,14 +5434,13 @@ class DraSide(KubeletSide):
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
     async def _end(self) -> None:
-        """Stop to serve and to publish. The slices stay for the next instance."""
+        """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
+        self.publisher, self.is_registered = None, False
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
-        servers, self._servers = self._servers, []
+        servers, self._servers, self._publishing = self._servers, [], None
         await asyncio.gather(*(server.stop() for server in reversed(servers)))
-        self.publisher = self._publishing = None
-        self.is_registered = False
 
     def _log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
@@ -5516,6 +5504,8 @@ class DraSide(KubeletSide):
         """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
         requests = await self._read_requests(claim)
         # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
+        if not self.publisher:
+            raise AllocationError("UNAVAILABLE", NOT_SERVED)
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
@@ -5545,21 +5535,21 @@ class DraSide(KubeletSide):
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
             raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         try:
-            found = await self._read_claim(claim.namespace, claim.name)
+            found = await self.api.call("get", claim_path(claim.namespace, claim.name))
+            uid = _check_uid(found, "a ResourceClaim")
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
                 return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
             raise
-        if _uid(found, "a ResourceClaim") != claim.uid:
+        if uid != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
             raise AllocationError("NOT_FOUND", text)
         return allocated_devices(found, self.domain, self.settings.node)
 
-    async def _read_claim(self, namespace: str, name: str) -> Document:
-        return await self.api.call("get", f"{_API}/namespaces/{namespace}/resourceclaims/{name}")
-
     def _unprepare(self, uid: str) -> str:
         """Remove the CDI file of the claim UID; why that failed, or an empty text."""
+        if not self.publisher:
+            return f"{self.domain}: {NOT_SERVED}"
         self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
@@ -5587,9 +5577,8 @@ class DraSide(KubeletSide):
             devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            self.publisher.want(
-                [*devices, *(lost_device(device, self.domain) for device in lost)], list(self._plan.resources)
-            )
+            devices += [lost_device(device, self.domain) for device in lost]
+            self.publisher.want(devices, list(self._plan.resources))
 
     def _is_gone(self, device: PreparedDevice) -> bool:
         """Whether DEVICE is gone, or another device is in its place.
@@ -5641,14 +5630,10 @@ class DraSide(KubeletSide):
         """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
-            try:
-                uid = _uid(await self._read_claim(claim.namespace, claim.name), "a ResourceClaim")
-            except ApiError as error:
-                if error.status != 404:
-                    raise
-                uid = ""
+            found = await self.api.find("get", claim_path(claim.namespace, claim.name), absent=(404,))
+            is_gone = found is None or _check_uid(found, "a ResourceClaim") != claim.uid
             self._unchecked.pop()
-            if uid != claim.uid:
+            if is_gone:
                 self._unprepare(claim.uid)
 
 
@@ -5989,16 +5974,14 @@ class Family(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Its type."""
         return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def full_name(self) -> str:
-        """Its name as it is exported; those of a process have the names that all Prometheus clients give them."""
+        """The exported name; those of a process are the names that all Prometheus clients give them."""
         return self.name if self.name.startswith("process_") else PREFIX + self.name
 
     def samples(self, document: Document) -> Samples:
-        """Its samples in DOCUMENT."""
         if not isinstance(self.source, str):
             return self.source(document)
         part, _, key = self.source.partition(".")
@@ -6343,7 +6326,7 @@ Response = Tuple[bytes, bytes]  # head and body: the same object for all who get
 
 
 class Unanswerable(Exception):
-    """A request that gets an error: its status."""
+    """A request that is answered with the error STATUS."""
 
     def __init__(self, status: int) -> None:
         super().__init__(_PHRASES[status])
@@ -6961,7 +6944,7 @@ class KeptFile:
         self.path = path
         self._what = what
         self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that has it
+        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that has it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:

@@ -7598,6 +7598,21 @@ def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet:
 
 
 @needs_root
+def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: Kubelet) -> None:
+    """grpc says so by an exception of its own, a moment before it cancels the call."""
+    node.plug("video0")
+    node.rules("- devicematch: video\n  resource: pool\n")
+    gone = "from grpc._cython.cygrpc import ExecuteBatchError\ndef fail(*_):\n    raise ExecuteBatchError('gone')\n"
+    daemon = broken_daemon(node, f"{gone}sdm.ListStream.next = fail")
+    wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
+    with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError):
+        list(stub.ListAndWatch(pb.Empty(), timeout=0.5))
+    assert Status(daemon).metrics()["internal_errors_total"] == 0
+    assert daemon.stop() == 0
+    assert "bug" not in daemon.log and "ERROR" not in daemon.log and "Traceback" not in daemon.log
+
+
+@needs_root
 def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """A link's target, and a node in a folder, both of which came after the last look."""
     node.plug("video0")
@@ -8780,6 +8795,90 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
 
 
 @needs_root
+def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    camera.api.fault = lambda verb, kind: answer_bytes(200, {"metadata": 7}) if kind == "resourceclaims" else None
+    daemon = start(*camera.options())
+    daemon.says("what the API server sends as a ResourceClaim has no uid")
+    assert camera.gives(claim), "it is prepared"
+    camera.api.fault = lambda verb, kind: None
+    assert camera.gives(claim)
+
+
+@needs_root
+def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
+    """It has read the CDI files by then, and would not know of another."""
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    prepared, claim = camera.claim("video0-0"), camera.claim("video0-1")
+    camera.gives(prepared)
+
+    def end(verb: str, kind: str) -> float:
+        daemon.process.send_signal(signal.SIGTERM)
+        return 0.15
+
+    camera.api.fault = end
+    assert "this instance of the driver has ended" in camera.prepare(claim).error
+    assert not camera.file(claim).exists()
+    assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_cdi_file_that_cannot_be_read_is_not_forgotten(camera: Cluster, start: Starter) -> None:
+    camera.cdi.mkdir()
+    path = camera.cdi / "smarter-devices_0000-9.json"
+    path.symlink_to(path)
+    daemon = start(*camera.options())
+    daemon.says(f"cannot serve in {path}: Too many levels of symbolic links")
+    path.unlink()
+    (camera.cdi / path.name).mkdir()  # whatever that is, it is not ours
+    camera.ready("video0-0", "video0-1")
+    assert daemon.log.count("cannot serve") == 1
+
+
+@needs_root
+def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
+    camera: Cluster, start: Starter
+) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-1")
+    given = camera.gives(claim)
+    camera.node.rules("- devicematch: ^video7$\n")
+    camera.wait_for_devices()
+    assert camera.gives(claim) == given
+    assert "offers no device" in camera.prepare(camera.claim("video0-0")).error
+    camera.node.unplug("video0")
+    camera.wait_for_devices("video0-1")
+    assert camera.api.tainted() == {"video0-1"}
+    assert ":gone" in camera.file(claim).read_text()
+    assert camera.prepare(claim).error == "smarter-devices: /dev/video0: it is gone"
+    camera.node.plug("video0")
+    camera.wait_for_devices()
+    assert camera.gives(claim) == given
+
+
+@needs_root
+def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    camera.cdi.chmod(0o555)
+    camera.node.unplug("video0")
+    daemon.says(f"cannot write {camera.file(claim)}: Permission denied")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert ":gone" not in camera.file(claim).read_text()
+    camera.cdi.chmod(0o755)
+    wait_for(lambda: ":gone" in camera.file(claim).read_text())
+    assert daemon.log.count("cannot write") == 1
+
+
+@needs_root
 def test_a_device_that_comes_back_under_another_number_is_given_again(
     node: Node, cluster: Cluster, start: Starter
 ) -> None:
@@ -9203,6 +9302,7 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
     status = Status(daemon)
     assert "not registered with the kubelet yet" in status.wait_for("/readyz", 503).body
+    assert status.ask("/").body.count("not registered") == 1, "what is true of all is said once"
     camera.kubelet.up()
     status.wait_for("/readyz", 200)
     claim = camera.claim("video0-1")
@@ -9426,7 +9526,7 @@ class Tracer:
 
 @pytest.fixture
 def folder(node: Node) -> Path:
-    """One device, with four slots, that takes no root to make: its folder."""
+    """The folder of one device with four slots, which needs no root."""
     node.rules(GPUS)
     return node.sysfs("gpu.0", {})
 
@@ -9533,7 +9633,7 @@ def test_slots_in_use_and_their_holders(node: Node, served: Status, kubelet: Kub
     assert metrics["slots_in_use", "smarter-devices/nvidia-gpu0"] == 2
     assert metrics["slot_holder", "smarter-devices/nvidia-gpu0", "nvidia-gpu0", "default", "detector-0", "main"] == 1
     page = served.ask("/").body
-    assert 'width="50%"' in page
+    assert 'width="50%"' in page and "4 slots, 2 in use" in page
     (row,) = re.findall(r'<tr id="nvidia-gpu0".*?</tr>', page, re.DOTALL)
     assert " ".join(Tags(row).text.split()) == (
         "smarter-devices/nvidia-gpu0 2 of 4 nvidia-gpu0main of default/detector-0 slots 0, 3"
@@ -9562,7 +9662,7 @@ IS_NO_ANSWER: Mapping[str, Callable[[pb.ListPodResourcesResponse], bytes]] = {
 
 
 @pytest.mark.parametrize("how", IS_NO_ANSWER)
-def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status, kubelet: Kubelet, how: str) -> None:
+def test_an_invalid_answer_makes_the_use_unknown(node: Node, served: Status, kubelet: Kubelet, how: str) -> None:
     kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     good = kubelet.pod_resources.answer
@@ -9570,7 +9670,8 @@ def test_an_answer_that_is_none_makes_the_use_unknown(node: Node, served: Status
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] is None)
     assert served.resource("nvidia-gpu0")["holders"] is None
     assert not [name for name in served.metrics() if name[0] in ("slots_in_use", "slot_holder")]
-    assert "unknown, of 4" in served.ask("/").body
+    page = served.ask("/").body
+    assert "unknown, of 4" in page and "4 slots, use unknown" in page
     assert re.search(r"^\?/4 ", node.run("--status", served.address).stdout, re.MULTILINE)
     assert served.ask("/readyz").status == served.ask("/healthz").status == 200
     kubelet.pod_resources.answer = good
@@ -9609,7 +9710,7 @@ def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status,
 
 
 def hostile_server(path: Path, work: Callable[[socket.socket], object]) -> contextlib.closing[socket.socket]:
-    """A Unix socket at PATH of which every client gets WORK, until it is closed."""
+    """A Unix socket at PATH that does WORK with every client until it is closed."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
@@ -9637,7 +9738,7 @@ KEPT: list[socket.socket] = []  # connections that nobody closes
     ],
     ids=["closes", "says nothing", "speaks something else"],
 )
-def test_what_answers_in_the_place_of_the_kubelet_is_borne(
+def test_any_server_in_place_of_the_kubelet_makes_the_use_unknown(
     node: Node, folder: Path, start: Starter, work: Callable[[socket.socket], object]
 ) -> None:
     with hostile_server(node.pod_resources, work):
@@ -9648,7 +9749,7 @@ def test_what_answers_in_the_place_of_the_kubelet_is_borne(
         client.close()
 
 
-def test_a_kubelet_that_does_not_say_who_has_what_in_time_keeps_no_probe_waiting(
+def test_a_kubelet_that_is_slow_to_list_holders_keeps_no_probe_waiting(
     node: Node, served: Status, kubelet: Kubelet
 ) -> None:
     kubelet.pod_resources.delay = PATIENCE
@@ -9669,7 +9770,7 @@ def test_a_kubelet_that_does_not_say_who_has_what_in_time_keeps_no_probe_waiting
     assert time.monotonic() - begin < sdm.POD_RESOURCES_SECONDS
 
 
-def test_who_has_what_is_asked_when_somebody_looks_and_never_else(node: Node, served: Status, kubelet: Kubelet) -> None:
+def test_holders_are_asked_for_only_when_somebody_looks(node: Node, served: Status, kubelet: Kubelet) -> None:
     begin = time.monotonic()
     wait_for(lambda: time.monotonic() > begin + 1 and served.ask("/healthz").status == 200)  # ten turns
     assert served.ask("/readyz").status == 200
@@ -9697,14 +9798,14 @@ def test_list_json_and_status_json_have_the_same_shapes(node: Node, folder: Path
     node.link("video9", "/etc/passwd")
     node.rules(GPUS + "- devicematch: ^video\n- devicematch: ^nothing$\n")
     status = Status(start("--listen", "127.0.0.1:0"))
-    listed, told = json.loads(node.run("--list", "--json").stdout), status.document()
-    assert listed["left_out"] == told["left_out"]
+    listed, served = json.loads(node.run("--list", "--json").stdout), status.document()
+    assert listed["left_out"] == served["left_out"]
     assert listed["left_out"][0]["path"] == "/dev/video9"
-    assert listed["unused"] == told["unused"] == [{"line": 4, "pattern": "^nothing$"}]
-    assert len(listed["resources"]) == len(told["resources"]) == 1
-    for document in (listed, told):
+    assert listed["unused"] == served["unused"] == [{"line": 4, "pattern": "^nothing$"}]
+    assert len(listed["resources"]) == len(served["resources"]) == 1
+    for document in (listed, served):
         document["resources"][0]["devices"][0].pop("since")  # each saw it appear for itself
-    assert listed["resources"][0].items() <= told["resources"][0].items()
+    assert listed["resources"][0].items() <= served["resources"][0].items()
 
 
 def test_node_name_and_conf_and_times_are_in_the_document(node: Node, folder: Path, start: Starter) -> None:
@@ -9722,7 +9823,7 @@ def test_node_name_and_conf_and_times_are_in_the_document(node: Node, folder: Pa
     assert str(node.plugins) in document["problems"][0]
 
 
-def test_events_are_told_newest_first_and_no_more_than_100(node: Node, served: Status, kubelet: Kubelet) -> None:
+def test_events_are_listed_newest_first_and_at_most_100(node: Node, served: Status, kubelet: Kubelet) -> None:
     def events() -> list[str]:
         return [event["event"] for event in served.document()["events"]]
 
@@ -9791,7 +9892,7 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
     wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > heartbeat)
 
 
-def test_a_thread_is_said_to_hang_after_ten_turns() -> None:
+def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
     heartbeats = {"device side": 100.0, "kubelet side": 105.0}
 
     def hanging(now: float) -> list[str]:
@@ -9812,7 +9913,7 @@ def test_ten_turns_are_ten_intervals_but_not_less_than_ten_of_the_kubelet_sides(
 
 
 @pytest.mark.parametrize("interval", [0.01, 0.1, 0.5, 1.0, 60.0])
-def test_a_calm_kubelet_side_turns_twice_before_it_is_said_to_hang(node: Node, interval: float) -> None:
+def test_a_calm_kubelet_side_turns_twice_before_it_is_reported_as_hanging(node: Node, interval: float) -> None:
     given = argparse.Namespace(
         api="device-plugin", interval=interval, plugin_dir=str(node.plugins), domain="d", dev_dir="/dev", sys_dir="/sys"
     )
@@ -9832,8 +9933,10 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
     kubelet.up()
     try:
-        told = "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
-        wait_for(lambda: re.fullmatch(told, status.ask("/readyz").body))
+        expected = (
+            "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
+        )
+        wait_for(lambda: re.fullmatch(expected, status.ask("/readyz").body))
         assert status.ask("/readyz").status == 503
         wait_for(lambda: re.search(r"nvidia-gpu1: not registered.*not on my watch", status.document()["problems"][0]))
         metrics = status.metrics()
@@ -9901,7 +10004,7 @@ def test_metrics_follow_the_naming_rules() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_metrics_tell_what_happened(node: Node, served: Status, kubelet: Kubelet, folder: Path) -> None:
+def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet, folder: Path) -> None:
     name = "smarter-devices/nvidia-gpu0"
     first = served.metrics()
     assert first["slots", name] == 4
@@ -9938,7 +10041,7 @@ def test_metrics_tell_what_happened(node: Node, served: Status, kubelet: Kubelet
     assert served.metrics()["kubelet_restarts_total"] == 1
 
 
-def test_a_device_that_went_is_absent(node: Node, served: Status, folder: Path, start: Starter) -> None:
+def test_a_device_that_is_gone_is_absent(node: Node, served: Status, folder: Path, start: Starter) -> None:
     folder.rmdir()
     served.daemon.hang_up()
     name = "smarter-devices/nvidia-gpu0"
@@ -9956,11 +10059,11 @@ def test_a_device_that_went_is_absent(node: Node, served: Status, folder: Path, 
 def test_process_metrics_are_the_kernels_own(served: Status, start: Starter) -> None:
     process = psutil.Process(served.daemon.process.pid)
     before = process.cpu_times()
-    told = served.metrics()
+    metrics = served.metrics()
     after = process.cpu_times()
-    assert before.user + before.system - 0.1 <= told["process_cpu_seconds_total"] <= after.user + after.system + 0.1
-    assert told["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
-    assert told["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
+    assert before.user + before.system - 0.1 <= metrics["process_cpu_seconds_total"] <= after.user + after.system + 0.1
+    assert metrics["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
+    assert metrics["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
 
 
 def test_labels_are_escaped() -> None:
@@ -10018,14 +10121,14 @@ def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: st
     assert [found.reason.label for found in plan.left_out] == [label]
 
 
-def test_the_page_has_every_metric_and_no_other() -> None:
+def test_the_documentation_lists_every_metric_and_no_other() -> None:
     page = (HERE / "docs/operating.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", page, re.MULTILINE)
     families = [(family.full_name, family.kind, family.help) for family in sdm.FAMILIES]
-    assert [(name, kind, told) for name, kind, _, told in rows] == families
+    assert [(name, kind, help_) for name, kind, _, help_ in rows] == families
 
 
-def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+def test_the_alerts_use_metrics_that_exist() -> None:
     (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "docs/operating.md").read_text(), re.M | re.S)
     rules = yaml.safe_load(alerts)["groups"][0]["rules"]
     asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
@@ -10123,7 +10226,7 @@ def test_each_request_gets_its_status(served: Status, data: bytes, status: int) 
     assert (b"\r\nAllow: GET, HEAD\r\n" in head) == (status == 405)
 
 
-def test_what_a_client_still_says_is_read_or_it_would_lose_the_answer(served: Status) -> None:
+def test_what_a_client_still_sends_is_read_or_it_would_lose_the_answer(served: Status) -> None:
     with served.connect() as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 30000\r\n\r\n")
         assert received(connection).startswith(b"HTTP/1.1 405 ")
@@ -10307,7 +10410,7 @@ def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
     return kubelet.do(allocate(), 5 * PATIENCE)
 
 
-def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_clients_of_the_status_server_do_not_delay_the_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
     for number in range(200):
         node.sysfs(f"gpu.{number}", {})
     node.rules(GPUS)
@@ -10321,13 +10424,13 @@ def test_clients_of_the_status_server_do_not_delay_kubelet(node: Node, kubelet: 
     with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
         wait_for(lambda: flood.count > 10)
         flooded = allocate_times(kubelet, 100)
-    told = {
+    summary = {
         name: f"{statistics.median(times) * 1000:.1f} ms, {max(times) * 1000:.1f} ms at most"
         for name, times in (("alone", alone), ("idle connections", idle), ("flooded", flooded))
     }
-    print(told)
-    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, told
-    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, told
+    print(summary)
+    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, summary
+    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, summary
 
 
 FLOODING = """
@@ -10384,7 +10487,7 @@ def test_rendering_lets_others_have_their_turn() -> None:
     assert len(turns) >= 25
 
 
-def test_what_is_made_serves_all_who_ask_within_a_second(served: Status) -> None:
+def test_what_is_rendered_serves_all_who_ask_within_a_second(served: Status) -> None:
     """One nonce, one time: the page was made once for all of these, and is made anew later."""
     pages = [served.ask("/").body for _ in range(10)]
     assert len(set(pages)) <= 5
@@ -10402,7 +10505,7 @@ def test_what_is_made_serves_all_who_ask_within_a_second(served: Status) -> None
         ("localhost:0", ["127.0.0.1"]),
     ],
 )
-def test_it_listens_where_it_is_told_to(folder: Path, start: Starter, address: str, hosts: list[str]) -> None:
+def test_it_listens_on_the_given_address(folder: Path, start: Starter, address: str, hosts: list[str]) -> None:
     if "::1" in hosts and not socket.has_dualstack_ipv6():
         pytest.skip("there is no IPv6 here")
     status = Status(start("--listen", address))
@@ -10439,12 +10542,12 @@ def test_without_listen_there_is_no_server(folder: Path, kubelet: Kubelet, start
 
 
 # A process with it logs what it imports; it is not measured, since coverage's own code imports more.
-TELLING_IMPORTS = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")}
-TELLING_IMPORTS["PYTHONVERBOSE"] = "1"
+LOGGING_IMPORTS = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")}
+LOGGING_IMPORTS["PYTHONVERBOSE"] = "1"
 
 
-def test_it_serves_without_modules_that_it_has_no_use_for(folder: Path, kubelet: Kubelet, start: Starter) -> None:
-    daemon = start("--listen", "127.0.0.1:0", env=TELLING_IMPORTS)
+def test_it_serves_without_needless_modules(folder: Path, kubelet: Kubelet, start: Starter) -> None:
+    daemon = start("--listen", "127.0.0.1:0", env=LOGGING_IMPORTS)
     status = Status(daemon)
     status.wait_for("/readyz", 200)
     for path in PATHS:
@@ -10486,7 +10589,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
 
 
 def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet) -> None:
-    """Half a daemon is worse than one that its supervisor starts again."""
+    """Half a daemon is worse than one that its supervisor restarts."""
     daemon = broken_daemon(node, "sdm.StatusServer._welcome = fail")
     status = Status(daemon)
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
@@ -10620,7 +10723,7 @@ def test_the_page_counts_the_starts_that_were_refused() -> None:
     assert "2 starts of a container refused</small>" in "".join(sdm.render_page(document, "nonce"))
 
 
-def test_json_metrics_and_terminal_bear_hostile_texts_too() -> None:
+def test_json_metrics_and_terminal_escape_hostile_texts_too() -> None:
     document = hostile_document()
     assert json.loads(json.dumps(document))["node"] == HOSTILE_WORD
     text = sdm.render_status(document)
@@ -10765,7 +10868,7 @@ def url_of(status: Status) -> str:
 
 
 def plug_a_greenhouse(node: Node, kubelet: Kubelet) -> None:
-    """What a small node of the field has: good for a picture."""
+    """Plug in what a small node in the field has, for pictures."""
     for path in ("video0", "ttyACM0", "ttyAMA0", "i2c-1", "gpiochip0", "snd/controlC0", "snd/pcmC0D0p"):
         node.plug(path)
     node.link("serial0", "ttyAMA0")
@@ -10793,7 +10896,7 @@ def greenhouse(node: Node, kubelet: Kubelet, start: Starter) -> Status:
 
 
 def pull_the_modem(node: Node, status: Status) -> None:
-    """Have one thing be wrong: a device that is gone and in use."""
+    """Make one thing wrong: a device that is in use goes."""
     node.unplug("ttyACM0")
     wait_for(lambda: status.document()["problems"])
     wait_for(lambda: "is wrong" in status.ask("/").body)
@@ -10924,7 +11027,7 @@ def test_the_page_fits_each_screen(node: Node, greenhouse: Status, chromium: Chr
 
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The code of axe-core, which finds what keeps people from using a page."""
+    """The code of axe-core, which finds barriers to accessibility."""
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("npm is not installed (apt-get install npm)")
@@ -10942,9 +11045,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @needs_chromium
 @needs_root
-def test_axe_finds_nothing_to_mend(
-    node: Node, greenhouse: Status, kubelet: Kubelet, chromium: Chromium, axe: str
-) -> None:
+def test_axe_finds_no_violation(node: Node, greenhouse: Status, kubelet: Kubelet, chromium: Chromium, axe: str) -> None:
     def check(*sizes: int) -> None:
         for width, is_dark in itertools.product(sizes, (False, True)):
             chromium.show(url_of(greenhouse), width, is_dark)
@@ -10968,9 +11069,7 @@ def test_axe_finds_nothing_to_mend(
 
 @needs_chromium
 @needs_root
-def test_chromium_runs_nothing_that_a_name_says(
-    node: Node, kubelet: Kubelet, start: Starter, chromium: Chromium
-) -> None:
+def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: Starter, chromium: Chromium) -> None:
     node.plug("<img src=x onerror=document.title='taken'>")
     node.rules("- devicematch: img\n")
     status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "</title><script>x</script>"}))
@@ -11004,9 +11103,9 @@ def test_status_prints_a_running_daemons_state(
     folder.rmdir()
     served.daemon.hang_up()
     wait_for(lambda: served.document()["problems"])
-    told = node.run("--status", served.address).stdout
+    text = node.run("--status", served.address).stdout
     assert re.match(
-        r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by main of default/detector-0\n", told
+        r"\S+: not well, as of .*\n  - nvidia-gpu0: it is gone, in use by main of default/detector-0\n", text
     )
 
 
@@ -11037,14 +11136,14 @@ def test_status_looks_where_listen_says(node: Node, served: Status) -> None:
 
 def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> None:
     """The image has no http, email or urllib (Dockerfile); kubectl exec POD -- ... --status is to work in it."""
-    run = node.run("--status", served.address, env=TELLING_IMPORTS)
+    run = node.run("--status", served.address, env=LOGGING_IMPORTS)
     assert run.returncode == 0
     assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("number", "told"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
-def test_one_is_not_many(number: int, told: str) -> None:
-    assert sdm.pluralize(number, "slot") == told
+@pytest.mark.parametrize(("number", "text"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
+def test_one_is_singular(number: int, text: str) -> None:
+    assert sdm.pluralize(number, "slot") == text
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:

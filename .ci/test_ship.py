@@ -782,7 +782,7 @@ COMMANDS = {
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
-    r"\.venv/bin/pytest -q --section polling": "test_a_section_can_be_run_alone",
+    r"\.venv/bin/pytest -q -k [a-z]+": "by .ci/run, which runs them all",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
@@ -893,18 +893,6 @@ def test_a_page_has_every_option() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
     assert set(re.findall(r"--[a-z-]+", shown)) - {"--help", "--version"} <= documented
-
-
-def test_a_section_can_be_run_alone() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "--section"]
-    tests = ROOT / "test_smarter_device_manager.py"
-    result = subprocess.run([*command, "polling", tests], capture_output=True, text=True, check=True, cwd=ROOT)
-    text = tests.read_text()
-    (section,) = re.findall(r"^# -+\n# Polling\n# -+\n(.*?)^# -{50,}$", text, re.MULTILINE | re.DOTALL)
-    ran = re.findall(r"::(\w+)", result.stdout)
-    assert list(dict.fromkeys(ran)) == re.findall(r"^def (test_\w+)", section, re.MULTILINE)
-    result = subprocess.run([*command, "no such", tests], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == pytest.ExitCode.USAGE_ERROR and "Polling" in result.stderr
 
 
 def texts_of_the_script() -> list[str]:
