@@ -70,7 +70,7 @@ class Registration(object):
 
 
 class DevicePluginStub(object):
-    """Served by a device plugin on its own socket, one socket a resource.
+    """Served by a device plugin on its own socket, one socket per resource.
     """
 
     def __init__(self, channel):
@@ -107,7 +107,7 @@ class DevicePluginStub(object):
 
 
 class DevicePluginServicer(object):
-    """Served by a device plugin on its own socket, one socket a resource.
+    """Served by a device plugin on its own socket, one socket per resource.
     """
 
     def GetDevicePluginOptions(self, request, context):
@@ -176,7 +176,7 @@ def add_DevicePluginServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DevicePlugin(object):
-    """Served by a device plugin on its own socket, one socket a resource.
+    """Served by a device plugin on its own socket, one socket per resource.
     """
 
     @staticmethod

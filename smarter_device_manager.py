@@ -1,33 +1,40 @@
 #!/usr/bin/env python3
-"""Offer the devices of a Linux node to Kubernetes: each one a resource that a pod can ask for, no pod privileged.
+"""Offer the devices of a Linux node to Kubernetes, each as a resource that a pod can request without being privileged.
 
-A conf file names devices by regular expressions over their paths below /dev, and says how many containers may use one
-at once:
+A config file selects devices by regular expressions over their paths below /dev, and says how many containers may use
+each of them at once:
 
     - devicematch: ^video[0-9]*$
       nummaxdevices: 20
 
-Each device found is offered to kubelet through the device plugin API (v1beta1) as smarter-devices/NAME, and a
-container that was given a slot of it finds the device in its own /dev. Hot-plug, edits of the conf file and restarts
-of kubelet are followed.
+The daemon offers each device to the kubelet as smarter-devices/NAME, through the device plugin API (v1beta1) or as a
+driver for Dynamic Resource Allocation (--api dra). A container that is given one of its slots finds the device in its
+own /dev. The daemon follows hot-plugged devices, edits of the config file and restarts of the kubelet.
 
-    smarter_device_manager.py                   serve kubelet on this node
-    smarter_device_manager.py --list            what would be offered, what is left out and why
-    smarter_device_manager.py --check           is the conf file good?
-    smarter_device_manager.py --dry-run         the whole way with a stand-in kubelet, on any machine
-    smarter_device_manager.py --status          what a running daemon says
-    smarter_device_manager.py --systemd-unit    a unit that runs it on this host, before the kubelet
-    smarter_device_manager.py --manifest        a manifest that runs it in a cluster, without an image of its own
+    smarter_device_manager.py                   serve the kubelet of this node
+    smarter_device_manager.py --list            show what would be offered, and what is left out and why
+    smarter_device_manager.py --check           check the config file
+    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --status          show the state of a running daemon
+    smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
+    smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The file reads top to bottom: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, Status, Stand-in
-kubelet, Command line. Each chapter needs only those above it. Two threads: the main thread owns the device side (conf
-file and /dev, polled) and sends whole plans to the gRPC thread, which owns the kubelet side (one asyncio loop; every
-socket and stream). What passes between them is immutable, so nothing is locked.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
+kubelet, Command line. Each of them needs only those above it.
 
-Needed to serve: Python 3.9, grpcio 1.51 and protobuf 3.21, or newer. --list and --check need Python alone.
+There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
+the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
+two is immutable, so there are no locks.
+
+Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
+    sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
 import argparse
 import binascii
@@ -51,7 +58,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from bisect import bisect_right
@@ -87,37 +93,33 @@ if TYPE_CHECKING:
     import api_pb2 as pb
     import api_pb2_grpc as rpc
 
-if sys.version_info < (3, 9):  # noqa: UP036 (somebody may try; without this, an older one ends in a traceback)
-    sys.exit(f"{os.path.basename(sys.argv[0])} needs Python 3.9 or newer; this is {sys.version.split()[0]}")
-
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML: a strict subset, read by our own parser, because a daemon of one file has no libraries.
-# The law: for any text it returns exactly what PyYAML's safe_load returns, or raises ConfigError
-# that says where and what to write instead. More may be refused here; more may be accepted only if
-# the law still holds (the tests compare with PyYAML). The configuration chapter relies on Node's
-# line and column for its own messages.
+# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library.
+# The law: for any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says
+# where the problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check
+# against PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_MAX_DEPTH = 50  # levels of nesting; it also bounds the recursion of the parser
+_MAX_DEPTH = 50  # levels of nesting; this also limits the parser's recursion
 _MAX_KEY = 1024  # characters from the start of a key to its ':', as in PyYAML
 _END = "\0"  # marks the end of the text: no YAML text may contain it
 
-# Not YAML characters, or ones that YAML 1.1 and 1.2 disagree on (line breaks, byte order mark).
+# Characters that YAML does not allow, or that YAML 1.1 and 1.2 read differently (line breaks, byte order mark).
 _BAD_CHARACTER = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
-# All between two tokens: blanks, comments and line breaks. A '#' starts a comment after a blank.
+# What may stand between two tokens: blanks, comments and line breaks. A '#' starts a comment only after a blank.
 _GAP = re.compile(r"(?: *(?:(?<![^ \n])#[^\n]*)?\n)* *")
 _DOCUMENT_START = re.compile(r"(?: *(?:#[^\n]*)?\n)*---(?= *(?: #[^\n]*)?\n)")
 _DOCUMENT_MARKER = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
 _LIST_DASH = re.compile(r"-(?=[ \t\n])")
 _BLOCK_COLON = re.compile(r" *:(?=[ \t\n])")
-_FLOW_COLON = re.compile(r" *:")  # what cannot follow it is part of the plain text before it
+_FLOW_COLON = re.compile(r" *:")  # _FLOW_PLAIN has taken each ':' that belongs to a text
 
 
 def _plain_pattern(stop: str) -> re.Pattern[str]:
-    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters stop."""
+    """Words and the blanks between them, up to ': ', ' #', a tab or one of the characters in STOP."""
     char = rf"(?:[^ \t\n:{stop}]|:(?![ \t\n{stop}]))"
     return re.compile(rf"(?![?:,\[\]{{}}#&*!|>'\"%@`]|-(?!{char})){char}+(?: +(?!#){char}+)*")
 
@@ -131,7 +133,7 @@ _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-# Everything that some YAML (1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for another type.
+# What some YAML reader (of version 1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for something other than text.
 _NOT_PLAIN_TEXT = re.compile(
     r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
     | [-+]?\.[0-9_]+(?:e[-+]?[0-9]+)?                                    # .5
@@ -143,7 +145,7 @@ _NOT_PLAIN_TEXT = re.compile(
     re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
-# What to write instead of a text that starts with one of these.
+# What to write instead of a plain text that starts with one of these characters.
 _HINTS = {
     "-": "a list item starts on a line of its own; a text that is only '-' must be quoted",
     "?": "a text that starts with '?' must be quoted; keys with '?' are not supported",
@@ -158,7 +160,7 @@ _HINTS = {
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, where (from 1), and what to write instead."""
+    """What is wrong with the config file and what to write instead; line and column count from 1."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
@@ -171,7 +173,7 @@ class ConfigError(ValueError):
 
 
 class Node(NamedTuple):
-    """A value and where it starts (from 1)."""
+    """A value and the place where it starts; line and column count from 1."""
 
     value: Any  # str, int, bool or None; a list of nodes; Pairs
     line: int
@@ -179,7 +181,7 @@ class Node(NamedTuple):
 
 
 class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping; a type of its own, to tell {} from []."""
+    """The keys and values of a mapping. The type tells {} from []."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -188,7 +190,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes that know their place, or raise ConfigError."""
+    """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
 
 
@@ -202,14 +204,14 @@ def _plain_value(node: Node) -> Any:
 
 
 class _Parser:
-    """One method per rule of the grammar; each starts at self.pos and moves it behind its rule.
+    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
 
-    Block rules end at the next token, so that its column tells who goes on; the others end right
-    behind their last character. depth is the level of nesting of what is parsed.
+    Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
+    after their last character. depth is the level of nesting.
     """
 
     def __init__(self, text: str) -> None:
-        # A line break before the end spares all rules the case of a last line without one.
+        # With a line break at the end, no method has to care for a last line without one.
         self.text = text.removeprefix("\ufeff").replace("\r\n", "\n") + "\n" + _END
         self.line_starts = [0] + [match.end() for match in re.finditer("\n", self.text)]
         self.pos = 0
@@ -228,7 +230,7 @@ class _Parser:
         return line, pos - self.line_starts[line - 1] + 1
 
     def indent(self) -> int:
-        """The column of the token at self.pos; the end of the text is left of all others."""
+        """The column of the token at self.pos; 0 at the end of the text."""
         return 0 if self.char() == _END else self.place(self.pos)[1]
 
     def node(self, value: Any, start: int) -> Node:
@@ -272,7 +274,7 @@ class _Parser:
         start = self.pos
         node = self.flow_node(depth, _BLOCK_PLAIN)
         if self.end_of(_BLOCK_COLON) > self.pos:
-            self.pos = start  # it was the first key
+            self.pos = start  # this was the first key
             return self.block_mapping(depth)
         self.end_line()
         return node
@@ -303,7 +305,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def block_value(self, depth: int, indent: int) -> Node:
-        """What belongs to a key with this indent, from behind its ':' on."""
+        """The value of a key with this indent; self.pos is after its ':'."""
         empty = self.node(None, self.pos)
         if not self.skip():
             node = self.flow_node(depth, _BLOCK_PLAIN)
@@ -312,7 +314,7 @@ class _Parser:
         if self.indent() > indent:
             return self.block_node(depth)
         if self.indent() == indent and _LIST_DASH.match(self.text, self.pos):
-            return self.block_list(depth)  # the one thing that needs no deeper indent
+            return self.block_list(depth)  # the only value that needs no deeper indent
         return empty
 
     def end_line(self) -> None:
@@ -325,7 +327,7 @@ class _Parser:
     def misplaced(self) -> NoReturn:
         self.fail(
             "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
-            "has a space behind its ':'; a text must not go on over several lines"
+            "has a space after its ':'; a text must be on one line"
         )
 
     def check_depth(self, depth: int) -> None:
@@ -333,12 +335,12 @@ class _Parser:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
     def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
-        """A key and its ':', the same rule for both styles but for their patterns."""
+        """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
         key, end = node.value, self.end_of(colon)
         if end == self.pos:
-            self.fail("there is no ': ' behind this key: write 'key: value', with the space", start)
+            self.fail("there is no ': ' after this key: write 'key: value', with the space", start)
         if not isinstance(key, str):
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
@@ -380,7 +382,7 @@ class _Parser:
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
-        """Go through a flow collection; stop at the start of each entry for the caller to read."""
+        """Parse a flow collection; yield at the start of each entry, which the caller parses."""
         start = self.pos
         self.check_depth(depth)
         self.pos += len("[")
@@ -403,7 +405,7 @@ class _Parser:
         start = self.pos
         match = pattern.match(self.text, start)
         if not match:
-            default = f"no text starts with '{self.char()}': quote it, or add what is missing before"
+            default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
         text = match.group()
         self.pos = match.end()
@@ -417,8 +419,8 @@ class _Parser:
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
             self.fail(
-                f"{text[:40]} is not text to every YAML reader: quote it ({_shown(text)}) if it is; "
-                "else write a decimal number of up to 18 digits, true, false or null",
+                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
+                "otherwise write a decimal number of up to 18 digits, true, false or null",
                 start,
             )
         return self.node(text, start)
@@ -452,51 +454,51 @@ class _Parser:
 
 
 def _shown(text: str) -> str:
-    """The text in quotes, as one could write it, but short."""
+    """TEXT in quotes, for a message; a long one is cut."""
     return f'"{text}"' if len(text) <= 40 else f'"{text[:40]}..."'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Expressions: RE2, the language of the original's patterns (https://github.com/google/re2/wiki/Syntax), as Python's re
-# can have it, each search within a limit of time. Nothing that some version of re reads otherwise, or warns of, is left
-# for it: it is written out here, or refused.
+# Expressions: searches for expressions of RE2 (https://github.com/google/re2/wiki/Syntax), which the Go program used,
+# with Python's re, within a limit of time. A pattern is translated so that every version of re reads it like RE2 and
+# without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEARCH_SECONDS = 0.05  # of CPU time that one search may take; most take a microsecond
-MAX_FASTER = 20  # how many times less than that an expression gets which has taken too long again and again
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, not to search them again
-TOOK_TOO_LONG = "the expression took too long"  # how a reason begins
-MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or by several around each other, as in RE2
-MAX_GROUPS = 1000  # one inside the other, as in Go
-MAX_INSTRUCTIONS = (128 << 20) // 40  # that Go compiles an expression to: maxSize of its regexp/syntax
+SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
+MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
+MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
+TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
+MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or several nested ones, as in RE2
+MAX_GROUPS = 1000  # nested, as in Go
+MAX_INSTRUCTIONS = (128 << 20) // 40  # of an expression that Go compiled: maxSize of its regexp/syntax
 
 T = TypeVar("T")
 
 
 class ExpressionError(ValueError):
-    """A text is no expression of RE2, or one that Python cannot take over; the message says what to write instead."""
+    """A text is not an expression of RE2, or one that Python cannot express. The message says what to write instead."""
 
 
 class SearchTimeout(Exception):
-    """A search took too long, so nobody knows what it would have found."""
+    """A search took too long, so its result is unknown."""
 
 
 class _Alarm:
-    """Ends work that takes too long, by an exception that the handler of a signal raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises.
 
-    Python calls these handlers in the main thread only, between two steps of its own code or of re's, so the work must
-    be such that it may end anywhere. The signal is SIGPROF, whose timer counts CPU time: a machine that is busy with
-    something else makes no search take too long.
+    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
+    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
+    long because the machine is busy with something else.
     """
 
     def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0: there is none
+        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
         self._is_installed = False
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout where it takes more than SECONDS of CPU time.
+        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
 
-        Raises RuntimeError in any other thread than the main one. WORK must not call this itself.
+        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("only the main thread can search within a limit of time")
@@ -508,7 +510,7 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             return work()
         finally:
-            # The alarm may ring before the next line has taken effect, but then it ends this method like any work.
+            # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
             self._due = 0.0
             signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -516,7 +518,7 @@ class _Alarm:
         if not self._due:
             return
         left = self._due - time.thread_time()
-        if left > 0:  # the timer counts by the ticks of the clock, and all threads of the process
+        if left > 0:  # the timer counts the clock's ticks, of all threads in the process
             signal.setitimer(signal.ITIMER_PROF, left)
             return
         self._due = 0.0
@@ -527,10 +529,10 @@ _ALARM = _Alarm()
 
 
 class Expression:
-    """An expression of RE2, searched by Python's re within a limit of CPU time.
+    """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    The methods are for the main thread only. They raise SearchTimeout where the limit does not suffice, and then let
-    the other threads run for as long: a search keeps them all waiting. A text that took too long is not searched again.
+    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
+    other threads run for as long as it took, and is not tried again with the same text.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -542,7 +544,7 @@ class Expression:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
-            raise ExpressionError(f"{_shown(pattern)} is no regular expression: {problem}") from None
+            raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self._slow_texts: Dict[str, None] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -552,11 +554,11 @@ class Expression:
         return hash(self.pattern)
 
     def search(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.search()."""
         return self._find(self.compiled.search, text)
 
     def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """As re.Pattern has it."""
+        """Like re.Pattern.fullmatch()."""
         return self._find(self.compiled.fullmatch, text)
 
     def was_slow(self, text: str) -> bool:
@@ -566,7 +568,7 @@ class Expression:
     def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
         if self.was_slow(text):
             raise SearchTimeout
-        # The more texts take too long, the less time each gets, or a thousand of them would take a minute.
+        # The more texts took too long, the less time the next one gets: a thousand would take a minute otherwise.
         seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
         try:
             return _ALARM.limit(lambda: find(text), seconds)
@@ -579,7 +581,7 @@ class Expression:
 
 
 class Expressions:
-    """Several expressions that are all searched in one text. For the main thread only."""
+    """Several expressions that are all searched for in one text. For the main thread only."""
 
     def __init__(self, expressions: Iterable[Expression]) -> None:
         self._expressions = tuple(expressions)
@@ -587,9 +589,9 @@ class Expressions:
         self._were_slow = False
 
     def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """What the search for each of them finds in TEXT, or that it took too long."""
+        """Per expression, what the search in TEXT found, or that it took too long."""
         if not self._were_slow:
-            try:  # one limit for all of them: to set it takes longer than most searches
+            try:  # one limit for all of them, because setting it takes longer than most searches
                 return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
             except SearchTimeout:
                 self._were_slow = True
@@ -601,7 +603,7 @@ def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTi
     try:
         return expression.search(text)
     except SearchTimeout:
-        return SearchTimeout()  # without a traceback, for it is kept
+        return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -622,7 +624,7 @@ _POSIX_CLASSES = {  # the first and last character of each range
     "word": "09AZ__az",
     "xdigit": "09AFaf",
 }
-_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s is without the vertical tab
+_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s does not have the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _CHARACTER = re.compile(
@@ -651,27 +653,27 @@ Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
 class _Part(NamedTuple):
-    """A part of an expression, translated, and what must be known of it to repeat it."""
+    """A translated part of an expression, and what must be known to repeat it."""
 
     text: str
-    may_be_empty: bool  # whether it can match without taking a character
-    may_take: bool  # whether it can take one
-    repeats: int = 1  # how many copies of something in it RE2 makes, for the {n,m} around that
+    may_be_empty: bool  # it can match without consuming a character
+    may_take: bool  # it can match and consume one
+    repeats: int = 1  # copies that RE2 makes of something in it because of {n,m}
     instructions: int = 1  # that Go compiles it to
 
 
 class _Group:
-    """An open group, or the whole expression: the parts of its last alternative, and the alternatives before."""
+    """A group that is still open, or the whole expression: the parts of its last alternative, and those before it."""
 
     def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
         self.opening = opening
-        self.flags = flags  # in force for each further atom
+        self.flags = flags  # for the atoms that follow
         self.parts: List[_Part] = []
         self._alternatives: List[_Part] = []
         self._is_look_around = is_look_around
 
     def end_alternative(self) -> None:
-        """Begin the next alternative."""
+        """Finish the last alternative, and begin the next one."""
         self._alternatives.append(
             _Part(
                 "".join(part.text for part in self.parts),
@@ -684,7 +686,7 @@ class _Group:
         self.parts = []
 
     def close(self, closing: str) -> _Part:
-        """The whole group as one part."""
+        """Finish the group, and return it as one part."""
         self.end_alternative()
         return _Part(
             self.opening + "|".join(part.text for part in self._alternatives) + closing,
@@ -696,16 +698,16 @@ class _Group:
 
 
 def translate(pattern: str) -> str:
-    """PATTERN, written for Go's RE2, as an expression of Python's re that means the same (with re.ASCII).
+    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
 
-    Look-around is taken too, which only Python has. Raises ExpressionError for what Python cannot express and for most
-    of what RE2 refuses; the rest of that is left for re.compile to refuse.
+    Look-around, which only Python has, is allowed. Raises ExpressionError for what Python cannot express, and for most
+    of what RE2 refuses; re.compile() refuses the rest.
     """
     groups = [_Group("", frozenset())]
     position, is_repeatable = 0, False
     while position < len(pattern):
         token = _REGEX_TOKEN.match(pattern, position)
-        assert token  # its last alternative takes any character
+        assert token  # the last alternative matches any character
         kind, group, position = token.lastgroup, groups[-1], token.end()
         if kind == "atom":
             position, part = _translate_atom(pattern, token.start(), group.flags)
@@ -718,9 +720,7 @@ def translate(pattern: str) -> str:
             opening = f"(?P<{token['name']}>" if token["name"] else token[0]
             groups.append(_Group(opening, group.flags, bool(token["look"])))
         elif kind == "foreign":
-            raise ExpressionError(
-                f"{token[0]} begins no group known here; (?:...), (?i:...), (?P<name>...) and (?=...) do"
-            )
+            raise ExpressionError(f"{token[0]} does not begin a group; (?:...), (?i:...), (?P<name>...) and (?=...) do")
         elif kind == "close" and len(groups) > 1:
             groups.pop()
             groups[-1].parts.append(group.close(")"))
@@ -730,35 +730,35 @@ def translate(pattern: str) -> str:
             group.end_alternative()
         elif not is_repeatable:
             raise ExpressionError(
-                rf"there is nothing that {token[0]} could repeat; the character itself is \{token[0][0]}"
+                rf"there is nothing before {token[0]} to repeat; for the character itself, write \{token[0][0]}"
             )
         else:
             group.parts[-1] = _repeat(group.parts[-1], token)
         is_repeatable = kind in ("atom", "close")
         if len(groups) > MAX_GROUPS:
-            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} groups, one inside the other")
-    return "".join(group.close("").text for group in groups)  # re refuses those that are still open
+            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} nested groups")
+    return "".join(group.close("").text for group in groups)  # re refuses groups that are still open
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART as often as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or such with a ? behind."""
+    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
     text = token[0]
-    least, most = _bounds(token)  # most: None where there is no limit
+    least, most = _bounds(token)
     copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
     instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
     if copies > MAX_REPEATS:
-        raise ExpressionError(f"{text} makes {copies} copies of what is in it; RE2 takes {MAX_REPEATS}")
+        raise ExpressionError(f"{text} makes {copies} copies of what it repeats; RE2 allows {MAX_REPEATS}")
     if instructions > MAX_INSTRUCTIONS:
-        raise ExpressionError(f"{text} makes it too large for Go")
+        raise ExpressionError(f"{text} makes the expression too large for Go")
     if part.may_be_empty and part.may_take and (most is None or most - least > 1):
         raise ExpressionError(
-            f"{text} repeats what may be empty, which Go and Python understand differently; "
-            f"let it take a character at least, such as (a+)* for (a*)*"
+            f"{text} repeats something that may be empty, which Go and Python handle differently; "
+            f"make it match at least one character, such as (a+)* for (a*)*"
         )
     if part.may_take:
         written = part.text + text
     elif least:
-        written = part.text  # a place is no other the second time; and re repeats none
+        written = part.text  # an assertion holds the second time, too; and re cannot repeat one
     else:
         is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
         written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
@@ -766,33 +766,34 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 
 
 def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
-    """How often TOKEN repeats at least and at most; None: without limit."""
+    """How often TOKEN repeats at least and at most; None if there is no limit."""
     if not token["min"]:
         return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
     if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
-        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 takes")
+        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 allows")
     least = int(token["min"])
     most = int(token["max"]) if token["max"] else None if token["to"] else least
     if most is not None and most < least:
-        raise ExpressionError(f"{token[0]}: min repeat greater than max repeat")
+        raise ExpressionError(f"{token[0]}: the least number of repetitions is greater than the most")
     return least, most
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags in force behind TOKEN, such as (?i) or (?s-m:"""
+    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
     on, off = token["on"], token["off"] or ""
     if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not known here; i, m and s are")
+        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
     return before.union(on) - set(off)
 
 
 def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
-    """What stands at POSITION for one character or one place, and where it ends."""
+    """The part for the one character or assertion at POSITION, and where it ends."""
     char, pair = pattern[position], pattern[position : position + 2]
     if char in "^$":
         return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
     if pair in (r"\A", r"\b", r"\B", r"\z"):
-        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))  # re's \B differs by version
+        # re's own \B differs by version.
+        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))
     named = _NAMED_CLASS.match(pattern, position)
     if char == ".":
         position, text = position + 1, "(?s:.)" if "s" in flags else "."
@@ -836,10 +837,10 @@ def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tupl
 
 def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
     if high < low:
-        raise ExpressionError(f"the range {low}-{high} runs backwards")
+        raise ExpressionError(f"the range {low}-{high} is in the wrong order")
     if "i" in flags and not high.isascii():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {low}-{high} outside of it, such as (?-i:[{low}-{high}])"
+            f"(?i) works for the letters of ASCII only; exclude {low}-{high} from it, such as (?-i:[{low}-{high}])"
         )
 
 
@@ -850,7 +851,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
     else:
         is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
         if name not in _POSIX_CLASSES:
-            raise ExpressionError(f"{_shown(named[0])} is no character class; there are {', '.join(_POSIX_CLASSES)}")
+            classes = ", ".join(_POSIX_CLASSES)
+            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {classes}")
         bounds = _POSIX_CLASSES[name]
     ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
     if "i" in flags:
@@ -859,8 +861,8 @@ def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
 
 
 def _fold(ranges: Ranges) -> Ranges:
-    """RANGES, and each letter of ASCII in them in its other cases. Of k and s there are three: Unicode's simple case
-    folding has the kelvin sign and the long s among them, and so have Go and RE2."""
+    """RANGES, and the other cases of each letter of ASCII in them. Of k and s there are three: Unicode's simple case
+    folding, which Go and RE2 use, has the kelvin sign and the long s, too."""
     found = list(ranges)
     for low, high in ranges:
         for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
@@ -873,7 +875,7 @@ def _fold(ranges: Ranges) -> Ranges:
 
 
 def _complement(ranges: Ranges) -> Ranges:
-    """All characters that are not in RANGES, in sorted order."""
+    """The ranges of all characters that are not in RANGES, sorted."""
     found, start = [], 0
     for low, high in sorted(ranges):
         if low > start:
@@ -883,11 +885,11 @@ def _complement(ranges: Ranges) -> Ranges:
 
 
 def _write_class(ranges: Ranges, is_negated: bool) -> str:
-    """The [class] of RANGES, each of its plain characters escaped, so that re has nothing to warn of."""
+    """The [class] of RANGES, with its signs escaped, so that re warns of none."""
     others = _complement(ranges)
     ranges = _complement(others)
     if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
-        ranges, is_negated = others, not is_negated  # it takes re 5 ms to compile what holds nearly all of Unicode
+        ranges, is_negated = others, not is_negated  # re needs 5 ms to compile a class of nearly all of Unicode
     if not ranges:
         return r"[\s\S]" if is_negated else r"[^\s\S]"
     written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
@@ -895,7 +897,7 @@ def _write_class(ranges: Ranges, is_negated: bool) -> str:
 
 
 def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The one character that stands at POSITION, by itself or as an escape, and where it ends."""
+    """The one character at POSITION, written as itself or as an escape, and where it ends."""
     found = _CHARACTER.match(pattern, position)
     if not found:
         raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
@@ -907,22 +909,22 @@ def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int,
         char = chr(code)
     if "i" in flags and not char.isascii() and char.lower() != char.upper():
         raise ExpressionError(
-            f"(?i) is for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
+            f"(?i) works for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
         )
     return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
     if char and char in "CQEpP":
-        return f"\\{char} is of Go's expressions only; write the characters themselves or a [class]"
+        return f"\\{char} is not supported; write the characters themselves or a [class]"
     if char and char in "123456789":
-        return f"\\{char} would be what a group matched, which cannot be asked for in an expression"
+        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
     hints = {
-        "": r"a backslash itself is \\",
-        "Z": r"the end is $ or \z",
-        "x": r"by number it is \x7f or \x{20ac}",
+        "": r"for a backslash, write \\",
+        "Z": r"for the end, write $ or \z",
+        "x": r"a character by its number is \x7f or \x{20ac}",
     }
-    return f"\\{char} is no escape; " + hints.get(char, f"the character itself is {char}")
+    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
 
 
 def _literal(char: str) -> str:
@@ -930,26 +932,26 @@ def _literal(char: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a conf file to checked rules. A new key of the conf is one more field of Rule, with a reader.
-# The chapters below rely on this: what stands in a Rule is right, and expanding its templates cannot fail.
+# Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
+# chapters below rely on every Rule being valid: expanding its templates cannot fail.
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONF_BYTES = 1 << 20  # a ConfigMap holds no more
+CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-TEGRA = "nvidia-gpu"  # as a devicematch this very text names the GPUs of a Tegra board, which have no node in /dev
+TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
 class Companion(NamedTuple):
-    """What goes along with a device: a template of its path below /dev, and how a container sees it."""
+    """A companion of a device, which is given to a container together with it."""
 
-    template: str
+    template: str  # of the path below /dev
     optional: bool = False
     containerpath: str = ""  # template; empty: beside the device, or as on the host
     permissions: str = ""  # empty: those of the device
 
 
 class Attribute(NamedTuple):
-    """What a rule asks of a sysfs attribute: its name, and the expression that its value must match whole."""
+    """A sysfs attribute that a rule requires: its name, and the expression that must match its whole value."""
 
     name: str
     match: Expression
@@ -963,14 +965,15 @@ class Attribute(NamedTuple):
 
 
 def _compile(node: Node) -> Expression:
-    """The expression that NODE of the conf holds."""
+    """The expression in NODE. Raises ConfigError."""
     try:
         return Expression(_text(node))
     except ExpressionError as error:
         raise ConfigError(str(error), node.line, node.column) from None
 
 
-# Templates: \1, \g<name> and \g<0> in a text stand for what devicematch matched, \g<attr:NAME> for what sysfs has.
+# Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
+# of a sysfs attribute.
 _REFERENCE = re.compile(
     r"""
     \\ (?: (?P<number> [1-9][0-9]? )
@@ -983,10 +986,10 @@ _REFERENCE = re.compile(
 
 
 def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> str:
-    """TEMPLATE with its references replaced by what MATCH holds, and by the VALUES of sysfs attributes by name.
+    """TEMPLATE with its references replaced by the groups of MATCH and by VALUES, which are sysfs attributes by name.
 
-    A group that took no part is empty. In a value each character that no resource's name can have becomes "_", so that
-    it is one part of a path at the most, and never "." or "..".
+    A group that did not take part in the match is empty. In a value, each character that the name of a resource cannot
+    have becomes "_"; so a value never spans several parts of a path, and is never "." or "..".
     """
 
     def replacement(found: re.Match[str]) -> str:
@@ -1006,27 +1009,25 @@ def _group(reference: re.Match[str]) -> Union[int, str]:
 def _check_template(node: Node, pattern: Expression) -> None:
     for reference in _REFERENCE.finditer(node.value):
         if reference["wrong"] is not None:
-            problem = (
-                r"a backslash stands for a group of devicematch or for an attribute: \1, \g<name>, \g<attr:serial>"
-            )
+            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
         elif reference["attribute"]:
             if _is_attribute(reference["attribute"]):
                 continue
-            problem = f"{_shown(reference['attribute'])} is no attribute of sysfs"
+            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
         else:
             group = _group(reference)
             if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
                 continue
-            problem = f"{reference[0]}: devicematch has no such group"
+            problem = f"devicematch has no group {reference[0]}"
         raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
 
 
 def _is_attribute(name: str) -> bool:
-    """Whether NAME can be that of a file in the sysfs folder of a device."""
+    """Whether NAME can be the name of a file in a device's folder in sysfs."""
     return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
-# Readers: from a node of the conf to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
@@ -1067,7 +1068,7 @@ def _read_resource(node: Node) -> str:
     domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
     if slash and (domain == DEFAULT_DOMAIN or "." in domain):
         name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must be without the domain, which --domain says: write {name}"
+        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
         raise ConfigError(message, node.line, node.column)
     return text
 
@@ -1077,7 +1078,7 @@ def _read_containerpath(node: Node) -> str:
     if not text.startswith("/dev/"):
         raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
     if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not hold ".."', node.line, node.column)
+        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
     return text
 
 
@@ -1099,7 +1100,7 @@ def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
     found = []
     for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
         if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is no attribute of sysfs", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
         found.append(Attribute(name.value, _compile(value)))
     return tuple(found)
 
@@ -1111,7 +1112,7 @@ def _read_companions(node: Node) -> Tuple[Companion, ...]:
 
 
 def _read_companion(node: Node) -> Companion:
-    """What an entry of `with` says: a path, with a "?" behind it where it is optional, or a mapping."""
+    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
     if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
         raise _wrong(node, "a path below /dev, or a mapping with it")
     if not isinstance(node.value, Pairs):
@@ -1120,7 +1121,7 @@ def _read_companion(node: Node) -> Companion:
         return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
     nodes = _nodes_by_key(node, _COMPANION_KEYS)
     if "path" not in nodes:
-        raise ConfigError("what goes along needs a path, a text", node.line, node.column)
+        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
     if _read_template(nodes["path"]).endswith("?"):
         problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
         raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
@@ -1156,7 +1157,7 @@ def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
     found = []
     for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is no name of a variable", name.line, name.column)
+            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
         if "\0" in _text(value):
             raise _wrong(value, "a text without NUL")
         found.append((name.value, value.value))
@@ -1169,11 +1170,11 @@ def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the conf. A field with a key is read from the conf; a new key is a new field here."""
+    """A rule of the config file. A field made by _key() has that key in the file."""
 
-    line: int  # of the conf file
-    match: Expression  # searched in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as the conf has it
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str = _key("devicematch", _text)  # match, as written in the config file
     slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
     resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
     containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
@@ -1181,28 +1182,26 @@ class Rule:
     attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
     companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
     env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # the names of the attributes whose values its templates have
+    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
 
 
 def parse_rules(text: str) -> Tuple[Rule, ...]:
-    """The rules of the conf TEXT, in its order.
-
-    Raises ConfigError with the line and column of what is wrong.
-    """
+    """The rules in TEXT, that of a config file, in order. Raises ConfigError."""
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
         line = text.count("\n", 0, manifest.start()) + 1
-        raise ConfigError("this is a Kubernetes manifest; only the text below its conf.yaml: | is the conf", line, 1)
+        message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
+        raise ConfigError(message, line, 1)
     document = compose_yaml(text)
     if document.value is None:
-        raise ConfigError("the file holds no rule; write a list: - devicematch: ^video[0-9]*$", 1, 1)
+        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
     if isinstance(document.value, Pairs) or not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
-        raise ConfigError("the list holds no rule", document.line, document.column)
+        raise ConfigError("the list has no rules", document.line, document.column)
     rules = tuple(_parse_rule(node) for node in document.value)
     _check_own_names(rules)
     return rules
@@ -1227,11 +1226,11 @@ def _parse_rule(node: Node) -> Rule:
 
 
 def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for one that is none of KEYS."""
+    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
     nodes: Dict[str, Node] = {}
     for key, value in node.value:
         if key.value not in keys:
-            import difflib  # for a wrong conf only
+            import difflib  # needed for this error only
 
             near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
             raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
@@ -1253,7 +1252,8 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Refuse a pool whose name a device has that another rule names letter by letter, wherever that device is."""
+    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
+    exist."""
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
@@ -1268,47 +1268,44 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error of a conf in which a pool has the name that a device has by its own."""
+    """The error that POOL has the same name as the device at PATH, which RULE offers."""
     name = resource_name(path)
     message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
     return ConfigError(message, pool.line, 1)
 
 
 def resource_name(text: str) -> str:
-    """The name of the resource that the path (or expanded template) TEXT is offered as; empty where none is left.
+    """The name of the resource for TEXT, a path or an expanded template; empty if TEXT has no letter or digit.
 
-    kubelet takes names of at most 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
+    The kubelet accepts names of up to 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
     return shorten(name, 63, text)
 
 
 def shorten(name: str, limit: int, text: str) -> str:
-    """NAME, cut to LIMIT characters with 8 hex digits of the SHA-256 of TEXT where it is longer."""
+    """NAME; one that is longer than LIMIT is cut, and ends in 8 hex digits of the SHA-256 of TEXT."""
     if len(name) <= limit:
         return name
-    import hashlib  # loads OpenSSL, 4 MB, which no device of a usual name needs
+    import hashlib  # loads OpenSSL, which takes 4 MB; devices with usual names do not need it
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
 
 
 def load_rules(path: str) -> Tuple[Rule, ...]:
-    """The rules of the conf file PATH.
-
-    Raises ConfigError with line and column for what is wrong in it, and OSError where it cannot be read.
-    """
+    """The rules in the config file PATH. Raises ConfigError, and OSError if it cannot be read."""
     return parse_rules(read_conf(path))
 
 
 def read_conf(path: str) -> str:
-    """The text of the conf file PATH. Raises OSError, and ConfigError for what is no UTF-8 or too long."""
+    """The text of the config file PATH. Raises OSError, and ConfigError if it is not UTF-8 or too long."""
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError("this is no plain file; a conf must be one, for it is read again and again", 1, 1)
+            raise ConfigError("this is not a plain file; the config file must be one, because it is read again", 1, 1)
         data = file.read(CONF_BYTES + 1)
     if len(data) > CONF_BYTES:
-        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a conf?", 1, 1)
+        raise ConfigError(f"the file is longer than {CONF_BYTES} bytes; is it a config file?", 1, 1)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -1317,21 +1314,21 @@ def read_conf(path: str) -> str:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """open(2) that does not wait for the writer of a FIFO."""
+    """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules where there is no conf file: conf.yaml, word for word.
+# The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
-# What a Raspberry Pi 1 to 5, or a board like it, has. Each rule: a regular expression that is searched in the path
-# below /dev, and how many containers may use such a device at once (its slots). The last rule that names a device
-# counts. README.md has all keys; `smarter_device_manager.py --list` shows what this makes of your node.
+# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
+# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
+# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
 
-# Sound: the whole folder, every card with its controls, goes to a container.
+# Sound: a container gets the whole folder, with every card and its controls.
 - devicematch: ^snd$
   nummaxdevices: 20
 
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the chips of the character device.
+# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
 - devicematch: ^gpiomem[0-9]*$
   nummaxdevices: 40
 - devicematch: ^gpiochip[0-9]*$
@@ -1361,7 +1358,7 @@ DEFAULT_CONF = r"""
 - devicematch: ^vcsm.*$
   nummaxdevices: 20
 
-# Serial ports: USB adapters, USB modems and boards, and those of the board itself.
+# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
 - devicematch: ^ttyUSB[0-9]*$
   nummaxdevices: 1
 - devicematch: ^ttyACM[0-9]*$
@@ -1373,17 +1370,17 @@ DEFAULT_CONF = r"""
 - devicematch: ^ttyAMA[0-9]*$
   nummaxdevices: 1
 
-# The GPUs of a Tegra board (Jetson). They have no node; this very text finds them in /sys.
+# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
 - devicematch: nvidia-gpu
   nummaxdevices: 10
 
-# More than most containers should have. Take away the "# " of what you need.
+# These give a container more power than most should have. Remove the "# " in front of what you need.
 
 # TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
 # - devicematch: ^net/tun$
 #   nummaxdevices: 20
 
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems of its own making.
+# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
 # - devicematch: ^fuse$
 #   nummaxdevices: 20
 
@@ -1391,7 +1388,7 @@ DEFAULT_CONF = r"""
 # - devicematch: ^kvm$
 #   nummaxdevices: 20
 
-# DRI: render nodes reach the GPU; card nodes reach the screen too, and what other programs show there.
+# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
 # - devicematch: ^dri/renderD[0-9]*$
 #   nummaxdevices: 20
 # - devicematch: ^dri/card[0-9]*$
@@ -1470,15 +1467,15 @@ class NotADevice(Exception):
 
 
 class Entry(NamedTuple):
-    """One name below /dev, as lstat(2) saw it."""
+    """One name below /dev, as lstat(2) shows it."""
 
     kind: str
     device: int = 0  # st_rdev of a node
     inode: int = 0
     target: str = ""  # of a link
-    untrusted: bool = False  # a folder in which others than root may make names
+    untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # another one whenever this name came to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else
 
 
 class DeviceNode(NamedTuple):
@@ -1499,7 +1496,7 @@ class Tree(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one look: every entry by path, and the names in each folder, sorted."""
+    """/dev at one moment: every entry by path, and the sorted names of each folder."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
@@ -1511,15 +1508,15 @@ class Snapshot:
         return self.folders.get(path, ())
 
     def without(self, paths: Iterable[str]) -> Snapshot:
-        """The same look, had PATHS not been there."""
+        """This snapshot without PATHS."""
         return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
 
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for: itself, its link's, or those in its folder, in sorted order.
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
 
-    Links are followed inside /dev only. Nobody but root can have made a name on the way, nor one in the folder, so
-    nobody else can make PATH lead elsewhere later on. Raises NotADevice.
+    Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
+    can make PATH lead elsewhere later. Raises NotADevice.
     """
     real = _real_path(tree, path, dev_dir)
     entry = tree.entry(real)
@@ -1549,10 +1546,10 @@ def _is_utf8(path: str) -> bool:
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or those in the folder TOP and its folders; no link in it is followed.
+    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
 
-    Raises NotADevice where the container runtime, which walks the folder by itself, could be led elsewhere, or would
-    find nodes in another file system.
+    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
+    nodes of another file system.
     """
     todo = [top]
     while todo:
@@ -1607,7 +1604,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 
 def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """A link's TARGET, where absolute as a path below /dev; None where it leads elsewhere."""
+    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
     if not target.startswith("/"):
         return target
     for top in ("/dev", dev_dir):
@@ -1617,7 +1614,7 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
 
 
 def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry of the tree whose /dev is ROOT."""
+    """FOUND as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
@@ -1634,8 +1631,8 @@ def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Ent
 class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
-    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open: whoever swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError where /dev cannot be looked at.
+    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
+    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1829,7 +1826,7 @@ def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
 
 
 class HeldAttribute(NamedTuple):
-    """An attribute that a rule asked for, and the value with which a device had it."""
+    """A sysfs attribute, and the value that a device had when the rule was applied."""
 
     name: str
     value: str
@@ -1838,15 +1835,15 @@ class HeldAttribute(NamedTuple):
 class AttributeAnswer(NamedTuple):
     """Whether a device has the attributes that a rule asks for."""
 
-    mismatch: str  # what it has instead; empty: it has them
-    held: Tuple[HeldAttribute, ...]  # with which values; nothing: it has them not
-    values: Tuple[HeldAttribute, ...] = ()  # those for the rule's templates
-    reason: Reason = Reason.ATTRIBUTES  # of a mismatch
+    mismatch: str  # what the device has instead; empty: it has them
+    held: Tuple[HeldAttribute, ...]  # the attributes and their values; empty: the device does not have them
+    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in the rule's templates
+    reason: Reason = Reason.ATTRIBUTES  # for a mismatch
 
 
 UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
 
-# The generation of a node, what its device is to have, and of which attributes the values are wanted besides.
+# The generation of a node, the attributes that its device must have, and the attributes whose values are wanted too.
 _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 
 
@@ -1859,9 +1856,9 @@ class SysfsTimeout(Exception):
 
 
 class SysfsReader:
-    """Reads from sysfs, each time on a thread of its own, since a driver can keep whoever reads an attribute for ever.
+    """Reads from sysfs, each time on a thread of its own, because a driver can block a reader for ever.
 
-    A device is not read again before its last read has ended: no more than one thread hangs per device and reader.
+    A device is not read again before its last read has ended, so at most one thread hangs per device and reader.
     """
 
     def __init__(self, sys_dir: str) -> None:
@@ -1898,7 +1895,7 @@ class SysfsReader:
             raise SysfsTimeout from None
 
     def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
-        """Say that nobody waits for FUTURE any more, which start() returned for ENTRY's device."""
+        """Stop waiting for FUTURE, which start() returned for ENTRY's device."""
         self._hanging[entry.kind, entry.device] = future
 
     def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
@@ -1940,11 +1937,11 @@ class SysfsReader:
 
 
 class Sysfs:
-    """What sysfs knows of device nodes. It is asked when a node appears, and remembered by the node's generation.
+    """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
 
-    Drivers may add attributes when the node is there already: what a node lacks is asked again for SETTLE_SECONDS. A
-    driver that keeps a reader delays nobody for longer than SYSFS_SECONDS: what is known of its device stays, and what
-    is not known yet is asked again.
+    A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
+    driver that blocks its readers delays the caller by SYSFS_SECONDS at most: what is known of its device stays valid,
+    and what is not known yet is read again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
@@ -1954,12 +1951,12 @@ class Sysfs:
         self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
-        self._asked: Dict[int, float] = {}  # when a generation was first asked for
-        self._settling: Set[_Question] = set()  # what lacks something, and is new
-        self._unanswered: Set[_Question] = set()  # what sysfs did not answer in time
+        self._asked: Dict[int, float] = {}  # the time of the first question about a generation
+        self._settling: Set[_Question] = set()  # about new nodes that lack something
+        self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
 
     def forget(self, generations: Iterable[int]) -> None:
-        """Drop what is remembered of nodes with other generations than GENERATIONS."""
+        """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
         keep = set(generations)
         self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
         self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
@@ -1969,12 +1966,12 @@ class Sysfs:
         self._unanswered &= self._answers.keys()
 
     def ask_again(self, generations: Iterable[int]) -> bool:
-        """Ask again for the attributes of the nodes with GENERATIONS; whether there is another answer now."""
+        """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
         there = set(generations)
         return self._renew([key for key in self._answers if key[0] in there])
 
     def numa(self, node: DeviceNode) -> Optional[int]:
-        """The NUMA node that NODE is close to; None where there is none or nobody knows."""
+        """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
             try:
@@ -1986,14 +1983,14 @@ class Sysfs:
         return self._numa[generation]
 
     def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
-        """What sysfs says of all NODES alike: subsystem, driver, and USB_FACTS. Empty unless this is with_facts."""
+        """What sysfs says of all NODES in common: subsystem, driver and USB_FACTS. Empty unless built with_facts."""
         if not self._with_facts or not nodes:
             return ()
         first, *others = (self._facts_of(node) for node in nodes)
         return tuple(item for item in first.items() if all(item in other.items() for other in others))
 
     def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
-        """The facts of NODE's device; a driver, or a USB device, is that of the nearest parent that has one."""
+        """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
         generation = node.entry.generation
         if generation not in self._facts:
             try:
@@ -2009,8 +2006,8 @@ class Sysfs:
     def answer(
         self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
     ) -> AttributeAnswer:
-        """Whether NODE's device, or one and the same of its parents, has all ATTRIBUTES, as udev's ATTRS (udev(7)), and
-        the values of the attributes NAMES: in that folder, else in the device's own, else in its nearest parent's."""
+        """Whether NODE's device, or a single one of its parents, has all ATTRIBUTES, like ATTRS in udev(7); and the
+        values of the attributes NAMES: from that folder, else from the device's own, else from the nearest parent's."""
         key = (node.entry.generation, attributes, names)
         if key not in self._answers:
             answer = self._ask(key, node) or UNANSWERED
@@ -2021,8 +2018,7 @@ class Sysfs:
         return self._answers[key][1]
 
     def has_news(self) -> bool:
-        """Whether a node that is new, or of which sysfs did not answer, has by now other attributes than when answer()
-        was asked."""
+        """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
         has_changed = self._renew(self._settling | self._unanswered)
         now = time.monotonic()
         for key in list(self._settling):
@@ -2031,7 +2027,7 @@ class Sysfs:
         return has_changed
 
     def _renew(self, keys: Iterable[_Question]) -> bool:
-        """Ask again for KEYS; whether an answer is another one now."""
+        """Answer KEYS anew. Returns whether an answer has changed."""
         has_changed = False
         for key in keys:
             node, before = self._answers[key]
@@ -2042,7 +2038,7 @@ class Sysfs:
         return has_changed
 
     def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
-        """The answer to QUESTION of NODE; None where sysfs does not answer in time."""
+        """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
         _, attributes, names = question
         try:
             folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
@@ -2078,8 +2074,8 @@ class Sysfs:
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
-    """The value of the attribute NAME in the sysfs FOLDER, None where it cannot be read. A link (driver, subsystem)
-    has its target's last name as value, as in udev."""
+    """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
+    subsystem) is the last part of its target, as in udev."""
     path = f"{folder}/{name}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -2097,7 +2093,7 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
 
 
 def _attribute_names(folder: str) -> List[str]:
-    """The files in the sysfs FOLDER that can be read and tell one device from another, and the links that can."""
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
     try:
         with os.scandir(folder) as items:
             files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
@@ -2113,7 +2109,7 @@ def _is_usable(value: str) -> bool:
 
 
 def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
-    """The values of ATTRIBUTES in the sysfs FOLDER, where it has them all; else nothing."""
+    """The values of ATTRIBUTES in the sysfs FOLDER if it has them all; else an empty tuple."""
     held = []
     for attribute in attributes:
         value = folder.get(attribute.name)
@@ -2124,7 +2120,8 @@ def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tupl
 
 
 def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
-    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it; or what lacks."""
+    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it, or with a mismatch
+    that says which are missing."""
     values, problems = [], []
     for name in names:
         value = next(iter(values_of(folders, name)), None)
@@ -2138,8 +2135,7 @@ def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]
 
 
 def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
-    """Empty where one of FOLDERS, a device's and its parents', has the same values of all ATTRIBUTES still; else what
-    there is instead."""
+    """Empty if one of FOLDERS still has the same values of all ATTRIBUTES; else what there is instead."""
     if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
         return ""
     found = nearest_values(folders, [held.name for held in attributes])
@@ -2148,7 +2144,7 @@ def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) ->
 
 
 def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None is not there."""
+    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None for one that is missing."""
     nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
     return [nearest.get(name) for name in names]
 
@@ -2169,12 +2165,13 @@ def values_of(folders: Folders, name: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: rules and what stands below /dev make resources by name. Immutable data and pure functions (sysfs is only asked
-# for nodes not seen before). The kubelet side compares two plans; a name, an ID or order that changes here costs pods.
+# Plan: from rules and the contents of /dev to resources by name. Immutable data and pure functions (sysfs is only read
+# for nodes not seen before). The kubelet side compares two plans. A name, an ID or an order that changes here costs
+# pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EXPIRY_SECONDS = 600.0  # a device gone for longer is offered no more
-MAX_SHOWN = 200  # characters of an ID that nobody was ever given
+EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
+MAX_SHOWN = 200  # characters of an unknown ID in a message
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
 
 
@@ -2182,18 +2179,18 @@ class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
     The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
-    of a container. So this is the path that the rule matched, be it a link or a folder: it still leads to the same
-    device after a replug. In a folder the runtime gives all nodes, and skips links and everything else.
+    of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
+    leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
 
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # what that is now: (path of the node on the host, path in the container)
+    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
-    """A path below /dev that belongs to a device, and where a container sees it."""
+    """A path below /dev that belongs to a device, and its path in a container."""
 
     path: str
     container: str
@@ -2208,23 +2205,23 @@ class Device:
     path: str  # as matched, below /dev
     line: int  # of the rule that it follows
     slots: int
-    parts: Tuple[Part, ...]  # itself first, then what goes along; a Tegra GPU has none
+    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of the very nodes whose attributes its rule asked for; else empty
-    attributes: Tuple[HeldAttribute, ...]  # that its rule asked for, with the values that it has
+    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
+    attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
     specs: Tuple[DeviceSpec, ...]  # what a container would be given now
     problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() of the moment when it appeared or went
-    is_lost: bool = False  # whether its rule chose it by attributes that what stands there now has not
+    since: float  # time.monotonic() when it appeared or went
+    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
-    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says of it, for DRA
+    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A resource as kubelet sees it: a device of its own name, or a pool of devices that a rule named."""
+    """A resource as the kubelet sees it: one device under a name made from its path, or a pool that a rule names."""
 
     name: str  # without the domain
     pool: bool
@@ -2232,7 +2229,7 @@ class Resource:
 
 
 class Slot(NamedTuple):
-    """One entry of the list that kubelet is sent: Device of the device plugin API."""
+    """One entry of the list that is sent to the kubelet: Device of the device plugin API."""
 
     id: str
     healthy: bool
@@ -2240,7 +2237,7 @@ class Slot(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A path that a rule named and that is not offered (by that rule), and why."""
+    """A path that a rule names but that is not offered under that rule, and why."""
 
     path: str
     line: int
@@ -2249,13 +2246,13 @@ class LeftOut(NamedTuple):
 
     @classmethod
     def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """What ERROR says of PATH, which the rule of LINE names."""
+        """PATH, which the rule in LINE names, left out because of ERROR."""
         return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be offered, and what not."""
+    """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
     left_out: Tuple[LeftOut, ...]
@@ -2267,10 +2264,10 @@ EMPTY_PLAN = Plan({}, (), ())
 
 @dataclass(frozen=True)
 class TrackedDevice:
-    """A path that a rule names and that stands for a device, or did so within EXPIRY_SECONDS."""
+    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
 
-    nodes: Tuple[DeviceNode, ...]  # as last seen; of a Tegra GPU: none
-    problem: str  # why it is no device any more; empty: it is one
+    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
+    problem: str  # why it no longer leads to a device; empty: it does
     since: float
 
 
@@ -2278,8 +2275,9 @@ Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last one first, and which might: those that took too long to say. Remembered,
-    since /dev's names hardly change. For the main thread only."""
+    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell.
+
+    The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
@@ -2290,7 +2288,7 @@ class Matcher:
         self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
 
     def __call__(self, path: str) -> Named:
-        """The rules that name the PATH of something below /dev."""
+        """The rules that name PATH, which is below /dev."""
         found = self._matches.get(path)
         if found is None:
             found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
@@ -2301,7 +2299,7 @@ class Matcher:
         return _found(self._gpu_rules, self._gpu_expressions, name)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered of all but PATHS."""
+        """Drop what is remembered, except about PATHS."""
         keep = set(paths)
         self._matches = {path: found for path, found in self._matches.items() if path in keep}
 
@@ -2316,9 +2314,9 @@ TrackedDevices = Mapping[str, TrackedDevice]
 def track(
     old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
 ) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, those that went lately among them, and the paths that are none.
+    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
 
-    GPUS are the numbers of a Tegra's. NOW and the times in what is tracked are time.monotonic()'s.
+    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
     """
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
@@ -2345,7 +2343,7 @@ def track(
 
 
 def track_gone(plan: Plan, now: float) -> TrackedDevices:
-    """The devices of PLAN, a former one, as devices that went NOW."""
+    """The devices of PLAN, which a previous run made, as devices that went NOW."""
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     return {
         device.path: TrackedDevice(
@@ -2356,7 +2354,7 @@ def track_gone(plan: Plan, now: float) -> TrackedDevices:
 
 
 def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When each of the TRACKED devices that is gone, and each of PLAN's that is lost, is to be offered no more."""
+    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
     yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
     devices = (device for resource in plan.resources.values() for device in resource.devices)
     yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
@@ -2386,10 +2384,11 @@ def make_plan(
     dev_dir: str,
     now: float,
 ) -> Plan:
-    """The resources that the TRACKED devices make under the matcher's rules, each path under the last rule it fits.
+    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
 
-    What PREVIOUS offers keeps its name, whatever comes: a newcomer never takes over the name of another device. Nor
-    does a device that was chosen by its attributes go at once when it has others, or another stands there.
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
+    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
+    stand in its place.
     """
     before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
     problems = list(left_out)
@@ -2429,14 +2428,14 @@ def make_plan(
 
 
 class Overridden(NamedTuple):
-    """A rule that names a device without effect, because another rule has it."""
+    """A rule that names a device without effect, because a later rule applies to it."""
 
     rule: Rule
     device: Device
 
 
 def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later one, in sorted order."""
+    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
     for device in (device for resource in plan.resources.values() for device in resource.devices):
         named = [
@@ -2450,7 +2449,7 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME, with the devices of those CLAIMS that it can be made of, and the others as left out."""
+    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
     winners, losers = _choose(name, claims, previous)
     is_pool = winners[0].is_pool
     if is_pool:
@@ -2464,10 +2463,10 @@ def _make_resource(
 
 
 def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that have the name NAME, and those of the others that are there, as left out.
+    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has it keeps it for as long as it is tracked. Else a pool comes first, then the path that is the name
-    unchanged, then the first path in sorted order.
+    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
@@ -2487,9 +2486,9 @@ def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) ->
 
 
 def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS for one pool, in sorted order, without those for a node that an earlier one has; and these.
+    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
 
-    What is gone had its nodes; so it is compared with what is gone, and what is there with what is there.
+    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
     """
     kept: List[Claim] = []
     doubles: List[LeftOut] = []
@@ -2507,9 +2506,9 @@ def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]
 
 
 def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
-    """Those of the DEVICES of one resource for whose slots its list has no room: the line of each by its path.
+    """The DEVICES of one resource whose slots do not fit into its list: their rules' lines, by path.
 
-    Those that PREVIOUS has come first, so that a newcomer takes no room from them.
+    The devices that PREVIOUS has come first, so that a newcomer takes no room from them.
     """
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
@@ -2524,9 +2523,9 @@ def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[R
 
 
 def list_bytes(device: Device, is_pool: bool) -> int:
-    """How many bytes the slots of DEVICE take in a ListAndWatchResponse while they are Unhealthy, the longer word.
+    """The size in bytes of DEVICE's slots in a ListAndWatchResponse, with the longer of the two health words.
 
-    As protobuf encodes it: https://protobuf.dev/programming-guides/encoding/
+    The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
     """
     nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
     rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
@@ -2540,7 +2539,7 @@ def list_bytes(device: Device, is_pool: bool) -> int:
 
 
 def _field_bytes(length: int) -> int:
-    """The size of a field that holds LENGTH bytes: its tag, its length, and these."""
+    """The size of a field that holds LENGTH bytes, with its tag and length."""
     return 1 + _varint_bytes(length) + length
 
 
@@ -2551,8 +2550,8 @@ def _varint_bytes(number: int) -> int:
 def _follow(
     path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED that names PATH and whose attributes the device there has; and why not those before
-    it."""
+    """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
+    not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
         if isinstance(match, SearchTimeout):
@@ -2571,7 +2570,7 @@ def _follow(
 
 
 def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
-    """The values of the attributes in RULE's templates. Raises NotADevice where the device has one of them not."""
+    """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
     answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
@@ -2587,8 +2586,8 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
 def _follow_lost(
     device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule of those NAMED that chose DEVICE by attributes which are not there now, and DEVICE as it is offered
-    still, Unhealthy: for EXPIRY_SECONDS, like one that is gone. Three times None where there is none, or no longer."""
+    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
+    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
     since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
     held, values = dict(device.attributes), dict(device.values)
     for rule, match in named:
@@ -2598,7 +2597,7 @@ def _follow_lost(
         try:
             parts = tuple(_parts(device.path, rule, match, values))
         except NotADevice:
-            continue  # the rule was edited, and has no place for it in a container
+            continue  # the rule was edited, and the path in the container is no longer a good one
         problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
         lost = dataclasses.replace(
             device,
@@ -2625,7 +2624,7 @@ def _device(
     sysfs: Sysfs,
     dev_dir: str,
 ) -> Device:
-    """The device that PATH is under RULE. Raises NotADevice where one of its paths in a container cannot be."""
+    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
     tegra = rule.pattern == TEGRA
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
@@ -2657,7 +2656,7 @@ def _device(
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice where one of their paths in a container cannot be."""
+    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
     yield Part(path, _place(container, path), False, rule.permissions)
@@ -2668,7 +2667,7 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str
 
 
 def _place(container: str, path: str) -> str:
-    """Where a container sees PATH: at CONTAINER, or in that folder if it ends in "/". Raises NotADevice."""
+    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
     place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
@@ -2680,7 +2679,7 @@ def _identity(node: DeviceNode) -> Tuple[int, int]:
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
-    """What a container with DEVICE is given, as TREE has it. Raises NotADevice, naming what is missing."""
+    """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     for part in device.parts:
@@ -2701,9 +2700,9 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
 
 
 def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless they give all its nodes already; GIVEN are these: host path by path in the container.
+    """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
-    Raises NotADevice where two nodes, or two folders, would have one path in the container.
+    Raises NotADevice if two nodes, or two folders, would have the same path in the container.
     """
     for host, container in spec.nodes:
         if given.get(container, host) != host:
@@ -2718,19 +2717,20 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
 
 
 def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """Where the path HOST leads that stands for the nodes TARGETS, if it is a link; and whether it is a folder."""
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
 
 def device_path(device: Device) -> str:
-    """The path of DEVICE as people know it: /dev/video0; a Tegra GPU has no node, only a name."""
+    """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
     has_node = any(part.path == device.path for part in device.parts)
     return f"/dev/{device.path}" if has_node else device.path
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
-    """The list that kubelet is sent. IDs follow from paths alone, so they mean the same device tomorrow."""
+    """The list that is sent to the kubelet. IDs follow from paths alone, so they mean the same device tomorrow."""
     return tuple(
         Slot(_slot_id(resource, device, number), not device.problem, device.numa)
         for device in resource.devices
@@ -2743,7 +2743,7 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
 
 
 def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
-    """The device of RESOURCE that SLOT_ID is a slot of; None for no ID of it."""
+    """The device of RESOURCE to which SLOT_ID belongs; None if it is not an ID of RESOURCE."""
     return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
 
 
@@ -2753,7 +2753,7 @@ def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
 
 
 def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was given."""
+    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
     path, _, number = slot_id.rpartition(":")
     if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
         return False
@@ -2776,10 +2776,7 @@ class ContainerAllocation(NamedTuple):
 
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
-    """What a container is given that was allocated SLOT_IDS of RESOURCE, as TREE has the devices.
-
-    Raises AllocationError.
-    """
+    """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
     for slot_id in dict.fromkeys(slot_ids):
         device = device_of(resource, slot_id)
@@ -2807,8 +2804,8 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
 
 
 def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
-    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: as many different devices as can be, and of these the
-    ones with the fewest slots in use before the others."""
+    """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
+    with the fewest slots in use first."""
     preferred = list(must)
     kept = set(preferred)
     free = set(available) - kept
@@ -2824,17 +2821,16 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log: the one line that each event makes, as text or as JSON. The names of the events and of their fields are read by
-# programs and are in the README; a sentence may be put better at any time. Whoever logs never waits for a reader.
+# Log: one line per event, as text or as JSON. Programs rely on the names of events and fields, which must stay; the
+# sentences may be improved at any time. Whoever logs never waits for a reader of the log.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_NAMES = 8  # in one line of the log
+MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
 MAX_TRACEBACK_LINES = 100
-MAX_QUEUED_LINES = 1000  # that are not written yet; a longer queue would only be older
-FLUSH_SECONDS = 0.3  # at the end, for lines that are not written yet
-
-MAX_EVENTS = 100  # that are kept for whoever asks
+MAX_QUEUED_LINES = 1000  # not written yet
+FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
+MAX_EVENTS = 100  # that the status page shows
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
 Document = Dict[str, Any]  # what json.dumps() takes
@@ -2843,12 +2839,12 @@ log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
-    """Something that a person can put right; the text is one sentence that says what, where and how."""
+    """Something that a person can fix. The text is one sentence that says what is wrong, where, and what to do."""
 
 
 @dataclass
 class LogCounts:
-    """What the log has counted since the process started."""
+    """Counters since the process started."""
 
     dropped_lines: int = 0
     internal_errors: int = 0
@@ -2858,30 +2854,30 @@ log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
-    """Log one EVENT: a plain SENTENCE, then its FIELDS."""
+    """Log an EVENT: a SENTENCE for people, and FIELDS for programs."""
     log.log(level, sentence, extra={"event": event, "fields": fields})
 
 
 def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Sequence[str]) -> None:
-    """Log one EVENT that is the same for all NAMES, which stand under KEY."""
+    """Log an EVENT that is the same for all NAMES; they are the value of the field KEY."""
     who = names[0] if len(names) == 1 else f"{len(names)} {key}"
     log_event(event, f"{who}: {sentence}", level, **{key: join_names(names)})
 
 
 def log_internal_error(sentence: str) -> None:
-    """Log and count the exception that is being handled, which nobody foresaw; SENTENCE says what failed."""
+    """Log and count an unexpected exception, the one being handled; SENTENCE says what failed."""
     log_counts.internal_errors += 1
     extra = {"event": "internal-error", "fields": {}}
     log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
 
 
 def join_names(names: Sequence[str]) -> str:
-    """NAMES as the value of a field, the first MAX_NAMES of them."""
+    """The first MAX_NAMES of NAMES, as the value of a field."""
     return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
 
 
 class TextFormatter(logging.Formatter):
-    """A line an event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
+    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
@@ -2895,7 +2891,7 @@ def _quote(text: str) -> str:
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
-    """The traceback of RECORD's exception, its last lines. An exception's text may hold anything, line breaks too."""
+    """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
     if not record.exc_info:
         return []
     lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
@@ -2903,7 +2899,7 @@ def _traceback_lines(record: logging.LogRecord) -> List[str]:
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object an event, on one line."""
+    """One JSON object per event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         document = event_of(record)
@@ -2913,7 +2909,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def event_of(record: logging.LogRecord) -> Dict[str, Any]:
-    """RECORD as a document."""
+    """RECORD as a JSON document."""
     return {
         "time": utc(record.created),
         "level": record.levelname.lower(),
@@ -2924,7 +2920,7 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
 
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Queues the lines of the log for a LogWriter, and drops what is more than MAX_QUEUED_LINES."""
+    """Queues lines for a LogWriter. Drops and counts those that do not fit."""
 
     def __init__(self) -> None:
         self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
@@ -2941,23 +2937,22 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """Writes the lines of a LogQueue to stderr on a thread of its own, which may wait for their reader; a context
-    manager."""
+    """Writes the lines of a LogQueue to stderr, on a thread of its own, because a write may wait for the reader."""
 
     def __init__(self, log_queue: LogQueue) -> None:
         super().__init__(log_queue.lines)
         self._lines = log_queue.lines
-        # Where there is no stderr, some other file may have its number.
+        # If stderr is closed, another file may have its descriptor.
         self._descriptor = sys.stderr.fileno() if sys.stderr else -1
-        self._reported = 0  # of the lines that were dropped
+        self._reported = 0  # dropped lines that a line has reported
 
     def __enter__(self) -> LogWriter:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait until all is written, for FLUSH_SECONDS at the most. The thread ends with the process: stop(), of the
-        base class, would wait for a reader that may never come."""
+        """Wait until all lines are written, but no longer than FLUSH_SECONDS. The thread ends with the process;
+        stop() of the base class would wait for a reader that may never come."""
         with self._lines.all_tasks_done:
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
 
@@ -2970,42 +2965,42 @@ class LogWriter(logging.handlers.QueueListener):
         dropped = log_counts.dropped_lines - self._reported
         if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
             self._reported += dropped
-            sentence = f"{pluralize(dropped, 'line')} of the log had to be dropped, since nobody read it"
+            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
             log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
     def _write(self, data: bytes) -> None:
-        # sys.stderr has a lock, which a write that waits would hold, and Python asks for it when it exits.
+        # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # who else has this file made it so
+            except BlockingIOError:  # another process made this file non-blocking
                 writable = select.poll()
                 writable.register(self._descriptor, select.POLLOUT)
                 writable.poll()
 
 
 def utc(seconds: float) -> str:
-    """The time of day SECONDS after the epoch, as ISO 8601 in UTC."""
+    """SECONDS since the epoch as a date and time in UTC, by ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
 def pluralize(number: int, noun: str) -> str:
-    """NUMBER of what NOUN names: 1 slot, 2 slots."""
+    """NUMBER and NOUN, as in "1 slot" and "2 slots"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def truncate(text: str, limit: int) -> str:
-    """TEXT, or its first LIMIT characters and three dots."""
+    """TEXT; of a longer one, the first LIMIT characters and three dots."""
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def printable(text: str) -> str:
-    """TEXT with whatever a terminal would not show as itself written as an escape; so it can be encoded, too."""
+    """TEXT with an escape for each character that a terminal does not show, or that cannot be encoded."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class EventRing(logging.Handler):
-    """The last events, as documents, the newest first."""
+    """Keeps the last MAX_EVENTS events as documents, the newest first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3020,39 +3015,43 @@ class EventRing(logging.Handler):
             self._events = [event, *self._events[: MAX_EVENTS - 1]]
 
     def events(self) -> Sequence[Document]:
-        """As they are now; the list is replaced, never changed."""
+        """The events so far. New events replace the list; they never change it."""
         return self._events
 
 
-def shorten_decode_error(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers: bytes that are no message are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = "what a client or kubelet sent is no message: %s", (record.exc_info[1],)
+def filter_grpc(record: logging.LogRecord) -> bool:
+    """A filter for grpc's loggers, for what clients do is no bug of ours: bytes that are not a message need no
+    traceback, and an answer that cannot be sent to a client that has gone needs no line."""
+    error = type(record.exc_info[1]).__name__ if record.exc_info else ""
+    if error == "ExecuteBatchError":
+        return False
+    if record.exc_info and error == "DecodeError":
+        record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kubelet: what both of its APIs need. A server on a Unix socket that others may delete or replace, a directory that is
-# watched for that, who listens on kubelet.sock, and which container has which slots. Everything from here on needs
-# grpc; nothing here knows what is served. All of it runs on one asyncio loop, the kubelet thread's.
+# Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
+# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
+# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last event, the first: like ones become a line of the log
+GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of the text of an error: a header has three for each at worst, and 8 KiB in all
+MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
 LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
-RECONNECT_SECONDS = 1.0  # before another try to hold a connection to another instance
+RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of work that takes long, before others of the loop get their turn
+SLICE_SECONDS = 0.001  # of long work before the loop serves others
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # A client that has no call open; kubelet has its stream. Its timers wake each server all the same, so not often.
+    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
     ("grpc.max_connection_idle_ms", 3_600_000),
 )
 
@@ -3060,17 +3059,20 @@ Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of c
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem where they are not.
+    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
 
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, 4 MB of memory for nothing: only an API server speaks TLS.
+    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
     if with_tls:
         import ssl  # noqa: F401  # for asyncio to find
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what grpc's core has to say, our own log says better
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     with_ssl = "ssl" in sys.modules
     if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # to import, there is no such module
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
+    folder = os.path.dirname(os.path.realpath(__file__))
+    if folder not in sys.path:
+        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
     try:
         import asyncio
 
@@ -3081,30 +3083,30 @@ def load_grpc(with_tls: bool = False) -> None:
         import api_pb2_grpc as rpc
     except ImportError as error:
         raise Problem(
-            f"serving kubelet needs the packages grpcio and protobuf, and api_pb2.py and api_pb2_grpc.py beside the "
+            f"serving needs the packages grpcio and protobuf, and the files api_pb2.py and api_pb2_grpc.py beside the "
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(shorten_decode_error)
+        logging.getLogger(name).addFilter(filter_grpc)
 
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """METHOD of a gRPC service that has a full_name, such that whoever calls it gets an answer whatever happens in it.
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside.
 
-    What grpc does by itself fails where the text of the exception is not UTF-8, and kubelet then waits for ever.
+    Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
     """
 
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # the latter: the client has gone
             raise
         except Exception as error:
             log_internal_error(f"{self.full_name}: {method.__name__} failed")
@@ -3115,7 +3117,7 @@ def answered(method: Method) -> Method:
 
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
-    """End a call with the status named CODE and TEXT, printable and cut to what a header holds."""
+    """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
     data = printable(text).encode()
     if len(data) > MAX_ERROR_BYTES:
         data = data[:MAX_ERROR_BYTES] + b"..."
@@ -3124,13 +3126,13 @@ async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoRe
 
 
 def unix_target(path: str) -> str:
-    """The URI of the Unix socket PATH, for gRPC; it takes a comma for the end of a channel's, even an escaped one."""
+    """The gRPC URI of the Unix socket PATH. A channel takes a comma for the end of its URI, even an escaped one."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 
 
 def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty where somebody does."""
+    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -3143,12 +3145,12 @@ def connect_error(path: str) -> str:
 
 
 def _temporary_name(path: str) -> str:
-    """A name beside PATH that nobody has: random, since two instances in containers may have the same PID."""
+    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
 def descriptor_limit() -> int:
-    """How many file descriptors this process may have."""
+    """The limit of file descriptors of this process."""
     import resource as limits
 
     limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
@@ -3156,7 +3158,7 @@ def descriptor_limit() -> int:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process has."""
+    """The number of file descriptors that this process has open."""
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
     except OSError:
@@ -3189,11 +3191,11 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
 
 
 class UnixServer:
-    """A gRPC server on the Unix socket PATH, for this user alone. ADD_SERVICES adds to it what it serves.
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
-    Other instances may want the same path: start() makes it ready for clients, publish() moves it to PATH unless
-    another server answers there, withdraw() and stop() end it. Anybody may delete or replace the socket file meanwhile;
-    is_lost() says so.
+    Other instances may want the same path. start() makes the server ready for clients, publish() moves its socket to
+    PATH unless another server answers there, withdraw() and stop() end it. The socket file may be deleted or replaced
+    at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
@@ -3204,12 +3206,12 @@ class UnixServer:
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve on a temporary name, so that whoever finds a socket at PATH finds one that answers. Raises OSError."""
+        """Serve under a temporary name, so that a client that finds a socket at PATH gets an answer. Raises OSError."""
         self._bind(self._temporary)
         await self._server.start()
 
     def publish(self) -> bool:
-        """Move the socket file to PATH; False where the server of another process answers there. Raises OSError."""
+        """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
         if not is_published and connect_error(self.path):
             _remove_dead_socket(self.path)
@@ -3217,7 +3219,7 @@ class UnixServer:
         return is_published
 
     def _link(self) -> bool:
-        """Give the socket file its final name, unless that is taken: link(2), unlike rename(2), replaces nothing."""
+        """Give the socket file its final name unless that is taken. link(2), unlike rename(2), replaces nothing."""
         try:
             os.link(self._temporary, self.path)
         except FileExistsError:
@@ -3227,11 +3229,11 @@ class UnixServer:
         return True
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the published file was deleted or replaced, by the INODES of the files in its directory."""
+        """Whether the published file was deleted or replaced, judged by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
     def withdraw(self) -> None:
-        """Remove the published file if it is still ours, so that another instance can take over; go on serving."""
+        """Remove the published file if it is still ours, so that another instance can take over, and go on serving."""
         inode, self._inode = self._inode, 0
         try:
             if inode and os.stat(self.path).st_ino == inode:
@@ -3241,7 +3243,7 @@ class UnixServer:
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
 
     async def stop(self) -> None:
-        """End the server; calls in progress have STOP_SECONDS."""
+        """End the server. Calls in progress get STOP_SECONDS."""
         self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
@@ -3290,7 +3292,7 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last look at it, and put back if it turns out to be that one.
+    last check, and moved back if somebody answers on it after all.
     """
     aside = _temporary_name(path)
     try:
@@ -3304,10 +3306,10 @@ def _remove_dead_socket(path: str) -> None:
 
 
 class OtherInstances:
-    """Waits for the servers of other instances to end, and then wakes whoever waits for one of them.
+    """Waits for the servers of other instances to end, and then calls those who wait for one of them.
 
-    A process that is killed leaves its sockets in the directory, where nothing changes, but its connections end. So one
-    is held to one of the sockets that are waited for, and its end is the moment to look at all of them.
+    A process that is killed leaves its socket files behind, so the directory does not change; but its connections end.
+    So this holds a connection to one of the sockets, and checks all of them when the connection ends.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -3318,13 +3320,13 @@ class OtherInstances:
         self._retry: Optional[asyncio.TimerHandle] = None
 
     def wait_for(self, path: str, wake: Callable[[], None]) -> None:
-        """Call WAKE when the server on the socket PATH, or another that is waited for, may have ended."""
+        """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
         self._waiting[path] = wake
         if self._connection is None:
             self._connect()
 
     def forget(self, path: str) -> None:
-        """Wait for that one no more."""
+        """Stop waiting for the server on PATH."""
         self._waiting.pop(path, None)
         if not self._waiting:
             self._disconnect()
@@ -3338,7 +3340,7 @@ class OtherInstances:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             connection.connect(self._path)
-        except OSError:  # there is no room for another connection, here or there; or nobody answers any more
+        except OSError:  # too many connections, here or there; or the server has ended
             if connection:
                 connection.close()
             self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
@@ -3356,7 +3358,7 @@ class OtherInstances:
             self._connection = None
 
     def _read(self) -> None:
-        """Read what the server says, which is of no interest, until it ends the connection."""
+        """Read and discard what the server sends, until it ends the connection."""
         assert self._connection
         try:
             if self._connection.recv(1 << 16):
@@ -3368,7 +3370,7 @@ class OtherInstances:
         if connect_error(self._path):
             self._wake_all()
         else:
-            self._connect()  # a server bears a client that says nothing for some seconds only
+            self._connect()  # the server has dropped a client that sent nothing for some seconds
 
     def _wake_all(self) -> None:
         self._disconnect()
@@ -3379,8 +3381,8 @@ class OtherInstances:
 class Watch:
     """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
 
-    This is F_NOTIFY of fcntl(2). It tells once, then it must be asked again. SIGIO must be blocked in every thread and
-    taken by sigtimedwait(2), or it ends the process.
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
     def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
@@ -3389,33 +3391,33 @@ class Watch:
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
-        """Ask to be told of the next change; whether the kernel will. To ask twice is to ask once."""
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # another directory has the path now
+                self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
         except OSError:
-            return False  # there is no directory, or no CONFIG_DNOTIFY in this kernel
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
 
     def close(self) -> None:
-        """Ask for nothing any more."""
+        """Request no more signals."""
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
 
 
 class DirectoryInodes:
-    """The files in the directory PATH by name, each with its inode. The directory is read only when it has changed."""
+    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if it may change unseen
+        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
 
     def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None where nothing has changed since they were last read. Raises OSError."""
+        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
         found = os.stat(self._path)
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
         if stamp == self._stamp:
@@ -3426,7 +3428,7 @@ class DirectoryInodes:
 
 
 class GroupedLog:
-    """Logs events of many resources: those of which the same is true at about the same time become one line."""
+    """Logs events of resources. Like events of several resources at about the same time become one line."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -3435,7 +3437,7 @@ class GroupedLog:
         self._timer: Optional[asyncio.TimerHandle] = None
 
     def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log this EVENT of the resource NAME, together with others like it."""
+        """Log EVENT of the resource NAME, together with like events of others."""
         now = self._loop.time()
         if self._timer:
             self._timer.cancel()
@@ -3445,38 +3447,38 @@ class GroupedLog:
         self._names.setdefault((event, sentence, level), set()).add(name)
 
     def flush(self) -> None:
-        """Log now what is waiting."""
+        """Log the collected events now."""
         for (event, sentence, level), names in self._names.items():
             log_event_for_all(event, sentence, level, "resources", sorted(names))
         self._names.clear()
 
 
 class KubeletConnection:
-    """Whoever listens on the kubelet.sock at PATH: which kubelet it is, whether it answers, and a channel to it.
+    """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a kubelet that was not there before answers, and when one stops to answer.
+    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
     """
 
     def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None where there is none
+        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._events = events
         self._on_change = on_change
         self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the end of it
+        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
         self._last_met: Optional[Identity] = None  # the kubelet that answered last
-        self._last_logged = ""  # of a kubelet that does not answer
+        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Leads to the kubelet that answered last; there is one once is_answering has been true."""
+        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
         assert self._channel
         return self._channel
 
     def check(self) -> None:
-        """Look at kubelet.sock, and connect to it if it is another than before."""
+        """Check kubelet.sock, and connect to it if it is not the one seen before."""
         try:
             found = os.stat(self._path)
             identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
@@ -3486,16 +3488,16 @@ class KubeletConnection:
             self.identity = identity
             self.is_answering = False
         if identity is None:
-            self._log_gone(f"kubelet is not there: no {self._path}; waiting for it")
+            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
         elif not self.is_answering and self.check_answering():
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment."""
         reason = connect_error(self._path)
         self.is_answering = not reason
         if reason and self.identity:
-            self._log_gone(f"kubelet does not answer on {self._path}; waiting for it", reason=reason)
+            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
         return self.is_answering
 
     async def close(self) -> None:
@@ -3515,11 +3517,11 @@ class KubeletConnection:
         self.restarts += is_another
         self._last_logged = ""
         self._events.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "kubelet answers; registering")
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
         self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
-        """Log SENTENCE, unless it is what was logged last."""
+        """Log SENTENCE, unless it was the last one logged."""
         if sentence != self._last_logged:
             self._last_logged = sentence
             self._events.flush()
@@ -3528,7 +3530,7 @@ class KubeletConnection:
 
 
 class Holder(NamedTuple):
-    """A container that has a slot of a resource."""
+    """A container that holds a slot of a resource."""
 
     slot: str  # its ID
     namespace: str
@@ -3543,9 +3545,8 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
 ) -> Iterator[List[Tuple[str, Holder]]]:
-    """Who has slots of the resources of DOMAIN, or SLOTS of the DRA driver with that name: for each container of
-    RESPONSE, pairs of a resource's name without the domain and a holder. Raises ValueError where they are more than
-    MAX_HOLDERS.
+    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
+    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
@@ -3566,10 +3567,10 @@ def find_holders(
 
 
 class PodResources:
-    """Asks the kubelet which container has which slots of the resources of DOMAIN.
+    """Asks the kubelet which container holds which slots of DOMAIN's resources.
 
     It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028; older ones list them until their slots are needed.
+    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
     """
 
     def __init__(self, path: str, domain: str) -> None:
@@ -3577,7 +3578,7 @@ class PodResources:
         self._domain = domain
 
     async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
-        """Who has them now, or SLOTS of a DRA driver; None where no kubelet answers in time and in the known way."""
+        """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
         holders: Dict[str, List[Holder]] = {}
@@ -3587,12 +3588,12 @@ class PodResources:
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
         except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who has what: %s", error)
+            log.debug("the kubelet does not say who holds which slots: %s", error)
             return None
         return holders
 
     async def _list(self) -> bytes:
-        """The kubelet's answer as it came. Over a channel of its own: one that failed would be slow to try again."""
+        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
         options = [
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_retries", 0),
@@ -3605,7 +3606,7 @@ class PodResources:
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS); it may take its time, for nobody else on the loop has to wait for it."""
+    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
     done = []
     end = time.monotonic() + SLICE_SECONDS
     for item in items:
@@ -3648,34 +3649,34 @@ class KubeletSide:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device plugins: the DevicePlugin service of one resource, its registration, and the side that holds them all. What
-# the kubelet does, and why each rule here is followed, is in KUBELET.md; the Status chapter reads the counters.
+# Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
+# all. The behaviour follows what the real kubelet does, as comments say. The Status chapter reads the counters.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_CONTAINERS = 100  # in one request; kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal that has more to say
-MAX_REFUSALS = 1000  # that are remembered, to log each once
-READ_SECONDS = 0.08  # for the sysfs of a device that a container is to start with; 0.1 for the whole answer
-LOOK_AGAIN_SECONDS = 0.5  # after a start was refused
-CALM_LOOK_SECONDS = 5.0  # between two looks at the most, while kubelet answers and the kernel will tell of a change
-NEXT_LOOK_SECONDS = 0.02  # after it told: where there is one change there are more
-EAGER_LOOK_SECONDS = 0.004  # the same while kubelet is awaited, for it makes its socket and then listens
-REGISTER_SECONDS = 20.0  # kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for kubelet to open its stream
+MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
+MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
+READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
+LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
+CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
+NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
+EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
+REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
+STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end at once when the daemon does, and seconds between
-ADMISSION_SECONDS = 10.0  # before another look whether there is room for more resources
-DESCRIPTORS_EACH = 2  # file descriptors that a registered resource has
-RESERVED_DESCRIPTORS = 96  # for all else: clients of the status server (64), Allocate, kubelet.sock, gRPC itself
+RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end together when the daemon ends, and seconds between
+ADMISSION_SECONDS = 10.0  # before another check whether there is room for more resources
+DESCRIPTORS_EACH = 2  # file descriptors per registered resource
+RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
-SHORTEST_NAME = 10  # of a resource in the name of its socket: a letter, a dash and 8 hex digits
+SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
 DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
-    """The devices of the host as they are at this moment, of which the plan may not know yet.
+    """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN has the device side look at everything; it is called once in LOOK_AGAIN_SECONDS at the most.
+    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
     """
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
@@ -3685,7 +3686,7 @@ class HostDevices:
         self._next_look: Optional[asyncio.TimerHandle] = None
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
-        """What containers are given that were allocated the slots ASKED, one container each. Raises AllocationError."""
+        """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
@@ -3693,15 +3694,15 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is not the one any more that its rule chose, and what there is instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
 
-        Whatever sysfs does, the answer comes within READ_SECONDS or so.
+        The answer comes within about READ_SECONDS, whatever sysfs does.
         """
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which nothing in /dev stands for
+                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
                         return device, device.problem
                     try:
                         chosen.append((device, self._find_nodes(device, tree)))
@@ -3732,12 +3733,12 @@ class HostDevices:
             raise SysfsTimeout from None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes that stand where DEVICE stood, be they others or not. Raises NotADevice where one is missing."""
+        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.attributes else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
-        """What stands at PATH, which is below /dev: in words, with the attributes NAMES of it."""
+        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
@@ -3752,7 +3753,7 @@ class HostDevices:
         return "; ".join(values) or f"a {entry.kind} stands there"
 
     def look_again(self) -> None:
-        """Have the device side look again, soon."""
+        """Make the device side look again soon."""
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
 
@@ -3766,33 +3767,33 @@ def _cannot_look(error: OSError) -> str:
 
 
 class ListStream:
-    """What one ListAndWatch stream is still to be sent of a resource.
+    """The lists of one resource that a ListAndWatch stream has yet to send.
 
-    Its reader may be slow, or read nothing at all. So only the newest list waits for it and, where a device was
-    Unhealthy for a moment meanwhile, one before it in which that device is.
+    The reader may be slow, or not read at all. So only the newest list waits, and before it one more if a device was
+    Unhealthy for a moment meanwhile.
     """
 
     def __init__(self, resource: Resource) -> None:
         self._newest = resource
         self._sent: Optional[ListKey] = None
-        self._were_unhealthy: Set[str] = set()  # paths of devices, since the list that was sent last
+        self._were_unhealthy: Set[str] = set()  # paths of devices, since the last list was sent
         self._is_ended = False
         self._has_news = asyncio.Event()
         self._has_news.set()
 
     def update(self, resource: Resource) -> None:
-        """Have the list of RESOURCE sent, unless it is the same."""
+        """Send the list of RESOURCE, unless it equals the last one."""
         self._newest = resource
         self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
         self._has_news.set()
 
     def end(self) -> None:
-        """Let next() return None, whatever waits."""
+        """Make next() return None, even if a list is waiting."""
         self._is_ended = True
         self._has_news.set()
 
     async def next(self) -> Optional[Resource]:
-        """Wait for a list that is to be sent: that of the resource returned. None at the end."""
+        """Wait for the next list to send, and return its resource. None at the end."""
         while True:
             await self._has_news.wait()
             if self._is_ended:
@@ -3810,12 +3811,12 @@ ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
 
 
 def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: a list may have 100,000 slots, this has the devices only."""
+    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
     return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
 
 
 def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
-    """RESOURCE, had it those devices Unhealthy that are at PATHS."""
+    """RESOURCE with the devices at PATHS Unhealthy."""
     if not paths:
         return resource
     devices = (
@@ -3826,16 +3827,16 @@ def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
 
 
 class PluginOptions(NamedTuple):
-    """What kubelet must know of a plugin before all else. It asks only when a resource is registered."""
+    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
 
-    has_preference: bool  # for some slots, where kubelet may choose: GetPreferredAllocation
-    checks_starts: bool  # whether kubelet is to ask before each start of a container: PreStartContainer
+    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
+    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
 
 
 def options_of(resource: Resource) -> PluginOptions:
     """The options that RESOURCE needs.
 
-    A link or a name leads the container runtime to the right device at every start, attributes do not.
+    A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
     return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
 
@@ -3843,7 +3844,7 @@ def options_of(resource: Resource) -> PluginOptions:
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
-    ON_STREAM is called when a ListAndWatch stream opened (true) or ended, with something that stands for that stream.
+    ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
     def __init__(
@@ -3856,12 +3857,12 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the text that was logged last, by path or ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by path or ID
 
     def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE; else it takes a new plugin, and kubelet must be told of its options.
+        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
 
-        To be asked before starts costs little: a plugin for which that is not needed any more goes on with it.
+        Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
         return (
@@ -3870,13 +3871,13 @@ class Plugin:
         )
 
     def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams get a new list if it differs from the last one."""
+        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
         for stream in self._streams:
             stream.update(resource)
 
     def end_streams(self) -> None:
-        """Let every open stream end in good order."""
+        """End every open stream in good order."""
         for stream in self._streams:
             stream.end()
 
@@ -3939,7 +3940,7 @@ class Plugin:
         return response
 
     async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse what would take the loop long: others wait for it meanwhile."""
+        """Refuse a request that would keep the loop busy for long, while others wait."""
         if count > MAX_CONTAINERS:
             text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
             await abort(context, "INVALID_ARGUMENT", text)
@@ -3948,10 +3949,10 @@ class Plugin:
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
-        """Let a container start if its devices are those that their rules chose.
+        """Allow a container to start if its devices are those that their rules chose.
 
-        kubelet keeps what Allocate answered for the life of the pod, and asks before each start of a container in it.
-        A refusal keeps that from starting; kubelet shows the text in the pod's events, and asks again every 13 s or so.
+        The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
+        it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
         for slot_id in dict.fromkeys(request.devices_ids):
@@ -3970,7 +3971,7 @@ class Plugin:
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path that SLOT_ID names, which is no ID of the resource, if it names one; and what stands there."""
+        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
@@ -3979,7 +3980,7 @@ class Plugin:
         return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it unless that was done before, and have the device side look: the plan may be old."""
+        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
         given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
         text = (
             f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
@@ -4019,9 +4020,9 @@ def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateRespo
 
 
 def is_domain(text: str) -> bool:
-    """Whether kubelet takes TEXT as the domain of a resource.
+    """Whether the kubelet accepts TEXT as the domain of a resource.
 
-    It must be a DNS subdomain, also with "requests." before it, as quotas have it, but must not begin so itself.
+    It must be a DNS subdomain, also with the prefix "requests." of quotas, but must not have that prefix itself.
     """
     label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
     is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
@@ -4029,18 +4030,18 @@ def is_domain(text: str) -> bool:
 
 
 def socket_room(plugin_dir: str) -> int:
-    """How many bytes there are for NAME in the path PLUGIN_DIR/smarter-NAME.sock; too few below SHORTEST_NAME."""
+    """The bytes available for NAME in PLUGIN_DIR/smarter-NAME.sock; fewer than SHORTEST_NAME are too few."""
     return SOCKET_PATH_BYTES - len(os.fsencode(f"{plugin_dir}/smarter-.sock"))
 
 
 def socket_name(name: str, domain: str, plugin_dir: str) -> str:
-    """The file name of the socket of the resource NAME, such that its path is no longer than SOCKET_PATH_BYTES."""
+    """The file name of the socket of the resource NAME; its path has at most SOCKET_PATH_BYTES."""
     own = name if domain == DEFAULT_DOMAIN else f"{name}.{domain}"
     return f"smarter-{shorten(own, socket_room(plugin_dir), own)}.sock"
 
 
 class Backoff:
-    """When to try again what failed: after MIN_BACKOFF_SECONDS, and later each time up to MAXIMUM seconds."""
+    """When to retry: after MIN_BACKOFF_SECONDS, then after twice as long each time, up to MAXIMUM seconds."""
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
@@ -4048,22 +4049,22 @@ class Backoff:
         self._pause = 0.0
 
     def reset(self) -> None:
-        """Forget what failed."""
+        """Forget the failures."""
         self.retry_at = self._pause = 0.0
 
     def fail(self, now: float, at_once: bool = False) -> None:
-        """Put off the next try. The first one AT_ONCE, where that is asked for, is not put off."""
+        """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
         self.put_off(now + pause)
 
     def put_off(self, until: float) -> None:
-        """Put off the next try UNTIL then, whatever failed."""
+        """Delay the next try UNTIL that time."""
         self.retry_at = until
 
 
 class RegistrationContext(NamedTuple):
-    """What all registrations share."""
+    """What all registrations have in common."""
 
     plugin_dir: str
     domain: str
@@ -4074,11 +4075,11 @@ class RegistrationContext(NamedTuple):
 
 
 class Registration:
-    """The life of one resource with the kubelet: run() listens, registers, watches its stream, heals, and ends."""
+    """The life of one resource with the kubelet: run() listens, registers, watches the stream, repairs, and ends."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.trouble = ""  # why it is not ready, as last logged
+        self.trouble = ""  # why it is not ready, as logged last
         self.is_admitted = False
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
@@ -4086,48 +4087,48 @@ class Registration:
         self._others = context.others
         self._events = context.events
         self._server: Optional[UnixServer] = None
-        self._registered_with: Optional[Identity] = None  # the kubelet of the last try to register
+        self._registered_with: Optional[Identity] = None  # the kubelet at the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._is_registered = False
         self._is_waiting = False  # for another instance to end
-        self._is_socket_lost = False  # our socket file is gone or another's
-        self._stream: Optional[object] = None  # kubelet's: the first one since it is served; more are strangers'
+        self._is_socket_lost = False  # whether our socket file was deleted or replaced
+        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = False
         self._stream_ended = asyncio.Event()
         self._stream_since = 0.0
-        self._stream_deadline = 0.0  # for kubelet to open it
+        self._stream_deadline = 0.0  # for the kubelet to open it
         self._backoff = Backoff()
         self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Registered, and kubelet's stream is open."""
+        """Whether it is registered and the kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
 
     @property
     def served_by_other(self) -> bool:
-        """Another instance serves it to the kubelet; this one takes over when that ends."""
+        """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
     @property
     def descriptors(self) -> int:
-        """How many file descriptors it has open: its server listens, and kubelet's connection carries the stream."""
+        """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
         return (self._server is not None) + self._is_stream_open
 
     def admit(self) -> None:
-        """Let run() serve it: there are DESCRIPTORS_EACH for it."""
+        """Allow run() to serve it: there are DESCRIPTORS_EACH for it."""
         self.is_admitted = True
         self.wake()
 
     def hold_back(self, problem: str) -> None:
-        """Say why it is not admitted yet."""
+        """Log why it is not admitted yet."""
         self._log_trouble("not-served", problem)
 
     async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
-        """Serve the resource and keep it registered until retire(). PREVIOUS, an older run() of it, must end first.
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
-        It must not be cancelled: grpc's servers do not survive that.
+        It must not be cancelled, because grpc's servers do not survive that.
         """
         try:
             if previous:
@@ -4138,18 +4139,18 @@ class Registration:
             await self._end_server()
 
     def retire(self) -> None:
-        """Let run() end."""
+        """Make run() end."""
         self._is_retired = True
         if self._call:
             self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
-        """Have run() look again at what there is to do."""
+        """Make run() check again what there is to do."""
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Heal our socket, or take over from another instance, by the INODES of the files in the plugin directory."""
+        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
             self.wake()
@@ -4157,7 +4158,7 @@ class Registration:
             self.wake()
 
     async def _sleep(self, seconds: Optional[float]) -> None:
-        """Wait until woken, for SECONDS at the most."""
+        """Wait for wake(), for SECONDS at most."""
         try:
             await asyncio.wait_for(self._wake.wait(), seconds)
         except asyncio.TimeoutError:
@@ -4177,17 +4178,17 @@ class Registration:
             self.wake()
 
     async def _advance(self) -> Optional[float]:
-        """Do what is to be done now; the seconds until there may be more without a call of wake(), None for never."""
+        """Do what is due. Returns the seconds until more may be due without a call of wake(); None for never."""
         if not self.is_admitted:
             return None
-        self._kubelet.check()  # what was seen last may be old: a stream that ended is news of a new kubelet, too
+        self._kubelet.check()  # the last check may be outdated: the end of a stream may mean a new kubelet
         now = time.monotonic()
         if not self._kubelet.is_answering:
-            return None  # kubelet is down, and nothing is to be torn down for that
+            return None  # the kubelet is down; what is served stays as it is
         if self._registered_with != self._kubelet.identity:
             self._backoff.reset()
             return await self._serve_and_register()
-        if self._is_waiting:  # no stream of ours tells that kubelet is down, and then the sockets of all others go, too
+        if self._is_waiting:  # without a stream, nothing else tells that the kubelet went down and sockets went with it
             return await self._publish_and_register() if self._kubelet.check_answering() else None
         if self._is_registered:
             problem = self._registration_problem(now)
@@ -4201,12 +4202,14 @@ class Registration:
         return await self._serve_and_register()
 
     def _registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty where it need not."""
+        """Why it must be served and registered anew; empty if it need not."""
         if self._is_socket_lost:
             return "its socket file was deleted"
         if self._is_stream_open or (not self._stream and now < self._stream_deadline):
             return ""
-        return "kubelet ended its stream" if self._stream else f"kubelet opened no stream in {STREAM_SECONDS:.0f} s"
+        if self._stream:
+            return "the kubelet ended its stream"
+        return f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s"
 
     def _lose_registration(self, problem: str, now: float) -> None:
         self._is_registered = False
@@ -4217,8 +4220,8 @@ class Registration:
         self._log_trouble("stream-lost", problem)
 
     async def _serve_and_register(self) -> Optional[float]:
-        """Serve the resource anew and register it; the seconds until the next look at it, as _advance() has them."""
-        await self._end_server()  # first: kubelet takes the end of an older stream for the end of the newest
+        """Serve the resource anew and register it. Returns the same as _advance()."""
+        await self._end_server()  # first, because the kubelet takes the end of an older stream for that of the newest
         self._registered_with = self._kubelet.identity
         self._server = UnixServer(
             self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
@@ -4230,7 +4233,7 @@ class Registration:
         return None if self._is_retired else await self._publish_and_register()
 
     async def _publish_and_register(self) -> Optional[float]:
-        """Register what is ready to be served, unless another instance serves it."""
+        """Publish the socket and register, unless another instance serves the resource."""
         assert self._server
         self._is_waiting = False
         try:
@@ -4246,7 +4249,7 @@ class Registration:
 
     def _serving_failed(self, error: OSError) -> Optional[float]:
         if not self._kubelet.check_answering():
-            self._registered_with = None  # a new one removes sockets while it starts
+            self._registered_with = None  # the next kubelet removes all sockets when it starts
             return None
         self._backoff.fail(time.monotonic())
         self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
@@ -4255,7 +4258,7 @@ class Registration:
     async def _register(self) -> Optional[float]:
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity:
-            return 0  # another one came while this was served, and the channel would lead to that one
+            return 0  # another kubelet came meanwhile, and the channel leads to it
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -4266,7 +4269,7 @@ class Registration:
         try:
             await self._call
         except asyncio.CancelledError:
-            return 0  # it is retired, or its channel was closed: there is a new kubelet
+            return 0  # it is retired, or a new kubelet came and the channel was closed
         except grpc.RpcError as error:
             return await self._registration_failed(error)
         finally:
@@ -4274,26 +4277,26 @@ class Registration:
         self.registrations += 1
         self._is_registered = True
         self._stream_deadline = time.monotonic() + STREAM_SECONDS
-        self._events.add("registered", "registered with kubelet", logging.INFO, self.plugin.full_name)
+        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
         return 0
 
     async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls a moment before its socket
+            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         self._kubelet.check()
         if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
             self._registered_with = None
             return None
         self.refusals += 1
         self._backoff.fail(time.monotonic())
-        self._log_trouble("refused", f"kubelet refused its registration ({error.code().name}): {error.details()}")
+        self._log_trouble("refused", f"the kubelet refused to register it ({error.code().name}): {error.details()}")
         return self._backoff.retry_at - time.monotonic()
 
     async def _end_server(self) -> None:
         """End the server and its streams.
 
-        The kubelet's stream ends before the socket file goes: another instance that waits for the latter registers at
-        once, and must not do that while the older stream is open.
+        The kubelet's stream ends before the socket file goes. Another instance that waits for the file to go registers
+        at once, and must not do that while the older stream is open.
         """
         server, self._server = self._server, None
         self._is_registered = self._is_socket_lost = self._is_waiting = False
@@ -4308,7 +4311,7 @@ class Registration:
         self._stream, self._is_stream_open = None, False
 
     def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
-        """Log TROUBLE, unless it is what was logged last."""
+        """Log TROUBLE, unless it was the last one logged."""
         if trouble != self.trouble:
             self.trouble = trouble
             self._events.add(event, trouble, level, self.plugin.full_name)
@@ -4317,9 +4320,9 @@ class Registration:
 class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
-    It starts and ends a registration for each resource, and tells them of a new kubelet and of changes in the plugin
-    directory. kubelet.sock is looked at again and again; that the kernel tells of changes (by WATCH, whose SIGIO leads
-    to look_now()) only lets the looks be fewer, and sooner.
+    It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
+    directory. It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed
+    to look_now()) only makes the looks fewer and sooner.
     """
 
     def __init__(
@@ -4349,16 +4352,16 @@ class DevicePluginSide(KubeletSide):
 
     @property
     def is_answering(self) -> bool:
-        """Whether kubelet answers."""
+        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     @property
     def kubelet_restarts(self) -> int:
-        """How often another kubelet was met."""
+        """How often a new kubelet took the place of another."""
         return self._kubelet.restarts
 
     async def run(self) -> None:
-        """Watch kubelet and our sockets until stop(), then end every stream and server. Raises what went wrong."""
+        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
         leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
@@ -4373,21 +4376,22 @@ class DevicePluginSide(KubeletSide):
             await self._kubelet.close()
 
     async def _retire_all(self) -> None:
-        """End the registrations, not all at once: each is without a stream until the next instance has registered it,
-        and they would all wait for the last one."""
+        """End the registrations a few at a time. Each resource is without a stream until the next instance has
+        registered it, and if all ended at once, the first would wait for the last."""
         while self.registrations:
             for name in list(self.registrations)[:RETIRE_AT_ONCE]:
                 self.registrations.pop(name).retire()
             await asyncio.sleep(RETIRE_PAUSE)
 
     def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and again when that is due."""
-        will_be_told = self._watch is not None and self._watch.ask()  # before the look: no change falls between
+        """Look at kubelet.sock and our own sockets, and schedule the next look."""
+        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
         self._look()
-        self._look_in(self.calm_look if will_be_told and self.is_answering else LOOK_SECONDS)
+        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
 
     def look_now(self) -> None:
-        """The kernel told of a change: look, and soon again. It is asked anew only then: many changes are few looks."""
+        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
+        looks."""
         self._look()
         self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
 
@@ -4400,7 +4404,7 @@ class DevicePluginSide(KubeletSide):
             self._fail(error)
 
     def _look_in(self, seconds: float) -> None:
-        """Put the next look() so far off; a plain timer, for it costs half of a coroutine."""
+        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
         if self._next_look:
             self._next_look.cancel()
         if not self._done.done():
@@ -4411,10 +4415,10 @@ class DevicePluginSide(KubeletSide):
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)  # the calm is over
+            self._look_in(LOOK_SECONDS)
 
     def _check_sockets(self) -> None:
-        """Have registrations heal whose socket files were deleted or replaced."""
+        """Pass the files in the plugin directory to the registrations if they have changed."""
         if not self.is_answering:
             return
         try:
@@ -4427,7 +4431,7 @@ class DevicePluginSide(KubeletSide):
                 registration.check_socket(inodes)
 
     def apply(self, plan: Plan) -> None:
-        """Do the least that makes PLAN true: start, update or retire a registration of each resource."""
+        """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         for name, registration in list(self.registrations.items()):
             resource = plan.resources.get(name)
             if resource and registration.plugin.can_offer(resource):
@@ -4441,7 +4445,7 @@ class DevicePluginSide(KubeletSide):
         self._admit()
 
     def _admit(self) -> None:
-        """Have registrations served, by name, as many as there are file descriptors for; none is sent away again."""
+        """Admit waiting registrations in sorted order, as far as file descriptors suffice. An admitted one stays."""
         if self._next_admission:
             self._next_admission.cancel()
             self._next_admission = None
@@ -4452,7 +4456,7 @@ class DevicePluginSide(KubeletSide):
         admitted = [found for found in self.registrations.values() if found.is_admitted]
         promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
         room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
-        # What ends may have some still, and clients more than usual: then this looks again a little later.
+        # Ending registrations may still have some, and clients more than usual; then this checks again later.
         room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
         for number, name in enumerate(waiting):
             if number < room:
@@ -4475,7 +4479,7 @@ class DevicePluginSide(KubeletSide):
             error = None if task.cancelled() else task.exception()
             if error:
                 self._fail(error)
-            self._admit()  # others may have its descriptors
+            self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
 
@@ -5643,51 +5647,31 @@ def _inodes(path: str) -> Mapping[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status: what is offered, what is in use and what is wrong, as one document (JSON), and as text, metrics and a page,
-# which are pure renderers of that document; last, the small server of them. The document's keys, the metrics' names and
-# the server's paths are a public interface. A new metric is one more line of FAMILIES.
+# Status: what is offered, what is in use and what is wrong, as one document (JSON). Tables, metrics and the page are
+# pure renderers of that document; a small server comes last. The document's keys, the names of the metrics and the
+# paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-MAX_MISSED_HEARTBEATS = 10  # of the slower one's, before a thread is said to hang
+MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
 class DeviceSideStats(NamedTuple):
-    """What the device side says of itself after each turn."""
+    """What the device side reports after each turn."""
 
-    heartbeat: float  # time.monotonic() of that
-    conf: Document  # how it stands with the conf file, as the whole document has it
-    dev_problem: str  # why /dev cannot be looked at
-    scan_seconds: float  # that the last look at /dev took
-
-
-class RegistrationState(NamedTuple):
-    """How one resource stands with the kubelet."""
-
-    ready: bool = False  # registered, and the kubelet's stream is open
-    served_by_other: bool = False  # another instance serves it; /readyz, and nothing else, takes that for ready
-    trouble: str = ""  # why not
-    allocations: int = 0
-    registrations: int = 0
-    refusals: int = 0
-    stream_losses: int = 0
-    start_refusals: int = 0
+    heartbeat: float  # time.monotonic() of the report
+    conf: Document  # the part "conf" of the status document
+    dev_problem: str  # why /dev cannot be read
+    scan_seconds: float  # how long the last look at /dev took
 
 
-# The document. Its parts "resources", "left_out" and "unused" are what --list --json prints.
+# The document. --list --json prints its parts "resources", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, domain: str, epoch: float) -> Document:
-    """PLAN as a document: resources with their devices, what was left out, and rules that matched nothing.
-
-    EPOCH is the time.time() at which time.monotonic() was 0.
-    """
-    resources = [describe_resource(resource, domain, epoch) for resource in plan.resources.values()]
-    return {"resources": resources, **_describe_rest(plan)}
-
-
-def _describe_rest(plan: Plan) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
+        "resources": resources,
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5697,7 +5681,7 @@ def _describe_rest(plan: Plan) -> Document:
 
 
 def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document."""
+    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
     return {
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
@@ -5727,32 +5711,24 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
     }
 
 
-def describe_offer(
-    resource: Resource, domain: str, epoch: float, state: RegistrationState, holders: Optional[Holders]
-) -> Document:
-    """RESOURCE as a document, with how it stands with the kubelet and, where HOLDERS are known, who has its slots."""
-    document = {**describe_resource(resource, domain, epoch), **state._asdict(), "in_use": None, "holders": None}
-    if holders is not None:
-        held = document["holders"] = _describe_holders(resource, holders.get(resource.name, ()))
-        document["in_use"] = len({holder["slot"] for holder in held})  # the containers of one pod may share a slot
-    return document
-
-
-def _describe_holders(resource: Resource, holders: Iterable[Holder]) -> List[Document]:
-    """The HOLDERS of slots that RESOURCE offers now, as documents in the order of the slots."""
+def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+    if holders is None:
+        return {"in_use": None, "holders": None}
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     found = []
-    for holder in set(holders):
+    for holder in set(holders.get(resource.name, ())):
         path, _, number = holder.slot.rpartition(":")
         device = devices.get(path)
         if device and is_slot_of(device, resource, holder.slot):
             document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
             found.append((path, int(number), holder, document))
-    return [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    held = [document for *_, document in sorted(found, key=lambda each: each[:3])]
+    return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
 def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document: what is in PLAN and STATS, the RESOURCES of describe_offer(), and OTHERS as they are."""
+    """The whole document of a daemon: PLAN, STATS, the RESOURCES with their registration and use, and OTHERS."""
     document = {
         "smarter_device_manager": __version__,
         **others,
@@ -5762,15 +5738,15 @@ def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Docu
         "conf": stats.conf,
         "dev_problem": stats.dev_problem,
         "scan_seconds": stats.scan_seconds,
-        "resources": resources,
-        **_describe_rest(plan),
+        **describe_plan(plan, resources),
     }
-    document["problems"] = [problem_text(*problem) for problem in find_problems(document).items()]
+    for sentence, names in find_problems(document).items():
+        document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
     return document
 
 
 def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
-    """Each thread with its last of HEARTBEATS and the MAX_AGE that it may have, in seconds of time.monotonic()."""
+    """Per thread the age of its last heartbeat, and MAX_AGE; all in seconds of time.monotonic()."""
     return [
         {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
         for name, heartbeat in heartbeats.items()
@@ -5778,7 +5754,7 @@ def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
-    """A sentence for each of THREADS that hangs."""
+    """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
         for thread in threads
@@ -5787,57 +5763,52 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
-    """What is wrong, the worst first: sentences, each with the resources or devices that it is true of, if any."""
-    kubelet, conf, resources = document["kubelet"], document["conf"], document["resources"]
+    """What is wrong, the worst first: sentences, each with the names of the resources or devices that have it."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
+
+    def add(sentence: str, *names: str) -> None:
+        problems.setdefault(sentence, []).extend(names)
+
     if document["dra"]:
-        problems.update({document["dra"]["problem"]: []} if document["dra"]["problem"] else {})
-    elif not kubelet["answering"]:
-        where = kubelet["plugin_dir"]
-        problems[f"the kubelet does not answer in {where}: no pod can be given a device until it does"] = []
-    for resource in resources:
-        if kubelet["answering"] and not document["dra"] and not resource["ready"]:
-            problems.setdefault(unready_text(resource["trouble"]), []).append(resource["name"])
-    if document["dev_problem"]:
-        problems[document["dev_problem"]] = []
-    if conf["error"]:
-        problems[conf_error_text(conf["error"], conf["read_at"])] = []
-    for resource in resources:
-        holders = _holders_by_device(resource)
+        add(document["dra"]["problem"])
+    elif not document["kubelet"]["answering"]:
+        where = document["kubelet"]["plugin_dir"]
+        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+    else:
+        for resource in document["resources"]:
+            if not resource["ready"]:
+                add(unready_text(resource["trouble"]), resource["name"])
+    add(document["dev_problem"])
+    add(conf_problem(document["conf"]))
+    for resource in document["resources"]:
+        users = _users_by_device(resource)
         for device in resource["devices"]:
-            if not device["healthy"]:
-                held = [f"{container} of {pod}" for pod, container in holders.get(device["path"], ())]
-                sentence = device["problem"] + (f", in use by {_first_names(held)}" if held else "")
-                problems.setdefault(sentence, []).append(device["path"])
+            if device["problem"]:
+                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
+    problems.pop("", None)
     return problems
 
 
-def problem_text(sentence: str, names: Sequence[str]) -> str:
-    """One of find_problems() as a line of text."""
-    return f"{_first_names(names)}: {sentence}" if names else sentence
-
-
 def unready_text(trouble: str) -> str:
-    """Why a resource is not with the kubelet, in words."""
-    return f"not registered with the kubelet: {trouble}" if trouble else "not registered with the kubelet yet"
+    """That a resource is not registered, because of TROUBLE if that is known."""
+    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
 
 
-def conf_error_text(error: str, read_at: str) -> str:
-    """That the conf file is refused for ERROR, and of when the rules in force are."""
-    return f"the conf file is refused, the rules of {clock(read_at)} UTC stay in force: {error}"
+def conf_problem(conf: Document) -> str:
+    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    if not conf["error"]:
+        return ""
+    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _holders_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
-    """The IDs of the slots that containers have of RESOURCE: by the device, and by the names of pod and container."""
-    found: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
+    """Per path of a device of RESOURCE, the slots that each container has: by namespace/pod and container."""
+    users: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
     for holder in resource["holders"] or ():
-        found.setdefault(holder["device"], {}).setdefault(_pod_and_container(holder), []).append(holder["slot"])
-    return found
-
-
-def _pod_and_container(holder: Document) -> Tuple[str, str]:
-    """The names of HOLDER as kubectl has them: namespace/pod, and the container."""
-    return f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
+    return users
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -5845,19 +5816,26 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def clock(time_of_day: str) -> str:
-    """TIME_OF_DAY, as utc() has it, for people: to the second, and without the T and the Z."""
-    return f"{time_of_day[:10]} {time_of_day[11:19]}"
+def clock(moment: str) -> str:
+    """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
+    return moment[:19].replace("T", " ")
 
 
 # Text: for terminals.
 
+# What tables and page list below the resources: the key in the document, the title, and the key of each column.
+LISTS = (
+    ("left_out", "Left out, though a rule names it", {"LINE": "line", "PATH": "path", "REASON": "reason"}),
+    ("unused", "Rules that matched nothing", {"LINE": "line", "DEVICEMATCH": "pattern"}),
+)
 
-def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+
+def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
     """ROWS as lines of text in columns, numbers to the right. The last column may be as long as it likes."""
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(row[column].isdecimal() for row in cells[1:]) for column in range(len(header))]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
     lines = (
         "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
         for row in cells
@@ -5865,111 +5843,102 @@ def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
+def _section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+    """ROWS as a table below TITLE; nothing where there are none."""
+    return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
+
+
+def _render_lists(document: Document) -> str:
+    return "".join(
+        _section(title, columns, [[item[column] for column in columns.values()] for item in document[key]])
+        for key, title, columns in LISTS
+    )
+
+
 def render_list(document: Document) -> str:
     """What --list prints of describe_plan()'s DOCUMENT."""
-    rows: List[Tuple[object, ...]] = [
-        (
-            device["slots"],
-            device["line"],
-            resource["name"] + (" (pool)" if resource["pool"] else ""),
-            _device_text(device),
-        )
+    rows = [
+        (device["slots"], device["line"], resource["name"] + " (pool)" * resource["pool"], _device_cell(device))
         for resource in document["resources"]
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
-    return text + _render_rest(document)
-
-
-def _render_rest(document: Document) -> str:
-    text = ""
-    if document["left_out"]:
-        left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
-        text += "\nLeft out, though a rule names it:\n" + render_table(("LINE", "PATH", "REASON"), left_out)
-    if document["unused"]:
-        unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
-        text += "\nRules that matched nothing:\n" + render_table(("LINE", "DEVICEMATCH"), unused)
-    return text
+    return text + _render_lists(document)
 
 
 def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    if not overridden:
-        return ""
-    rows = [(rule.line, device_path(device), f"line {device.line}") for rule, device in overridden]
-    text = "\nNamed without effect, because a later rule has it:\n" + render_table(("LINE", "PATH", "HAS IT"), rows)
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: Dict[Tuple[int, str], Set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    if winners:
-        lines = [(*key, ", ".join(map(str, sorted(found)))) for key, found in winners.items()]
-        text += "\nRules that later rules override for every device that they name:\n"
-        text += render_table(("LINE", "DEVICEMATCH", "BY LINE"), lines)
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
+    )
+
+
+def device_text(device: Document) -> str:
+    """The path of DEVICE, where its link leads, its number of nodes, and the path in the container if that differs."""
+    text: str = device["path"]
+    if device["nodes"]:  # none while it is Unhealthy
+        node = device["nodes"][0]
+        target, is_folder = target_of(node["host"], node["targets"])
+        text += f" -> {target}" if target else ""
+        count = sum(len(each["targets"]) for each in device["nodes"])
+        text += f" ({pluralize(count, 'node')})" if is_folder or count > 1 else ""
+        text += "" if node["container"].startswith(device["path"]) else f" as {node['container']}"
     return text
 
 
-def _device_text(device: Document) -> str:
-    problem = f" (Unhealthy: {device['problem']})" if device["problem"] else ""
-    return f"{device['path']}{problem or _device_details(device)}"
+def _device_cell(device: Document) -> str:
+    return device_text(device) + (f" (Unhealthy: {device['problem']})" if device["problem"] else "")
 
 
-def _device_details(device: Document) -> str:
-    """What there is to say of DEVICE after its path: where its link leads, how many nodes it has, and where its
-    container sees it if that is not where the host has it."""
-    nodes = device["nodes"]
-    if not nodes:
-        return ""
-    link, is_folder = target_of(nodes[0]["host"], nodes[0]["targets"])
-    details = f" -> {link}" if link else ""
-    count = sum(len(node["targets"]) for node in nodes)
-    if is_folder or count > 1:
-        details += f" ({pluralize(count, 'node')})"
-    if not nodes[0]["container"].startswith(device["path"]):
-        details += f" as {nodes[0]['container']}"
-    return details
-
-
-def describe_dra(dra: Document) -> str:
-    """The part on DRA of the status document in one line."""
-    claims = pluralize(dra["claims_prepared"], "claim")
-    reachable = "answers" if dra["api_reachable"] else "does not answer"
+def dra_text(dra: Document) -> str:
+    """The part of the document on DRA, in one line."""
     slices = f"{pluralize(dra['slice_devices'], 'device')} published in {pluralize(dra['slices'], 'ResourceSlice')}"
-    return f"DRA: {slices}, {claims} prepared, the API server {reachable}"
+    claims = f"{pluralize(dra['claims_prepared'], 'claim')} prepared"
+    return f"DRA: {slices}, {claims}, the API server {'answers' if dra['api_reachable'] else 'does not answer'}"
 
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
     resources, problems = document["resources"], document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
-    lines += [f"  - {problem}" for problem in problems] + ([describe_dra(document["dra"])] if document["dra"] else [])
-    text = "".join(f"{printable(line)}\n" for line in lines) + "\n"
+    lines += [f"  - {problem}" for problem in problems]
+    lines += [dra_text(document["dra"])] if document["dra"] else []
     offered = [
         (
             f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
             resource["name"],
             "yes" if resource["ready"] else "no",
-            _first_names([_device_text(device) for device in resource["devices"]]),
+            _first_names([_device_cell(device) for device in resource["devices"]]),
         )
         for resource in resources
     ]
-    header = ("IN USE", "RESOURCE", "READY", "DEVICE")
-    text += render_table(header, offered) if offered else "No device is offered.\n"
     held = [
-        (holder["slot"], resource["name"].partition("/")[2], *_pod_and_container(holder))
+        (_first_names(slots), resource["name"].partition("/")[2], pod, container)
         for resource in resources
-        for holder in resource["holders"] or ()
+        for users in _users_by_device(resource).values()
+        for (pod, container), slots in users.items()
     ]
-    if held:
-        text += "\nWho has what:\n" + render_table(("SLOT", "RESOURCE", "POD", "CONTAINER"), held)
     events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
-    return text + _render_rest(document) + "\n" + render_table(("TIME", "EVENT"), events)
+    return (
+        "".join(f"{printable(line)}\n" for line in [*lines, ""])
+        + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
+        + _section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
+        + _render_lists(document)
+        + _section("Last events", ("TIME", "EVENT"), events)
+    )
 
 
 def event_text(event: Document) -> Tuple[str, str]:
-    """What EVENT says, with the resources or devices that it is about; and its other fields."""
+    """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
     sentence = event["message"]
     others = []
     for key, value in event.items():
@@ -5991,33 +5960,36 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 
 
 class Family(NamedTuple):
-    """A metric: its name without the prefix, type and help, and how its samples are read from the document."""
+    """A metric: its name without the prefix, its help, and where the document has its values.
+
+    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
+    """
 
     name: str
-    kind: str
     help: str
-    read: Callable[[Document], Samples]
+    source: Union[str, Callable[[Document], Samples]]
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def full_name(self) -> str:
+        """The exported name; those of a process are the names that all Prometheus clients give them."""
+        return self.name if self.name.startswith("process_") else PREFIX + self.name
+
+    def samples(self, document: Document) -> Samples:
+        if not isinstance(self.source, str):
+            return self.source(document)
+        part, _, key = self.source.partition(".")
+        if part == "resources":
+            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+        return [({}, document[part][key])] if document[part] else []
 
 
-def _each(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of each resource where it is known."""
-    return lambda document: (
-        ({"resource": resource["name"]}, resource[key])
-        for resource in document["resources"]
-        if resource[key] is not None
-    )
-
-
-def _one(part: str, key: str) -> Callable[[Document], Samples]:
-    """The value KEY of a PART of the document."""
-    return lambda document: [({}, document[part][key])]
-
-
-def _devices(document: Document) -> Samples:
-    for resource in document["resources"]:
-        healthy = sum(device["healthy"] for device in resource["devices"])
-        yield {"resource": resource["name"], "state": "present"}, healthy
-        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+def _build(document: Document) -> Samples:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
 def _slot_holders(document: Document) -> Samples:
@@ -6030,98 +6002,66 @@ def _slot_holders(document: Document) -> Samples:
     return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
 
 
+def _devices(document: Document) -> Samples:
+    for resource in document["resources"]:
+        healthy = sum(device["healthy"] for device in resource["devices"])
+        yield {"resource": resource["name"], "state": "present"}, healthy
+        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+
+
 def _left_out(document: Document) -> Samples:
-    counts = {reason.label: 0 for reason in Reason}
-    for left in document["left_out"]:
-        counts[left["label"]] += 1
-    return [({"reason": label}, count) for label, count in counts.items()]
+    labels = [left["label"] for left in document["left_out"]]
+    return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
 def _api_requests(document: Document) -> Samples:
-    requests = document["dra"]["api_requests"] if document["dra"] else []
-    return [({"verb": asked["verb"], "code": asked["code"]}, asked["count"]) for asked in requests]
-
-
-def _of_dra(key: str) -> Callable[[Document], Samples]:
-    """The value KEY of the part on DRA, if there is one."""
-    return lambda document: [({}, document["dra"][key])] if document["dra"] else []
-
-
-def _build(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    return [({"version": document["smarter_device_manager"], "python": python}, 1)]
+    for asked in document["dra"]["api_requests"] if document["dra"] else ():
+        yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
 FAMILIES = (
-    Family("build_info", "gauge", "1; the labels tell the version.", _build),
-    Family("slots", "gauge", "Containers that may have the resource at once.", _each("slots")),
-    Family("slots_in_use", "gauge", "Slots that containers have; absent: unknown.", _each("in_use")),
-    Family("slot_holder", "gauge", "1 for each container that has a slot.", _slot_holders),
-    Family("devices", "gauge", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
-    Family("registered", "gauge", "1 if the kubelet has the resource: registered, its stream open.", _each("ready")),
-    Family("allocations_total", "counter", "Containers that were given the resource.", _each("allocations")),
-    Family("starts_refused_total", "counter", "Starts of containers that were refused.", _each("start_refusals")),
-    Family("registrations_total", "counter", "Registrations that the kubelet accepted.", _each("registrations")),
-    Family("registrations_refused_total", "counter", "Registrations that the kubelet refused.", _each("refusals")),
-    Family("stream_losses_total", "counter", "Streams that the kubelet ended or never opened.", _each("stream_losses")),
-    Family("kubelet_answering", "gauge", "1 if the kubelet answers on its socket.", _one("kubelet", "answering")),
-    Family("kubelet_restarts_total", "counter", "Restarts of the kubelet that were seen.", _one("kubelet", "restarts")),
-    Family("conf_reloads_total", "counter", "Changed conf files that were taken over.", _one("conf", "reloads")),
-    Family("conf_refused_total", "counter", "Changed conf files that were refused.", _one("conf", "failed_reloads")),
-    Family("conf_good", "gauge", "0 if the conf file is refused as it is.", lambda d: [({}, not d["conf"]["error"])]),
-    Family(
-        "conf_last_good_timestamp_seconds",
-        "gauge",
-        "When the conf file was last good.",
-        _one("conf", "read_at_seconds"),
-    ),
-    Family("scan_duration_seconds", "gauge", "What the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "gauge", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family(
-        "api_requests_total",
-        "counter",
-        "Requests to the API server, by verb and code; this and more with dra.",
-        _api_requests,
-    ),
-    Family("api_reachable", "gauge", "1 if the API server answered the last request.", _of_dra("api_reachable")),
-    Family("slices_published", "gauge", "ResourceSlices of this node.", _of_dra("slices")),
-    Family("slice_devices_published", "gauge", "Devices in these slices.", _of_dra("slice_devices")),
-    Family(
-        "slices_published_timestamp_seconds",
-        "gauge",
-        "When the slices were last as they should be.",
-        _of_dra("published_at_seconds"),
-    ),
-    Family("claims_prepared", "gauge", "ResourceClaims that are prepared.", _of_dra("claims_prepared")),
-    Family("prepare_errors_total", "counter", "Claims that could not be prepared.", _of_dra("prepare_errors")),
-    Family(
-        "internal_errors_total",
-        "counter",
-        "Calls that failed for an unforeseen reason.",
-        _one("process", "internal_errors"),
-    ),
-    Family(
-        "log_lines_dropped_total", "counter", "Lines of the log that nobody read.", _one("process", "log_lines_dropped")
-    ),
-    Family("process_resident_memory_bytes", "gauge", "Resident memory.", _one("process", "resident_memory_bytes")),
-    Family("process_cpu_seconds_total", "counter", "CPU time, user and system.", _one("process", "cpu_seconds")),
-    Family("process_start_time_seconds", "gauge", "When the process started.", _one("process", "start_time_seconds")),
+    Family("build_info", "Always 1; the labels have the versions.", _build),
+    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
+    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
+    Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
+    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
+    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
-
-
-def metric_name(family: Family) -> str:
-    """The whole name of FAMILY; those of a process have the names that all Prometheus clients give them."""
-    return family.name if family.name.startswith("process_") else PREFIX + family.name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
-        name = metric_name(family)
+        name = family.full_name
         yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.read(document):
+        for labels, value in family.samples(document):
             pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
-            number = int(value) if isinstance(value, (int, bool)) else value
+            number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
@@ -6133,46 +6073,38 @@ def _label(text: str) -> str:
 
 REFRESH_SECONDS = 5  # of the page
 STYLE = """
-:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #59636e; --line: #e1e4e8;
-  --track: #e6e9ed; --used: #2563c9; --full: #a85f00; --good: #166a3a; --good-back: #e3f4e9; --bad: #b3262b;
-  --bad-back: #fdecec; --goal: #fff7d6; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --card: #181d24; --text: #e4e8ed; --dim: #98a3b0;
-  --line: #2a313a; --track: #2c343e; --used: #6aa1ff; --full: #f0a63a; --good: #56d08a; --good-back: #12301f;
-  --bad: #ff8a8a; --bad-back: #3a1719; --goal: #33301a; } }
+:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
+  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
 h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: .8rem; text-transform: uppercase; letter-spacing: .06em; color: var(--dim); margin: 2rem 0 .6rem; }
-code { font: .92em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border-radius: 99px; padding: .15rem .8rem; font-family: inherit; font-weight: 600; font-size: .9rem; }
-button { border: 1px solid var(--dim); background: var(--card); color: var(--text); margin-left: auto; }
-.good { color: var(--good); background: var(--good-back); } .bad { color: var(--bad); background: var(--bad-back); }
-.why, small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } .why { color: var(--bad); }
-.why, small { display: block; }
+h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
+small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
+.good { color: var(--good); } .bad { color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: grid; grid-template-columns: repeat(5, 1fr); gap: .75rem; } .facts div { padding: .6rem 1rem; }
-.facts dd { font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
 table { width: 100%; border-spacing: 0; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thead th:nth-child(3) { width: 28%; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
 :target, :target td { background: var(--goal); }
-.bar { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--track); }
-.bar rect { fill: var(--used); } .full rect { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em; }
-.dot { background: var(--good); } .off { background: var(--bad); }
-.hidden { position: absolute; width: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
+rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
 @media (max-width: 44rem) {
-  .list li, .facts { grid-template-columns: 1fr; }
-  .facts { gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-  .facts div { display: flex; gap: 0 .5rem; align-items: baseline; border: 0; padding: .3rem 1rem; }
-  .facts dt { width: 7rem; } .facts dd { font-size: 1rem; } .facts small { display: inline; margin-left: .4em; }
+  .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
@@ -6180,39 +6112,35 @@ thead th:nth-child(1) { width: 21%; } thead th:nth-child(2) { width: 15%; } thea
 """
 SCRIPT = """
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-let isPaused = false;
-const mayChange = () => !isPaused && !document.hidden && getSelection().isCollapsed;
+const period = 1000 * document.body.dataset.refresh;
+const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
-  const focused = document.activeElement?.getAttribute("href");
+  const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
     const made = page.getElementById(part.id);
-    if (part.innerHTML !== made.innerHTML) part.replaceChildren(...made.childNodes);
+    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
   }
   document.title = page.title;
   document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
-  if (focused && document.activeElement === document.body)
+  if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
 async function refresh() {
   if (mayChange()) try {
-    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
     const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
     if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
     trouble.textContent = "";
   } catch {
     trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
   }
-  setTimeout(refresh, 1000 * document.body.dataset.refresh);
 }
 
-button.onclick = () => {
-  isPaused = !isPaused;
-  button.textContent = isPaused ? "Resume" : "Pause";
-};
+button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
-setTimeout(refresh, 1000 * document.body.dataset.refresh);
+setInterval(refresh, period);
 """
 
 _HEAD = """<!doctype html>
@@ -6234,27 +6162,22 @@ cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 <strong id="trouble" class="bad" role="status"></strong></p></header>
 <main id="content" data-live>
 """
-_LINK = '<a href="#{name}">{name}</a>'
-_FACT = '<div class="card"><dt class="dim">{name}</dt><dd>{value}<small>{more}</small></dd></div>\n'
 _TABLE = """<table class="card" role="table">
 <thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
 scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
 Used by</th></tr></thead>
 """
-_NAME = '<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}'
-_USE = """</th><td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg class="bar {full}" aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
-_DEVICE = '<td role="cell"><span title="{more}"><span class="dot {off}"></span><span class="hidden">{state} </span>\
-<code>{path}</code>{details}</span>'
-_WHY = '<span class="why">{why}</span>'
-_SINCE = "<small>since {since}</small>"
-_HOLDER = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
-_ITEM = '<li><span class="key">{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code>"""
 _FOOT = """</main>
-<footer class="dim">The page follows the daemon every {refresh} seconds. The same, for programs: <a href="status.json">\
+<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-"""
+<script nonce="{nonce}">"""
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6266,127 +6189,110 @@ def _fill(template: str, **values: object) -> str:
 def render_page(document: Document, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
     count = len(document["problems"])
-    verdict = "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong"
-    colour, mood = ("%23b3262b", "bad") if count else ("%23166a3a", "good")
-    node, version, refresh = document["node"], document["smarter_device_manager"], REFRESH_SECONDS
-    yield _fill(_HEAD, refresh=refresh, nonce=nonce) + STYLE
-    values = {"colour": colour, "mood": mood, "version": version, "time": clock(document["time"])}
-    yield _fill(_TOP, refresh=refresh, node=node, verdict=verdict, **values)
+    values = {
+        "nonce": nonce,
+        "refresh": REFRESH_SECONDS,
+        "node": document["node"],
+        "version": document["smarter_device_manager"],
+        "time": clock(document["time"]),
+        "verdict": "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong",
+        "mood": "bad" if count else "good",
+        "colour": "%23b3262b" if count else "%23166a3a",
+    }
+    yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
         yield from (_page_problem(*problem) for problem in find_problems(document).items())
         yield "</ul>\n"
-    yield from _page_facts(document)
-    yield "<h2>Resources</h2>\n"
+    facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
+    yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
+    says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, document["kubelet"]["answering"])
+            yield from _page_resource(resource, says_trouble)
         yield "</table>\n"
     else:
-        yield '<p class="dim">No device is offered: no rule names one that is there.</p>\n'
-    left_out = ((left["path"], left["reason"], f"rule of line {left['line']}") for left in document["left_out"])
-    yield from _page_list("Left out, though a rule names it", left_out)
-    unused = ((f"line {rule['line']}", rule["pattern"], "") for rule in document["unused"])
-    yield from _page_list("Rules that matched nothing", unused)
-    events = ((clock(event["time"]), *event_text(event)) for event in document["events"])
-    yield from _page_list("Last events", events)
-    yield _fill(_FOOT, refresh=refresh) + _fill('<script nonce="{nonce}">', nonce=nonce) + SCRIPT
-    yield "</script>\n</body>\n</html>\n"
+        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+    for key, title, columns in LISTS:
+        rows = ([item[column] for column in columns.values()] for item in document[key])
+        yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
+    yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
+    yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _page_problem(sentence: str, names: Sequence[str]) -> str:
     """One of find_problems(); its names lead to their rows."""
-    links = [_fill(_LINK, name=name) for name in names[:MAX_NAMES]]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return "<li>" + ", ".join(links) + _fill("{rest}</li>\n", rest=(f"{more}: " if names else "") + sentence)
+    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
+    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
-def _page_facts(document: Document) -> Iterator[str]:
+def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    devices = [device for resource in resources for device in resource["devices"]]
-    present = sum(device["healthy"] for device in devices)
+    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
-    facts: List[Tuple[str, object, str]] = [
-        ("Resources", len(resources), f"{sum(resource['ready'] for resource in resources)} registered"),
-        ("Devices", len(devices), f"{present} present, {len(devices) - present} absent"),
-        (
-            "Slots in use",
-            "unknown" if None in in_use else sum(in_use),
-            f"of {sum(resource['slots'] for resource in resources)}",
-        ),
-        ("Kubelet", "answers" if kubelet["answering"] else "down", f"{pluralize(kubelet['restarts'], 'restart')} seen"),
-        ("Conf file", "refused" if conf["error"] else "good", pluralize(conf["rules"], "rule")),
-    ]
+    slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
+    restarts = pluralize(kubelet["restarts"], "restart")
+    yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
+    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
+    yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
+    yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
     if document["dra"]:
-        dra = document["dra"]
-        reachable = f"API server {'answers' if dra['api_reachable'] else 'does not answer'}"
-        facts += [
-            ("ResourceSlices", dra["slices"], reachable),
-            ("Claims prepared", dra["claims_prepared"], f"{dra['prepare_errors']} could not be"),
-        ]
-    yield '<dl class="facts">\n'
-    yield from (_fill(_FACT, name=name, value=value, more=more) for name, value, more in facts)
-    yield "</dl>\n"
+        yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, is_kubelet_up: bool) -> Iterator[str]:
-    """The rows of RESOURCE: one for each device, with who holds it."""
-    slots, in_use, devices = resource["slots"], resource["in_use"], resource["devices"]
-    percent = min(100, 100 * (in_use or 0) // max(slots, 1))
-    full = "full" if percent == 100 else ""
+def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
+    """The rows of RESOURCE: one per device, with the containers that use it."""
+    in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
+    head = _fill(
+        _RESOURCE,
+        rows=len(resource["devices"]),
+        domain=domain,
+        name=name,
+        trouble=unready_text(resource["trouble"]) if says_trouble and not resource["ready"] else "",
+        refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
+        use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
+        percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
+    )
+    users = _users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
-    holders = _holders_by_device(resource)
-    for number, device in enumerate(devices):
-        yield _fill('<tr id="{path}" role="row">', path=device["path"])
-        if number == 0:
-            yield _fill(_NAME, rows=len(devices), domain=domain, name=name)
-            if is_kubelet_up and not resource["ready"]:  # or else it is said once for all
-                yield _fill(_WHY, why=unready_text(resource["trouble"]))
-            if resource["start_refusals"]:
-                yield _fill(_WHY, why=f"{pluralize(resource['start_refusals'], 'start')} of a container refused")
-            use = f"unknown, of {slots}" if in_use is None else f"{in_use} of {slots}"
-            yield _fill(_USE, rows=len(devices), use=use, full=full, percent=percent)
-        yield from _page_device(device)
-        yield from _page_holders(holders.get(device["path"], {}))
-        yield "</tr>\n"
+    for device in resource["devices"]:
+        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
+        head = ""  # it spans all rows
+        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
-def _page_device(device: Document) -> Iterator[str]:
-    since, is_healthy = clock(device["since"]), device["healthy"]
-    yield _fill(
-        _DEVICE,
-        more=f"since {since}, by the rule of line {device['line']}",
-        off="" if is_healthy else "off",
-        state="Healthy:" if is_healthy else "",
-        path=device["path"],
-        details=_device_details(device) if is_healthy else "",
+def _page_device(device: Document) -> str:
+    since, problem = clock(device["since"]), device["problem"]
+    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
+    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
+    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
+    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
+
+
+def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
+    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
+    items = (
+        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
+        for (pod, container), ids in users.items()
     )
-    if not is_healthy:
-        yield _fill(_WHY + _SINCE, why=f"Unhealthy: {device['problem']}", since=since)
-    yield "</td>\n"
+    return f"<ul>{''.join(items)}</ul>" if users else ""
 
 
-def _page_holders(holders: Mapping[Tuple[str, str], Sequence[str]]) -> Iterator[str]:
-    yield '<td role="cell" data-name="Used by:"><ul>' if holders else "<td>"
-    for (pod, container), ids in holders.items():
-        slots = ("slot " if len(ids) == 1 else "slots ") + _first_names(ids)
-        yield _fill(_HOLDER, container=container, pod=pod, slots=slots)
-    yield "</ul></td>" if holders else "</td>"
+def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
+    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
+    for key, text, *more in items:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield head + _fill(item, key=key, text=text, more=" ".join(more))
+        head = ""
+    yield "" if head else "</ul>\n"
 
 
-def _page_list(title: str, items: Iterable[Tuple[str, str, str]]) -> Iterator[str]:
-    pieces = [_fill(_ITEM, key=key, text=text, more=more) for key, text, more in items]
-    if pieces:
-        yield _fill("<h2>{title}</h2>\n", title=title) + '<ul class="card list">\n'
-        yield from pieces
-        yield "</ul>\n"
-
-
-# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread a client.
-# It reads and writes its sockets by itself: asyncio's streams accept a whole backlog of clients in one turn of the
+# The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
+# client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
 BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
@@ -6394,8 +6300,8 @@ MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answere
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
-ERROR_PAUSE = 1.0  # before the next accept(2) when one failed (too many open files)
-FRESH_SECONDS = 1.0  # that a document and what was rendered of it serve all who ask
+ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
+FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
 _PHRASES = {
     200: "OK",
@@ -6413,26 +6319,19 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
 
+Response = Tuple[bytes, bytes]  # head and body: the same object for all who get it, so slow readers cost no memory
+
 
 class Unanswerable(Exception):
-    """A request that gets an error: its status."""
+    """A request that is answered with the error STATUS."""
 
     def __init__(self, status: int) -> None:
         super().__init__(_PHRASES[status])
         self.status = status
 
 
-class Response(NamedTuple):
-    """What a client is answered."""
-
-    status: int
-    kind: str  # its Content-Type
-    body: bytes  # one object for all who get it: slow readers are to cost no memory
-    policy: str = "default-src 'none'"  # its Content-Security-Policy
-
-
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """What the HEAD of an HTTP request asks for (RFC 9112): GET or HEAD, and the path. Raises Unanswerable."""
+    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112). Raises Unanswerable."""
     first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -6440,9 +6339,8 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     if line[3] != b"1":
         raise Unanswerable(505)
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    names = [header[1].lower() for header in headers if header]
-    hosts = names.count(b"host")
-    if len(names) < len(headers) or hosts > 1 or (hosts == 0 and line[4] != b"0"):
+    hosts = [header[1].lower() for header in headers if header].count(b"host")
+    if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
         raise Unanswerable(400)
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable(405)
@@ -6450,36 +6348,32 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     return line[1].decode(), path or "/"
 
 
-def plain(status: int, lines: Sequence[str] = ()) -> Response:
-    """LINES as a plain text; without any, what STATUS means."""
-    text = "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"])
-    return Response(status, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
-
-
-def format_head(response: Response, now: float) -> bytes:
-    """All of RESPONSE but its body as bytes to send, dated NOW."""
+def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+    """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
+    body = text.encode("utf-8", "backslashreplace")
     head = [
-        f"HTTP/1.1 {response.status} {_PHRASES[response.status]}",
-        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(now))}",
-        f"Content-Type: {response.kind}",
-        f"Content-Length: {len(response.body)}",
-        f"Content-Security-Policy: {response.policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        f"HTTP/1.1 {status} {_PHRASES[status]}",
+        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        "Content-Security-Policy: default-src 'none'; "
+        f"{policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if response.status == 405 else []),
+        *(["Allow: GET, HEAD"] if status == 405 else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode()
+    return "\r\n".join([*head, "", ""]).encode(), body
 
 
-async def encoded(pieces: Iterable[str]) -> bytes:
-    """PIECES as one text, put together in slices."""
-    return "".join(await in_slices(pieces)).encode("utf-8", "backslashreplace")
+def plain(status: int, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, what STATUS means."""
+    return respond(status, "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"]))
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; all addresses where it names no host. Raises Problem."""
+    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
     host = address[0]
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
@@ -6505,21 +6399,20 @@ def address_text(address: Tuple[Any, ...]) -> str:
 
 
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went."""
-    loop = asyncio.get_running_loop()
+    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
     while b"\n\r\n" not in data and b"\n\n" not in data:
         if len(data) >= HEAD_BYTES:
             raise Unanswerable(431 if b"\n" in data else 414)
-        chunk = await loop.sock_recv(connection, HEAD_BYTES - len(data))
+        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
-        if not chunk or not data[:1].isalpha():  # what speaks TLS, say, is not kept waiting
+        if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
             raise Unanswerable(400)
     return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
 
 
 async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
-    """Send DATA and end; what the client still says is read first, or it would lose the answer (RFC 9112, 9.6)."""
+    """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
     loop = asyncio.get_running_loop()
     for part in data:
         await loop.sock_sendall(connection, part)
@@ -6531,7 +6424,7 @@ async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
 
 
 def describe_process() -> Document:
-    """What the kernel knows of this process; proc(5) has its start in ticks since the machine's."""
+    """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -6541,6 +6434,27 @@ def describe_process() -> Document:
         "start_time_seconds": boot + int(fields[19]) / os.sysconf("SC_CLK_TCK"),
         "internal_errors": log_counts.internal_errors,
         "log_lines_dropped": log_counts.dropped_lines,
+    }
+
+
+def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> Document:
+    """How the resource NAME of SIDE stands with the kubelet."""
+    counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
+    if isinstance(side, DraSide):
+        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
+        return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
+    registration = side.registrations.get(name)
+    if registration is None:
+        return {"ready": False, "served_by_other": False, "trouble": "", **counts}
+    return {
+        "ready": registration.is_ready,  # registered, and the kubelet's stream is open
+        "served_by_other": registration.served_by_other,  # /readyz, and nothing else, takes that for ready
+        "trouble": "" if registration.is_ready else registration.trouble,
+        "allocations": registration.plugin.allocations,
+        "registrations": registration.registrations,
+        "refusals": registration.refusals,
+        "stream_losses": registration.stream_losses,
+        "start_refusals": registration.plugin.start_refusals,
     }
 
 
@@ -6568,11 +6482,9 @@ class StatusServer:
         self._pod_resources = pod_resources
         self._node = node
         self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._asking: Clients = {}  # those whose request is awaited
-        self._answered: Clients = {}  # those that are being answered
+        self._asking: Clients = {}  # whose request is awaited
+        self._answered: Clients = {}  # who are being answered
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
-        self._probes = {"/healthz": self._healthz, "/readyz": self._readyz}
-        self._views = {"/": self._page, "/metrics": self._metrics, "/status.json": self._json}
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6586,7 +6498,7 @@ class StatusServer:
                     await asyncio.sleep(ERROR_PAUSE)
                     continue
                 self._welcome(connection)
-                await asyncio.sleep(0)  # or who is accepted already would wait for all who are in the queue
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self._listener.close()
             tasks = [*self._asking, *self._answered, *self._made.values()]
@@ -6596,8 +6508,8 @@ class StatusServer:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Talk to a new client."""
-        task = asyncio.ensure_future(self._talk(connection))
+        """Serve a new client."""
+        task = asyncio.ensure_future(self._serve(connection))
         self._add(self._asking, task)
 
         def end(_: object) -> None:
@@ -6608,14 +6520,14 @@ class StatusServer:
         task.add_done_callback(end)
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where there are too many the oldest goes, so that none can keep others out for long."""
+        """Add TASK to CLIENTS. Where they are too many, the oldest goes, so that none can keep others out for long."""
         if len(clients) >= MAX_CLIENTS:
             oldest = next(iter(clients))
             del clients[oldest]
             oldest.cancel()
         clients[task] = None
 
-    async def _talk(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
         task = asyncio.current_task()
         assert task
@@ -6624,97 +6536,67 @@ class StatusServer:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
-                self._add(self._answered, task)  # so that those who ask nothing, or much, are not in each other's way
-                response = await self._respond(path)
+                self._add(self._answered, task)  # so that silent and slow clients do not keep each other out
+                head, body = await self._respond(path)
             except Unanswerable as error:
-                response = plain(error.status)
+                head, body = plain(error.status)
             except asyncio.TimeoutError:
-                response = plain(408)
-            data = [format_head(response, time.time()), *([response.body] if method != "HEAD" else [])]
-            await asyncio.wait_for(_send(connection, data), REQUEST_SECONDS)
+                head, body = plain(408)
+            await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went or was too slow: %s", error)
+            log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _respond(self, path: str) -> Response:
         try:
-            if path in self._probes:
-                return self._probes[path]()
-            if path in self._views:
-                return await self._shared(path, self._views[path])
+            if path == "/healthz":
+                hanging = find_hanging(self._threads())
+                return plain(503 if hanging else 200, hanging or ["ok"])
+            if path == "/readyz":
+                return self._readyz()
+            if path in ("/", "/metrics", "/status.json"):
+                return await self._shared(path, lambda: self._view(path))
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return plain(500)
-        return plain(404)
-
-    def _healthz(self) -> Response:
-        hanging = find_hanging(self._threads())
-        return plain(503 if hanging else 200, hanging or ["ok"])
+            raise Unanswerable(500) from None
+        raise Unanswerable(404)
 
     def _threads(self) -> List[Document]:
         heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
         return describe_threads(heartbeats, self._max_age, time.monotonic())
 
     def _readyz(self) -> Response:
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            if self._side.is_standby:
-                return plain(200, ["ok", obstacle, *self._remarks()])
-            return plain(503 if obstacle else 200, [obstacle or "ok", *self._remarks()])
-        states = {f"{self._side.domain}/{name}": self._registration_state(name) for name in self.plan.resources}
-        unready = [
-            f"{name}: {unready_text(state.trouble)}"
-            for name, state in states.items()
-            if not state.ready and not state.served_by_other
-        ]
-        waiting = [f"{name}: {state.trouble}" for name, state in states.items() if state.served_by_other]
-        return plain(503 if unready else 200, (unready + waiting or ["ok"]) + self._remarks())
+        """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
+        side = self._side
+        unready: List[str] = []
+        remarks: List[str] = []
+        if isinstance(side, DraSide):
+            if side.obstacle:
+                (remarks if side.is_standby else unready).append(side.obstacle)
+        else:
+            for name in self.plan.resources:
+                state = describe_registration(side, name)
+                if state["served_by_other"]:
+                    remarks.append(f"{side.domain}/{name}: {state['trouble']}")
+                elif not state["ready"]:
+                    unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
+        remarks.append(conf_problem(self.stats.conf))
+        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
 
-    def _remarks(self) -> List[str]:
-        """What is worth a line of /readyz and does not change its status."""
-        conf = self.stats.conf
-        return [conf_error_text(conf["error"], conf["read_at"])] if conf["error"] else []
-
-    def _registration_state(self, name: str) -> RegistrationState:
-        """How the resource NAME stands with the kubelet."""
-        if isinstance(self._side, DraSide):
-            obstacle = self._side.obstacle
-            return RegistrationState(
-                ready=not obstacle,
-                trouble=obstacle,
-                served_by_other=self._side.is_standby,
-                allocations=self._side.prepared.get(name, 0),
-                registrations=self._side.registrations,
-            )
-        registration = self._side.registrations.get(name)
-        if registration is None:
-            return RegistrationState()
-        return RegistrationState(
-            ready=registration.is_ready,
-            served_by_other=registration.served_by_other,
-            trouble="" if registration.is_ready else registration.trouble,
-            allocations=registration.plugin.allocations,
-            registrations=registration.registrations,
-            refusals=registration.refusals,
-            stream_losses=registration.stream_losses,
-            start_refusals=registration.plugin.start_refusals,
-        )
-
-    async def _metrics(self) -> Response:
-        body = await encoded(render_metrics(await self._document()))
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", body)
-
-    async def _json(self) -> Response:
-        body = await encoded(json.JSONEncoder(indent=1).iterencode(await self._document()))
-        return Response(200, "application/json", body)
-
-    async def _page(self) -> Response:
-        nonce = os.urandom(16).hex()
-        body = await encoded(render_page(await self._document(), nonce))
-        policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
-        return Response(200, "text/html; charset=utf-8", body, f"default-src 'none'; {policy}")
+    async def _view(self, path: str) -> Response:
+        """What PATH shows of the document."""
+        document = await self._shared("", self._describe)
+        nonce, policy = os.urandom(16).hex(), ""
+        if path == "/":
+            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
+            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+        elif path == "/metrics":
+            kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        else:
+            kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
+        return respond(200, "".join(await in_slices(pieces)), kind, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; made once in FRESH_SECONDS, however many ask."""
+        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
         if not self._made:
             asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
         if key not in self._made:
@@ -6725,30 +6607,30 @@ class StatusServer:
     def _forget(self) -> None:
         self._made = {}
 
-    async def _document(self) -> Document:
-        return await self._shared("", self._describe)
-
     async def _describe(self) -> Document:
         holders = await self._pod_resources.holders(self._side.slot_ids)
         side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
-        offers = (
-            describe_offer(resource, side.domain, epoch, self._registration_state(name), holders)
+        resources = (
+            {
+                **describe_resource(resource, side.domain, epoch),
+                **describe_registration(side, name),
+                **describe_use(resource, holders),
+            }
             for name, resource in plan.resources.items()
         )
-        kubelet = {
-            "answering": side.is_answering,
-            "restarts": side.kubelet_restarts,
-            "plugin_dir": side.plugin_dir,
-        }
         return describe_daemon(
             plan,
             self.stats,
-            await in_slices(offers),
+            await in_slices(resources),
             node=self._node,
             domain=side.domain,
             time=utc(time.time()),
             threads=self._threads(),
-            kubelet=kubelet,
+            kubelet={
+                "answering": side.is_answering,
+                "restarts": side.kubelet_restarts,
+                "plugin_dir": side.plugin_dir,
+            },
             dra=side.describe() if isinstance(side, DraSide) else None,
             process=describe_process(),
             events=self.events.events(),
@@ -6756,8 +6638,8 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stand-in kubelet: what the real one does to a device plugin, as far as a plugin can tell. --dry-run and the tests talk
-# to it over real sockets; a kindness here that kubelet does not have would hide a fault of the daemon.
+# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
+# must not be more lenient than the real one, or it would hide faults of the daemon.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS = 10.0
@@ -6765,21 +6647,21 @@ HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 
 
 class Client:
-    """A registration that a stand-in kubelet accepted: kubelet's connection to the plugin."""
+    """The simulated kubelet's connection to a plugin whose registration it accepted."""
 
     def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
         self.name = name
         self.endpoint = endpoint
         self.options = options
         self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list received, by ID
-        self.is_open = True  # whether the stream is
+        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
+        self.is_open = True  # the stream
         self.closed_at = math.inf  # time.monotonic() of its end
         self.stream: Optional[grpc.aio.UnaryStreamCall] = None
         self._channel = channel
 
     async def disconnect(self) -> None:
-        """End the stream and the connection; grpcio 1.51 leaves the stream open when its channel is closed."""
+        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
         self.is_open = False
         self.closed_at = min(self.closed_at, time.monotonic())
         if self.stream:
@@ -6792,13 +6674,13 @@ class SimulatedKubelet:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest of each resource
-        self.registrations: List[str] = []  # the names, in order
+        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
+        self.registrations: List[str] = []  # names of resources, in order
         self._server: Optional[grpc.aio.Server] = None
         self._watchers: Dict[Client, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Remove every socket in the folder, as kubelet does at its start, and listen on kubelet.sock."""
+        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
         for item in os.scandir(self.folder):
             try:
                 if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
@@ -6807,7 +6689,7 @@ class SimulatedKubelet:
                 continue  # a plugin moved it into place, or removed it, just now
         self._server = grpc.aio.server()
         rpc.add_RegistrationServicer_to_server(self, self._server)
-        # The file stays behind when kubelet stops; grpc removes the one that it made itself.
+        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
         self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
         await self._server.start()
         os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
@@ -6825,7 +6707,7 @@ class SimulatedKubelet:
         problem = self.find_problem(request)
         if problem:
             await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # As the real one's: not a connection that an older channel to this path still holds to a server that ends.
+        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
         own = [("grpc.use_local_subchannel_pool", 1)]
         channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
         try:
@@ -6840,7 +6722,7 @@ class SimulatedKubelet:
         return pb.Empty()
 
     def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why kubelet would not have this registration; empty where it would."""
+        """Why the kubelet would refuse this registration; empty if it would not."""
         domain, _, name = request.resource_name.partition("/")
         if request.version != "v1beta1":
             return f"requested API version {request.version!r} is not supported by kubelet"
@@ -6851,7 +6733,10 @@ class SimulatedKubelet:
         return ""
 
     async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT; at its end the newest client of that resource is disconnected (a trap)."""
+        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
+
+        The real kubelet does so, too.
+        """
         client.stream = client.stub.ListAndWatch(pb.Empty())
         try:
             async for message in client.stream:
@@ -6864,21 +6749,21 @@ class SimulatedKubelet:
             await self.clients.get(client.name, client).disconnect()
 
     def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME, as kubelet has it: all Unhealthy without an open stream."""
+        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
         client = self.clients.get(name)
         if client is None or not client.lists:
             return {}
         return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
 
     async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container, as kubelet does: the IDs, and what came.
+        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
 
-        Raises Problem where it has not so many Healthy ones, and grpc.RpcError where the plugin refuses.
+        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
         if len(free) < count:
-            raise Problem(f"{name} has {len(free)} Healthy slots, not {count}")
+            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
         ids = free[:count]
         if client.options.get_preferred_allocation_available:
             asked = pb.PreferredAllocationRequest()
@@ -6891,9 +6776,9 @@ class SimulatedKubelet:
         return ids, response.container_responses[0]
 
     async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as kubelet does before every start.
+        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
 
-        Raises grpc.RpcError where the plugin refuses.
+        Raises grpc.RpcError if the plugin refuses.
         """
         client = self.clients[name]
         if client.options.pre_start_required:
@@ -6901,7 +6786,7 @@ class SimulatedKubelet:
 
 
 class SimulatedApiServer:
-    """An API server with the Node NODE, on a loopback port: as much of one as a DRA driver asks for."""
+    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
 
     def __init__(self, node: str) -> None:
         self.url = ""
@@ -6911,24 +6796,24 @@ class SimulatedApiServer:
         self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
 
     async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen, with TLS where it is given."""
+        """Listen on PORT, or on a free port; with TLS if it is given."""
         self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server:
             self._server.close()
             await self._server.wait_closed()
 
     def put(self, path: str, item: Document) -> Document:
-        """Keep ITEM, and give it another resourceVersion."""
+        """Store ITEM under PATH with a new resourceVersion, and return it."""
         metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
         self.objects[path] = {**item, "metadata": metadata}
         return self.objects[path]
 
     def list(self, path: str) -> List[Document]:
-        """What was created at PATH."""
+        """The objects of the collection PATH."""
         return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -6940,7 +6825,7 @@ class SimulatedApiServer:
         writer.close()
 
     async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the request that comes from READER."""
+        """The method, target, whole head and body of the next request from READER."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
         data = await reader.readexactly(int(length[1]) if length else 0)
@@ -6948,12 +6833,12 @@ class SimulatedApiServer:
         return method, target, head, json.loads(data) if data else {}
 
     def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """An answer, with one more HEADER where it is given."""
+        """The bytes of an answer; HEADER is one more header line."""
         content = json.dumps(document).encode()
         return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
 
     def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """The HTTP status and the document that answer a request."""
+        """Handle a request; the HTTP status and the document that answer it."""
         path = target.partition("?")[0]
         if method == "POST":
             path += f"/{body['metadata']['name']}"
@@ -6972,7 +6857,7 @@ class SimulatedApiServer:
 
 
 class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it finds them, and has them prepare claims."""
+    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -7012,70 +6897,71 @@ class SimulatedDraKubelet:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line: options, modes, the main thread's loop. What people type and read is a contract: option names, exit
-# statuses and the texts of errors are in the README and in other people's scripts.
+# Command line: options, modes, and the loop of the main thread. Options and exit statuses must stay, because the
+# documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-LOOK_SIGNAL = signal.SIGUSR1  # from the kubelet side to the device side: look at everything
-REFUSALS = ("refused", "start-refused")  # events that are logged whatever the level
+RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the process after it
+LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
-# The kernel's word that something changed in a folder of /dev. It is kept once, however often it comes, and is ignored
-# where it is not blocked. SIGIO is the same for the plugin directory.
+# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
+# default is to be ignored. SIGIO is its counterpart for the plugin directory.
 FOLDER_SIGNAL = signal.SIGURG
-BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread takes them by sigtimedwait
-MAX_WATCHED = 64  # folders of /dev, each of which takes a descriptor
-GATHER_CHANGES_SECONDS = 0.02  # after FOLDER_SIGNAL: where there is one change in /dev there are more
-REST_SECONDS = 0.05  # at least, from one look at /dev to the next that FOLDER_SIGNAL asks for
-REST_FACTOR = 9  # times as long as the look took: no more than a tenth of a core goes into them
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread accepts them one by one
+MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
+GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
+REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
 DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # of a pod
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, whatever its folders' times say
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
-DEFAULT_STATUS = ("127.0.0.1", 8080)  # where --status looks if nothing says where
+DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MIN_PING_SECONDS = 0.01  # between two pings of a watchdog
+MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
-class KeptFile:
-    """The file PATH, which keeps a text for the next start of this daemon.
+# The config file, and what is kept for the next start.
 
-    Its first line says what the file holds, WHAT, and has a checksum of the rest. EVENT is logged where the text cannot
-    be kept.
+
+class KeptFile:
+    """The file PATH, in which this daemon keeps a text for its next start.
+
+    The first line says WHAT the text is, and has a checksum of it. If the text cannot be kept, EVENT is logged.
     """
 
     def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
         self._what = what
         self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = "", ()  # the text, and the stamp of the file that holds it
+        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that has it
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
-        """The text, and when it was kept (time.time()). Raises OSError; and ValueError, whose text says what is wrong,
-        where others than root and this user can have written it, or where it is not whole or holds something else."""
+        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is damaged or
+        has another text, or that somebody other than root and this user may have written."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no plain file")
+                raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ValueError("others than root can have written it")
+                raise ValueError("somebody other than root may have written it")
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
         if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it does not hold {self._what}, or is damaged")
+            raise ValueError(f"it is damaged, or is not {self._what}")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
-        """Have the file hold TEXT. Where that cannot be done, it is logged once, and tried again at the next call.
-
-        Cheap where nothing changed: one stat(2).
-        """
+        """Keep TEXT, at the cost of one stat(2) if that was done before. A failure is logged once; the next call tries
+        again."""
         if (text, self._find_stamp()) == self._kept:
             return
         try:
@@ -7097,7 +6983,7 @@ class KeptFile:
             return False
 
     def _find_stamp(self) -> Tuple[int, ...]:
-        """What tells whether somebody else wrote or removed the file; nothing where there is none."""
+        """A value that changes if somebody else writes or removes the copy; empty if there is none."""
         try:
             found = os.lstat(self.path)
         except OSError:
@@ -7105,7 +6991,7 @@ class KeptFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Empty the file in its place: an old text would be worse than none."""
+        """Truncate the file, because an old text would be worse than none."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
@@ -7114,7 +7000,7 @@ class KeptFile:
     def _replace(self, data: bytes) -> None:
         new = f"{self.path}.new"
         if os.path.lexists(new):
-            os.unlink(new)  # that a daemon left behind which was killed
+            os.unlink(new)  # left behind by a daemon that was killed
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -7133,22 +7019,22 @@ def _open_no_link_at_once(path: str, flags: int) -> int:
 
 
 def kept_path(folder: str, domain: str, ending: str) -> str:
-    """Where the instance with DOMAIN keeps a file in FOLDER; the kubelet removes nothing but sockets there."""
+    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
     return f"{folder}/smarter-device-manager-{shorten(domain, 200, domain)}.{ending}"
 
 
 class KeptDevices:
-    """The file PATH, which keeps which devices rules chose by their attributes, and with which values.
+    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
 
-    The kubelet may ask for such a device's container to start again after this process was started anew. Where another
-    device stands there by then, the kept one is offered still, Unhealthy, and the container is refused.
+    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
+    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
     """
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
 
     def read(self) -> Plan:
-        """The resources of the devices that were kept, as far as a new plan needs them as the previous one."""
+        """The kept devices as a plan, which has what make_plan() needs of its previous plan."""
         resources: Dict[str, Resource] = {}
         try:
             for kept in json.loads(self._file.read()[0]):
@@ -7165,7 +7051,7 @@ class KeptDevices:
         return Plan(resources, (), ())
 
     def keep(self, plan: Plan) -> None:
-        """Keep those of PLAN's devices that rules chose by attributes."""
+        """Keep the devices in PLAN that rules chose by attributes."""
         devices = [
             {
                 "resource": resource.name,
@@ -7183,26 +7069,26 @@ class KeptDevices:
 
 
 class ConfFile:
-    """The conf file PATH, followed: it is read again when it changed, and its rules are in force once they are good.
+    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
 
-    Where PATH is empty the built-in rules are in force, which never change. Where KEPT_PATH names a file, the last good
-    text is kept there, and its rules are in force after a start with a broken one.
+    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
+    its rules are in force after a start with a broken config file.
     """
 
     def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: Tuple[Rule, ...] = ()  # in force
-        self.error = ""  # why the file as it is now is refused
+        self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as it was read last, if an equal one proves no change
-        self._text: Optional[str] = None  # that the rules in force come from
+        self._stamp: Tuple[int, ...] = ()  # when the file was last read; () if an equal one would not prove no change
+        self._text: Optional[str] = None  # of the rules in force
         self._refused_text: Optional[str] = None
         what = f"the last good text of {json.dumps(path)}"
         self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
-        """Take over the first rules. Raises Problem where there are no good ones."""
+        """Put the first rules in force. Raises Problem if there are no good ones."""
         text = None
         try:
             text = self._read()
@@ -7214,7 +7100,7 @@ class ConfFile:
         self._keep()
 
     def _restore(self, kept: KeptFile) -> bool:
-        """Take over the rules that were KEPT; whether there are such. Logs why they are ignored."""
+        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
         try:
             text, kept_at = kept.read()
             self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
@@ -7222,14 +7108,15 @@ class ConfFile:
             return False
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", "") or str(error)
-            log_event("kept-conf-ignored", f"the conf kept in {kept.path} is ignored: {why}", logging.WARNING)
+            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {why}"
+            log_event("kept-conf-ignored", sentence, logging.WARNING)
             return False
         return True
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, and if REREAD in any case; whether there are new rules.
+        """Read the file again if it changed, or if REREAD; whether there are new rules.
 
-        What is wrong with it is logged once. The text of the rules in force is kept, also where it could not be so far.
+        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
         """
         has_new_rules = self._follow(reread)
         self._keep()
@@ -7257,13 +7144,13 @@ class ConfFile:
             return False
         if has_new_rules or self.error:
             self.reloads += 1
-            log_event("conf-reloaded", "the conf file was read again", conf=self._path, rules=len(self.rules))
+            log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=len(self.rules))
         self.error, self._refused_text = "", None
         return has_new_rules
 
     def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
-        """What tells one content of the file from another, and whether it does so already."""
-        found = os.stat(self._path)  # a ConfigMap is replaced by a swap of links: what they lead to tells
+        """A value that changes with the content of the file, and whether enough time has passed for that to hold."""
+        found = os.stat(self._path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
 
@@ -7282,7 +7169,7 @@ class ConfFile:
             self._stamp = stamp if has_settled else ()
 
     def _take_over(self, text: str) -> bool:
-        """Have the rules of TEXT in force; whether they are new. Raises ConfigError."""
+        """Put the rules of TEXT in force; whether they are new. Raises ConfigError."""
         has_new_rules = text != self._text
         if has_new_rules:
             self.rules, self._text = parse_rules(text), text
@@ -7290,19 +7177,27 @@ class ConfFile:
         return has_new_rules
 
     def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
-        """Note and log that the file as it is now, which has TEXT if that is known, is refused."""
+        """Record and log that the file is refused, because of ERROR in TEXT or in reading it."""
         self.error, self._refused_text = self._describe(error), text
         self.failed_reloads += 1
         log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
 
     def _describe(self, error: Union[ConfigError, OSError]) -> str:
-        if isinstance(error, ConfigError):
-            return f"{self._path}:{error.line}:{error.column}: {error.message}"
-        return f"cannot read the conf file {self._path}: {error.strerror}"
+        return describe_conf_error(self._path, error)
+
+
+def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
+    """What is wrong in the config file PATH and where, or why it cannot be read."""
+    if isinstance(error, ConfigError):
+        return f"{path}:{error.line}:{error.column}: {error.message}"
+    return f"cannot read the config file {path}: {error.strerror}"
+
+
+# The device side.
 
 
 class DeviceSide:
-    """The main thread's part: the conf file and /dev, and the plan that they make."""
+    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
     def __init__(
         self,
@@ -7313,7 +7208,7 @@ class DeviceSide:
         kept_devices: Optional[KeptDevices] = None,
         with_facts: bool = False,
     ) -> None:
-        """KEPT_PATH is for the last good conf, as of ConfFile."""
+        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
         self.scan_seconds = 0.0  # that the last look at /dev took
@@ -7335,7 +7230,7 @@ class DeviceSide:
         return self._matcher.rules
 
     def start(self) -> None:
-        """Make the first plan. Raises Problem for a conf or a /dev that will not do."""
+        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
         try:
             os.listdir(self._dev_dir)
         except OSError as error:
@@ -7349,7 +7244,8 @@ class DeviceSide:
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
-        """Look again, at everything if REREAD; the plans that come of it, in order, none where nothing changed."""
+        """Look for changes, everywhere if REREAD; the new plans, in order. There are none if nothing changed, and two
+        if a device went and came back."""
         now = time.monotonic()
         full = reread or now >= self._next_full_look
         has_new_rules = self._conf.follow(reread)
@@ -7371,7 +7267,7 @@ class DeviceSide:
         return plans
 
     def overridden(self) -> List[Overridden]:
-        """What rules name without effect, because other rules have it."""
+        """Devices that a rule names without effect, because another rule has them."""
         return find_overridden(self.plan, self._tracked, self._matcher)
 
     def hasten_full_look(self) -> None:
@@ -7379,13 +7275,14 @@ class DeviceSide:
         self._next_full_look = 0.0
 
     def folders(self) -> List[str]:
-        """The folders of /dev: itself, those in which a rule names something, then those nearest to it."""
+        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+        and the others by their depth."""
         paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
     def stats(self) -> DeviceSideStats:
-        """What there is to say of it after a turn."""
+        """The state for the status page, as of the last turn."""
         return DeviceSideStats(
             heartbeat=time.monotonic(),
             conf={
@@ -7402,7 +7299,7 @@ class DeviceSide:
         )
 
     def _look_beyond_dev(self, now: float) -> bool:
-        """Look at all that no change in /dev tells of; whether the plan may be another for that."""
+        """Look at what can change without a change in /dev; whether the plan may change because of it."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
         self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
         nodes = [node for device in self._tracked.values() for node in device.nodes]
@@ -7413,7 +7310,7 @@ class DeviceSide:
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
-        """Take a new snapshot; the paths that flapped, and whether anything changed."""
+        """Take a new snapshot; the paths that went and came back in between, and whether anything changed."""
         before = self.snapshot
         started = time.monotonic()
         try:
@@ -7438,7 +7335,7 @@ class DeviceSide:
 
 
 def log_changes(old: Plan, new: Plan) -> None:
-    """Log what NEW offers and leaves out that OLD did not, and the other way round; like changes in one line."""
+    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
     before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
     after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
     groups: Dict[Tuple[str, str, int], List[str]] = {}
@@ -7446,7 +7343,7 @@ def log_changes(old: Plan, new: Plan) -> None:
         was, now = before.get(key), after.get(key)
         change = None
         if now is None:
-            change = ("retired", "offered no more", logging.INFO)
+            change = ("retired", "no longer offered", logging.INFO)
         elif now.problem and not (was and was.problem):
             change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
         elif was is None:
@@ -7464,10 +7361,10 @@ def log_changes(old: Plan, new: Plan) -> None:
 
 
 class FolderWatches:
-    """Has the kernel send FOLDER_SIGNAL when something comes or goes in the folders of /dev.
+    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
 
-    Each folder that is watched takes a descriptor. Those beyond the limit are left to the poll, and so are all where
-    the kernel does not tell.
+    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
+    the poll.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -7476,7 +7373,7 @@ class FolderWatches:
         self._watches: Dict[str, Watch] = {}
 
     def ask(self, folders: Sequence[str]) -> None:
-        """Ask to be told of the next change in FOLDERS, the first ones where they are too many, and in no others."""
+        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
         wanted = folders[: self._limit]
         for path in self._watches.keys() - set(wanted):
             self._watches.pop(path).close()
@@ -7486,8 +7383,11 @@ class FolderWatches:
             self._watches[path].ask()
 
 
+# The gRPC thread, and the service manager.
+
+
 class KubeletThread(threading.Thread):
-    """The gRPC thread: a loop, and the DevicePluginSide and the StatusServer, if there is one, that run on it."""
+    """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(name="grpc", daemon=True)
@@ -7503,8 +7403,8 @@ class KubeletThread(threading.Thread):
         else:
             watch = Watch(options.plugin_dir)
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
-        self.status: Optional[StatusServer] = None  # to be set before the start
-        self._directory: Tuple[int, ...] = ()  # the plugin directory that the main thread found last
+        self.status: Optional[StatusServer] = None  # set it before start()
+        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7513,10 +7413,10 @@ class KubeletThread(threading.Thread):
         except BaseException:
             self.has_failed = True
             log.critical("the kubelet side failed; this is a bug", exc_info=True)
-            os.kill(os.getpid(), signal.SIGTERM)  # for the main thread to end too
+            os.kill(os.getpid(), signal.SIGTERM)  # which ends the main thread
 
     async def _serve(self) -> None:
-        """Run both until one of them ends; then end the other. Raises what went wrong."""
+        """Run the kubelet side and the status server until one of them ends, then end the other. Raises what failed."""
         tasks = [asyncio.ensure_future(self.side.run())]
         if self.status:
             tasks.append(asyncio.ensure_future(self.status.run()))
@@ -7528,7 +7428,7 @@ class KubeletThread(threading.Thread):
             task.result()
 
     def send(self, plan: Plan) -> None:
-        """Have the kubelet side apply PLAN."""
+        """Give PLAN to the kubelet side and the status server."""
         self._loop.call_soon_threadsafe(self._take, plan)
 
     def _take(self, plan: Plan) -> None:
@@ -7537,12 +7437,12 @@ class KubeletThread(threading.Thread):
             self.status.plan = plan
 
     def look(self) -> None:
-        """Have the kubelet side look at its directory: something changed there."""
+        """Have the kubelet side look at its directory, where something changed."""
         if isinstance(self.side, DevicePluginSide):
             self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, stats: DeviceSideStats) -> None:
-        """Have the status server tell FIGURES from now on. They are immutable: the loop need not wake up for them."""
+        """Give STATS to the status server. They are immutable, so the loop need not wake up for them."""
         if self.status:
             self.status.stats = stats
 
@@ -7551,9 +7451,9 @@ class KubeletThread(threading.Thread):
         return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory is another, of which the kernel does not tell.
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem for one that was deleted while it is mounted here: whatever is made in its place is elsewhere.
+        Raises Problem if it was deleted while it is mounted here: a new one in its place is not visible here.
         """
         try:
             found = os.stat(self.side.plugin_dir)
@@ -7562,7 +7462,7 @@ class KubeletThread(threading.Thread):
             found, directory = None, ()
         if found and not found.st_nlink:
             raise Problem(
-                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it: ending, so that the "
+                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
                 "next start finds the one that the kubelet uses now"
             )
         if directory != self._directory:
@@ -7570,17 +7470,17 @@ class KubeletThread(threading.Thread):
             self.look()
 
     def stop(self) -> None:
-        """Have the kubelet side end, and wait for that; not for long."""
+        """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self.side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
-            self._loop.close()  # or Python may take it apart in an order that it complains of
+            self._loop.close()  # otherwise Python may complain when it exits
 
 
 class ServiceManager:
-    """Whoever started this process and asked to hear of it, as systemd does, by the protocol of sd_notify(3).
+    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
 
-    Without one, or with variables that say nothing sensible, nothing is done.
+    Does nothing if the variables of the protocol are not set, or not valid.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -7593,7 +7493,7 @@ class ServiceManager:
         self.next_ping = time.monotonic() + self._ping_seconds
 
     def notify(self, state: str) -> None:
-        """Say STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
         if not self._address:
             return
         try:
@@ -7604,7 +7504,7 @@ class ServiceManager:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
 
     def ping(self, is_alive: bool) -> None:
-        """Tell the watchdog, where that is due, that all goes on; not if it does not, and it ends this process."""
+        """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
         if time.monotonic() >= self.next_ping:
             self.next_ping = time.monotonic() + self._ping_seconds
             if is_alive:
@@ -7612,12 +7512,15 @@ class ServiceManager:
 
 
 def is_number(text: str) -> bool:
-    """Whether TEXT is a whole number above 0 that fits into 64 bits."""
+    """Whether TEXT is a positive whole number that fits into 64 bits."""
     return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
 
 
+# Serving.
+
+
 def check_plugin_dir(path: str) -> None:
-    """Raise Problem where no plugin can listen in the directory PATH."""
+    """Raise Problem if no plugin can listen in the directory PATH."""
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
         is_allowed = os.access(path, os.R_OK | os.X_OK)
@@ -7626,34 +7529,40 @@ def check_plugin_dir(path: str) -> None:
     except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run shows everything without one)"
+            f"--dry-run works without a kubelet)"
         ) from None
     if not is_directory:
         raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
     if not is_allowed:
-        raise Problem(f"permission denied for {path}: run this as root, to whom the kubelet's directory belongs")
+        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory")
     if "," in path:
-        raise Problem(f"the path {path} has a comma, where gRPC would cut it in two; make a link to it without one")
+        raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
     if too_long > 0:
-        raise Problem(
-            f"the path {path} is {too_long} bytes too long: those of the sockets in it would pass {SOCKET_PATH_BYTES} "
-            f"bytes, the most that Unix has; make a link to it that has a shorter path"
-        )
+        raise _long_path(path, too_long, "make a link to it that has a shorter path")
+
+
+def _long_path(path: str, too_long: int, advice: str) -> Problem:
+    return Problem(
+        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+    )
 
 
 def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem where there can be no DRA driver with OPTIONS."""
+    """Raise Problem if OPTIONS do not allow a DRA driver."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
-            f"with --api dra, the domain is the driver's name, of at most {MAX_DRIVER_NAME} characters that begin with "
-            f"a letter; {options.domain} is none"
+            f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
+            f"{MAX_DRIVER_NAME} characters; {options.domain} does not"
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
-        raise Problem(f'--node-name: "{options.node_name}" is no name of a Node; kubectl get nodes shows them')
+        raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
     api_server(options)
     if not os.path.isdir(options.kubelet_dir):
-        raise Problem(f"there is no directory {options.kubelet_dir}: is this a node? (--kubelet-dir names kubelet's)")
+        raise Problem(
+            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
+        )
     settings = dra_settings(options)
     try:
         os.makedirs(settings.folder, 0o750, exist_ok=True)
@@ -7661,19 +7570,16 @@ def check_dra(options: argparse.Namespace) -> None:
         raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
     longest = max(len(os.fsencode(path)) for path in settings.sockets)
     if longest > SOCKET_PATH_BYTES:
-        raise Problem(
-            f"the path {options.kubelet_dir} is {longest - SOCKET_PATH_BYTES} bytes too long: its sockets "
-            f"would pass {SOCKET_PATH_BYTES} bytes, the most that Unix has; choose another, or a shorter domain"
-        )
+        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
-    """What OPTIONS say of the driver."""
+    """The settings of the DRA driver from OPTIONS."""
     return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
-    """The API server of OPTIONS. Raises Problem."""
+    """The API server from OPTIONS. Raises Problem."""
     if not options.kube_api:
         raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
     try:
@@ -7684,9 +7590,9 @@ def api_server(options: argparse.Namespace) -> ApiServer:
 
 
 def raise_limit() -> None:
-    """Let the process have as many descriptors as it may: runtimes begin with 1024.
+    """Raise the limit of file descriptors, which is usually 1024, as far as possible.
 
-    The hard limit may be higher than Linux lets anybody set it (fs.nr_open); then that is the limit.
+    That is to the hard limit or to fs.nr_open, above which Linux lets nobody set it.
     """
     import resource as limits
 
@@ -7707,7 +7613,7 @@ def raise_limit() -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Offer this node's devices to its kubelet until SIGTERM or SIGINT; the exit status."""
+    """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
     is_dra = options.api == "dra"
     try:
         if is_dra:
@@ -7715,7 +7621,7 @@ def serve(options: argparse.Namespace) -> int:
         else:
             check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # what is wrong with it is said first: somebody typed that just now
+        ConfFile(options.conf).start()  # report an error in the config file first, since somebody may just have made it
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
@@ -7737,7 +7643,7 @@ def serve(options: argparse.Namespace) -> int:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
     log_changes(EMPTY_PLAN, devices.plan)
     watches = FolderWatches(options.dev_dir)
-    watches.ask(devices.folders())  # before the resources, which have the descriptors that are left
+    watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
@@ -7756,13 +7662,13 @@ def serve(options: argparse.Namespace) -> int:
 def _open_status(
     options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
 ) -> Optional[StatusServer]:
-    """The status server that --listen asks for; None where it asks for none, or its address cannot be had."""
+    """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     try:
         listener = listen(options.listen)
     except Problem as problem:
-        log_event("not-listening", f"{problem}; going on without a status page", logging.ERROR)
+        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
     status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
@@ -7774,15 +7680,15 @@ def _open_status(
 def _run(
     devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
 ) -> None:
-    """Send a plan whenever the conf or /dev changed, until SIGTERM or SIGINT. Raises Problem where it must end."""
-    watched: Optional[Snapshot] = None  # whose folders are
-    taken = 0
+    """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+    watched: Optional[Snapshot] = None  # the one whose folders are watched
+    taken = 0  # the last signal
     manager.notify("READY=1")
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look: no change falls between
+            watches.ask(devices.folders())  # before the look, so that no change is missed
         old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
             log_changes(old, plan)
@@ -7793,7 +7699,7 @@ def _run(
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
         due = began + interval
-        if devices.snapshot is not watched:  # there may be new folders, and more in them by now
+        if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
         if taken in (signal.SIGTERM, signal.SIGINT):
@@ -7804,10 +7710,9 @@ def _run(
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
-    """The one of SIGNALS that comes until DUE, else FOLDER_SIGNAL if it came, else 0.
+    """Wait until DUE for one of SIGNALS; that one, otherwise FOLDER_SIGNAL if it came, otherwise 0.
 
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile a SIGIO is passed on to THREAD, and MANAGER is
-    pinged.
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look, and MANAGER is pinged.
     """
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
@@ -7819,34 +7724,65 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # storms of changes are few looks
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
-            # Stopped and continued after that time (SIGSTOP, SIGCONT), CPython gives no signal but stray bytes.
+            # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
             return number if number in SIGNALS else folder_signal
 
 
-def restart_lean() -> None:
-    """Start the process over, with the script as a module: both savings can only be had from outside.
+def restart_as_module() -> None:
+    """If Python runs this file as a script, replace the process by python3 -m MODULE with the same flags and options.
 
-    Python keeps the syntax tree of the script that it was started with until the end, 5 MB, but a module's only until
-    it is compiled. And malloc keeps an arena for each thread, which costs 25 KiB a resource more than one for all.
+    That takes 20 MB less: Python keeps the syntax tree of a script until it ends, and that of a module only until it is
+    compiled. The new process starts in the folder of the script, which is the first in sys.path either way, and
+    resume_restart() takes it back to the present working directory. Returns if -m would not find this very file (as
+    with python3 -I, or a name that does not end in .py), and if anything fails.
     """
-    with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-        given = file.read().split("\0")[:-1]
-    flags = given[1 : len(given) - len(sys.argv)]
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module, ending = os.path.splitext(name)
-    if "-m" in flags or ending != ".py":
-        return  # a debugger or profiler runs the script, or it is none to import
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    code = f"import sys; sys.path[0], sys.argv[0] = {folder!r}, {sys.argv[0]!r}; "
-    code += f"sys.exit(__import__({module!r}).main())"
-    os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    if frame.f_globals is not globals():
+        return  # imported, or run by -m, a debugger or a profiler
+    try:
+        import importlib.util
+
+        path = os.path.realpath(__file__)
+        folder, name = os.path.split(path)
+        module = name.removesuffix(".py")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin != path:
+            return
+        with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            given = file.read().split("\0")[:-1]
+        flags = given[1 : len(given) - len(sys.argv)]
+        packages = os.environ.get("PYTHONPATH")
+        if packages:
+            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena per thread takes 7 KiB more per resource
+        directory = os.open(".", os.O_PATH)  # a descriptor, because the directory may have been deleted
+        os.set_inheritable(directory, True)
+        os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
+        os.chdir(folder)
+        os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[1:]])
+    except (ImportError, OSError, ValueError):
+        resume_restart()
+
+
+def resume_restart() -> None:
+    """If restart_as_module() has replaced the process, take over the working directory and the name of the old one."""
+    directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
+    if directory.isdecimal():
+        os.fchdir(int(directory))
+        os.close(int(directory))
+        sys.argv[0] = name
+
+
+# Modes other than serving.
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for the modes that end then. Raises Problem."""
+    """The device side after its first look, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
@@ -7855,7 +7791,7 @@ def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceS
 
 
 def show_attributes(options: argparse.Namespace) -> int:
-    """--list --attributes: print what sysfs knows of a device, to write a rule from."""
+    """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     path = _path_below(options.attributes, options.dev_dir)
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
@@ -7864,7 +7800,7 @@ def show_attributes(options: argparse.Namespace) -> int:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
     except NotADevice as error:
-        raise Problem(f"{shown} is no device: {error}") from None
+        raise Problem(f"{shown} is not a device: {error}") from None
     except OSError as error:
         raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if nodes[0].suffix:
@@ -7877,21 +7813,21 @@ def show_attributes(options: argparse.Namespace) -> int:
     if not chain:
         number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
         kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} knows nothing of {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
     if options.json:
-        print(json.dumps([{"folder": folder, "attributes": attributes} for folder, attributes in chain], indent=2))
+        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+        write_output(json.dumps(blocks, indent=2) + "\n")
     else:
-        print(render_attributes(path, chain), end="")
+        write_output(render_attributes(path, chain))
     return 0
 
 
 def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
-    """What --list --attributes prints of PATH, a device below /dev: the CHAIN of its folders in sysfs with their
-    attributes, each block such as it can stand in a rule."""
+    """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
     lines = [
-        "# What is asked for in attributes must hold in the device itself, or in one and the same of its parents:",
-        "# take one of these blocks, and of its lines those that tell this device from others.",
-        r"# resource, containerpath, with and env can hold the value of each one, written as \g<attr:serial>.",
+        "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
+        "# Take one of these blocks, and those of its lines that tell this device from others.",
+        r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
         f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
     ]
     for folder, attributes in chain:
@@ -7904,7 +7840,7 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
 
 
 def _escaped(text: str) -> str:
-    """The expression of a rule that matches TEXT only, in characters that a terminal shows as themselves."""
+    """An expression for a rule that matches only TEXT, written in printable characters."""
     literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
     return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
 
@@ -7914,7 +7850,7 @@ def _yaml_quoted(text: str) -> str:
 
 
 def _path_below(text: str, dev_dir: str) -> str:
-    """The path below /dev that somebody gave as /dev/video0, video0 or, in a made-up one, DEV_DIR/video0."""
+    """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
     path = os.path.normpath(text)
     for top in (dev_dir, "/dev"):
         if path == top or path.startswith(top + "/"):
@@ -7927,18 +7863,20 @@ def show_list(options: argparse.Namespace) -> int:
     if options.attributes is not None:
         return show_attributes(options)
     devices = _look_once(options)
-    document = describe_plan(devices.plan, options.domain, time.time() - time.monotonic())
+    epoch = time.time() - time.monotonic()
+    resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
+    document = describe_plan(devices.plan, resources)
     if options.json:
-        print(json.dumps(document, indent=2))
+        write_output(json.dumps(document, indent=2) + "\n")
         return 0
     text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    print(text + (f"\n{notes}" if notes else ""), end="")
+    write_output(text + (f"\n{notes}" if notes else ""))
     return 0
 
 
 def show_status(options: argparse.Namespace) -> int:
-    """--status: print what a running daemon says of itself."""
+    """--status: print the state of a running daemon."""
     host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
@@ -7946,21 +7884,21 @@ def show_status(options: argparse.Namespace) -> int:
         body = _fetch(address, "/status.json")
     except (OSError, UnicodeError) as error:
         raise Problem(
-            f"no daemon answers on {where} ({network_error(error)}); it does so where its --listen "
-            f"says: name that place with --status ADDRESS:PORT, or, for one in a pod, make a way to it first: "
+            f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
+            f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
     try:
         document = json.loads(body)
         text = render_status(document)
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise Problem(f"what answers on {where} is no smarter-device-manager, or one of another version") from None
-    print(json.dumps(document, indent=2) + "\n" if options.json else text, end="")
+        raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
 def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS has under PATH; empty where it has nothing there. Raises OSError."""
+    """What the status server at ADDRESS sends for PATH; empty if its status is not 200. Raises OSError."""
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
         with connection.makefile("rb") as file:
@@ -7969,15 +7907,15 @@ def _fetch(address: Tuple[str, int], path: str) -> bytes:
 
 
 def check(options: argparse.Namespace) -> int:
-    """--check: say whether the conf file is good."""
+    """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
-    print(f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}")
-    print("".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain)), end="")
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
     return 0
 
 
 def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
-    """What somebody may want to know of RULES that are good: names that become others, and paths that cannot match."""
+    """Hints on good RULES that may not do what was meant: names that will be changed, and paths that cannot match."""
     for rule in rules:
         name = resource_name(rule.resource)
         if rule.resource != name and "\\" not in rule.resource:
@@ -7989,24 +7927,18 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer this machine's devices to a stand-in kubelet and allocate one slot of each."""
+    """--dry-run: offer the devices of this machine to a simulated kubelet, and allocate a slot of each resource."""
     devices = _look_once(options, with_facts=options.api == "dra")
     if not devices.plan.resources:
-        print(_nothing_found(devices, options))
+        write_output(_nothing_found(devices, options))
         return 1
     load_grpc()
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
-        if options.api == "dra":
-            return asyncio.run(_dry_run_dra(devices.plan, options, folder))
-        rows, is_good = asyncio.run(_dry_run(devices.plan, options, folder))
-    print(render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows), end="")
-    count = len(devices.plan.resources)
-    print(
-        f"\n{pluralize(count, 'resource')}, "
-        + ("all registered and allocated." if is_good else "not all of them well.")
-    )
+        try_out = _dry_run_dra if options.api == "dra" else _dry_run
+        text, is_good = asyncio.run(try_out(devices.plan, options, folder))
+    write_output(text)
     return 0 if is_good else 1
 
 
@@ -8017,11 +7949,12 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     if devices.plan.left_out:
         lines += ["and leaves out"]
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    return "\n".join([*lines, f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"])
+    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
-async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[List[Tuple[object, ...]], bool]:
-    """The table's rows, and whether every resource was registered, listed and allocated."""
+async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
+    """What --dry-run prints, and whether every resource was registered, listed and allocated."""
     kubelet = SimulatedKubelet(folder)
     await kubelet.start()
     host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
@@ -8044,11 +7977,13 @@ async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tupl
     side.stop()
     await running
     await kubelet.stop()
-    return rows, is_good
+    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    ending = "all registered and allocated" if is_good else "not all registered and allocated"
+    return f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n", is_good
 
 
 async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
-    """What a container with one slot of RESOURCE is given, in words; and whether it could be had."""
+    """Lines that say what a container with a slot of RESOURCE is given, and whether all went well."""
     if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
         return ["not registered"], False
     if not kubelet.devices(name):
@@ -8071,14 +8006,14 @@ async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> 
 
 
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """What a container sees at CONTAINER, and what the host has in its place."""
+    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
     link, is_folder = target_of(host, targets)
     more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
-async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> int:
-    """--dry-run --api dra: publish to a stand-in API server, and prepare a claim per resource for a kubelet."""
+async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
+    """The same with --api dra: publish to a simulated API server, and prepare a claim per resource."""
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
@@ -8102,22 +8037,21 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
         ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
         lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    print(render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows), end="")
+    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
     is_good = not side.obstacle and not side.prepare_errors
     ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    print(f"\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.")
     side.stop()
     await running
     await kubelet.stop()
     await api.stop()
-    return 0 if is_good else 1
+    return f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n", is_good
 
 
 async def _prepare_one(
     api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
 ) -> List[str]:
-    """DEVICE of a slice, and what its CDI file gives to a container, in words."""
+    """Lines that describe DEVICE, from a slice, and what its CDI file gives to a container."""
     values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
     lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
     claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
@@ -8135,9 +8069,9 @@ async def _prepare_one(
     return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
-# Installing: what --systemd-unit and --manifest print. Both are made from the options that stand beside them.
+# Installing: what --systemd-unit and --manifest print, with the values of the other options.
 
-HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # what ProtectHome= of systemd.exec(5) hides
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
@@ -8147,7 +8081,7 @@ SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]
 Description=Offer the devices of this node to Kubernetes
-# A pod that needs a device fails for good if the kubelet starts it before the device is registered: so be there first.
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
 Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
 Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
 RequiresMountsFor={folder} {plugin_dir}
@@ -8161,15 +8095,15 @@ RestartSec=2
 TimeoutStopSec=5
 WorkingDirectory={folder}
 Environment=MALLOC_ARENA_MAX=1
-# There may be no kubelet yet. (The "-" of ReadWritePaths= below is for this command, too.)
+# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
 ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
-# Byte code saves half of the time to start and 7 MiB; it starts without, too.
+# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
 ExecStartPre=-+{python} -m compileall -q -l .
 ExecStart={python} -m {module}{options}
 ExecReload=/bin/kill -HUP $MAINPID
 
-# It is root, who owns the kubelet's directory, and has no other power. PrivateDevices= and ProtectKernelLogs= are not
-# here, because they change what stands in /dev; it never opens a device, so DevicePolicy= can forbid that.
+# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
+# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
 CapabilityBoundingSet=
 NoNewPrivileges=yes
 ReadWritePaths=-{plugin_dir}
@@ -8204,10 +8138,10 @@ SystemCallErrorNumber=EPERM
 WantedBy=multi-user.target
 """
 
-# The DaemonSet is daemonset.yaml's but for what the missing image takes (a test compares the two).
+# The DaemonSet is that of daemonset.yaml, and what is needed without an image; a test compares the two.
 MANIFEST = """\
 # smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
-# kubectl apply needs --server-side for it, because the script does not fit into an annotation.
+# Use kubectl apply --server-side, because the script does not fit into an annotation.
 apiVersion: v1
 kind: ConfigMap
 metadata:
@@ -8418,8 +8352,8 @@ spec:
             type: DirectoryOrCreate
 """
 
-# Runs in the init container. The marker is written last: without it, whatever stands there may be half an installation.
-# The check leaves the byte code of all that is imported: without it, the daemon takes 10 MB more and starts slower.
+# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
+# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
 INSTALL_PACKAGES = """\
 import os, pathlib, subprocess, sys
 
@@ -8437,13 +8371,15 @@ if not marker.exists() or subprocess.call(check):
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
-    """--systemd-unit: print a unit that runs this script, with these options, before the node's kubelet."""
+    """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
-        raise Problem("--systemd-unit is for the device plugin API only")
-    folder, name = os.path.split(os.path.abspath(__file__))
+        raise Problem("--systemd-unit does not support --api dra")
+    folder, name = os.path.split(os.path.realpath(__file__))
     for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(f"{path} is in a home folder, which a service should not need: copy it to /opt, say, first")
+            raise Problem(
+                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
+            )
     given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
     socket_path = options.pod_resources_socket
     if socket_path == DEFAULT_POD_RESOURCES:
@@ -8456,7 +8392,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    print(
+    write_output(
         SYSTEMD_UNIT.format(
             folder=_systemd_word(folder),
             module=os.path.splitext(name)[0],
@@ -8464,26 +8400,25 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             plugin_dir=_systemd_word(options.plugin_dir),
             options="".join(f" {_systemd_word(option)}" for option in given),
             network=network,
-        ),
-        end="",
+        )
     )
     return 0
 
 
 def _pod_resources_beside(plugin_dir: str) -> str:
-    """The kubelet's folder for its pod-resources socket, where its directory for device plugins is PLUGIN_DIR."""
+    """The kubelet's folder for its pod-resources socket, if PLUGIN_DIR is its directory for device plugins."""
     return f"{os.path.dirname(plugin_dir)}/pod-resources"
 
 
 def _systemd_word(text: str) -> str:
-    """TEXT as one word of a line in a unit (systemd.syntax(7), systemd.service(5))."""
+    """TEXT as one word in a unit file (systemd.syntax(7), systemd.service(5))."""
     text = text.replace("%", "%%").replace("$", "$$")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
 def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
-    """The command line that gives PATHS, and the options about names and the log, the values that they have in OPTIONS;
-    what is as it is by default is left out."""
+    """The command line that sets PATHS, and the options for names and the log, to their values in OPTIONS. Defaults are
+    left out."""
     shown = {
         **{path: getattr(options, path) or "" for path in paths},
         "domain": options.domain,
@@ -8497,15 +8432,16 @@ def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> Lis
 
 
 def print_manifest(options: argparse.Namespace) -> int:
-    """--manifest: print what runs this script in a cluster, on nothing but a public image of Python."""
+    """--manifest: print a manifest that runs this script in a cluster, with a public image of Python."""
     if options.api == "dra":
-        raise Problem("--manifest is for the device plugin API only; for dra there is helm template, see docs/dra.md")
-    folder = os.path.dirname(os.path.abspath(__file__))
-    files = {"smarter_device_manager.py": _read_text(os.path.abspath(__file__))}
+        raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
+    path = os.path.realpath(__file__)
+    folder = os.path.dirname(path)
+    files = {"smarter_device_manager.py": _read_text(path)}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
     import hashlib
 
-    print(
+    write_output(
         MANIFEST.format(
             namespace=options.namespace or DEFAULT_NAMESPACE,
             image=options.image or DEFAULT_IMAGE,
@@ -8517,14 +8453,13 @@ def print_manifest(options: argparse.Namespace) -> int:
             plugin_dir=json.dumps(options.plugin_dir),
             pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
             packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        ),
-        end="",
+        )
     )
     return 0
 
 
 def _indented(text: str, spaces: int) -> str:
-    """TEXT as the lines of a block text in YAML that begins with |2, after SPACES each, the last one not ended."""
+    """TEXT as a block text in YAML after "|2", indented by SPACES, without the last line break."""
     return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
 
 
@@ -8534,112 +8469,111 @@ def _read_text(path: str) -> str:
             return file.read()
     except OSError as error:
         raise Problem(
-            f"cannot read {path}: {error.strerror}; the manifest holds the script and its two stubs"
+            f"cannot read {path}: {error.strerror}; the manifest contains the script and its two stubs"
         ) from None
 
 
 def _read_good_conf(path: str) -> str:
-    """The text of the conf file PATH, that of the built-in rules where there is none. Raises Problem for a bad one."""
+    """The text of the config file PATH, or of the built-in rules if it is empty. Raises Problem."""
     try:
         text = read_conf(path) if path else DEFAULT_CONF
         parse_rules(text)
-    except ConfigError as error:
-        raise Problem(f"{path}:{error.line}:{error.column}: {error.message}") from None
-    except OSError as error:
-        raise Problem(f"cannot read the conf file {path}: {error.strerror}") from None
+    except (ConfigError, OSError) as error:
+        raise Problem(describe_conf_error(path, error)) from None
     return text
 
 
+# Options.
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The options. Each value can also come from the environment; the command line wins."""
+    """The parser of the command line. Values can also come from the environment; the command line wins."""
     parser = argparse.ArgumentParser(
         prog=program_name(),
         usage="%(prog)s [OPTION ...]\n       [--check | --list | --dry-run | --status | --systemd-unit | --manifest]",
-        description="Offer the devices of this node to Kubernetes, as resources that pods can ask for: serve its "
-        "kubelet until SIGTERM, or do what one of --check, --list, --dry-run, --status, --systemd-unit and --manifest "
-        "says.",
-        epilog=f"Every option with a value can also be set in the environment: {ENVIRONMENT}CONF for --conf, and so "
-        "on; the command line wins. SIGHUP has conf and devices read again now.",
-    )
-    beside = _conf_beside()
-    conf_help = "the conf file: a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
-    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "kubelet's directory for device plugins")
-    _add(
-        parser,
-        "--pod-resources-socket",
-        "PATH",
-        _path,
-        DEFAULT_POD_RESOURCES,
-        "the kubelet's socket for the PodResources API, which tells who has what",
-    )
-    _add(parser, "--dev-dir", "DIR", _path, "/dev", "where the host's /dev is to be seen")
-    _add(parser, "--sys-dir", "DIR", _path, "/sys", "where the host's /sys is to be seen")
-    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "what stands before the / in a resource's name")
-    _add(parser, "--api", "API", _api, "device-plugin", "how kubelet is given the devices: device-plugin or dra")
-    _add(parser, "--kubelet-dir", "DIR", os.path.abspath, DEFAULT_KUBELET_DIR, "for dra: kubelet's own directory")
-    _add(parser, "--cdi-dir", "DIR", os.path.abspath, "/var/run/cdi", "for dra: where the container runtime reads CDI")
-    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
-    _add(parser, "--node-name", "NAME", str, node, "for dra: the name of this node in Kubernetes")
-    _add(parser, "--kube-api", "URL", str, _pod_api_url(), "for dra: the API server (default: that of a pod)")
-    _add(parser, "--kube-token-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/token", "for dra: the token for it")
-    _add(parser, "--kube-ca-file", "FILE", os.path.abspath, f"{SERVICE_ACCOUNT}/ca.crt", "for dra: who vouches for it")
-    _add(parser, "--interval", "SECONDS", _seconds, "1", "between two looks at conf and devices")
-    _add(
-        parser, "--log-level", "LEVEL", _level, "", "debug, info, warning or error (default: info; --dry-run: warning)"
-    )
-    _add(parser, "--log-format", "FORMAT", _log_format, "text", "text or json, one line an event")
-    _add(
-        parser,
-        "--listen",
-        "ADDRESS:PORT",
-        _listen_address,
-        "",
-        "serve health, metrics and a status page there (default: off)",
+        description="Offer the devices of this node to Kubernetes, as resources that pods can request. Without a mode, "
+        "this serves the kubelet of the node until SIGTERM.",
+        epilog=f"An option with a value can also be set by an environment variable, such as {ENVIRONMENT}CONF for "
+        "--conf; the command line wins. On SIGHUP, a daemon reads the config file and looks at all devices again.",
     )
     _add_modes(parser)
+    beside = _conf_beside()
+    conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
+    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
+    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
+    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
+    _add(parser, "--pod-resources-socket", "PATH", _path, DEFAULT_POD_RESOURCES, holders_help)
+    _add(parser, "--dev-dir", "DIR", _path, "/dev", "the host's /dev")
+    _add(parser, "--sys-dir", "DIR", _path, "/sys", "the host's /sys")
+    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    _add(parser, "--interval", "SECONDS", _seconds, "1", "the time between two looks at config file and devices")
+    level_help = "debug, info, warning or error (default: info; in modes: warning)"
+    _add(parser, "--log-level", "LEVEL", _level, "", level_help)
+    log_format = _one_of("a format", "text", "json")
+    _add(parser, "--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
+    listen_help = "serve health, metrics and a status page there (default: off)"
+    _add(parser, "--listen", "ADDRESS:PORT", _listen_address, "", listen_help)
+    _add_dra_options(parser)
     return parser
 
 
 def _add_modes(parser: argparse.ArgumentParser) -> None:
-    """What to do instead of serving, and the options that go with one such mode only."""
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true", help="say whether the conf file is good, and exit")
-    modes.add_argument("--list", action="store_true", help="print what would be offered, what not and why, and exit")
-    modes.add_argument("--dry-run", action="store_true", help="serve a stand-in kubelet, allocate all once, and exit")
+    """Add the modes, and the options that belong to one of them."""
+    group = parser.add_argument_group("modes, which do something else and exit")
+    modes = group.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="say whether the config file is good")
+    modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
+    modes.add_argument("--dry-run", action="store_true", help="try everything with a simulated kubelet")
     modes.add_argument(
         "--status",
         nargs="?",
         const=True,
         type=_argument(_address),
         metavar="ADDRESS:PORT",
-        help="print what a running daemon says, and exit (default: where --listen says, else 127.0.0.1:8080)",
+        help="print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)",
     )
-    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit for these options, and exit")
-    modes.add_argument("--manifest", action="store_true", help="print a Kubernetes manifest that needs no own image")
-    modes.add_argument("--version", action="version", version=f"smarter-device-manager {__version__}")
-    parser.add_argument("--json", action="store_true", help="with --list and --status: as JSON")
-    parser.add_argument("--attributes", metavar="PATH", help="with --list: the attributes of a device, to write rules")
+    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit that has the options given")
+    manifest_help = "print a Kubernetes manifest that has the options given and needs no image of its own"
+    modes.add_argument("--manifest", action="store_true", help=manifest_help)
+    version = f"smarter-device-manager {__version__}"
+    modes.add_argument("--version", action="version", version=version, help="print the version")
+    group.add_argument("--json", action="store_true", help="with --list or --status: print JSON")
+    attributes_help = "with --list: print the attributes of the device PATH, to write rules from"
+    group.add_argument("--attributes", metavar="PATH", help=attributes_help)
     image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
-    parser.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
+    group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
     namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
-    parser.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+    group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+
+
+def _add_dra_options(parser: argparse.ArgumentParser) -> None:
+    """Add --api, and the options that it takes with dra."""
+    group = parser.add_argument_group("Dynamic Resource Allocation")
+    api = _one_of("an API", "device-plugin", "dra")
+    _add(group, "--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
+    _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
+    node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
+    _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
+    _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
+    _add(group, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "the CA certificates of the API server")
 
 
 def program_name() -> str:
-    """The name that this program was called by."""
+    """The name by which this program was called."""
     name = os.path.basename(sys.argv[0])
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
 def _conf_beside() -> Optional[str]:
-    """The path of the conf.yaml beside the script, if there is one."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "conf.yaml")
+    """The path of the conf.yaml in the script's folder, if there is one."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
     return beside if os.path.lexists(beside) else None
 
 
 def _add(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     option: str,
     metavar: str,
     read: Callable[[str], Any],
@@ -8660,7 +8594,8 @@ def _add(
 
 
 def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[str] = None) -> Callable[[str], Any]:
-    """READ for argparse, which shows only errors of its own kind in full; GIVEN is what the environment has."""
+    """READ for argparse, which shows only errors of its own type in full. GIVEN is the value of the environment's
+    VARIABLE."""
 
     def convert(text: str) -> Any:
         try:
@@ -8674,8 +8609,12 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
 
 def _path(text: str) -> str:
     if not text:
-        raise ValueError('"" is no path')
-    return re.sub("^//+", "/", os.path.abspath(text))  # two slashes at the beginning are kept by abspath()
+        raise ValueError('"" is not a path')
+    try:
+        path = os.path.abspath(text)
+    except OSError:
+        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+    return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
 def _seconds(text: str) -> float:
@@ -8684,54 +8623,51 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0.01 <= seconds <= 3600:
-        raise ValueError(f'"{text}" is no number of seconds from 0.01 to 3600')
+        raise ValueError(f'"{text}" is not a number of seconds from 0.01 to 3600')
     return seconds
 
 
 def _domain(text: str) -> str:
     if not is_domain(text):
         raise ValueError(
-            f'"{text}" is no domain that kubelet takes: lower-case letters, digits, "-" and ".", up to 244 characters, '
-            "not kubernetes.io's, not beginning with requests."
+            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
+            "characters, not one of kubernetes.io, and not beginning with requests."
         )
     return text
 
 
-def _api(text: str) -> str:
-    if text not in ("device-plugin", "dra"):
-        raise ValueError(f'"{text}" is no API: device-plugin or dra')
-    return text
+def _one_of(kind: str, *values: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in values:
+            raise ValueError(f'"{text}" is not {kind}: {" or ".join(values)}')
+        return text
+
+    return read
 
 
 def _pod_api_url() -> str:
-    """The URL of the API server, as every pod is told it; empty outside a pod."""
+    """The URL of the API server, from the variables that every pod has; empty outside a pod."""
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
     return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
 
 
 def _image(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
-        raise ValueError(f'"{text}" is no name of an image, such as {DEFAULT_IMAGE}')
+        raise ValueError(f'"{text}" is not the name of an image, such as {DEFAULT_IMAGE}')
     return text
 
 
 def _namespace(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise ValueError(f'"{text}" is no name of a namespace: lower-case letters, digits and "-", up to 63 characters')
+        raise ValueError(f'"{text}" is not a namespace: lower-case letters, digits and "-", up to 63 characters')
     return text
 
 
 def _level(text: str) -> int:
     levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
     if text and text.lower() not in levels:
-        raise ValueError(f'"{text}" is no level: {", ".join(levels)}')
+        raise ValueError(f'"{text}" is not a level: {", ".join(levels)}')
     return levels.get(text.lower(), logging.NOTSET)
-
-
-def _log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise ValueError(f'"{text}" is no format: text or json')
-    return text
 
 
 def _listen_address(text: str) -> Optional[Tuple[str, int]]:
@@ -8741,15 +8677,18 @@ def _listen_address(text: str) -> Optional[Tuple[str, int]]:
 def _address(text: str) -> Tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
-        raise ValueError(f'"{text}" is no ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
+        raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
 
+# The way from the options to a mode.
+
+
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
-    """Have HANDLER take what is logged from LEVEL on, unless OPTIONS say another."""
+    """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
     least = options.log_level or level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
-    # What was refused is logged whatever the level; and the status page shows events that the log does not.
+    # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
@@ -8758,8 +8697,42 @@ def _problem_line(problem: Problem) -> str:
     return f"{program_name()}: {printable(str(problem))}"
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
+
+    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
+    resume_restart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    try:
+        try:
+            return run(parse_options())
+        finally:
+            write_output("")  # flushes what argparse printed
+    except Problem as error:
+        print(_problem_line(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line. Exits if they are wrong, and after --help and --version."""
     parser = build_parser()
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
@@ -8768,9 +8741,11 @@ def main() -> int:
         parser.error("--image and --namespace go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what OPTIONS ask for; the exit status. Raises Problem."""
     modes: Dict[str, Callable[[argparse.Namespace], int]] = {
         "check": check,
         "list": show_list,
@@ -8779,32 +8754,20 @@ def main() -> int:
         "systemd_unit": print_systemd_unit,
         "manifest": print_manifest,
     }
-    mode = next((modes[name] for name in modes if getattr(options, name)), serve)
-    try:
-        if mode is not serve:
+    for name, mode in modes.items():
+        if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            status = mode(options)
-            sys.stdout.flush()
-            return status
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        if __name__ == "__main__" and __spec__ is None:
-            restart_lean()
-        log_queue = LogQueue()
-        set_up_log(options, log_queue, logging.INFO)
-        with LogWriter(log_queue):
-            try:
-                return serve(options)
-            except Problem as error:
-                log_queue.enqueue(_problem_line(error))
-                return 1
-    except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # --list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 128 + signal.SIGPIPE
+            return mode(options)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    restart_as_module()
+    log_queue = LogQueue()
+    set_up_log(options, log_queue, logging.INFO)
+    with LogWriter(log_queue):
+        try:
+            return serve(options)
+        except Problem as error:
+            log_queue.enqueue(_problem_line(error))
+            return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -33,14 +34,14 @@ RULES = yaml.safe_load(CONF.read_text())
 
 
 def helm() -> Any:
-    """Helm itself, as a library; what needs it is skipped where its package has no wheel (armv7, say)."""
+    """Helm itself, as a library. Tests that need it are skipped where its package has no wheel (armv7, for example)."""
     return pytest.importorskip(
         "helm_python", reason="helm-python-sdk is installed on x86_64 only: it has no wheel for some machines"
     )
 
 
 def schemas() -> list[str]:
-    """The oldest version of Kubernetes that takes all of daemonset.yaml, and the newest that is known here."""
+    """The oldest version of Kubernetes that knows all fields of daemonset.yaml, and the newest version known here."""
     return ["1.30.0", kubernetes_validate.utils.all_versions()[-1]]
 
 
@@ -79,7 +80,7 @@ def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(conf: str, folder: Path) -> None:
-    """Have the daemon itself say that it takes CONF."""
+    """See that the daemon itself finds CONF good."""
     (folder / "conf.yaml").write_text(conf)
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--check", "--conf", str(folder / "conf.yaml")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,14 +98,15 @@ def test_the_manifest_is_valid_for_the_oldest_and_newest_kubernetes_known() -> N
 
 
 def test_older_kubernetes_does_not_know_recursive_read_only_alone() -> None:
-    """The README's table says so: with --validate=false the API server drops the field, and takes the rest."""
-    daemonset = pick(manifest(), "DaemonSet")
+    """docs/install.md says so: with --validate=false the API server drops this one field and takes the rest."""
     oldest = kubernetes_validate.utils.all_versions()[0]
-    with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
+    for objects in (manifest(), printed_manifest()):
+        daemonset = pick(objects, "DaemonSet")
+        with pytest.raises(kubernetes_validate.ValidationError, match="recursiveReadOnly"):
+            kubernetes_validate.validate(daemonset, oldest, strict=True)
+        for mount in container([daemonset])["volumeMounts"]:
+            mount.pop("recursiveReadOnly", None)
         kubernetes_validate.validate(daemonset, oldest, strict=True)
-    for mount in container([daemonset])["volumeMounts"]:
-        mount.pop("recursiveReadOnly", None)
-    kubernetes_validate.validate(daemonset, oldest, strict=True)
 
 
 def test_its_rules_are_those_of_conf_yaml(tmp_path: Path) -> None:
@@ -160,15 +162,15 @@ def test_the_pod_has_no_more_power_than_it_needs(source: str) -> None:
 
 
 def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
-    """With what the manifest mounts of /sys, every device's attributes are found as with all of it."""
+    """The parts of /sys that the manifest mounts give the same attributes of every device as all of /sys."""
     for name in ("dev", "devices"):
         (tmp_path / name).symlink_to(f"/sys/{name}")
     number = next((text for text in os.listdir("/sys/dev/char") if text.startswith("1:")), None)
     if number is None:
         pytest.skip("no /sys here")
     entry = sdm.Entry(sdm.CHAR, os.makedev(*map(int, number.split(":"))))
-    found = sdm.Sysfs(str(tmp_path)).attributes(entry)
-    assert found == sdm.Sysfs("/sys").attributes(entry) != []
+    found = sdm.SysfsReader(str(tmp_path)).attributes(entry)
+    assert found == sdm.SysfsReader("/sys").attributes(entry) != []
     assert "subsystem" in found[0][1]
 
 
@@ -259,7 +261,7 @@ config: {json.dumps(GO_RULES)}
 
 
 def test_the_go_charts_values_mean_the_same(tmp_path: Path) -> None:
-    """Its values file, which has no nodeSelector and no other key than these; config there is a comment at first."""
+    """The Go chart's values file has these keys and no nodeSelector; its config is a comment at first."""
     values = yaml.safe_load(GO_VALUES)
     objects = render(values)
     assert pick(objects, "DaemonSet")["metadata"]["name"] == pick(objects, "ConfigMap")["metadata"]["name"] == NAME
@@ -440,7 +442,7 @@ SCRIPT_NAME = "smarter_device_manager.py"
 
 
 def printed(*arguments: str) -> str:
-    """What the script prints, on a Python without any package and in a locale without UTF-8."""
+    """What the script prints on a Python without packages, in a locale without UTF-8."""
     command = [sys.executable, "-I", "-S", str(ROOT / SCRIPT_NAME), *arguments]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
     return subprocess.run(command, capture_output=True, check=True, env=environment).stdout.decode()
@@ -537,7 +539,7 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
 
 
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
-    """With wheels that stand in for the packages, and the script's import of them in a module that stands in for it."""
+    """With made-up wheels in place of the packages, and a module that imports them in place of the script."""
     wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
     for folder in (wheels, packages, app):
         folder.mkdir()
@@ -753,7 +755,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (Path(__file__), ROOT / "test_smarter_device_manager.py"))
 
-# What runs each command of the README. "cannot": there is no cluster, no engine of containers and no registry here.
+# What runs each command of the README and of docs/. CANNOT: no cluster, container engine or registry is here.
 RUN_BY_CI = "by .ci/run"
 TOOL_OF_CI = "by .ci/run too, in less time"
 CANNOT = "cannot be run here: "
@@ -766,7 +768,7 @@ COMMANDS = {
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
     ),
     r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
-    r"sudo (apt-get install|mkdir|cp|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
+    r"sudo (apt-get install|mkdir|cp|rm|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*": (
         "test_the_unit_is_right_and_hardened"
     ),
@@ -780,6 +782,7 @@ COMMANDS = {
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
     r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
+    r"\.venv/bin/pytest -q -k [a-z]+": "by .ci/run, which runs them all",
     r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
     r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
     r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
@@ -799,6 +802,10 @@ COMMANDS = {
     ),
     r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
 }
+
+
+def read_page(name: str) -> str:
+    return (ROOT / f"docs/{name}.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -883,9 +890,38 @@ def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
 def test_a_page_has_every_option() -> None:
     command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--help"]
     wide = {**os.environ, "COLUMNS": "1000"}  # else an option may be broken in two
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
-    assert set(re.findall(r"--[a-z-]+", told)) - {"--help", "--version"} <= documented
+    assert set(re.findall(r"--[a-z-]+", shown)) - {"--help", "--version"} <= documented
+
+
+def texts_of_the_script() -> list[str]:
+    """All its string literals, with … in place of what an f-string fills in."""
+    tree = ast.parse((ROOT / "smarter_device_manager.py").read_text())
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return texts
+
+
+@pytest.mark.parametrize("page", ["operating", "dra"])
+def test_each_line_that_a_page_explains_is_one_that_the_daemon_writes(page: str) -> None:
+    """Every part of such a line between two placeholders stands in a text of the script."""
+    (table,) = re.findall(r"^\| (?:line|it says) \| what to do \|\n(.*?)(?:\n\n|\Z)", read_page(page), re.M | re.S)
+    lines = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert len(lines) > 5
+    texts = texts_of_the_script()
+    for line in lines:
+        for part in re.split(r"…|\.\.\.|\b[A-Z]{4,}(?::[A-Z]+)*\b|(?<=: )", line):
+            assert any(part.strip() in text for text in texts), (line, part)
+
+
+def test_the_readme_and_its_page_name_the_same_smallest_memory_limits() -> None:
+    rows = re.findall(r"^\| (\d+) \| .* \| (\d+ MiB) \|$", read_page("from-go"), re.MULTILINE)
+    assert [number for number, _ in rows] == ["10", "50"]
+    for number, limit in rows:
+        assert f"{limit} for {number} resources" in " ".join(README.split())
 
 
 def test_the_readme_is_short() -> None:

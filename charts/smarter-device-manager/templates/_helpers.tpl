@@ -1,4 +1,4 @@
-{{/* The labels by which the DaemonSet knows its pods. */}}
+{{/* The labels by which the DaemonSet selects its pods. */}}
 {{- define "smarter-device-manager.selector" -}}
 app.kubernetes.io/name: {{ .Values.application.appName }}
 {{- end -}}
@@ -12,7 +12,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
-{{/* The labels of the nodes that run it: what the user gave replaces the default, and is not added to it. */}}
+{{/* The labels of the nodes that run it. What the user gives replaces the default. */}}
 {{- define "smarter-device-manager.nodeSelector" -}}
 {{- .Values.nodeSelector | default (dict "smarter-device-manager" "enabled") | toYaml -}}
 {{- end -}}
