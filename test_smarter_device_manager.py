@@ -8715,6 +8715,11 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
     claim = camera.claim("video0-0")
     assert "is another one now" in error(pb.Claim(namespace="default", name=claim.name, uid="other"))
     assert "(404)" in error(pb.Claim(namespace="default", name="nothing", uid="u"))
+    deleted = camera.claim("video0-1")
+    camera.gives(deleted)
+    del camera.api.objects[camera.path(deleted)]
+    assert "(404)" in error(deleted), "though it is prepared"
+    camera.unprepare(deleted)
     for names in (
         {"uid": "../../x"},
         {"uid": ""},
@@ -8966,6 +8971,21 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
     assert camera.api.tainted() == {"video0-1"}, "it is prepared"
     camera.unprepare(claim)
     camera.wait_for_devices()
+
+
+@needs_root
+def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
+    start(*camera.options(), "--interval", "0.02")
+    camera.ready("video0-0", "video0-1")
+    began, before = time.monotonic(), len(camera.api.writes())
+    for _ in range(10):
+        camera.node.unplug("video0")
+        time.sleep(0.1)
+        camera.node.plug("video0")
+        time.sleep(0.1)
+    camera.node.unplug("video0")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert len(camera.api.writes()) - before <= 2 + time.monotonic() - began
 
 
 @needs_root
