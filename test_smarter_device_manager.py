@@ -8214,7 +8214,7 @@ class ApiCall(NamedTuple):
 
 
 class ApiServer(sdm.SimulatedApiServer):
-    """The simulated API server on the kubelets' thread, and faults for it to show."""
+    """The simulated API server on the kubelets' thread, and the faults that a test has it show."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(NODE_NAME)
@@ -8332,7 +8332,7 @@ class ApiServer(sdm.SimulatedApiServer):
 
 
 class DraKubelet(sdm.SimulatedDraKubelet):
-    """The simulated kubelet for drivers, on the kubelets' thread: it registers every socket that appears."""
+    """The simulated kubelet for DRA drivers, on the kubelets' thread: it registers every socket that appears."""
 
     loop = property(lambda self: Kubelet.loop)
 
@@ -8578,6 +8578,22 @@ def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) 
     assert daemon.stop() == 0
     assert camera.api.objects[path] == before
     assert "smarter-devices" in camera.api.classes()
+
+
+@needs_root
+def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera: Cluster, start: Starter) -> None:
+    def make_first(target: str) -> None:
+        if target.endswith("deviceclasses"):
+            for name in ("smarter-devices", "video0.smarter-devices"):
+                sdm.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
+
+    camera.api.before_write = make_first
+    daemon = start(*camera.options())
+    wait_for(lambda: ("create", "deviceclasses") in camera.api.writes())
+    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    assert daemon.stop() == 0
+    assert "trying again" not in daemon.log
+    assert [item["spec"] for item in camera.api.classes().values()] == [{}, {}]
 
 
 @needs_root
@@ -8907,8 +8923,10 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     wait_for(lambda: not cluster.api.tainted())
     wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
     assert cluster.edits(claim, ids)[0] == {"/dev/serial/stick": "/dev/ttyUSB1"}
-    node.link("serial/stick", "../ttyUSB0")
-    wait_for(lambda: "ttyUSB0" in cluster.file(claim).read_text())
+    with cluster.file(claim).open() as old:
+        node.link("serial/stick", "../ttyUSB0")
+        wait_for(lambda: "ttyUSB0" in cluster.file(claim).read_text())
+        assert "ttyUSB1" in old.read(), "another file was renamed into its place"
     daemon.kill()
     node.link("serial/stick", "../ttyUSB1")
     start(*cluster.options())
