@@ -5322,11 +5322,18 @@ class DraSide(KubeletSide):
         self._done.result()
 
     def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now.
+
+        Also published are prepared devices that the plan no longer has, once they are gone.
+        """
         self._plan, self.slots = plan, slots_by_device_name(plan)
         if self.publisher:
             self._rewrite_cdi_files()
-            self._publish()
+            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
+            prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
+            lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
+            devices += [lost_device(device, self.domain) for device in lost]
+            self.publisher.want(devices, list(plan.resources))
 
     @property
     def plugin_dir(self) -> str:
@@ -5389,7 +5396,7 @@ class DraSide(KubeletSide):
                 return
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
-        self.is_standby = any(not connect_error(path) for path in self.settings.sockets)
+        self.is_standby = any(not connect_error(path) for path in self.settings.sockets)  # then it makes no servers
         try:
             self.is_standby = self.is_standby or not await self._serve()
         except OSError as error:
@@ -5558,7 +5565,6 @@ class DraSide(KubeletSide):
             except OSError as error:
                 return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
             log_event("unprepared", "its pod has ended", claim=claim.full_name)
-            self._publish()
         return ""
 
     def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
@@ -5570,15 +5576,6 @@ class DraSide(KubeletSide):
             log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
-
-    def _publish(self) -> None:
-        """Publish the plan's slots, and the prepared devices that are gone and no longer in the plan."""
-        if self.publisher:
-            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
-            prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
-            lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
-            devices += [lost_device(device, self.domain) for device in lost]
-            self.publisher.want(devices, list(self._plan.resources))
 
     def _is_gone(self, device: PreparedDevice) -> bool:
         """Whether DEVICE is gone, or another device is in its place.
