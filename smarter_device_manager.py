@@ -2414,8 +2414,7 @@ def make_plan(
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(lost or tracked_device.problem)
-        claim = Claim(device, bool(rule.resource), is_gone, tracked_device.nodes)
+        claim = Claim(device, bool(rule.resource), bool(lost or tracked_device.problem), tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
     for name in sorted(claims):
