@@ -2414,8 +2414,7 @@ def make_plan(
         except NotADevice as error:
             problems.append(LeftOut.of(path, rule.line, error))
             continue
-        is_gone = bool(lost or tracked_device.problem)
-        claim = Claim(device, bool(rule.resource), is_gone, tracked_device.nodes)
+        claim = Claim(device, bool(rule.resource), bool(lost or tracked_device.problem), tracked_device.nodes)
         claims.setdefault(name, []).append(claim)
     resources: Dict[str, Resource] = {}
     for name in sorted(claims):
@@ -6902,7 +6901,7 @@ class SimulatedDraKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the process after it
+RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the new process
 LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -6911,7 +6910,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 # The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
 # default is to be ignored. SIGIO is its counterpart for the plugin directory.
 FOLDER_SIGNAL = signal.SIGURG
-BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread accepts them one by one
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
 REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
@@ -7081,7 +7080,7 @@ class ConfFile:
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # when the file was last read; () if an equal one would not prove no change
+        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
         self._text: Optional[str] = None  # of the rules in force
         self._refused_text: Optional[str] = None
         what = f"the last good text of {json.dumps(path)}"
@@ -7149,7 +7148,7 @@ class ConfFile:
         return has_new_rules
 
     def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
-        """A value that changes with the content of the file, and whether enough time has passed for that to hold."""
+        """A value that changes with the text of the file, and whether it is old enough to rely on that."""
         found = os.stat(self._path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
@@ -7211,7 +7210,7 @@ class DeviceSide:
         """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # that the last look at /dev took
+        self.scan_seconds = 0.0  # taken by the last look at /dev
         self._conf_name = conf or DEFAULT_CONF_NAME
         self._conf = ConfFile(conf, kept_path)
         self._dev_dir = dev_dir

@@ -714,6 +714,11 @@ def test_each_node_can_write_its_own_slices_only() -> None:
     assert (binding["policyName"], binding["validationActions"]) == (NAME, ["Deny"])
 
 
+def gone_device() -> dict[str, Any]:
+    """A device in a slice that is gone, but prepared."""
+    return sdm.lost_device(sdm.PreparedDevice("video0-0", "camera", "video0", "/dev/video0", {}), "smarter-devices")
+
+
 def test_the_claim_of_the_documentation_is_valid_and_asks_for_what_there_is() -> None:
     text = (ROOT / "docs/dra.md").read_text()
     (example,) = re.findall(r"<!-- pod: dra -->\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -727,7 +732,7 @@ def test_the_claim_of_the_documentation_is_valid_and_asks_for_what_there_is() ->
     asked = re.findall(r'attributes\["smarter-devices"\]\.(\w+)', json.dumps(template).replace('\\"', '"'))
     assert set(asked) <= {"resource", "path", "slot", "pool", "numaNode", "driver", "subsystem", *sdm.USB_FACTS}
     (toleration,) = re.findall(r"^ +tolerations:\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert yaml.safe_load(toleration)[0]["key"] == sdm.gone_taint("smarter-devices")["key"]
+    assert yaml.safe_load(toleration)[0]["key"] == gone_device()["taints"][0]["key"]
 
 
 def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
@@ -738,8 +743,7 @@ def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
 
 
 def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
-    attributes = {"path": {"string": "/dev/video0"}, "slot": {"int": 0}}
-    devices = [{"name": "video0-0", "attributes": attributes, "taints": [sdm.gone_taint("smarter-devices")]}]
+    devices = [gone_device()]
     pool = {"name": "node-1", "generation": 1, "resourceSliceCount": 1}
     slices = [sdm.resource_slice("smarter-devices", "node-1", "uid", 0, pool, devices)]
     newest = kubernetes_validate.utils.all_versions()[-1]
