@@ -9174,11 +9174,12 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
     asked = len(camera.api.calls)
 
     def replace(verb: str, kind: str) -> None:
-        camera.token.write_text("three")  # when the request with the old one is on its way
+        if kind == "resourceclaims":  # the classes may be looked for at the same time
+            camera.token.write_text("three")  # when the request with the old one is on its way
 
     camera.api.fault = replace
     assert camera.gives(camera.claim("video0-1"))
-    assert [call.status for call in camera.api.calls[asked:]] == [401, 200]
+    assert [call.status for call in camera.api.calls[asked:] if call.kind == "resourceclaims"] == [401, 200]
     camera.api.fault = lambda verb, kind: None
     camera.api.tokens = {"four"}
     assert "does not accept the token (401)" in camera.prepare(camera.claim("video0-1")).error
