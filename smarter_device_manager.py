@@ -5585,6 +5585,9 @@ class DraSide(KubeletSide):
         slot = self.slots.get(device.name)
         if slot:
             return bool(slot.device.problem)
+        with_fewer_slots = (other for resource in self._plan.resources.values() for other in resource.devices)
+        if any(other.problem for other in with_fewer_slots if device_path(other) == device.path):
+            return True
         path = device.path[len("/dev/") :] if device.path.startswith("/dev/") else ""
         is_left_out = any(left.path == path for left in self._plan.left_out)
         return bool(path) and (is_left_out or not os.path.exists(f"{self.settings.dev_dir}/{path}"))

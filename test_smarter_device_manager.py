@@ -8888,6 +8888,13 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
     camera.node.plug("video0")
     camera.wait_for_devices()
     assert camera.gives(claim) == given
+    camera.node.rules("- devicematch: ^video0$\n")
+    camera.wait_for_devices("video0-0")
+    assert camera.gives(claim) == given
+    camera.node.unplug("video0")
+    (camera.node.dev / "video0").touch()
+    camera.wait_for_devices("video0-0", "video0-1")
+    assert camera.api.tainted() == {"video0-0", "video0-1"}
 
 
 @needs_root
