@@ -5585,9 +5585,9 @@ class DraSide(KubeletSide):
         slot = self.slots.get(device.name)
         if slot:
             return bool(slot.device.problem)
-        with_fewer_slots = (other for resource in self._plan.resources.values() for other in resource.devices)
-        if any(other.problem for other in with_fewer_slots if device_path(other) == device.path):
-            return True
+        offered = (other for resource in self._plan.resources.values() for other in resource.devices)
+        if any(other.problem for other in offered if device_path(other) == device.path):
+            return True  # it is in the plan with fewer slots than before
         path = device.path[len("/dev/") :] if device.path.startswith("/dev/") else ""
         is_left_out = any(left.path == path for left in self._plan.left_out)
         return bool(path) and (is_left_out or not os.path.exists(f"{self.settings.dev_dir}/{path}"))
