@@ -24,7 +24,7 @@ kubelet, Command line. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
-two is immutable, so there are no locks.
+two is immutable, so there are no locks. Threads that only write the log or read from sysfs keep neither waiting.
 
 Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
@@ -553,23 +553,27 @@ class Expression:
     def __hash__(self) -> int:
         return hash(self.pattern)
 
-    def search(self, text: str) -> Optional[re.Match[str]]:
-        """Like re.Pattern.search()."""
-        return self._find(self.compiled.search, text)
+    def search(self, text: str, slow_searches: int = 0) -> Optional[re.Match[str]]:
+        """Like re.Pattern.search(). SLOW_SEARCHES is how many of other expressions took too long so far."""
+        return self._find(self.compiled.search, text, slow_searches)
 
     def fullmatch(self, text: str) -> Optional[re.Match[str]]:
         """Like re.Pattern.fullmatch()."""
-        return self._find(self.compiled.fullmatch, text)
+        return self._find(self.compiled.fullmatch, text, 0)
 
     def was_slow(self, text: str) -> bool:
         """Whether a search in TEXT took too long."""
         return text in self._slow_texts
 
-    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str) -> Optional[re.Match[str]]:
+    def slow_searches(self) -> int:
+        """How many searches took too long so far."""
+        return len(self._slow_texts)
+
+    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str, others: int) -> Optional[re.Match[str]]:
         if self.was_slow(text):
             raise SearchTimeout
-        # The more texts took too long, the less time the next one gets: a thousand would take a minute otherwise.
-        seconds = SEARCH_SECONDS / min(1 + len(self._slow_texts), MAX_FASTER)
+        # The more searches took too long, the less time the next one gets: a thousand would take a minute otherwise.
+        seconds = SEARCH_SECONDS / min(1 + self.slow_searches() + others, MAX_FASTER)
         try:
             return _ALARM.limit(lambda: find(text), seconds)
         except SearchTimeout:
@@ -596,14 +600,14 @@ class Expressions:
             except SearchTimeout:
                 self._were_slow = True
                 time.sleep(SEARCH_SECONDS)
-        return [_outcome(expression, text) for expression in self._expressions]
+        return [self._outcome(expression, text) for expression in self._expressions]
 
-
-def _outcome(expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
-    try:
-        return expression.search(text)
-    except SearchTimeout:
-        return SearchTimeout()  # a new one, without the traceback, because callers keep it
+    def _outcome(self, expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
+        others = sum(other.slow_searches() for other in self._expressions) - expression.slow_searches()
+        try:
+            return expression.search(text, others)
+        except SearchTimeout:
+            return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -1001,6 +1005,12 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
     return _REFERENCE.sub(replacement, template)
 
 
+def attributes_in(template: str) -> Tuple[str, ...]:
+    """The names of the sysfs attributes that TEMPLATE refers to."""
+    names = (reference["attribute"] for reference in _REFERENCE.finditer(template))
+    return tuple(dict.fromkeys(filter(None, names)))
+
+
 def _group(reference: re.Match[str]) -> Union[int, str]:
     name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
@@ -1220,8 +1230,7 @@ def _parse_rule(node: Node) -> Rule:
     templates = list(_template_nodes(nodes))
     for template in templates:
         _check_template(template, match)
-    references = (reference for template in templates for reference in _REFERENCE.finditer(template.value))
-    values = dict.fromkeys(reference["attribute"] for reference in references if reference["attribute"])
+    values = dict.fromkeys(name for template in templates for name in attributes_in(template.value))
     return Rule(line=node.line, match=match, values=tuple(values), **fields)
 
 
@@ -1291,11 +1300,6 @@ def shorten(name: str, limit: int, text: str) -> str:
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[: limit - 9]}-{digest[:8]}"
-
-
-def load_rules(path: str) -> Tuple[Rule, ...]:
-    """The rules in the config file PATH. Raises ConfigError, and OSError if it cannot be read."""
-    return parse_rules(read_conf(path))
 
 
 def read_conf(path: str) -> str:
@@ -1418,6 +1422,10 @@ FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, o
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
 MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SYSFS_SECONDS = 0.2  # for one read of what sysfs knows of a device
+MIN_SYSFS_SECONDS = 0.02  # the same, after others took too long in the same look
+LATE_SECONDS = 15.0  # for what came too late, since the kubelet asks for a start again after 13 s
+MAX_HANGING = 64  # reads
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does not mean that something is not there
 SYSFS_HANGS = "sysfs does not answer"
 SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
@@ -1851,58 +1859,103 @@ _Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
 Folders = Sequence[Mapping[str, str]]
 
 
+_NodeKey = Tuple[str, int, int]  # kind, number and inode
+
+
 class SysfsTimeout(Exception):
-    """A read from sysfs took too long."""
+    """Sysfs does not answer in time."""
+
+
+class SysfsRead:
+    """A read from sysfs, on a thread of its own, because a driver can block a reader for ever."""
+
+    def __init__(self, node: _NodeKey, job: Callable[[], Any]) -> None:
+        """Raises RuntimeError if there can be no more threads."""
+        self.node = node
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()
+        self._started, self._ended = time.monotonic(), math.inf
+        self._is_taken = False
+        threading.Thread(target=self._run, args=(job,), name="sysfs", daemon=True).start()
+
+    def _run(self, job: Callable[[], Any]) -> None:
+        try:
+            result = job()
+        except Exception as error:
+            self._ended = time.monotonic()
+            self.future.set_exception(error)
+        else:
+            self._ended = time.monotonic()
+            self.future.set_result(result)
+
+    def take(self) -> Any:
+        """The result, if it has come. Raises SysfsTimeout if it has not, or if nothing can be read for lack of file
+        descriptors or memory."""
+        if not self.future.done():
+            raise SysfsTimeout
+        self._is_taken = True
+        try:
+            return self.future.result()
+        except OSError:
+            raise SysfsTimeout from None
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether it has taken more than SECONDS, and goes on."""
+        return not self.future.done() and time.monotonic() - self._started > seconds
+
+    def is_pending(self) -> bool:
+        """Whether its result is still to come, or came a short while ago and nobody has taken it."""
+        return not self._is_taken and time.monotonic() - self._ended < LATE_SECONDS
 
 
 class SysfsReader:
-    """Reads from sysfs, each time on a thread of its own, because a driver can block a reader for ever.
+    """Reads what sysfs says about devices. What comes too late is the answer when the same is asked again.
 
-    A device is not read again before its last read has ended, so at most one thread hangs per device and reader.
+    A read that takes more than SECONDS hangs. No other read is started of its node, nor any at all while MAX_HANGING
+    of them hang.
     """
 
-    def __init__(self, sys_dir: str) -> None:
+    def __init__(self, sys_dir: str, seconds: float) -> None:
         self._sys_dir = sys_dir
-        self._hanging: Dict[Tuple[str, int], concurrent.futures.Future[Any]] = {}  # by kind and number of the device
+        self._seconds = seconds
+        self._reads: Dict[Tuple[_NodeKey, Tuple[str, ...]], SysfsRead] = {}
 
-    def values(self, entry: Entry, names: Sequence[str]) -> Folders:
+    def values(self, entry: Entry, names: Tuple[str, ...], seconds: float) -> Folders:
         """The values of the attributes NAMES of ENTRY's device and of its parents, the device's own first.
 
-        Raises SysfsTimeout.
+        Raises SysfsTimeout, after SECONDS at the latest.
         """
-        return self.wait(entry, self.start(entry, functools.partial(self._values, entry, names)))
+        folders: Folders = self._wait(self.start(entry, names), seconds)
+        return folders
 
-    def start_values(self, entry: Entry, names: Sequence[str]) -> concurrent.futures.Future[Folders]:
-        """Start to read what values() returns. Raises SysfsTimeout."""
-        return self.start(entry, functools.partial(self._values, entry, names))
+    def start(self, entry: Entry, names: Tuple[str, ...]) -> SysfsRead:
+        """Start to read what values() returns, unless that is in progress. Raises SysfsTimeout if a read of the device
+        hangs."""
+        return self._start(entry, names, functools.partial(self._values, entry, names))
 
-    def start(self, entry: Entry, job: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Start JOB, which reads of ENTRY's device. Raises SysfsTimeout where an earlier one has not ended."""
-        hanging = self._hanging.get((entry.kind, entry.device))
-        if hanging and not hanging.done():
+    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
+        """Each folder of ENTRY's device and its parents that has attributes a rule could ask for, and these: value by
+        name. Raises SysfsTimeout."""
+        read = self._start(entry, (), functools.partial(self._attributes, entry))
+        found: List[Tuple[str, Dict[str, str]]] = self._wait(read, self._seconds)
+        return found
+
+    def _start(self, entry: Entry, names: Tuple[str, ...], job: Callable[[], Any]) -> SysfsRead:
+        node = (entry.kind, entry.device, entry.inode)
+        self._reads = {key: read for key, read in self._reads.items() if read.is_pending()}
+        hanging = [read.node for read in self._reads.values() if read.hangs(self._seconds)]
+        if node in hanging or len(hanging) >= MAX_HANGING:
             raise SysfsTimeout
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()
-        threading.Thread(target=self._work, args=(job, future), name="sysfs", daemon=True).start()
-        return future
+        if (node, names) not in self._reads:
+            try:
+                self._reads[node, names] = SysfsRead(node, job)
+            except RuntimeError:  # there can be no more threads
+                raise SysfsTimeout from None
+        return self._reads[node, names]
 
-    def wait(self, entry: Entry, future: concurrent.futures.Future[T]) -> T:
-        """What the FUTURE of start() brings. Raises SysfsTimeout after SYSFS_SECONDS."""
-        try:
-            return future.result(SYSFS_SECONDS)
-        except concurrent.futures.TimeoutError:
-            self.give_up(entry, future)
-            raise SysfsTimeout from None
-
-    def give_up(self, entry: Entry, future: concurrent.futures.Future[Any]) -> None:
-        """Stop waiting for FUTURE, which start() returned for ENTRY's device."""
-        self._hanging[entry.kind, entry.device] = future
-
-    def _work(self, job: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
-        try:
-            future.set_result(job())
-        except Exception as error:
-            future.set_exception(error)
+    def _wait(self, read: SysfsRead, seconds: float) -> Any:
+        concurrent.futures.wait([read.future], seconds)
+        return read.take()
 
     def _values(self, entry: Entry, names: Sequence[str]) -> Folders:
         folders = []
@@ -1920,11 +1973,6 @@ class SysfsReader:
         while folder.startswith(top + "/") and os.path.dirname(folder) != top:
             folder = os.path.dirname(folder)
             yield folder
-
-    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
-        """Each folder of ENTRY's device and its parents that has attributes a rule could ask for, and these: value by
-        name. Raises SysfsTimeout."""
-        return self.wait(entry, self.start(entry, functools.partial(self._attributes, entry)))
 
     def _attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
         found = []
@@ -1947,13 +1995,20 @@ class Sysfs:
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
         self._sys_dir = sys_dir
         self._with_facts = with_facts
-        self._reader = SysfsReader(sys_dir)
+        self._reader = SysfsReader(sys_dir, SYSFS_SECONDS)
+        self._patience = 2 * SYSFS_SECONDS  # for reads that take too long, until begin_look()
+        self._gpus: List[str] = []
         self._facts: Dict[int, Mapping[str, str]] = {}
         self._numa: Dict[int, Optional[int]] = {}
         self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
         self._asked: Dict[int, float] = {}  # the time of the first question about a generation
         self._settling: Set[_Question] = set()  # about new nodes that lack something
         self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
+        self._unread: Dict[int, DeviceNode] = {}  # nodes of which other values could not be read, by generation
+
+    def begin_look(self) -> None:
+        """Be patient again with reads that take too long."""
+        self._patience = 2 * SYSFS_SECONDS
 
     def forget(self, generations: Iterable[int]) -> None:
         """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
@@ -1964,6 +2019,7 @@ class Sysfs:
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
         self._settling &= self._answers.keys()
         self._unanswered &= self._answers.keys()
+        self._unread = {generation: node for generation, node in self._unread.items() if generation in keep}
 
     def ask_again(self, generations: Iterable[int]) -> bool:
         """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
@@ -1974,10 +2030,11 @@ class Sysfs:
         """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
-            try:
-                values = values_of(self._reader.values(node.entry, ["numa_node"]), "numa_node")
-            except SysfsTimeout:
+            folders = self._read(node, ("numa_node",))
+            if folders is None:
+                self._unread[generation] = node
                 return None
+            values = values_of(folders, "numa_node")
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
@@ -1993,9 +2050,9 @@ class Sysfs:
         """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
         generation = node.entry.generation
         if generation not in self._facts:
-            try:
-                folders = self._reader.values(node.entry, ["subsystem", "driver", *USB_FACTS])
-            except SysfsTimeout:
+            folders = self._read(node, ("subsystem", "driver", *USB_FACTS))
+            if folders is None:
+                self._unread[generation] = node
                 return {}
             usb_device = next((folder for folder in folders if folder.get("idVendor")), {})
             facts = {"subsystem": folders[0].get("subsystem"), "driver": next(iter(values_of(folders, "driver")), None)}
@@ -2020,6 +2077,11 @@ class Sysfs:
     def has_news(self) -> bool:
         """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
         has_changed = self._renew(self._settling | self._unanswered)
+        unread, self._unread = self._unread, {}
+        for generation, node in unread.items():
+            self.numa(node)
+            self.facts([node])
+            has_changed = has_changed or generation not in self._unread
         now = time.monotonic()
         for key in list(self._settling):
             if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
@@ -2040,9 +2102,8 @@ class Sysfs:
     def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
         """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
         _, attributes, names = question
-        try:
-            folders = self._reader.values(node.entry, [*(attribute.name for attribute in attributes), *names])
-        except SysfsTimeout:
+        folders = self._read(node, (*(attribute.name for attribute in attributes), *names))
+        if folders is None:
             self._unanswered.add(question)
             return None
         self._unanswered.discard(question)
@@ -2061,21 +2122,33 @@ class Sysfs:
         reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
         return AttributeAnswer("; ".join(slow + others), (), reason=reason)
 
+    def _read(self, node: DeviceNode, names: Tuple[str, ...]) -> Optional[Folders]:
+        """The values of the attributes NAMES of NODE's device and of its parents; None if sysfs does not answer."""
+        began = time.monotonic()
+        try:
+            return self._reader.values(node.entry, names, max(MIN_SYSFS_SECONDS, min(SYSFS_SECONDS, self._patience)))
+        except SysfsTimeout:
+            self._patience -= time.monotonic() - began
+            return None
+
     def tegra_gpus(self) -> List[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
         found = set()
         for folder in ("devices", "devices/platform"):
             try:
                 names = os.listdir(f"{self._sys_dir}/{folder}")
-            except OSError:
+            except OSError as error:
+                if error.errno in SCARCE:
+                    return self._gpus
                 continue  # no sysfs here, or not that kind of board
             found |= {name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name)}
-        return sorted(found, key=int)
+        self._gpus = sorted(found, key=int)
+        return self._gpus
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
     """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
-    subsystem) is the last part of its target, as in udev."""
+    subsystem) is the last part of its target, as in udev. Raises OSError for lack of file descriptors or memory."""
     path = f"{folder}/{name}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -2084,6 +2157,8 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
         finally:
             os.close(descriptor)
     except OSError as error:
+        if error.errno in SCARCE:
+            raise
         if error.errno != errno.ELOOP:
             return None
     try:
@@ -2216,6 +2291,7 @@ class Device:
     since: float  # time.monotonic() when it appeared or went
     is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
+    naming: Tuple[HeldAttribute, ...] = ()  # those of them that are in the resource's name
     facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
 
 
@@ -2630,6 +2706,7 @@ def _device(
     nodes = tracked_device.nodes
     numas = {sysfs.numa(node) for node in nodes}
     held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
+    naming = tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource))
     device = Device(
         path=path,
         line=rule.line,
@@ -2638,9 +2715,10 @@ def _device(
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
-        identity=tuple(_identity(node) for node in nodes) if rule.attributes else (),
+        identity=tuple(_identity(node) for node in nodes) if rule.attributes or naming else (),
         attributes=next(filter(None, held), ()),
         values=tuple(HeldAttribute(name, value) for name, value in values.items()),
+        naming=naming,
         specs=(),
         problem=tracked_device.problem,
         since=tracked_device.since,
@@ -2741,9 +2819,12 @@ def _slot_id(resource: Resource, device: Device, number: int) -> str:
     return f"{device.path}:{number}" if resource.pool else str(number)
 
 
-def device_of(resource: Resource, slot_id: str) -> Optional[Device]:
-    """The device of RESOURCE to which SLOT_ID belongs; None if it is not an ID of RESOURCE."""
-    return next((device for device in resource.devices if is_slot_of(device, resource, slot_id)), None)
+def named_devices(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Device]]]:
+    """Each of SLOT_IDS once, with the device of RESOURCE that it names; None if it names none."""
+    devices = {device.path if resource.pool else "": device for device in resource.devices}
+    for slot_id in dict.fromkeys(slot_ids):
+        device = devices.get(slot_id.rpartition(":")[0])
+        yield slot_id, device if device and names_device(device, resource, slot_id) else None
 
 
 def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
@@ -2777,9 +2858,8 @@ class ContainerAllocation(NamedTuple):
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
     """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
-    for slot_id in dict.fromkeys(slot_ids):
-        device = device_of(resource, slot_id)
-        if device is None:
+    for slot_id, device in named_devices(resource, slot_ids):
+        if device is None or not is_slot_of(device, resource, slot_id):
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[device.path] = device
     specs: List[DeviceSpec] = []
@@ -3018,13 +3098,9 @@ class EventRing(logging.Handler):
         return self._events
 
 
-def filter_grpc(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers, for what clients do is no bug of ours: bytes that are not a message need no
-    traceback, and an answer that cannot be sent to a client that has gone needs no line."""
-    error = type(record.exc_info[1]).__name__ if record.exc_info else ""
-    if error == "ExecuteBatchError":
-        return False
-    if record.exc_info and error == "DecodeError":
+def shorten_decode_error(record: logging.LogRecord) -> bool:
+    """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
+    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
         record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
@@ -3089,7 +3165,7 @@ def load_grpc(with_tls: bool = False) -> None:
         if not with_ssl:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(filter_grpc)
+        logging.getLogger(name).addFilter(shorten_decode_error)
 
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
@@ -3105,8 +3181,10 @@ def answered(method: Method) -> Method:
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except (grpc.aio.AbortError, grpc.aio.InternalError):  # the latter: the client has gone
+        except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:  # the client has gone, and grpc is about to cancel the call for that
+            raise asyncio.CancelledError from None
         except Exception as error:
             log_internal_error(f"{self.full_name}: {method.__name__} failed")
             text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
@@ -3314,7 +3392,6 @@ class OtherInstances:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: Dict[str, Callable[[], None]] = {}
-        self._path = ""  # that the connection leads to
         self._connection: Optional[socket.socket] = None
         self._retry: Optional[asyncio.TimerHandle] = None
 
@@ -3332,17 +3409,16 @@ class OtherInstances:
 
     def _connect(self) -> None:
         """Hold a connection to the server that has been waited for longest."""
-        self._disconnect()
-        self._path = next(iter(self._waiting))
+        path = next(iter(self._waiting))
         connection = None
         try:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
-            connection.connect(self._path)
+            connection.connect(path)
         except OSError:  # too many connections, here or there; or the server has ended
             if connection:
                 connection.close()
-            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._wake_all)
+            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._check)
             return
         self._connection = connection
         self._loop.add_reader(connection, self._read)
@@ -3366,15 +3442,20 @@ class OtherInstances:
             return
         except OSError:
             pass  # this is an end, too
-        if connect_error(self._path):
-            self._wake_all()
-        else:
-            self._connect()  # the server has dropped a client that sent nothing for some seconds
+        self._check()
 
-    def _wake_all(self) -> None:
+    def _check(self) -> None:
+        """Wake those whose server has ended, and hold a connection again.
+
+        A server drops a client that sends nothing for some seconds. So the end of a server to which no connection is
+        held is noticed after these, too.
+        """
         self._disconnect()
-        for wake in self._waiting.values():
-            wake()
+        for path, wake in self._waiting.items():
+            if connect_error(path):
+                wake()
+        if self._waiting:
+            self._connect()
 
 
 class Watch:
@@ -3680,7 +3761,7 @@ class HostDevices:
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
-        self._sysfs = SysfsReader(sys_dir)
+        self._sysfs = SysfsReader(sys_dir, READ_SECONDS)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
 
@@ -3710,38 +3791,31 @@ class HostDevices:
         except OSError as error:
             return devices[0], _cannot_look(error)
         end = time.monotonic() + READ_SECONDS
-        for device, nodes in chosen:
-            names = [held.name for held in device.attributes]
-            changes = []
-            try:
-                for node in nodes:
-                    changes.append(changed_attributes(await self._values(node.entry, names, end), device.attributes))
-            except SysfsTimeout:
-                return device, UNANSWERED.mismatch
-            if changes and "" not in changes:
-                return device, changes[0]
-        return None
-
-    async def _values(self, entry: Entry, names: Sequence[str], end: float) -> Folders:
-        """What SysfsReader.values() returns. Raises SysfsTimeout at END, of time.monotonic()."""
-        future = self._sysfs.start_values(entry, names)
+        reads: List[Tuple[Device, List[SysfsRead]]] = []
+        device = devices[0]
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), end - time.monotonic())
-        except asyncio.TimeoutError:
-            self._sysfs.give_up(entry, future)
-            raise SysfsTimeout from None
+            for device, nodes in chosen:
+                reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
+            for device, started in reads:
+                changes = [_changed(await _result(read, end), device) for read in started]
+                if changes and "" not in changes:
+                    return device, changes[0]
+        except SysfsTimeout:
+            return device, UNANSWERED.mismatch
+        return None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if device.attributes else []
+        return resolve(tree, device.path, self._dev_dir) if _names_to_check(device) else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
-            found = nearest_values(await self._values(entry, names, time.monotonic() + READ_SECONDS), names)
+            read = self._sysfs.start(entry, tuple(names))
+            found = nearest_values(await _result(read, time.monotonic() + READ_SECONDS), names)
             values = [describe_value(name, value) for name, value in zip(names, found)]
         except NotADevice as error:
             return str(error)
@@ -3759,6 +3833,28 @@ class HostDevices:
     def _end_pause(self) -> None:
         self._next_look = None
         self._look_again()
+
+
+async def _result(read: SysfsRead, end: float) -> Folders:
+    """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
+    with contextlib.suppress(asyncio.TimeoutError, OSError):
+        await asyncio.wait_for(asyncio.wrap_future(read.future), end - time.monotonic())
+    folders: Folders = read.take()
+    return folders
+
+
+def _names_to_check(device: Device) -> Tuple[str, ...]:
+    """The attributes by which the rule chose DEVICE, or named its resource."""
+    return tuple(held.name for held in (*device.attributes, *device.naming))
+
+
+def _changed(folders: Folders, device: Device) -> str:
+    """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
+    for held in device.naming:
+        value = next(iter(values_of(folders, held.name)), None)
+        if value != held.value:
+            return f'{describe_value(held.name, value)} and was "{held.value}"'
+    return changed_attributes(folders, device.attributes)
 
 
 def _cannot_look(error: OSError) -> str:
@@ -3837,7 +3933,7 @@ def options_of(resource: Resource) -> PluginOptions:
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(device.attributes for device in resource.devices))
+    return PluginOptions(resource.pool, any(map(_names_to_check, resource.devices)))
 
 
 class Plugin:
@@ -3856,7 +3952,7 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by path or ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by ID
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3954,9 +4050,7 @@ class Plugin:
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
-        for slot_id in dict.fromkeys(request.devices_ids):
-            named = (device for device in self.resource.devices if names_device(device, self.resource, slot_id))
-            device = next(named, None)
+        for slot_id, device in named_devices(self.resource, request.devices_ids):
             if device is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
             slot_ids.setdefault(device.path, slot_id)
@@ -3965,8 +4059,8 @@ class Plugin:
         if found:
             device, problem = found
             await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
-        for device in devices:
-            self._refusals.pop(device_path(device), None)
+        for slot_id in request.devices_ids:
+            self._refusals.pop(slot_id, None)
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
@@ -3987,7 +4081,7 @@ class Plugin:
         )
         self.start_refusals += 1
         self._devices.look_again()
-        key = path or slot_id[:MAX_SHOWN]
+        key = slot_id[:MAX_SHOWN]
         if self._refusals.get(key) != text:
             while len(self._refusals) >= MAX_REFUSALS:
                 del self._refusals[next(iter(self._refusals))]
@@ -6298,7 +6392,7 @@ def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
 BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
-MAX_CLIENTS = 64  # whose request is awaited, and as many that are being answered
+MAX_CLIENTS = 64  # whose request is awaited, or that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
 LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
@@ -6522,12 +6616,14 @@ class StatusServer:
         task.add_done_callback(end)
 
     def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where they are too many, the oldest goes, so that none can keep others out for long."""
-        if len(clients) >= MAX_CLIENTS:
-            oldest = next(iter(clients))
-            del clients[oldest]
-            oldest.cancel()
+        """Add TASK to CLIENTS. Where there are too many, the oldest of the larger group goes: so nobody can keep others
+        out for long, nor silent clients those that are being answered, and the reverse."""
         clients[task] = None
+        if len(self._asking) + len(self._answered) > MAX_CLIENTS:
+            group = max(self._asking, self._answered, key=len)
+            oldest = next(iter(group))
+            del group[oldest]
+            oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
@@ -6538,7 +6634,7 @@ class StatusServer:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._asking.pop(task, None)
-                self._add(self._answered, task)  # so that silent and slow clients do not keep each other out
+                self._add(self._answered, task)
                 head, body = await self._respond(path)
             except Unanswerable as error:
                 head, body = plain(error.status)
@@ -6557,6 +6653,9 @@ class StatusServer:
                 return self._readyz()
             if path in ("/", "/metrics", "/status.json"):
                 return await self._shared(path, lambda: self._view(path))
+        except OSError as error:  # of reading /proc, for lack of file descriptors
+            log.debug("cannot make the status page: %s", error.strerror)
+            raise Unanswerable(503) from None
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
             raise Unanswerable(500) from None
@@ -6933,6 +7032,10 @@ EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 # The config file, and what is kept for the next start.
 
 
+class ForeignText(ValueError):
+    """A kept file has the text of something else."""
+
+
 class KeptFile:
     """The file PATH, in which this daemon keeps a text for its next start.
 
@@ -6946,6 +7049,15 @@ class KeptFile:
         self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that has it
         self._is_failing = False
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that daemons left behind which were killed."""
+        folder, name = os.path.split(self.path)
+        with contextlib.suppress(OSError):
+            for item in os.scandir(folder):
+                is_ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f]{16}\.new", item.name)
+                if is_ours and abs(time.time() - item.stat(follow_symlinks=False).st_mtime) > LEFTOVER_SECONDS:
+                    os.unlink(item.path)
+
     def read(self) -> Tuple[str, float]:
         """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is damaged or
         has another text, or that somebody other than root and this user may have written."""
@@ -6957,13 +7069,19 @@ class KeptFile:
                 raise ValueError("somebody other than root may have written it")
             first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
-        if first_line != self._first_line(data) or len(data) > CONF_BYTES:
-            raise ValueError(f"it is damaged, or is not {self._what}")
+        what, _, checksum = first_line.decode("utf-8", "backslashreplace").rpartition("; CRC-32 ")
+        if checksum != f"{binascii.crc32(data):08x}\n" or len(data) > CONF_BYTES:
+            raise ValueError("it is damaged")
+        if what != f"# {self._what}":
+            raise ForeignText(f"it is not {self._what}")
         return data.decode(), found.st_mtime
 
     def keep(self, text: str) -> None:
         """Keep TEXT, at the cost of one stat(2) if that was done before. A failure is logged once; the next call tries
-        again."""
+        again.
+
+        Another instance may keep another text in the same file. Then the one that has a new text last wins.
+        """
         if (text, self._find_stamp()) == self._kept:
             return
         try:
@@ -6979,8 +7097,11 @@ class KeptFile:
             self._invalidate()
 
     def _holds(self, text: str) -> bool:
+        """Whether the file has TEXT, or since TEXT was kept, that of another instance."""
         try:
             return self.read()[0] == text
+        except ForeignText:
+            return self._kept[0] == text
         except (OSError, ValueError):
             return False
 
@@ -6993,16 +7114,16 @@ class KeptFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _invalidate(self) -> None:
-        """Truncate the file, because an old text would be worse than none."""
+        """Truncate the file, because an old text would be worse than none; unless it is not the one kept last."""
+        if self._kept[1] not in ((), self._find_stamp()):
+            return
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
             log.debug("cannot empty %s: %s", self.path, error.strerror)
 
     def _replace(self, data: bytes) -> None:
-        new = f"{self.path}.new"
-        if os.path.lexists(new):
-            os.unlink(new)  # left behind by a daemon that was killed
+        new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -7013,7 +7134,7 @@ class KeptFile:
             raise
 
     def _first_line(self, data: bytes) -> bytes:
-        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode()
+        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode("utf-8", "backslashreplace")
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
@@ -7022,7 +7143,7 @@ def _open_no_link_at_once(path: str, flags: int) -> int:
 
 def kept_path(folder: str, domain: str, ending: str) -> str:
     """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 200, domain)}.{ending}"
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
 
 
 class KeptDevices:
@@ -7034,40 +7155,42 @@ class KeptDevices:
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+        self._plan = EMPTY_PLAN  # that _text is from
+        self._text = "[]"
 
     def read(self) -> Plan:
-        """The kept devices as a plan, which has what make_plan() needs of its previous plan."""
+        """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
+        their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
+        self._file.remove_leftovers()
         resources: Dict[str, Resource] = {}
         try:
             for kept in json.loads(self._file.read()[0]):
-                name, path, is_pool = str(kept["resource"]), str(kept["path"]), bool(kept["pool"])
+                name, path = str(kept["resource"]), str(kept["path"])
                 attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
                 device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
                 others = resources[name].devices if name in resources else ()
-                resources[name] = Resource(name, is_pool, (*others, device))
+                resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:
             return EMPTY_PLAN
         except (OSError, ValueError, TypeError, KeyError) as error:
-            log.debug("the devices kept in %s are ignored: %r", self._file.path, error)
+            why = getattr(error, "strerror", "") or str(error)
+            sentence = f"the devices kept in {self._file.path} are ignored: {why}"
+            log_event("kept-devices-ignored", sentence, logging.WARNING)
             return EMPTY_PLAN
         return Plan(resources, (), ())
 
     def keep(self, plan: Plan) -> None:
-        """Keep the devices in PLAN that rules chose by attributes."""
-        devices = [
-            {
-                "resource": resource.name,
-                "pool": resource.pool,
-                "path": device.path,
-                "attributes": device.attributes,
-                "values": device.values,
-            }
-            for resource in plan.resources.values()
-            for device in resource.devices
-            if device.attributes
-        ]
-        if devices or os.path.lexists(self._file.path):
-            self._file.keep(json.dumps(devices))
+        """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
+        if plan is not self._plan:
+            devices = [
+                {"resource": name, "path": device.path, "attributes": device.attributes, "values": device.values}
+                for name, resource in plan.resources.items()
+                for device in resource.devices
+                if device.attributes
+            ]
+            self._plan, self._text = plan, json.dumps(devices)
+        if self._text != "[]" or os.path.lexists(self._file.path):
+            self._file.keep(self._text)
 
 
 class ConfFile:
@@ -7249,6 +7372,7 @@ class DeviceSide:
         """Look for changes, everywhere if REREAD; the new plans, in order. There are none if nothing changed, and two
         if a device went and came back."""
         now = time.monotonic()
+        self._sysfs.begin_look()
         full = reread or now >= self._next_full_look
         has_new_rules = self._conf.follow(reread)
         if has_new_rules:
@@ -7262,7 +7386,7 @@ class DeviceSide:
             plans.append(self._make_plan(self.snapshot))
             if plans == [old]:
                 plans = []
-        if plans and self._kept_devices:
+        if self._kept_devices:
             self._kept_devices.keep(self.plan)
         if full:
             self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
@@ -7346,7 +7470,7 @@ def log_changes(old: Plan, new: Plan) -> None:
         change = None
         if now is None:
             change = ("retired", "no longer offered", logging.INFO)
-        elif now.problem and not (was and was.problem):
+        elif now.problem and now.problem != (was.problem if was else ""):
             change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
         elif was is None:
             change = ("plugged", "offered", logging.INFO)
@@ -7627,8 +7751,9 @@ def serve(options: argparse.Namespace) -> int:
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # The DRA side keeps what is prepared, in CDI files.
-    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, "devices"))
+    # The DRA side keeps what is prepared, in CDI files. Instances with other rules have other devices to keep.
+    rules = f"{binascii.crc32(os.fsencode(options.conf)):08x}"
+    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
     kept_conf = kept_path(folder, options.domain, "conf")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
@@ -7809,7 +7934,7 @@ def show_attributes(options: argparse.Namespace) -> int:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
         raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
     try:
-        chain = SysfsReader(options.sys_dir).attributes(nodes[0].entry)
+        chain = SysfsReader(options.sys_dir, SYSFS_SECONDS).attributes(nodes[0].entry)
     except SysfsTimeout:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
     if not chain:

@@ -1286,7 +1286,7 @@ def test_a_value_in_a_template_never_spans_parts_of_a_path(value: str, text: str
 
 
 def test_the_shipped_conf_is_good() -> None:
-    rules = sdm.load_rules(str(HERE / "conf.yaml"))
+    rules = sdm.parse_rules(sdm.read_conf(str(HERE / "conf.yaml")))
     assert [rule.slots for rule in rules if rule.match.search("video0")] == [20]
 
 
@@ -2224,12 +2224,11 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
         assert re.search(f"WARNING the kept copy of the config file, {kept}, is ignored: {why}$", first), done.stderr
         assert f"{node.conf}:1:16: " in second
 
-    not_whole = f'it is damaged, or is not the last good text of "{node.conf}"'
     for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
         kept.write_bytes(data)
-        is_ignored(not_whole)
+        is_ignored("it is damaged")
     kept.write_bytes(good.replace(os.fsencode(node.conf), b"/etc/other.yaml"))
-    is_ignored(not_whole)
+    is_ignored(f'it is not the last good text of "{node.conf}"')
     kept.write_bytes(good)
     kept.chmod(0o620)
     is_ignored("somebody other than root may have written it")
@@ -2286,12 +2285,14 @@ def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(
     conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
     conf.start()
     assert kept_conf(node).read_text().endswith(texts[0])
-    new = kept_conf(node).with_name(kept_conf(node).name + ".new")
-    (new / "x").mkdir(parents=True)  # so that no file can be made there
     node.rules(texts[1])
-    assert conf.follow()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as on a full disk, no file can be written
+    try:
+        assert conf.follow()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert kept_conf(node).read_text() == ""
-    shutil.rmtree(new)
     assert not conf.follow()
     assert kept_conf(node).read_text().endswith(texts[1])
     kept_conf(node).unlink()
@@ -2303,7 +2304,7 @@ def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
-    paths = {sdm.kept_path("/p", "a" * 240 + letter, "devices.new") for letter in "bc"}
+    paths = {sdm.kept_path("/p", "a" * 240 + letter, "01234567.devices.0123456789abcdef.new") for letter in "bc"}
     assert len(paths) == 2
     assert all(len(os.path.basename(path)) < 250 for path in paths)
 
@@ -5812,7 +5813,8 @@ def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_loo
 
 
 def kept_devices(node: Node) -> Path:
-    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.devices"
+    (path,) = node.plugins.glob(f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.*.devices")
+    return path
 
 
 @needs_root
@@ -5966,9 +5968,7 @@ def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices
         "if os.path.exists", "if '1-1.2' in folder and os.path.exists"
     )
     flag.touch()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SMARTER_DEVICE_MANAGER_LISTEN", "127.0.0.1:0")
-        daemon = broken_daemon(node, patch)
+    daemon = broken_daemon(node, patch)
     try:
         kubelet.wait_for("sticks", Healthy=1)
         daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
@@ -5990,6 +5990,189 @@ def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices
     finally:
         flag.unlink(missing_ok=True)
         assert daemon.stop() == 0
+
+
+SLOW_SYSFS = """
+import os, time
+read = sdm.read_attribute
+def slow(folder, name):
+    time.sleep({seconds} if os.path.exists({flag!r}) and name == {name!r} and {where!r} in folder else 0)
+    return read(folder, name)
+sdm.read_attribute = slow
+"""
+
+
+def slow_daemon(node: Node, name: str, seconds: float, where: str = "") -> Daemon:
+    """A daemon for which reads of the attribute NAME take SECONDS while the file "flag" is there."""
+    (node.root / "flag").touch()
+    fault = SLOW_SYSFS.format(flag=str(node.root / "flag"), seconds=seconds, name=name, where=where)
+    return broken_daemon(node, fault, SMARTER_DEVICE_MANAGER_INTERVAL="0.2")
+
+
+@needs_root
+def test_what_sysfs_says_too_late_is_the_answer_to_the_next_question(
+    board: Board, node: Node, kubelet: Kubelet
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    daemon = slow_daemon(node, "serial", 1.5 * sdm.SYSFS_SECONDS / 7)  # it is read in 7 folders
+    try:
+        kubelet.wait_for("ttyUSB0", Healthy=1)
+        wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+        assert "sysfs does not answer" in daemon.log
+    finally:
+        assert daemon.stop() == 0
+
+
+@needs_root
+def test_many_devices_whose_driver_blocks_readers_delay_nobody(board: Board, node: Node, kubelet: Kubelet) -> None:
+    for number in range(40):
+        node.sysfs(f"x{number}", {"index": "1"}, node.plug(f"v{number}"))
+    node.plug("null")
+    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^null$\n")
+    began = time.monotonic()
+    daemon = slow_daemon(node, "index", 600.0)
+    try:
+        kubelet.wait_for("null", Healthy=1)
+        assert time.monotonic() - began < 5.0
+        assert Status(daemon).ask("/healthz").status == 200
+        threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+        assert threads < 40 + 12  # one for each that is blocked; the others are those of every daemon
+        daemon.hang_up()
+        node.plug("zero")
+        node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^(null|zero)$\n")
+        kubelet.wait_for("zero", Healthy=1)
+        assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 2
+    finally:
+        assert daemon.stop() == 0
+
+
+@needs_root
+def test_many_starts_of_one_device_wait_for_one_reader(board: Board, node: Node, kubelet: Kubelet) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS)
+    flag, stuck = node.root / "flag", node.root / "stuck"
+    daemon = broken_daemon(
+        node, HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)), SMARTER_DEVICE_MANAGER_INTERVAL="3600"
+    )
+    try:
+        kubelet.wait_for("ttyUSB0", Healthy=1)
+        stuck.write_text("")
+        flag.touch()
+        with plugin_stub(node, "ttyUSB0") as stub:
+            request = pb.PreStartContainerRequest(devices_ids=["0"])
+            # Some of them give up before they are answered.
+            calls = [stub.PreStartContainer.future(request, timeout=PATIENCE if n % 2 else 0.03) for n in range(100)]
+            codes = {call.exception(timeout=PATIENCE).code() for call in calls}
+        assert codes <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert len(stuck.read_text()) <= 2  # one of the starts', one of the device side's
+        flag.unlink()
+        wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    finally:
+        flag.unlink(missing_ok=True)
+        assert daemon.stop() == 0
+
+
+@needs_root
+def test_a_container_with_many_devices_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+    names = [f"v{number}" for number in range(100)]
+    for name in names:
+        node.sysfs(name, {"index": "1"}, node.plug(name))
+    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n")
+    start()
+    kubelet.wait_for("pool", Healthy=100)
+    wait_for(lambda: may_start(kubelet, "pool", *(f"{name}:0" for name in names)))
+
+
+@needs_root
+def test_a_numa_node_that_sysfs_said_too_late_is_sent_later(node: Node, kubelet: Kubelet) -> None:
+    node.sysfs("x", {"numa_node": "1"}, node.plug("zero"))
+    node.rules("- devicematch: ^zero$\n")
+    daemon = slow_daemon(node, "numa_node", 1.0)
+    try:
+        kubelet.wait_for("zero", Healthy=1)
+        wait_for(lambda: [numa.ID for numa in kubelet.client("zero").lists[-1]["0"].topology.nodes] == [1])
+    finally:
+        assert daemon.stop() == 0
+
+
+def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> None:
+    """That none is left says nothing about a device."""
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "A1")
+    board.node.sysfs("gpu.0", {})
+    (rule,) = sdm.parse_rules(STICKS)
+    (node,) = sdm.resolve(snapshot_of(board.tree), "ttyUSB0", str(board.node.dev))
+    sysfs = sdm.Sysfs(str(board.node.sys))
+    before = sysfs.answer(rule.attributes, node)
+    assert before.held and sysfs.tegra_gpus() == ["0"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert not sysfs.ask_again([node.entry.generation])
+        gpus = sysfs.tegra_gpus()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sysfs.answer(rule.attributes, node) == before and gpus == ["0"]
+    assert not sysfs.has_news()
+
+
+@needs_root
+def test_a_resource_that_is_named_by_an_attribute_has_its_starts_checked(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules("- {devicematch: ^ttyUSB, resource: 'stick-\\g<attr:serial>'}\n")
+    start("--interval", "3600")
+    kubelet.wait_for("stick-A1", Healthy=1)
+    kubelet.starts("stick-A1", "ttyUSB0:0")
+    set_serial(board, "ttyUSB0", "C1")
+    words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
+    assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
+    kubelet.wait_for("stick-C1", Healthy=1)
+
+
+@needs_root
+def test_each_slot_that_is_refused_again_and_again_is_logged_once(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICKS.replace("}}", "}, nummaxdevices: 2}"))
+    daemon = start()
+    kubelet.wait_for("ttyUSB0", Healthy=2)
+    unplug_stick(board, "ttyUSB0")
+    kubelet.wait_for("ttyUSB0", Unhealthy=2)
+    for _ in range(3):
+        assert not may_start(kubelet, "ttyUSB0", "0") and not may_start(kubelet, "ttyUSB0", "1")
+    assert daemon.stop() == 0
+    assert daemon.log.count("start of a container refused") == 2
+
+
+@needs_root
+def test_two_daemons_with_other_rules_keep_their_own_devices(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """And each writes anew what somebody deleted."""
+    plug_stick(board, "ttyUSB0", "A1")
+    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
+    node.rules(STICKS)
+    other = node.root / "other.yaml"
+    other.write_text(STICKS.replace("A.*", "B.*"))
+    first, second = start(), start("--conf", str(other))
+    wait_ready(kubelet, ["ttyUSB0", "ttyUSB1"])
+    for path in node.plugins.glob("*.devices"):
+        path.unlink()
+    wait_for(lambda: len(list(node.plugins.glob("*.devices"))) == 2)
+    kept = [path.stat().st_mtime_ns for path in sorted(node.plugins.glob("*.conf"))]
+    first.kill()
+    second.kill()
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "C1", "1-1.3")
+    start(), start("--conf", str(other))
+    wait_for(lambda: (kubelet.count("ttyUSB0"), kubelet.count("ttyUSB1")) == (2, 2))
+    kubelet.wait_for("ttyUSB0", Unhealthy=1)
+    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
+    wait_for(lambda: start_refusal(kubelet, "ttyUSB0", "0") == words)
+    assert len(kept) == 1
 
 
 @needs_root
@@ -7003,6 +7186,28 @@ def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet:
     stops_well(first, node)
 
 
+def test_an_instance_takes_over_from_each_of_several_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """As when a roll-out overtakes another: the third instance waits for two."""
+    offer(node, "null", "zero")
+    rules = node.conf.read_text()
+    one = node.root / "one.yaml"
+    one.write_text("- devicematch: ^null$\n")
+    first = start("--conf", str(one))
+    wait_ready(kubelet, ["null"])
+    second = start()
+    wait_ready(kubelet, ["null", "zero"])
+    node.rules(rules)
+    third = start()
+    third.says("2 resources: another instance")
+    second.kill()
+    wait_for(lambda: kubelet.count("zero") == 2)
+    assert kubelet.count("null") == 1
+    assert first.stop() == 0
+    wait_for(lambda: kubelet.count("null") == 2)
+    wait_ready(kubelet, ["null", "zero"])
+    assert third.stop() == 0
+
+
 async def servers_of_one_path(path: str) -> None:
     first, second, third = (sdm.UnixServer(path, lambda server: None) for _ in range(3))
     for server in (first, second, third):
@@ -7553,6 +7758,25 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     wait_ready(kubelet, ["null", "zero"], 3.0)
 
 
+@needs_root
+def test_a_request_for_all_slots_of_a_large_pool_keeps_others_waiting_for_a_moment_only(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    for number in range(200):
+        node.plug(f"v{number}")
+    node.rules("- {devicematch: ^v, resource: pool, nummaxdevices: 250}\n")
+    start()
+    kubelet.wait_for("pool", Healthy=50_000)
+    ids = [f"v{number}:{slot}" for slot in range(250) for number in range(200)]
+    assert cpu_seconds(lambda: list(sdm.named_devices(pool_of(200), ids))) < 1.0
+    assert len(kubelet.take("pool", *ids).devices) == 200
+
+
+def pool_of(devices: int) -> sdm.Resource:
+    found = tuple(device_of_path(f"v{number}", slots=250) for number in range(devices))
+    return sdm.Resource("pool", True, found)
+
+
 # Every call is answered
 
 
@@ -7572,7 +7796,7 @@ UNFORESEEN = {  # a request of each method, and what fails when it is looked at
         pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["video0:0"])]),
         "sdm.allocate",
     ),
-    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.names_device"),
+    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.named_devices"),
 }
 
 
