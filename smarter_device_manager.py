@@ -1915,7 +1915,7 @@ class SysfsReader:
     of them hang.
     """
 
-    def __init__(self, sys_dir: str, seconds: float) -> None:
+    def __init__(self, sys_dir: str, seconds: float = SYSFS_SECONDS) -> None:
         self._sys_dir = sys_dir
         self._seconds = seconds
         self._reads: Dict[Tuple[_NodeKey, Tuple[str, ...]], SysfsRead] = {}
@@ -1995,7 +1995,7 @@ class Sysfs:
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
         self._sys_dir = sys_dir
         self._with_facts = with_facts
-        self._reader = SysfsReader(sys_dir, SYSFS_SECONDS)
+        self._reader = SysfsReader(sys_dir)
         self._patience = 2 * SYSFS_SECONDS  # for reads that take too long, until begin_look()
         self._gpus: List[str] = []
         self._facts: Dict[int, Mapping[str, str]] = {}
@@ -3792,7 +3792,6 @@ class HostDevices:
             return devices[0], _cannot_look(error)
         end = time.monotonic() + READ_SECONDS
         reads: List[Tuple[Device, List[SysfsRead]]] = []
-        device = devices[0]
         try:
             for device, nodes in chosen:
                 reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
@@ -7752,7 +7751,7 @@ def serve(options: argparse.Namespace) -> int:
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
     # The DRA side keeps what is prepared, in CDI files. Instances with other rules have other devices to keep.
-    rules = f"{binascii.crc32(os.fsencode(options.conf)):08x}"
+    rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
     kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
     kept_conf = kept_path(folder, options.domain, "conf")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
@@ -7934,7 +7933,7 @@ def show_attributes(options: argparse.Namespace) -> int:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
         raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
     try:
-        chain = SysfsReader(options.sys_dir, SYSFS_SECONDS).attributes(nodes[0].entry)
+        chain = SysfsReader(options.sys_dir).attributes(nodes[0].entry)
     except SysfsTimeout:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
     if not chain:
