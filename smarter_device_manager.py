@@ -7025,6 +7025,7 @@ DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
+MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -7511,6 +7512,19 @@ class FolderWatches:
 # The gRPC thread, and the service manager.
 
 
+def mount_root(path: str) -> str:
+    """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
+    the folder is moved. Empty if PATH is not a mount point."""
+    point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
+    root = ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split(" ", 5)
+            if fields[4] == point:
+                root = fields[3]  # a later mount hides an earlier one
+    return root
+
+
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
 
@@ -7530,6 +7544,8 @@ class KubeletThread(threading.Thread):
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mount_root = mount_root(options.plugin_dir)
+        self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7578,7 +7594,8 @@ class KubeletThread(threading.Thread):
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if it was deleted while it is mounted here: a new one in its place is not visible here.
+        Raises Problem if it was deleted while it is mounted here, or moved MOVED_SECONDS ago: a new one in its place is
+        not visible here.
         """
         try:
             found = os.stat(self.side.plugin_dir)
@@ -7589,6 +7606,13 @@ class KubeletThread(threading.Thread):
             raise Problem(
                 f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
                 "next start finds the one that the kubelet uses now"
+            )
+        root = self._mount_root and mount_root(self.side.plugin_dir)
+        self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
+        if time.monotonic() - self._moved_at > MOVED_SECONDS:
+            raise Problem(
+                f"the directory that is mounted at {self.side.plugin_dir} was moved, from {self._mount_root} to "
+                f"{root}; exiting, so that the next start finds the one that the kubelet uses now"
             )
         if directory != self._directory:
             self._directory = directory

@@ -8125,7 +8125,8 @@ def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, kubele
 
 
 @needs_root
-def test_a_plugin_directory_that_is_deleted_under_its_mount_ends_it(node: Node, kubelet: Kubelet) -> None:
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node, kubelet: Kubelet, how: str) -> None:
     """As in a container: the host makes another directory, and the mount is of the old one for ever."""
     mounted(node, "", "true")  # or skip
     offer(node, "null")
@@ -8138,10 +8139,17 @@ def test_a_plugin_directory_that_is_deleted_under_its_mount_ends_it(node: Node, 
         node.plugins.rename(node.root / "away")  # that alone is no reason
         settle(daemon)
         (node.root / "away").rename(node.plugins)
-        shutil.rmtree(node.plugins)
+        settle(daemon, 1.5)
+        if how == "deleted":
+            shutil.rmtree(node.plugins)
+        else:
+            node.plugins.rename(node.root / "away")
         node.plugins.mkdir()
         assert daemon.process.wait(PATIENCE) == 1
-        daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it; exiting")
+        if how == "deleted":
+            daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it; exiting")
+        else:
+            daemon.says(f"ERROR the directory that is mounted at {there} was moved, from .*/p to .*/away; exiting")
         assert "Traceback" not in daemon.log
     finally:
         daemon.kill()
