@@ -464,6 +464,7 @@ def _shown(text: str) -> str:
 # without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
+RING_AGAIN_SECONDS = 0.01
 SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
 MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
 MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
@@ -515,13 +516,14 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _ring(self, *_: object) -> None:
+        now = time.thread_time()
         if not self._due:
             return
-        left = self._due - time.thread_time()
-        if left > 0:  # the timer counts the clock's ticks, of all threads in the process
-            signal.setitimer(signal.ITIMER_PROF, left)
+        if now < self._due:  # the timer counts the clock's ticks, of all threads in the process
+            signal.setitimer(signal.ITIMER_PROF, self._due - now)
             return
-        self._due = 0.0
+        self._due = now + RING_AGAIN_SECONDS  # Python drops the exception where it interrupts a finalizer
+        signal.setitimer(signal.ITIMER_PROF, RING_AGAIN_SECONDS)
         raise SearchTimeout
 
 

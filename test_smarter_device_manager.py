@@ -43,6 +43,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -1048,6 +1049,27 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     started = time.thread_time()
     work()
     return time.thread_time() - started
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_search_ends_although_a_finalizer_is_what_the_first_alarm_interrupts() -> None:
+    class Referent:
+        """Something that a weak reference can refer to."""
+
+    def spin(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def work() -> None:
+        referent = Referent()
+        reference = weakref.ref(referent, lambda _: spin(0.2))
+        del referent  # the alarm rings in the call that this makes
+        spin(60.0)
+        assert reference
+
+    with pytest.raises(sdm.SearchTimeout):
+        sdm._ALARM.limit(work, 0.05)
 
 
 def test_a_search_that_takes_too_long_ends_and_is_not_repeated() -> None:
