@@ -442,7 +442,8 @@ def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: No
 
 settings.register_profile("busy", deadline=None)  # pytest-timeout bounds each test; a busy machine is late at any step
 settings.load_profile("busy")
-thorough = settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("EXAMPLES", "2000"))  # of each law; fewer where .ci/run repeats the tests elsewhere
+thorough = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 MANY_SECONDS = 60.0  # an algorithm that is linear takes 4 s, a quadratic one a day
 
 
@@ -613,7 +614,7 @@ def blocks(draw: st.DrawFn, indent: int, depth: int) -> tuple[str, Any]:
     return text, {name: value for name, (_, value) in zip(names, items)}
 
 
-@settings(thorough, max_examples=1000)
+@settings(thorough, max_examples=EXAMPLES // 2)
 @given(blocks(-1, 3), st.sampled_from(["", "\ufeff", "---", "# c\n---  # c", "\n\n"]), st.booleans())
 def test_the_subset_is_read(written: tuple[str, Any], head: str, crlf: bool) -> None:
     text, value = written
@@ -998,7 +999,7 @@ def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
         ), (pattern, name)
 
 
-@settings(thorough, max_examples=3000)
+@settings(thorough, max_examples=EXAMPLES * 3 // 2)
 @given(
     st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7).map("".join),
     st.lists(
@@ -1030,7 +1031,7 @@ NESTED_ATOMS = (*"abks^$.", "", *cut(r"\b \B [ab] [^a] \d (?i:k) (?i:[a-s]) (?i:
 NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} {2,} {0,} {1,}?")
 
 
-@settings(thorough, max_examples=3000)
+@settings(thorough, max_examples=EXAMPLES * 3 // 2)
 @given(
     st.randoms(use_true_random=False).map(nested_expression),
     st.lists(st.text(st.sampled_from("abkK\u212as\u017f0 \n"), max_size=5), min_size=5, max_size=5),
@@ -1452,7 +1453,7 @@ values = st.recursive(
 )
 
 
-@settings(thorough, max_examples=1000)
+@settings(thorough, max_examples=EXAMPLES // 2)
 @given(st.lists(st.dictionaries(st.sampled_from([*sdm._KEYS, "x"]), values, max_size=4) | values, max_size=3))
 def test_any_document_is_rules_or_an_error_with_its_place(document: Any) -> None:
     try:
