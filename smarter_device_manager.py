@@ -1930,6 +1930,11 @@ class SysfsReader:
         folders: Folders = self._wait(self.start(entry, names), seconds)
         return folders
 
+    def numa_values(self, entry: Entry) -> List[str]:
+        """The values of numa_node of ENTRY's device and of its parents. It takes no thread, since this attribute is the
+        kernel's own, and no driver can block it. Raises OSError for lack of file descriptors or memory."""
+        return values_of(self._values(entry, ("numa_node",)), "numa_node")
+
     def start(self, entry: Entry, names: Tuple[str, ...]) -> SysfsRead:
         """Start to read what values() returns, unless that is in progress. Raises SysfsTimeout if a read of the device
         hangs."""
@@ -2032,11 +2037,11 @@ class Sysfs:
         """The NUMA node that NODE is close to; None if there is none or it is unknown."""
         generation = node.entry.generation
         if generation not in self._numa:
-            folders = self._read(node, ("numa_node",))
-            if folders is None:
+            try:
+                values = self._reader.numa_values(node.entry)
+            except OSError:
                 self._unread[generation] = node
                 return None
-            values = values_of(folders, "numa_node")
             known = (int(value) for value in values if value.isdecimal() and value.isascii())
             self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
         return self._numa[generation]
@@ -3401,7 +3406,7 @@ class OtherInstances:
         """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
         self._waiting[path] = wake
         if self._connection is None:
-            self._connect()
+            self._connect(path)
 
     def forget(self, path: str) -> None:
         """Stop waiting for the server on PATH."""
@@ -3409,18 +3414,19 @@ class OtherInstances:
         if not self._waiting:
             self._disconnect()
 
-    def _connect(self) -> None:
-        """Hold a connection to the server that has been waited for longest."""
-        path = next(iter(self._waiting))
+    def _connect(self, path: str) -> None:
+        """Hold a connection to the server on the socket PATH."""
+        self._disconnect()
         connection = None
         try:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             connection.connect(path)
-        except OSError:  # too many connections, here or there; or the server has ended
+        except OSError as error:  # the server has ended just now; or there are too many connections, here or there
             if connection:
                 connection.close()
-            self._retry = self._loop.call_later(RECONNECT_SECONDS, self._check)
+            is_gone = error.errno in (errno.ECONNREFUSED, errno.ENOENT)
+            self._retry = self._loop.call_later(0 if is_gone else RECONNECT_SECONDS, self._check)
             return
         self._connection = connection
         self._loop.add_reader(connection, self._read)
@@ -3453,11 +3459,14 @@ class OtherInstances:
         held is noticed after these, too.
         """
         self._disconnect()
+        alive = ""
         for path, wake in self._waiting.items():
             if connect_error(path):
                 wake()
-        if self._waiting:
-            self._connect()
+            else:
+                alive = path
+        if alive:  # a process that is killed closes its sockets one after another
+            self._connect(alive)
 
 
 class Watch:

@@ -6107,18 +6107,6 @@ def test_a_container_with_many_devices_starts(board: Board, node: Node, kubelet:
     wait_for(lambda: may_start(kubelet, "pool", *(f"{name}:0" for name in names)))
 
 
-@needs_root
-def test_a_numa_node_that_sysfs_said_too_late_is_sent_later(node: Node, kubelet: Kubelet) -> None:
-    node.sysfs("x", {"numa_node": "1"}, node.plug("zero"))
-    node.rules("- devicematch: ^zero$\n")
-    daemon = slow_daemon(node, "numa_node", 1.0)
-    try:
-        kubelet.wait_for("zero", Healthy=1)
-        wait_for(lambda: [numa.ID for numa in kubelet.client("zero").lists[-1]["0"].topology.nodes] == [1])
-    finally:
-        assert daemon.stop() == 0
-
-
 def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> None:
     """That none is left says nothing about a device."""
     usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "A1")
@@ -6128,14 +6116,17 @@ def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> No
     sysfs = sdm.Sysfs(str(board.node.sys))
     before = sysfs.answer(rule.attributes, node)
     assert before.held and sysfs.tegra_gpus() == ["0"]
+    board.device("platform/scb/fd500000.pcie/pci0000:00", {"numa_node": "1"})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         assert not sysfs.ask_again([node.entry.generation])
         gpus = sysfs.tegra_gpus()
+        assert sysfs.numa(node) is None
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert sysfs.answer(rule.attributes, node) == before and gpus == ["0"]
+    assert sysfs.has_news() and sysfs.numa(node) == 1
     assert not sysfs.has_news()
 
 
