@@ -602,14 +602,20 @@ class Expressions:
             except SearchTimeout:
                 self._were_slow = True
                 time.sleep(SEARCH_SECONDS)
-        return [self._outcome(expression, text) for expression in self._expressions]
+        slow = sum(expression.slow_searches() for expression in self._expressions)
+        outcomes = []
+        for expression in self._expressions:
+            others = slow - expression.slow_searches()
+            outcomes.append(_outcome(expression, text, others))
+            slow = others + expression.slow_searches()
+        return outcomes
 
-    def _outcome(self, expression: Expression, text: str) -> Union[re.Match[str], SearchTimeout, None]:
-        others = sum(other.slow_searches() for other in self._expressions) - expression.slow_searches()
-        try:
-            return expression.search(text, others)
-        except SearchTimeout:
-            return SearchTimeout()  # a new one, without the traceback, because callers keep it
+
+def _outcome(expression: Expression, text: str, slow_searches: int) -> Union[re.Match[str], SearchTimeout, None]:
+    try:
+        return expression.search(text, slow_searches)
+    except SearchTimeout:
+        return SearchTimeout()  # a new one, without the traceback, because callers keep it
 
 
 # The translation.
@@ -1995,8 +2001,8 @@ class Sysfs:
     """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
 
     A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
-    driver that blocks its readers delays the caller by SYSFS_SECONDS at most: what is known of its device stays valid,
-    and what is not known yet is read again.
+    driver that blocks its readers delays a look by SYSFS_SECONDS, and many of them by little more than twice as much:
+    what is known of their devices stays valid, and what is not known yet is read again.
     """
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
@@ -3861,9 +3867,9 @@ def _names_to_check(device: Device) -> Tuple[str, ...]:
 def _changed(folders: Folders, device: Device) -> str:
     """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
     for held in device.naming:
-        value = next(iter(values_of(folders, held.name)), None)
-        if value != held.value:
-            return f'{describe_value(held.name, value)} and was "{held.value}"'
+        values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
+        if held.value not in values:
+            return f'{describe_value(held.name, next(iter(values), None))} and was "{held.value}"'
     return changed_attributes(folders, device.attributes)
 
 
@@ -7229,6 +7235,8 @@ class ConfFile:
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
         text = None
+        if self._kept:
+            self._kept.remove_leftovers()
         try:
             text = self._read()
             self._take_over(text)

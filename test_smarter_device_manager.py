@@ -2319,6 +2319,12 @@ def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(
     assert not conf.follow()
     assert kept_conf(node).read_text().endswith(texts[1])
     kept_conf(node).unlink()
+    left = [kept_conf(node).with_name(f"{kept_conf(node).name}.{digit * 16}.new") for digit in "01"]
+    for path in left:  # of a daemon that was killed, and of one that writes at this moment
+        path.touch()
+    os.utime(left[0], (0, 0))
+    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    assert [path.exists() for path in left] == [False, True]
     conf.follow()
     assert kept_conf(node).read_text().endswith(texts[1])
     before = kept_conf(node).stat()
@@ -6143,6 +6149,19 @@ def test_a_resource_that_is_named_by_an_attribute_has_its_starts_checked(
     words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
     assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
     kubelet.wait_for("stick-C1", Healthy=1)
+
+
+@needs_root
+def test_a_resource_named_by_an_attribute_of_a_parent_starts_whatever_nearer_folders_have(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    plug_stick(board, "ttyUSB0", "A1")
+    (node.sys / "dev/char/188:0").resolve().joinpath("serial").write_text("nearer\n")
+    rule = "- {devicematch: ^ttyUSB, attributes: {idVendor: '10c4'}, resource: 'stick-\\g<attr:serial>'}\n"
+    node.rules(rule)
+    start()
+    kubelet.wait_for("stick-A1", Healthy=1)
+    wait_for(lambda: may_start(kubelet, "stick-A1", "ttyUSB0:0"))
 
 
 @needs_root
