@@ -1104,6 +1104,21 @@ def test_an_expression_that_keeps_taking_too_long_gets_less_time() -> None:
     assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
 
 
+def test_all_expressions_share_the_time_that_slow_searches_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdm, "SEARCH_SECONDS", 0.2)
+    another = SLOW.replace("serial", "other")
+    expressions = sdm.Expressions([sdm.Expression(SLOW), sdm.Expression(another)])
+    for number in range(sdm.MAX_FASTER):
+        expressions.search(SLOW_NAME.format(number))
+
+    def search() -> None:
+        first, second = expressions.search(SLOW_NAME.format(1).replace("serial", "other"))
+        assert first is None
+        assert isinstance(second, sdm.SearchTimeout)
+
+    assert cpu_seconds(search) < sdm.SEARCH_SECONDS / 2  # it is the first slow search for this expression
+
+
 def test_an_expression_remembers_a_limited_number_of_slow_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdm, "MAX_SLOW_TEXTS", 2)
     expression = sdm.Expression(SLOW)
@@ -5925,6 +5940,23 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
 
 
 @needs_root
+def test_a_kept_device_that_is_gone_leaves_its_name_to_one_that_is_there(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """A daemon that goes on would keep the name for the device; one that starts offers what works."""
+    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("sticks/0"))
+    node.rules("- {devicematch: ^sticks/, attributes: {serial: A1}}\n- devicematch: ^sticks_\n")
+    daemon = start()
+    kubelet.wait_for("sticks_0", Healthy=1)
+    daemon.kill()
+    node.unplug("sticks/0")
+    node.plug("sticks_0")
+    start()
+    kubelet.wait_for("sticks_0", Healthy=1)
+    assert kubelet.gives("sticks_0") == {"/dev/sticks_0": "/dev/sticks_0"}
+
+
+@needs_root
 def test_a_start_with_an_id_that_names_no_device_is_refused(
     board: Board, node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -7060,6 +7092,8 @@ def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_serve
     assert daemon.log.count("no room") == 1
     daemon.says(r"WARNING smarter-devices/null: the kubelet refused to register it \(UNKNOWN\): no room\\nat the inn")
     assert sum(kubelet.count(name) for name in NAMES) == 7
+    kubelet.refused["null"] = "no beds"  # another reason is news
+    daemon.says("WARNING smarter-devices/null: the kubelet refused to register it .*no beds")
     kubelet.refused.clear()
     kubelet.down()
     kubelet.up()  # another kubelet: what the last one refused is forgotten, and so are the pauses
@@ -8120,6 +8154,24 @@ def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Kubelet,
         status, words = refusal(kubelet, "null", "0")
     assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+
+
+@pytest.mark.parametrize("path", ["/status.json", "/metrics"])
+def test_the_status_pages_with_a_full_table_of_descriptors(
+    node: Node, kubelet: Kubelet, start: Starter, path: str
+) -> None:
+    """A client is told so, for what the page says of the process cannot be read."""
+    offer(node, "null")
+    daemon = start("--listen", "127.0.0.1:0")
+    wait_ready(kubelet, ["null"])
+    status = Status(daemon)
+    with status.connect() as connection:
+        wait_for(lambda: open_sockets(daemon) >= 1)
+        with descriptors_limited(daemon, 3):
+            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert received(connection).startswith(b"HTTP/1.1 503 ")
+    status.wait_for(path, 200)
+    assert "this is a bug" not in daemon.log
 
 
 def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet, start: Starter) -> None:
