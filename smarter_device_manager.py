@@ -3519,9 +3519,11 @@ class DirectoryInodes:
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
         if stamp == self._stamp:
             return None
-        self._stamp = stamp if is_settled(found.st_mtime_ns) else ()
+        settled = is_settled(found.st_mtime_ns)
         with os.scandir(self._path) as items:
-            return {item.name: item.inode() for item in items}
+            inodes = {item.name: item.inode() for item in items}
+        self._stamp = stamp if settled else ()
+        return inodes
 
 
 class GroupedLog:

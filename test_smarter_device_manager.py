@@ -3022,17 +3022,24 @@ def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: 
     assert calls.of(lambda: side.turn(reread=True)) == [""]
 
 
+@contextlib.contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Let this process open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_without_descriptors_what_was_seen_still_counts(node: Node) -> None:
     build(node.dev, {"f": "file", "d/g": "file"})
     scanner = sdm.Scanner(str(node.dev))
     before = set(scanner.scan()[0].entries)
     build(node.dev, {"h": "file", "d/i": "file"})
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
+    with without_descriptors():
         found, flapped = scanner.scan()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert set(found.entries) == before and not flapped
     assert set(scanner.scan()[0].entries) == before | {"h", "d/i"}
 
@@ -7059,6 +7066,16 @@ async def a_registration_alone(plugin_dir: str) -> None:
     assert not registration.is_ready and os.listdir(plugin_dir) == ["kubelet.sock"]
     await seen.channel.close()
     await kubelet.stop()
+
+
+def test_a_change_of_the_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
+    (node.plugins / "a.sock").touch()
+    os.utime(node.plugins, (1, 1))  # nothing has changed for long
+    inodes = sdm.DirectoryInodes(str(node.plugins))
+    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        inodes.read_changed()
+    assert inodes.read_changed() == {"a.sock": (node.plugins / "a.sock").stat().st_ino}
+    assert inodes.read_changed() is None
 
 
 def test_a_registration_lives_alone(node: Node) -> None:
