@@ -3714,6 +3714,19 @@ async def in_slices(items: Iterable[T]) -> List[T]:
     return done
 
 
+# What the status document says of a resource that the kubelet has never been offered.
+NOT_REGISTERED: Document = {
+    "ready": False,
+    "served_by_other": False,
+    "trouble": "",
+    "allocations": 0,
+    "registrations": 0,
+    "refusals": 0,
+    "stream_losses": 0,
+    "start_refusals": 0,
+}
+
+
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
@@ -4220,6 +4233,19 @@ class Registration:
         """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
+    def describe(self) -> Document:
+        """Its part of the status document."""
+        return {
+            "ready": self.is_ready,
+            "served_by_other": self.served_by_other,  # /readyz, and nothing else, takes that for ready
+            "trouble": "" if self.is_ready else self.trouble,
+            "allocations": self.plugin.allocations,
+            "registrations": self.registrations,
+            "refusals": self.refusals,
+            "stream_losses": self.stream_losses,
+            "start_refusals": self.plugin.start_refusals,
+        }
+
     @property
     def descriptors(self) -> int:
         """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
@@ -4468,6 +4494,11 @@ class DevicePluginSide(KubeletSide):
     def kubelet_restarts(self) -> int:
         """How often a new kubelet took the place of another."""
         return self._kubelet.restarts
+
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the registration of the resource NAME."""
+        registration = self.registrations.get(name)
+        return registration.describe() if registration else NOT_REGISTERED
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
@@ -5466,6 +5497,17 @@ class DraSide(KubeletSide):
     def kubelet_restarts(self) -> int:
         """How often the kubelet registered the driver again."""
         return max(self.registrations - 1, 0)
+
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the resource NAME: the driver is registered for all of them."""
+        return {
+            **NOT_REGISTERED,
+            "ready": not self.obstacle,
+            "served_by_other": self.is_standby,
+            "trouble": self.obstacle,
+            "allocations": self.prepared.get(name, 0),
+            "registrations": self.registrations,
+        }
 
     @property
     def obstacle(self) -> str:
@@ -6552,27 +6594,6 @@ def describe_process() -> Document:
     }
 
 
-def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> Document:
-    """How the resource NAME of SIDE stands with the kubelet."""
-    counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
-    if isinstance(side, DraSide):
-        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
-        return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
-    registration = side.registrations.get(name)
-    if registration is None:
-        return {"ready": False, "served_by_other": False, "trouble": "", **counts}
-    return {
-        "ready": registration.is_ready,  # registered, and the kubelet's stream is open
-        "served_by_other": registration.served_by_other,  # /readyz, and nothing else, takes that for ready
-        "trouble": "" if registration.is_ready else registration.trouble,
-        "allocations": registration.plugin.allocations,
-        "registrations": registration.registrations,
-        "refusals": registration.refusals,
-        "stream_losses": registration.stream_losses,
-        "start_refusals": registration.plugin.start_refusals,
-    }
-
-
 Clients = Dict["asyncio.Task[None]", None]  # the oldest first
 
 
@@ -6694,7 +6715,7 @@ class StatusServer:
                 (remarks if side.is_standby else unready).append(side.obstacle)
         else:
             for name in self.plan.resources:
-                state = describe_registration(side, name)
+                state = side.describe_registration(name)
                 if state["served_by_other"]:
                     remarks.append(f"{side.domain}/{name}: {state['trouble']}")
                 elif not state["ready"]:
@@ -6733,7 +6754,7 @@ class StatusServer:
         resources = (
             {
                 **describe_resource(resource, side.domain, epoch),
-                **describe_registration(side, name),
+                **side.describe_registration(name),
                 **describe_use(resource, holders),
             }
             for name, resource in plan.resources.items()
