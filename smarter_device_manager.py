@@ -5813,15 +5813,6 @@ EVENTS_SHOWN = 10  # by --status
 MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
-class DeviceSideStats(NamedTuple):
-    """What the device side reports after each turn."""
-
-    heartbeat: float  # time.monotonic() of the report
-    conf: Document  # the part "conf" of the status document
-    dev_problem: str  # why /dev cannot be read
-    scan_seconds: float  # how long the last look at /dev took
-
-
 # The document. --list --json prints its parts "resources", "left_out" and "unused".
 
 
@@ -5884,30 +5875,19 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document of a daemon: PLAN, STATS, the RESOURCES with their registration and use, and OTHERS."""
+def describe_daemon(plan: Plan, resources: Sequence[Document], **others: Any) -> Document:
+    """The whole document of a daemon: PLAN, its RESOURCES with their registration and use, and OTHERS."""
     document = {
         "smarter_device_manager": __version__,
         **others,
         "healthy": not find_hanging(others["threads"]),
         "ready": all(resource["ready"] for resource in resources),
         "problems": [],
-        "conf": stats.conf,
-        "dev_problem": stats.dev_problem,
-        "scan_seconds": stats.scan_seconds,
         **describe_plan(plan, resources),
     }
     for sentence, names in find_problems(document).items():
         document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
     return document
-
-
-def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
-    """Per thread the age of its last heartbeat, and MAX_AGE; all in seconds of time.monotonic()."""
-    return [
-        {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
-        for name, heartbeat in heartbeats.items()
-    ]
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
@@ -6488,8 +6468,11 @@ class Unanswerable(Exception):
 
 
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112). Raises Unanswerable."""
-    first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
+    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112), its lines separated by LF.
+
+    Raises Unanswerable.
+    """
+    first, *others = head.split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
         raise Unanswerable(400)
@@ -6558,14 +6541,16 @@ def address_text(address: Tuple[Any, ...]) -> str:
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
     """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
-    while b"\n\r\n" not in data and b"\n\n" not in data:
+    while True:
+        head, end, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
+        if end:
+            return parse_request(head)
         if len(data) >= HEAD_BYTES:
             raise Unanswerable(431 if b"\n" in data else 414)
         chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
         if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
             raise Unanswerable(400)
-    return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
 
 
 async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
@@ -6594,75 +6579,59 @@ def describe_process() -> Document:
     }
 
 
-Clients = Dict["asyncio.Task[None]", None]  # the oldest first
-
-
+@dataclass
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        side: Union[DevicePluginSide, DraSide],
-        pod_resources: PodResources,
-        node: str,
-        interval: float,
-        plan: Plan,
-        stats: DeviceSideStats,
-    ) -> None:
-        self.plan = plan
-        self.stats = stats
-        self.events = EventRing()
-        self._listener = listener
-        self._side = side
-        self._pod_resources = pod_resources
-        self._node = node
-        self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._asking: Clients = {}  # whose request is awaited
-        self._answered: Clients = {}  # who are being answered
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+    listener: socket.socket
+    side: Union[DevicePluginSide, DraSide]
+    pod_resources: PodResources
+    node: str
+    interval: float
+    plan: Plan
+    device_side: Document  # its part of the document
+    device_side_heartbeat: float = dataclasses.field(default_factory=time.monotonic)
+    events: EventRing = dataclasses.field(default_factory=EventRing)
+    # Whether they have sent their request; the oldest first.
+    _clients: Dict[asyncio.Task[None], bool] = dataclasses.field(default_factory=dict)
+    # What was made of one document, by path; "": that document.
+    _made: Dict[str, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 try:
-                    connection, _ = await loop.sock_accept(self._listener)
+                    connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
                 except OSError as error:
                     log.debug("cannot accept a connection to the status page: %s", error.strerror)
                     await asyncio.sleep(ERROR_PAUSE)
-                    continue
-                self._welcome(connection)
-                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
+                else:
+                    self._welcome(connection)
+                    await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
-            self._listener.close()
-            tasks = [*self._asking, *self._answered, *self._made.values()]
+            self.listener.close()
+            tasks = [*self._clients, *self._made.values()]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client."""
+        """Serve a new client. Where there are too many, the oldest goes of those who have asked, or of the others if
+        those are more: so nobody can keep others out for long, nor silent clients those who ask, and the reverse."""
         task = asyncio.ensure_future(self._serve(connection))
-        self._add(self._asking, task)
 
         def end(_: object) -> None:
             connection.close()
-            self._asking.pop(task, None)
-            self._answered.pop(task, None)
+            self._clients.pop(task, None)
 
         task.add_done_callback(end)
-
-    def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where there are too many, the oldest of the larger group goes: so nobody can keep others
-        out for long, nor silent clients those that are being answered, and the reverse."""
-        clients[task] = None
-        if len(self._asking) + len(self._answered) > MAX_CLIENTS:
-            group = max(self._asking, self._answered, key=len)
-            oldest = next(iter(group))
-            del group[oldest]
+        self._clients[task] = False
+        if len(self._clients) > MAX_CLIENTS:
+            most_have_asked = sum(self._clients.values()) > len(self._clients) / 2
+            oldest = next(client for client, has_asked in self._clients.items() if has_asked == most_have_asked)
+            del self._clients[oldest]
             oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
@@ -6673,8 +6642,7 @@ class StatusServer:
         try:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                self._asking.pop(task, None)
-                self._add(self._answered, task)
+                self._clients[task] = True
                 head, body = await self._respond(path)
             except Unanswerable as error:
                 head, body = plain(error.status)
@@ -6693,21 +6661,27 @@ class StatusServer:
                 return self._readyz()
             if path in ("/", "/metrics", "/status.json"):
                 return await self._shared(path, lambda: self._view(path))
+            return plain(404)
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
-            raise Unanswerable(503) from None
+            return plain(503)
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            raise Unanswerable(500) from None
-        raise Unanswerable(404)
+            return plain(500)
 
     def _threads(self) -> List[Document]:
-        heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
-        return describe_threads(heartbeats, self._max_age, time.monotonic())
+        """Per thread the age of its last heartbeat, and the age that it may have."""
+        now = time.monotonic()
+        max_age = MAX_MISSED_HEARTBEATS * max(self.interval, LOOK_SECONDS)  # the kubelet side turns no faster
+        heartbeats = {"device side": self.device_side_heartbeat, "kubelet side": self.side.heartbeat}
+        return [
+            {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+            for name, heartbeat in heartbeats.items()
+        ]
 
     def _readyz(self) -> Response:
         """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
-        side = self._side
+        side = self.side
         unready: List[str] = []
         remarks: List[str] = []
         if isinstance(side, DraSide):
@@ -6720,7 +6694,7 @@ class StatusServer:
                     remarks.append(f"{side.domain}/{name}: {state['trouble']}")
                 elif not state["ready"]:
                     unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
-        remarks.append(conf_problem(self.stats.conf))
+        remarks.append(conf_problem(self.device_side["conf"]))
         return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
 
     async def _view(self, path: str) -> Response:
@@ -6739,18 +6713,15 @@ class StatusServer:
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
         if not self._made:
-            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
+            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._made.clear)
         if key not in self._made:
             self._made[key] = asyncio.ensure_future(make())
         made: T = await asyncio.shield(self._made[key])
         return made
 
-    def _forget(self) -> None:
-        self._made = {}
-
     async def _describe(self) -> Document:
-        holders = await self._pod_resources.holders(self._side.slot_ids)
-        side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
+        side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
+        holders = await self.pod_resources.holders(side.slot_ids)
         resources = (
             {
                 **describe_resource(resource, side.domain, epoch),
@@ -6761,9 +6732,8 @@ class StatusServer:
         )
         return describe_daemon(
             plan,
-            self.stats,
             await in_slices(resources),
-            node=self._node,
+            node=self.node,
             domain=side.domain,
             time=utc(time.time()),
             threads=self._threads(),
@@ -6775,6 +6745,7 @@ class StatusServer:
             dra=side.describe() if isinstance(side, DraSide) else None,
             process=describe_process(),
             events=self.events.events(),
+            **self.device_side,
         )
 
 
@@ -7450,11 +7421,10 @@ class DeviceSide:
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
-    def stats(self) -> DeviceSideStats:
-        """The state for the status page, as of the last turn."""
-        return DeviceSideStats(
-            heartbeat=time.monotonic(),
-            conf={
+    def describe(self) -> Document:
+        """Its part of the status document, as of the last turn."""
+        return {
+            "conf": {
                 "path": self._conf_name,
                 "rules": len(self.rules),
                 "error": self._conf.error,
@@ -7463,9 +7433,9 @@ class DeviceSide:
                 "reloads": self._conf.reloads,
                 "failed_reloads": self._conf.failed_reloads,
             },
-            dev_problem=self._dev_problem,
-            scan_seconds=self.scan_seconds,
-        )
+            "dev_problem": self._dev_problem,  # why /dev cannot be read
+            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+        }
 
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at what can change without a change in /dev; whether the plan may change because of it."""
@@ -7625,10 +7595,11 @@ class KubeletThread(threading.Thread):
         if isinstance(self.side, DevicePluginSide):
             self._loop.call_soon_threadsafe(self.side.look_now)
 
-    def report(self, stats: DeviceSideStats) -> None:
-        """Give STATS to the status server. They are immutable, so the loop need not wake up for them."""
+    def report(self, device_side: Document) -> None:
+        """Give the status server the part of the device side. Nothing changes it, so the loop need not wake up."""
         if self.status:
-            self.status.stats = stats
+            self.status.device_side = device_side
+            self.status.device_side_heartbeat = time.monotonic()
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
@@ -7864,7 +7835,9 @@ def _open_status(
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
+    status = StatusServer(
+        listener, side, holders, options.node_name, options.interval, devices.plan, devices.describe()
+    )
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
@@ -7887,7 +7860,7 @@ def _run(
             log_changes(old, plan)
             thread.send(plan)
             old = plan
-        thread.report(devices.stats())
+        thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))

@@ -10210,14 +10210,15 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
 
 
 def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
-    heartbeats = {"device side": 100.0, "kubelet side": 105.0}
+    def hanging(device_side: float, kubelet_side: float) -> list[str]:
+        ages = {"device side": device_side, "kubelet side": kubelet_side}
+        return sdm.find_hanging(
+            {"name": name, "seconds_since_turn": age, "most_seconds": 10.0} for name, age in ages.items()
+        )
 
-    def hanging(now: float) -> list[str]:
-        return sdm.find_hanging(sdm.describe_threads(heartbeats, 10.0, now))
-
-    assert hanging(110.0) == []
-    assert hanging(110.1) == ["the device side hangs: its last turn was 10.1 s ago"]
-    assert len(hanging(116.0)) == 2
+    assert hanging(10.0, 5.0) == []
+    assert hanging(10.1, 5.1) == ["the device side hangs: its last turn was 10.1 s ago"]
+    assert len(hanging(16.0, 11.0)) == 2
 
 
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0)])
@@ -10988,7 +10989,6 @@ def hostile_document() -> dict[str, Any]:
     }  # fmt: skip
     return sdm.describe_daemon(
         plan,
-        sdm.DeviceSideStats(0.0, conf, HOSTILE_WORD, 0.1),
         [
             {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
             for resource in plan.resources.values()
@@ -10996,7 +10996,10 @@ def hostile_document() -> dict[str, Any]:
         node=HOSTILE_WORD,
         domain=HOSTILE_WORD,
         time=sdm.utc(1e9),
-        threads=sdm.describe_threads({HOSTILE_WORD: 0.0}, 1.0, 100.0),
+        threads=[{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "most_seconds": 1.0}],
+        conf=conf,
+        dev_problem=HOSTILE_WORD,
+        scan_seconds=0.1,
         kubelet={"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
         dra={
             "problem": HOSTILE_WORD,
