@@ -5875,19 +5875,13 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_daemon(plan: Plan, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document of a daemon: PLAN, its RESOURCES with their registration and use, and OTHERS."""
-    document = {
-        "smarter_device_manager": __version__,
-        **others,
-        "healthy": not find_hanging(others["threads"]),
-        "ready": all(resource["ready"] for resource in resources),
-        "problems": [],
-        **describe_plan(plan, resources),
+def describe_state(document: Document) -> Document:
+    """Whether the daemon of DOCUMENT works, whether every resource is registered, and all that is wrong."""
+    return {
+        "healthy": not find_hanging(document["threads"]),
+        "ready": all(resource["ready"] for resource in document["resources"]),
+        "problems": [_with_names(sentence, names) for sentence, names in find_problems(document).items()],
     }
-    for sentence, names in find_problems(document).items():
-        document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
-    return document
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
@@ -5953,18 +5947,17 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def _with_names(sentence: str, names: Sequence[str]) -> str:
+    """SENTENCE, after the NAMES of what it is about."""
+    return f"{_first_names(names)}: {sentence}" if names else sentence
+
+
 def clock(moment: str) -> str:
     """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
     return moment[:19].replace("T", " ")
 
 
 # Text: for terminals.
-
-# What tables and page list below the resources: the key in the document, the title, and the key of each column.
-LISTS = (
-    ("left_out", "Left out, though a rule names it", {"LINE": "line", "PATH": "path", "REASON": "reason"}),
-    ("unused", "Rules that matched nothing", {"LINE": "line", "DEVICEMATCH": "pattern"}),
-)
 
 
 def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
@@ -5980,16 +5973,17 @@ def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-def _section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
     """ROWS as a table below TITLE; nothing where there are none."""
     return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
 
 
-def _render_lists(document: Document) -> str:
-    return "".join(
-        _section(title, columns, [[item[column] for column in columns.values()] for item in document[key]])
-        for key, title, columns in LISTS
-    )
+def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+    """What tables and page list below the resources: titles, headers and rows."""
+    left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
+    yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
+    unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
+    yield "Rules that matched nothing", ("LINE", "DEVICEMATCH"), unused
 
 
 def render_list(document: Document) -> str:
@@ -6000,23 +5994,7 @@ def render_list(document: Document) -> str:
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
-    return text + _render_lists(document)
-
-
-def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
-    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
-    for rule, device in overridden:
-        if rule.line not in active:
-            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
-    title = "Rules that later rules override for every device that they name"
-    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    return text + "".join(render_section(*each) for each in _lists(document))
 
 
 def device_text(device: Document) -> str:
@@ -6068,9 +6046,9 @@ def render_status(document: Document) -> str:
     return (
         "".join(f"{printable(line)}\n" for line in [*lines, ""])
         + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
-        + _section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
-        + _render_lists(document)
-        + _section("Last events", ("TIME", "EVENT"), events)
+        + render_section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
+        + "".join(render_section(*each) for each in _lists(document))
+        + render_section("Last events", ("TIME", "EVENT"), events)
     )
 
 
@@ -6310,7 +6288,9 @@ _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{do
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code>"""
+aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
+<td role="cell" data-name="Used by:">"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
@@ -6339,7 +6319,9 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
-        yield from (_page_problem(*problem) for problem in find_problems(document).items())
+        for sentence, names in find_problems(document).items():
+            links = [_fill('<a href="#{name}">{name}</a>', name=name) for name in names]
+            yield "<li>" + _with_names(_fill("{sentence}", sentence=sentence), links) + "</li>\n"
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
@@ -6351,17 +6333,10 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
-    for key, title, columns in LISTS:
-        rows = ([item[column] for column in columns.values()] for item in document[key])
-        yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
-    yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
+    for title, _, rows in _lists(document):
+        yield from _page_list(title, [(f"line {line}", *texts) for line, *texts in rows])
+    yield from _page_list("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
-
-
-def _page_problem(sentence: str, names: Sequence[str]) -> str:
-    """One of find_problems(); its names lead to their rows."""
-    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
-    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
 def _facts(document: Document) -> Iterator[str]:
@@ -6396,36 +6371,34 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
     users = _users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     for device in resource["devices"]:
-        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
+        problem, since = device["problem"], clock(device["since"])
+        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
+        yield _fill(
+            _DEVICE,
+            line=device["line"],
+            since=since,
+            mood="bad" if problem else "good",
+            state="Unhealthy" if problem else "Healthy",
+            text=device_text(device),
+            problem=f"Unhealthy: {problem}" if problem else "",
+            problem_since=f"since {since}" if problem else "",
+        )
+        for (pod, container), slots in users.get(device["path"], {}).items():
+            noun = "slot" if len(slots) == 1 else "slots"
+            yield _fill(_USER, container=container, pod=pod, slots=f"{noun} {_first_names(slots)}")
+        yield "</td></tr>\n"
         head = ""  # it spans all rows
-        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
-def _page_device(device: Document) -> str:
-    since, problem = clock(device["since"]), device["problem"]
-    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
-    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
-    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
-    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
-
-
-def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
-    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
-    items = (
-        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
-        for (pod, container), ids in users.items()
-    )
-    return f"<ul>{''.join(items)}</ul>" if users else ""
-
-
-def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
-    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
-    for key, text, *more in items:
-        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-        yield head + _fill(item, key=key, text=text, more=" ".join(more))
-        head = ""
-    yield "" if head else "</ul>\n"
+def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """ROWS as a list below TITLE; nothing where there are none."""
+    if rows:
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
+        for key, text, *more in rows:
+            item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+            yield _fill(item, key=key, text=text, more=" ".join(more))
+        yield "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
@@ -6440,18 +6413,10 @@ LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the c
 ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
 FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
-_PHRASES = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    414: "URI Too Long",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
+OK = "200 OK"
+BAD_REQUEST = "400 Bad Request"
+UNAVAILABLE = "503 Service Unavailable"
+
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
@@ -6460,11 +6425,7 @@ Response = Tuple[bytes, bytes]  # head and body: the same object for all who get
 
 
 class Unanswerable(Exception):
-    """A request that is answered with the error STATUS."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(_PHRASES[status])
-        self.status = status
+    """A request that is answered with an error: its status and what that means."""
 
 
 def parse_request(head: bytes) -> Tuple[str, str]:
@@ -6475,24 +6436,24 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     first, *others = head.split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
-        raise Unanswerable(400)
+        raise Unanswerable(BAD_REQUEST)
     if line[3] != b"1":
-        raise Unanswerable(505)
+        raise Unanswerable("505 HTTP Version Not Supported")
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
     hosts = [header[1].lower() for header in headers if header].count(b"host")
     if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
-        raise Unanswerable(400)
+        raise Unanswerable(BAD_REQUEST)
     if line[1] not in (b"GET", b"HEAD"):
-        raise Unanswerable(405)
+        raise Unanswerable("405 Method Not Allowed")
     path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
     return line[1].decode(), path or "/"
 
 
-def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
     """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
     body = text.encode("utf-8", "backslashreplace")
     head = [
-        f"HTTP/1.1 {status} {_PHRASES[status]}",
+        f"HTTP/1.1 {status}",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
@@ -6501,15 +6462,15 @@ def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", pol
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if status == 405 else []),
+        *(["Allow: GET, HEAD"] if status.startswith("405") else []),
         "Connection: close",
     ]
     return "\r\n".join([*head, "", ""]).encode(), body
 
 
-def plain(status: int, lines: Sequence[str] = ()) -> Response:
-    """LINES as a plain text; without any, what STATUS means."""
-    return respond(status, "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"]))
+def plain(status: str, lines: Sequence[str] = ()) -> Response:
+    """LINES as a plain text; without any, STATUS."""
+    return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
@@ -6546,11 +6507,11 @@ async def _read_request(connection: socket.socket) -> Tuple[str, str]:
         if end:
             return parse_request(head)
         if len(data) >= HEAD_BYTES:
-            raise Unanswerable(431 if b"\n" in data else 414)
+            raise Unanswerable("431 Request Header Fields Too Large" if b"\n" in data else "414 URI Too Long")
         chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
         if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
-            raise Unanswerable(400)
+            raise Unanswerable(BAD_REQUEST)
 
 
 async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
@@ -6645,9 +6606,9 @@ class StatusServer:
                 self._clients[task] = True
                 head, body = await self._respond(path)
             except Unanswerable as error:
-                head, body = plain(error.status)
+                head, body = plain(str(error))
             except asyncio.TimeoutError:
-                head, body = plain(408)
+                head, body = plain("408 Request Timeout")
             await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went away or was too slow: %s", error)
@@ -6656,18 +6617,18 @@ class StatusServer:
         try:
             if path == "/healthz":
                 hanging = find_hanging(self._threads())
-                return plain(503 if hanging else 200, hanging or ["ok"])
+                return plain(UNAVAILABLE if hanging else OK, hanging or ["ok"])
             if path == "/readyz":
                 return self._readyz()
             if path in ("/", "/metrics", "/status.json"):
                 return await self._shared(path, lambda: self._view(path))
-            return plain(404)
+            return plain("404 Not Found")
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
-            return plain(503)
+            return plain(UNAVAILABLE)
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            return plain(500)
+            return plain("500 Internal Server Error")
 
     def _threads(self) -> List[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
@@ -6695,7 +6656,7 @@ class StatusServer:
                 elif not state["ready"]:
                     unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
         remarks.append(conf_problem(self.device_side["conf"]))
-        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
+        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *filter(None, remarks)])
 
     async def _view(self, path: str) -> Response:
         """What PATH shows of the document."""
@@ -6708,7 +6669,7 @@ class StatusServer:
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
         else:
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
-        return respond(200, "".join(await in_slices(pieces)), kind, policy)
+        return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
@@ -6730,23 +6691,24 @@ class StatusServer:
             }
             for name, resource in plan.resources.items()
         )
-        return describe_daemon(
-            plan,
-            await in_slices(resources),
-            node=self.node,
-            domain=side.domain,
-            time=utc(time.time()),
-            threads=self._threads(),
-            kubelet={
+        document = {
+            "smarter_device_manager": __version__,
+            "node": self.node,
+            "domain": side.domain,
+            "time": utc(time.time()),
+            "threads": self._threads(),
+            "kubelet": {
                 "answering": side.is_answering,
                 "restarts": side.kubelet_restarts,
                 "plugin_dir": side.plugin_dir,
             },
-            dra=side.describe() if isinstance(side, DraSide) else None,
-            process=describe_process(),
-            events=self.events.events(),
+            "dra": side.describe() if isinstance(side, DraSide) else None,
+            "process": describe_process(),
+            "events": self.events.events(),
             **self.device_side,
-        )
+            **describe_plan(plan, await in_slices(resources)),
+        }
+        return {**document, **describe_state(document)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8022,6 +7984,22 @@ def _path_below(text: str, dev_dir: str) -> str:
         if path == top or path.startswith(top + "/"):
             return path[len(top) + 1 :]
     return path if path != "." and not path.startswith(("/", "..")) else ""
+
+
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
+    )
 
 
 def show_list(options: argparse.Namespace) -> int:

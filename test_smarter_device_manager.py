@@ -10579,7 +10579,7 @@ def test_any_bytes_are_a_request_or_unanswerable(head: bytes) -> None:
     try:
         method, _ = sdm.parse_request(head)
     except sdm.Unanswerable as error:
-        assert 400 <= error.status <= 505
+        assert 400 <= int(str(error)[:3]) <= 505
     else:
         assert method in ("GET", "HEAD")
 
@@ -10987,21 +10987,14 @@ def hostile_document() -> dict[str, Any]:
         "ready": False, "served_by_other": False, "trouble": HOSTILE_WORD, "allocations": 1, "registrations": 1,
         "refusals": 1, "stream_losses": 1, "start_refusals": 0,
     }  # fmt: skip
-    return sdm.describe_daemon(
-        plan,
-        [
-            {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
-            for resource in plan.resources.values()
-        ],
-        node=HOSTILE_WORD,
-        domain=HOSTILE_WORD,
-        time=sdm.utc(1e9),
-        threads=[{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "most_seconds": 1.0}],
-        conf=conf,
-        dev_problem=HOSTILE_WORD,
-        scan_seconds=0.1,
-        kubelet={"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
-        dra={
+    document = {
+        "smarter_device_manager": HOSTILE_WORD,
+        "node": HOSTILE_WORD,
+        "domain": HOSTILE_WORD,
+        "time": sdm.utc(1e9),
+        "threads": [{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "most_seconds": 1.0}],
+        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
+        "dra": {
             "problem": HOSTILE_WORD,
             "slices": 1,
             "slice_devices": 1,
@@ -11011,12 +11004,23 @@ def hostile_document() -> dict[str, Any]:
             "claims_prepared": 1,
             "prepare_errors": 1,
         },
-        process=sdm.describe_process(),
-        events=[
+        "process": sdm.describe_process(),
+        "events": [
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "resource", "more"), "")},
             {"time": sdm.utc(1e9), "level": "info", "event": "e", "message": HOSTILE_WORD, "more": HOSTILE_WORD + "!"},
         ],
-    )
+        "conf": conf,
+        "dev_problem": HOSTILE_WORD,
+        "scan_seconds": 0.1,
+        **sdm.describe_plan(
+            plan,
+            [
+                {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
+                for resource in plan.resources.values()
+            ],
+        ),
+    }
+    return {**document, **sdm.describe_state(document)}
 
 
 def test_the_page_escapes_everything() -> None:
