@@ -5864,14 +5864,15 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     if holders is None:
         return {"in_use": None, "holders": None}
     devices = {device.path if resource.pool else "": device for device in resource.devices}
-    found = []
-    for holder in set(holders.get(resource.name, ())):
+    found = set()
+    for holder in holders.get(resource.name, ()):
         path, _, number = holder.slot.rpartition(":")
-        device = devices.get(path)
-        if device and is_slot_of(device, resource, holder.slot):
-            document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
-            found.append((path, int(number), holder, document))
-    held = [document for *_, document in sorted(found, key=lambda each: each[:3])]
+        if path in devices and is_slot_of(devices[path], resource, holder.slot):
+            found.add((path, int(number), holder))
+    held = [
+        {"slot": holder.slot, "device": device_path(devices[path]), **holder._asdict()}
+        for path, _, holder in sorted(found)
+    ]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
@@ -6072,6 +6073,7 @@ def event_text(event: Document) -> Tuple[str, str]:
 
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
+_ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
 class Family(NamedTuple):
@@ -6175,13 +6177,9 @@ def render_metrics(document: Document) -> Iterator[str]:
         name = family.full_name
         yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
         for labels, value in family.samples(document):
-            pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+            pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 # The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
@@ -6305,7 +6303,8 @@ def _fill(template: str, **values: object) -> str:
 
 def render_page(document: Document, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
-    count = len(document["problems"])
+    problems = find_problems(document)
+    count = len(problems)
     values = {
         "nonce": nonce,
         "refresh": REFRESH_SECONDS,
@@ -6319,17 +6318,17 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
-        for sentence, names in find_problems(document).items():
+        for sentence, names in problems.items():
             links = [_fill('<a href="#{name}">{name}</a>', name=name) for name in names]
             yield "<li>" + _with_names(_fill("{sentence}", sentence=sentence), links) + "</li>\n"
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
-    says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
+    troubles = {name: sentence for sentence, names in problems.items() for name in names}
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, says_trouble)
+            yield from _page_resource(resource, troubles.get(resource["name"], ""))
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
@@ -6354,8 +6353,8 @@ def _facts(document: Document) -> Iterator[str]:
         yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
-    """The rows of RESOURCE: one per device, with the containers that use it."""
+def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
+    """The rows of RESOURCE, which has TROUBLE if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
     head = _fill(
@@ -6363,7 +6362,7 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
         rows=len(resource["devices"]),
         domain=domain,
         name=name,
-        trouble=unready_text(resource["trouble"]) if says_trouble and not resource["ready"] else "",
+        trouble=trouble,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
@@ -6405,7 +6404,6 @@ def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
 MAX_CLIENTS = 64  # whose request is awaited, or that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
@@ -6471,32 +6469,6 @@ def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", pol
 def plain(status: str, lines: Sequence[str] = ()) -> Response:
     """LINES as a plain text; without any, STATUS."""
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
-
-
-def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
-    host = address[0]
-    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
-    except (OSError, UnicodeError) as error:
-        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def network_error(error: Union[OSError, UnicodeError]) -> str:
-    """Why there is no connection, in the words of the system, without what Python adds to them."""
-    if isinstance(error, UnicodeError):
-        return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
-
-
-def address_text(address: Tuple[Any, ...]) -> str:
-    """ADDRESS as people write it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
@@ -7783,6 +7755,35 @@ def serve(options: argparse.Namespace) -> int:
     manager.notify("STOPPING=1")
     thread.stop()
     return int(has_failed or thread.has_failed)
+
+
+BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
+
+
+def listen(address: Tuple[str, int]) -> socket.socket:
+    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
+    host = address[0]
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    except (OSError, UnicodeError) as error:
+        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
+    """ADDRESS as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _open_status(
