@@ -3714,7 +3714,12 @@ async def in_slices(items: Iterable[T]) -> List[T]:
     return done
 
 
-# What the status document says of a resource that the kubelet has never been offered.
+def unready_text(trouble: str) -> str:
+    """That a resource is not registered, because of TROUBLE if that is known."""
+    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+
+
+# What the status document says of a resource that the kubelet was never offered.
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
@@ -4490,15 +4495,29 @@ class DevicePluginSide(KubeletSide):
         """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
-    @property
-    def kubelet_restarts(self) -> int:
-        """How often a new kubelet took the place of another."""
-        return self._kubelet.restarts
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
+        restarts = self._kubelet.restarts
+        return {
+            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "dra": None,
+        }
 
     def describe_registration(self, name: str) -> Document:
         """The part of the status document about the registration of the resource NAME."""
         registration = self.registrations.get(name)
         return registration.describe() if registration else NOT_REGISTERED
+
+    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
+        """Which of the resources NAMES are not registered and why, and which of them another instance serves."""
+        unready, standby = [], []
+        for name in names:
+            state = self.describe_registration(name)
+            if state["served_by_other"]:
+                standby.append(f"{self.domain}/{name}: {state['trouble']}")
+            elif not state["ready"]:
+                unready.append(f"{self.domain}/{name}: {unready_text(state['trouble'])}")
+        return unready, standby
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
@@ -5489,14 +5508,13 @@ class DraSide(KubeletSide):
         return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
-    def is_answering(self) -> bool:
-        """Whether the kubelet has the driver."""
-        return self.is_registered
-
-    @property
-    def kubelet_restarts(self) -> int:
-        """How often the kubelet registered the driver again."""
-        return max(self.registrations - 1, 0)
+    def obstacle(self) -> str:
+        """Why pods cannot be given every device that is offered; empty where they can."""
+        if not self.is_registered or not self.publisher:
+            return unready_text(self.problem)
+        if self.publisher.problems:
+            return f"not published: {self.publisher.problems[0]}"
+        return "" if self.publisher.published_at else "not published yet"
 
     def describe_registration(self, name: str) -> Document:
         """The part of the status document about the resource NAME: the driver is registered for all of them."""
@@ -5509,19 +5527,16 @@ class DraSide(KubeletSide):
             "registrations": self.registrations,
         }
 
-    @property
-    def obstacle(self) -> str:
-        """Why pods cannot be given every device that is offered; empty where they can."""
-        if not self.is_registered or not self.publisher:
-            return f"not registered with the kubelet{f': {self.problem}' if self.problem else ' yet'}"
-        if self.publisher.problems:
-            return f"not published: {self.publisher.problems[0]}"
-        return "" if self.publisher.published_at else "not published yet"
+    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
+        """Why the resources NAMES are not ready, and that another instance serves them: that holds for all or none."""
+        obstacles = [self.obstacle] if self.obstacle else []
+        return ([], obstacles) if self.is_standby else (obstacles, [])
 
     def describe(self) -> Document:
-        """The part of the status document about the driver."""
+        """The parts of the status document about the kubelet and about DRA."""
         publisher, api = self.publisher, self.api
-        return {
+        restarts = max(self.registrations - 1, 0)
+        dra = {
             "problem": self.obstacle,
             "registered": self.is_registered,
             "socket": self.settings.sockets[0],
@@ -5537,6 +5552,10 @@ class DraSide(KubeletSide):
                 for claim in self.cdi.claims.values()
             ],
             "prepare_errors": self.prepare_errors,
+        }
+        return {
+            "kubelet": {"answering": self.is_registered, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "dra": dra,
         }
 
     # -- the sockets -----------------------------------------------------------------------------------------------
@@ -5916,15 +5935,11 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
         users = _users_by_device(resource)
         for device in resource["devices"]:
             if device["problem"]:
-                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                found = users.get(device["path"], ())
+                named = _first_names([f"{container} of {namespace}/{pod}" for namespace, pod, container in found])
                 add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
     problems.pop("", None)
     return problems
-
-
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
 
 
 def conf_problem(conf: Document) -> str:
@@ -5934,11 +5949,11 @@ def conf_problem(conf: Document) -> str:
     return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
-    """Per path of a device of RESOURCE, the slots that each container has: by namespace/pod and container."""
-    users: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str, str], Sequence[str]]]:
+    """Per path of a device of RESOURCE, the slots that each container has, by namespace, pod and container."""
+    users: Dict[str, Dict[Tuple[str, str, str], List[str]]] = {}
     for holder in resource["holders"] or ():
-        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        user = holder["namespace"], holder["pod"], holder["container"]
         users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
     return users
 
@@ -6038,10 +6053,10 @@ def render_status(document: Document) -> str:
         for resource in resources
     ]
     held = [
-        (_first_names(slots), resource["name"].partition("/")[2], pod, container)
+        (_first_names(slots), resource["name"].partition("/")[2], f"{namespace}/{pod}", container)
         for resource in resources
         for users in _users_by_device(resource).values()
-        for (pod, container), slots in users.items()
+        for (namespace, pod, container), slots in users.items()
     ]
     events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
     return (
@@ -6110,13 +6125,10 @@ def _build(document: Document) -> Samples:
 
 
 def _slot_holders(document: Document) -> Samples:
-    keys = ("device", "namespace", "pod", "container")
-    held = {
-        (resource["name"], *(holder[key] for key in keys))
-        for resource in document["resources"]
-        for holder in resource["holders"] or ()
-    }
-    return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
+    labels = ("resource", "device", "namespace", "pod", "container")
+    for resource in document["resources"]:
+        for device, users in _users_by_device(resource).items():
+            yield from ((dict(zip(labels, (resource["name"], device, *user))), 1) for user in users)
 
 
 def _devices(document: Document) -> Samples:
@@ -6288,7 +6300,7 @@ _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{do
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
 aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
 <td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
+_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
@@ -6382,9 +6394,9 @@ def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
             problem=f"Unhealthy: {problem}" if problem else "",
             problem_since=f"since {since}" if problem else "",
         )
-        for (pod, container), slots in users.get(device["path"], {}).items():
-            noun = "slot" if len(slots) == 1 else "slots"
-            yield _fill(_USER, container=container, pod=pod, slots=f"{noun} {_first_names(slots)}")
+        for (namespace, pod, container), slots in users.get(device["path"], {}).items():
+            held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
+            yield _fill(_USER, container=container, namespace=namespace, pod=pod, slots=held)
         yield "</td></tr>\n"
         head = ""  # it spans all rows
     yield "</tbody>\n"
@@ -6414,12 +6426,11 @@ FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was
 OK = "200 OK"
 BAD_REQUEST = "400 Bad Request"
 UNAVAILABLE = "503 Service Unavailable"
+END_OF_HEAD = b"\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
-
-Response = Tuple[bytes, bytes]  # head and body: the same object for all who get it, so slow readers cost no memory
 
 
 class Unanswerable(Exception):
@@ -6427,10 +6438,7 @@ class Unanswerable(Exception):
 
 
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112), its lines separated by LF.
-
-    Raises Unanswerable.
-    """
+    """The method and the path in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
     first, *others = head.split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -6447,7 +6455,7 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     return line[1].decode(), path or "/"
 
 
-def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
     """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
     body = text.encode("utf-8", "backslashreplace")
     head = [
@@ -6463,10 +6471,10 @@ def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", pol
         *(["Allow: GET, HEAD"] if status.startswith("405") else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode(), body
+    return "\r\n".join([*head, "", ""]).encode() + body
 
 
-def plain(status: str, lines: Sequence[str] = ()) -> Response:
+def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     """LINES as a plain text; without any, STATUS."""
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
@@ -6486,11 +6494,10 @@ async def _read_request(connection: socket.socket) -> Tuple[str, str]:
             raise Unanswerable(BAD_REQUEST)
 
 
-async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
+async def _send(connection: socket.socket, data: bytes) -> None:
     """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
     loop = asyncio.get_running_loop()
-    for part in data:
-        await loop.sock_sendall(connection, part)
+    await loop.sock_sendall(connection, data)
     connection.shutdown(socket.SHUT_WR)
     room = LINGER_BYTES
     while room > 0:
@@ -6571,21 +6578,22 @@ class StatusServer:
         """Answer one request, whatever the client does."""
         task = asyncio.current_task()
         assert task
-        method = "GET"
         try:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._clients[task] = True
-                head, body = await self._respond(path)
+                answer = await self._respond(path)
+                if method == "HEAD":
+                    answer = answer[: answer.index(END_OF_HEAD) + len(END_OF_HEAD)]
             except Unanswerable as error:
-                head, body = plain(str(error))
+                answer = plain(str(error))
             except asyncio.TimeoutError:
-                head, body = plain("408 Request Timeout")
-            await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
+                answer = plain("408 Request Timeout")
+            await asyncio.wait_for(_send(connection, answer), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went away or was too slow: %s", error)
 
-    async def _respond(self, path: str) -> Response:
+    async def _respond(self, path: str) -> bytes:
         try:
             if path == "/healthz":
                 hanging = find_hanging(self._threads())
@@ -6612,25 +6620,13 @@ class StatusServer:
             for name, heartbeat in heartbeats.items()
         ]
 
-    def _readyz(self) -> Response:
+    def _readyz(self) -> bytes:
         """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
-        side = self.side
-        unready: List[str] = []
-        remarks: List[str] = []
-        if isinstance(side, DraSide):
-            if side.obstacle:
-                (remarks if side.is_standby else unready).append(side.obstacle)
-        else:
-            for name in self.plan.resources:
-                state = side.describe_registration(name)
-                if state["served_by_other"]:
-                    remarks.append(f"{side.domain}/{name}: {state['trouble']}")
-                elif not state["ready"]:
-                    unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
-        remarks.append(conf_problem(self.device_side["conf"]))
-        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *filter(None, remarks)])
+        unready, standby = self.side.readiness(self.plan.resources)
+        remarks = filter(None, [*standby, conf_problem(self.device_side["conf"])])
+        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *remarks])
 
-    async def _view(self, path: str) -> Response:
+    async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
         document = await self._shared("", self._describe)
         nonce, policy = os.urandom(16).hex(), ""
@@ -6669,12 +6665,7 @@ class StatusServer:
             "domain": side.domain,
             "time": utc(time.time()),
             "threads": self._threads(),
-            "kubelet": {
-                "answering": side.is_answering,
-                "restarts": side.kubelet_restarts,
-                "plugin_dir": side.plugin_dir,
-            },
-            "dra": side.describe() if isinstance(side, DraSide) else None,
+            **side.describe(),
             "process": describe_process(),
             "events": self.events.events(),
             **self.device_side,
