@@ -5895,7 +5895,7 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_state(document: Document) -> Document:
+def describe_health(document: Document) -> Document:
     """Whether the daemon of DOCUMENT works, whether every resource is registered, and all that is wrong."""
     return {
         "healthy": not find_hanging(document["threads"]),
@@ -6671,7 +6671,7 @@ class StatusServer:
             **self.device_side,
             **describe_plan(plan, await in_slices(resources)),
         }
-        return {**document, **describe_state(document)}
+        return {**document, **describe_health(document)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7752,14 +7752,11 @@ BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe 
 
 
 def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
+    """A socket that listens on ADDRESS; on all addresses where it names no host."""
     host = address[0]
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
-    except (OSError, UnicodeError) as error:
-        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     listener.setblocking(False)
     return listener
 
@@ -7785,7 +7782,8 @@ def _open_status(
         return None
     try:
         listener = listen(options.listen)
-    except Problem as problem:
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)

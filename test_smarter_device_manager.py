@@ -11020,7 +11020,7 @@ def hostile_document() -> dict[str, Any]:
             ],
         ),
     }
-    return {**document, **sdm.describe_state(document)}
+    return {**document, **sdm.describe_health(document)}
 
 
 def test_the_page_escapes_everything() -> None:
