@@ -10518,6 +10518,7 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
         (b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\r\n\r\n", 400),  # RFC 9112, 2.2: no CR but before an LF
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
