@@ -3716,6 +3716,24 @@ async def in_slices(items: Iterable[T]) -> List[T]:
     return done
 
 
+def unready_text(trouble: str) -> str:
+    """That a resource is not registered, because of TROUBLE if that is known."""
+    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+
+
+# What the status document says of a resource that the kubelet was never offered.
+NOT_REGISTERED: Document = {
+    "ready": False,
+    "served_by_other": False,
+    "trouble": "",
+    "allocations": 0,
+    "registrations": 0,
+    "refusals": 0,
+    "stream_losses": 0,
+    "start_refusals": 0,
+}
+
+
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
@@ -4222,6 +4240,19 @@ class Registration:
         """Whether another instance serves it to the kubelet; this one takes over when that ends."""
         return self._is_waiting and self._kubelet.is_answering
 
+    def describe(self) -> Document:
+        """Its part of the status document."""
+        return {
+            "ready": self.is_ready,
+            "served_by_other": self.served_by_other,  # /readyz, and nothing else, takes that for ready
+            "trouble": "" if self.is_ready else self.trouble,
+            "allocations": self.plugin.allocations,
+            "registrations": self.registrations,
+            "refusals": self.refusals,
+            "stream_losses": self.stream_losses,
+            "start_refusals": self.plugin.start_refusals,
+        }
+
     @property
     def descriptors(self) -> int:
         """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
@@ -4466,10 +4497,29 @@ class DevicePluginSide(KubeletSide):
         """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
-    @property
-    def kubelet_restarts(self) -> int:
-        """How often a new kubelet took the place of another."""
-        return self._kubelet.restarts
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
+        restarts = self._kubelet.restarts
+        return {
+            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "dra": None,
+        }
+
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the registration of the resource NAME."""
+        registration = self.registrations.get(name)
+        return registration.describe() if registration else NOT_REGISTERED
+
+    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
+        """Which of the resources NAMES are not registered and why, and which of them another instance serves."""
+        unready, standby = [], []
+        for name in names:
+            state = self.describe_registration(name)
+            if state["served_by_other"]:
+                standby.append(f"{self.domain}/{name}: {state['trouble']}")
+            elif not state["ready"]:
+                unready.append(f"{self.domain}/{name}: {unready_text(state['trouble'])}")
+        return unready, standby
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
@@ -5460,28 +5510,35 @@ class DraSide(KubeletSide):
         return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
 
     @property
-    def is_answering(self) -> bool:
-        """Whether the kubelet has the driver."""
-        return self.is_registered
-
-    @property
-    def kubelet_restarts(self) -> int:
-        """How often the kubelet registered the driver again."""
-        return max(self.registrations - 1, 0)
-
-    @property
     def obstacle(self) -> str:
         """Why pods cannot be given every device that is offered; empty where they can."""
         if not self.is_registered or not self.publisher:
-            return f"not registered with the kubelet{f': {self.problem}' if self.problem else ' yet'}"
+            return unready_text(self.problem)
         if self.publisher.problems:
             return f"not published: {self.publisher.problems[0]}"
         return "" if self.publisher.published_at else "not published yet"
 
-    def describe(self) -> Document:
-        """The part of the status document about the driver."""
-        publisher, api = self.publisher, self.api
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the resource NAME: the driver is registered for all of them."""
         return {
+            **NOT_REGISTERED,
+            "ready": not self.obstacle,
+            "served_by_other": self.is_standby,
+            "trouble": self.obstacle,
+            "allocations": self.prepared.get(name, 0),
+            "registrations": self.registrations,
+        }
+
+    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
+        """Why the resources NAMES are not ready, and that another instance serves them: that holds for all or none."""
+        obstacles = [self.obstacle] if self.obstacle else []
+        return ([], obstacles) if self.is_standby else (obstacles, [])
+
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
+        publisher, api = self.publisher, self.api
+        restarts = max(self.registrations - 1, 0)
+        dra = {
             "problem": self.obstacle,
             "registered": self.is_registered,
             "socket": self.settings.sockets[0],
@@ -5497,6 +5554,10 @@ class DraSide(KubeletSide):
                 for claim in self.cdi.claims.values()
             ],
             "prepare_errors": self.prepare_errors,
+        }
+        return {
+            "kubelet": {"answering": self.is_registered, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "dra": dra,
         }
 
     # -- the sockets -----------------------------------------------------------------------------------------------
@@ -5773,15 +5834,6 @@ EVENTS_SHOWN = 10  # by --status
 MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
-class DeviceSideStats(NamedTuple):
-    """What the device side reports after each turn."""
-
-    heartbeat: float  # time.monotonic() of the report
-    conf: Document  # the part "conf" of the status document
-    dev_problem: str  # why /dev cannot be read
-    scan_seconds: float  # how long the last look at /dev took
-
-
 # The document. --list --json prints its parts "resources", "left_out" and "unused".
 
 
@@ -5833,41 +5885,25 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     if holders is None:
         return {"in_use": None, "holders": None}
     devices = {device.path if resource.pool else "": device for device in resource.devices}
-    found = []
-    for holder in set(holders.get(resource.name, ())):
+    found = set()
+    for holder in holders.get(resource.name, ()):
         path, _, number = holder.slot.rpartition(":")
-        device = devices.get(path)
-        if device and is_slot_of(device, resource, holder.slot):
-            document = {"slot": holder.slot, "device": device_path(device), **holder._asdict()}
-            found.append((path, int(number), holder, document))
-    held = [document for *_, document in sorted(found, key=lambda each: each[:3])]
+        if path in devices and is_slot_of(devices[path], resource, holder.slot):
+            found.add((path, int(number), holder))
+    held = [
+        {"slot": holder.slot, "device": device_path(devices[path]), **holder._asdict()}
+        for path, _, holder in sorted(found)
+    ]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_daemon(plan: Plan, stats: DeviceSideStats, resources: Sequence[Document], **others: Any) -> Document:
-    """The whole document of a daemon: PLAN, STATS, the RESOURCES with their registration and use, and OTHERS."""
-    document = {
-        "smarter_device_manager": __version__,
-        **others,
-        "healthy": not find_hanging(others["threads"]),
-        "ready": all(resource["ready"] for resource in resources),
-        "problems": [],
-        "conf": stats.conf,
-        "dev_problem": stats.dev_problem,
-        "scan_seconds": stats.scan_seconds,
-        **describe_plan(plan, resources),
+def describe_health(document: Document) -> Document:
+    """Whether the daemon of DOCUMENT works, whether every resource is registered, and all that is wrong."""
+    return {
+        "healthy": not find_hanging(document["threads"]),
+        "ready": all(resource["ready"] for resource in document["resources"]),
+        "problems": [_with_names(sentence, names) for sentence, names in find_problems(document).items()],
     }
-    for sentence, names in find_problems(document).items():
-        document["problems"].append(f"{_first_names(names)}: {sentence}" if names else sentence)
-    return document
-
-
-def describe_threads(heartbeats: Mapping[str, float], max_age: float, now: float) -> List[Document]:
-    """Per thread the age of its last heartbeat, and MAX_AGE; all in seconds of time.monotonic()."""
-    return [
-        {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
-        for name, heartbeat in heartbeats.items()
-    ]
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
@@ -5901,15 +5937,11 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
         users = _users_by_device(resource)
         for device in resource["devices"]:
             if device["problem"]:
-                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                found = users.get(device["path"], ())
+                named = _first_names([f"{container} of {namespace}/{pod}" for namespace, pod, container in found])
                 add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
     problems.pop("", None)
     return problems
-
-
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
 
 
 def conf_problem(conf: Document) -> str:
@@ -5919,11 +5951,11 @@ def conf_problem(conf: Document) -> str:
     return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str], Sequence[str]]]:
-    """Per path of a device of RESOURCE, the slots that each container has: by namespace/pod and container."""
-    users: Dict[str, Dict[Tuple[str, str], List[str]]] = {}
+def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str, str], Sequence[str]]]:
+    """Per path of a device of RESOURCE, the slots that each container has, by namespace, pod and container."""
+    users: Dict[str, Dict[Tuple[str, str, str], List[str]]] = {}
     for holder in resource["holders"] or ():
-        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
+        user = holder["namespace"], holder["pod"], holder["container"]
         users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
     return users
 
@@ -5933,18 +5965,17 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def _with_names(sentence: str, names: Sequence[str]) -> str:
+    """SENTENCE, after the NAMES of what it is about."""
+    return f"{_first_names(names)}: {sentence}" if names else sentence
+
+
 def clock(moment: str) -> str:
     """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
     return moment[:19].replace("T", " ")
 
 
 # Text: for terminals.
-
-# What tables and page list below the resources: the key in the document, the title, and the key of each column.
-LISTS = (
-    ("left_out", "Left out, though a rule names it", {"LINE": "line", "PATH": "path", "REASON": "reason"}),
-    ("unused", "Rules that matched nothing", {"LINE": "line", "DEVICEMATCH": "pattern"}),
-)
 
 
 def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
@@ -5960,16 +5991,17 @@ def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-def _section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
+def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
     """ROWS as a table below TITLE; nothing where there are none."""
     return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
 
 
-def _render_lists(document: Document) -> str:
-    return "".join(
-        _section(title, columns, [[item[column] for column in columns.values()] for item in document[key]])
-        for key, title, columns in LISTS
-    )
+def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+    """What tables and page list below the resources: titles, headers and rows."""
+    left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
+    yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
+    unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
+    yield "Rules that matched nothing", ("LINE", "DEVICEMATCH"), unused
 
 
 def render_list(document: Document) -> str:
@@ -5980,23 +6012,7 @@ def render_list(document: Document) -> str:
         for device in resource["devices"]
     ]
     text = render_table(("SLOTS", "LINE", "RESOURCE", "DEVICE"), rows) if rows else "No device would be offered.\n"
-    return text + _render_lists(document)
-
-
-def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
-    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
-    for rule, device in overridden:
-        if rule.line not in active:
-            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
-    title = "Rules that later rules override for every device that they name"
-    return _section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + _section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    return text + "".join(render_section(*each) for each in _lists(document))
 
 
 def device_text(device: Document) -> str:
@@ -6039,18 +6055,18 @@ def render_status(document: Document) -> str:
         for resource in resources
     ]
     held = [
-        (_first_names(slots), resource["name"].partition("/")[2], pod, container)
+        (_first_names(slots), resource["name"].partition("/")[2], f"{namespace}/{pod}", container)
         for resource in resources
         for users in _users_by_device(resource).values()
-        for (pod, container), slots in users.items()
+        for (namespace, pod, container), slots in users.items()
     ]
     events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
     return (
         "".join(f"{printable(line)}\n" for line in [*lines, ""])
         + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
-        + _section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
-        + _render_lists(document)
-        + _section("Last events", ("TIME", "EVENT"), events)
+        + render_section("Who has what", ("SLOTS", "RESOURCE", "POD", "CONTAINER"), held)
+        + "".join(render_section(*each) for each in _lists(document))
+        + render_section("Last events", ("TIME", "EVENT"), events)
     )
 
 
@@ -6074,6 +6090,7 @@ def event_text(event: Document) -> Tuple[str, str]:
 
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
+_ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
 class Family(NamedTuple):
@@ -6110,13 +6127,10 @@ def _build(document: Document) -> Samples:
 
 
 def _slot_holders(document: Document) -> Samples:
-    keys = ("device", "namespace", "pod", "container")
-    held = {
-        (resource["name"], *(holder[key] for key in keys))
-        for resource in document["resources"]
-        for holder in resource["holders"] or ()
-    }
-    return ((dict(zip(("resource", *keys), values)), 1) for values in sorted(held))
+    labels = ("resource", "device", "namespace", "pod", "container")
+    for resource in document["resources"]:
+        for device, users in _users_by_device(resource).items():
+            yield from ((dict(zip(labels, (resource["name"], device, *user))), 1) for user in users)
 
 
 def _devices(document: Document) -> Samples:
@@ -6177,13 +6191,9 @@ def render_metrics(document: Document) -> Iterator[str]:
         name = family.full_name
         yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
         for labels, value in family.samples(document):
-            pairs = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+            pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
-
-
-def _label(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 # The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
@@ -6290,7 +6300,9 @@ _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{do
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code>"""
+aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
+<td role="cell" data-name="Used by:">"""
+_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
@@ -6305,7 +6317,8 @@ def _fill(template: str, **values: object) -> str:
 
 def render_page(document: Document, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
-    count = len(document["problems"])
+    problems = find_problems(document)
+    count = len(problems)
     values = {
         "nonce": nonce,
         "refresh": REFRESH_SECONDS,
@@ -6319,29 +6332,24 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
     yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
     if count:
         yield '<ul class="card list wrong">\n'
-        yield from (_page_problem(*problem) for problem in find_problems(document).items())
+        for sentence, names in problems.items():
+            links = [_fill('<a href="#{name}">{name}</a>', name=name) for name in names]
+            yield "<li>" + _with_names(_fill("{sentence}", sentence=sentence), links) + "</li>\n"
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
-    says_trouble = document["kubelet"]["answering"] and not document["dra"]  # else one problem says it for all
+    troubles = {name: sentence for sentence, names in problems.items() for name in names}
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, says_trouble)
+            yield from _page_resource(resource, troubles.get(resource["name"], ""))
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
-    for key, title, columns in LISTS:
-        rows = ([item[column] for column in columns.values()] for item in document[key])
-        yield from _page_list(title, ((f"line {line}", *texts) for line, *texts in rows))
-    yield from _page_list("Last events", ((clock(event["time"]), *event_text(event)) for event in document["events"]))
+    for title, _, rows in _lists(document):
+        yield from _page_list(title, [(f"line {line}", *texts) for line, *texts in rows])
+    yield from _page_list("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
-
-
-def _page_problem(sentence: str, names: Sequence[str]) -> str:
-    """One of find_problems(); its names lead to their rows."""
-    links = _first_names([_fill('<a href="#{name}">{name}</a>', name=name) for name in names])
-    return f"<li>{links}{': ' if links else ''}" + _fill("{sentence}</li>\n", sentence=sentence)
 
 
 def _facts(document: Document) -> Iterator[str]:
@@ -6359,8 +6367,8 @@ def _facts(document: Document) -> Iterator[str]:
         yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
-    """The rows of RESOURCE: one per device, with the containers that use it."""
+def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
+    """The rows of RESOURCE, which has TROUBLE if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
     head = _fill(
@@ -6368,7 +6376,7 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
         rows=len(resource["devices"]),
         domain=domain,
         name=name,
-        trouble=unready_text(resource["trouble"]) if says_trouble and not resource["ready"] else "",
+        trouble=trouble,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
@@ -6376,43 +6384,40 @@ def _page_resource(resource: Document, says_trouble: bool) -> Iterator[str]:
     users = _users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     for device in resource["devices"]:
-        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head + _page_device(device)
+        problem, since = device["problem"], clock(device["since"])
+        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
+        yield _fill(
+            _DEVICE,
+            line=device["line"],
+            since=since,
+            mood="bad" if problem else "good",
+            state="Unhealthy" if problem else "Healthy",
+            text=device_text(device),
+            problem=f"Unhealthy: {problem}" if problem else "",
+            problem_since=f"since {since}" if problem else "",
+        )
+        for (namespace, pod, container), slots in users.get(device["path"], {}).items():
+            held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
+            yield _fill(_USER, container=container, namespace=namespace, pod=pod, slots=held)
+        yield "</td></tr>\n"
         head = ""  # it spans all rows
-        yield '<td role="cell" data-name="Used by:">' + _page_users(users.get(device["path"], {})) + "</td></tr>\n"
     yield "</tbody>\n"
 
 
-def _page_device(device: Document) -> str:
-    since, problem = clock(device["since"]), device["problem"]
-    state, mood = ("Unhealthy", "bad") if problem else ("Healthy", "good")
-    cell = _fill(_DEVICE, since=since, line=device["line"], state=state, mood=mood, text=device_text(device))
-    why = '<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>'
-    return cell + (_fill(why, problem=problem, since=since) if problem else "") + "</td>"
-
-
-def _page_users(users: Mapping[Tuple[str, str], Sequence[str]]) -> str:
-    user = '<li>{container} <span class="dim">of</span> {pod} <small>{slots}</small></li>'
-    items = (
-        _fill(user, container=container, pod=pod, slots=f"{'slot' if len(ids) == 1 else 'slots'} {_first_names(ids)}")
-        for (pod, container), ids in users.items()
-    )
-    return f"<ul>{''.join(items)}</ul>" if users else ""
-
-
-def _page_list(title: str, items: Iterable[Sequence[str]]) -> Iterator[str]:
-    head = f'<h2>{title}</h2>\n<ul class="card list">\n'
-    for key, text, *more in items:
-        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-        yield head + _fill(item, key=key, text=text, more=" ".join(more))
-        head = ""
-    yield "" if head else "</ul>\n"
+def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """ROWS as a list below TITLE; nothing where there are none."""
+    if rows:
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
+        for key, text, *more in rows:
+            item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+            yield _fill(item, key=key, text=text, more=" ".join(more))
+        yield "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-BACKLOG = 1024  # clients that are not yet accepted: a probe among them can wait, and must not be dropped
 MAX_CLIENTS = 64  # whose request is awaited, or that are being answered
 HEAD_BYTES = 8192
 REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
@@ -6420,56 +6425,43 @@ LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the c
 ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
 FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
-_PHRASES = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    414: "URI Too Long",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
+OK = "200 OK"
+BAD_REQUEST = "400 Bad Request"
+UNAVAILABLE = "503 Service Unavailable"
+END_OF_HEAD = b"\r\n\r\n"
+
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
 
-Response = Tuple[bytes, bytes]  # head and body: the same object for all who get it, so slow readers cost no memory
-
 
 class Unanswerable(Exception):
-    """A request that is answered with the error STATUS."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(_PHRASES[status])
-        self.status = status
+    """A request that is answered with an error: its status and what that means."""
 
 
 def parse_request(head: bytes) -> Tuple[str, str]:
-    """The method, GET or HEAD, and the path in the HEAD of an HTTP request (RFC 9112). Raises Unanswerable."""
-    first, *others = head.rstrip(b"\r\n").replace(b"\r\n", b"\n").split(b"\n")
+    """The method and the path in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
+    first, *others = head.split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
-        raise Unanswerable(400)
+        raise Unanswerable(BAD_REQUEST)
     if line[3] != b"1":
-        raise Unanswerable(505)
+        raise Unanswerable("505 HTTP Version Not Supported")
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
     hosts = [header[1].lower() for header in headers if header].count(b"host")
     if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
-        raise Unanswerable(400)
+        raise Unanswerable(BAD_REQUEST)
     if line[1] not in (b"GET", b"HEAD"):
-        raise Unanswerable(405)
+        raise Unanswerable("405 Method Not Allowed")
     path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
     return line[1].decode(), path or "/"
 
 
-def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> Response:
+def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
     """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
     body = text.encode("utf-8", "backslashreplace")
     head = [
-        f"HTTP/1.1 {status} {_PHRASES[status]}",
+        f"HTTP/1.1 {status}",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
@@ -6478,61 +6470,36 @@ def respond(status: int, text: str, kind: str = "text/plain; charset=utf-8", pol
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if status == 405 else []),
+        *(["Allow: GET, HEAD"] if status.startswith("405") else []),
         "Connection: close",
     ]
-    return "\r\n".join([*head, "", ""]).encode(), body
+    return "\r\n".join([*head, "", ""]).encode() + body
 
 
-def plain(status: int, lines: Sequence[str] = ()) -> Response:
-    """LINES as a plain text; without any, what STATUS means."""
-    return respond(status, "".join(f"{line}\n" for line in lines or [f"{status} {_PHRASES[status]}"]))
-
-
-def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; on all addresses where it names no host. Raises Problem."""
-    host = address[0]
-    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
-    except (OSError, UnicodeError) as error:
-        raise Problem(f"cannot listen on {address_text(address)}: {network_error(error)}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def network_error(error: Union[OSError, UnicodeError]) -> str:
-    """Why there is no connection, in the words of the system, without what Python adds to them."""
-    if isinstance(error, UnicodeError):
-        return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
-
-
-def address_text(address: Tuple[Any, ...]) -> str:
-    """ADDRESS as people write it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def plain(status: str, lines: Sequence[str] = ()) -> bytes:
+    """LINES as a plain text; without any, STATUS."""
+    return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
 async def _read_request(connection: socket.socket) -> Tuple[str, str]:
     """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
-    while b"\n\r\n" not in data and b"\n\n" not in data:
+    while True:
+        head, end, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
+        if end:
+            return parse_request(head)
         if len(data) >= HEAD_BYTES:
-            raise Unanswerable(431 if b"\n" in data else 414)
+            raise Unanswerable("431 Request Header Fields Too Large" if b"\n" in data else "414 URI Too Long")
         chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
         if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
-            raise Unanswerable(400)
-    return parse_request(min(data.split(b"\n\r\n")[0], data.split(b"\n\n")[0], key=len))
+            raise Unanswerable(BAD_REQUEST)
 
 
-async def _send(connection: socket.socket, data: Iterable[bytes]) -> None:
+async def _send(connection: socket.socket, data: bytes) -> None:
     """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
     loop = asyncio.get_running_loop()
-    for part in data:
-        await loop.sock_sendall(connection, part)
+    await loop.sock_sendall(connection, data)
     connection.shutdown(socket.SHUT_WR)
     room = LINGER_BYTES
     while room > 0:
@@ -6554,157 +6521,114 @@ def describe_process() -> Document:
     }
 
 
-def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> Document:
-    """How the resource NAME of SIDE stands with the kubelet."""
-    counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
-    if isinstance(side, DraSide):
-        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
-        return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
-    registration = side.registrations.get(name)
-    if registration is None:
-        return {"ready": False, "served_by_other": False, "trouble": "", **counts}
-    return {
-        "ready": registration.is_ready,  # registered, and the kubelet's stream is open
-        "served_by_other": registration.served_by_other,  # /readyz, and nothing else, takes that for ready
-        "trouble": "" if registration.is_ready else registration.trouble,
-        "allocations": registration.plugin.allocations,
-        "registrations": registration.registrations,
-        "refusals": registration.refusals,
-        "stream_losses": registration.stream_losses,
-        "start_refusals": registration.plugin.start_refusals,
-    }
-
-
-Clients = Dict["asyncio.Task[None]", None]  # the oldest first
-
-
+@dataclass
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        side: Union[DevicePluginSide, DraSide],
-        pod_resources: PodResources,
-        node: str,
-        interval: float,
-        plan: Plan,
-        stats: DeviceSideStats,
-    ) -> None:
-        self.plan = plan
-        self.stats = stats
-        self.events = EventRing()
-        self._listener = listener
-        self._side = side
-        self._pod_resources = pod_resources
-        self._node = node
-        self._max_age = MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        self._asking: Clients = {}  # whose request is awaited
-        self._answered: Clients = {}  # who are being answered
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+    listener: socket.socket
+    side: Union[DevicePluginSide, DraSide]
+    pod_resources: PodResources
+    node: str
+    interval: float
+    plan: Plan
+    device_side: Document  # its part of the document
+    device_side_heartbeat: float = dataclasses.field(default_factory=time.monotonic)
+    events: EventRing = dataclasses.field(default_factory=EventRing)
+    # Whether they have sent their request; the oldest first.
+    _clients: Dict[asyncio.Task[None], bool] = dataclasses.field(default_factory=dict)
+    # What was made of one document, by path; "": that document.
+    _made: Dict[str, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 try:
-                    connection, _ = await loop.sock_accept(self._listener)
+                    connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
                 except OSError as error:
                     log.debug("cannot accept a connection to the status page: %s", error.strerror)
                     await asyncio.sleep(ERROR_PAUSE)
-                    continue
-                self._welcome(connection)
-                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
+                else:
+                    self._welcome(connection)
+                    await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
-            self._listener.close()
-            tasks = [*self._asking, *self._answered, *self._made.values()]
+            self.listener.close()
+            tasks = [*self._clients, *self._made.values()]
             for task in tasks:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client."""
+        """Serve a new client. Where there are too many, the oldest goes of those who have asked, or of the others if
+        those are more: so nobody can keep others out for long, nor silent clients those who ask, and the reverse."""
         task = asyncio.ensure_future(self._serve(connection))
-        self._add(self._asking, task)
 
         def end(_: object) -> None:
             connection.close()
-            self._asking.pop(task, None)
-            self._answered.pop(task, None)
+            self._clients.pop(task, None)
 
         task.add_done_callback(end)
-
-    def _add(self, clients: Clients, task: asyncio.Task[None]) -> None:
-        """Add TASK to CLIENTS. Where there are too many, the oldest of the larger group goes: so nobody can keep others
-        out for long, nor silent clients those that are being answered, and the reverse."""
-        clients[task] = None
-        if len(self._asking) + len(self._answered) > MAX_CLIENTS:
-            group = max(self._asking, self._answered, key=len)
-            oldest = next(iter(group))
-            del group[oldest]
+        self._clients[task] = False
+        if len(self._clients) > MAX_CLIENTS:
+            most_have_asked = sum(self._clients.values()) > len(self._clients) / 2
+            oldest = next(client for client, has_asked in self._clients.items() if has_asked == most_have_asked)
+            del self._clients[oldest]
             oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, whatever the client does."""
         task = asyncio.current_task()
         assert task
-        method = "GET"
         try:
             try:
                 method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                self._asking.pop(task, None)
-                self._add(self._answered, task)
-                head, body = await self._respond(path)
+                self._clients[task] = True
+                answer = await self._respond(path)
+                if method == "HEAD":
+                    answer = answer[: answer.index(END_OF_HEAD) + len(END_OF_HEAD)]
             except Unanswerable as error:
-                head, body = plain(error.status)
+                answer = plain(str(error))
             except asyncio.TimeoutError:
-                head, body = plain(408)
-            await asyncio.wait_for(_send(connection, [head] if method == "HEAD" else [head, body]), REQUEST_SECONDS)
+                answer = plain("408 Request Timeout")
+            await asyncio.wait_for(_send(connection, answer), REQUEST_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went away or was too slow: %s", error)
 
-    async def _respond(self, path: str) -> Response:
+    async def _respond(self, path: str) -> bytes:
         try:
             if path == "/healthz":
                 hanging = find_hanging(self._threads())
-                return plain(503 if hanging else 200, hanging or ["ok"])
+                return plain(UNAVAILABLE if hanging else OK, hanging or ["ok"])
             if path == "/readyz":
                 return self._readyz()
             if path in ("/", "/metrics", "/status.json"):
                 return await self._shared(path, lambda: self._view(path))
+            return plain("404 Not Found")
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
-            raise Unanswerable(503) from None
+            return plain(UNAVAILABLE)
         except Exception:
             log.critical("the status page failed; this is a bug", exc_info=True)
-            raise Unanswerable(500) from None
-        raise Unanswerable(404)
+            return plain("500 Internal Server Error")
 
     def _threads(self) -> List[Document]:
-        heartbeats = {"device side": self.stats.heartbeat, "kubelet side": self._side.heartbeat}
-        return describe_threads(heartbeats, self._max_age, time.monotonic())
+        """Per thread the age of its last heartbeat, and the age that it may have."""
+        now = time.monotonic()
+        max_age = MAX_MISSED_HEARTBEATS * max(self.interval, LOOK_SECONDS)  # the kubelet side turns no faster
+        heartbeats = {"device side": self.device_side_heartbeat, "kubelet side": self.side.heartbeat}
+        return [
+            {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+            for name, heartbeat in heartbeats.items()
+        ]
 
-    def _readyz(self) -> Response:
+    def _readyz(self) -> bytes:
         """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
-        side = self._side
-        unready: List[str] = []
-        remarks: List[str] = []
-        if isinstance(side, DraSide):
-            if side.obstacle:
-                (remarks if side.is_standby else unready).append(side.obstacle)
-        else:
-            for name in self.plan.resources:
-                state = describe_registration(side, name)
-                if state["served_by_other"]:
-                    remarks.append(f"{side.domain}/{name}: {state['trouble']}")
-                elif not state["ready"]:
-                    unready.append(f"{side.domain}/{name}: {unready_text(state['trouble'])}")
-        remarks.append(conf_problem(self.stats.conf))
-        return plain(503 if unready else 200, [*(unready or ["ok"]), *filter(None, remarks)])
+        unready, standby = self.side.readiness(self.plan.resources)
+        remarks = filter(None, [*standby, conf_problem(self.device_side["conf"])])
+        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *remarks])
 
-    async def _view(self, path: str) -> Response:
+    async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
         document = await self._shared("", self._describe)
         nonce, policy = os.urandom(16).hex(), ""
@@ -6715,48 +6639,41 @@ class StatusServer:
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
         else:
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
-        return respond(200, "".join(await in_slices(pieces)), kind, policy)
+        return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
         """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
         if not self._made:
-            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._forget)
+            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._made.clear)
         if key not in self._made:
             self._made[key] = asyncio.ensure_future(make())
         made: T = await asyncio.shield(self._made[key])
         return made
 
-    def _forget(self) -> None:
-        self._made = {}
-
     async def _describe(self) -> Document:
-        holders = await self._pod_resources.holders(self._side.slot_ids)
-        side, plan, epoch = self._side, self.plan, time.time() - time.monotonic()
+        side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
+        holders = await self.pod_resources.holders(side.slot_ids)
         resources = (
             {
                 **describe_resource(resource, side.domain, epoch),
-                **describe_registration(side, name),
+                **side.describe_registration(name),
                 **describe_use(resource, holders),
             }
             for name, resource in plan.resources.items()
         )
-        return describe_daemon(
-            plan,
-            self.stats,
-            await in_slices(resources),
-            node=self._node,
-            domain=side.domain,
-            time=utc(time.time()),
-            threads=self._threads(),
-            kubelet={
-                "answering": side.is_answering,
-                "restarts": side.kubelet_restarts,
-                "plugin_dir": side.plugin_dir,
-            },
-            dra=side.describe() if isinstance(side, DraSide) else None,
-            process=describe_process(),
-            events=self.events.events(),
-        )
+        document = {
+            "smarter_device_manager": __version__,
+            "node": self.node,
+            "domain": side.domain,
+            "time": utc(time.time()),
+            "threads": self._threads(),
+            **side.describe(),
+            "process": describe_process(),
+            "events": self.events.events(),
+            **self.device_side,
+            **describe_plan(plan, await in_slices(resources)),
+        }
+        return {**document, **describe_health(document)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7431,11 +7348,10 @@ class DeviceSide:
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
-    def stats(self) -> DeviceSideStats:
-        """The state for the status page, as of the last turn."""
-        return DeviceSideStats(
-            heartbeat=time.monotonic(),
-            conf={
+    def describe(self) -> Document:
+        """Its part of the status document, as of the last turn."""
+        return {
+            "conf": {
                 "path": self._conf_name,
                 "rules": len(self.rules),
                 "error": self._conf.error,
@@ -7444,9 +7360,9 @@ class DeviceSide:
                 "reloads": self._conf.reloads,
                 "failed_reloads": self._conf.failed_reloads,
             },
-            dev_problem=self._dev_problem,
-            scan_seconds=self.scan_seconds,
-        )
+            "dev_problem": self._dev_problem,  # why /dev cannot be read
+            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+        }
 
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at what can change without a change in /dev; whether the plan may change because of it."""
@@ -7606,10 +7522,11 @@ class KubeletThread(threading.Thread):
         if isinstance(self.side, DevicePluginSide):
             self._loop.call_soon_threadsafe(self.side.look_now)
 
-    def report(self, stats: DeviceSideStats) -> None:
-        """Give STATS to the status server. They are immutable, so the loop need not wake up for them."""
+    def report(self, device_side: Document) -> None:
+        """Give the status server the part of the device side. Nothing changes it, so the loop need not wake up."""
         if self.status:
-            self.status.stats = stats
+            self.status.device_side = device_side
+            self.status.device_side_heartbeat = time.monotonic()
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
@@ -7833,6 +7750,32 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
+BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
+
+
+def listen(address: Tuple[str, int]) -> socket.socket:
+    """A socket that listens on ADDRESS; on all addresses where it names no host."""
+    host = address[0]
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    listener.setblocking(False)
+    return listener
+
+
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
+    """ADDRESS as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _open_status(
     options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
 ) -> Optional[StatusServer]:
@@ -7841,11 +7784,14 @@ def _open_status(
         return None
     try:
         listener = listen(options.listen)
-    except Problem as problem:
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(listener, side, holders, options.node_name, options.interval, devices.plan, devices.stats())
+    status = StatusServer(
+        listener, side, holders, options.node_name, options.interval, devices.plan, devices.describe()
+    )
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
@@ -7868,7 +7814,7 @@ def _run(
             log_changes(old, plan)
             thread.send(plan)
             old = plan
-        thread.report(devices.stats())
+        thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
@@ -8030,6 +7976,22 @@ def _path_below(text: str, dev_dir: str) -> str:
         if path == top or path.startswith(top + "/"):
             return path[len(top) + 1 :]
     return path if path != "." and not path.startswith(("/", "..")) else ""
+
+
+def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    active = {device.line for resource in plan.resources.values() for device in resource.devices}
+    active |= {left.line for left in plan.left_out}
+    rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
+    winners: Dict[Tuple[int, str], Set[int]] = {}
+    for rule, device in overridden:
+        if rule.line not in active:
+            winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
+    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    title = "Rules that later rules override for every device that they name"
+    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
+        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
+    )
 
 
 def show_list(options: argparse.Namespace) -> int:

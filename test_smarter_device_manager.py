@@ -10279,14 +10279,15 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
 
 
 def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
-    heartbeats = {"device side": 100.0, "kubelet side": 105.0}
+    def hanging(device_side: float, kubelet_side: float) -> list[str]:
+        ages = {"device side": device_side, "kubelet side": kubelet_side}
+        return sdm.find_hanging(
+            {"name": name, "seconds_since_turn": age, "most_seconds": 10.0} for name, age in ages.items()
+        )
 
-    def hanging(now: float) -> list[str]:
-        return sdm.find_hanging(sdm.describe_threads(heartbeats, 10.0, now))
-
-    assert hanging(110.0) == []
-    assert hanging(110.1) == ["the device side hangs: its last turn was 10.1 s ago"]
-    assert len(hanging(116.0)) == 2
+    assert hanging(10.0, 5.0) == []
+    assert hanging(10.1, 5.1) == ["the device side hangs: its last turn was 10.1 s ago"]
+    assert len(hanging(16.0, 11.0)) == 2
 
 
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0)])
@@ -10586,6 +10587,7 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
         (b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\r\n\r\n", 400),  # RFC 9112, 2.2: no CR but before an LF
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
@@ -10647,7 +10649,7 @@ def test_any_bytes_are_a_request_or_unanswerable(head: bytes) -> None:
     try:
         method, _ = sdm.parse_request(head)
     except sdm.Unanswerable as error:
-        assert 400 <= error.status <= 505
+        assert 400 <= int(str(error)[:3]) <= 505
     else:
         assert method in ("GET", "HEAD")
 
@@ -11055,19 +11057,14 @@ def hostile_document() -> dict[str, Any]:
         "ready": False, "served_by_other": False, "trouble": HOSTILE_WORD, "allocations": 1, "registrations": 1,
         "refusals": 1, "stream_losses": 1, "start_refusals": 0,
     }  # fmt: skip
-    return sdm.describe_daemon(
-        plan,
-        sdm.DeviceSideStats(0.0, conf, HOSTILE_WORD, 0.1),
-        [
-            {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
-            for resource in plan.resources.values()
-        ],
-        node=HOSTILE_WORD,
-        domain=HOSTILE_WORD,
-        time=sdm.utc(1e9),
-        threads=sdm.describe_threads({HOSTILE_WORD: 0.0}, 1.0, 100.0),
-        kubelet={"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
-        dra={
+    document = {
+        "smarter_device_manager": HOSTILE_WORD,
+        "node": HOSTILE_WORD,
+        "domain": HOSTILE_WORD,
+        "time": sdm.utc(1e9),
+        "threads": [{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "most_seconds": 1.0}],
+        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
+        "dra": {
             "problem": HOSTILE_WORD,
             "slices": 1,
             "slice_devices": 1,
@@ -11077,12 +11074,23 @@ def hostile_document() -> dict[str, Any]:
             "claims_prepared": 1,
             "prepare_errors": 1,
         },
-        process=sdm.describe_process(),
-        events=[
+        "process": sdm.describe_process(),
+        "events": [
             {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "resource", "more"), "")},
             {"time": sdm.utc(1e9), "level": "info", "event": "e", "message": HOSTILE_WORD, "more": HOSTILE_WORD + "!"},
         ],
-    )
+        "conf": conf,
+        "dev_problem": HOSTILE_WORD,
+        "scan_seconds": 0.1,
+        **sdm.describe_plan(
+            plan,
+            [
+                {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
+                for resource in plan.resources.values()
+            ],
+        ),
+    }
+    return {**document, **sdm.describe_health(document)}
 
 
 def test_the_page_escapes_everything() -> None:
