@@ -3439,7 +3439,9 @@ def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
     }
     for found in plan.resources.values():
         sdm._list_message(found)
-    assert sdm.slots_of(plan.resources["snd"]) == (sdm.Slot("0", True, (0, 1)),)
+    assert [(slot.id, slot.healthy, slot.device.numa) for slot in sdm.slots_of(plan.resources["snd"])] == [
+        ("0", True, (0, 1))
+    ]
 
 
 class Reads:
