@@ -80,6 +80,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
     TypeVar,
     Union,
 )
@@ -4619,7 +4620,7 @@ MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
-MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
+MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
@@ -4751,14 +4752,18 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def resource_slice(
-    domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
-) -> Document:
-    """The ResourceSlice INDEX of NODE. The Node owns it, so it is deleted with the Node."""
+def resource_slices(
+    domain: str, node: str, node_uid: str, generation: int, groups: List[List[Document]]
+) -> Dict[str, Document]:
+    """The ResourceSlices of NODE by name, one per group of devices. The Node owns them, so they are deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
-    metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
-    spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
-    return _api_object("ResourceSlice", metadata, spec)
+    pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
+    slices = {}
+    for index, devices in enumerate(groups):
+        name = slice_name(node, domain, index)
+        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
+        slices[name] = _api_object("ResourceSlice", {"name": name, "ownerReferences": [owner]}, spec)
+    return slices
 
 
 def device_class(domain: str, resource: str = "") -> Document:
@@ -4783,11 +4788,15 @@ def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
     }
 
 
-def comparable_slice(resource_slice: object) -> object:
-    """The part of RESOURCE_SLICE that is to be as wanted: its spec and owner without generation and times."""
-    return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
-        _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
-    ]
+def comparable_slices(slices: Mapping[str, object]) -> Document:
+    """The parts of SLICES that are to be as wanted, by name: spec without generation and times, and owners."""
+    return {
+        name: (
+            _without(_dig(item, dict, "spec"), {"generation", "timeAdded"}),
+            [_dig(owner, str, "uid") for owner in _dig(item, list, "metadata", "ownerReferences")],
+        )
+        for name, item in slices.items()
+    }
 
 
 def _without(value: object, keys: Set[str]) -> object:
@@ -4797,21 +4806,11 @@ def _without(value: object, keys: Set[str]) -> object:
     return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
-def _dig(value: object, *keys: str) -> Any:
-    """The value below KEYS in VALUE, of JSON; None where there is none."""
+def _dig(value: object, kind: Type[T], *keys: str) -> T:
+    """The KIND of value below KEYS in VALUE, of JSON; an empty one where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _list(value: object) -> List[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _checked_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
+    return value if isinstance(value, kind) else kind()
 
 
 def claim_path(namespace: str, name: str) -> str:
@@ -4826,13 +4825,13 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     Raises AllocationError.
     """
     found = []
-    results = _dig(claim, "status", "allocation", "devices", "results")
-    for result in results if isinstance(results, list) else [None]:
-        request, device = _dig(result, "request"), _dig(result, "device")
-        if not isinstance(request, str) or not isinstance(device, str):
+    results = _dig(claim, list, "status", "allocation", "devices", "results")
+    for result in results or [None]:
+        request, device = _dig(result, str, "request"), _dig(result, str, "device")
+        if not request or not device:
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
-        if _dig(result, "driver") == domain:
-            if _dig(result, "pool") != node:
+        if _dig(result, str, "driver") == domain:
+            if _dig(result, str, "pool") != node:
                 raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
             found.append((request.partition("/")[0], device))
     return found
@@ -4892,15 +4891,15 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
-    owner = {key: _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in _CLAIM_NOTES}
+    owner = {key: _dig(document, str, "annotations", f"{domain}/claim-{key}") for key in _CLAIM_NOTES}
     if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
         raise ValueError("no name of a claim")
     devices = []
     for device in document["devices"]:
-        prefix, _, name = _checked_text(device["name"]).partition(f"{owner['uid']}-")
-        notes = {key: _checked_text(device["annotations"][f"{domain}/{key}"]) for key in _DEVICE_NOTES}
+        prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
+        notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
         edits = device["containerEdits"]
-        if prefix or not name or not isinstance(edits, dict):
+        if prefix or not name or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
         devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
     return PreparedClaim(**owner, devices=tuple(devices))
@@ -5047,28 +5046,32 @@ class ApiServer:
             return None
         import ssl
 
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the certificate and the host's name
+        # As a Go client does, take an intermediate CA alone for the CA that it is; Python knows the flag since 3.10.
+        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0)
         try:
-            context = ssl.create_default_context(cafile=self._ca_file)
-            # Since Python 3.13 it asks for extensions that the certificates of many clusters do not have.
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-            return context
-        except ssl.SSLError:
+            context.load_verify_locations(cadata=_read_file("CA file", self._ca_file).decode("ascii", "ignore"))
+        except (ssl.SSLError, ValueError):
             raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
-        except OSError as error:
-            raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
+        return context
 
     def _authorization(self) -> List[str]:
         """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
         if not self.address.is_tls:
             return []
-        try:
-            with open(self._token_file, "rb", opener=_open_at_once) as file:
-                token = file.read(MAX_TOKEN_BYTES).strip()
-        except OSError as error:
-            raise ApiError(f"cannot read the token file {self._token_file}: {error.strerror}") from None
+        token = _read_file("token file", self._token_file).strip()
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
         return [f"Authorization: Bearer {token.decode()}"]
+
+
+def _read_file(kind: str, path: str) -> bytes:
+    """The content of the file of this KIND at PATH. Raises ApiError."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
@@ -5126,8 +5129,8 @@ class CdiFiles:
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
-                document = json.loads(file.read(MAX_CDI_BYTES))
-            if _dig(document, "kind") not in (None, f"{self._domain}/device"):
+                document = json.loads(file.read(MAX_FILE_BYTES))
+            if _dig(document, str, "kind") not in ("", f"{self._domain}/device"):
                 return None
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
@@ -5185,7 +5188,7 @@ class Publisher:
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._versions: Mapping[str, object] = {"": ""}  # resourceVersions of what was published, by name
+        self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
         self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
@@ -5264,29 +5267,24 @@ class Publisher:
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
         answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
         copies = {}
-        for item in _list(_dig(answer, "items")):
-            owner = _dig(item, "spec", "driver"), _dig(item, "spec", "nodeName")
-            name = _dig(item, "metadata", "name")
-            if owner == (self._domain, self._node) and isinstance(name, str) and _OBJECT_NAME.fullmatch(name):
+        for item in _dig(answer, list, "items"):
+            owner = _dig(item, str, "spec", "driver"), _dig(item, str, "spec", "nodeName")
+            name = _dig(item, str, "metadata", "name")
+            if owner == (self._domain, self._node) and _OBJECT_NAME.fullmatch(name):
                 copies[name] = item
         return copies
 
     async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        generations = set(map(_generation, copies.values()))
-        pool = {"name": self._node, "generation": 1 + max(generations, default=0), "resourceSliceCount": len(wanted)}
-        bodies = [
-            resource_slice(self._domain, self._node, node_uid, index, pool, devices)
-            for index, devices in enumerate(wanted)
-        ]
-        slices = {body["metadata"]["name"]: body for body in bodies}
-        has_all = copies.keys() == slices.keys() and len(generations) <= 1
-        if has_all and all(comparable_slice(copies[name]) == comparable_slice(body) for name, body in slices.items()):
+        generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
+        generation = 1 + max(generations, default=0)
+        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
+        if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
             return
         path = f"{_API}/resourceslices"
         for name, body in slices.items():
             if name in copies:
-                body["metadata"]["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
+                body["metadata"]["resourceVersion"] = _dig(copies[name], str, "metadata", "resourceVersion")
                 copies[name] = await self._api.call("update", f"{path}/{name}", body)
             else:
                 copies[name] = await self._api.call("create", path, body)
@@ -5295,7 +5293,7 @@ class Publisher:
             del copies[name]
         count = pluralize(sum(map(len, wanted)), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
-        log_event("published", sentence, generation=pool["generation"])
+        log_event("published", sentence, generation=generation)
 
     async def _make_classes(self) -> None:
         """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
@@ -5312,19 +5310,14 @@ class Publisher:
 
 def _uid_of(document: object, kind: str) -> str:
     """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
-    uid = _dig(document, "metadata", "uid")
-    if not isinstance(uid, str) or not uid:
+    uid = _dig(document, str, "metadata", "uid")
+    if not uid:
         raise ApiError(f"what the API server sends as {kind} has no uid", 200)
     return uid
 
 
-def _generation(resource_slice: object) -> int:
-    generation = _dig(resource_slice, "spec", "pool", "generation")
-    return generation if type(generation) is int else 0
-
-
-def _versions(slices: Mapping[str, object]) -> Mapping[str, object]:
-    return {name: _dig(item, "metadata", "resourceVersion") for name, item in slices.items()}
+def _versions(slices: Mapping[str, object]) -> Mapping[str, str]:
+    return {name: _dig(item, str, "metadata", "resourceVersion") for name, item in slices.items()}
 
 
 # The driver.
@@ -6903,7 +6896,7 @@ class SimulatedApiServer:
             return 200, {"items": self.list(path)}
         if (old is None) != (method == "POST"):
             return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
-        if method == "PUT" and _dig(body, "metadata", "resourceVersion") != _dig(old, "metadata", "resourceVersion"):
+        if method == "PUT" and _versions({path: body}) != _versions({path: old}):
             return 409, {"message": f"{path} has been modified"}
         if method == "DELETE":
             return 200, self.objects.pop(path)
