@@ -61,6 +61,7 @@ import stat
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -1329,6 +1330,19 @@ def read_conf(path: str) -> str:
 def _open_at_once(path: str, flags: int) -> int:
     """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(data)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 # The rules without a config file. This is conf.yaml, word for word; a test compares them.
@@ -4660,6 +4674,11 @@ class PreparedDevice(NamedTuple):
     edits: Document  # containerEdits of CDI
     is_gone: bool = False  # then no container may start with it: another device may be in its place
 
+    @property
+    def result(self) -> Tuple[str, str]:
+        """The result of the claim's allocation that it was prepared for: request and device's name."""
+        return self.request, self.name
+
 
 class PreparedClaim(NamedTuple):
     """A ResourceClaim whose devices are prepared: the content of one CDI file."""
@@ -4990,7 +5009,7 @@ class ApiServer:
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
-        self.requests: Dict[Tuple[str, str], int] = {}  # their number by verb and code
+        self.requests: Counter[Tuple[str, str]] = Counter()  # by verb and code
         self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
         self._token_file = token_file
         self._ca_file = ca_file
@@ -5020,7 +5039,7 @@ class ApiServer:
         except ApiError as error:
             self.problem = str(error)
         finally:
-            self.requests[verb, code] = self.requests.get((verb, code), 0) + 1
+            self.requests[verb, code] += 1
         raise ApiError(self.problem)
 
     async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
@@ -5151,14 +5170,8 @@ class CdiFiles:
         """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                os.fchmod(file.fileno(), 0o644)
-                json.dump(cdi_document(claim, self._domain), file, indent=1)
-            os.rename(temporary, self.path(claim.uid))
-        except OSError:
-            self._discard(temporary)
-            raise
+        text = json.dumps(cdi_document(claim, self._domain), indent=1)
+        write_file(self.path(claim.uid), temporary, text.encode(), 0o644)
         self.claims[claim.uid] = claim
 
     def remove(self, uid: str) -> None:
@@ -5188,6 +5201,7 @@ class Publisher:
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
+        self._node_uid = ""
         self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
         self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
@@ -5249,12 +5263,12 @@ class Publisher:
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
             is_ours = _versions(copies) == self._versions  # nobody else has changed them
-            if not is_ours:
-                self._classes.clear()  # the API server may be another one, without them
+            if not is_ours:  # the Node, and the API server, may be another one then
+                self._node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
+                self._classes.clear()
             if not is_ours or wanted != self.published:
-                node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
                 try:
-                    await self._replace(copies, wanted, node_uid)
+                    await self._replace(copies, wanted)
                 except ApiError as error:
                     # 404 or 409: somebody else has changed, made or deleted one meanwhile
                     if tries_left and error.status in (404, 409):
@@ -5274,11 +5288,11 @@ class Publisher:
                 copies[name] = item
         return copies
 
-    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
+    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]]) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
         generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
         generation = 1 + max(generations, default=0)
-        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
+        slices = resource_slices(self._domain, self._node, self._node_uid, generation, wanted)
         if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
             return
         path = f"{_API}/resourceslices"
@@ -5363,7 +5377,7 @@ class DraSide(KubeletSide):
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.kubelet_restarts = self.prepare_errors = 0
-        self.prepared: Dict[str, int] = {}  # numbers of slots, by resource
+        self.prepared: Counter[str] = Counter()  # slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: SlotsOfDra = {}  # those of the plan
@@ -5565,7 +5579,7 @@ class DraSide(KubeletSide):
         if not self.publisher:
             raise AllocationError("UNAVAILABLE", NOT_SERVED)
         prepared = self.cdi.claims.get(claim.uid)
-        if not prepared or {(device.request, device.name) for device in prepared.devices} != set(requests):
+        if not prepared or {device.result for device in prepared.devices} != set(requests):
             return self._prepare_anew(claim, requests)
         prepared = self._update(prepared)
         for device in prepared.devices:
@@ -5583,8 +5597,7 @@ class DraSide(KubeletSide):
         devices = prepare_devices(requests, self.slots, self._devices)
         prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
         self.cdi.write(prepared)
-        for device in devices:
-            self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
+        self.prepared.update(device.resource for device in devices)
         names = join_names([device.name for device in devices])
         log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
         return prepared
@@ -5601,7 +5614,7 @@ class DraSide(KubeletSide):
             uid = _uid_of(found, "a ResourceClaim")
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
-                return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
+                return [device.result for device in self.cdi.claims[claim.uid].devices]
             raise
         if uid != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
@@ -5661,10 +5674,10 @@ class DraSide(KubeletSide):
 
         A device that is no longer offered stays as it was. Raises AllocationError and OSError.
         """
-        gone = {device.name for device in claim.devices if self._problem_of(device)}
-        devices = {device.name: device._replace(is_gone=device.name in gone) for device in claim.devices}
-        offered = [(device.request, name) for name, device in devices.items() if name in self.slots.keys() - gone]
-        devices.update((device.name, device) for device in prepare_devices(offered, self.slots, self._devices))
+        now = (device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices)
+        devices = {device.result: device for device in now}
+        offered = [key for key, device in devices.items() if device.name in self.slots and not device.is_gone]
+        devices.update((device.result, device) for device in prepare_devices(offered, self.slots, self._devices))
         updated = claim._replace(devices=tuple(devices.values()))
         if updated != claim or not os.path.exists(self.cdi.path(claim.uid)):
             self.cdi.write(updated)
@@ -6485,7 +6498,7 @@ def describe_registration(side: Union[DevicePluginSide, DraSide], name: str) -> 
     """How the resource NAME of SIDE stands with the kubelet."""
     counts = dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0)
     if isinstance(side, DraSide):
-        counts.update(allocations=side.prepared.get(name, 0), registrations=side.registrations)
+        counts.update(allocations=side.prepared[name], registrations=side.registrations)
         return {"ready": not side.obstacle, "served_by_other": side.is_standby, "trouble": side.obstacle, **counts}
     registration = side.registrations.get(name)
     if registration is None:
@@ -7035,7 +7048,9 @@ class KeptFile:
             return
         try:
             if not self._holds(text):
-                self._replace(text.encode())
+                data = text.encode()
+                new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
+                write_file(self.path, new, self._first_line(data) + data, 0o600)
             self._kept = text, self._find_stamp()
             self._is_failing = False
         except OSError as error:
@@ -7070,17 +7085,6 @@ class KeptFile:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
             log.debug("cannot empty %s: %s", self.path, error.strerror)
-
-    def _replace(self, data: bytes) -> None:
-        new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(self._first_line(data) + data)
-            os.rename(new, self.path)
-        except OSError:
-            os.unlink(new)
-            raise
 
     def _first_line(self, data: bytes) -> bytes:
         return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode("utf-8", "backslashreplace")
