@@ -4946,12 +4946,7 @@ class ApiAddress(NamedTuple):
     prefix: str  # of every path
 
 
-class ApiAnswer(NamedTuple):
-    """An answer of the API server."""
-
-    status: int
-    document: Document
-    retry_after: float
+ApiAnswer = Tuple[int, Document, float]  # HTTP status, content, and the seconds of Retry-After
 
 
 def parse_api_url(url: str) -> ApiAddress:
@@ -4982,23 +4977,23 @@ def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
             raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
         document = {}
     retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
-    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
+    return status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0
 
 
-def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
-    """Why the API server refused VERB on PATH, in one sentence."""
+def api_problem(verb: str, path: str, status: int, document: Document) -> str:
+    """Why the API server refused VERB on PATH with STATUS and DOCUMENT, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
-    message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
+    message = printable(str(document.get("message", "")))[:MAX_API_TEXT]
     ending = f": {message}" if message else ""
-    if answer.status == 403:
+    if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
-    if answer.status == 404 and kind == "nodes":
+    if status == 404 and kind == "nodes":
         return f"there is no Node {path.rpartition('/')[2]} (404); --node-name names the Node"
-    if answer.status == 404 and verb in ("list", "create"):
+    if status == 404 and verb in ("list", "create"):
         return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
     reasons = {401: "does not accept the token", 409: "has another one by now", 429: "is asked too much"}
-    return f"the API server {reasons.get(answer.status, 'fails')} ({answer.status}) to {verb} {kind}{ending}"
+    return f"the API server {reasons.get(status, 'fails')} ({status}) to {verb} {kind}{ending}"
 
 
 class ApiServer:
@@ -5016,21 +5011,22 @@ class ApiServer:
 
     async def call(self, verb: str, path: str, body: Optional[Document] = None, absent: int = 0) -> Optional[Document]:
         """The answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT. Raises ApiError."""
-        answer = await self._send(verb, path, body)
-        if answer.status == 401:  # the token was replaced while the request was on its way
-            answer = await self._send(verb, path, body)
-        if answer.status == absent:
+        status, document, retry_after = await self._send(verb, path, body)
+        if status == 401:  # the token was replaced while the request was on its way
+            status, document, retry_after = await self._send(verb, path, body)
+        if status == absent:
             return None
-        if 200 <= answer.status < 300:
-            return answer.document
-        raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
+        if 200 <= status < 300:
+            return document
+        raise ApiError(api_problem(verb, path, status, document), status, retry_after)
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
-            code, self.problem = str(answer.status), ""
+            status, _, _ = answer
+            code, self.problem = str(status), ""
             return answer
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
