@@ -4720,12 +4720,8 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
 def slice_device(name: str, slot: Slot, domain: str) -> Document:
     """SLOT as the device NAME of a ResourceSlice."""
     resource, device = slot.resource, slot.device
-    values: Dict[str, Union[str, int]] = {
-        "resource": resource.name,
-        "path": device_path(device),
-        "slot": slot.number,
-        **dict(device.facts),
-    }
+    values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
+    values.update(device.facts)
     if resource.pool:
         values["pool"] = resource.name
     if len(device.numa) == 1:
@@ -4781,7 +4777,7 @@ def resource_slices(
     for index, devices in enumerate(groups):
         name = slice_name(node, domain, index)
         spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
-        slices[name] = _api_object("ResourceSlice", {"name": name, "ownerReferences": [owner]}, spec)
+        slices[name] = _api_object("ResourceSlice", name, spec, ownerReferences=[owner])
     return slices
 
 
@@ -4794,17 +4790,13 @@ def device_class(domain: str, resource: str = "") -> Document:
         expression += f' && device.attributes["{domain}"].resource == "{resource}"'
         spec["extendedResourceName"] = f"{domain}/{resource}"
     spec["selectors"] = [{"cel": {"expression": expression}}]
-    return _api_object("DeviceClass", {"name": name}, spec)
+    return _api_object("DeviceClass", name, spec)
 
 
-def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
+def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Document:
     labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
-    return {
-        "apiVersion": "resource.k8s.io/v1",
-        "kind": kind,
-        "metadata": {**metadata, "labels": labels},
-        "spec": spec,
-    }
+    metadata.update(name=name, labels=labels)
+    return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
 def comparable_slices(slices: Mapping[str, object]) -> Document:
@@ -4874,21 +4866,21 @@ def prepare_devices(
         ids = [slots[name].id for name in names]
         together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
         for name, allocation in zip(names, alone):
-            edits = container_edits(ContainerAllocation(allocation.specs, together.env))
+            edits = container_edits(allocation.specs, together.env)
             slot = slots[name]
             prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
     return tuple(prepared)
 
 
-def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI, which may name only nodes, no link or folder."""
+def container_edits(specs: Iterable[DeviceSpec], env: Mapping[str, str]) -> Document:
+    """SPECS and ENV as containerEdits of CDI, which may name only nodes, no link or folder."""
     nodes = {
         container: {"path": container, "hostPath": host, "permissions": spec.permissions}
-        for spec in allocation.specs
+        for spec in specs
         for host, container in spec.nodes
     }
-    env = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
-    return {**({"env": env} if env else {}), **({"deviceNodes": list(nodes.values())} if nodes else {})}
+    edits = {"env": [f"{name}={value}" for name, value in sorted(env.items())], "deviceNodes": list(nodes.values())}
+    return {key: value for key, value in edits.items() if value}
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
