@@ -5076,7 +5076,7 @@ def _read_file(kind: str, path: str) -> bytes:
     """The content of the file of this KIND at PATH. Raises ApiError."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
-            return file.read(MAX_FILE_BYTES)
+            return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
     except OSError as error:
         raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
 
