@@ -5189,7 +5189,6 @@ class Publisher:
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._node_uid = ""
         self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
         self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
@@ -5251,12 +5250,12 @@ class Publisher:
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
             is_ours = _versions(copies) == self._versions  # nobody else has changed them
-            if not is_ours:  # the Node, and the API server, may be another one then
-                self._node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
-                self._classes.clear()
+            if not is_ours:
+                self._classes.clear()  # the API server may be another one, without them
             if not is_ours or wanted != self.published:
+                node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
                 try:
-                    await self._replace(copies, wanted)
+                    await self._replace(copies, wanted, node_uid)
                 except ApiError as error:
                     # 404 or 409: somebody else has changed, made or deleted one meanwhile
                     if tries_left and error.status in (404, 409):
@@ -5276,11 +5275,11 @@ class Publisher:
                 copies[name] = item
         return copies
 
-    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]]) -> None:
+    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
         generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
         generation = 1 + max(generations, default=0)
-        slices = resource_slices(self._domain, self._node, self._node_uid, generation, wanted)
+        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
         if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
             return
         path = f"{_API}/resourceslices"

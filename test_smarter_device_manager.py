@@ -8931,6 +8931,12 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
     camera.api.remove_slices()  # as the garbage collector does
     camera.wait_for_devices("video0-0", "video0-1")
     assert camera.api.slices()[0]["metadata"]["ownerReferences"][0]["uid"] == "another"
+    camera.node.rules("- devicematch: ^video7$\n")
+    camera.wait_for_devices()
+    camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "a third"}})
+    camera.node.rules(VIDEO)
+    camera.wait_for_devices("video0-0", "video0-1")
+    assert camera.api.slices()[0]["metadata"]["ownerReferences"][0]["uid"] == "a third", "no slice had told of it"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
