@@ -61,6 +61,7 @@ import stat
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -80,6 +81,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
     TypeVar,
     Union,
 )
@@ -1330,6 +1332,19 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(data)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
 # The rules without a config file. This is conf.yaml, word for word; a test compares them.
 DEFAULT_CONF = r"""
 # The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
@@ -2318,11 +2333,21 @@ class Resource:
 
 
 class Slot(NamedTuple):
-    """One entry of the list that is sent to the kubelet: Device of the device plugin API."""
+    """A slot: a Device of the device plugin API, and of a ResourceSlice."""
 
-    id: str
-    healthy: bool
-    numa: Tuple[int, ...]
+    resource: Resource
+    device: Device  # of the resource
+    number: int
+
+    @property
+    def id(self) -> str:
+        """Its ID in the device plugin API, which follows from paths alone: so it means the same device tomorrow."""
+        return _slot_id(self.resource, self.device, self.number)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether its device can be given to a container."""
+        return not self.device.problem
 
 
 class LeftOut(NamedTuple):
@@ -2820,12 +2845,8 @@ def device_path(device: Device) -> str:
 
 
 def slots_of(resource: Resource) -> Tuple[Slot, ...]:
-    """The list that is sent to the kubelet. IDs follow from paths alone, so they mean the same device tomorrow."""
-    return tuple(
-        Slot(_slot_id(resource, device, number), not device.problem, device.numa)
-        for device in resource.devices
-        for number in range(device.slots)
-    )
+    """Every slot of RESOURCE."""
+    return tuple(Slot(resource, device, number) for device in resource.devices for number in range(device.slots))
 
 
 def _slot_id(resource: Resource, device: Device, number: int) -> str:
@@ -3136,6 +3157,7 @@ POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing m
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 SLICE_SECONDS = 0.001  # of long work before the loop serves others
+MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
@@ -3637,7 +3659,7 @@ class Holder(NamedTuple):
     container: str
 
 
-SlotsOfDra = Mapping[str, Tuple[str, str]]  # resource (without the domain) and ID of a slot, by its device's name
+SlotsOfDra = Mapping[str, Slot]  # by the name that a DRA driver gave to the slot
 Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
 
 
@@ -3657,11 +3679,8 @@ def find_holders(
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
             held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
-            held += [
-                slots[device.device_name]
-                for device in claimed
-                if device.driver_name == domain and device.device_name in slots
-            ]
+            names_of_ours = [device.device_name for device in claimed if device.driver_name == domain]
+            held += [(slots[name].resource.name, slots[name].id) for name in names_of_ours if name in slots]
             yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
 
 
@@ -3702,6 +3721,16 @@ class PodResources:
             call = channel.unary_unary("/v1.PodResourcesLister/List")
             answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
             return answer
+
+
+def is_news(logged: Dict[str, str], key: str, text: str) -> bool:
+    """Whether TEXT is not the last text that was LOGGED of KEY; now it is. What fails is tried again and again."""
+    if logged.get(key) == text:
+        return False
+    while len(logged) >= MAX_REFUSALS:
+        del logged[next(iter(logged))]
+    logged[key] = text
+    return True
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
@@ -3752,6 +3781,12 @@ class KubeletSide:
         if not self._done.done():
             self._done.set_exception(error)
 
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        """Let run() raise what TASK has raised, if it has."""
+        error = None if task.cancelled() else task.exception()
+        if error:
+            self._fail(error)
+
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
         try:
@@ -3772,7 +3807,6 @@ class KubeletSide:
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
 READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
 LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
 CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
@@ -4117,11 +4151,7 @@ class Plugin:
         )
         self.start_refusals += 1
         self._devices.look_again()
-        key = slot_id[:MAX_SHOWN]
-        if self._refusals.get(key) != text:
-            while len(self._refusals) >= MAX_REFUSALS:
-                del self._refusals[next(iter(self._refusals))]
-            self._refusals[key] = text
+        if is_news(self._refusals, slot_id[:MAX_SHOWN], text):
             log_event(
                 "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
             )
@@ -4136,7 +4166,7 @@ def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
     for slot in slots_of(resource):
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
-        for numa in slot.numa:
+        for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
     return response
 
@@ -4480,7 +4510,7 @@ class DevicePluginSide(KubeletSide):
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
-        self.slot_ids: SlotsOfDra = {}  # without DRA there is none
+        self.slots: SlotsOfDra = {}  # without DRA there is none
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
         others = OtherInstances(loop)
@@ -4637,9 +4667,7 @@ class DevicePluginSide(KubeletSide):
         def ended(_: object) -> None:
             if self._tasks.get(name) is task:
                 del self._tasks[name]
-            error = None if task.cancelled() else task.exception()
-            if error:
-                self._fail(error)
+            self._fail_with(task)
             self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
@@ -4658,7 +4686,7 @@ MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 16 << 20  # bytes
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
-MAX_TOKEN_BYTES, MAX_CDI_BYTES = 64 << 10, 1 << 20
+MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
@@ -4688,18 +4716,6 @@ _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
 }
 
 
-class PlanSlot(NamedTuple):
-    """A slot of the plan."""
-
-    resource: Resource
-    device: Device
-    number: int
-
-    @property
-    def id(self) -> str:
-        return _slot_id(self.resource, self.device, self.number)
-
-
 class PreparedDevice(NamedTuple):
     """A slot that was prepared for a claim."""
 
@@ -4709,6 +4725,11 @@ class PreparedDevice(NamedTuple):
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
     is_gone: bool = False  # then no container may start with it: another device may be in its place
+
+    @property
+    def result(self) -> Tuple[str, str]:
+        """The result of the claim's allocation that it was prepared for: request and device's name."""
+        return self.request, self.name
 
 
 class PreparedClaim(NamedTuple):
@@ -4722,9 +4743,6 @@ class PreparedClaim(NamedTuple):
     @property
     def full_name(self) -> str:
         return f"{self.namespace}/{self.name}"
-
-
-PlanSlots = Mapping[str, PlanSlot]  # by the device's name in the slices
 
 
 def dns_label(text: str, limit: int) -> str:
@@ -4742,36 +4760,37 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def slots_by_device_name(plan: Plan) -> PlanSlots:
+def slots_by_device_name(plan: Plan) -> SlotsOfDra:
     """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
-    slots: Dict[str, PlanSlot] = {}
+    slots: Dict[str, Slot] = {}
     for resource in plan.resources.values():
-        for device in resource.devices:
-            label = dns_label(device.path, MAX_DEVICE_NAME - len("-9999"))
-            slots.update((f"{label}-{number}", PlanSlot(resource, device, number)) for number in range(device.slots))
+        labels = {device.path: dns_label(device.path, MAX_DEVICE_NAME - len("-9999")) for device in resource.devices}
+        slots.update((f"{labels[slot.device.path]}-{slot.number}", slot) for slot in slots_of(resource))
     return slots
 
 
-def slice_device(name: str, slot: PlanSlot, domain: str) -> Document:
+def slice_device(name: str, slot: Slot, domain: str) -> Document:
     """SLOT as the device NAME of a ResourceSlice."""
     resource, device = slot.resource, slot.device
-    texts = {"resource": resource.name, "path": device_path(device), **dict(device.facts)}
+    values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
+    values.update(device.facts)
     if resource.pool:
-        texts["pool"] = resource.name
-    numbers = {"slot": slot.number, **({"numaNode": device.numa[0]} if len(device.numa) == 1 else {})}
-    return _slice_device(name, texts, numbers, bool(device.problem), domain)
+        values["pool"] = resource.name
+    if len(device.numa) == 1:
+        values["numaNode"] = device.numa[0]
+    return _slice_device(name, values, bool(device.problem), domain)
 
 
 def lost_device(device: PreparedDevice, domain: str) -> Document:
     """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
-    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, {}, True, domain)
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, True, domain)
 
 
-def _slice_device(
-    name: str, texts: Mapping[str, str], numbers: Mapping[str, int], is_gone: bool, domain: str
-) -> Document:
-    attributes: Document = {key: {"string": _cut_bytes(text)} for key, text in texts.items()}
-    attributes.update((key, {"int": number}) for key, number in numbers.items())
+def _slice_device(name: str, values: Mapping[str, Union[str, int]], is_gone: bool, domain: str) -> Document:
+    attributes = {
+        key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
+        for key, value in values.items()
+    }
     # The control plane evicts the pods that use a device with this taint.
     taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
     return {"name": name, "attributes": attributes, **taints}
@@ -4800,14 +4819,18 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def resource_slice(
-    domain: str, node: str, node_uid: str, index: int, pool: Document, devices: List[Document]
-) -> Document:
-    """The ResourceSlice INDEX of NODE. The Node owns it, so it is deleted with the Node."""
+def resource_slices(
+    domain: str, node: str, node_uid: str, generation: int, groups: List[List[Document]]
+) -> Dict[str, Document]:
+    """The ResourceSlices of NODE by name, one per group of devices. The Node owns them, so they are deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
-    metadata = {"name": slice_name(node, domain, index), "ownerReferences": [owner]}
-    spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
-    return _api_object("ResourceSlice", metadata, spec)
+    pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
+    slices = {}
+    for index, devices in enumerate(groups):
+        name = slice_name(node, domain, index)
+        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
+        slices[name] = _api_object("ResourceSlice", name, spec, ownerReferences=[owner])
+    return slices
 
 
 def device_class(domain: str, resource: str = "") -> Document:
@@ -4819,24 +4842,24 @@ def device_class(domain: str, resource: str = "") -> Document:
         expression += f' && device.attributes["{domain}"].resource == "{resource}"'
         spec["extendedResourceName"] = f"{domain}/{resource}"
     spec["selectors"] = [{"cel": {"expression": expression}}]
-    return _api_object("DeviceClass", {"name": name}, spec)
+    return _api_object("DeviceClass", name, spec)
 
 
-def _api_object(kind: str, metadata: Document, spec: Document) -> Document:
+def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Document:
     labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
+    metadata.update(name=name, labels=labels)
+    return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def comparable_slices(slices: Mapping[str, object]) -> Document:
+    """The parts of SLICES that are to be as wanted, by name: spec without generation and times, and owners."""
     return {
-        "apiVersion": "resource.k8s.io/v1",
-        "kind": kind,
-        "metadata": {**metadata, "labels": labels},
-        "spec": spec,
+        name: (
+            _without(_dig(item, dict, "spec"), {"generation", "timeAdded"}),
+            [_dig(owner, str, "uid") for owner in _dig(item, list, "metadata", "ownerReferences")],
+        )
+        for name, item in slices.items()
     }
-
-
-def comparable_slice(resource_slice: Document) -> object:
-    """The part of RESOURCE_SLICE that is to be as wanted: its spec and owner without generation and times."""
-    return _without(_dig(resource_slice, "spec"), {"generation", "timeAdded"}), [
-        _dig(owner, "uid") for owner in _list(_dig(resource_slice, "metadata", "ownerReferences"))
-    ]
 
 
 def _without(value: object, keys: Set[str]) -> object:
@@ -4846,21 +4869,11 @@ def _without(value: object, keys: Set[str]) -> object:
     return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
-def _dig(value: object, *keys: str) -> Any:
-    """The value below KEYS in VALUE, of JSON; None where there is none."""
+def _dig(value: object, kind: Type[T], *keys: str) -> T:
+    """The KIND of value below KEYS in VALUE, of JSON; an empty one where there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _list(value: object) -> List[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _checked_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
+    return value if isinstance(value, kind) else kind()
 
 
 def claim_path(namespace: str, name: str) -> str:
@@ -4868,27 +4881,27 @@ def claim_path(namespace: str, name: str) -> str:
     return f"{_API}/namespaces/{namespace}/resourceclaims/{name}"
 
 
-def allocated_devices(claim: Document, domain: str, node: str) -> List[Tuple[str, str]]:
+def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, str]]:
     """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
     """
     found = []
-    try:
-        for result in claim["status"]["allocation"]["devices"]["results"]:
-            request, device = _checked_text(result["request"]), _checked_text(result["device"])
-            if result["driver"] == domain:
-                if result["pool"] != node:
-                    raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
-                found.append((request.partition("/")[0], device))
-    except (LookupError, TypeError):
-        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated") from None
+    results = _dig(claim, list, "status", "allocation", "devices", "results")
+    for result in results or [None]:
+        request, device = _dig(result, str, "request"), _dig(result, str, "device")
+        if not request or not device:
+            raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
+        if _dig(result, str, "driver") == domain:
+            if _dig(result, str, "pool") != node:
+                raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
+            found.append((request.partition("/")[0], device))
     return found
 
 
 def prepare_devices(
-    requests: Iterable[Tuple[str, str]], slots: PlanSlots, devices: HostDevices
+    requests: Iterable[Tuple[str, str]], slots: SlotsOfDra, devices: HostDevices
 ) -> Tuple[PreparedDevice, ...]:
     """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
 
@@ -4905,21 +4918,21 @@ def prepare_devices(
         ids = [slots[name].id for name in names]
         together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
         for name, allocation in zip(names, alone):
-            edits = container_edits(ContainerAllocation(allocation.specs, together.env))
+            edits = container_edits(allocation.specs, together.env)
             slot = slots[name]
             prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
     return tuple(prepared)
 
 
-def container_edits(allocation: ContainerAllocation) -> Document:
-    """ALLOCATION as containerEdits of CDI, which may name only nodes, no link or folder."""
+def container_edits(specs: Iterable[DeviceSpec], env: Mapping[str, str]) -> Document:
+    """SPECS and ENV as containerEdits of CDI, which may name only nodes, no link or folder."""
     nodes = {
         container: {"path": container, "hostPath": host, "permissions": spec.permissions}
-        for spec in allocation.specs
+        for spec in specs
         for host, container in spec.nodes
     }
-    env = [f"{name}={value}" for name, value in sorted(allocation.env.items())]
-    return {**({"env": env} if env else {}), **({"deviceNodes": list(nodes.values())} if nodes else {})}
+    edits = {"env": [f"{name}={value}" for name, value in sorted(env.items())], "deviceNodes": list(nodes.values())}
+    return {key: value for key, value in edits.items() if value}
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -4941,15 +4954,15 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
-    owner = {key: _checked_text(document["annotations"][f"{domain}/claim-{key}"]) for key in _CLAIM_NOTES}
+    owner = {key: _dig(document, str, "annotations", f"{domain}/claim-{key}") for key in _CLAIM_NOTES}
     if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
         raise ValueError("no name of a claim")
     devices = []
     for device in document["devices"]:
-        prefix, _, name = _checked_text(device["name"]).partition(f"{owner['uid']}-")
-        notes = {key: _checked_text(device["annotations"][f"{domain}/{key}"]) for key in _DEVICE_NOTES}
+        prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
+        notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
         edits = device["containerEdits"]
-        if prefix or not name or not isinstance(edits, dict):
+        if prefix or not name or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
         devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
     return PreparedClaim(**owner, devices=tuple(devices))
@@ -4967,10 +4980,6 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
 
-class ConflictError(ApiError):
-    """A write to an object that somebody else has changed, made or deleted."""
-
-
 class ApiAddress(NamedTuple):
     """The address of the API server."""
 
@@ -4981,12 +4990,7 @@ class ApiAddress(NamedTuple):
     prefix: str  # of every path
 
 
-class ApiAnswer(NamedTuple):
-    """An answer of the API server."""
-
-    status: int
-    document: Document
-    retry_after: float
+ApiAnswer = Tuple[int, Document, float]  # HTTP status, content, and the seconds of Retry-After
 
 
 def parse_api_url(url: str) -> ApiAddress:
@@ -5017,21 +5021,23 @@ def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
             raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
         document = {}
     retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
-    return ApiAnswer(status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
+    return status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0
 
 
-def api_problem(verb: str, path: str, answer: ApiAnswer) -> str:
-    """Why the API server refused VERB on PATH, in one sentence."""
+def api_problem(verb: str, path: str, status: int, document: Document) -> str:
+    """Why the API server refused VERB on PATH with STATUS and DOCUMENT, in one sentence."""
     match = _API_KIND.match(path)
     kind = match[1] if match else path
-    message = printable(str(answer.document.get("message", "")))[:MAX_API_TEXT]
+    message = printable(str(document.get("message", "")))[:MAX_API_TEXT]
     ending = f": {message}" if message else ""
-    if answer.status == 403:
+    if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
-    if answer.status == 404 and verb in ("list", "create"):
+    if status == 404 and kind == "nodes":
+        return f"there is no Node {path.rpartition('/')[2]} (404); --node-name names the Node"
+    if status == 404 and verb in ("list", "create"):
         return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
     reasons = {401: "does not accept the token", 409: "has another one by now", 429: "is asked too much"}
-    return f"the API server {reasons.get(answer.status, 'fails')} ({answer.status}) to {verb} {kind}{ending}"
+    return f"the API server {reasons.get(status, 'fails')} ({status}) to {verb} {kind}{ending}"
 
 
 class ApiServer:
@@ -5042,37 +5048,29 @@ class ApiServer:
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
-        self.requests: Dict[Tuple[str, str], int] = {}  # their number by verb and code
+        self.requests: Counter[Tuple[str, str]] = Counter()  # by verb and code
         self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
         self._token_file = token_file
         self._ca_file = ca_file
 
-    async def call(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
-        """The answer to VERB on PATH, within 2 * API_SECONDS. Raises ApiError."""
-        answer = await self._send(verb, path, body)
-        if answer.status == 401:  # the token was replaced while the request was on its way
-            answer = await self._send(verb, path, body)
-        if 200 <= answer.status < 300:
-            return answer.document
-        raise ApiError(api_problem(verb, path, answer), answer.status, answer.retry_after)
-
-    async def find(
-        self, verb: str, path: str, body: Optional[Document] = None, *, absent: Tuple[int, ...]
-    ) -> Optional[Document]:
-        """call(); None where the status is one of ABSENT. Raises ApiError."""
-        try:
-            return await self.call(verb, path, body)
-        except ApiError as error:
-            if error.status not in absent:
-                raise
+    async def call(self, verb: str, path: str, body: Optional[Document] = None, absent: int = 0) -> Optional[Document]:
+        """The answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT. Raises ApiError."""
+        status, document, retry_after = await self._send(verb, path, body)
+        if status == 401:  # the token was replaced while the request was on its way
+            status, document, retry_after = await self._send(verb, path, body)
+        if status == absent:
             return None
+        if 200 <= status < 300:
+            return document
+        raise ApiError(api_problem(verb, path, status, document), status, retry_after)
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
-            code, self.problem = str(answer.status), ""
+            status, _, _ = answer
+            code, self.problem = str(status), ""
             return answer
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
@@ -5081,7 +5079,7 @@ class ApiServer:
         except ApiError as error:
             self.problem = str(error)
         finally:
-            self.requests[verb, code] = self.requests.get((verb, code), 0) + 1
+            self.requests[verb, code] += 1
         raise ApiError(self.problem)
 
     async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
@@ -5095,49 +5093,44 @@ class ApiServer:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
         try:
             writer.write("\r\n".join(head).encode() + data)
-            content = await _read_all(reader)
+            await reader.readexactly(MAX_API_ANSWER + 1)
+        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
+            return parse_api_answer(error.partial, address.url)
         finally:
             writer.transport.abort()
-        return parse_api_answer(content, address.url)
+        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
 
     def _tls(self) -> Optional[ssl.SSLContext]:
         if not self.address.is_tls:
             return None
         import ssl
 
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the certificate and the host's name
+        # As a Go client does, take an intermediate CA alone for the CA that it is; Python knows the flag since 3.10.
+        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0)
         try:
-            context = ssl.create_default_context(cafile=self._ca_file)
-            # Since Python 3.13 it asks for extensions that the certificates of many clusters do not have.
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-            return context
-        except ssl.SSLError:
+            context.load_verify_locations(cadata=_read_file("CA file", self._ca_file).decode("ascii", "ignore"))
+        except (ssl.SSLError, ValueError):
             raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
-        except OSError as error:
-            raise ApiError(f"cannot read the CA file {self._ca_file}: {error.strerror}") from None
+        return context
 
     def _authorization(self) -> List[str]:
         """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
         if not self.address.is_tls:
             return []
-        try:
-            with open(self._token_file, "rb", opener=_open_at_once) as file:
-                token = file.read(MAX_TOKEN_BYTES).strip()
-        except OSError as error:
-            raise ApiError(f"cannot read the token file {self._token_file}: {error.strerror}") from None
+        token = _read_file("token file", self._token_file).strip()
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
         return [f"Authorization: Bearer {token.decode()}"]
 
 
-async def _read_all(reader: asyncio.StreamReader) -> bytes:
-    """All that READER has. Raises ApiError where that is too much."""
-    content = bytearray()
-    while len(content) <= MAX_API_ANSWER:
-        chunk = await reader.read(MAX_API_ANSWER)
-        if not chunk:
-            return bytes(content)
-        content += chunk
-    raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+def _read_file(kind: str, path: str) -> bytes:
+    """The content of the file of this KIND at PATH. Raises ApiError."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
+    except OSError as error:
+        raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
 
 
 def _connection_problem(error: OSError, ca_file: str) -> str:
@@ -5158,7 +5151,7 @@ class CdiFiles:
     """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
 
     def __init__(self, folder: str, domain: str) -> None:
-        self.claims: Mapping[str, PreparedClaim] = {}  # by uid
+        self.claims: Dict[str, PreparedClaim] = {}  # by uid
         self._folder = folder
         self._domain = domain
 
@@ -5195,8 +5188,8 @@ class CdiFiles:
         path = self.path(uid)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
-                document = json.loads(file.read(MAX_CDI_BYTES))
-            if _dig(document, "kind") not in (None, f"{self._domain}/device"):
+                document = json.loads(file.read(MAX_FILE_BYTES))
+            if _dig(document, str, "kind") not in ("", f"{self._domain}/device"):
                 return None
             claim = read_cdi_document(document, self._domain)
             if claim.uid == uid:
@@ -5217,21 +5210,15 @@ class CdiFiles:
         """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
         os.makedirs(self._folder, 0o755, exist_ok=True)
         temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                os.fchmod(file.fileno(), 0o644)
-                json.dump(cdi_document(claim, self._domain), file, indent=1)
-            os.rename(temporary, self.path(claim.uid))
-        except OSError:
-            self._discard(temporary)
-            raise
-        self.claims = {**self.claims, claim.uid: claim}
+        text = json.dumps(cdi_document(claim, self._domain), indent=1)
+        write_file(self.path(claim.uid), temporary, text.encode(), 0o644)
+        self.claims[claim.uid] = claim
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(uid))
-        self.claims = {other: claim for other, claim in self.claims.items() if other != uid}
+        self.claims.pop(uid, None)
 
 
 # The slices and the classes.
@@ -5246,7 +5233,7 @@ class Publisher:
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
         self.problems: List[str] = []  # why not everything is published
-        self.slices = self.devices = 0  # numbers of those that are published
+        self.published: List[List[Document]] = []  # the devices of each slice, as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
@@ -5254,24 +5241,21 @@ class Publisher:
         self._steps = (self._publish_slices, self._make_classes, finally_)
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
-        self._published: List[List[Document]] = []  # what was wanted when the slices were published last, and the
-        self._versions: Mapping[str, object] = {"": ""}  # resourceVersions that they have had since then, by name
-        self._node_uid = ""
-        self._classes: Set[str] = set()  # names of those that exist
-        self._next_class_look = 0.0
+        self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
+        self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
         self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = split_into_slices(devices)
-        if wanted != self._wanted or set(resources) - set(self._resources):
+        wanted = split_into_slices(devices), resources
+        if wanted != (self._wanted, self._resources):
+            self._wanted, self._resources = wanted
             self._changed.set()
-        self._wanted, self._resources = wanted, resources
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._next_class_look = 0.0
+        self._classes.clear()
         self._changed.set()
         self._urgent.set()
 
@@ -5317,101 +5301,76 @@ class Publisher:
         """Make the slices what is wanted. Raises ApiError."""
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
-            is_unchanged = _versions(copies) == self._versions
-            if not is_unchanged:  # by us; the Node may be another one then, and the classes be gone
-                self._node_uid, self._next_class_look = await self._read_node_uid(), 0.0
-            if not is_unchanged or wanted != self._published:
+            is_ours = _versions(copies) == self._versions  # nobody else has changed them
+            if not is_ours:
+                self._classes.clear()  # the API server may be another one, without them
+            if not is_ours or wanted != self.published:
+                node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
                 try:
-                    await self._replace(copies, wanted)
-                except ConflictError:
-                    if tries_left:
+                    await self._replace(copies, wanted, node_uid)
+                except ApiError as error:
+                    # 404 or 409: somebody else has changed, made or deleted one meanwhile
+                    if tries_left and error.status in (404, 409):
                         continue
                     raise
-            self._published, self._versions = wanted, _versions(copies)
-            self.slices, self.devices, self.published_at = len(wanted), sum(map(len, wanted)), time.time()
+            self.published, self._versions, self.published_at = wanted, _versions(copies), time.time()
             return
 
-    async def _list_slices(self) -> Dict[str, Document]:
+    async def _list_slices(self) -> Dict[str, object]:
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
         answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
         copies = {}
-        for item in _list(answer.get("items")):
-            owner = _dig(item, "spec", "driver"), _dig(item, "spec", "nodeName")
-            name = _dig(item, "metadata", "name")
-            if owner == (self._domain, self._node) and isinstance(name, str) and _OBJECT_NAME.fullmatch(name):
+        for item in _dig(answer, list, "items"):
+            owner = _dig(item, str, "spec", "driver"), _dig(item, str, "spec", "nodeName")
+            name = _dig(item, str, "metadata", "name")
+            if owner == (self._domain, self._node) and _OBJECT_NAME.fullmatch(name):
                 copies[name] = item
         return copies
 
-    async def _read_node_uid(self) -> str:
-        node = await self._api.find("get", f"/api/v1/nodes/{self._node}", absent=(404,))
-        if node is None:
-            raise ApiError(f"there is no Node {self._node} (404); --node-name names the Node", 404)
-        return _check_uid(node, "a Node")
-
-    async def _replace(self, copies: Dict[str, Document], wanted: List[List[Document]]) -> None:
+    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        generations = set(map(_generation, copies.values()))
-        pool = {"name": self._node, "generation": 1 + max(generations, default=0), "resourceSliceCount": len(wanted)}
-        slices = {
-            slice_name(self._node, self._domain, index): resource_slice(
-                self._domain, self._node, self._node_uid, index, pool, devices
-            )
-            for index, devices in enumerate(wanted)
-        }
-        has_all = copies.keys() == slices.keys() and len(generations) <= 1
-        if has_all and all(comparable_slice(copies[name]) == comparable_slice(body) for name, body in slices.items()):
+        generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
+        generation = 1 + max(generations, default=0)
+        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
+        if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
             return
+        path = f"{_API}/resourceslices"
         for name, body in slices.items():
             if name in copies:
-                body["metadata"]["resourceVersion"] = _dig(copies[name], "metadata", "resourceVersion")
-                copies[name] = await self._write("update", f"/{name}", body)
+                body["metadata"]["resourceVersion"] = _dig(copies[name], str, "metadata", "resourceVersion")
+                copies[name] = await self._api.call("update", f"{path}/{name}", body)
             else:
-                copies[name] = await self._write("create", "", body)
+                copies[name] = await self._api.call("create", path, body)
         for name in copies.keys() - slices.keys():
-            await self._write("delete", f"/{name}")
+            await self._api.call("delete", f"{path}/{name}")
             del copies[name]
         count = pluralize(sum(map(len, wanted)), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
-        log_event("published", sentence, generation=pool["generation"])
-
-    async def _write(self, verb: str, path: str, body: Optional[Document] = None) -> Document:
-        try:
-            return await self._api.call(verb, f"{_API}/resourceslices{path}", body)
-        except ApiError as error:
-            if error.status == 409 or (error.status == 404 and verb != "create"):
-                raise ConflictError(str(error), error.status) from None
-            raise
+        log_event("published", sentence, generation=generation)
 
     async def _make_classes(self) -> None:
         """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
-        now = time.monotonic()
-        if now >= self._next_class_look:
-            self._classes.clear()
-            self._next_class_look = now + CLASS_SECONDS
+        path = f"{_API}/deviceclasses"
         for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
-            name, path = body["metadata"]["name"], f"{_API}/deviceclasses"
-            if name not in self._classes:
-                is_missing = await self._api.find("get", f"{path}/{name}", absent=(404,)) is None
-                if is_missing and await self._api.find("create", path, body, absent=(409,)):
-                    log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
-                self._classes.add(name)
+            name = body["metadata"]["name"]
+            if time.monotonic() - self._classes.get(name, -math.inf) < CLASS_SECONDS:
+                continue
+            is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
+            if is_missing and await self._api.call("create", path, body, absent=409):
+                log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
+            self._classes[name] = time.monotonic()
 
 
-def _check_uid(document: Document, kind: str) -> str:
+def _uid_of(document: object, kind: str) -> str:
     """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
-    uid = _dig(document, "metadata", "uid")
-    if not isinstance(uid, str) or not uid:
+    uid = _dig(document, str, "metadata", "uid")
+    if not uid:
         raise ApiError(f"what the API server sends as {kind} has no uid", 200)
     return uid
 
 
-def _generation(resource_slice: Document) -> int:
-    generation = _dig(resource_slice, "spec", "pool", "generation")
-    return generation if type(generation) is int else 0
-
-
-def _versions(slices: Mapping[str, Document]) -> Mapping[str, object]:
-    return {name: _dig(item, "metadata", "resourceVersion") for name, item in slices.items()}
+def _versions(slices: Mapping[str, object]) -> Mapping[str, str]:
+    return {name: _dig(item, str, "metadata", "resourceVersion") for name, item in slices.items()}
 
 
 # The driver.
@@ -5452,15 +5411,17 @@ class DraSide(KubeletSide):
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
-        self.is_registered = False
+        self.plugin_dir = settings.folder
+        self.is_answering = False  # whether the kubelet has the driver
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.prepare_errors = 0
-        self.prepared: Dict[str, int] = {}  # numbers of slots, by resource
+        self.prepared: Counter[str] = Counter()  # slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
-        self.slots: PlanSlots = {}  # those of the plan
+        self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
+        self._gone_paths: Set[str] = set()  # what the plan has no good device at, such as /dev/video0
         self._devices = devices
         self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
         self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
@@ -5491,28 +5452,21 @@ class DraSide(KubeletSide):
         Also published are prepared devices that the plan no longer has, once they are gone.
         """
         self._plan, self.slots = plan, slots_by_device_name(plan)
+        offered = (device for resource in plan.resources.values() for device in resource.devices)
+        self._gone_paths = {device_path(device) for device in offered if device.problem}
+        self._gone_paths.update(f"/dev/{left.path}" for left in plan.left_out)
         if self.publisher:
-            self._rewrite_cdi_files()
+            self._update_cdi_files()
             devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
-            lost = (device for device in prepared if device.name not in self.slots and self._is_gone(device))
+            lost = (device for device in prepared if device.name not in self.slots and self._problem_of(device))
             devices += [lost_device(device, self.domain) for device in lost]
             self.publisher.want(devices, list(plan.resources))
 
     @property
-    def plugin_dir(self) -> str:
-        """The driver's own folder."""
-        return self.settings.folder
-
-    @property
-    def slot_ids(self) -> SlotsOfDra:
-        """The resource and ID of each slot, by its device's name in the slices."""
-        return {name: (slot.resource.name, slot.id) for name, slot in self.slots.items()}
-
-    @property
     def obstacle(self) -> str:
         """Why pods cannot be given every device that is offered; empty where they can."""
-        if not self.is_registered or not self.publisher:
+        if not self.is_answering or not self.publisher:
             return unready_text(self.problem)
         if self.publisher.problems:
             return f"not published: {self.publisher.problems[0]}"
@@ -5525,7 +5479,7 @@ class DraSide(KubeletSide):
             "ready": not self.obstacle,
             "served_by_other": self.is_standby,
             "trouble": self.obstacle,
-            "allocations": self.prepared.get(name, 0),
+            "allocations": self.prepared[name],
             "registrations": self.registrations,
         }
 
@@ -5536,15 +5490,15 @@ class DraSide(KubeletSide):
 
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
-        publisher, api = self.publisher, self.api
+        api, published = self.api, self.publisher.published if self.publisher else []
         restarts = max(self.registrations - 1, 0)
         dra = {
             "problem": self.obstacle,
-            "registered": self.is_registered,
+            "registered": self.is_answering,
             "socket": self.settings.sockets[0],
-            "slices": publisher.slices if publisher else 0,
-            "slice_devices": publisher.devices if publisher else 0,
-            "published_at_seconds": publisher.published_at if publisher else 0.0,
+            "slices": len(published),
+            "slice_devices": sum(map(len, published)),
+            "published_at_seconds": self.publisher.published_at if self.publisher else 0.0,
             "api_server": api.address.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
@@ -5556,7 +5510,7 @@ class DraSide(KubeletSide):
             "prepare_errors": self.prepare_errors,
         }
         return {
-            "kubelet": {"answering": self.is_registered, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
             "dra": dra,
         }
 
@@ -5564,22 +5518,22 @@ class DraSide(KubeletSide):
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it anew when a socket file was replaced."""
-        if self._servers:
-            if not any(server.is_lost(_inodes(server.path)) for server in self._servers):
-                if not self.is_registered and time.monotonic() - self._served_since > REGISTER_SECONDS:
-                    self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
-                return
+        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
-        self.is_standby = any(not connect_error(path) for path in self.settings.sockets)  # then it makes no servers
+        if self._servers:
+            if not self.is_answering and time.monotonic() - self._served_since > REGISTER_SECONDS:
+                self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
+            return
+        problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            self.is_standby = self.is_standby or not await self._serve()
+            self.is_standby = not all(map(connect_error, self.settings.sockets)) or not await self._serve()
         except OSError as error:
+            self.is_standby = False
+            problem = f"cannot serve in {error.filename or self.settings.kubelet_dir}: {error.strerror}"
+        if not self._publishing:
             await self._end()
-            where = error.filename or self.settings.kubelet_dir
-            self._log_problem("not-served", f"cannot serve in {where}: {error.strerror}")
-        if self.is_standby:
-            self._log_problem("not-served", f"another instance serves the driver {self.domain}; waiting for its end")
+            self._log_problem("not-served", problem)
 
     async def _serve(self) -> bool:
         """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
@@ -5588,7 +5542,6 @@ class DraSide(KubeletSide):
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         if not all(server.publish() for server in self._servers):
-            await self._end()
             return False
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self.cdi.load()
@@ -5597,13 +5550,8 @@ class DraSide(KubeletSide):
         self.apply(self._plan)
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
-        self._publishing.add_done_callback(self._publishing_ended)
+        self._publishing.add_done_callback(self._fail_with)
         return True
-
-    def _publishing_ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         for service, methods in _DRA_SERVICES.items():
@@ -5617,7 +5565,7 @@ class DraSide(KubeletSide):
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self.publisher, self.is_registered = None, False
+        self.publisher, self.is_answering = None, False
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5641,8 +5589,8 @@ class DraSide(KubeletSide):
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self.is_registered = request.plugin_registered
-        if request.plugin_registered:
+        self.is_answering = request.plugin_registered
+        if self.is_answering:
             self.registrations += 1
             self.problem = ""
             log_event("registered", "registered with the kubelet", driver=self.domain)
@@ -5665,8 +5613,9 @@ class DraSide(KubeletSide):
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
                 entry.error = f"{self.domain}: {text}"
                 self.prepare_errors += 1
-                self._log_of_claim("refused", f"Prepare refused: {text}", claim.uid, f"{claim.namespace}/{claim.name}")
+                self._log_of_claim("refused", f"Prepare refused: {text}", claim)
                 continue
+            self._logged.pop(claim.uid, None)
             for device in prepared.devices:
                 cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
@@ -5688,25 +5637,28 @@ class DraSide(KubeletSide):
         # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
         if not self.publisher:
             raise AllocationError("UNAVAILABLE", NOT_SERVED)
+        prepared = self.cdi.claims.get(claim.uid)
+        if not prepared or {device.result for device in prepared.devices} != set(requests):
+            return self._prepare_anew(claim, requests)
+        prepared = self._update(prepared)
+        for device in prepared.devices:
+            if device.is_gone:
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
+        return prepared
+
+    def _prepare_anew(self, claim: pb.Claim, requests: Sequence[Tuple[str, str]]) -> PreparedClaim:
+        """Prepare for CLAIM the devices of REQUESTS. Raises AllocationError and OSError."""
         for _, name in requests:
             holder = self.cdi.holder(name)
             if holder and holder.uid != claim.uid:
                 text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
                 raise AllocationError("FAILED_PRECONDITION", text)
-        before = self.cdi.claims.get(claim.uid)
-        devices = self._devices_now(requests, before.devices if before else ())
-        for device in devices:
-            if device.name not in self.slots and self._is_gone(device):
-                raise AllocationError("UNAVAILABLE", f"{device.path}: it is gone")
+        devices = prepare_devices(requests, self.slots, self._devices)
         prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
-        if before != prepared or not os.path.exists(self.cdi.path(claim.uid)):
-            self.cdi.write(prepared)
-        if not before:
-            for device in devices:
-                self.prepared[device.resource] = self.prepared.get(device.resource, 0) + 1
-            names = join_names([device.name for device in devices])
-            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
-        self._logged.pop(claim.uid, None)
+        self.cdi.write(prepared)
+        self.prepared.update(device.resource for device in devices)
+        names = join_names([device.name for device in devices])
+        log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
         return prepared
 
     async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
@@ -5718,10 +5670,10 @@ class DraSide(KubeletSide):
             raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         try:
             found = await self.api.call("get", claim_path(claim.namespace, claim.name))
-            uid = _check_uid(found, "a ResourceClaim")
+            uid = _uid_of(found, "a ResourceClaim")
         except ApiError as error:
             if claim.uid in self.cdi.claims and error.status != 404:
-                return [(device.request, device.name) for device in self.cdi.claims[claim.uid].devices]
+                return [device.result for device in self.cdi.claims[claim.uid].devices]
             raise
         if uid != claim.uid:
             text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
@@ -5742,78 +5694,64 @@ class DraSide(KubeletSide):
             log_event("unprepared", "its pod has ended", claim=claim.full_name)
         return ""
 
-    def _log_of_claim(self, event: str, text: str, uid: str, name: str) -> None:
-        """Log TEXT unless it is what was logged last of the claim UID: all that fails is tried again."""
-        if self._logged.get(uid) != text:
-            while len(self._logged) >= MAX_REFUSALS:
-                del self._logged[next(iter(self._logged))]
-            self._logged[uid] = text
-            log_event(event, text, logging.WARNING, claim=name[:MAX_SHOWN])
+    def _log_of_claim(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
+        """Log TEXT unless it is what was logged last of CLAIM."""
+        if is_news(self._logged, claim.uid, text):
+            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
-    def _is_gone(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is gone, or another device is in its place.
+    def _problem_of(self, device: PreparedDevice) -> str:
+        """Why no container may start with DEVICE: it is gone, or another one is in its place. Empty if one may.
 
-        One that is there and that no rule names any more is not gone: the config file has changed, and its pod may
+        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
         go on.
         """
-        slot = self.slots.get(device.name)
-        if slot:
-            return bool(slot.device.problem)
-        offered = (other for resource in self._plan.resources.values() for other in resource.devices)
-        if any(other.problem for other in offered if device_path(other) == device.path):
-            return True  # it is in the plan with fewer slots than before
-        path = device.path[len("/dev/") :] if device.path.startswith("/dev/") else ""
-        is_left_out = any(left.path == path for left in self._plan.left_out)
-        return bool(path) and (is_left_out or not os.path.exists(f"{self.settings.dev_dir}/{path}"))
+        if device.name in self.slots:
+            return self.slots[device.name].device.problem
+        is_node = device.path.startswith("/dev/")
+        is_missing = is_node and not os.path.exists(self.settings.dev_dir + device.path[len("/dev") :])
+        return "it is gone" if is_missing or device.path in self._gone_paths else ""
 
-    def _rewrite_cdi_files(self) -> None:
+    def _update_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
         self._is_unsettled = False
         for claim in list(self.cdi.claims.values()):
-            gone = [device for device in claim.devices if self._is_gone(device)]
-            requests = [(device.request, device.name) for device in claim.devices if device not in gone]
             try:
-                devices = self._devices_now(requests, claim.devices)
-                devices = _by_name([*devices, *(device._replace(is_gone=True) for device in gone)])
-                if devices != claim.devices:
-                    self.cdi.write(claim._replace(devices=devices))
-                    log_event("cdi-file-rewritten", "a prepared device went, or came back", claim=claim.full_name)
+                self._update(claim)
             except AllocationError:
                 self._is_unsettled = True  # it went just now, which the next plan says
             except OSError as error:
                 self._is_unsettled = True
                 text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                self._log_of_claim("cdi-file-not-rewritten", text, claim.uid, claim.full_name)
+                self._log_of_claim("cdi-file-not-rewritten", text, claim)
             # The plan does not change when a device goes that it does not offer.
             self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
 
-    def _devices_now(
-        self, requests: Sequence[Tuple[str, str]], before: Iterable[PreparedDevice]
-    ) -> Tuple[PreparedDevice, ...]:
-        """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+    def _update(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM with what a container is given for its devices now, as its CDI file has it then, too.
 
-        What was prepared BEFORE and is no longer offered stays as it was. Raises AllocationError.
+        A device that is no longer offered stays as it was. Raises AllocationError and OSError.
         """
-        kept = {(device.request, device.name): device for device in before if device.name not in self.slots}
-        offered = [request for request in requests if request not in kept]
-        devices = prepare_devices(offered, self.slots, self._devices)
-        return _by_name([*devices, *(kept[request]._replace(is_gone=False) for request in requests if request in kept)])
+        now = (device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices)
+        devices = {device.result: device for device in now}
+        offered = [key for key, device in devices.items() if device.name in self.slots and not device.is_gone]
+        devices.update((device.result, device) for device in prepare_devices(offered, self.slots, self._devices))
+        updated = claim._replace(devices=tuple(devices.values()))
+        if updated != claim or not os.path.exists(self.cdi.path(claim.uid)):
+            self.cdi.write(updated)
+            log_event("cdi-file-rewritten", "a prepared device, or this file, went or came back", claim=claim.full_name)
+        return updated
 
     async def _drop_gone_claims(self) -> None:
         """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
         while self._unchecked:
             claim = self._unchecked[-1]
-            found = await self.api.find("get", claim_path(claim.namespace, claim.name), absent=(404,))
-            is_gone = found is None or _check_uid(found, "a ResourceClaim") != claim.uid
+            found = await self.api.call("get", claim_path(claim.namespace, claim.name), absent=404)
+            is_gone = found is None or _uid_of(found, "a ResourceClaim") != claim.uid
             self._unchecked.pop()
             if is_gone:
                 self._unprepare(claim.uid)
-
-
-def _by_name(devices: Iterable[PreparedDevice]) -> Tuple[PreparedDevice, ...]:
-    return tuple(sorted(devices, key=lambda device: device.name))
 
 
 def _inodes(path: str) -> Mapping[str, int]:
@@ -6652,7 +6590,7 @@ class StatusServer:
 
     async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
-        holders = await self.pod_resources.holders(side.slot_ids)
+        holders = await self.pod_resources.holders(side.slots)
         resources = (
             {
                 **describe_resource(resource, side.domain, epoch),
@@ -6886,7 +6824,7 @@ class SimulatedApiServer:
             return 200, {"items": self.list(path)}
         if (old is None) != (method == "POST"):
             return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
-        if method == "PUT" and _dig(body, "metadata", "resourceVersion") != _dig(old, "metadata", "resourceVersion"):
+        if method == "PUT" and _versions({path: body}) != _versions({path: old}):
             return 409, {"message": f"{path} has been modified"}
         if method == "DELETE":
             return 200, self.objects.pop(path)
@@ -7025,7 +6963,9 @@ class KeptFile:
             return
         try:
             if not self._holds(text):
-                self._replace(text.encode())
+                data = text.encode()
+                new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
+                write_file(self.path, new, self._first_line(data) + data, 0o600)
             self._kept = text, self._find_stamp()
             self._is_failing = False
         except OSError as error:
@@ -7060,17 +7000,6 @@ class KeptFile:
             os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as error:
             log.debug("cannot empty %s: %s", self.path, error.strerror)
-
-    def _replace(self, data: bytes) -> None:
-        new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(self._first_line(data) + data)
-            os.rename(new, self.path)
-        except OSError:
-            os.unlink(new)
-            raise
 
     def _first_line(self, data: bytes) -> bytes:
         return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode("utf-8", "backslashreplace")
@@ -8164,7 +8093,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
         await asyncio.sleep(LOOK_SECONDS / 10)
         classes = api.list(f"{_API}/deviceclasses")
-        if side.publisher and not side.is_registered:
+        if side.publisher and not side.is_answering:
             await kubelet.register(os.path.basename(settings.sockets[1]))
     slices = api.list(f"{_API}/resourceslices")
     offered = [device for item in slices for device in item["spec"]["devices"]]

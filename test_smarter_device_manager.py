@@ -3461,7 +3461,9 @@ def test_numa_nodes_are_looked_for_upwards(board: Board) -> None:
     }
     for found in plan.resources.values():
         sdm._list_message(found)
-    assert sdm.slots_of(plan.resources["snd"]) == (sdm.Slot("0", True, (0, 1)),)
+    assert [(slot.id, slot.healthy, slot.device.numa) for slot in sdm.slots_of(plan.resources["snd"])] == [
+        ("0", True, (0, 1))
+    ]
 
 
 class Reads:
@@ -8492,7 +8494,7 @@ def test_answers_of_an_api_server() -> None:
     assert sdm.parse_api_answer(answer_bytes(200, {"a": 1}), "url") == (200, {"a": 1}, 0.0)
     assert sdm.parse_api_answer(answer_bytes(429, {}, "retry-after: 7", "X: y"), "url") == (429, {}, 7.0)
     assert sdm.parse_api_answer(answer_bytes(503, b"<html>", "Retry-After: 999999"), "url") == (503, {}, 60.0)
-    assert sdm.parse_api_answer(answer_bytes(429, {}, "Retry-After: soon"), "url").retry_after == 0.0
+    assert sdm.parse_api_answer(answer_bytes(429, {}, "Retry-After: soon"), "url") == (429, {}, 0.0)
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (answer_bytes(200, b"{"), "no whole JSON object"),
         (answer_bytes(200, []), "no whole JSON object"), (answer_bytes(200, b"[" * 100_000), "no whole JSON object"),
@@ -8524,8 +8526,8 @@ def test_answers_of_an_api_server() -> None:
     ],
 )
 def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, sdm.ApiAnswer(status, {"message": "why"}, 0.0))
-    long = sdm.api_problem(verb, path, sdm.ApiAnswer(status, {"message": "\n" * 10_000}, 0.0))
+    assert text in sdm.api_problem(verb, path, status, {"message": "why"})
+    long = sdm.api_problem(verb, path, status, {"message": "\n" * 10_000})
     assert len(long) < 400 and "\n" not in long
 
 
@@ -8788,21 +8790,28 @@ class Cluster:
 
 
 def make_certificates(folder: Path) -> Path:
-    """Make in FOLDER a CA, another CA, certificates of theirs for a server at 127.0.0.1, and one for another host."""
+    """Make in FOLDER a CA, another CA, and one between the first and a server; certificates of theirs for a server at
+    127.0.0.1, and one for another host."""
 
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    for ca, server, name in [("ca", "server", "127.0.0.1"), ("other-ca", "other", "127.0.0.1"), ("ca", "wrong", "::1")]:
-        if not (folder / f"{ca}.crt").exists():
-            openssl(
-                "req", "-x509", *key, "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}", "-days", "9"
-            )
-        (folder / "extensions").write_text(f"subjectAltName=IP:{name}\n")
-        openssl("req", *key, "-keyout", f"{server}.key", "-out", f"{server}.csr", "-subj", "/CN=api")
+    def certify(ca: str, name: str, extension: str) -> None:
+        (folder / "extensions").write_text(f"{extension}\n")
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         signing = ["-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "9", "-extfile", "extensions"]
-        openssl("x509", "-req", "-in", f"{server}.csr", *signing, "-out", f"{server}.crt")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.crt")
+
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    for ca in ("ca", "other-ca"):
+        openssl("req", "-x509", *key, "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}", "-days", "9")
+    certify("ca", "between", "basicConstraints=CA:TRUE")
+    for ca, server, address in [
+        ("ca", "server", "127.0.0.1"), ("other-ca", "other", "127.0.0.1"), ("ca", "wrong", "::1"),
+        ("between", "below", "127.0.0.1"),
+    ]:  # fmt: skip
+        certify(ca, server, f"subjectAltName=IP:{address}")
+    os.mkfifo(folder / "fifo")
     return folder
 
 
@@ -8991,6 +9000,12 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
     camera.api.remove_slices()  # as the garbage collector does
     camera.wait_for_devices("video0-0", "video0-1")
     assert camera.api.slices()[0]["metadata"]["ownerReferences"][0]["uid"] == "another"
+    camera.node.rules("- devicematch: ^video7$\n")
+    camera.wait_for_devices()
+    camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "a third"}})
+    camera.node.rules(VIDEO)
+    camera.wait_for_devices("video0-0", "video0-1")
+    assert camera.api.slices()[0]["metadata"]["ownerReferences"][0]["uid"] == "a third", "no slice had told of it"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9281,6 +9296,19 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
 
 
 @needs_root
+def test_a_cdi_file_that_somebody_deleted_is_back_with_the_next_plan_or_call(camera: Cluster, start: Starter) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    given = camera.gives(claim)
+    camera.file(claim).unlink()
+    assert camera.gives(claim) == given
+    camera.file(claim).unlink()
+    camera.node.plug("video1")
+    wait_for(lambda: camera.file(claim).exists())
+
+
+@needs_root
 def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node: Node, cluster: Cluster, start: Starter
 ) -> None:
@@ -9539,6 +9567,8 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
         ("server", "other-ca.crt", "has a certificate that .*other-ca.crt does not vouch for: "),
         ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
+        ("server", "fifo", "the CA file .*fifo holds no certificate"),
+        ("below", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
@@ -9548,6 +9578,16 @@ def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera:
     daemon.says(problem)
     assert daemon.stop() == 0
     assert not camera.api.calls, "nobody has seen the token"
+
+
+@needs_root
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 trusts none but root CAs")
+def test_a_ca_between_is_enough(camera: Cluster, start: Starter) -> None:
+    """Some clusters give their pods the certificate of an intermediate CA alone."""
+    camera.api.down()
+    camera.api.up("below")
+    start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/between.crt"}))
+    camera.ready("video0-0", "video0-1")
 
 
 @needs_root

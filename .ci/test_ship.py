@@ -743,9 +743,7 @@ def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
 
 
 def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
-    devices = [gone_device()]
-    pool = {"name": "node-1", "generation": 1, "resourceSliceCount": 1}
-    slices = [sdm.resource_slice("smarter-devices", "node-1", "uid", 0, pool, devices)]
+    slices = sdm.resource_slices("smarter-devices", "node-1", "uid", 1, [[gone_device()]]).values()
     newest = kubernetes_validate.utils.all_versions()[-1]
     for item in [*slices, sdm.device_class("smarter-devices"), sdm.device_class("smarter-devices", "video0")]:
         kubernetes_validate.validate(item, newest, strict=True)
