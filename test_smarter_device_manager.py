@@ -7105,8 +7105,8 @@ def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_serve
     wait_ready(kubelet, [name for name in NAMES if name != "null"], 3.0)
     wait_for(lambda: kubelet.count("null") == 3)
     first, second, third = kubelet.times("null")
-    assert 0.9 < second - first < 1.9
-    assert 1.9 < third - second < 3.9
+    assert 0.9 < second - first < third - second  # 1 s, then 2 s, and what a busy machine adds
+    assert 1.9 < third - second < 8.0
     wait_for(lambda: "no room" in daemon.log)
     assert daemon.log.count("no room") == 1
     daemon.says(r"WARNING smarter-devices/null: the kubelet refused to register it \(UNKNOWN\): no room\\nat the inn")
