@@ -7538,10 +7538,10 @@ class FolderWatches:
 
 def mount_root(path: str) -> str:
     """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
-    the folder is moved. Empty if PATH is not a mount point."""
+    the folder is moved. Empty if PATH is not a mount point. Raises OSError if that cannot be read at this moment."""
     point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
     root = ""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields = line.split(" ", 5)
             if fields[4] == point:
@@ -7568,7 +7568,9 @@ class KubeletThread(threading.Thread):
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mount_root = mount_root(options.plugin_dir)
+        self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
+        with contextlib.suppress(OSError):
+            self._mount_root = mount_root(options.plugin_dir)
         self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
 
     def run(self) -> None:
@@ -7631,7 +7633,10 @@ class KubeletThread(threading.Thread):
                 f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
                 "next start finds the one that the kubelet uses now"
             )
-        root = self._mount_root and mount_root(self.side.plugin_dir)
+        try:
+            root = self._mount_root and mount_root(self.side.plugin_dir)
+        except OSError:  # too many open files, say; this does not mean that it was moved
+            root = self._mount_root
         self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
         if time.monotonic() - self._moved_at > MOVED_SECONDS:
             raise Problem(

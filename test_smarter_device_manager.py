@@ -8257,6 +8257,30 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
         daemon.kill()
 
 
+@needs_root
+def test_a_full_table_of_descriptors_does_not_mean_that_the_plugin_directory_was_moved(
+    node: Node, kubelet: Kubelet
+) -> None:
+    """What is mounted cannot be read then, for longer than a directory may be away."""
+    mounted(node, "", "true")  # or skip
+    offer(node, "null")
+    there = node.root / "mounted"
+    there.mkdir()
+    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
+    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
+    try:
+        wait_ready(kubelet, ["null"])
+        with contextlib.suppress(ProcessLookupError), descriptors_limited(daemon, 3):
+            settle(daemon, sdm.MOVED_SECONDS + 1)
+        assert daemon.process.poll() is None, daemon.log
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        node.plugins.rename(node.root / "away")  # and then it is missed as before
+        assert daemon.process.wait(PATIENCE) == 1
+        daemon.says("was moved, from .*/p to .*/away; exiting")
+    finally:
+        daemon.kill()
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_plugin_directory_that_vanishes(node: Node, kubelet: Kubelet, start: Starter, comes_back: bool) -> None:
     """Away for a while; or gone for good, and a new kubelet makes another."""
