@@ -7047,6 +7047,7 @@ DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
+NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
 MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
@@ -7668,25 +7669,40 @@ class ServiceManager:
         microseconds = environment.get("WATCHDOG_USEC", "")
         if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
             self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
+        self._was_told_ready = True
         self.next_ping = time.monotonic() + self._ping_seconds
 
-    def notify(self, state: str) -> None:
-        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+    def notify(self, state: str) -> bool:
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if that can succeed a moment later."""
         if not self._address:
-            return
+            return True
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.setblocking(False)
                 sender.sendto(state.encode(), self._address)
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
+            return error.errno not in (*SCARCE, errno.EAGAIN, errno.ENOBUFS)  # its queue is full, say
+        return True
+
+    def notify_ready(self) -> None:
+        """Send READY=1, now or as soon as ping() can."""
+        self._was_told_ready = self.notify("READY=1")
+        self._schedule(self._was_told_ready)
 
     def ping(self, is_alive: bool) -> None:
         """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
-        if time.monotonic() >= self.next_ping:
-            self.next_ping = time.monotonic() + self._ping_seconds
-            if is_alive:
-                self.notify("WATCHDOG=1")
+        if time.monotonic() < self.next_ping:
+            return
+        if not self._was_told_ready:
+            self.notify_ready()
+        else:
+            self._schedule(is_alive and self.notify("WATCHDOG=1"))
+
+    def _schedule(self, was_sent: bool) -> None:
+        """Schedule the next ping(), soon unless the last message WAS_SENT."""
+        pause = self._ping_seconds
+        self.next_ping = time.monotonic() + (pause if was_sent else min(pause, NOTIFY_AGAIN_SECONDS))
 
 
 def is_number(text: str) -> bool:
@@ -7862,7 +7878,7 @@ def _run(
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
     taken = 0  # the last signal
-    manager.notify("READY=1")
+    manager.notify_ready()
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:

@@ -8067,6 +8067,41 @@ def test_the_watchdog_of_another_process_is_not_pinged(node: Node, kubelet: Kube
     manager.close()
 
 
+def test_a_service_manager_whose_queue_is_full_is_told_later_that_the_daemon_is_ready(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """As while everything starts at boot. Otherwise systemd would end the daemon as one that does not start."""
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    others = 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+        other.setblocking(False)
+        while True:
+            other.sendto(b"X", f"\0{node.root}")
+            others += 1
+    start("--interval", "3600", env={**os.environ, "NOTIFY_SOCKET": manager.address})
+    wait_ready(kubelet, ["null"])
+    assert [manager.hear() for _ in range(others)] == ["X"] * others
+    assert manager.hear() == "READY=1"
+    manager.wait_for_silence(1.0)
+    manager.close()
+
+
+def test_a_ping_that_could_not_be_sent_is_sent_before_the_watchdog_ends_the_daemon(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    daemon = start("--interval", "3600", env={**os.environ, **manager.environment("6000000")})
+    assert [manager.hear(), manager.hear()] == ["READY=1", "WATCHDOG=1"]
+    last = time.monotonic()
+    with descriptors_limited(daemon, 3):
+        settle(daemon, 3.3)  # the next ping is due after 3 s
+    assert manager.hear() == "WATCHDOG=1"
+    assert time.monotonic() - last < 5.0
+    manager.close()
+
+
 # What the node runs out of
 
 
