@@ -3224,14 +3224,28 @@ def unix_target(path: str) -> str:
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except BlockingIOError:
-        return ""  # listens, and has many waiting
+        _connect_once(path)
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def is_dead(path: str) -> bool:
+    """Whether nobody answers on the Unix socket PATH. Raises OSError if there is nothing left to find out with."""
+    try:
+        _connect_once(path)
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
+        return True
+    return False
+
+
+def _connect_once(path: str) -> None:
+    """Connect to the Unix socket PATH. Raises OSError if nobody answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
+        probe.setblocking(False)
+        probe.connect(path)  # which blocks where somebody listens, and has many waiting
 
 
 def _temporary_name(path: str) -> str:
@@ -3303,7 +3317,7 @@ class UnixServer:
     def publish(self) -> bool:
         """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
-        if not is_published and connect_error(self.path):
+        if not is_published and is_dead(self.path):
             _remove_dead_socket(self.path)
             is_published = self._link()
         return is_published
@@ -3371,7 +3385,7 @@ def _dead_temporary_sockets(folder: str) -> Set[str]:
         for item in os.scandir(folder):
             if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
                 with contextlib.suppress(FileNotFoundError):  # it was published just now
-                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and connect_error(item.path):
+                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and is_dead(item.path):
                         found.add(item.path)
     except OSError as error:
         log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
@@ -3382,17 +3396,21 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last check, and moved back if somebody answers on it after all.
+    last check, and moved back if somebody answers on it after all, or may do so.
     """
     aside = _temporary_name(path)
     try:
         os.rename(path, aside)
     except FileNotFoundError:
         return
-    if not connect_error(aside):
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-    os.unlink(aside)
+    may_answer = True
+    try:
+        may_answer = not is_dead(aside)
+    finally:
+        if may_answer:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        os.unlink(aside)
 
 
 class OtherInstances:
@@ -3467,7 +3485,11 @@ class OtherInstances:
         self._disconnect()
         alive = ""
         for path, wake in self._waiting.items():
-            if connect_error(path):
+            try:
+                has_ended = is_dead(path)
+            except OSError:  # then _connect() fails, too, and tries again later
+                has_ended = False
+            if has_ended:
                 wake()
             else:
                 alive = path

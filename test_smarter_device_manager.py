@@ -7322,6 +7322,40 @@ def test_servers_of_one_path_take_over_from_each_other(node: Node) -> None:
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
 
 
+async def servers_without_descriptors(path: str) -> None:
+    first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
+    await first.start()
+    await second.start()
+    assert first.publish()
+    inode = os.stat(path).st_ino
+    with without_descriptors():
+        with pytest.raises(OSError, match="Too many open files"):
+            second.publish()
+        with pytest.raises(OSError, match="Too many open files"):
+            sdm._remove_dead_socket(path)
+        assert sdm.connect_error(path) == "Too many open files"
+    assert os.stat(path).st_ino == inode and not second.publish()
+    woken: list[int] = []
+    others = sdm.OtherInstances(asyncio.get_running_loop())
+    others.wait_for(path, lambda: woken.append(1))
+    with without_descriptors():
+        others._check()
+    assert not woken
+    await first.stop()
+    give_up = time.monotonic() + PATIENCE
+    while not woken:
+        assert time.monotonic() < give_up
+        await asyncio.sleep(0.01)
+    others.forget(path)
+    assert second.publish()
+    await second.stop()
+
+
+def test_without_descriptors_the_socket_of_another_instance_is_not_taken_for_dead(node: Node) -> None:
+    work = servers_without_descriptors(f"{node.plugins}/some.sock")
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(2 * PATIENCE)
+
+
 def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, *NAMES)
     first = start()
