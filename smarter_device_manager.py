@@ -3614,12 +3614,13 @@ class KubeletConnection:
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
         reason = connect_error(self._path)
-        self.is_answering = not reason
+        if reason:
+            self.is_answering = False
         if reason and self.identity:
             self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return self.is_answering
+        return not reason
 
     async def close(self) -> None:
         """End the channel."""
@@ -3627,6 +3628,7 @@ class KubeletConnection:
             await self._channel.close()
 
     def _meet(self) -> None:
+        self.is_answering = True
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(

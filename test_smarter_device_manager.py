@@ -7068,6 +7068,28 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await kubelet.stop()
 
 
+async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
+    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    await kubelet.start()
+    told: list[bool] = []
+    events = sdm.GroupedLog(asyncio.get_running_loop())
+    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", events, lambda: told.append(seen.is_answering))
+    seen.check()
+    with without_descriptors():
+        assert not seen.check_answering()  # one registration finds it gone, and waits for it
+    assert seen.check_answering()  # another one, which was busy meanwhile, finds it there
+    assert told == [True, False]
+    seen.check()
+    assert told == [True, False, True]  # so the first one goes on
+    await seen.close()
+    await kubelet.stop()
+
+
+def test_who_waits_for_a_kubelet_is_told_that_it_answers_whoever_found_out(node: Node) -> None:
+    work = a_kubelet_out_of_reach_for_a_moment(str(node.plugins))
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
+
+
 def test_a_change_of_the_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
     (node.plugins / "a.sock").touch()
     os.utime(node.plugins, (1, 1))  # nothing has changed for long
