@@ -7428,8 +7428,9 @@ class DeviceSide:
             self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
+        has_news = self._sysfs.has_news()  # at every turn, or a /dev that always changes would keep it waiting
         plans = []
-        if has_new_rules or has_changed or may_differ or self._sysfs.has_news():
+        if has_new_rules or has_changed or may_differ or has_news:
             old = self.plan
             plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
             plans.append(self._make_plan(self.snapshot))

@@ -3651,6 +3651,25 @@ def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> No
 
 
 @needs_root
+def test_late_attributes_are_read_while_something_else_comes_and_goes_all_the_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a stick with a loose contact."""
+    clock = Clock(monkeypatch)
+    folder = node.sysfs("usb1/stick0", {}, node.plug("stick0"))
+    side = device_side(node, STICK)
+    side.start()
+    assert not side.plan.resources
+    (folder / "idVendor").write_text("10c4")
+    (folder / "idProduct").write_text("ea60")
+    for name in ("loose0", "loose1"):
+        clock.now += 1
+        node.plug(name)
+        side.turn()
+    assert set(side.plan.resources) == {"stick0"}
+
+
+@needs_root
 def test_attributes_are_asked_again_at_a_hang_up(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0"))
     node.rules(STICK)
