@@ -1825,6 +1825,13 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
                 except FileNotFoundError:
                     continue
+                except OSError as error:
+                    if error.errno in SCARCE or not item.is_dir(follow_symlinks=False):
+                        raise
+                    # A mount whose server has ended (FUSE, NFS). The other names count nevertheless.
+                    broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
+                    fresh[item.name] = broken, (0, 0)
+                    continue
                 fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
     finally:
         os.close(descriptor)

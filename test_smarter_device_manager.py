@@ -2666,6 +2666,36 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
 
 
 @needs_root
+@pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="there is no FUSE here")
+def test_a_mount_in_dev_whose_server_has_ended_hides_nothing_else(node: Node) -> None:
+    """Each look at it fails: "Transport endpoint is not connected"."""
+    code = f"""
+import ctypes, os
+import smarter_device_manager as sdm
+fuse = os.open("/dev/fuse", os.O_RDWR)
+data = f"fd={{fuse}},rootmode=40000,user_id=0,group_id=0".encode()
+assert ctypes.CDLL(None).mount(b"fuse", {os.fsencode(node.dev / "dead")!r}, b"fuse", 0, data) == 0
+os.close(fuse)
+scanner = sdm.Scanner({str(node.dev)!r})
+for name in ("video0", "video1"):
+    os.mknod(f"{node.dev}/{{name}}", 0o20600, os.makedev(240, 1))
+    for full in (False, True):
+        found, flapped = scanner.scan(full)
+        print(*sorted(found.entries), flapped)
+try:
+    sdm.resolve(found, "dead", "/dev")
+except sdm.NotADevice as error:
+    print(error)
+"""
+    told = mounted(node, "mkdir dead", sys.executable, "-c", code)
+    assert told.splitlines() == [
+        *[" dead video0 []"] * 2,
+        *[" dead video0 video1 []"] * 2,
+        "the folder /dev/dead cannot be listed (Transport endpoint is not connected)",
+    ]
+
+
+@needs_root
 def test_an_allocate_does_not_look_into_other_file_systems(node: Node) -> None:
     code = f"""
 import smarter_device_manager as sdm
