@@ -950,6 +950,7 @@ def _literal(char: str) -> str:
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
+OWN_NAMES_SECONDS = 1.0  # of CPU time, to compare the names of pools with those of other rules
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -1270,12 +1271,19 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
     """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
-    exist."""
+    exist.
+
+    Of thousands of such rules, only the first ones are checked, because meanwhile nobody looks at devices and signals.
+    A device whose name is taken is left out in any case, once it exists.
+    """
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
     expressions = Expressions(rule.match for rule in rules)
+    end = time.thread_time() + OWN_NAMES_SECONDS
     for path, rule in last.items():
+        if time.thread_time() > end:
+            return
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
             found = expressions.search(path)
