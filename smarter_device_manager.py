@@ -4009,7 +4009,7 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text logged, by the beginning of the ID
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -4117,7 +4117,7 @@ class Plugin:
             device, problem = found
             await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
         for slot_id in request.devices_ids:
-            self._refusals.pop(slot_id, None)
+            self._refusals.pop(slot_id[:MAX_SHOWN], None)
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:

@@ -6020,6 +6020,24 @@ def test_a_kept_device_that_is_gone_leaves_its_name_to_one_that_is_there(
 
 
 @needs_root
+def test_a_refused_start_is_logged_again_after_a_good_one_however_long_the_id_is(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    path = f"{'d' * 120}/{'e' * 120}"
+    folder = node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
+    node.rules("- {devicematch: ^d+/, resource: sticks, attributes: {serial: A1}}\n")
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=1)
+    for times in (1, 2):
+        (folder / "serial").write_text("B1\n")
+        for _ in range(2):
+            assert 'its serial is "B1"' in start_refusal(kubelet, "sticks", f"{path}:0")
+        wait_for(lambda times=times: daemon.log.count("start of a container refused") == times)
+        (folder / "serial").write_text("A1\n")
+        wait_for(lambda: may_start(kubelet, "sticks", f"{path}:0"))
+
+
+@needs_root
 def test_a_start_with_an_id_that_names_no_device_is_refused(
     board: Board, node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
