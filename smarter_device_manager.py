@@ -3836,6 +3836,8 @@ class HostDevices:
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
+        if not devices:
+            return None
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:

@@ -6020,6 +6020,18 @@ def test_a_kept_device_that_is_gone_leaves_its_name_to_one_that_is_there(
 
 
 @needs_root
+def test_a_start_without_devices_is_good_even_without_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("stick0"))
+    node.rules("- {devicematch: ^stick0$, attributes: {serial: A1}}\n")
+    daemon = start()
+    kubelet.wait_for("stick0", Healthy=1)
+    with descriptors_limited(daemon, 3):
+        kubelet.starts("stick0")
+        assert start_refusal(kubelet, "stick0", "0").startswith("smarter-devices/stick0: the container was given")
+    kubelet.starts("stick0", "0")
+
+
+@needs_root
 def test_a_refused_start_is_logged_again_after_a_good_one_however_long_the_id_is(
     node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
