@@ -952,6 +952,7 @@ def _literal(char: str) -> str:
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
+OWN_NAMES_SECONDS = 1.0  # of CPU time, to compare the names of pools with those of other rules
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -1272,12 +1273,19 @@ def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
 
 def _check_own_names(rules: Sequence[Rule]) -> None:
     """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
-    exist."""
+    exist.
+
+    Of thousands of such rules, only the first ones are checked, because meanwhile nobody looks at devices and signals.
+    A device whose name is taken is left out in any case, once it exists.
+    """
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
     last = {literal[1]: rule for literal, rule in literals if literal}
     expressions = Expressions(rule.match for rule in rules)
+    end = time.thread_time() + OWN_NAMES_SECONDS
     for path, rule in last.items():
+        if time.thread_time() > end:
+            return
         pool = pools.get(resource_name(path))
         if pool and not rule.resource and not rule.attributes:
             found = expressions.search(path)
@@ -1839,6 +1847,13 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
                 except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    if error.errno in SCARCE or not item.is_dir(follow_symlinks=False):
+                        raise
+                    # A mount whose server has ended (FUSE, NFS). The other names count nevertheless.
+                    broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
+                    fresh[item.name] = broken, (0, 0)
                     continue
                 fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
     finally:
@@ -3246,14 +3261,28 @@ def unix_target(path: str) -> str:
 def connect_error(path: str) -> str:
     """Why nobody answers on the Unix socket PATH; empty if somebody does."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except BlockingIOError:
-        return ""  # listens, and has many waiting
+        _connect_once(path)
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def is_dead(path: str) -> bool:
+    """Whether nobody answers on the Unix socket PATH. Raises OSError if there is nothing left to find out with."""
+    try:
+        _connect_once(path)
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
+        return True
+    return False
+
+
+def _connect_once(path: str) -> None:
+    """Connect to the Unix socket PATH. Raises OSError if nobody answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
+        probe.setblocking(False)
+        probe.connect(path)  # which blocks where somebody listens, and has many waiting
 
 
 def _temporary_name(path: str) -> str:
@@ -3325,7 +3354,7 @@ class UnixServer:
     def publish(self) -> bool:
         """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
         is_published = self._link()
-        if not is_published and connect_error(self.path):
+        if not is_published and is_dead(self.path):
             _remove_dead_socket(self.path)
             is_published = self._link()
         return is_published
@@ -3393,7 +3422,7 @@ def _dead_temporary_sockets(folder: str) -> Set[str]:
         for item in os.scandir(folder):
             if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
                 with contextlib.suppress(FileNotFoundError):  # it was published just now
-                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and connect_error(item.path):
+                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and is_dead(item.path):
                         found.add(item.path)
     except OSError as error:
         log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
@@ -3404,17 +3433,21 @@ def _remove_dead_socket(path: str) -> None:
     """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
 
     Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last check, and moved back if somebody answers on it after all.
+    last check, and moved back if somebody answers on it after all, or may do so.
     """
     aside = _temporary_name(path)
     try:
         os.rename(path, aside)
     except FileNotFoundError:
         return
-    if not connect_error(aside):
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-    os.unlink(aside)
+    may_answer = True
+    try:
+        may_answer = not is_dead(aside)
+    finally:
+        if may_answer:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        os.unlink(aside)
 
 
 class OtherInstances:
@@ -3489,7 +3522,11 @@ class OtherInstances:
         self._disconnect()
         alive = ""
         for path, wake in self._waiting.items():
-            if connect_error(path):
+            try:
+                has_ended = is_dead(path)
+            except OSError:  # then _connect() fails, too, and tries again later
+                has_ended = False
+            if has_ended:
                 wake()
             else:
                 alive = path
@@ -3614,12 +3651,13 @@ class KubeletConnection:
             self._meet()
 
     def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment."""
+        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
         reason = connect_error(self._path)
-        self.is_answering = not reason
+        if reason:
+            self.is_answering = False
         if reason and self.identity:
             self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return self.is_answering
+        return not reason
 
     async def close(self) -> None:
         """End the channel."""
@@ -3627,6 +3665,7 @@ class KubeletConnection:
             await self._channel.close()
 
     def _meet(self) -> None:
+        self.is_answering = True
         if self._channel:
             self._old_channel = asyncio.ensure_future(self._channel.close())
         self._channel = grpc.aio.insecure_channel(
@@ -3849,6 +3888,8 @@ class HostDevices:
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
+        if not devices:
+            return None
         chosen = []
         try:
             with LiveTree(self._dev_dir) as tree:
@@ -4022,7 +4063,7 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the last text that was logged, by ID
+        self._refusals: Dict[str, str] = {}  # of starts: the last text logged, by the beginning of the ID
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -4130,7 +4171,7 @@ class Plugin:
             device, problem = found
             await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
         for slot_id in request.devices_ids:
-            self._refusals.pop(slot_id, None)
+            self._refusals.pop(slot_id[:MAX_SHOWN], None)
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
@@ -6902,6 +6943,7 @@ DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
+NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
 MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
@@ -7249,8 +7291,9 @@ class DeviceSide:
             self._matcher = Matcher(self._conf.rules)
         flapped, has_changed = self._look(full)
         may_differ = full and self._look_beyond_dev(now)
+        has_news = self._sysfs.has_news()  # at every turn, or a /dev that always changes would keep it waiting
         plans = []
-        if has_new_rules or has_changed or may_differ or self._sysfs.has_news():
+        if has_new_rules or has_changed or may_differ or has_news:
             old = self.plan
             plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
             plans.append(self._make_plan(self.snapshot))
@@ -7383,10 +7426,10 @@ class FolderWatches:
 
 def mount_root(path: str) -> str:
     """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
-    the folder is moved. Empty if PATH is not a mount point."""
+    the folder is moved. Empty if PATH is not a mount point. Raises OSError if that cannot be read at this moment."""
     point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
     root = ""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields = line.split(" ", 5)
             if fields[4] == point:
@@ -7413,7 +7456,9 @@ class KubeletThread(threading.Thread):
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mount_root = mount_root(options.plugin_dir)
+        self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
+        with contextlib.suppress(OSError):
+            self._mount_root = mount_root(options.plugin_dir)
         self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
 
     def run(self) -> None:
@@ -7477,7 +7522,10 @@ class KubeletThread(threading.Thread):
                 f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
                 "next start finds the one that the kubelet uses now"
             )
-        root = self._mount_root and mount_root(self.side.plugin_dir)
+        try:
+            root = self._mount_root and mount_root(self.side.plugin_dir)
+        except OSError:  # too many open files, say; this does not mean that it was moved
+            root = self._mount_root
         self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
         if time.monotonic() - self._moved_at > MOVED_SECONDS:
             raise Problem(
@@ -7509,25 +7557,40 @@ class ServiceManager:
         microseconds = environment.get("WATCHDOG_USEC", "")
         if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
             self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
+        self._was_told_ready = True
         self.next_ping = time.monotonic() + self._ping_seconds
 
-    def notify(self, state: str) -> None:
-        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1."""
+    def notify(self, state: str) -> bool:
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if that can succeed a moment later."""
         if not self._address:
-            return
+            return True
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.setblocking(False)
                 sender.sendto(state.encode(), self._address)
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
+            return error.errno not in (*SCARCE, errno.EAGAIN, errno.ENOBUFS)  # its queue is full, say
+        return True
+
+    def notify_ready(self) -> None:
+        """Send READY=1, now or as soon as ping() can."""
+        self._was_told_ready = self.notify("READY=1")
+        self._schedule(self._was_told_ready)
 
     def ping(self, is_alive: bool) -> None:
         """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
-        if time.monotonic() >= self.next_ping:
-            self.next_ping = time.monotonic() + self._ping_seconds
-            if is_alive:
-                self.notify("WATCHDOG=1")
+        if time.monotonic() < self.next_ping:
+            return
+        if not self._was_told_ready:
+            self.notify_ready()
+        else:
+            self._schedule(is_alive and self.notify("WATCHDOG=1"))
+
+    def _schedule(self, was_sent: bool) -> None:
+        """Schedule the next ping(), soon unless the last message WAS_SENT."""
+        pause = self._ping_seconds
+        self.next_ping = time.monotonic() + (pause if was_sent else min(pause, NOTIFY_AGAIN_SECONDS))
 
 
 def is_number(text: str) -> bool:
@@ -7732,7 +7795,7 @@ def _run(
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
     taken = 0  # the last signal
-    manager.notify("READY=1")
+    manager.notify_ready()
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:

@@ -2353,6 +2353,13 @@ def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> Non
     assert all(len(os.path.basename(path)) < 250 for path in paths)
 
 
+def test_thousands_of_pools_and_devices_are_not_compared_for_long() -> None:
+    """It took 12 s of these, and four times as long for twice as many."""
+    pairs = (f"- devicematch: ^a{number}$\n- devicematch: x\n  resource: a{number}\n" for number in range(4000))
+    text = "".join(pairs) + "- devicematch: .\n"
+    assert cpu_seconds(lambda: sdm.parse_rules(text)) < 5.0
+
+
 def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
     node.rules("- devicematch: ^video0$\n- devicematch: ^ttyUSB\n  resource: video0\n")
     gpu_daemon.says(
@@ -2663,6 +2670,36 @@ def test_other_file_systems_are_not_looked_into(node: Node) -> None:
         "/dev/both/pts": "another file system",
         "/dev/link": "a path through /dev/shm, which is a mount",
     }
+
+
+@needs_root
+@pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="there is no FUSE here")
+def test_a_mount_in_dev_whose_server_has_ended_hides_nothing_else(node: Node) -> None:
+    """Each look at it fails: "Transport endpoint is not connected"."""
+    code = f"""
+import ctypes, os
+import smarter_device_manager as sdm
+fuse = os.open("/dev/fuse", os.O_RDWR)
+data = f"fd={{fuse}},rootmode=40000,user_id=0,group_id=0".encode()
+assert ctypes.CDLL(None).mount(b"fuse", {os.fsencode(node.dev / "dead")!r}, b"fuse", 0, data) == 0
+os.close(fuse)
+scanner = sdm.Scanner({str(node.dev)!r})
+for name in ("video0", "video1"):
+    os.mknod(f"{node.dev}/{{name}}", 0o20600, os.makedev(240, 1))
+    for full in (False, True):
+        found, flapped = scanner.scan(full)
+        print(*sorted(found.entries), flapped)
+try:
+    sdm.resolve(found, "dead", "/dev")
+except sdm.NotADevice as error:
+    print(error)
+"""
+    told = mounted(node, "mkdir dead", sys.executable, "-c", code)
+    assert told.splitlines() == [
+        *[" dead video0 []"] * 2,
+        *[" dead video0 video1 []"] * 2,
+        "the folder /dev/dead cannot be listed (Transport endpoint is not connected)",
+    ]
 
 
 @needs_root
@@ -3650,6 +3687,25 @@ def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> No
     side.turn()
     assert side.turn(reread=True) == []
     assert side.plan.resources["stick0"].devices[0].problem == "it is gone"
+
+
+@needs_root
+def test_late_attributes_are_read_while_something_else_comes_and_goes_all_the_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a stick with a loose contact."""
+    clock = Clock(monkeypatch)
+    folder = node.sysfs("usb1/stick0", {}, node.plug("stick0"))
+    side = device_side(node, STICK)
+    side.start()
+    assert not side.plan.resources
+    (folder / "idVendor").write_text("10c4")
+    (folder / "idProduct").write_text("ea60")
+    for name in ("loose0", "loose1"):
+        clock.now += 1
+        node.plug(name)
+        side.turn()
+    assert set(side.plan.resources) == {"stick0"}
 
 
 @needs_root
@@ -5966,6 +6022,36 @@ def test_a_kept_device_that_is_gone_leaves_its_name_to_one_that_is_there(
 
 
 @needs_root
+def test_a_start_without_devices_is_good_even_without_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("stick0"))
+    node.rules("- {devicematch: ^stick0$, attributes: {serial: A1}}\n")
+    daemon = start()
+    kubelet.wait_for("stick0", Healthy=1)
+    with descriptors_limited(daemon, 3):
+        kubelet.starts("stick0")
+        assert start_refusal(kubelet, "stick0", "0").startswith("smarter-devices/stick0: the container was given")
+    kubelet.starts("stick0", "0")
+
+
+@needs_root
+def test_a_refused_start_is_logged_again_after_a_good_one_however_long_the_id_is(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    path = f"{'d' * 120}/{'e' * 120}"
+    folder = node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
+    node.rules("- {devicematch: ^d+/, resource: sticks, attributes: {serial: A1}}\n")
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=1)
+    for times in (1, 2):
+        (folder / "serial").write_text("B1\n")
+        for _ in range(2):
+            assert 'its serial is "B1"' in start_refusal(kubelet, "sticks", f"{path}:0")
+        wait_for(lambda times=times: daemon.log.count("start of a container refused") == times)
+        (folder / "serial").write_text("A1\n")
+        wait_for(lambda: may_start(kubelet, "sticks", f"{path}:0"))
+
+
+@needs_root
 def test_a_start_with_an_id_that_names_no_device_is_refused(
     board: Board, node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -7070,6 +7156,28 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await kubelet.stop()
 
 
+async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
+    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    await kubelet.start()
+    told: list[bool] = []
+    events = sdm.GroupedLog(asyncio.get_running_loop())
+    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", events, lambda: told.append(seen.is_answering))
+    seen.check()
+    with without_descriptors():
+        assert not seen.check_answering()  # one registration finds it gone, and waits for it
+    assert seen.check_answering()  # another one, which was busy meanwhile, finds it there
+    assert told == [True, False]
+    seen.check()
+    assert told == [True, False, True]  # so the first one goes on
+    await seen.close()
+    await kubelet.stop()
+
+
+def test_who_waits_for_a_kubelet_is_told_that_it_answers_whoever_found_out(node: Node) -> None:
+    work = a_kubelet_out_of_reach_for_a_moment(str(node.plugins))
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
+
+
 def test_a_change_of_the_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
     (node.plugins / "a.sock").touch()
     os.utime(node.plugins, (1, 1))  # nothing has changed for long
@@ -7322,6 +7430,40 @@ async def servers_of_one_path(path: str) -> None:
 def test_servers_of_one_path_take_over_from_each_other(node: Node) -> None:
     work = servers_of_one_path(f"{node.plugins}/some.sock")
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
+
+
+async def servers_without_descriptors(path: str) -> None:
+    first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
+    await first.start()
+    await second.start()
+    assert first.publish()
+    inode = os.stat(path).st_ino
+    with without_descriptors():
+        with pytest.raises(OSError, match="Too many open files"):
+            second.publish()
+        with pytest.raises(OSError, match="Too many open files"):
+            sdm._remove_dead_socket(path)
+        assert sdm.connect_error(path) == "Too many open files"
+    assert os.stat(path).st_ino == inode and not second.publish()
+    woken: list[int] = []
+    others = sdm.OtherInstances(asyncio.get_running_loop())
+    others.wait_for(path, lambda: woken.append(1))
+    with without_descriptors():
+        others._check()
+    assert not woken
+    await first.stop()
+    give_up = time.monotonic() + PATIENCE
+    while not woken:
+        assert time.monotonic() < give_up
+        await asyncio.sleep(0.01)
+    others.forget(path)
+    assert second.publish()
+    await second.stop()
+
+
+def test_without_descriptors_the_socket_of_another_instance_is_not_taken_for_dead(node: Node) -> None:
+    work = servers_without_descriptors(f"{node.plugins}/some.sock")
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -8069,6 +8211,41 @@ def test_the_watchdog_of_another_process_is_not_pinged(node: Node, kubelet: Kube
     manager.close()
 
 
+def test_a_service_manager_whose_queue_is_full_is_told_later_that_the_daemon_is_ready(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """As while everything starts at boot. Otherwise systemd would end the daemon as one that does not start."""
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    others = 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+        other.setblocking(False)
+        while True:
+            other.sendto(b"X", f"\0{node.root}")
+            others += 1
+    start("--interval", "3600", env={**os.environ, "NOTIFY_SOCKET": manager.address})
+    wait_ready(kubelet, ["null"])
+    assert [manager.hear() for _ in range(others)] == ["X"] * others
+    assert manager.hear() == "READY=1"
+    manager.wait_for_silence(1.0)
+    manager.close()
+
+
+def test_a_ping_that_could_not_be_sent_is_sent_before_the_watchdog_ends_the_daemon(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    offer(node, "null")
+    manager = Manager(f"@{node.root}")
+    daemon = start("--interval", "3600", env={**os.environ, **manager.environment("6000000")})
+    assert [manager.hear(), manager.hear()] == ["READY=1", "WATCHDOG=1"]
+    last = time.monotonic()
+    with descriptors_limited(daemon, 3):
+        settle(daemon, 3.3)  # the next ping is due after 3 s
+    assert manager.hear() == "WATCHDOG=1"
+    assert time.monotonic() - last < 5.0
+    manager.close()
+
+
 # What the node runs out of
 
 
@@ -8255,6 +8432,30 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
         else:
             daemon.says(f"ERROR the directory that is mounted at {there} was moved, from .*/p to .*/away; exiting")
         assert "Traceback" not in daemon.log
+    finally:
+        daemon.kill()
+
+
+@needs_root
+def test_a_full_table_of_descriptors_does_not_mean_that_the_plugin_directory_was_moved(
+    node: Node, kubelet: Kubelet
+) -> None:
+    """What is mounted cannot be read then, for longer than a directory may be away."""
+    mounted(node, "", "true")  # or skip
+    offer(node, "null")
+    there = node.root / "mounted"
+    there.mkdir()
+    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
+    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
+    try:
+        wait_ready(kubelet, ["null"])
+        with contextlib.suppress(ProcessLookupError), descriptors_limited(daemon, 3):
+            settle(daemon, sdm.MOVED_SECONDS + 1)
+        assert daemon.process.poll() is None, daemon.log
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        node.plugins.rename(node.root / "away")  # and then it is missed as before
+        assert daemon.process.wait(PATIENCE) == 1
+        daemon.says("was moved, from .*/p to .*/away; exiting")
     finally:
         daemon.kill()
 
