@@ -483,7 +483,7 @@ class ExpressionError(ValueError):
 
 
 class SearchTimeout(Exception):
-    """A search took too long, so its result is unknown."""
+    """A search, or other work within a limit of time, took too long, so its result is unknown."""
 
 
 class _Alarm:
@@ -529,7 +529,7 @@ class _Alarm:
         raise SearchTimeout
 
 
-_ALARM = _Alarm()
+ALARM = _Alarm()
 
 
 class Expression:
@@ -579,7 +579,7 @@ class Expression:
         # The more searches took too long, the less time the next one gets: a thousand would take a minute otherwise.
         seconds = SEARCH_SECONDS / min(1 + self.slow_searches() + others, MAX_FASTER)
         try:
-            return _ALARM.limit(lambda: find(text), seconds)
+            return ALARM.limit(lambda: find(text), seconds)
         except SearchTimeout:
             if len(self._slow_texts) == MAX_SLOW_TEXTS:
                 del self._slow_texts[next(iter(self._slow_texts))]
@@ -600,7 +600,7 @@ class Expressions:
         """Per expression, what the search in TEXT found, or that it took too long."""
         if not self._were_slow:
             try:  # one limit for all of them, because setting it takes longer than most searches
-                return _ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
+                return ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
             except SearchTimeout:
                 self._were_slow = True
                 time.sleep(SEARCH_SECONDS)
@@ -952,7 +952,8 @@ def _literal(char: str) -> str:
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-OWN_NAMES_SECONDS = 1.0  # of CPU time, to compare the names of pools with those of other rules
+PARSE_SECONDS = 10.0  # of CPU time that the config file may take; one of 1 MiB takes 2.5 s, most a millisecond
+MAX_COMPARED_NAMES = 100  # of pools, with devices that other rules name
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -1210,7 +1211,17 @@ _KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if f
 
 
 def parse_rules(text: str) -> Tuple[Rule, ...]:
-    """The rules in TEXT, that of a config file, in order. Raises ConfigError."""
+    """The rules in TEXT, that of a config file, in order. For the main thread only. Raises ConfigError."""
+    try:
+        rules = ALARM.limit(lambda: _parse_rules(text), PARSE_SECONDS)
+    except SearchTimeout:  # re can take a minute to compile an expression of 1 MiB
+        message = f"the file takes more than {PARSE_SECONDS:.0f} s to read; write fewer rules or shorter expressions"
+        raise ConfigError(message, 1, 1) from None
+    _check_own_names(rules)
+    return rules
+
+
+def _parse_rules(text: str) -> Tuple[Rule, ...]:
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
         line = text.count("\n", 0, manifest.start()) + 1
@@ -1223,9 +1234,7 @@ def parse_rules(text: str) -> Tuple[Rule, ...]:
         raise _wrong(document, "a list of rules (- devicematch: ...)")
     if not document.value:
         raise ConfigError("the list has no rules", document.line, document.column)
-    rules = tuple(_parse_rule(node) for node in document.value)
-    _check_own_names(rules)
-    return rules
+    return tuple(_parse_rule(node) for node in document.value)
 
 
 def _parse_rule(node: Node) -> Rule:
@@ -1275,23 +1284,19 @@ def _check_own_names(rules: Sequence[Rule]) -> None:
     """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
     exist.
 
-    Of thousands of such rules, only the first ones are checked, because meanwhile nobody looks at devices and signals.
+    Of many such rules only the first ones are compared, because each comparison takes as long as a look at a device.
     A device whose name is taken is left out in any case, once it exists.
     """
     pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
     literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
-    last = {literal[1]: rule for literal, rule in literals if literal}
+    last = {literal[1]: rule for literal, rule in literals if literal and not rule.resource and not rule.attributes}
+    alike = [(path, rule) for path, rule in last.items() if resource_name(path) in pools]
     expressions = Expressions(rule.match for rule in rules)
-    end = time.thread_time() + OWN_NAMES_SECONDS
-    for path, rule in last.items():
-        if time.thread_time() > end:
-            return
-        pool = pools.get(resource_name(path))
-        if pool and not rule.resource and not rule.attributes:
-            found = expressions.search(path)
-            last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
-            if last_rule and last_rule[0] is rule:
-                raise clash(pool, rule, path)
+    for path, rule in alike[:MAX_COMPARED_NAMES]:
+        found = expressions.search(path)
+        last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
+        if last_rule and last_rule[0] is rule:
+            raise clash(pools[resource_name(path)], rule, path)
 
 
 def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:

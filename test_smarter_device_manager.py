@@ -1070,7 +1070,7 @@ def test_a_search_ends_although_a_finalizer_is_what_the_first_alarm_interrupts()
         assert reference
 
     with pytest.raises(sdm.SearchTimeout):
-        sdm._ALARM.limit(work, 0.05)
+        sdm.ALARM.limit(work, 0.05)
 
 
 def test_a_search_that_takes_too_long_ends_and_is_not_repeated() -> None:
@@ -1137,7 +1137,7 @@ def test_an_alarm_interrupts_only_its_own_work() -> None:
 
     def is_done(seconds: float) -> bool:
         try:
-            return sdm._ALARM.limit(lambda: spin(seconds), 0.004)
+            return sdm.ALARM.limit(lambda: spin(seconds), 0.004)
         except sdm.SearchTimeout:
             return False
         finally:
@@ -1149,12 +1149,12 @@ def test_an_alarm_interrupts_only_its_own_work() -> None:
         signal.raise_signal(signal.SIGPROF)  # one that comes late
     assert set(outcomes) == {False, True}
     with pytest.raises(ZeroDivisionError):
-        sdm._ALARM.limit(lambda: 1 / 0, 1)
+        sdm.ALARM.limit(lambda: 1 / 0, 1)
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
     with concurrent.futures.ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match="only the main thread"):
         pool.submit(sdm.Expression("a").search, "a").result(PATIENCE)
     early = [lambda: signal.raise_signal(signal.SIGPROF)] * 3  # other threads have used the time
-    assert sdm._ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
+    assert sdm.ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
 
 
 def slow_rules(*more: str) -> str:
@@ -2354,10 +2354,21 @@ def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> Non
 
 
 def test_thousands_of_pools_and_devices_are_not_compared_for_long() -> None:
-    """It took 12 s of these, and four times as long for twice as many."""
+    """It took 12 s of these, and four times as long for twice as many. The first ones are compared."""
     pairs = (f"- devicematch: ^a{number}$\n- devicematch: x\n  resource: a{number}\n" for number in range(4000))
     text = "".join(pairs) + "- devicematch: .\n"
     assert cpu_seconds(lambda: sdm.parse_rules(text)) < 5.0
+    with pytest.raises(sdm.ConfigError, match='the pool "a0" has the name of the device /dev/a0'):
+        sdm.parse_rules("".join(f"- devicematch: x\n  resource: a{n}\n- devicematch: ^a{n}$\n" for n in range(200)))
+
+
+def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of (?i)k take re the longest: 0.2 ms each."""
+    text = f'- devicematch: "(?i){"k" * 20_000}"\n'
+    monkeypatch.setattr(sdm, "PARSE_SECONDS", 0.5)
+    with pytest.raises(sdm.ConfigError, match="takes more than 0 s to read; write fewer rules or shorter expressions"):
+        sdm.parse_rules(text)
+    assert sdm.parse_rules("- devicematch: good\n")
 
 
 def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
