@@ -4995,7 +4995,9 @@ ApiAnswer = Tuple[int, Document, float]  # HTTP status, content, and the seconds
 
 def parse_api_url(url: str) -> ApiAddress:
     """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
-    match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
+    # Python raises UnicodeError for a host with an empty label or one of more than 63 characters.
+    hosts = r"\[([0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3})\]|([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?)"
+    match = re.fullmatch(rf"(https?)://(?:{hosts})(?::([0-9]{{1,5}}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
     host = match[2] or match[3]

@@ -8467,6 +8467,8 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         ("http://127.0.0.1:8001", (False, "127.0.0.1", 8001, "")),
         ("http://localhost", (False, "localhost", 80, "")),
         ("http://[::1]:8001", (False, "::1", 8001, "")),
+        ("https://[::ffff:10.0.0.1]", (True, "::ffff:10.0.0.1", 443, "")),
+        (f"https://{'a' * 63}.example.", (True, f"{'a' * 63}.example.", 443, "")),
     ],
 )
 def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
@@ -8478,6 +8480,7 @@ def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
     [
         "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
         "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
+        "https://a..b", "https://.a", f"https://{'a' * 64}.example", "https://[..]", f"https://[{'a' * 64}]",
     ],
 )  # fmt: skip
 def test_what_is_no_url_of_an_api_server(url: str) -> None:
