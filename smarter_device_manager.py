@@ -4890,13 +4890,13 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     found = []
     results = _dig(claim, list, "status", "allocation", "devices", "results")
     for result in results or [None]:
-        request, device = _dig(result, str, "request"), _dig(result, str, "device")
-        if not request or not device:
+        request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
+        if not _OBJECT_NAME.fullmatch(request) or not device:
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
         if _dig(result, str, "driver") == domain:
             if _dig(result, str, "pool") != node:
                 raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
-            found.append((request.partition("/")[0], device))
+            found.append((request, device))
     return found
 
 
@@ -5613,7 +5613,7 @@ class DraSide(KubeletSide):
                 prepared = await self._prepare(claim)
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-                entry.error = f"{self.domain}: {text}"
+                entry.error = printable(f"{self.domain}: {text}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
                 self._log_of_claim("refused", f"Prepare refused: {text}", claim)
                 continue

@@ -8430,6 +8430,7 @@ def test_what_a_claim_was_allocated_is_read() -> None:
         {"status": {"allocation": {"devices": {"results": [1]}}}},
         {"status": {"allocation": {"devices": {"results": [{}]}}}},
         {"status": {"allocation": {"devices": {"results": [{**result_of("a"), "device": 7}]}}}},
+        {"status": {"allocation": {"devices": {"results": [result_of("a", "\ud800")]}}}},
     ):  # fmt: skip
         with pytest.raises(sdm.AllocationError, match="not allocated"):
             sdm.allocated_devices(nonsense, "smarter-devices", NODE_NAME)
@@ -9070,6 +9071,7 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
         return str(camera.prepare(claim).error)
 
     assert 'this node offers no device "video7-0"' in error(camera.claim("video7-0"))
+    assert r'this node offers no device "\ud800"' in error(camera.claim("\ud800"))
     claim = camera.claim("video0-0")
     assert "is another one now" in error(pb.Claim(namespace="default", name=claim.name, uid="other"))
     assert "(404)" in error(pb.Claim(namespace="default", name="nothing", uid="u"))
