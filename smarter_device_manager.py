@@ -5686,7 +5686,6 @@ class DraSide(KubeletSide):
         """Remove the CDI file of the claim UID; why that failed, or an empty text."""
         if not self.publisher:
             return f"{self.domain}: {NOT_SERVED}"
-        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
@@ -5694,6 +5693,7 @@ class DraSide(KubeletSide):
             except OSError as error:
                 return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
             log_event("unprepared", "its pod has ended", claim=claim.full_name)
+        self._logged.pop(uid, None)
         return ""
 
     def _log_of_claim(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
@@ -5747,13 +5747,14 @@ class DraSide(KubeletSide):
 
     async def _drop_gone_claims(self) -> None:
         """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
-        while self._unchecked:
-            claim = self._unchecked[-1]
+        for claim in list(self._unchecked):
             found = await self.api.call("get", claim_path(claim.namespace, claim.name), absent=404)
             is_gone = found is None or _uid_of(found, "a ResourceClaim") != claim.uid
-            self._unchecked.pop()
-            if is_gone:
-                self._unprepare(claim.uid)
+            problem = self._unprepare(claim.uid) if is_gone else ""
+            if problem:  # tried again with the next comparison
+                self._log_of_claim("cdi-file-not-removed", problem, claim)
+            else:
+                self._unchecked.remove(claim)
 
 
 def _inodes(path: str) -> Mapping[str, int]:

@@ -9176,6 +9176,26 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
 
 
 @needs_root
+def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
+    looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    del camera.api.objects[camera.path(claim)]
+    camera.cdi.chmod(0o555)
+    daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override", *looks])
+    daemon.says(f"cannot remove {camera.file(claim)}: Permission denied")
+    count = len(camera.api.calls)
+    wait_for(lambda: len(camera.api.calls) > count + 10)
+    assert daemon.log.count("cannot remove") == 1
+    camera.cdi.chmod(0o755)
+    wait_for(lambda: not camera.file(claim).exists())
+    assert camera.gives(camera.claim("video0-0")), "no dead claim holds it"
+
+
+@needs_root
 def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1")
