@@ -5241,6 +5241,7 @@ class Publisher:
         self._node = node
         self._domain = domain
         self._steps = (self._publish_slices, self._make_classes, finally_)
+        self._are_slices_good = False  # whether they could be made what was wanted when that was last tried
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
         self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
@@ -5269,12 +5270,13 @@ class Publisher:
             self._urgent.clear()
             self._changed.clear()
             pause = await self._advance()
-            if self.problems:
-                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)
+            if not self._are_slices_good:
                 await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
-            else:
-                await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-                await wait_for_event(self._changed, COMPARE_SECONDS)
+                continue
+            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
+            rest = self._backoff.retry_at - time.monotonic() if self.problems else COMPARE_SECONDS
+            await wait_for_event(self._changed, rest)  # where no class can be made, a lost device is tainted at once
 
     async def _advance(self) -> float:
         """Publish what the API server accepts; the seconds for which it must be left alone."""
@@ -5301,6 +5303,7 @@ class Publisher:
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
+        self._are_slices_good = False
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
             is_ours = _versions(copies) == self._versions  # nobody else has changed them
@@ -5316,6 +5319,7 @@ class Publisher:
                         continue
                     raise
             self.published, self._versions, self.published_at = wanted, _versions(copies), time.time()
+            self._are_slices_good = True
             return
 
     async def _list_slices(self) -> Dict[str, object]:

@@ -9461,6 +9461,17 @@ def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) 
 
 
 @needs_root
+def test_a_class_that_cannot_be_made_keeps_no_change_of_the_slices_waiting(camera: Cluster, start: Starter) -> None:
+    camera.api.rights -= {("deviceclasses", "create")}
+    start(*camera.options(), through=with_constants(MIN_BACKOFF_SECONDS=30))
+    wait_for(lambda: [call.status for call in camera.api.calls].count(403) == 2, "one after the registration")
+    begin = time.monotonic()
+    camera.node.unplug("video0")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert time.monotonic() - begin < 3
+
+
+@needs_root
 def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
     start(*camera.options())
     camera.ready("video0-0", "video0-1")
