@@ -5287,8 +5287,8 @@ class Publisher:
             except ApiError as error:
                 problems.append(str(error))
                 pause = max(pause, error.retry_after)
-                if not error.status:
-                    break  # there is no answer, so there is none to the next request
+                if pause or not error.status:
+                    break  # it is to be left alone, or does not answer
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
