@@ -5528,7 +5528,8 @@ class DraSide(KubeletSide):
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
         if self._servers:
-            if not self.is_answering and time.monotonic() - self._served_since > REGISTER_SECONDS:
+            is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
+            if is_late and not self.is_answering and not self.problem:  # the kubelet's own reason says more
                 self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"

@@ -9741,7 +9741,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
 
 @needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(REGISTER_SECONDS=0.1))
     camera.ready("video0-0", "video0-1")
     status = Status(daemon)
     status.wait_for("/readyz", 200)
@@ -9752,9 +9752,12 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
             message = pb.RegistrationStatus(plugin_registered=False, error="not on my watch")
             await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
 
-    camera.kubelet.do(refuse())
-    daemon.says("the kubelet refused the driver: not on my watch")
-    assert "not on my watch" in status.wait_for("/readyz", 503).body
+    for _ in range(2):
+        camera.kubelet.do(refuse())
+        daemon.says("the kubelet refused the driver: not on my watch")
+        time.sleep(2 * sdm.SOCKET_LOOK_SECONDS)
+        assert "not on my watch" in status.wait_for("/readyz", 503).body
+    assert daemon.log.count("refused the driver") == 1, "once, though the kubelet tries again"
 
 
 @needs_root
