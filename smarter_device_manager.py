@@ -5126,6 +5126,26 @@ class ApiServer:
         return [f"Authorization: Bearer {token.decode()}"]
 
 
+class DaemonThreads(concurrent.futures.ThreadPoolExecutor):
+    """Does each job, such as to find a host's address, on a daemon thread of its own.
+
+    Python's own threads would keep this process from ending until a name server answers, or half a minute.
+    """
+
+    def submit(self, job: Callable[..., T], /, *args: Any, **options: Any) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(job(*args, **options))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="resolver", daemon=True).start()
+        return future
+
+
 def _read_file(kind: str, path: str) -> bytes:
     """The content of the file of this KIND at PATH. Raises ApiError."""
     try:
@@ -5414,6 +5434,7 @@ class DraSide(KubeletSide):
         calm_look: float,
     ) -> None:
         super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
+        loop.set_default_executor(DaemonThreads())
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api

@@ -9567,6 +9567,17 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
 
 
 @needs_root
+def test_a_name_server_that_does_not_answer_keeps_nobody_from_ending(camera: Cluster, start: Starter) -> None:
+    through = with_constants(API_SECONDS=0.5)
+    through[-1] = f"import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(20); {through[-1]}"
+    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
+    daemon.says("the API server at https://api.example:6443 did not answer within 0 s; trying again")
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 3
+
+
+@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1")
