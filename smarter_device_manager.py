@@ -4698,6 +4698,7 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+_LABEL = re.compile("[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # of a device or a request, as the API server takes them
 NOT_SERVED = "this instance of the driver has ended; the next one will do it"  # and must know of it
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
@@ -4891,7 +4892,7 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     results = _dig(claim, list, "status", "allocation", "devices", "results")
     for result in results or [None]:
         request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
-        if not _OBJECT_NAME.fullmatch(request) or not device:
+        if not _LABEL.fullmatch(request) or not device:
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
         if _dig(result, str, "driver") == domain:
             if _dig(result, str, "pool") != node:
@@ -4962,9 +4963,10 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
         notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
         edits = device["containerEdits"]
-        if prefix or not name or not all(notes.values()) or not isinstance(edits, dict):
+        is_gone, name = name.endswith(GONE), name.removesuffix(GONE)
+        if prefix or not _LABEL.fullmatch(name) or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
+        devices.append(PreparedDevice(name, **notes, edits=edits, is_gone=is_gone))
     return PreparedClaim(**owner, devices=tuple(devices))
 
 

@@ -8449,6 +8449,7 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
         (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
         (("devices", 0, "containerEdits"), []), (("devices", 0, "name"), "0-1-"), (("devices", 0, "annotations"), {}),
+        (("devices", 0, "name"), "0-1-Video0-0"), (("devices", 0, "name"), "0-1-video0-\ud800"),
     ]:  # fmt: skip
         broken = json.loads(json.dumps(document))
         item = broken
@@ -9239,6 +9240,22 @@ def test_a_cdi_file_that_cannot_be_read_is_not_forgotten(camera: Cluster, start:
     (camera.cdi / path.name).mkdir()  # whatever that is, it is not ours
     camera.ready("video0-0", "video0-1")
     assert daemon.log.count("cannot serve") == 1
+
+
+@needs_root
+def test_a_damaged_name_in_a_cdi_file_keeps_no_slice_from_the_api_server(camera: Cluster, start: Starter) -> None:
+    camera.node.plug("video1")
+    daemon = start(*camera.options())
+    names = ("video0-0", "video0-1", "video1-0", "video1-1")
+    camera.ready(*names)
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    camera.file(claim).write_text(camera.file(claim).read_text().replace("-video0-0", "-Video0-0"))
+    camera.node.unplug("video0")
+    daemon = start(*camera.options())
+    camera.wait_for_devices("video1-0", "video1-1")
+    daemon.says("removed a broken CDI file")
 
 
 @needs_root
