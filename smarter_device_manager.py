@@ -5450,6 +5450,7 @@ class DraSide(KubeletSide):
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
+        self._offered: List[Document] = []  # its slots as devices of slices
         self._gone_paths: Set[str] = set()  # what the plan has no good device at, such as /dev/video0
         self._devices = devices
         self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
@@ -5468,7 +5469,7 @@ class DraSide(KubeletSide):
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
                 if self._is_unsettled:
-                    self.apply(self._plan)
+                    self._settle()
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             leftovers.cancel()
@@ -5476,21 +5477,25 @@ class DraSide(KubeletSide):
         self._done.result()
 
     def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now.
-
-        Also published are prepared devices that the plan no longer has, once they are gone.
-        """
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
         self._plan, self.slots = plan, slots_by_device_name(plan)
         offered = (device for resource in plan.resources.values() for device in resource.devices)
         self._gone_paths = {device_path(device) for device in offered if device.problem}
         self._gone_paths.update(f"/dev/{left.path}" for left in plan.left_out)
+        self._offered = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have CDI files and slices be as the plan and /dev want them, where a prepared device is not in the plan, too.
+
+        Those are published as well, once they are gone.
+        """
         if self.publisher:
             self._update_cdi_files()
-            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._problem_of(device))
-            devices += [lost_device(device, self.domain) for device in lost]
-            self.publisher.want(devices, list(plan.resources))
+            devices = [*self._offered, *(lost_device(device, self.domain) for device in lost)]
+            self.publisher.want(devices, list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -5577,7 +5582,7 @@ class DraSide(KubeletSide):
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
         self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
-        self.apply(self._plan)
+        self._settle()
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
         self._publishing.add_done_callback(self._fail_with)

@@ -9288,6 +9288,26 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
 
 
 @needs_root
+def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluster, start: Starter) -> None:
+    """It is looked at every second, as long as its pod runs."""
+    many = "- devicematch: ^tty\n  nummaxdevices: 100\n"
+    for number in range(40):
+        camera.node.plug(f"tty{number}")
+    camera.node.rules(many + VIDEO)
+    daemon = start(*camera.options())
+    wait_for(lambda: "video0-0" in camera.api.devices())
+    camera.gives(camera.claim("video0-0"))
+    camera.node.rules(many)
+    wait_for(lambda: len(camera.api.devices()) == 4000 and len(camera.api.classes()) == 42)
+    process = psutil.Process(daemon.process.pid)
+    time.sleep(1.0)
+    before = process.cpu_times()
+    time.sleep(5.0)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.15, "3 % of a core"
+
+
+@needs_root
 def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
     camera.ready("video0-0", "video0-1")
