@@ -4863,11 +4863,13 @@ def comparable_slices(slices: Mapping[str, object]) -> Document:
     }
 
 
-def _without(value: object, keys: Set[str]) -> object:
-    """VALUE, of JSON, without KEYS at any depth."""
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+def _without(value: object, keys: Set[str], depth: int = 20) -> object:
+    """VALUE, of JSON, without KEYS, and without what is nested deeper than DEPTH, as nothing of ours is."""
+    if isinstance(value, dict) and depth:
+        return {key: _without(item, keys, depth - 1) for key, item in value.items() if key not in keys}
+    if isinstance(value, list) and depth:
+        return [_without(item, keys, depth - 1) for item in value]
+    return None if isinstance(value, (dict, list)) else value
 
 
 def _dig(value: object, kind: Type[T], *keys: str) -> T:

@@ -9546,6 +9546,11 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
     assert times[1] - times[0] > 2.9, "nothing else is asked either"
 
 
+def slice_with(devices: object) -> dict[str, Any]:
+    """What may be taken for a slice of the driver's, with DEVICES."""
+    return {"metadata": {"name": "x"}, "spec": {"driver": "smarter-devices", "nodeName": NODE_NAME, "devices": devices}}
+
+
 @needs_root
 @pytest.mark.parametrize(
     "nonsense",
@@ -9559,10 +9564,11 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
             200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
         ),
         answer_bytes(200, b"{" + b'"a": ' * 300_000),
+        answer_bytes(200, {"items": [slice_with(json.loads("[" * 600 + "]" * 600))], "metadata": {"uid": "u"}}),
         answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
         answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
