@@ -4744,6 +4744,7 @@ _API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
 _HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
+_LABEL = re.compile("[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # of a device or a request, as the API server takes them
 NOT_SERVED = "this instance of the driver has ended; the next one will do it"  # and must know of it
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
@@ -4908,11 +4909,13 @@ def comparable_slices(slices: Mapping[str, object]) -> Document:
     }
 
 
-def _without(value: object, keys: Set[str]) -> object:
-    """VALUE, of JSON, without KEYS at any depth."""
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+def _without(value: object, keys: Set[str], depth: int = 20) -> object:
+    """VALUE, of JSON, without KEYS, and without what is nested deeper than DEPTH, as nothing of ours is."""
+    if isinstance(value, dict) and depth:
+        return {key: _without(item, keys, depth - 1) for key, item in value.items() if key not in keys}
+    if isinstance(value, list) and depth:
+        return [_without(item, keys, depth - 1) for item in value]
+    return None if isinstance(value, (dict, list)) else value
 
 
 def _dig(value: object, kind: Type[T], *keys: str) -> T:
@@ -4936,13 +4939,13 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     found = []
     results = _dig(claim, list, "status", "allocation", "devices", "results")
     for result in results or [None]:
-        request, device = _dig(result, str, "request"), _dig(result, str, "device")
-        if not request or not device:
+        request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
+        if not _LABEL.fullmatch(request) or not device:
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
         if _dig(result, str, "driver") == domain:
             if _dig(result, str, "pool") != node:
                 raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
-            found.append((request.partition("/")[0], device))
+            found.append((request, device))
     return found
 
 
@@ -5008,9 +5011,10 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
         notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
         edits = device["containerEdits"]
-        if prefix or not name or not all(notes.values()) or not isinstance(edits, dict):
+        is_gone, name = name.endswith(GONE), name.removesuffix(GONE)
+        if prefix or not _LABEL.fullmatch(name) or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(name.removesuffix(GONE), **notes, edits=edits, is_gone=name.endswith(GONE)))
+        devices.append(PreparedDevice(name, **notes, edits=edits, is_gone=is_gone))
     return PreparedClaim(**owner, devices=tuple(devices))
 
 
@@ -5041,7 +5045,9 @@ ApiAnswer = Tuple[int, Document, float]  # HTTP status, content, and the seconds
 
 def parse_api_url(url: str) -> ApiAddress:
     """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
-    match = re.fullmatch(r"(https?)://(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::([0-9]{1,5}))?(/[\w./~-]*)?", url)
+    # Python raises UnicodeError for a host with an empty label or one of more than 63 characters.
+    hosts = r"\[([0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3})\]|([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?)"
+    match = re.fullmatch(rf"(https?)://(?:{hosts})(?::([0-9]{{1,5}}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
     host = match[2] or match[3]
@@ -5170,6 +5176,26 @@ class ApiServer:
         return [f"Authorization: Bearer {token.decode()}"]
 
 
+class DaemonThreads(concurrent.futures.ThreadPoolExecutor):
+    """Does each job, such as to find a host's address, on a daemon thread of its own.
+
+    Python's own threads would keep this process from ending until a name server answers, or half a minute.
+    """
+
+    def submit(self, job: Callable[..., T], /, *args: Any, **options: Any) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(job(*args, **options))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="resolver", daemon=True).start()
+        return future
+
+
 def _read_file(kind: str, path: str) -> bytes:
     """The content of the file of this KIND at PATH. Raises ApiError."""
     try:
@@ -5285,6 +5311,7 @@ class Publisher:
         self._node = node
         self._domain = domain
         self._steps = (self._publish_slices, self._make_classes, finally_)
+        self._are_slices_good = False  # whether they could be made what was wanted when that was last tried
         self._wanted: List[List[Document]] = []
         self._resources: Sequence[str] = ()
         self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
@@ -5313,12 +5340,13 @@ class Publisher:
             self._urgent.clear()
             self._changed.clear()
             pause = await self._advance()
-            if self.problems:
-                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)
+            if not self._are_slices_good:
                 await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
-            else:
-                await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-                await wait_for_event(self._changed, COMPARE_SECONDS)
+                continue
+            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
+            rest = self._backoff.retry_at - time.monotonic() if self.problems else COMPARE_SECONDS
+            await wait_for_event(self._changed, rest)  # where no class can be made, a lost device is tainted at once
 
     async def _advance(self) -> float:
         """Publish what the API server accepts; the seconds for which it must be left alone."""
@@ -5329,8 +5357,8 @@ class Publisher:
             except ApiError as error:
                 problems.append(str(error))
                 pause = max(pause, error.retry_after)
-                if not error.status:
-                    break  # there is no answer, so there is none to the next request
+                if pause or not error.status:
+                    break  # it is to be left alone, or does not answer
         for problem in problems:
             if problem not in self.problems:
                 log_event("not-published", f"{problem}; trying again", logging.WARNING)
@@ -5345,6 +5373,7 @@ class Publisher:
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
+        self._are_slices_good = False
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
             is_ours = _versions(copies) == self._versions  # nobody else has changed them
@@ -5360,6 +5389,7 @@ class Publisher:
                         continue
                     raise
             self.published, self._versions, self.published_at = wanted, _versions(copies), time.time()
+            self._are_slices_good = True
             return
 
     async def _list_slices(self) -> Dict[str, object]:
@@ -5454,6 +5484,7 @@ class DraSide(KubeletSide):
         calm_look: float,
     ) -> None:
         super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
+        loop.set_default_executor(DaemonThreads())
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
@@ -5467,6 +5498,7 @@ class DraSide(KubeletSide):
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
+        self._offered: List[Document] = []  # its slots as devices of slices
         self._gone_paths: Set[str] = set()  # what the plan has no good device at, such as /dev/video0
         self._devices = devices
         self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
@@ -5485,7 +5517,7 @@ class DraSide(KubeletSide):
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
                 if self._is_unsettled:
-                    self.apply(self._plan)
+                    self._settle()
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
             leftovers.cancel()
@@ -5493,21 +5525,25 @@ class DraSide(KubeletSide):
         self._done.result()
 
     def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now.
-
-        Also published are prepared devices that the plan no longer has, once they are gone.
-        """
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
         self._plan, self.slots = plan, slots_by_device_name(plan)
         offered = (device for resource in plan.resources.values() for device in resource.devices)
         self._gone_paths = {device_path(device) for device in offered if device.problem}
         self._gone_paths.update(f"/dev/{left.path}" for left in plan.left_out)
+        self._offered = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have CDI files and slices be as the plan and /dev want them, where a prepared device is not in the plan, too.
+
+        Those are published as well, once they are gone.
+        """
         if self.publisher:
             self._update_cdi_files()
-            devices = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
             prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
             lost = (device for device in prepared if device.name not in self.slots and self._problem_of(device))
-            devices += [lost_device(device, self.domain) for device in lost]
-            self.publisher.want(devices, list(plan.resources))
+            devices = [*self._offered, *(lost_device(device, self.domain) for device in lost)]
+            self.publisher.want(devices, list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -5568,7 +5604,8 @@ class DraSide(KubeletSide):
             self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
             await self._end()
         if self._servers:
-            if not self.is_answering and time.monotonic() - self._served_since > REGISTER_SECONDS:
+            is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
+            if is_late and not self.is_answering and not self.problem:  # the kubelet's own reason says more
                 self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
@@ -5593,7 +5630,7 @@ class DraSide(KubeletSide):
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
         self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
-        self.apply(self._plan)
+        self._settle()
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
         self._publishing.add_done_callback(self._fail_with)
@@ -5657,7 +5694,7 @@ class DraSide(KubeletSide):
                 prepared = await self._prepare(claim)
             except (AllocationError, ApiError, OSError) as error:
                 text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
-                entry.error = f"{self.domain}: {text}"
+                entry.error = printable(f"{self.domain}: {text}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
                 self._log_of_claim("refused", f"Prepare refused: {text}", claim)
                 continue
@@ -5730,7 +5767,6 @@ class DraSide(KubeletSide):
         """Remove the CDI file of the claim UID; why that failed, or an empty text."""
         if not self.publisher:
             return f"{self.domain}: {NOT_SERVED}"
-        self._logged.pop(uid, None)
         claim = self.cdi.claims.get(uid)
         if claim:
             try:
@@ -5738,6 +5774,7 @@ class DraSide(KubeletSide):
             except OSError as error:
                 return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
             log_event("unprepared", "its pod has ended", claim=claim.full_name)
+        self._logged.pop(uid, None)
         return ""
 
     def _log_of_claim(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
@@ -5791,13 +5828,14 @@ class DraSide(KubeletSide):
 
     async def _drop_gone_claims(self) -> None:
         """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
-        while self._unchecked:
-            claim = self._unchecked[-1]
+        for claim in list(self._unchecked):
             found = await self.api.call("get", claim_path(claim.namespace, claim.name), absent=404)
             is_gone = found is None or _uid_of(found, "a ResourceClaim") != claim.uid
-            self._unchecked.pop()
-            if is_gone:
-                self._unprepare(claim.uid)
+            problem = self._unprepare(claim.uid) if is_gone else ""
+            if problem:  # tried again with the next comparison
+                self._log_of_claim("cdi-file-not-removed", problem, claim)
+            else:
+                self._unchecked.remove(claim)
 
 
 def _inodes(path: str) -> Mapping[str, int]:

@@ -8643,6 +8643,7 @@ def test_what_a_claim_was_allocated_is_read() -> None:
         {"status": {"allocation": {"devices": {"results": [1]}}}},
         {"status": {"allocation": {"devices": {"results": [{}]}}}},
         {"status": {"allocation": {"devices": {"results": [{**result_of("a"), "device": 7}]}}}},
+        {"status": {"allocation": {"devices": {"results": [result_of("a", "\ud800")]}}}},
     ):  # fmt: skip
         with pytest.raises(sdm.AllocationError, match="not allocated"):
             sdm.allocated_devices(nonsense, "smarter-devices", NODE_NAME)
@@ -8661,6 +8662,7 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
         (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
         (("devices", 0, "containerEdits"), []), (("devices", 0, "name"), "0-1-"), (("devices", 0, "annotations"), {}),
+        (("devices", 0, "name"), "0-1-Video0-0"), (("devices", 0, "name"), "0-1-video0-\ud800"),
     ]:  # fmt: skip
         broken = json.loads(json.dumps(document))
         item = broken
@@ -8680,6 +8682,8 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         ("http://127.0.0.1:8001", (False, "127.0.0.1", 8001, "")),
         ("http://localhost", (False, "localhost", 80, "")),
         ("http://[::1]:8001", (False, "::1", 8001, "")),
+        ("https://[::ffff:10.0.0.1]", (True, "::ffff:10.0.0.1", 443, "")),
+        (f"https://{'a' * 63}.example.", (True, f"{'a' * 63}.example.", 443, "")),
     ],
 )
 def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
@@ -8691,6 +8695,7 @@ def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
     [
         "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
         "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
+        "https://a..b", "https://.a", f"https://{'a' * 64}.example", "https://[..]", f"https://[{'a' * 64}]",
     ],
 )  # fmt: skip
 def test_what_is_no_url_of_an_api_server(url: str) -> None:
@@ -9280,6 +9285,7 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
         return str(camera.prepare(claim).error)
 
     assert 'this node offers no device "video7-0"' in error(camera.claim("video7-0"))
+    assert r'this node offers no device "\ud800"' in error(camera.claim("\ud800"))
     claim = camera.claim("video0-0")
     assert "is another one now" in error(pb.Claim(namespace="default", name=claim.name, uid="other"))
     assert "(404)" in error(pb.Claim(namespace="default", name="nothing", uid="u"))
@@ -9384,6 +9390,26 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
 
 
 @needs_root
+def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
+    looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    del camera.api.objects[camera.path(claim)]
+    camera.cdi.chmod(0o555)
+    daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override", *looks])
+    daemon.says(f"cannot remove {camera.file(claim)}: Permission denied")
+    count = len(camera.api.calls)
+    wait_for(lambda: len(camera.api.calls) > count + 10)
+    assert daemon.log.count("cannot remove") == 1
+    camera.cdi.chmod(0o755)
+    wait_for(lambda: not camera.file(claim).exists())
+    assert camera.gives(camera.claim("video0-0")), "no dead claim holds it"
+
+
+@needs_root
 def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1")
@@ -9430,6 +9456,22 @@ def test_a_cdi_file_that_cannot_be_read_is_not_forgotten(camera: Cluster, start:
 
 
 @needs_root
+def test_a_damaged_name_in_a_cdi_file_keeps_no_slice_from_the_api_server(camera: Cluster, start: Starter) -> None:
+    camera.node.plug("video1")
+    daemon = start(*camera.options())
+    names = ("video0-0", "video0-1", "video1-0", "video1-1")
+    camera.ready(*names)
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    camera.file(claim).write_text(camera.file(claim).read_text().replace("-video0-0", "-Video0-0"))
+    camera.node.unplug("video0")
+    daemon = start(*camera.options())
+    camera.wait_for_devices("video1-0", "video1-1")
+    daemon.says("removed a broken CDI file")
+
+
+@needs_root
 def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
     camera: Cluster, start: Starter
 ) -> None:
@@ -9456,6 +9498,26 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
     (camera.node.dev / "video0").touch()
     camera.wait_for_devices("video0-0", "video0-1")
     assert camera.api.tainted() == {"video0-0", "video0-1"}
+
+
+@needs_root
+def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluster, start: Starter) -> None:
+    """It is looked at every second, as long as its pod runs."""
+    many = "- devicematch: ^tty\n  nummaxdevices: 100\n"
+    for number in range(40):
+        camera.node.plug(f"tty{number}")
+    camera.node.rules(many + VIDEO)
+    daemon = start(*camera.options())
+    wait_for(lambda: "video0-0" in camera.api.devices())
+    camera.gives(camera.claim("video0-0"))
+    camera.node.rules(many)
+    wait_for(lambda: len(camera.api.devices()) == 4000 and len(camera.api.classes()) == 42)
+    process = psutil.Process(daemon.process.pid)
+    time.sleep(1.0)
+    before = process.cpu_times()
+    time.sleep(5.0)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.15, "3 % of a core"
 
 
 @needs_root
@@ -9649,6 +9711,17 @@ def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) 
 
 
 @needs_root
+def test_a_class_that_cannot_be_made_keeps_no_change_of_the_slices_waiting(camera: Cluster, start: Starter) -> None:
+    camera.api.rights -= {("deviceclasses", "create")}
+    start(*camera.options(), through=with_constants(MIN_BACKOFF_SECONDS=30))
+    wait_for(lambda: [call.status for call in camera.api.calls].count(403) == 2, "one after the registration")
+    begin = time.monotonic()
+    camera.node.unplug("video0")
+    wait_for(lambda: len(camera.api.tainted()) == 2)
+    assert time.monotonic() - begin < 3
+
+
+@needs_root
 def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
     start(*camera.options())
     camera.ready("video0-0", "video0-1")
@@ -9683,8 +9756,12 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
     camera.api.fault = fault
     start(*camera.options())
     wait_for(camera.api.slices)
-    listed = [call.when for call in camera.api.calls if (call.verb, call.kind) == ("list", "resourceslices")]
-    assert listed[1] - listed[0] > 2.9
+    assert times[1] - times[0] > 2.9, "nothing else is asked either"
+
+
+def slice_with(devices: object) -> dict[str, Any]:
+    """What may be taken for a slice of the driver's, with DEVICES."""
+    return {"metadata": {"name": "x"}, "spec": {"driver": "smarter-devices", "nodeName": NODE_NAME, "devices": devices}}
 
 
 @needs_root
@@ -9700,10 +9777,11 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
             200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
         ),
         answer_bytes(200, b"{" + b'"a": ' * 300_000),
+        answer_bytes(200, {"items": [slice_with(json.loads("[" * 600 + "]" * 600))], "metadata": {"uid": "u"}}),
         answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
         answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
@@ -9742,6 +9820,17 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
     begin = time.monotonic()
     assert daemon.stop() == 0
     assert time.monotonic() - begin < 3.0
+
+
+@needs_root
+def test_a_name_server_that_does_not_answer_keeps_nobody_from_ending(camera: Cluster, start: Starter) -> None:
+    through = with_constants(API_SECONDS=0.5)
+    through[-1] = f"import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(20); {through[-1]}"
+    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
+    daemon.says("the API server at https://api.example:6443 did not answer within 0 s; trying again")
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 3
 
 
 @needs_root
@@ -9919,7 +10008,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
 
 @needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(REGISTER_SECONDS=0.1))
     camera.ready("video0-0", "video0-1")
     status = Status(daemon)
     status.wait_for("/readyz", 200)
@@ -9930,9 +10019,12 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
             message = pb.RegistrationStatus(plugin_registered=False, error="not on my watch")
             await camera.kubelet.call(channel, sdm.PLUGIN_REGISTRATION, "NotifyRegistrationStatus", message)
 
-    camera.kubelet.do(refuse())
-    daemon.says("the kubelet refused the driver: not on my watch")
-    assert "not on my watch" in status.wait_for("/readyz", 503).body
+    for _ in range(2):
+        camera.kubelet.do(refuse())
+        daemon.says("the kubelet refused the driver: not on my watch")
+        time.sleep(2 * sdm.SOCKET_LOOK_SECONDS)
+        assert "not on my watch" in status.wait_for("/readyz", 503).body
+    assert daemon.log.count("refused the driver") == 1, "once, though the kubelet tries again"
 
 
 @needs_root
