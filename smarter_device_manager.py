@@ -5610,7 +5610,7 @@ class DraSide(KubeletSide):
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            self.is_standby = not all(map(connect_error, self.settings.sockets)) or not await self._serve()
+            self.is_standby = not all(map(is_dead, self.settings.sockets)) or not await self._serve()
         except OSError as error:
             self.is_standby = False
             problem = f"cannot serve in {error.filename or self.settings.kubelet_dir}: {error.strerror}"
