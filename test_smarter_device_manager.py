@@ -5423,7 +5423,7 @@ def descriptors(daemon: Daemon) -> int:
 
 @contextlib.contextmanager
 def plugin_stub(node: Node, name: str) -> Iterator[Any]:
-    """A client of a plugin's socket that is not kubelet. As long as it reads nothing, it takes in no more and no less."""
+    """A client of a plugin's socket that is not kubelet."""
     window = [("grpc.http2.bdp_probe", 0)]  # else grpc lets more and more be under way, as it finds the line to be fast
     with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock", window) as channel:
         yield sdm.rpc.DevicePluginStub(channel)
