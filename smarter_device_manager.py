@@ -5182,7 +5182,10 @@ class DaemonThreads(concurrent.futures.ThreadPoolExecutor):
     Python's own threads would keep this process from ending until a name server answers, or half a minute.
     """
 
-    def submit(self, job: Callable[..., T], /, *args: Any, **options: Any) -> concurrent.futures.Future[T]:
+    # Without a / after JOB, which Python 3.7 could not read.
+    def submit(  # type: ignore[override]
+        self, job: Callable[..., T], *args: Any, **options: Any
+    ) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 

@@ -6453,7 +6453,7 @@ def test_a_device_that_no_rule_names_any_more_is_retired_at_once(node: Node, kub
     wait_ready(kubelet, ["null", "zero"])
     node.rules("- devicematch: ^null$\n")
     wait_for(lambda: not kubelet.client("zero").is_open)
-    assert list(sockets(node)) == ["smarter-null.sock"]
+    wait_for(lambda: list(sockets(node)) == ["smarter-null.sock"])
     assert len(kubelet.client("null").lists) == 1
 
 
