@@ -5176,27 +5176,33 @@ class ApiServer:
         return [f"Authorization: Bearer {token.decode()}"]
 
 
-class DaemonThreads(concurrent.futures.ThreadPoolExecutor):
-    """Does each job, such as to find a host's address, on a daemon thread of its own.
+def daemon_threads() -> concurrent.futures.Executor:
+    """An executor that does each job, such as to find a host's address, on a daemon thread of its own.
 
     Python's own threads would keep this process from ending until a name server answers, or half a minute.
     """
 
-    # Without a / after JOB, which Python 3.7 could not read.
-    def submit(  # type: ignore[override]
-        self, job: Callable[..., T], *args: Any, **options: Any
-    ) -> concurrent.futures.Future[T]:
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()
+    class DaemonThreads(concurrent.futures.ThreadPoolExecutor):  # within a function, or it would be loaded without DRA
+        # Without a / after JOB, which Python 3.7 could not read.
+        def submit(  # type: ignore[override]
+            self, job: Callable[..., T], *args: Any, **options: Any
+        ) -> concurrent.futures.Future[T]:
+            future: concurrent.futures.Future[T] = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()
 
-        def run() -> None:
+            def run() -> None:
+                try:
+                    future.set_result(job(*args, **options))
+                except Exception as error:
+                    future.set_exception(error)
+
             try:
-                future.set_result(job(*args, **options))
-            except Exception as error:
-                future.set_exception(error)
+                threading.Thread(target=run, name="resolver", daemon=True).start()
+            except RuntimeError:  # of Python's, where this process or its pod may have no more threads
+                future.set_exception(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+            return future
 
-        threading.Thread(target=run, name="resolver", daemon=True).start()
-        return future
+    return DaemonThreads()
 
 
 def _read_file(kind: str, path: str) -> bytes:
@@ -5487,7 +5493,7 @@ class DraSide(KubeletSide):
         calm_look: float,
     ) -> None:
         super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
-        loop.set_default_executor(DaemonThreads())
+        loop.set_default_executor(daemon_threads())
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api

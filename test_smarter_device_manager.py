@@ -9834,6 +9834,16 @@ def test_a_name_server_that_does_not_answer_keeps_nobody_from_ending(camera: Clu
 
 
 @needs_root
+def test_where_there_can_be_no_more_threads_the_api_server_is_looked_for_later(camera: Cluster, start: Starter) -> None:
+    through = with_constants(API_SECONDS=0.5)
+    only = "start(self) if self.name != 'resolver' else exec('raise RuntimeError')"
+    through[-1] = f"import threading as t; t.Thread.start = lambda self, start=t.Thread.start: {only}; {through[-1]}"
+    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
+    daemon.says("api.example:6443 does not answer: Resource temporarily unavailable; trying again")
+    assert daemon.stop() == 0
+
+
+@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1")
