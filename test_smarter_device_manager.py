@@ -5398,8 +5398,12 @@ def wait_ready(kubelet: Kubelet, names: Sequence[str], patience: float = PATIENC
 
 def sockets(node: Node) -> dict[str, int]:
     """The sockets in the plugin directory but kubelet's, and their inodes."""
-    found = {item.name: item.lstat() for item in node.plugins.iterdir() if item.name != "kubelet.sock"}
-    return {name: what.st_ino for name, what in found.items() if stat.S_ISSOCK(what.st_mode)}
+    found = {}
+    for item in os.scandir(node.plugins):
+        with contextlib.suppress(FileNotFoundError):  # the daemon moved it into its place just now
+            if item.name != "kubelet.sock" and stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
+                found[item.name] = item.inode()
+    return found
 
 
 def settle(daemon: Daemon, seconds: float = 0.5) -> None:
