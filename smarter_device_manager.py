@@ -952,7 +952,7 @@ def _literal(char: str) -> str:
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-PARSE_SECONDS = 10.0  # of CPU time that the config file may take; one of 1 MiB takes 2.5 s, most a millisecond
+PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 2.5 s, most a millisecond
 MAX_COMPARED_NAMES = 100  # of pools, with devices that other rules name
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
