@@ -21,8 +21,9 @@ RUN cd usr/lib/python3.* && for name in \
         ftplib http imaplib mailbox netrc nturl2path poplib smtplib socketserver urllib webbrowser wsgiref xmlrpc \
         # formats, archives and data bases that nothing here reads
         bz2 configparser csv dbm email fractions gzip lzma mimetypes plistlib shelve sqlite3 statistics tarfile \
-        tomllib wave xml zipfile zoneinfo \
+        tomllib wave xml zipfile zoneinfo json/tool logging/config \
         # processes, terminals, other systems
+        asyncio/__main__ asyncio/proactor_events asyncio/windows_events asyncio/windows_utils concurrent/futures/process \
         _aix_support _android_support _apple_support _ios_support _osx_support ctypes curses getpass multiprocessing \
         ntpath optparse pty tty \
         # Python versions of what is there in C, and what only packaging asks for
