@@ -952,7 +952,7 @@ def _literal(char: str) -> str:
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
-PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 2.5 s, most a millisecond
+PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
 MAX_COMPARED_NAMES = 100  # of pools, with devices that other rules name
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
@@ -1343,19 +1343,6 @@ def read_conf(path: str) -> str:
 def _open_at_once(path: str, flags: int) -> int:
     """open(2), but without waiting for the writer of a FIFO."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask is
-            file.write(data)
-        os.rename(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 # The rules without a config file. This is conf.yaml, word for word; a test compares them.
@@ -3293,6 +3280,19 @@ def _connect_once(path: str) -> None:
 def _temporary_name(path: str) -> str:
     """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+
+
+def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(data)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def descriptor_limit() -> int:
@@ -6552,9 +6552,9 @@ def describe_process() -> Document:
     }
 
 
-@dataclass
+@dataclass(eq=False)
 class StatusServer:
-    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop."""
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report()."""
 
     listener: socket.socket
     side: Union[DevicePluginSide, DraSide]
@@ -6563,12 +6563,20 @@ class StatusServer:
     interval: float
     plan: Plan
     device_side: Document  # its part of the document
-    device_side_heartbeat: float = dataclasses.field(default_factory=time.monotonic)
-    events: EventRing = dataclasses.field(default_factory=EventRing)
-    # Whether they have sent their request; the oldest first.
-    _clients: Dict[asyncio.Task[None], bool] = dataclasses.field(default_factory=dict)
-    # What was made of one document, by path; "": that document.
-    _made: Dict[str, asyncio.Future[Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.events = EventRing()
+        self._device_side_heartbeat = time.monotonic()
+        self._clients: Dict[asyncio.Task[None], bool] = {}  # whether they have sent their request; the oldest first
+        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+
+    def take(self, plan: Plan) -> None:
+        """Show PLAN from now on."""
+        self.plan = plan
+
+    def report(self, device_side: Document) -> None:
+        """Show DEVICE_SIDE, which nothing changes, as of this moment. Any thread may call this: nothing wakes up."""
+        self.device_side, self._device_side_heartbeat = device_side, time.monotonic()
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6647,7 +6655,7 @@ class StatusServer:
         """Per thread the age of its last heartbeat, and the age that it may have."""
         now = time.monotonic()
         max_age = MAX_MISSED_HEARTBEATS * max(self.interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        heartbeats = {"device side": self.device_side_heartbeat, "kubelet side": self.side.heartbeat}
+        heartbeats = {"device side": self._device_side_heartbeat, "kubelet side": self.side.heartbeat}
         return [
             {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
             for name, heartbeat in heartbeats.items()
@@ -7541,7 +7549,7 @@ class KubeletThread(threading.Thread):
     def _take(self, plan: Plan) -> None:
         self.side.deliver(plan)
         if self.status:
-            self.status.plan = plan
+            self.status.take(plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
@@ -7549,10 +7557,9 @@ class KubeletThread(threading.Thread):
             self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, device_side: Document) -> None:
-        """Give the status server the part of the device side. Nothing changes it, so the loop need not wake up."""
+        """Give the status server the part of the device side."""
         if self.status:
-            self.status.device_side = device_side
-            self.status.device_side_heartbeat = time.monotonic()
+            self.status.report(device_side)
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
@@ -7609,7 +7616,7 @@ class ServiceManager:
         microseconds = environment.get("WATCHDOG_USEC", "")
         if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
             self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
-        self._was_told_ready = True
+        self._is_ready_sent = True
         self.next_ping = time.monotonic() + self._ping_seconds
 
     def notify(self, state: str) -> bool:
@@ -7627,14 +7634,14 @@ class ServiceManager:
 
     def notify_ready(self) -> None:
         """Send READY=1, now or as soon as ping() can."""
-        self._was_told_ready = self.notify("READY=1")
-        self._schedule(self._was_told_ready)
+        self._is_ready_sent = self.notify("READY=1")
+        self._schedule(self._is_ready_sent)
 
     def ping(self, is_alive: bool) -> None:
         """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
         if time.monotonic() < self.next_ping:
             return
-        if not self._was_told_ready:
+        if not self._is_ready_sent:
             self.notify_ready()
         else:
             self._schedule(is_alive and self.notify("WATCHDOG=1"))
