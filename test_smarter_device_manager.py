@@ -865,10 +865,8 @@ SAME = [
     (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
     (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
     (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
-    (r"(?i)^[^k]$", ["j"], ["k", "K", "\u212a"]),
-    (r"(?i)^ks$", ["ks", "KS", "\u212a\u017f"], ["k"]),
-    (r"(?i)^[j-t]{2}$", ["KS", "\u212a\u017f"], ["ab"]),
-    (r"(?i)^\w[[:alpha:]]$", ["KS", "\u212a\u017f"], ["-a"]),
+    (r"(?i)^[^k]$", ["j"], ["k", "K"]),
+    (r"(?i)^[j-t]{2}$", ["KS"], ["ab"]),
     (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
     (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
     (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
@@ -916,21 +914,16 @@ NOT_OF_RE2 = [
     (r"([a-c]*)*", "* repeats something that may be empty"),
     (r"(|a)+", "such as (a+)* for (a*)*"),
     (r"(?:a|b?){1,3}", "{1,3} repeats something that may be empty"),
-    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what it repeats; RE2 allows 1000"),
-    (r"((a{500})*b){3}", "{3} makes 1500 copies"),
-    (f"({'ab' * 2000}){{1000}}", "too large for Go"),
-    ("(?:" * 1001 + ")" * 1001, "more than 1000 nested groups"),
-    (r"(?i)[€-₯]", "such as (?-i:[€-₯])"),
-    (r"a{1001}", "more than the 1000 repetitions"),
-    (r"a{2,99999999999}", "more than the 1000 repetitions"),
-    ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 allows"),
-    (r"(?i)\x{e9}", "in both cases"),
-    (r"(?i)[a-é]", "in both cases"),
-    (r"a{2,1}", "the least number of repetitions is greater than the most"),
+    (r"(?i)[€-₯]", 'exclude "€" from it: (?-i:€)'),
+    (r"a{2,99999999999}", "too large"),
+    ("a{" + "1" * 5000 + "}", "too large"),
+    (r"(?i)\x{e9}", "(?i) works with ASCII only"),
+    (r"(?i)[a-é]", "(?i) works with ASCII only"),
+    (r"a{2,1}", "min repeat greater than max repeat"),
     (r"[[:foo:]]", "the names are alnum, alpha"),
     (r"[[:a]:]", "is not a character class"),
     (r"[a-\d]", r"\d is not an escape"),
-    (r"[z-a]", "the range z-a is in the wrong order"),
+    (r"[z-a]", "bad character range z-a"),
     (r"[a", "unterminated character set"),
     (r"[]", "unterminated character set"),
     (r"(a", "unterminated subpattern"),
@@ -971,7 +964,7 @@ def test_look_around_is_allowed() -> None:
     assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
 
 
-ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\u017f\u212a\x7f\xa0"]
+ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\x7f\xa0"]
 ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
     {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
     [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
@@ -980,15 +973,15 @@ ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
 
 
 def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
-    """Check that PATTERN matches NAMES as in RE2, or is refused."""
+    """Check that PATTERN matches NAMES as in RE2, or that one of the two refuses it."""
     re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
     options = re2.Options()
     options.log_errors = False
     try:
         ours = compiled(pattern)
-    except sdm.ConfigError:
+        theirs = re2.compile(pattern, options)
+    except (sdm.ConfigError, re2.error):
         return
-    theirs = re2.compile(pattern, options)
     assert ours.groups == theirs.groups
     for name in [*names, "", "a", "video0"]:
         found, expected = ours.search(name), theirs.search(name)
@@ -1003,7 +996,7 @@ def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
 @given(
     st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7).map("".join),
     st.lists(
-        st.text(st.sampled_from("aAbBkKsS\u212a\u017féÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
+        st.text(st.sampled_from("aAbBkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
         min_size=8,
         max_size=8,
     ),
@@ -1034,7 +1027,7 @@ NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} 
 @settings(thorough, max_examples=LAW_EXAMPLES * 3 // 2)
 @given(
     st.randoms(use_true_random=False).map(nested_expression),
-    st.lists(st.text(st.sampled_from("abkK\u212as\u017f0 \n"), max_size=5), min_size=5, max_size=5),
+    st.lists(st.text(st.sampled_from("abkKs0 \n"), max_size=5), min_size=5, max_size=5),
 )
 @example("(?:a|(?:|b))?c", ["ab"])
 @example("^*tun$", ["xtun"])
