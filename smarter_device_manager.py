@@ -6881,7 +6881,6 @@ class SimulatedDraKubelet:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the new process
 LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -7803,51 +7802,37 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             return number if number in SIGNALS else folder_signal
 
 
-def restart_as_module() -> None:
-    """If Python runs this file as a script, replace the process by python3 -m MODULE with the same flags and options.
+def restart_compiled() -> None:
+    """If this process had to compile the script, replace it by one that is given the byte code.
 
-    That takes 20 MB less: Python keeps the syntax tree of a script until it ends, and that of a module only until it is
-    compiled. The new process starts in the folder of the script, which is the first in sys.path either way, and
-    resume_restart() takes it back to the present working directory. Returns if -m would not find this very file (as
-    with python3 -I, or a name that does not end in .py), and if anything fails.
+    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
+    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
-    while frame.f_back:
+    while frame.f_back and frame.f_code.co_name != "<module>":
         frame = frame.f_back
-    if frame.f_globals is not globals():
-        return  # imported, or run by -m, a debugger or a profiler
+    cached = getattr(__spec__, "cached", None)
+    is_compiled = frame.f_back is None or (cached and not os.path.exists(cached))
+    if frame.f_globals is not globals() or not is_compiled:
+        return
     try:
-        import importlib.util
+        import marshal
+        from subprocess import _args_from_interpreter_flags  # type: ignore[attr-defined]
 
-        path = os.path.realpath(__file__)
-        folder, name = os.path.split(path)
-        module = name.removesuffix(".py")
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin != path:
-            return
-        with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-            given = file.read().split("\0")[:-1]
-        flags = given[1 : len(given) - len(sys.argv)]
-        packages = os.environ.get("PYTHONPATH")
-        if packages:
-            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
+        path = os.path.abspath(__file__)
+        memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
+        with open(memory, "wb", closefd=False) as file:
+            marshal.dump(frame.f_code, file)
+        os.lseek(memory, 0, os.SEEK_SET)
+        begin = (
+            f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
+            f"sys.argv[0] = {sys.argv[0]!r}; exec(marshal.load(open({memory}, 'rb')))"
+        )
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena per thread takes 7 KiB more per resource
-        directory = os.open(".", os.O_PATH)  # a descriptor, because the directory may have been deleted
-        os.set_inheritable(directory, True)
-        os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
-        os.chdir(folder)
-        os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[1:]])
-    except (ImportError, OSError, ValueError):
-        resume_restart()
-
-
-def resume_restart() -> None:
-    """If restart_as_module() has replaced the process, take over the working directory and the name of the old one."""
-    directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
-    if directory.isdecimal():
-        os.fchdir(int(directory))
-        os.close(int(directory))
-        sys.argv[0] = name
+        os.execv(sys.executable, [sys.executable, *_args_from_interpreter_flags(), "-c", begin, *sys.argv[1:]])
+    except (ImportError, OSError, ValueError) as error:
+        log.debug("not restarted: %s", error)
 
 
 # Modes other than serving.
@@ -8801,7 +8786,6 @@ def write_output(text: str) -> None:
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    resume_restart()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
@@ -8847,7 +8831,7 @@ def run(options: argparse.Namespace) -> int:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-    restart_as_module()
+    restart_compiled()
     log_queue = LogQueue()
     set_up_log(options, log_queue, logging.INFO)
     with LogWriter(log_queue):
