@@ -3058,8 +3058,7 @@ LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
-LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
-RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
+LEASE_SECONDS = 0.02  # between two tries to take a lease that another instance has
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
@@ -3204,14 +3203,6 @@ def descriptor_limit() -> int:
     return sys.maxsize if limit == limits.RLIM_INFINITY else limit
 
 
-def open_descriptors() -> int:
-    """The number of file descriptors that this process has open."""
-    try:
-        return len(os.listdir("/proc/self/fd")) - 1  # that of the folder itself
-    except OSError:
-        return descriptor_limit()  # there is none left to look with
-
-
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
     """The result of WORK within SECONDS; else raises asyncio.TimeoutError.
 
@@ -3240,58 +3231,38 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
-    Other instances may want the same path. start() makes the server ready for clients, publish() moves its socket to
-    PATH unless another server answers there, withdraw() and stop() end it. The socket file may be deleted or replaced
-    at any time; is_lost() tells.
+    Whoever starts it has the lease of PATH. Others may delete or replace the socket file at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
-        self._temporary = _temporary_name(path)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file at PATH; 0 while it is not there
+        self._inode = 0  # of our socket file; 0 while it is not there
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve under a temporary name, so that a client that finds a socket at PATH gets an answer. Raises OSError."""
-        self._bind(self._temporary)
+        """Serve, in place of a socket that a killed instance left. Raises OSError.
+
+        The socket gets its name last, because grpc removes what has the name that it knows, even if it is another's.
+        """
+        temporary = _temporary_name(self.path)
+        self._bind(temporary)
         await self._server.start()
-
-    def publish(self) -> bool:
-        """Move the socket file to PATH. Returns False if another process's server answers there. Raises OSError."""
-        is_published = self._link()
-        if not is_published and is_dead(self.path):
-            _remove_dead_socket(self.path)
-            is_published = self._link()
-        return is_published
-
-    def _link(self) -> bool:
-        """Give the socket file its final name unless that is taken. link(2), unlike rename(2), replaces nothing."""
-        try:
-            os.link(self._temporary, self.path)
-        except FileExistsError:
-            return False
-        self._inode = os.stat(self._temporary).st_ino
-        os.unlink(self._temporary)
-        return True
+        self._inode = os.stat(temporary).st_ino
+        os.rename(temporary, self.path)
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the published file was deleted or replaced, judged by the INODES of the files in its directory."""
+        """Whether the socket file was deleted or replaced, judged by the INODES of the files in its directory."""
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
-    def withdraw(self) -> None:
-        """Remove the published file if it is still ours, so that another instance can take over, and go on serving."""
-        inode, self._inode = self._inode, 0
+    async def stop(self) -> None:
+        """Remove the socket file if it is still ours, and end the server. Calls in progress get STOP_SECONDS."""
         try:
-            if inode and os.stat(self.path).st_ino == inode:
+            if self._inode and os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
-
-    async def stop(self) -> None:
-        """End the server. Calls in progress get STOP_SECONDS."""
-        self.withdraw()
         await self._server.stop(STOP_SECONDS)
 
     def _bind(self, path: str) -> None:
@@ -3307,137 +3278,94 @@ class UnixServer:
             os.umask(mask)
 
 
-async def remove_leftovers(folder: str) -> None:
-    """Remove the sockets with temporary names that killed instances left in FOLDER.
+class Leases:
+    """Which instance serves which socket: a lock on one byte of the file PATH for each (F_SETLK of fcntl(2)).
 
-    An instance that starts at this moment has bound such a socket and does not listen on it yet. So a socket goes only
-    if nobody answers on it LEFTOVER_SECONDS later either.
-    """
-    found = _dead_temporary_sockets(folder)
-    if found:
-        await asyncio.sleep(LEFTOVER_SECONDS)
-        for path in found & _dead_temporary_sockets(folder):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-
-def _dead_temporary_sockets(folder: str) -> Set[str]:
-    """The sockets with temporary names in FOLDER on which nobody answers."""
-    found = set()
-    try:
-        for item in os.scandir(folder):
-            if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
-                with contextlib.suppress(FileNotFoundError):  # it was published just now
-                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and is_dead(item.path):
-                        found.add(item.path)
-    except OSError as error:
-        log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
-    return found
-
-
-def _remove_dead_socket(path: str) -> None:
-    """Remove the socket at PATH, if there is one, on which nobody answers. Raises OSError.
-
-    Another instance may do the same and put its own socket there at any moment. So the file is moved aside before the
-    last check, and moved back if somebody answers on it after all, or may do so.
-    """
-    aside = _temporary_name(path)
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    may_answer = True
-    try:
-        may_answer = not is_dead(aside)
-    finally:
-        if may_answer:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-        os.unlink(aside)
-
-
-class OtherInstances:
-    """Waits for the servers of other instances to end, and then calls those who wait for one of them.
-
-    A process that is killed leaves its socket files behind, so the directory does not change; but its connections end.
-    So this holds a connection to one of the sockets, and checks all of them when the connection ends.
+    The kernel frees the locks when a process ends, however it ends. An instance that waits has a shared lock on the
+    first byte, so that the other one can hand over its sockets one after another.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = -1
         self._waiting: Dict[str, Callable[[], None]] = {}
-        self._connection: Optional[socket.socket] = None
-        self._retry: Optional[asyncio.TimerHandle] = None
+        self._timer: Optional[asyncio.TimerHandle] = None
 
-    def wait_for(self, path: str, wake: Callable[[], None]) -> None:
-        """Call WAKE when the server on the socket PATH, or another awaited one, may have ended."""
-        self._waiting[path] = wake
-        if self._connection is None:
-            self._connect(path)
+    def take(self, socket_path: str) -> bool:
+        """Take the lease of SOCKET_PATH; False while another instance has it, or one without leases answers there.
 
-    def forget(self, path: str) -> None:
-        """Stop waiting for the server on PATH."""
-        self._waiting.pop(path, None)
-        if not self._waiting:
-            self._disconnect()
-
-    def _connect(self, path: str) -> None:
-        """Hold a connection to the server on the socket PATH."""
-        self._disconnect()
-        connection = None
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.setblocking(False)
-            connection.connect(path)
-        except OSError as error:  # the server has ended just now; or there are too many connections, here or there
-            if connection:
-                connection.close()
-            is_gone = error.errno in (errno.ECONNREFUSED, errno.ENOENT)
-            self._retry = self._loop.call_later(0 if is_gone else RECONNECT_SECONDS, self._check)
-            return
-        self._connection = connection
-        self._loop.add_reader(connection, self._read)
-
-    def _disconnect(self) -> None:
-        if self._retry:
-            self._retry.cancel()
-            self._retry = None
-        if self._connection:
-            self._loop.remove_reader(self._connection)
-            self._connection.close()
-            self._connection = None
-
-    def _read(self) -> None:
-        """Read and discard what the server sends, until it ends the connection."""
-        assert self._connection
-        try:
-            if self._connection.recv(1 << 16):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass  # this is an end, too
-        self._check()
-
-    def _check(self) -> None:
-        """Wake those whose server has ended, and hold a connection again.
-
-        A server drops a client that sends nothing for some seconds. So the end of a server to which no connection is
-        held is noticed after these, too.
+        Raises OSError.
         """
-        self._disconnect()
-        alive = ""
-        for path, wake in self._waiting.items():
-            try:
-                has_ended = is_dead(path)
-            except OSError:  # then _connect() fails, too, and tries again later
-                has_ended = False
-            if has_ended:
-                wake()
-            else:
-                alive = path
-        if alive:  # a process that is killed closes its sockets one after another
-            self._connect(alive)
+        if self._file < 0 or not _leads_to(self._path, self._file):  # the directory is another one now
+            self.close()
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return self._lock(_lease_number(socket_path), fcntl.LOCK_EX) and is_dead(socket_path)
+
+    def give_back(self, socket_path: str) -> None:
+        """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
+        self._waiting.pop(socket_path, None)
+        if self._file >= 0:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _lease_number(socket_path))
+            if not self._waiting:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+
+    def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
+        """Call WAKE when the lease of SOCKET_PATH may be free."""
+        self._waiting[socket_path] = wake
+        self._lock(0, fcntl.LOCK_SH)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._try_one)
+
+    def is_awaited(self) -> bool:
+        """Whether another instance waits for a lease."""
+        if self._file < 0 or not self._lock(0, fcntl.LOCK_EX):
+            return self._file >= 0
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+        return False
+
+    def close(self) -> None:
+        """Give back all leases."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _try_one(self) -> None:
+        """Wake all who wait once one of the leases is free: most often, all of a process are."""
+        self._timer = None
+        if not self._waiting:
+            return
+        socket_path = next(iter(self._waiting))
+        wake = self._waiting.pop(socket_path)
+        try:
+            is_free = self.take(socket_path)
+        except OSError:
+            is_free = True  # who waits finds out why
+        if is_free:
+            waiting, self._waiting = [wake, *self._waiting.values()], {}
+            for each in waiting:
+                each()
+        else:
+            self.wait_for(socket_path, wake)  # the last in the queue
+
+    def _lock(self, number: int, kind: int) -> bool:
+        try:
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+
+def _lease_number(socket_path: str) -> int:
+    """The byte in the file of leases for SOCKET_PATH: a hash of 62 bits, never 0."""
+    name = os.path.basename(os.fsencode(socket_path))
+    return 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2)
+
+
+def _leads_to(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 class Watch:
@@ -3760,10 +3688,12 @@ EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes it
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-RETIRE_AT_ONCE, RETIRE_PAUSE = 10, 0.012  # resources that end together when the daemon ends, and seconds between
-ADMISSION_SECONDS = 10.0  # before another check whether there is room for more resources
+HAND_OVER_SECONDS = 0.002  # per resource that ends while another instance waits for it
 DESCRIPTORS_EACH = 2  # file descriptors per registered resource
 RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
+MAX_HAND_OVER_SECONDS = 1.0  # for all of them
+LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
+NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
 DEFAULT_DOMAIN = "smarter-devices"
@@ -4176,35 +4106,36 @@ class RegistrationContext(NamedTuple):
     domain: str
     devices: HostDevices
     kubelet: KubeletConnection
-    others: OtherInstances
+    leases: Leases
     events: GroupedLog
 
 
+class RegistrationFailure(Exception):
+    """Why a resource is not served or registered any more: the event that is logged, and the reason."""
+
+    def __init__(self, event: str, problem: str) -> None:
+        super().__init__(problem)
+        self.event = event
+
+
 class Registration:
-    """The life of one resource with the kubelet: run() listens, registers, watches the stream, repairs, and ends."""
+    """The life of one resource with the kubelet. run() reads from top to bottom: wait for a kubelet and for the lease,
+    serve, register, watch, end; and again, until retire()."""
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.trouble = ""  # why it is not ready, as logged last
-        self.is_admitted = False
+        self.problem = ""  # why it is not ready, as logged last
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
-        self._others = context.others
+        self._leases = context.leases
         self._events = context.events
         self._server: Optional[UnixServer] = None
-        self._registered_with: Optional[Identity] = None  # the kubelet at the last try to register
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
-        self._is_registered = False
-        self._is_waiting = False  # for another instance to end
-        self._is_socket_lost = False  # whether our socket file was deleted or replaced
         self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = False
-        self._stream_ended = asyncio.Event()
-        self._stream_since = 0.0
-        self._stream_deadline = 0.0  # for the kubelet to open it
+        self._is_registered = self._is_standby = self._is_socket_lost = self._is_retired = False
         self._backoff = Backoff()
-        self._is_retired = False
         self._wake = asyncio.Event()
 
     @property
@@ -4212,50 +4143,18 @@ class Registration:
         """Whether it is registered and the kubelet's stream is open."""
         return self._is_registered and self._is_stream_open
 
-    @property
-    def served_by_other(self) -> bool:
-        """Whether another instance serves it to the kubelet; this one takes over when that ends."""
-        return self._is_waiting and self._kubelet.is_answering
-
     def describe(self) -> Document:
         """Its part of the status document."""
         return {
             "ready": self.is_ready,
-            "served_by_other": self.served_by_other,  # /readyz, and nothing else, takes that for ready
-            "trouble": "" if self.is_ready else self.trouble,
+            "served_by_other": self._is_standby and self._kubelet.is_answering,  # /readyz alone takes that for ready
+            "trouble": "" if self.is_ready else self.problem,
             "allocations": self.plugin.allocations,
             "registrations": self.registrations,
             "refusals": self.refusals,
             "stream_losses": self.stream_losses,
             "start_refusals": self.plugin.start_refusals,
         }
-
-    @property
-    def descriptors(self) -> int:
-        """The number of its open file descriptors: for the server's socket and for the kubelet's connection."""
-        return (self._server is not None) + self._is_stream_open
-
-    def admit(self) -> None:
-        """Allow run() to serve it: there are DESCRIPTORS_EACH for it."""
-        self.is_admitted = True
-        self.wake()
-
-    def hold_back(self, problem: str) -> None:
-        """Log why it is not admitted yet."""
-        self._log_trouble("not-served", problem)
-
-    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
-        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
-
-        It must not be cancelled, because grpc's servers do not survive that.
-        """
-        try:
-            if previous:
-                await asyncio.wait([previous])
-            while not self._is_retired:
-                await self._sleep(await self._advance())
-        finally:
-            await self._end_server()
 
     def retire(self) -> None:
         """Make run() end."""
@@ -4265,7 +4164,7 @@ class Registration:
         self.wake()
 
     def wake(self) -> None:
-        """Make run() check again what there is to do."""
+        """Make run() check again what it waits for."""
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
@@ -4273,111 +4172,82 @@ class Registration:
         if self._server and self._server.is_lost(inodes):
             self._is_socket_lost = True
             self.wake()
-        elif self._is_waiting and os.path.basename(self._path) not in inodes:
+        elif self._is_standby and os.path.basename(self._path) not in inodes:
             self.wake()
 
-    async def _sleep(self, seconds: Optional[float]) -> None:
-        """Wait for wake(), for SECONDS at most."""
+    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
+
+        It must not be cancelled, because grpc's servers do not survive that.
+        """
+        if previous:
+            await asyncio.wait([previous])
+        kubelet: Optional[Identity] = None  # the last one that it was to be registered with
         try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
-        except asyncio.TimeoutError:
-            return
+            while await self._until(lambda: self._kubelet.is_answering):
+                if self._kubelet.identity != kubelet:
+                    self._backoff.reset()
+                pause = self._backoff.retry_at - time.monotonic()
+                await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
+                self._kubelet.check()
+                kubelet = self._kubelet.identity
+                if kubelet and not self._is_retired:
+                    await self._live_with(kubelet)
         finally:
-            self._wake.clear()
+            self._leases.give_back(self._path)
 
-    def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self._stream is None:
-            self._stream = stream
-            self._stream_since = time.monotonic()
-            self.trouble = ""
-        if stream is self._stream:
-            self._is_stream_open = is_open
-            if not is_open:
-                self._stream_ended.set()
-            self.wake()
+    async def _live_with(self, kubelet: Identity) -> None:
+        """Serve the resource and register it with KUBELET, until it is retired, another one comes, or something fails.
 
-    async def _advance(self) -> Optional[float]:
-        """Do what is due. Returns the seconds until more may be due without a call of wake(); None for never."""
-        if not self.is_admitted:
-            return None
-        self._kubelet.check()  # the last check may be outdated: the end of a stream may mean a new kubelet
-        now = time.monotonic()
-        if not self._kubelet.is_answering:
-            return None  # the kubelet is down; what is served stays as it is
-        if self._registered_with != self._kubelet.identity:
-            self._backoff.reset()
-            return await self._serve_and_register()
-        if self._is_waiting:  # without a stream, nothing else tells that the kubelet went down and sockets went with it
-            return await self._publish_and_register() if self._kubelet.check_answering() else None
-        if self._is_registered:
-            problem = self._registration_problem(now)
-            if not problem:
-                return None if self._stream else self._stream_deadline - now
-            if not self._kubelet.check_answering():
-                return None
-            self._lose_registration(problem, now)
-        if now < self._backoff.retry_at:
-            return self._backoff.retry_at - now
-        return await self._serve_and_register()
-
-    def _registration_problem(self, now: float) -> str:
-        """Why it must be served and registered anew; empty if it need not."""
-        if self._is_socket_lost:
-            return "its socket file was deleted"
-        if self._is_stream_open or (not self._stream and now < self._stream_deadline):
-            return ""
-        if self._stream:
-            return "the kubelet ended its stream"
-        return f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s"
-
-    def _lose_registration(self, problem: str, now: float) -> None:
-        self._is_registered = False
-        self.stream_losses += not self._is_socket_lost
-        if self._stream and now - self._stream_since > MAX_BACKOFF_SECONDS:
-            self._backoff.reset()
-        self._backoff.fail(now, at_once=self._is_socket_lost)
-        self._log_trouble("stream-lost", problem)
-
-    async def _serve_and_register(self) -> Optional[float]:
-        """Serve the resource anew and register it. Returns the same as _advance()."""
-        await self._end_server()  # first, because the kubelet takes the end of an older stream for that of the newest
-        self._registered_with = self._kubelet.identity
-        self._server = UnixServer(
-            self._path, lambda server: rpc.add_DevicePluginServicer_to_server(self.plugin, server)
-        )
+        The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
+        """
+        failure: Optional[RegistrationFailure] = None
         try:
-            await self._server.start()
+            if await self._wait_for_lease(kubelet):
+                self._server = UnixServer(self._path, self._add_service)
+                await self._server.start()
+                await self._register(kubelet)
+                await self._watch(kubelet)
+        except RegistrationFailure as error:
+            failure = error
         except OSError as error:
-            return self._serving_failed(error)
-        return None if self._is_retired else await self._publish_and_register()
+            text = f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
+            failure = RegistrationFailure("not-served", text)
+        finally:
+            is_lost = self._is_socket_lost
+            await self._end_server()
+        if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
+            self.refusals += failure.event == "refused"
+            self.stream_losses += failure.event == "stream-lost" and not is_lost
+            self._backoff.fail(time.monotonic(), at_once=is_lost)
+            self._log_problem(failure.event, str(failure))
 
-    async def _publish_and_register(self) -> Optional[float]:
-        """Publish the socket and register, unless another instance serves the resource."""
-        assert self._server
-        self._is_waiting = False
+    def _add_service(self, server: grpc.aio.Server) -> None:
+        rpc.add_DevicePluginServicer_to_server(self.plugin, server)
+
+    def _is_over(self, kubelet: Optional[Identity]) -> bool:
+        """Whether it is retired, or there is another one than KUBELET."""
+        return self._is_retired or self._kubelet.identity not in (kubelet, None)
+
+    async def _wait_for_lease(self, kubelet: Identity) -> bool:
+        """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
         try:
-            self._is_waiting = not self._server.publish()
-        except OSError as error:
-            return self._serving_failed(error)
-        if self._is_waiting:
-            self._others.wait_for(self._path, self.wake)
-            self._log_trouble("not-served", OTHER_INSTANCE, logging.INFO)
-            return None
-        self._others.forget(self._path)
-        return await self._register()
+            while not self._is_over(kubelet) and not self._leases.take(self._path):
+                self._is_standby = True
+                self._log_problem("not-served", OTHER_INSTANCE, logging.INFO)
+                self._leases.wait_for(self._path, self.wake)
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            self._is_standby = False
+        # Without a stream, nothing else tells that the kubelet went down.
+        return not self._is_over(kubelet) and self._kubelet.check_answering()
 
-    def _serving_failed(self, error: OSError) -> Optional[float]:
-        if not self._kubelet.check_answering():
-            self._registered_with = None  # the next kubelet removes all sockets when it starts
-            return None
-        self._backoff.fail(time.monotonic())
-        self._log_trouble("not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}")
-        return self._backoff.retry_at - time.monotonic()
-
-    async def _register(self) -> Optional[float]:
+    async def _register(self, kubelet: Identity) -> None:
+        """Register with KUBELET, unless it has gone. Raises RegistrationFailure."""
         self._kubelet.check()
-        if self._registered_with != self._kubelet.identity:
-            return 0  # another kubelet came meanwhile, and the channel leads to it
+        if self._is_retired or self._kubelet.identity != kubelet:
+            return
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -4388,52 +4258,86 @@ class Registration:
         try:
             await self._call
         except asyncio.CancelledError:
-            return 0  # it is retired, or a new kubelet came and the channel was closed
+            return  # it is retired, or a new kubelet came and the channel was closed
         except grpc.RpcError as error:
-            return await self._registration_failed(error)
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
+            self._kubelet.check()
+            if self._kubelet.identity != kubelet:
+                return
+            text = f"the kubelet refused to register it ({error.code().name}): {error.details()}"
+            raise RegistrationFailure("refused", text) from None
         finally:
             self._call = None
-        self.registrations += 1
         self._is_registered = True
-        self._stream_deadline = time.monotonic() + STREAM_SECONDS
+        self.registrations += 1
         self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
-        return 0
 
-    async def _registration_failed(self, error: grpc.RpcError) -> Optional[float]:
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-        self._kubelet.check()
-        if self._registered_with != self._kubelet.identity or not self._kubelet.check_answering():
-            self._registered_with = None
-            return None
-        self.refusals += 1
-        self._backoff.fail(time.monotonic())
-        self._log_trouble("refused", f"the kubelet refused to register it ({error.code().name}): {error.details()}")
-        return self._backoff.retry_at - time.monotonic()
+    async def _watch(self, kubelet: Identity) -> None:
+        """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
+        if not self._is_registered:
+            return
+        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), STREAM_SECONDS)
+        opened_at = time.monotonic()
+        while not self._is_over(kubelet):
+            if self._is_stream_open and not self._is_socket_lost:
+                await self._until(lambda: not self._is_stream_open or self._is_socket_lost or self._is_over(kubelet))
+            elif not self._kubelet.check_answering():
+                await self._until(lambda: self._kubelet.is_answering or self._is_over(kubelet))
+            else:
+                break
+            self._kubelet.check()  # the end of a stream, or of all sockets, may mean a new kubelet
+        else:
+            return
+        if time.monotonic() - opened_at > MAX_BACKOFF_SECONDS:
+            self._backoff.reset()
+        if self._is_socket_lost:
+            raise RegistrationFailure("stream-lost", "its socket file was deleted")
+        if self._stream:
+            raise RegistrationFailure("stream-lost", "the kubelet ended its stream")
+        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s")
+
+    async def _until(self, is_so: Callable[[], object], seconds: Optional[float] = None) -> bool:
+        """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while not self._is_retired and not is_so():
+            self._wake.clear()
+            if end is None:
+                await self._wake.wait()
+            elif end <= time.monotonic() or not await wait_for_event(self._wake, end - time.monotonic()):
+                return False
+        return not self._is_retired
 
     async def _end_server(self) -> None:
         """End the server and its streams.
 
-        The kubelet's stream ends before the socket file goes. Another instance that waits for the file to go registers
-        at once, and must not do that while the older stream is open.
+        The kubelet's stream ends before the socket file goes and before the lease is given back. Another instance
+        registers at once then, and must not do that while the older stream is open.
         """
+        self._is_registered = False
+        self.plugin.end_streams()
+        give_up = time.monotonic() + STOP_SECONDS
+        while self._is_stream_open and time.monotonic() < give_up:
+            self._wake.clear()
+            await wait_for_event(self._wake, STOP_SECONDS)
         server, self._server = self._server, None
-        self._is_registered = self._is_socket_lost = self._is_waiting = False
-        self._others.forget(self._path)
         if server:
-            self._stream_ended.clear()
-            self.plugin.end_streams()
-            if self._is_stream_open:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._stream_ended.wait(), STOP_SECONDS)
             await server.stop()
-        self._stream, self._is_stream_open = None, False
+        self._stream, self._is_stream_open, self._is_socket_lost = None, False, False
 
-    def _log_trouble(self, event: str, trouble: str, level: int = logging.WARNING) -> None:
-        """Log TROUBLE, unless it was the last one logged."""
-        if trouble != self.trouble:
-            self.trouble = trouble
-            self._events.add(event, trouble, level, self.plugin.full_name)
+    def _stream_changed(self, stream: object, is_open: bool) -> None:
+        if is_open and self._stream is None:
+            self._stream = stream
+            self.problem = ""
+        if stream is self._stream:
+            self._is_stream_open = is_open
+            self.wake()
+
+    def _log_problem(self, event: str, problem: str, level: int = logging.WARNING) -> None:
+        """Log PROBLEM, unless it was the last one logged."""
+        if problem != self.problem:
+            self.problem = problem
+            self._events.add(event, problem, level, self.plugin.full_name)
 
 
 class DevicePluginSide(KubeletSide):
@@ -4460,13 +4364,13 @@ class DevicePluginSide(KubeletSide):
         self.slots: SlotsOfDra = {}  # without DRA there is none
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        others = OtherInstances(loop)
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, others, self._events)
+        self._leases = Leases(f"{plugin_dir}/{LEASES}")
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
         self._next_look: Optional[asyncio.TimerHandle] = None
-        self._next_admission: Optional[asyncio.TimerHandle] = None
+        self._unserved: Set[str] = set()  # names of resources for which there are no file descriptors
         self._loop = loop
 
     @property
@@ -4485,7 +4389,9 @@ class DevicePluginSide(KubeletSide):
     def describe_registration(self, name: str) -> Document:
         """The part of the status document about the registration of the resource NAME."""
         registration = self.registrations.get(name)
-        return registration.describe() if registration else NOT_REGISTERED
+        if registration:
+            return registration.describe()
+        return {**NOT_REGISTERED, "trouble": NO_DESCRIPTORS if name in self._unserved else ""}
 
     def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
         """Which of the resources NAMES are not registered and why, and which of them another instance serves."""
@@ -4500,26 +4406,28 @@ class DevicePluginSide(KubeletSide):
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
-        leftovers = asyncio.ensure_future(remove_leftovers(self.plugin_dir))
         self.look()
         try:
             await self._done
         finally:
-            leftovers.cancel()
             await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            self._leases.close()
             self._events.flush()
             if self._watch:
                 self._watch.close()
             await self._kubelet.close()
 
     async def _retire_all(self) -> None:
-        """End the registrations a few at a time. Each resource is without a stream until the next instance has
-        registered it, and if all ended at once, the first would wait for the last."""
-        while self.registrations:
-            for name in list(self.registrations)[:RETIRE_AT_ONCE]:
-                self.registrations.pop(name).retire()
-            await asyncio.sleep(RETIRE_PAUSE)
+        """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
+        is without a stream meanwhile, and if all ended at once, the first would wait for the last."""
+        pause = min(HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
+        began, is_awaited = time.monotonic(), self._leases.is_awaited()
+        for number, name in enumerate(list(self.registrations)):
+            self.registrations.pop(name).retire()
+            ahead = began + number * pause - time.monotonic()
+            if is_awaited and ahead > 0.0:
+                await asyncio.sleep(ahead)
 
     def look(self) -> None:
         """Look at kubelet.sock and our own sockets, and schedule the next look."""
@@ -4570,42 +4478,25 @@ class DevicePluginSide(KubeletSide):
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
+        served = self._served_names(plan)
         for name, registration in list(self.registrations.items()):
-            resource = plan.resources.get(name)
-            if resource and registration.plugin.can_offer(resource):
-                registration.plugin.update(resource)
+            if name in served and registration.plugin.can_offer(plan.resources[name]):
+                registration.plugin.update(plan.resources[name])
             else:
                 self.registrations.pop(name).retire()
-        for name, resource in plan.resources.items():
+        for name in served:
             if name not in self.registrations:
-                registration = self.registrations[name] = Registration(resource, self._context)
+                registration = self.registrations[name] = Registration(plan.resources[name], self._context)
                 self._start(name, registration)
-        self._admit()
 
-    def _admit(self) -> None:
-        """Admit waiting registrations in sorted order, as far as file descriptors suffice. An admitted one stays."""
-        if self._next_admission:
-            self._next_admission.cancel()
-            self._next_admission = None
-        waiting = sorted(name for name, found in self.registrations.items() if not found.is_admitted)
-        if not waiting or self._done.done():
-            return
-        limit = descriptor_limit()
-        admitted = [found for found in self.registrations.values() if found.is_admitted]
-        promised = sum(DESCRIPTORS_EACH - found.descriptors for found in admitted)
-        room = (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH - len(admitted)
-        # Ending registrations may still have some, and clients more than usual; then this checks again later.
-        room = min(room, (limit - RESERVED_DESCRIPTORS // 2 - open_descriptors() - promised) // DESCRIPTORS_EACH)
-        for number, name in enumerate(waiting):
-            if number < room:
-                self.registrations[name].admit()
-            else:
-                self.registrations[name].hold_back(
-                    f"no file descriptors are left for it: this process may have {limit}, and keeps "
-                    f"{RESERVED_DESCRIPTORS} for other uses; raise the limit (LimitNOFILE=, ulimit -n)"
-                )
-        if len(waiting) > room:
-            self._next_admission = self._loop.call_later(ADMISSION_SECONDS, self._admit)
+    def _served_names(self, plan: Plan) -> Sequence[str]:
+        """The resources of PLAN for which there are file descriptors, those that are served already first."""
+        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
+        room = max(0, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        for name in {*names[room:]} - self._unserved:
+            self._events.add("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
+        self._unserved = {*names[room:]}
+        return names[:room]
 
     def _start(self, name: str, registration: Registration) -> None:
         task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
@@ -4615,7 +4506,6 @@ class DevicePluginSide(KubeletSide):
             if self._tasks.get(name) is task:
                 del self._tasks[name]
             self._fail_with(task)
-            self._admit()  # its descriptors are free for others
 
         task.add_done_callback(ended)
 
@@ -5414,14 +5304,13 @@ class DraSide(KubeletSide):
         self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
         self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
+        self._leases = Leases(f"{settings.folder}/driver.lock")
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        folders = [os.path.dirname(path) for path in self.settings.sockets]
-        leftovers = asyncio.gather(*(remove_leftovers(folder) for folder in folders))
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
@@ -5430,7 +5319,6 @@ class DraSide(KubeletSide):
                     self._settle()
                 await asyncio.wait([self._done], timeout=self.calm_look)
         finally:
-            leftovers.cancel()
             await self._end()
         self._done.result()
 
@@ -5520,7 +5408,9 @@ class DraSide(KubeletSide):
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            self.is_standby = not all(map(is_dead, self.settings.sockets)) or not await self._serve()
+            self.is_standby = not all(map(self._leases.take, self.settings.sockets))
+            if not self.is_standby:
+                await self._serve()
         except OSError as error:
             self.is_standby = False
             problem = f"cannot serve in {error.filename or self.settings.kubelet_dir}: {error.strerror}"
@@ -5528,14 +5418,12 @@ class DraSide(KubeletSide):
             await self._end()
             self._log_problem("not-served", problem)
 
-    async def _serve(self) -> bool:
-        """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
+    async def _serve(self) -> None:
+        """Listen, take up what is prepared, and publish. Raises OSError."""
         for path in self.settings.sockets:
             os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
-        if not all(server.publish() for server in self._servers):
-            return False
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self.cdi.load()
         self._unchecked = list(self.cdi.claims.values())
@@ -5544,7 +5432,6 @@ class DraSide(KubeletSide):
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
         self._publishing.add_done_callback(self._fail_with)
-        return True
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         for service, methods in _DRA_SERVICES.items():
@@ -5564,6 +5451,7 @@ class DraSide(KubeletSide):
             await asyncio.wait([self._publishing])
         servers, self._servers, self._publishing = self._servers, [], None
         await asyncio.gather(*(server.stop() for server in reversed(servers)))
+        self._leases.close()
 
     def _log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
@@ -6934,7 +6822,7 @@ class KeptFile:
         with contextlib.suppress(OSError):
             for item in os.scandir(folder):
                 is_ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f]{16}\.new", item.name)
-                if is_ours and abs(time.time() - item.stat(follow_symlinks=False).st_mtime) > LEFTOVER_SECONDS:
+                if is_ours and abs(time.time() - item.stat(follow_symlinks=False).st_mtime) > 2.0:
                     os.unlink(item.path)
 
     def read(self) -> Tuple[str, float]:

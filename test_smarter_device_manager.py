@@ -7142,16 +7142,15 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await kubelet.start()
     seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
     events = sdm.GroupedLog(asyncio.get_running_loop())
-    others = sdm.OtherInstances(asyncio.get_running_loop())
-    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, others, events)
+    leases = sdm.Leases(f"{plugin_dir}/lock")
+    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, leases, events)
     registration = sdm.Registration(sdm.Resource("null", False, ()), context)
     assert not registration.is_ready
-    registration.admit()
     running = asyncio.ensure_future(registration.run())
     await until(lambda: registration.is_ready)
     registration.check_socket({"smarter-null.d.sock": 1})  # another's
     await until(lambda: registration.registrations == 2 and registration.is_ready)
-    assert registration.trouble == "" and registration.stream_losses == 0
+    assert registration.problem == "" and registration.stream_losses == 0
     inode = os.stat(f"{plugin_dir}/smarter-null.d.sock").st_ino
     registration.check_socket({"smarter-null.d.sock": inode})
     registration.wake()
@@ -7160,7 +7159,7 @@ async def a_registration_alone(plugin_dir: str) -> None:
     await until(lambda: registration.registrations == 3 and registration.is_ready)
     registration.retire()
     await asyncio.wait_for(running, PATIENCE)
-    assert not registration.is_ready and os.listdir(plugin_dir) == ["kubelet.sock"]
+    assert not registration.is_ready and sorted(os.listdir(plugin_dir)) == ["kubelet.sock", "lock"]
     await seen.channel.close()
     await kubelet.stop()
 
@@ -7372,22 +7371,6 @@ def test_readyz_counts_what_another_instance_serves(node: Node, kubelet: Kubelet
     status.wait_for("/readyz", 503)
 
 
-def test_temporary_sockets_of_a_killed_instance_are_removed(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    first = start()
-    wait_ready(kubelet, ["null", "zero"])
-    second = start()
-    second.says("2 resources: another instance")
-    second.kill()
-    assert len(sockets(node)) == 4
-    third = start()
-    third.says("2 resources: another instance")
-    wait_for(lambda: len(sockets(node)) == 4)  # its own two
-    assert third.stop() == 0
-    assert len(sockets(node)) == 2
-    stops_well(first, node)
-
-
 def test_an_instance_takes_over_from_each_of_several_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """As when a roll-out overtakes another: the third instance waits for two."""
     offer(node, "null", "zero")
@@ -7410,69 +7393,69 @@ def test_an_instance_takes_over_from_each_of_several_others(node: Node, kubelet:
     assert third.stop() == 0
 
 
+async def leases_of_two_instances(folder: str) -> None:
+    """Two processes, since the locks of one do not conflict; the other has the names that it is given on its stdin."""
+    paths = [f"{folder}/{name}.sock" for name in ("one", "two", "old")]
+    script = "import sys, smarter_device_manager as sdm; leases = sdm.Leases(sys.argv[1])\n"
+    script += "for line in sys.stdin: print(eval(line), flush=True)"
+    command = [sys.executable, "-c", script, f"{folder}/lock"]
+    other = await asyncio.create_subprocess_exec(
+        *command, cwd=HERE, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+
+    async def ask(text: str) -> bool:
+        other.stdin.write(f"{text}\n".encode())
+        return (await other.stdout.readline()) == b"True\n"
+
+    leases = sdm.Leases(f"{folder}/lock")
+    assert leases.take(paths[0]) and leases.take(paths[0])  # twice is once
+    assert not await ask(f"leases.take({paths[0]!r})")
+    assert await ask(f"leases.take({paths[1]!r})")
+    assert not leases.take(paths[1])
+    woken = asyncio.Event()
+    leases.wait_for(paths[1], woken.set)
+    assert await ask("leases.is_awaited()") and not leases.is_awaited()
+    leases.give_back(paths[0])
+    assert await ask(f"leases.take({paths[0]!r})")
+    assert not woken.is_set()
+    other.kill()
+    await asyncio.wait_for(woken.wait(), PATIENCE)
+    assert all(map(leases.take, paths))
+    server = sdm.UnixServer(paths[2], lambda server: None)  # of an instance that has no leases
+    await server.start()
+    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        leases.take(paths[2])
+    assert not leases.take(paths[2])
+    await server.stop()
+    assert leases.take(paths[2])
+    os.rename(f"{folder}/lock", f"{folder}/moved")
+    assert leases.take(paths[2]) and os.path.exists(f"{folder}/lock")
+    leases.close()
+
+
+def test_leases_of_two_instances(node: Node) -> None:
+    work = leases_of_two_instances(str(node.plugins))
+    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(2 * PATIENCE)
+
+
 async def servers_of_one_path(path: str) -> None:
-    first, second, third = (sdm.UnixServer(path, lambda server: None) for _ in range(3))
-    for server in (first, second, third):
-        await server.start()
-    assert sdm.connect_error(path) != ""
-    assert first.publish() and not second.publish()
+    first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
+    assert not first.is_lost({})  # it has nothing to lose yet
+    await first.start()
     inode = os.stat(path).st_ino
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
-    assert not second.is_lost({})  # it has nothing to lose yet
-    first.withdraw()
-    assert sdm.connect_error(path) != "" and second.publish()
+    await second.start()  # in place of the other's
+    assert first.is_lost({os.path.basename(path): os.stat(path).st_ino})
     await first.stop()  # what is at the path is no longer its own
-    assert sdm.connect_error(path) == ""
-    os.rename(path, f"{path}.saved")
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(path)
-    assert third.publish() and sdm.connect_error(path) == ""
-    await third.stop()
-    os.rename(f"{path}.saved", path)
-    sdm._remove_dead_socket(path)  # another instance put its own there after the first look
     assert sdm.connect_error(path) == ""
     await second.stop()
     assert os.listdir(os.path.dirname(path)) == []
 
 
-def test_servers_of_one_path_take_over_from_each_other(node: Node) -> None:
+def test_a_server_leaves_the_socket_of_another_alone(node: Node) -> None:
     work = servers_of_one_path(f"{node.plugins}/some.sock")
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
-
-
-async def servers_without_descriptors(path: str) -> None:
-    first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
-    await first.start()
-    await second.start()
-    assert first.publish()
-    inode = os.stat(path).st_ino
-    with without_descriptors():
-        with pytest.raises(OSError, match="Too many open files"):
-            second.publish()
-        with pytest.raises(OSError, match="Too many open files"):
-            sdm._remove_dead_socket(path)
-        assert sdm.connect_error(path) == "Too many open files"
-    assert os.stat(path).st_ino == inode and not second.publish()
-    woken: list[int] = []
-    others = sdm.OtherInstances(asyncio.get_running_loop())
-    others.wait_for(path, lambda: woken.append(1))
-    with without_descriptors():
-        others._check()
-    assert not woken
-    await first.stop()
-    give_up = time.monotonic() + PATIENCE
-    while not woken:
-        assert time.monotonic() < give_up
-        await asyncio.sleep(0.01)
-    others.forget(path)
-    assert second.publish()
-    await second.stop()
-
-
-def test_without_descriptors_the_socket_of_another_instance_is_not_taken_for_dead(node: Node) -> None:
-    work = servers_without_descriptors(f"{node.plugins}/some.sock")
-    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -7781,7 +7764,7 @@ CRASHES = {
     "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
     "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
-    "kubelet side, a resource": "sdm.Registration._registration_problem = fail",
+    "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
 
 
