@@ -3154,6 +3154,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
+MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
@@ -3807,12 +3809,18 @@ NOT_REGISTERED: Document = {
 }
 
 
+def find_max_silence(interval: float) -> float:
+    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
+    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+
+
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
         self.heartbeat = time.monotonic()  # of the last look at the sockets
-        self.calm_look = calm_look  # seconds between two looks, at the most
+        self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
+        self.calm_look = max_silence / 2  # seconds between two looks, at the most
         self._done: asyncio.Future[None] = loop.create_future()
 
     def stop(self) -> None:
@@ -3853,7 +3861,6 @@ MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
 READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
 LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
-CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
@@ -4550,9 +4557,9 @@ class DevicePluginSide(KubeletSide):
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
-        calm_look: float = CALM_LOOK_SECONDS,
+        max_silence: float = MAX_SILENCE_SECONDS,
     ) -> None:
-        super().__init__(loop, calm_look)
+        super().__init__(loop, max_silence)
         self.plugin_dir = plugin_dir
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
@@ -5490,9 +5497,10 @@ class DraSide(KubeletSide):
         api: ApiServer,
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
-        calm_look: float,
+        max_silence: float,
     ) -> None:
-        super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
+        super().__init__(loop, max_silence)
+        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
         loop.set_default_executor(daemon_threads())
         self.settings = settings
         self.domain = self.full_name = settings.domain
@@ -5862,7 +5870,6 @@ def _inodes(path: str) -> Mapping[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
 # The document. --list --json prints its parts "resources", "left_out" and "unused".
@@ -5942,7 +5949,7 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
         for thread in threads
-        if thread["seconds_since_turn"] > thread["most_seconds"]
+        if thread["seconds_since_turn"] > thread["max_seconds"]
     ]
 
 
@@ -6560,13 +6567,12 @@ class StatusServer:
     side: Union[DevicePluginSide, DraSide]
     pod_resources: PodResources
     node: str
-    interval: float
     plan: Plan
     device_side: Document  # its part of the document
 
     def __post_init__(self) -> None:
         self.events = EventRing()
-        self._device_side_heartbeat = time.monotonic()
+        self._main_heartbeat = time.monotonic()
         self._clients: Dict[asyncio.Task[None], bool] = {}  # whether they have sent their request; the oldest first
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
 
@@ -6575,8 +6581,12 @@ class StatusServer:
         self.plan = plan
 
     def report(self, device_side: Document) -> None:
-        """Show DEVICE_SIDE, which nothing changes, as of this moment. Any thread may call this: nothing wakes up."""
-        self.device_side, self._device_side_heartbeat = device_side, time.monotonic()
+        """Show DEVICE_SIDE, which nothing changes. Any thread may call this: nothing wakes up."""
+        self.device_side = device_side
+
+    def beat(self) -> None:
+        """The main thread, which calls this, works."""
+        self._main_heartbeat = time.monotonic()
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6654,10 +6664,9 @@ class StatusServer:
     def _threads(self) -> List[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
         now = time.monotonic()
-        max_age = MAX_MISSED_HEARTBEATS * max(self.interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        heartbeats = {"device side": self._device_side_heartbeat, "kubelet side": self.side.heartbeat}
+        heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
         return [
-            {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+            {"name": name, "seconds_since_turn": now - heartbeat, "max_seconds": self.side.max_silence}
             for name, heartbeat in heartbeats.items()
         ]
 
@@ -7504,16 +7513,14 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        calm_look = min(
-            max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
-        )  # for /healthz
+        max_silence = find_max_silence(options.interval)
         self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, calm_look)
+            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
         else:
             watch = Watch(options.plugin_dir)
-            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
+            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
         self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
@@ -7563,7 +7570,13 @@ class KubeletThread(threading.Thread):
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
+        return time.monotonic() - self.side.heartbeat <= self.side.max_silence
+
+    def beat(self) -> float:
+        """Let the status server know that the main thread works; the time by which it must do so again."""
+        if self.status:
+            self.status.beat()
+        return time.monotonic() + self.side.max_silence / 2
 
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
@@ -7840,9 +7853,7 @@ def _open_status(
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(
-        listener, side, holders, options.node_name, options.interval, devices.plan, devices.describe()
-    )
+    status = StatusServer(listener, side, holders, options.node_name, devices.plan, devices.describe())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
@@ -7888,8 +7899,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
+        next_beat = thread.beat()
         manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -8207,7 +8219,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
     devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
     address = parse_api_url(api.url)
-    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
+    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), 2 * LOOK_SECONDS)
     side.apply(plan)
     running = asyncio.ensure_future(side.run())
     give_up = time.monotonic() + DRY_RUN_SECONDS
