@@ -6466,19 +6466,24 @@ FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was
 OK = "200 OK"
 BAD_REQUEST = "400 Bad Request"
 UNAVAILABLE = "503 Service Unavailable"
+MISDIRECTED = "421 Misdirected Request"
+UNKNOWN_HOST = (
+    "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
+    "of the pod, or the name that --listen has"
+)
 END_OF_HEAD = b"\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
+_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\0\r\n]*)")
 
 
 class Unanswerable(Exception):
     """A request that is answered with an error: its status and what that means."""
 
 
-def parse_request(head: bytes) -> Tuple[str, str]:
-    """The method and the path in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
+def parse_request(head: bytes) -> Tuple[str, str, str]:
+    """The method, the path and the host in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
     first, *others = head.split(b"\n")
     line = _REQUEST_LINE.fullmatch(first)
     if not line:
@@ -6486,13 +6491,26 @@ def parse_request(head: bytes) -> Tuple[str, str]:
     if line[3] != b"1":
         raise Unanswerable("505 HTTP Version Not Supported")
     headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    hosts = [header[1].lower() for header in headers if header].count(b"host")
-    if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
+    hosts = [header[2].decode("latin-1") for header in headers if header and header[1].lower() == b"host"]
+    if None in headers or len(hosts) > 1 or (not hosts and line[4] != b"0"):
         raise Unanswerable(BAD_REQUEST)
     if line[1] not in (b"GET", b"HEAD"):
         raise Unanswerable("405 Method Not Allowed")
-    path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
-    return line[1].decode(), path or "/"
+    url = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", line[2].decode())
+    assert url
+    return line[1].decode(), url[2] or "/", url[1] or (hosts or [""])[0]
+
+
+def is_known_host(host: str, names: FrozenSet[str]) -> bool:
+    """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
+    here (DNS rebinding), must not be able to read what this server shows."""
+    name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
+    if name in names:
+        return True
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return bool(socket.inet_pton(family, name.partition("%")[0]))
+    return False
 
 
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
@@ -6519,7 +6537,7 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_request(connection: socket.socket) -> Tuple[str, str]:
+async def _read_request(connection: socket.socket) -> Tuple[str, str, str]:
     """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
     data = b""
     while True:
@@ -6567,6 +6585,7 @@ class StatusServer:
     side: Union[DevicePluginSide, DraSide]
     pod_resources: PodResources
     node: str
+    names: FrozenSet[str]  # by which a client may ask, besides IP addresses
     plan: Plan
     device_side: Document  # its part of the document
 
@@ -6631,9 +6650,10 @@ class StatusServer:
         assert task
         try:
             try:
-                method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
+                method, path, host = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
                 self._clients[task] = True
-                answer = await self._respond(path)
+                is_known = is_known_host(host, self.names)
+                answer = await self._respond(path) if is_known else plain(MISDIRECTED, [UNKNOWN_HOST])
                 if method == "HEAD":
                     answer = answer[: answer.index(END_OF_HEAD) + len(END_OF_HEAD)]
             except Unanswerable as error:
@@ -7853,7 +7873,8 @@ def _open_status(
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(listener, side, holders, options.node_name, devices.plan, devices.describe())
+    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), options.listen[0])))
+    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status

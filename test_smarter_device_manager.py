@@ -10919,7 +10919,7 @@ def test_every_answer_has_the_right_head(served: Status, path: str) -> None:
     assert served.ask(f"{path}?x=1#y").status == 200
 
 
-GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+GOOD = b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n"
 
 
 @pytest.mark.parametrize(
@@ -10928,40 +10928,40 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
         (GOOD + b"\r\n", 200),
         (GOOD.replace(b"\r", b"") + b"\n", 200),  # RFC 9112, 2.2: a lone LF may be taken for a line's end
         (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
-        (b"GET http://node:8080/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
-        (b"GET http://node HTTP/1.1\r\nHost: x\r\n\r\n", 200),
-        (b"GET /healthz HTTP/1.7\r\nHost: x\r\nX-Long: " + b"y" * 7000 + b"\r\n\r\n", 200),
+        (b"GET http://localhost:8080/healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n", 200),
+        (b"GET http://localhost HTTP/1.1\r\nHost: [::1]\r\n\r\n", 200),
+        (b"GET /healthz HTTP/1.7\r\nHost: [::1]\r\nX-Long: " + b"y" * 7000 + b"\r\n\r\n", 200),
         (GOOD + b"Content-Length: 100000\r\n\r\n" + b"z" * 50_000, 200),
         (GOOD + b"\r\n" + GOOD + b"\r\n", 200),  # a second request is not answered
-        (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"GET /healthz/ HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"GET //healthz HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"GET /../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", 404),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
-        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + b"z" * 60_000, 405),
-        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-        (b"DELETE / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-        (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-        (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"GET /nothing HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
+        (b"GET /healthz/ HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
+        (b"GET //healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
+        (b"GET /../etc/passwd HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
+        (b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 3\r\n\r\nabc", 405),
+        (b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 60000\r\n\r\n" + b"z" * 60_000, 405),
+        (b"OPTIONS * HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
+        (b"DELETE / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
+        (b"get / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
+        (b"CONNECT x:443 HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
         (b"GET / HTTP/1.1\r\n\r\n", 400),  # no Host
-        (b"GET / HTTP/1.1\r\nHost: x\r\nhost: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]\r\nhost: ::2\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\rX: y\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\r\n\r\n", 400),  # RFC 9112, 2.2: no CR but before an LF
-        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"GET / x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]\r\n folded: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]\0y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]\rX: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]\r\r\n\r\n", 400),  # RFC 9112, 2.2: no CR but before an LF
+        (b"GET /\xff HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
+        (b"GET / x HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET /\r\n\r\n", 400),
-        (b"GET / HTTPS/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nnonsense\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTPS/1.1\r\nHost: [::1]\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nnonsense\r\nHost: [::1]\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00", 400),  # TLS
         (b" GET / HTTP/1.1\r\n\r\n", 400),
         (b"\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-        (b"GET / HTTP/3.0\r\nHost: x\r\n\r\n", 505),
-        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (b"GET / HTTP/3.0\r\nHost: [::1]\r\n\r\n", 505),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: [::1]\r\n\r\n", 414),
         (GOOD + b"X: " + b"y" * 9000 + b"\r\n\r\n", 431),
         (GOOD + b"X: y\r\n" * 10_000 + b"\r\n", 431),
     ],
@@ -10976,9 +10976,25 @@ def test_each_request_gets_its_status(served: Status, data: bytes, status: int) 
     assert (b"\r\nAllow: GET, HEAD\r\n" in head) == (status == 405)
 
 
+HOSTS = {
+    200: "10.1.2.3 10.1.2.3:8080 [::1] [fe80::1%25eth0]:80 localhost:9 :80 Node-1.Example:8080 node-1.example. 127.1:80",
+    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 127.2 0x7f000001 x\xff",
+}
+
+
+def test_only_known_hosts_are_answered(folder: Path, start: Starter) -> None:
+    """A page of somebody else must not read the status through the browser of who looks at it (DNS rebinding)."""
+    served = Status(start("--listen", "127.1:0", "--node-name", "node-1.example"))
+    for status, hosts in HOSTS.items():
+        for host in [*hosts.split(), *(["", socket.gethostname()] if status == 200 else [])]:
+            answer = served.say(f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")).decode()
+            assert answer.startswith(f"HTTP/1.1 {status} "), (host, answer[:100])
+            assert (answer.partition("\r\n\r\n")[2] == f"{sdm.UNKNOWN_HOST}\n") == (status == 421)
+
+
 def test_what_a_client_still_sends_is_read_or_it_would_lose_the_answer(served: Status) -> None:
     with served.connect() as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 30000\r\n\r\n")
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 30000\r\n\r\n")
         assert received(connection).startswith(b"HTTP/1.1 405 ")
         for _ in range(30):
             connection.sendall(b"z" * 1000)  # a server that has closed would answer the first with a reset
@@ -10994,7 +11010,7 @@ def test_what_a_client_still_sends_is_read_or_it_would_lose_the_answer(served: S
         wait_for(is_cut, patience=sdm.REQUEST_SECONDS - 1)  # not for ever: by the bytes, not by the time
 
 
-@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: [::1]\r\n"])
 def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
     assert served.say(data, is_done=True).startswith(b"HTTP/1.1 400 ")
 
@@ -11003,7 +11019,7 @@ def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
     st.binary(max_size=300)
     | st.lists(
         st.sampled_from(
-            [b"GET ", b"HEAD", b"/", b" HTTP/1.1", b"\r\n", b"\n", b"Host: x", b":", b" ", b"\0", b"http://"]
+            [b"GET ", b"HEAD", b"/", b" HTTP/1.1", b"\r\n", b"\n", b"Host: [::1]", b":", b" ", b"\0", b"http://"]
         )
     ).map(b"".join)
 )
@@ -11025,7 +11041,7 @@ def test_no_input_makes_it_hang_or_fail(served: Status, kubelet: Kubelet, start:
         b" HTTP/1.1",
         b"\r\n",
         b"\n",
-        b"Host: x",
+        b"Host: [::1]",
         b"\r\n\r\n",
         b"\0",
         b"\xff",
