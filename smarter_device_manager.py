@@ -7031,6 +7031,7 @@ FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders wh
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MAX_STATUS_BYTES = 1 << 25  # of its answer
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
 MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
@@ -8111,19 +8112,28 @@ def show_status(options: argparse.Namespace) -> int:
     try:
         document = json.loads(body)
         text = render_status(document)
-    except (ValueError, LookupError, TypeError, AttributeError):
+        text = json.dumps(document, indent=2) + "\n" if options.json else text
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
+    write_output(text)
     return 0
 
 
 def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS sends for PATH; empty if its status is not 200. Raises OSError."""
+    """What the status server at ADDRESS sends for PATH; empty if its status is not 200, or if it is longer than
+    MAX_STATUS_BYTES. Raises OSError, also if it takes longer than STATUS_SECONDS."""
+    deadline = time.monotonic() + STATUS_SECONDS
+    answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        with connection.makefile("rb") as file:
-            head, _, body = file.read().partition(b"\r\n\r\n")
-    return body if head.startswith(b"HTTP/1.1 200 ") else b""
+        while len(answer) <= MAX_STATUS_BYTES:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            chunk = connection.recv(1 << 20)
+            answer += chunk
+            if not chunk:
+                head, _, body = answer.partition(b"\r\n\r\n")
+                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
+    return b""
 
 
 def check(options: argparse.Namespace) -> int:

@@ -10977,8 +10977,8 @@ def test_each_request_gets_its_status(served: Status, data: bytes, status: int) 
 
 
 HOSTS = {
-    200: "10.1.2.3 10.1.2.3:8080 [::1] [fe80::1%25eth0]:80 localhost:9 :80 Node-1.Example:8080 node-1.example. 127.1:80",
-    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 127.2 0x7f000001 x\xff",
+    200: "10.1.2.3 10.1.2.3:8080 [::1] [fe80::1%25eth0]:80 localhost:9 :80 Node-1.Example:80 node-1.example. 127.1:80",
+    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 127.2 0x7f000001 \xff",
 }
 
 
@@ -11936,6 +11936,34 @@ def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
     assert run.stderr.count("\n") == 1
 
 
+def status_of(node: Node, work: Callable[[socket.socket], object], *more: str) -> str:
+    """The sentence with which --status refuses a server that does WORK for its client."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.recv(4096)
+                work(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        run = node.run("--status", f"127.0.0.1:{server.getsockname()[1]}", *more)
+        thread.join()
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    return run.stderr
+
+
+def send_again(data: bytes, pause: float) -> Callable[[socket.socket], None]:
+    def work(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(data)
+            time.sleep(pause)
+
+    return work
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -11947,25 +11975,22 @@ def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\xff",
         b"220 mail.example.org ESMTP\r\n",
         b"",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000,
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 900 + b"]" * 900,
     ],
 )
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_status_of_something_else_is_refused(node: Node, answer: bytes, more: tuple[str, ...]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    text = status_of(node, lambda connection: connection.sendall(answer), *more)
+    assert re.search("is not a smarter-device-manager|no daemon answers", text)
 
-        def serve() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(answer)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        run = node.run("--status", f"127.0.0.1:{server.getsockname()[1]}", *more)
-        thread.join()
-    assert run.returncode == 1
-    assert re.search("is not a smarter-device-manager|no daemon answers", run.stderr)
-    assert run.stderr.count("\n") == 1
+def test_a_status_that_does_not_end_is_refused(node: Node) -> None:
+    """By its bytes, which leave the memory alone, and by its time."""
+    assert "is not a smarter-device-manager" in status_of(node, send_again(b" " * 100_000, 0.0))
+    began = time.monotonic()
+    assert "no daemon answers" in (text := status_of(node, send_again(b" ", 0.1))) and "(timed out)" in text
+    assert time.monotonic() - began < sdm.STATUS_SECONDS + 5.0
 
 
 @pytest.mark.parametrize("address", ["", "8080", "node", ":70000", "http://node:8080/"])
