@@ -58,6 +58,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 from bisect import bisect_right
@@ -1440,6 +1441,7 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFIFO: "FIFO",
 }
+ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
@@ -1644,19 +1646,33 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
     return None
 
 
-def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry. ROOT is the status of /dev itself."""
+def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
+    """What stands at PATH, of which lstat(2) FOUND this, as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
-        untrusted = (
-            bool(found.st_mode & stat.S_IWOTH)
-            or (bool(found.st_mode & stat.S_IWGRP) and found.st_gid not in (0, root.st_gid))
-            or found.st_uid not in (0, root.st_uid)
-        )
+        untrusted = bool(found.st_mode & stat.S_IWOTH) or found.st_uid not in (0, root.st_uid)
+        # With an ACL, the group's bits are its mask: without them, nobody whom it names may write.
+        if not untrusted and found.st_mode & stat.S_IWGRP:
+            untrusted = found.st_gid not in (0, root.st_gid) or (kind == FOLDER and _acl_lets_write(path, root))
     device = found.st_rdev if kind in NODES else 0
     return Entry(kind, device, found.st_ino, target, untrusted)
+
+
+def _acl_lets_write(path: str, root: os.stat_result) -> bool:
+    """Whether the POSIX ACL of the folder PATH lets a user or a group write that it names, other than root's."""
+    try:
+        acl = os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return False
+        raise
+    trusted = {ACL_USER: (0, root.st_uid), ACL_GROUP: (0, root.st_gid)}
+    return any(
+        permissions & ACL_WRITE and name not in trusted.get(tag, (name,))
+        for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
+    )
 
 
 class LiveTree:
@@ -1670,7 +1686,7 @@ class LiveTree:
         self._entries: Dict[str, Optional[Entry]] = {}
         self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
         self._root = os.fstat(self._folders[""])
-        self._entries[""] = _entry(self._root, self._root)
+        self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
 
     def __enter__(self) -> LiveTree:
         return self
@@ -1698,7 +1714,7 @@ class LiveTree:
         try:
             found = os.fstat(descriptor)
             target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-            entry = _entry(found, self._root, target)
+            entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
         finally:
             if entry and entry.kind == FOLDER:
                 self._folders[path] = descriptor
@@ -1779,7 +1795,7 @@ class Scanner:
                 todo += listings[path].subfolders
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
-            self._snapshot = _assemble(_entry(root, root), listings)
+            self._snapshot = _assemble(_entry(root, root, f"{self._dev_dir}/."), listings)
         return self._snapshot, self._flapped
 
     def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
@@ -1838,6 +1854,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+                    entry = _entry(found, root, f"{path}/{item.name}", target)
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -1847,7 +1864,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                     broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
                     fresh[item.name] = broken, (0, 0)
                     continue
-                fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+                fresh[item.name] = entry, (found.st_mtime_ns, found.st_ctime_ns)
     finally:
         os.close(descriptor)
     return fresh

@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import html
@@ -36,6 +37,7 @@ import socket
 import ssl
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -2625,6 +2627,46 @@ def test_the_owner_and_the_group_of_a_folder_say_who_may_plant_links(node: Node)
             assert outcome(tree, "root/l", "/dev") == outcome(tree, "disk/l", "/dev") == {"n": ""}
             for name in ("group", "user", "sticky"):
                 assert outcome(tree, f"{name}/l", "/dev") == f"others than root may write in the folder /dev/{name}"
+
+
+def set_acl(folder: Path, user: tuple[int, int], group: tuple[int, int], mask: int) -> None:
+    """Give FOLDER a POSIX ACL, as setfacl(1) does, for a USER and a GROUP: ID and permissions."""
+    nobody = 0xFFFFFFFF
+    entries = ((1, 7, nobody), (2, user[1], user[0]), (4, 5, nobody), (8, group[1], group[0]), (16, mask, nobody))
+    acl = b"".join(struct.pack("<HHI", *entry) for entry in (*entries, (32, 5, nobody)))
+    try:
+        os.setxattr(folder, "system.posix_acl_access", struct.pack("<I", 2) + acl)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        pytest.skip("this file system has no ACLs")
+
+
+@needs_root
+def test_whom_an_acl_lets_write_may_plant_links_too(node: Node) -> None:
+    """The group of the folder is root's, and its bits are the mask of the ACL."""
+    acls = {
+        "user": ((1000, 7), (1000, 5), 7),
+        "group": ((1000, 5), (1000, 2), 7),
+        "reader": ((1000, 5), (1000, 5), 7),
+        "masked": ((1000, 7), (1000, 7), 5),
+        "root": ((0, 7), (0, 7), 7),
+    }
+    build(node.dev, {"n": "char", **{f"{name}/l": "-> ../n" for name in acls}})
+    for name, acl in acls.items():
+        set_acl(node.dev / name, *acl)
+        assert (node.dev / name).stat().st_mode & 0o77 == acl[2] << 3 | 5
+    (node.root / "link").symlink_to(node.dev)
+    for dev in (node.dev, node.root / "link"):
+        with sdm.LiveTree(str(dev)) as live:
+            for tree in (sdm.Scanner(str(dev)).scan()[0], live):
+                for name in acls:
+                    refused = f"others than root may write in the folder /dev/{name}"
+                    assert outcome(tree, f"{name}/l", "/dev") == (refused if name in ("user", "group") else {"n": ""})
+    set_acl(node.dev, (1000, 7), (0, 5), 7)
+    with sdm.LiveTree(str(node.dev)) as live:
+        for tree in (sdm.Scanner(str(node.dev)).scan()[0], live):
+            assert outcome(tree, "n", "/dev") == "others than root may write in the folder /dev/"
 
 
 def test_names_too_long_for_a_file_are_not_there(node: Node) -> None:
