@@ -2583,6 +2583,39 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
     return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
+class Offer(NamedTuple):
+    """A device as a resource offers it."""
+
+    resource: str  # its name without the domain
+    path: str
+    line: int
+
+
+def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
+    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
+
+    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
+    """
+    offers: Dict[str, List[Offer]] = {}
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
+            for node, _ in (node for spec in own for node in spec.nodes):
+                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
+
+
+def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that are SHARED, each with those that it is about."""
+    nodes: Dict[str, List[str]] = {}
+    for node, offers in shared.items():
+        lines = sorted({offer.line for offer in offers})
+        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
+        sentence = f"several resources offer it ({where}), so several pods can have it at once"
+        nodes.setdefault(sentence, []).append(node)
+    return nodes
+
+
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
@@ -5882,13 +5915,23 @@ EVENTS_SHOWN = 10  # by --status
 MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
 
 
-# The document. --list --json prints its parts "resources", "left_out" and "unused".
+# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
         "resources": resources,
+        "shared": [
+            {
+                "path": node,
+                "offers": [
+                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+                    for name, path, line in offers
+                ],
+            }
+            for node, offers in find_shared(plan).items()
+        ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -6046,6 +6089,15 @@ def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[ob
 
 def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
+    shared = [
+        (
+            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
+            node["path"],
+            ", ".join(offer["resource"] for offer in node["offers"]),
+        )
+        for node in document["shared"]
+    ]
+    yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
     unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
@@ -6727,7 +6779,7 @@ class StatusServer:
             "process": describe_process(),
             "events": self.events.events(),
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources)),
+            **describe_plan(plan, await in_slices(resources), side.domain),
         }
         return {**document, **describe_health(document)}
 
@@ -7473,6 +7525,11 @@ def log_changes(old: Plan, new: Plan) -> None:
             groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
+    # A device that was offered in this way before, and that is only back, is no news.
+    offered = {(name, device.path, device.line) for (name, _), device in before.items()}
+    news = {node: offers for node, offers in find_shared(new).items() if not offered.issuperset(offers)}
+    for sentence, nodes in describe_shared(news).items():
+        log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
 
 
 class FolderWatches:
@@ -8069,7 +8126,7 @@ def show_list(options: argparse.Namespace) -> int:
     devices = _look_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
-    document = describe_plan(devices.plan, resources)
+    document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
@@ -8114,7 +8171,9 @@ def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
-    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
+    shared = describe_shared(find_shared(devices.plan))
+    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
 

@@ -4257,10 +4257,74 @@ def test_the_document_of_a_conf_without_the_new_keys_is_what_it_was(board: Board
     }
     document = {
         "resources": [{"name": "smarter-devices/nvidia-gpu0", "pool": False, "slots": 1, "devices": [device]}],
+        "shared": [],
         "left_out": [],
         "unused": [{"line": 3, "pattern": "^x$"}],
     }
     assert text == json.dumps(document, indent=2) + "\n"
+
+
+STICK = {"ttyUSB0": "char 188:0", "serial/by-id/usb-x": "-> ../../ttyUSB0"}
+CARD = {"snd/controlC0": "char", "snd/timer": "char", "video0": "char"}
+BY_ID, BY_NUMBER = "- devicematch: ^serial/by-id/\n", "- {devicematch: ^ttyUSB, resource: zigbee}\n"
+
+
+@pytest.mark.parametrize(
+    ("tree", "conf", "wanted"),
+    [
+        (STICK, BY_ID + BY_NUMBER, {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("zigbee", 2)}}),
+        (
+            STICK,
+            "- devicematch: usb\n- devicematch: USB\n",
+            {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 2)}},
+        ),
+        (STICK, "- devicematch: (?i)usb\n", {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 1)}}),
+        (STICK, "- {devicematch: '(?i)usb', resource: zigbee}\n", {}),  # a pool has it once
+        (STICK, "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n", {}),  # the last rule counts
+        (STICK, BY_ID + BY_NUMBER.replace("}", ", nummaxdevices: 0}"), {}),  # no pod can have it
+        (CARD, "- devicematch: ^snd$\n- devicematch: ^snd/t\n", {"/dev/snd/timer": {("snd", 1), ("snd_timer", 2)}}),
+        (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- devicematch: ^snd/t\n", {}),
+        (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- {devicematch: ^snd/c, with: [snd/timer]}\n", {}),
+        (CARD, "- {devicematch: nvidia-gpu, with: [video0]}\n- devicematch: ^video0$\n", {}),
+    ],
+)
+def test_a_node_that_several_resources_offer_is_found(
+    board: Board, tree: dict[str, str], conf: str, wanted: Mapping[str, set[tuple[str, int]]]
+) -> None:
+    board.tree = tree
+    shared = sdm.find_shared(board.plan(conf, ["0"]))
+    assert {node: {(offer.resource, offer.line) for offer in offers} for node, offers in shared.items()} == wanted
+
+
+@needs_root
+def test_a_node_that_several_resources_offer_is_shown_and_logged_once(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    build(node.dev, STICK)
+    node.rules(BY_ID + BY_NUMBER)
+    daemon = start("--listen", "127.0.0.1:0")
+    told = "/dev/ttyUSB0: several resources offer it (lines 1, 2), so several pods can have it at once"
+    daemon.says(f"WARNING {re.escape(told)} devices=/dev/ttyUSB0\n")
+    assert told in node.run("--check").stdout
+    names = "smarter-devices/serial_by-id_usb-x, smarter-devices/zigbee"
+    title = "Offered by several resources, so several pods can have it at once"
+    assert f"\n{title}:\nLINE  NODE          RESOURCES\n1, 2  /dev/ttyUSB0  {names}\n" in node.run("--list").stdout
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+    shared = json.loads(node.run("--list", "--json").stdout)["shared"]
+    assert shared == status.document()["shared"]
+    assert shared[0]["offers"][0] == {"resource": names.split(",")[0], "path": "/dev/serial/by-id/usb-x", "line": 1}
+    assert status.document()["problems"] == []
+    assert f"<h2>{title}</h2>" in status.ask("/").body
+    node.unplug("ttyUSB0")
+    daemon.says("Unhealthy: it is gone")
+    wait_for(lambda: not status.document()["shared"])
+    build(node.dev, {"ttyUSB0": "char 188:0"})
+    wait_for(lambda: status.document()["shared"])
+    build(node.dev, {"ttyUSB1": "char 188:1"})
+    node.link("serial/by-id/usb-y", "../../ttyUSB1")
+    daemon.says("WARNING /dev/ttyUSB1: several resources")
+    assert daemon.log.count(told) == 1
 
 
 def test_list_tells_of_rules_that_others_override(board: Board) -> None:
@@ -11493,6 +11557,7 @@ def hostile_document() -> dict[str, Any]:
                 {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
                 for resource in plan.resources.values()
             ],
+            HOSTILE_WORD,
         ),
     }
     return {**document, **sdm.describe_health(document)}
