@@ -1262,8 +1262,9 @@ def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
         if key.value not in keys:
             import difflib  # needed for this error only
 
-            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+            near = difflib.get_close_matches(key.value.lower(), keys, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+            raise ConfigError(f"unknown key {_shown(key.value)}; {advice}", key.line, key.column)
         nodes[key.value] = value
     return nodes
 
@@ -3047,17 +3048,23 @@ def join_names(names: Sequence[str]) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
+    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented.
+
+    Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
-        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
 def _quote(text: str) -> str:
-    return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+    return (
+        text
+        if re.fullmatch(r"[!-~]+", text) and not set('"=') & set(text)
+        else json.dumps(text).replace("=", r"\u003d")
+    )
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
@@ -6175,14 +6182,13 @@ def event_text(event: Document) -> Tuple[str, str]:
     sentence = event["message"]
     others = []
     for key, value in event.items():
-        if key in ("time", "level", "event", "message") or str(value) in sentence:
+        if key in ("time", "level", "event", "message"):
             continue
-        if key == "resource":
-            sentence = f"{value}: {sentence}"
-        elif key in ("resources", "devices"):
-            sentence = f"{sentence} ({str(value).replace(',', ', ')})"
-        else:
+        if key not in ("resource", "resources", "devices"):
             others.append(f"{key} {value}")
+        elif str(value) not in sentence:
+            names = str(value).replace(",", ", ")
+            sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
     return sentence, "; ".join(others)
 
 
@@ -6717,7 +6723,7 @@ class StatusServer:
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
         except Exception:
-            log.critical("the status page failed; this is a bug", exc_info=True)
+            log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
     def _threads(self) -> List[Document]:
@@ -7601,7 +7607,7 @@ class KubeletThread(threading.Thread):
             self._loop.run_until_complete(self._serve())
         except BaseException:
             self.has_failed = True
-            log.critical("the kubelet side failed; this is a bug", exc_info=True)
+            log_internal_error("the kubelet side failed")
             os.kill(os.getpid(), signal.SIGTERM)  # which ends the main thread
 
     async def _serve(self) -> None:
@@ -7869,7 +7875,7 @@ def serve(options: argparse.Namespace) -> int:
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
-        log.critical("the device side failed; this is a bug", exc_info=True)
+        log_internal_error("the device side failed")
     manager.notify("STOPPING=1")
     thread.stop()
     return int(has_failed or thread.has_failed)

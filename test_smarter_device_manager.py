@@ -1348,7 +1348,10 @@ BAD_RULES = [
     ("- devicematch: a\n  permision: r", 2, 3, "did you mean permissions?"),
     ("- DeviceMatch: a", 1, 3, "did you mean devicematch?"),
     ("- devicematch: a\n  attribute: {}", 2, 3, "did you mean attributes?"),
-    ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; did you mean'),
+    ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
+    ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
+    ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
+    ("- devicematch: a\n  with: [{mounts: b}]", 2, 10, "the keys are path, containerpath, optional, permissions"),
     ("- devicematch: a\n  devicematch: b", 2, 3, 'the key "devicematch" is there twice'),
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
@@ -7900,7 +7903,8 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, wher
         "start = sdm.KubeletThread.start\n"
         f"def later(thread):\n    start(thread)\n    {CRASHES[where]}\n"
         "sdm.KubeletThread.start = later\n"
-        "sys.exit(sdm.main())\n"
+        "code = sdm.main()\n"
+        "sys.exit(code + 10 * sdm.log_counts.internal_errors)\n"
     )
     command = [sys.executable, str(driver), *node.options(), "--interval", "0.1"]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
@@ -7909,7 +7913,7 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, wher
         wait_ready(kubelet, ["null"])
         process.send_signal(signal.SIGHUP)
     _, message = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, message
+    assert process.returncode == 11, message
     assert message.count("Traceback") == 1 and "nobody foresaw this" in message
     assert not sockets(node)
 
@@ -11440,6 +11444,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     status = Status(daemon)
     assert status.ask("/").status == 500
     daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
+    wait_for(lambda: status.metrics()["internal_errors_total"] == 1)  # the document is a second old at most
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -12089,6 +12094,48 @@ def test_the_log_as_json_is_an_object_per_line(node: Node, folder: Path, kubelet
     assert by_event["refused"]["status"] == "INVALID_ARGUMENT"
     assert by_event["conf-refused"]["level"] == "error"
     assert {"listening", "started", "plugged", "registered", "stopping"} <= by_event.keys()
+
+
+@pytest.mark.parametrize(
+    ("told", "devices", "wanted"),
+    [
+        (
+            'its product is "x level=CRITICAL y="',
+            "/dev/a",
+            r'its product is "x level\x3dCRITICAL y\x3d" devices=/dev/a',
+        ),
+        ('its product is "" devices=/dev/mem"', "/dev/a", r'its product is "" devices\x3d/dev/mem" devices=/dev/a'),
+        ('level="x"', "/dev/a", r'level\x3d"x" devices=/dev/a'),
+        ("a\n2026 CRITICAL b", "/dev/a", r"a\n2026 CRITICAL b devices=/dev/a"),
+        ("told", "/dev/a=b", r'told devices="/dev/a\u003db"'),
+        ("told", '/dev/a" level=CRITICAL "', r'told devices="/dev/a\" level\u003dCRITICAL \""'),
+        ("raise it (LimitNOFILE=, ulimit -n), code = 5", "a", "raise it (LimitNOFILE=, ulimit -n), code = 5 devices=a"),
+    ],
+)
+def test_what_comes_from_outside_cannot_pass_for_a_field_or_a_line_of_the_log(
+    told: str, devices: str, wanted: str
+) -> None:
+    values = {"levelname": "INFO", "msg": "%s", "args": (told,), "fields": {"devices": devices}}
+    line = sdm.TextFormatter().format(sdm.logging.makeLogRecord(values))
+    assert line.partition(" INFO ")[2] == wanted
+    if '"' in wanted.partition("devices=")[2]:
+        assert json.loads(line.rpartition("devices=")[2]) == devices
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"resource": "d/video0", "ids": "0"}, ("d/video0: allocated", "ids 0")),
+        (
+            {"resource": "d/video0", "ids": "0", "devices": "/dev/a,/dev/b"},
+            ("d/video0: allocated (/dev/a, /dev/b)", "ids 0"),
+        ),
+        ({"resources": "all", "rules": 1}, ("allocated", "rules 1")),
+    ],
+)
+def test_an_event_on_the_page_has_all_its_fields(fields: Mapping[str, Any], wanted: tuple[str, str]) -> None:
+    """An ID may be part of a name in the sentence, such as 0 of video0. Names that stand there are not repeated."""
+    assert sdm.event_text({"time": "t", "level": "info", "event": "e", "message": "allocated", **fields}) == wanted
 
 
 def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kubelet, start: Starter) -> None:
