@@ -58,6 +58,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 from bisect import bisect_right
@@ -1261,8 +1262,9 @@ def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
         if key.value not in keys:
             import difflib  # needed for this error only
 
-            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+            near = difflib.get_close_matches(key.value.lower(), keys, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+            raise ConfigError(f"unknown key {_shown(key.value)}; {advice}", key.line, key.column)
         nodes[key.value] = value
     return nodes
 
@@ -1440,6 +1442,7 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFIFO: "FIFO",
 }
+ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
@@ -1644,19 +1647,33 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
     return None
 
 
-def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry. ROOT is the status of /dev itself."""
+def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
+    """What stands at PATH, of which lstat(2) FOUND this, as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
-        untrusted = (
-            bool(found.st_mode & stat.S_IWOTH)
-            or (bool(found.st_mode & stat.S_IWGRP) and found.st_gid not in (0, root.st_gid))
-            or found.st_uid not in (0, root.st_uid)
-        )
+        untrusted = bool(found.st_mode & stat.S_IWOTH) or found.st_uid not in (0, root.st_uid)
+        # With an ACL, the group's bits are its mask: without them, nobody whom it names may write.
+        if not untrusted and found.st_mode & stat.S_IWGRP:
+            untrusted = found.st_gid not in (0, root.st_gid) or (kind == FOLDER and _acl_lets_write(path, root))
     device = found.st_rdev if kind in NODES else 0
     return Entry(kind, device, found.st_ino, target, untrusted)
+
+
+def _acl_lets_write(path: str, root: os.stat_result) -> bool:
+    """Whether the POSIX ACL of the folder PATH lets a user or a group write that it names, other than root's."""
+    try:
+        acl = os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return False
+        raise
+    trusted = {ACL_USER: (0, root.st_uid), ACL_GROUP: (0, root.st_gid)}
+    return any(
+        permissions & ACL_WRITE and name not in trusted.get(tag, (name,))
+        for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
+    )
 
 
 class LiveTree:
@@ -1670,7 +1687,7 @@ class LiveTree:
         self._entries: Dict[str, Optional[Entry]] = {}
         self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
         self._root = os.fstat(self._folders[""])
-        self._entries[""] = _entry(self._root, self._root)
+        self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
 
     def __enter__(self) -> LiveTree:
         return self
@@ -1698,7 +1715,7 @@ class LiveTree:
         try:
             found = os.fstat(descriptor)
             target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-            entry = _entry(found, self._root, target)
+            entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
         finally:
             if entry and entry.kind == FOLDER:
                 self._folders[path] = descriptor
@@ -1779,7 +1796,7 @@ class Scanner:
                 todo += listings[path].subfolders
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
-            self._snapshot = _assemble(_entry(root, root), listings)
+            self._snapshot = _assemble(_entry(root, root, f"{self._dev_dir}/."), listings)
         return self._snapshot, self._flapped
 
     def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
@@ -1838,6 +1855,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+                    entry = _entry(found, root, f"{path}/{item.name}", target)
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -1847,7 +1865,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                     broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
                     fresh[item.name] = broken, (0, 0)
                     continue
-                fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+                fresh[item.name] = entry, (found.st_mtime_ns, found.st_ctime_ns)
     finally:
         os.close(descriptor)
     return fresh
@@ -2566,6 +2584,39 @@ def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> Li
     return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
+class Offer(NamedTuple):
+    """A device as a resource offers it."""
+
+    resource: str  # its name without the domain
+    path: str
+    line: int
+
+
+def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
+    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
+
+    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
+    """
+    offers: Dict[str, List[Offer]] = {}
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
+            for node, _ in (node for spec in own for node in spec.nodes):
+                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
+
+
+def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that are SHARED, each with those that it is about."""
+    nodes: Dict[str, List[str]] = {}
+    for node, offers in shared.items():
+        lines = sorted({offer.line for offer in offers})
+        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
+        sentence = f"several resources offer it ({where}), so several pods can have it at once"
+        nodes.setdefault(sentence, []).append(node)
+    return nodes
+
+
 def _make_resource(
     name: str, claims: Sequence[Claim], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
@@ -2997,17 +3048,23 @@ def join_names(names: Sequence[str]) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
+    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented.
+
+    Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
-        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
 def _quote(text: str) -> str:
-    return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+    return (
+        text
+        if re.fullmatch(r"[!-~]+", text) and not set('"=') & set(text)
+        else json.dumps(text).replace("=", r"\u003d")
+    )
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
@@ -5872,13 +5929,23 @@ def _inodes(path: str) -> Mapping[str, int]:
 EVENTS_SHOWN = 10  # by --status
 
 
-# The document. --list --json prints its parts "resources", "left_out" and "unused".
+# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
         "resources": resources,
+        "shared": [
+            {
+                "path": node,
+                "offers": [
+                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+                    for name, path, line in offers
+                ],
+            }
+            for node, offers in find_shared(plan).items()
+        ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -6036,6 +6103,15 @@ def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[ob
 
 def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
+    shared = [
+        (
+            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
+            node["path"],
+            ", ".join(offer["resource"] for offer in node["offers"]),
+        )
+        for node in document["shared"]
+    ]
+    yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
     unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
@@ -6113,14 +6189,13 @@ def event_text(event: Document) -> Tuple[str, str]:
     sentence = event["message"]
     others = []
     for key, value in event.items():
-        if key in ("time", "level", "event", "message") or str(value) in sentence:
+        if key in ("time", "level", "event", "message"):
             continue
-        if key == "resource":
-            sentence = f"{value}: {sentence}"
-        elif key in ("resources", "devices"):
-            sentence = f"{sentence} ({str(value).replace(',', ', ')})"
-        else:
+        if key not in ("resource", "resources", "devices"):
             others.append(f"{key} {value}")
+        elif str(value) not in sentence:
+            names = str(value).replace(",", ", ")
+            sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
     return sentence, "; ".join(others)
 
 
@@ -6678,7 +6753,7 @@ class StatusServer:
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
         except Exception:
-            log.critical("the status page failed; this is a bug", exc_info=True)
+            log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
     def _threads(self) -> List[Document]:
@@ -6739,7 +6814,7 @@ class StatusServer:
             "process": describe_process(),
             "events": self.events.events(),
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources)),
+            **describe_plan(plan, await in_slices(resources), side.domain),
         }
         return {**document, **describe_health(document)}
 
@@ -7486,6 +7561,11 @@ def log_changes(old: Plan, new: Plan) -> None:
             groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
     for (event, sentence, level), paths in groups.items():
         log_event_for_all(event, sentence, level, "devices", paths)
+    # A device that was offered in this way before, and that is only back, is no news.
+    offered = {(name, device.path, device.line) for (name, _), device in before.items()}
+    news = {node: offers for node, offers in find_shared(new).items() if not offered.issuperset(offers)}
+    for sentence, nodes in describe_shared(news).items():
+        log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
 
 
 class FolderWatches:
@@ -7555,7 +7635,7 @@ class KubeletThread(threading.Thread):
             self._loop.run_until_complete(self._serve())
         except BaseException:
             self.has_failed = True
-            log.critical("the kubelet side failed; this is a bug", exc_info=True)
+            log_internal_error("the kubelet side failed")
             os.kill(os.getpid(), signal.SIGTERM)  # which ends the main thread
 
     async def _serve(self) -> None:
@@ -7829,7 +7909,7 @@ def serve(options: argparse.Namespace) -> int:
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
-        log.critical("the device side failed; this is a bug", exc_info=True)
+        log_internal_error("the device side failed")
     manager.notify("STOPPING=1")
     thread.stop()
     return int(has_failed or thread.has_failed)
@@ -8086,7 +8166,7 @@ def show_list(options: argparse.Namespace) -> int:
     devices = _look_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
-    document = describe_plan(devices.plan, resources)
+    document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
@@ -8140,7 +8220,9 @@ def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
-    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
+    shared = describe_shared(find_shared(devices.plan))
+    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
 

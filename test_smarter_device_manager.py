@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import html
@@ -35,6 +36,7 @@ import socket
 import ssl
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1345,7 +1347,10 @@ BAD_RULES = [
     ("- devicematch: a\n  permision: r", 2, 3, "did you mean permissions?"),
     ("- DeviceMatch: a", 1, 3, "did you mean devicematch?"),
     ("- devicematch: a\n  attribute: {}", 2, 3, "did you mean attributes?"),
-    ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; did you mean'),
+    ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
+    ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
+    ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
+    ("- devicematch: a\n  with: [{mounts: b}]", 2, 10, "the keys are path, containerpath, optional, permissions"),
     ("- devicematch: a\n  devicematch: b", 2, 3, 'the key "devicematch" is there twice'),
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
@@ -2624,6 +2629,46 @@ def test_the_owner_and_the_group_of_a_folder_say_who_may_plant_links(node: Node)
             assert outcome(tree, "root/l", "/dev") == outcome(tree, "disk/l", "/dev") == {"n": ""}
             for name in ("group", "user", "sticky"):
                 assert outcome(tree, f"{name}/l", "/dev") == f"others than root may write in the folder /dev/{name}"
+
+
+def set_acl(folder: Path, user: tuple[int, int], group: tuple[int, int], mask: int) -> None:
+    """Give FOLDER a POSIX ACL, as setfacl(1) does, for a USER and a GROUP: ID and permissions."""
+    nobody = 0xFFFFFFFF
+    entries = ((1, 7, nobody), (2, user[1], user[0]), (4, 5, nobody), (8, group[1], group[0]), (16, mask, nobody))
+    acl = b"".join(struct.pack("<HHI", *entry) for entry in (*entries, (32, 5, nobody)))
+    try:
+        os.setxattr(folder, "system.posix_acl_access", struct.pack("<I", 2) + acl)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        pytest.skip("this file system has no ACLs")
+
+
+@needs_root
+def test_whom_an_acl_lets_write_may_plant_links_too(node: Node) -> None:
+    """The group of the folder is root's, and its bits are the mask of the ACL."""
+    acls = {
+        "user": ((1000, 7), (1000, 5), 7),
+        "group": ((1000, 5), (1000, 2), 7),
+        "reader": ((1000, 5), (1000, 5), 7),
+        "masked": ((1000, 7), (1000, 7), 5),
+        "root": ((0, 7), (0, 7), 7),
+    }
+    build(node.dev, {"n": "char", **{f"{name}/l": "-> ../n" for name in acls}})
+    for name, acl in acls.items():
+        set_acl(node.dev / name, *acl)
+        assert (node.dev / name).stat().st_mode & 0o77 == acl[2] << 3 | 5
+    (node.root / "link").symlink_to(node.dev)
+    for dev in (node.dev, node.root / "link"):
+        with sdm.LiveTree(str(dev)) as live:
+            for tree in (sdm.Scanner(str(dev)).scan()[0], live):
+                for name in acls:
+                    refused = f"others than root may write in the folder /dev/{name}"
+                    assert outcome(tree, f"{name}/l", "/dev") == (refused if name in ("user", "group") else {"n": ""})
+    set_acl(node.dev, (1000, 7), (0, 5), 7)
+    with sdm.LiveTree(str(node.dev)) as live:
+        for tree in (sdm.Scanner(str(node.dev)).scan()[0], live):
+            assert outcome(tree, "n", "/dev") == "others than root may write in the folder /dev/"
 
 
 def test_names_too_long_for_a_file_are_not_there(node: Node) -> None:
@@ -4214,10 +4259,74 @@ def test_the_document_of_a_conf_without_the_new_keys_is_what_it_was(board: Board
     }
     document = {
         "resources": [{"name": "smarter-devices/nvidia-gpu0", "pool": False, "slots": 1, "devices": [device]}],
+        "shared": [],
         "left_out": [],
         "unused": [{"line": 3, "pattern": "^x$"}],
     }
     assert text == json.dumps(document, indent=2) + "\n"
+
+
+STICK = {"ttyUSB0": "char 188:0", "serial/by-id/usb-x": "-> ../../ttyUSB0"}
+CARD = {"snd/controlC0": "char", "snd/timer": "char", "video0": "char"}
+BY_ID, BY_NUMBER = "- devicematch: ^serial/by-id/\n", "- {devicematch: ^ttyUSB, resource: zigbee}\n"
+
+
+@pytest.mark.parametrize(
+    ("tree", "conf", "wanted"),
+    [
+        (STICK, BY_ID + BY_NUMBER, {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("zigbee", 2)}}),
+        (
+            STICK,
+            "- devicematch: usb\n- devicematch: USB\n",
+            {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 2)}},
+        ),
+        (STICK, "- devicematch: (?i)usb\n", {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 1)}}),
+        (STICK, "- {devicematch: '(?i)usb', resource: zigbee}\n", {}),  # a pool has it once
+        (STICK, "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n", {}),  # the last rule counts
+        (STICK, BY_ID + BY_NUMBER.replace("}", ", nummaxdevices: 0}"), {}),  # no pod can have it
+        (CARD, "- devicematch: ^snd$\n- devicematch: ^snd/t\n", {"/dev/snd/timer": {("snd", 1), ("snd_timer", 2)}}),
+        (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- devicematch: ^snd/t\n", {}),
+        (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- {devicematch: ^snd/c, with: [snd/timer]}\n", {}),
+        (CARD, "- {devicematch: nvidia-gpu, with: [video0]}\n- devicematch: ^video0$\n", {}),
+    ],
+)
+def test_a_node_that_several_resources_offer_is_found(
+    board: Board, tree: dict[str, str], conf: str, wanted: Mapping[str, set[tuple[str, int]]]
+) -> None:
+    board.tree = tree
+    shared = sdm.find_shared(board.plan(conf, ["0"]))
+    assert {node: {(offer.resource, offer.line) for offer in offers} for node, offers in shared.items()} == wanted
+
+
+@needs_root
+def test_a_node_that_several_resources_offer_is_shown_and_logged_once(
+    node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    build(node.dev, STICK)
+    node.rules(BY_ID + BY_NUMBER)
+    daemon = start("--listen", "127.0.0.1:0")
+    told = "/dev/ttyUSB0: several resources offer it (lines 1, 2), so several pods can have it at once"
+    daemon.says(f"WARNING {re.escape(told)} devices=/dev/ttyUSB0\n")
+    assert told in node.run("--check").stdout
+    names = "smarter-devices/serial_by-id_usb-x, smarter-devices/zigbee"
+    title = "Offered by several resources, so several pods can have it at once"
+    assert f"\n{title}:\nLINE  NODE          RESOURCES\n1, 2  /dev/ttyUSB0  {names}\n" in node.run("--list").stdout
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+    shared = json.loads(node.run("--list", "--json").stdout)["shared"]
+    assert shared == status.document()["shared"]
+    assert shared[0]["offers"][0] == {"resource": names.split(",")[0], "path": "/dev/serial/by-id/usb-x", "line": 1}
+    assert status.document()["problems"] == []
+    assert f"<h2>{title}</h2>" in status.ask("/").body
+    node.unplug("ttyUSB0")
+    daemon.says("Unhealthy: it is gone")
+    wait_for(lambda: not status.document()["shared"])
+    build(node.dev, {"ttyUSB0": "char 188:0"})
+    wait_for(lambda: status.document()["shared"])
+    build(node.dev, {"ttyUSB1": "char 188:1"})
+    node.link("serial/by-id/usb-y", "../../ttyUSB1")
+    daemon.says("WARNING /dev/ttyUSB1: several resources")
+    assert daemon.log.count(told) == 1
 
 
 def test_list_tells_of_rules_that_others_override(board: Board) -> None:
@@ -7794,7 +7903,8 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, wher
         "start = sdm.KubeletThread.start\n"
         f"def later(thread):\n    start(thread)\n    {CRASHES[where]}\n"
         "sdm.KubeletThread.start = later\n"
-        "sys.exit(sdm.main())\n"
+        "code = sdm.main()\n"
+        "sys.exit(code + 10 * sdm.log_counts.internal_errors)\n"
     )
     command = [sys.executable, str(driver), *node.options(), "--interval", "0.1"]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
@@ -7803,7 +7913,7 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, wher
         wait_ready(kubelet, ["null"])
         process.send_signal(signal.SIGHUP)
     _, message = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, message
+    assert process.returncode == 11, message
     assert message.count("Traceback") == 1 and "nobody foresaw this" in message
     assert not sockets(node)
 
@@ -11352,6 +11462,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     status = Status(daemon)
     assert status.ask("/").status == 500
     daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
+    wait_for(lambda: status.metrics()["internal_errors_total"] == 1)  # the document is a second old at most
     assert status.ask("/metrics").status == 200
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     assert daemon.stop() == 0
@@ -11469,6 +11580,7 @@ def hostile_document() -> dict[str, Any]:
                 {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
                 for resource in plan.resources.values()
             ],
+            HOSTILE_WORD,
         ),
     }
     return {**document, **sdm.describe_health(document)}
@@ -12025,6 +12137,48 @@ def test_the_log_as_json_is_an_object_per_line(node: Node, folder: Path, kubelet
     assert by_event["refused"]["status"] == "INVALID_ARGUMENT"
     assert by_event["conf-refused"]["level"] == "error"
     assert {"listening", "started", "plugged", "registered", "stopping"} <= by_event.keys()
+
+
+@pytest.mark.parametrize(
+    ("told", "devices", "wanted"),
+    [
+        (
+            'its product is "x level=CRITICAL y="',
+            "/dev/a",
+            r'its product is "x level\x3dCRITICAL y\x3d" devices=/dev/a',
+        ),
+        ('its product is "" devices=/dev/mem"', "/dev/a", r'its product is "" devices\x3d/dev/mem" devices=/dev/a'),
+        ('level="x"', "/dev/a", r'level\x3d"x" devices=/dev/a'),
+        ("a\n2026 CRITICAL b", "/dev/a", r"a\n2026 CRITICAL b devices=/dev/a"),
+        ("told", "/dev/a=b", r'told devices="/dev/a\u003db"'),
+        ("told", '/dev/a" level=CRITICAL "', r'told devices="/dev/a\" level\u003dCRITICAL \""'),
+        ("raise it (LimitNOFILE=, ulimit -n), code = 5", "a", "raise it (LimitNOFILE=, ulimit -n), code = 5 devices=a"),
+    ],
+)
+def test_what_comes_from_outside_cannot_pass_for_a_field_or_a_line_of_the_log(
+    told: str, devices: str, wanted: str
+) -> None:
+    values = {"levelname": "INFO", "msg": "%s", "args": (told,), "fields": {"devices": devices}}
+    line = sdm.TextFormatter().format(sdm.logging.makeLogRecord(values))
+    assert line.partition(" INFO ")[2] == wanted
+    if '"' in wanted.partition("devices=")[2]:
+        assert json.loads(line.rpartition("devices=")[2]) == devices
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"resource": "d/video0", "ids": "0"}, ("d/video0: allocated", "ids 0")),
+        (
+            {"resource": "d/video0", "ids": "0", "devices": "/dev/a,/dev/b"},
+            ("d/video0: allocated (/dev/a, /dev/b)", "ids 0"),
+        ),
+        ({"resources": "all", "rules": 1}, ("allocated", "rules 1")),
+    ],
+)
+def test_an_event_on_the_page_has_all_its_fields(fields: Mapping[str, Any], wanted: tuple[str, str]) -> None:
+    """An ID may be part of a name in the sentence, such as 0 of video0. Names that stand there are not repeated."""
+    assert sdm.event_text({"time": "t", "level": "info", "event": "e", "message": "allocated", **fields}) == wanted
 
 
 def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kubelet, start: Starter) -> None:
