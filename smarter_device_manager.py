@@ -3857,7 +3857,7 @@ def unready_text(trouble: str) -> str:
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
-    "trouble": "",
+    "trouble": unready_text(""),
     "allocations": 0,
     "registrations": 0,
     "refusals": 0,
@@ -4384,8 +4384,8 @@ class Registration:
         """Its part of the status document."""
         return {
             "ready": self.is_ready,
-            "served_by_other": self.served_by_other,  # /readyz, and nothing else, takes that for ready
-            "trouble": "" if self.is_ready else self.trouble,
+            "served_by_other": self.served_by_other,
+            "trouble": "" if self.is_ready else self.trouble if self.served_by_other else unready_text(self.trouble),
             "allocations": self.plugin.allocations,
             "registrations": self.registrations,
             "refusals": self.refusals,
@@ -4649,17 +4649,6 @@ class DevicePluginSide(KubeletSide):
         """The part of the status document about the registration of the resource NAME."""
         registration = self.registrations.get(name)
         return registration.describe() if registration else NOT_REGISTERED
-
-    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
-        """Which of the resources NAMES are not registered and why, and which of them another instance serves."""
-        unready, standby = [], []
-        for name in names:
-            state = self.describe_registration(name)
-            if state["served_by_other"]:
-                standby.append(f"{self.domain}/{name}: {state['trouble']}")
-            elif not state["ready"]:
-                unready.append(f"{self.domain}/{name}: {unready_text(state['trouble'])}")
-        return unready, standby
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
@@ -5639,11 +5628,6 @@ class DraSide(KubeletSide):
             "registrations": self.registrations,
         }
 
-    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
-        """Why the resources NAMES are not ready, and that another instance serves them: that holds for all or none."""
-        obstacles = [self.obstacle] if self.obstacle else []
-        return ([], obstacles) if self.is_standby else (obstacles, [])
-
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, published = self.api, self.publisher.published if self.publisher else []
@@ -5927,6 +5911,7 @@ def _inodes(path: str) -> Mapping[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
+Problems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
 # The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
@@ -6002,13 +5987,18 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is registered, and all that is wrong."""
+def describe_health(document: Document, problems: Problems) -> Document:
+    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS, which is all that is wrong."""
     return {
         "healthy": not find_hanging(document["threads"]),
-        "ready": all(resource["ready"] for resource in document["resources"]),
-        "problems": [_with_names(sentence, names) for sentence, names in find_problems(document).items()],
+        "ready": not find_unready(document["resources"]),
+        "problems": [_with_names(sentence, names) for sentence, names in problems.items()],
     }
+
+
+def find_unready(resources: Iterable[Document]) -> List[Document]:
+    """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
+    return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
@@ -6020,8 +6010,8 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
     ]
 
 
-def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
-    """What is wrong, the worst first: sentences, each with the names of the resources or devices that have it."""
+def find_problems(document: Document) -> Problems:
+    """What is wrong, the worst first."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
 
     def add(sentence: str, *names: str) -> None:
@@ -6035,7 +6025,7 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     else:
         for resource in document["resources"]:
             if not resource["ready"]:
-                add(unready_text(resource["trouble"]), resource["name"])
+                add(resource["trouble"], resource["name"])
     add(document["dev_problem"])
     add(conf_problem(document["conf"]))
     for resource in document["resources"]:
@@ -6428,9 +6418,8 @@ def _fill(template: str, **values: object) -> str:
     return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
 
 
-def render_page(document: Document, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
-    problems = find_problems(document)
+def render_page(document: Document, problems: Problems, nonce: str) -> Iterator[str]:
+    """DOCUMENT as an HTML page, piece by piece, PROBLEMS first; only a style and a script with NONCE are in force."""
     count = len(problems)
     values = {
         "nonce": nonce,
@@ -6766,17 +6755,23 @@ class StatusServer:
         ]
 
     def _readyz(self) -> bytes:
-        """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
-        unready, standby = self.side.readiness(self.plan.resources)
-        remarks = filter(None, [*standby, conf_problem(self.device_side["conf"])])
-        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *remarks])
+        """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
+        side = self.side
+        resources = [
+            {"name": f"{side.domain}/{name}", **side.describe_registration(name)} for name in self.plan.resources
+        ]
+        unready = find_unready(resources)
+        lines = [] if unready else ["ok"]
+        lines += [f"{resource['name']}: {resource['trouble']}" for resource in resources if not resource["ready"]]
+        lines += filter(None, [conf_problem(self.device_side["conf"])])
+        return plain(UNAVAILABLE if unready else OK, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document = await self._shared("", self._describe)
+        document, problems = await self._shared("", self._describe)
         nonce, policy = os.urandom(16).hex(), ""
         if path == "/":
-            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
+            kind, pieces = "text/html; charset=utf-8", render_page(document, problems, nonce)
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
         elif path == "/metrics":
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
@@ -6793,7 +6788,7 @@ class StatusServer:
         made: T = await asyncio.shield(self._made[key])
         return made
 
-    async def _describe(self) -> Document:
+    async def _describe(self) -> Tuple[Document, Problems]:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6816,7 +6811,8 @@ class StatusServer:
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
-        return {**document, **describe_health(document)}
+        problems = find_problems(document)
+        return {**document, **describe_health(document, problems)}, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7481,6 +7481,7 @@ def test_readyz_counts_what_another_instance_serves(node: Node, kubelet: Kubelet
     )
     assert [status.metrics()["registered", name] for name in names] == [0, 0]
     assert status.resource("null")["served_by_other"] and not status.resource("null")["ready"]
+    assert status.document()["ready"], "one truth for /readyz and /status.json"
     assert first.stop() == 0
     wait_for(lambda: status.ask("/readyz").body == "ok\n")
     wait_for(lambda: [status.metrics()["registered", name] for name in names] == [1, 1])
@@ -11583,11 +11584,15 @@ def hostile_document() -> dict[str, Any]:
             HOSTILE_WORD,
         ),
     }
-    return {**document, **sdm.describe_health(document)}
+    return {**document, **sdm.describe_health(document, sdm.find_problems(document))}
+
+
+def page_of(document: dict[str, Any]) -> str:
+    return "".join(sdm.render_page(document, sdm.find_problems(document), "nonce"))
 
 
 def test_the_page_escapes_everything() -> None:
-    page = "".join(sdm.render_page(hostile_document(), "nonce"))
+    page = page_of(hostile_document())
     page.encode()
     found = Tags(page)
     allowed = "html head meta noscript title link style script body header h1 button p span strong main h2 ul li a"
@@ -11605,9 +11610,9 @@ def test_the_page_escapes_everything() -> None:
 
 def test_the_page_counts_the_starts_that_were_refused() -> None:
     document = hostile_document()
-    assert "refused</small>" not in "".join(sdm.render_page(document, "nonce"))
+    assert "refused</small>" not in page_of(document)
     document["resources"][0]["start_refusals"] = 2
-    assert "2 starts of a container refused</small>" in "".join(sdm.render_page(document, "nonce"))
+    assert "2 starts of a container refused</small>" in page_of(document)
 
 
 def test_json_metrics_and_terminal_escape_hostile_texts_too() -> None:
