@@ -5988,7 +5988,7 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
 
 
 def describe_health(document: Document, problems: Problems) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS, which is all that is wrong."""
+    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
     return {
         "healthy": not find_hanging(document["threads"]),
         "ready": not find_unready(document["resources"]),
@@ -6518,51 +6518,41 @@ def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
-# loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
+# loop, log a traceback if descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-MAX_CLIENTS = 64  # whose request is awaited, or that are being answered
-HEAD_BYTES = 8192
-REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
-LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
+MAX_CLIENTS = 64
+HEAD_BYTES = 8192  # of a request
+CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
 ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
 FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
 OK = "200 OK"
-BAD_REQUEST = "400 Bad Request"
 UNAVAILABLE = "503 Service Unavailable"
-MISDIRECTED = "421 Misdirected Request"
 UNKNOWN_HOST = (
     "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
     "of the pod, or the name that --listen has"
 )
-END_OF_HEAD = b"\r\n\r\n"
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\0\r\n]*)")
+_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]\n")
+_HOST = re.compile(r"^host:(.*)", re.IGNORECASE | re.MULTILINE)
 
 
-class Unanswerable(Exception):
-    """A request that is answered with an error: its status and what that means."""
+class Request(NamedTuple):
+    """What a client wants; the host is empty if it names none."""
+
+    method: str
+    path: str
+    host: str
 
 
-def parse_request(head: bytes) -> Tuple[str, str, str]:
-    """The method, the path and the host in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
-    first, *others = head.split(b"\n")
-    line = _REQUEST_LINE.fullmatch(first)
-    if not line:
-        raise Unanswerable(BAD_REQUEST)
-    if line[3] != b"1":
-        raise Unanswerable("505 HTTP Version Not Supported")
-    headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    hosts = [header[2].decode("latin-1") for header in headers if header and header[1].lower() == b"host"]
-    if None in headers or len(hosts) > 1 or (not hosts and line[4] != b"0"):
-        raise Unanswerable(BAD_REQUEST)
-    if line[1] not in (b"GET", b"HEAD"):
-        raise Unanswerable("405 Method Not Allowed")
-    url = re.match(r"(?i)(?:http://([^/?]*))?([^?]*)", line[2].decode())
-    assert url
-    return line[1].decode(), url[2] or "/", url[1] or (hosts or [""])[0]
+def parse_request(data: bytes) -> Optional[Request]:
+    """The request at the beginning of DATA; None if it is none that this server understands."""
+    head, end, _ = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")
+    line = _REQUEST_LINE.match(f"{head}\n")
+    if not line or not end:
+        return None
+    host = _HOST.search(head)
+    return Request(line[1], line[2].partition("?")[0], host[1] if host else "")
 
 
 def is_known_host(host: str, names: FrozenSet[str]) -> bool:
@@ -6590,7 +6580,7 @@ def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", pol
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if status.startswith("405") else []),
+        "Allow: GET, HEAD",
         "Connection: close",
     ]
     return "\r\n".join([*head, "", ""]).encode() + body
@@ -6601,30 +6591,13 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_request(connection: socket.socket) -> Tuple[str, str, str]:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
-    data = b""
-    while True:
-        head, end, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
-        if end:
-            return parse_request(head)
-        if len(data) >= HEAD_BYTES:
-            raise Unanswerable("431 Request Header Fields Too Large" if b"\n" in data else "414 URI Too Long")
+async def _read_head(connection: socket.socket) -> bytes:
+    """What a client sends up to an empty line, its end, or HEAD_BYTES."""
+    data, chunk = b"", b"-"
+    while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
         chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
-        if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
-            raise Unanswerable(BAD_REQUEST)
-
-
-async def _send(connection: socket.socket, data: bytes) -> None:
-    """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, data)
-    connection.shutdown(socket.SHUT_WR)
-    room = LINGER_BYTES
-    while room > 0:
-        chunk = await loop.sock_recv(connection, room)
-        room -= len(chunk) or room
+    return data
 
 
 def describe_process() -> Document:
@@ -6656,7 +6629,7 @@ class StatusServer:
     def __post_init__(self) -> None:
         self.events = EventRing()
         self._main_heartbeat = time.monotonic()
-        self._clients: Dict[asyncio.Task[None], bool] = {}  # whether they have sent their request; the oldest first
+        self._clients: Dict[asyncio.Task[None], None] = {}  # the oldest first
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
 
     def take(self, plan: Plan) -> None:
@@ -6692,8 +6665,7 @@ class StatusServer:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client. Where there are too many, the oldest goes of those who have asked, or of the others if
-        those are more: so nobody can keep others out for long, nor silent clients those who ask, and the reverse."""
+        """Serve a new client. If there are too many, the oldest one goes: nobody can keep others out for long."""
         task = asyncio.ensure_future(self._serve(connection))
 
         def end(_: object) -> None:
@@ -6701,32 +6673,32 @@ class StatusServer:
             self._clients.pop(task, None)
 
         task.add_done_callback(end)
-        self._clients[task] = False
+        self._clients[task] = None
         if len(self._clients) > MAX_CLIENTS:
-            most_have_asked = sum(self._clients.values()) > len(self._clients) / 2
-            oldest = next(client for client, has_asked in self._clients.items() if has_asked == most_have_asked)
+            oldest = next(iter(self._clients))
             del self._clients[oldest]
             oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
-        """Answer one request, whatever the client does."""
-        task = asyncio.current_task()
-        assert task
+        """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
         try:
-            try:
-                method, path, host = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                self._clients[task] = True
-                is_known = is_known_host(host, self.names)
-                answer = await self._respond(path) if is_known else plain(MISDIRECTED, [UNKNOWN_HOST])
-                if method == "HEAD":
-                    answer = answer[: answer.index(END_OF_HEAD) + len(END_OF_HEAD)]
-            except Unanswerable as error:
-                answer = plain(str(error))
-            except asyncio.TimeoutError:
-                answer = plain("408 Request Timeout")
-            await asyncio.wait_for(_send(connection, answer), REQUEST_SECONDS)
+            await asyncio.wait_for(self._answer(connection), CLIENT_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went away or was too slow: %s", error)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        request = parse_request(await _read_head(connection))
+        if not request:
+            answer = plain("400 Bad Request")
+        elif request.method not in ("GET", "HEAD"):
+            answer = plain("405 Method Not Allowed")
+        elif not is_known_host(request.host, self.names):
+            answer = plain("421 Misdirected Request", [UNKNOWN_HOST])
+        else:
+            answer = await self._respond(request.path)
+            if request.method == "HEAD":
+                answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        await asyncio.get_running_loop().sock_sendall(connection, answer)
 
     async def _respond(self, path: str) -> bytes:
         try:
