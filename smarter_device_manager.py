@@ -20,7 +20,7 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
 The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
-kubelet, Command line. Each of them needs only those above it.
+kubelet, Command line. Each of them needs only those above it, and the texts of the status page, which come last.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -6299,117 +6299,9 @@ def render_metrics(document: Document) -> Iterator[str]:
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
-# The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
+# The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.
 
 REFRESH_SECONDS = 5  # of the page
-STYLE = """
-:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
-  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
-  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
-  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
-* { box-sizing: border-box; margin: 0; padding: 0; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
-header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
-code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
-button { background: var(--card); color: var(--text); margin-left: auto; }
-small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.list { padding: .3rem 1rem; }
-.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
-.list li + li, tbody th, td { border-top: 1px solid var(--line); }
-.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
-table { width: 100%; border-spacing: 0; table-layout: fixed; }
-th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
-:target, :target td { background: var(--goal); }
-svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
-rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: currentcolor; }
-@media (max-width: 44rem) {
-  .list li { grid-template-columns: 1fr; }
-  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
-  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
-  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
-  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
-"""
-SCRIPT = """
-const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-const period = 1000 * document.body.dataset.refresh;
-const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
-
-function show(page) {
-  const focused = document.activeElement.getAttribute("href");
-  for (const part of document.querySelectorAll("[data-live]")) {
-    const made = page.getElementById(part.id);
-    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
-  }
-  document.title = page.title;
-  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
-  if (focused && document.activeElement == document.body)
-    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
-}
-
-async function refresh() {
-  if (mayChange()) try {
-    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
-    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
-    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
-    trouble.textContent = "";
-  } catch {
-    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
-  }
-}
-
-button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
-button.hidden = false;
-setInterval(refresh, period);
-"""
-
-_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
-<style nonce="{nonce}">"""
-_TOP = """</style>
-<title>{node}: {verdict}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
-cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head>
-<body data-refresh="{refresh}">
-<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
-<button id="pause" type="button" hidden>Pause</button>
-<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
-<strong id="trouble" class="bad" role="status"></strong></p></header>
-<main id="content" data-live>
-"""
-_TABLE = """<table class="card" role="table">
-<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
-scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
-Used by</th></tr></thead>
-"""
-_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
-<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
-"""
-_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
-<td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
-_FOOT = """</main>
-<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
-status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-<script nonce="{nonce}">"""
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -9048,6 +8940,120 @@ def run(options: argparse.Namespace) -> int:
         except Problem as error:
             log_queue.enqueue(_problem_line(error))
             return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Page: the texts of the status page, which Status fills in.
+# ---------------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
+  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
+header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
+small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.list { padding: .3rem 1rem; }
+.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
+.list li + li, tbody th, td { border-top: 1px solid var(--line); }
+.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
+table { width: 100%; border-spacing: 0; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
+:target, :target td { background: var(--goal); }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
+rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
+@media (max-width: 44rem) {
+  .list li { grid-template-columns: 1fr; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
+  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
+  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+"""
+SCRIPT = """
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
+const period = 1000 * document.body.dataset.refresh;
+const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
+
+function show(page) {
+  const focused = document.activeElement.getAttribute("href");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const made = page.getElementById(part.id);
+    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
+  }
+  document.title = page.title;
+  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
+  if (focused && document.activeElement == document.body)
+    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+async function refresh() {
+  if (mayChange()) try {
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
+    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
+    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
+    trouble.textContent = "";
+  } catch {
+    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
+  }
+}
+
+button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
+button.hidden = false;
+setInterval(refresh, period);
+"""
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
+<style nonce="{nonce}">"""
+_TOP = """</style>
+<title>{node}: {verdict}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
+cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
+</head>
+<body data-refresh="{refresh}">
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
+<strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
+"""
+_TABLE = """<table class="card" role="table">
+<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
+scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
+Used by</th></tr></thead>
+"""
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
+<td role="cell" data-name="Used by:">"""
+_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
+_FOOT = """</main>
+<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
+<script nonce="{nonce}">"""
 
 
 if __name__ == "__main__":
