@@ -1663,7 +1663,8 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
+    meanwhile makes this fail, but cannot lead it out of /dev. Only a folder and those above it are held, because there
+    may be more folders than file descriptors. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1681,15 +1682,15 @@ class LiveTree:
 
     def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
-            self._entries[path] = self._open(path)
+            parent = self.entry(path.rpartition("/")[0])
+            self._entries[path] = self._open(path) if parent and parent.kind == FOLDER else None
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
+        """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
-        if self.entry(parent) is None or parent not in self._folders:
-            return None
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder(parent))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return None
@@ -1706,8 +1707,16 @@ class LiveTree:
                 os.close(descriptor)
         return entry
 
+    def _folder(self, path: str) -> int:
+        """The descriptor of the folder PATH. Those that are neither PATH nor above it are closed."""
+        for other in [other for other in self._folders if other and not f"{path}/".startswith(f"{other}/")]:
+            os.close(self._folders.pop(other))
+        if path not in self._folders and self._open(path) != self._entries[path]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # it was swapped since it was seen first
+        return self._folders[path]
+
     def names(self, path: str) -> Sequence[str]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folders[path])
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder(path))
         try:
             return sorted(os.listdir(descriptor))
         finally:

@@ -2640,6 +2640,19 @@ def test_a_path_of_the_live_tree_ends_at_what_is_no_folder(node: Node) -> None:
         assert tree.entry("d/x") is not None
 
 
+def test_the_live_tree_holds_few_folders_and_notices_when_one_that_it_let_go_is_swapped(node: Node) -> None:
+    build(node.dev, {"f": "file", **{f"many/{number}/a/b": "file" for number in range(99)}})
+    before = len(os.listdir("/proc/self/fd"))
+    with sdm.LiveTree(str(node.dev)) as tree:
+        assert outcome(tree, "many", "/dev") == "a folder that holds no device node"
+        assert len(os.listdir("/proc/self/fd")) - before <= 4  # /dev, many, many/98 and many/98/a
+        assert tree.names("many/3") == ["a"] and tree.entry("many/4/x") is None
+        (node.dev / "many/5").rename(node.dev / "many/six")
+        (node.dev / "many/5").mkdir()
+        with pytest.raises(OSError, match="Stale file handle"):
+            tree.names("many/5/a")
+
+
 def mounted(node: Node, script: str, *code: str) -> str:
     """What the command CODE prints where the shell SCRIPT has mounted things, in a mount namespace of its own."""
     probe = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {node.root} && mount -t tmpfs none {node.root}"]
