@@ -3401,17 +3401,29 @@ def _temporary_name(path: str) -> str:
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
-def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
+def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
+
+    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
+    """
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
             file.write(data)
+            file.flush()
+            if is_synced:
+                os.fsync(descriptor)
         os.rename(temporary, path)
     except OSError:
         os.unlink(temporary)
         raise
+    if is_synced:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def descriptor_limit() -> int:
@@ -3659,15 +3671,17 @@ class OtherInstances:
 
 
 class Watch:
-    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
+    WITH_CONTENT also when a file in it is written.
 
     This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
     blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
         self._path = path
         self._signal = signal_number
+        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -3677,7 +3691,7 @@ class Watch:
                 self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
         except OSError:
             return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
@@ -3966,6 +3980,10 @@ class KubeletSide:
 
     def apply(self, plan: Plan) -> None:
         """Make PLAN true."""
+        raise NotImplementedError
+
+    def look_now(self) -> None:
+        """Look at the watched directory, where something changed."""
         raise NotImplementedError
 
 
@@ -4880,7 +4898,7 @@ GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does n
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
 # their methods with the names of the messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
-_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("request", "resource", "path")  # annotations of a CDI file
+_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("resource", "path")  # annotations of a CDI file
 _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
     PLUGIN_REGISTRATION: {
         "GetInfo": ("InfoRequest", "PluginInfo"),
@@ -4893,20 +4911,24 @@ _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
 }
 
 
+class Result(NamedTuple):
+    """A result of a claim's allocation that is for this driver."""
+
+    request: str
+    device: str  # its name in the slices
+    is_admin: bool = False  # adminAccess: it takes the device from nobody
+
+
 class PreparedDevice(NamedTuple):
     """A slot that was prepared for a claim."""
 
     name: str  # in the slices
-    request: str  # of the claim
+    requests: Tuple[str, ...]  # of the claim
     resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
     is_gone: bool = False  # then no container may start with it: another device may be in its place
-
-    @property
-    def result(self) -> Tuple[str, str]:
-        """The result of the claim's allocation that it was prepared for: request and device's name."""
-        return self.request, self.name
+    is_admin: bool = False  # all of its requests have adminAccess
 
 
 class PreparedClaim(NamedTuple):
@@ -5074,8 +5096,17 @@ def claim_path(namespace: str, name: str) -> str:
     return f"{_API}/namespaces/{namespace}/resourceclaims/{name}"
 
 
-def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+def is_missing(answer: Document, name: str) -> bool:
+    """Whether ANSWER, to a GET, says that there is no ResourceClaim of this NAME.
+
+    A load balancer without a backend and an API server without resource.k8s.io/v1 answer 404, too.
+    """
+    found = answer.get("kind"), answer.get("reason"), *(_dig(answer, str, "details", key) for key in ("kind", "name"))
+    return found == ("Status", "NotFound", "resourceclaims", name)
+
+
+def allocated_devices(claim: object, domain: str, node: str) -> List[Result]:
+    """The results of CLAIM's allocation that are for the driver DOMAIN on NODE.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
@@ -5084,36 +5115,37 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     results = _dig(claim, list, "status", "allocation", "devices", "results")
     for result in results or [None]:
         request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
-        if not _LABEL.fullmatch(request) or not device:
+        if not _LABEL.fullmatch(request) or not _LABEL.fullmatch(device):
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
         if _dig(result, str, "driver") == domain:
             if _dig(result, str, "pool") != node:
-                raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
-            found.append((request, device))
+                raise AllocationError("NOT_FOUND", f"the claim's device {device} is not of this node")
+            found.append(Result(request, device, _dig(result, bool, "adminAccess")))
     return found
 
 
-def prepare_devices(
-    requests: Iterable[Tuple[str, str]], slots: SlotsOfDra, devices: HostDevices
-) -> Tuple[PreparedDevice, ...]:
-    """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+def prepare_devices(results: Sequence[Result], slots: SlotsOfDra, devices: HostDevices) -> Tuple[PreparedDevice, ...]:
+    """What containers are given for RESULTS: each device once, whatever the number of requests that it is for.
 
     A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
     one Allocate. Raises AllocationError.
     """
-    groups: Dict[Tuple[str, str], List[str]] = {}
-    for request, name in requests:
-        if name not in slots:
-            raise AllocationError("NOT_FOUND", f'this node offers no device "{name[:MAX_SHOWN]}"')
-        groups.setdefault((request, slots[name].resource.name), []).append(name)
+    by_device: Dict[str, List[Result]] = {}
+    for result in results:
+        if result.device not in slots:
+            raise AllocationError("UNAVAILABLE", f'this node offers no device "{result.device}"')
+        by_device.setdefault(result.device, []).append(result)
     prepared = []
-    for (request, _), names in groups.items():
-        ids = [slots[name].id for name in names]
-        together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
-        for name, allocation in zip(names, alone):
-            edits = container_edits(allocation.specs, together.env)
-            slot = slots[name]
-            prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
+    for name, own in by_device.items():
+        slot = slots[name]
+        requests = tuple(dict.fromkeys(result.request for result in own))
+        beside = [slots[result.device] for result in results if result.request in requests]
+        ids = [other.id for other in beside if other.resource.name == slot.resource.name]
+        together, alone = devices.allocate(slot.resource, [ids, [slot.id]])
+        edits = container_edits(alone.specs, together.env)
+        is_admin = all(result.is_admin for result in own)
+        path = device_path(slot.device)
+        prepared.append(PreparedDevice(name, requests, slot.resource.name, path, edits, is_admin=is_admin))
     return tuple(prepared)
 
 
@@ -5137,7 +5169,11 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
+                "annotations": {
+                    f"{domain}/request": ",".join(device.requests),
+                    **{f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
+                    **({f"{domain}/admin-access": "true"} if device.is_admin else {}),
+                },
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -5154,24 +5190,48 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     for device in document["devices"]:
         prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
         notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
+        requests = tuple(_dig(device, str, "annotations", f"{domain}/request").split(","))
+        is_admin = bool(_dig(device, str, "annotations", f"{domain}/admin-access"))
         edits = device["containerEdits"]
         is_gone, name = name.endswith(GONE), name.removesuffix(GONE)
-        if prefix or not _LABEL.fullmatch(name) or not all(notes.values()) or not isinstance(edits, dict):
+        are_labels = all(map(_LABEL.fullmatch, (name, *requests)))
+        if prefix or not are_labels or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(name, **notes, edits=edits, is_gone=is_gone))
+        devices.append(PreparedDevice(name, requests, **notes, edits=edits, is_gone=is_gone, is_admin=is_admin))
+    if not devices:
+        raise ValueError("no device")
     return PreparedClaim(**owner, devices=tuple(devices))
+
+
+class CdiFile(NamedTuple):
+    """What stands in the CDI folder for a claim."""
+
+    owner: str  # namespace and name of the claim
+    content: bytes
+
+
+def cdi_files(claims: Iterable[PreparedClaim], domain: str) -> Dict[str, CdiFile]:
+    """The CDI files of CLAIMS, by the claim's uid."""
+    return {
+        claim.uid: CdiFile(claim.full_name, json.dumps(cdi_document(claim, domain), indent=1).encode())
+        for claim in claims
+    }
 
 
 # The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and how many seconds to wait."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), how many seconds to wait, and
+    the answer's content."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
+    def __init__(
+        self, text: str, status: int = 0, retry_after: float = 0.0, document: Optional[Document] = None
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.retry_after = retry_after
+        self.document = document or {}
 
 
 class ApiAddress(NamedTuple):
@@ -5258,7 +5318,7 @@ class ApiServer:
             return None
         if 200 <= status < 300:
             return document
-        raise ApiError(api_problem(verb, path, status, document), status, retry_after)
+        raise ApiError(api_problem(verb, path, status, document), status, retry_after, document)
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
@@ -5369,81 +5429,469 @@ def _connection_problem(error: OSError, ca_file: str) -> str:
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
-# The CDI files, which are the memory of what is prepared.
+# The claims. What is prepared is written to CDI files, which are also the memory of it: what is wanted follows from the
+# claims and the plan, and sync() writes what differs from it, whoever has changed or deleted it.
 
 
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
+
+    Beside each stands a link whose target is the claim's namespace and name. So if the file is lost, the API server can
+    still be asked what the claim holds; the kubelet does not prepare the claim of a running pod a second time.
+    """
 
     def __init__(self, folder: str, domain: str) -> None:
-        self.claims: Dict[str, PreparedClaim] = {}  # by uid
         self._folder = folder
         self._domain = domain
+        self._seen: Dict[str, Tuple[object, ...]] = {}  # files that were as wanted and their stamps, by uid
 
     def path(self, uid: str) -> str:
         """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
         return f"{self._folder}/{self._domain}_{uid}.json"
 
-    def holder(self, device: str) -> Optional[PreparedClaim]:
-        """The claim that DEVICE is prepared for."""
-        claims = self.claims.values()
-        return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
+    def _link(self, uid: str) -> str:
+        return f"{self._folder}/.{self._domain}_{uid}.claim"
 
-    def load(self) -> None:
-        """Read what is prepared, and remove what a crash left half written.
-
-        Raises OSError where a file cannot be read: to go on without it would give its devices to another claim.
-        """
-        claims = {}
+    def _names(self) -> List[str]:
         try:
-            names = os.listdir(self._folder)
+            return os.listdir(self._folder)
         except (FileNotFoundError, NotADirectoryError):
-            names = []  # write() makes the folder, or says why not
-        for name in names:
-            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
-            claim = self._read(match[1]) if match else None
-            if claim:
-                claims[claim.uid] = claim
-            elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
-                self._discard(f"{self._folder}/{name}")
-        self.claims = claims
+            return []  # _write() makes the folder, or says why not
 
-    def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where the file is not ours, or was removed because it is broken."""
-        path = self.path(uid)
+    def remove_leftovers(self) -> None:
+        """Remove what a crash left half written. Raises OSError."""
+        for name in self._names():
+            if re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._folder}/{name}")
+
+    def uids(self) -> Set[str]:
+        """The claims of which there is a file or a link. Raises OSError."""
+        domain, uid = re.escape(self._domain), _UID.pattern
+        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in self._names())
+        return {match[1] or match[2] for match in found if match}
+
+    def owner(self, uid: str) -> Optional[PreparedClaim]:
+        """The claim UID without its devices, as the link names it."""
         try:
-            with open(path, "rb", opener=_open_at_once) as file:
-                document = json.loads(file.read(MAX_FILE_BYTES))
-            if _dig(document, str, "kind") not in ("", f"{self._domain}/device"):
-                return None
-            claim = read_cdi_document(document, self._domain)
-            if claim.uid == uid:
-                return claim
-        except (FileNotFoundError, IsADirectoryError):
+            namespace, _, name = os.readlink(self._link(uid)).partition("/")
+        except OSError:
             return None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # it is broken, as a file with the uid of another claim is
-        log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
-        self._discard(path)
-        return None
+        is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
+        return PreparedClaim(uid, namespace, name, ()) if is_named else None
 
-    def _discard(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    def read(self, uid: str) -> PreparedClaim:
+        """The claim of the file of UID. Raises OSError, or what read_cdi_document() and json.loads() raise."""
+        self._seen[uid] = ()
+        claim = read_cdi_document(json.loads(self._content(uid)), self._domain)
+        if claim.uid != uid:
+            raise ValueError("it is the file of another claim")
+        return claim
 
-    def write(self, claim: PreparedClaim) -> None:
-        """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
-        os.makedirs(self._folder, 0o755, exist_ok=True)
-        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
-        text = json.dumps(cdi_document(claim, self._domain), indent=1)
-        write_file(self.path(claim.uid), temporary, text.encode(), 0o644)
-        self.claims[claim.uid] = claim
+    def sync(self, wanted: Mapping[str, CdiFile], is_thorough: bool = False) -> Dict[str, OSError]:
+        """Write the files that are not as WANTED, and read them back; why that failed, by uid.
+
+        Unless IS_THOROUGH, a file is not read again while nothing says that it has changed.
+        """
+        problems = {}
+        for uid, file in wanted.items():
+            try:
+                if self._holds(uid, file, is_thorough):
+                    continue
+                is_new = uid not in self._seen
+                self._write(uid, file)
+                if not self._holds(uid, file, True):
+                    raise OSError(errno.EIO, "it does not hold what was written just now")
+                if not is_new:
+                    text = "a prepared device, or this file, went, came back or changed"
+                    log_event("cdi-file-rewritten", text, claim=file.owner)
+            except OSError as error:
+                problems[uid] = error
+        return problems
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
+        for path in (self._link(uid), self.path(uid)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._seen.pop(uid, None)
+
+    def _content(self, uid: str) -> bytes:
+        """The content of the file of UID. Raises OSError, and ValueError if it is too long."""
+        with open(self.path(uid), "rb", opener=_open_at_once) as file:
+            content = file.read(MAX_FILE_BYTES + 1) or b""  # None: a FIFO whose writer has written nothing
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
+        return content
+
+    def _holds(self, uid: str, file: CdiFile, is_thorough: bool) -> bool:
+        """Whether FILE is what stands in the folder for UID."""
+        try:
+            found = os.stat(self.path(uid))
+            seen = (file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            is_known = not is_thorough and self._seen.get(uid) == seen
+            if os.readlink(self._link(uid)) != file.owner or not (is_known or self._content(uid) == file.content):
+                return False
+        except (OSError, ValueError):
+            return False
+        self._seen[uid] = seen if is_settled(found.st_ctime_ns) else ()  # a change at this moment may not show
+        return True
+
+    def _write(self, uid: str, file: CdiFile) -> None:
+        """Write FILE, which nobody sees half written. Raises OSError."""
+        size = len(file.content)
+        if size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it would have {size} bytes, and more than {MAX_FILE_BYTES} are not read again")
+        os.makedirs(self._folder, 0o755, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(uid))
-        self.claims.pop(uid, None)
+            os.unlink(self._link(uid))
+        os.symlink(file.owner, self._link(uid))
+        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
+        write_file(self.path(uid), temporary, file.content, 0o644, is_synced=True)
+
+
+class Claims:
+    """The claims that are prepared on the node of SETTINGS: prepares them, unprepares them, and keeps their CDI files.
+
+    A device belongs to one claim, until the kubelet unprepares that or the API server has no such claim. What changes
+    this is done without an await between looking and writing, so no two claims get one device. Between open() and
+    close(), this instance alone serves the driver; it takes up what others have left. Belongs to a loop.
+    """
+
+    PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
+    RETRY_SECONDS = 1.0  # before the API server is asked again
+    # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
+    # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
+    GONE_SECONDS = 30.0
+
+    def __init__(self, settings: DraSettings, api: ApiServer, devices: HostDevices) -> None:
+        self.prepared: Dict[str, PreparedClaim] = {}  # by uid, as all of these are
+        self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
+        self.is_open = False
+        self.is_unsettled = False  # whether what containers are given may change though the plan stays the same
+        self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
+        self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
+        self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
+        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
+        self._wanted: Dict[str, CdiFile] = {}
+        self._slots: SlotsOfDra = {}  # those of the plan
+        self._plan = EMPTY_PLAN
+        self._settings = settings
+        self._api = api
+        self._devices = devices
+        self._files = CdiFiles(settings.cdi_dir, settings.domain)
+        self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
+
+    # -- the life of the driver ------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take up what CDI files say. Raises OSError."""
+        self._files.remove_leftovers()
+        self._change = asyncio.get_running_loop().create_future()
+        self.is_open = True
+        self._take_up()
+        self.sync(True)
+
+    def close(self) -> None:
+        """End what waits. From now on, another instance may serve."""
+        if self.is_open:
+            self.is_open = False
+            self._notify()
+
+    def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
+        """Have containers be given what PLAN, with these SLOTS, has now."""
+        self._plan, self._slots = plan, slots
+        if self.is_open:
+            self.sync(True)
+            self._notify()
+
+    def sync(self, is_changed: bool = False) -> None:
+        """Put the CDI files right, whoever has changed them. If IS_CHANGED, so is what containers are given."""
+        if is_changed or self.is_unsettled:
+            self.is_unsettled = False
+            for claim in list(self.prepared.values()):
+                try:
+                    self.prepared[claim.uid] = self._refreshed(claim)
+                except AllocationError:
+                    self.is_unsettled = True  # it went just now, which the next plan says
+                # The plan does not change when a device goes that it does not offer.
+                self.is_unsettled |= not all(map(self._slot_of, claim.devices))
+            self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
+        for uid, error in self._files.sync(self._wanted).items():
+            text = f"cannot write {self._files.path(uid)}: {error.strerror}"
+            self.log_problem("cdi-file-not-rewritten", text, self.prepared[uid])
+
+    async def check(self) -> None:
+        """Ask the API server about the claims whose files were found here or cannot be read. Raises ApiError."""
+        with contextlib.suppress(OSError):  # there will be another check
+            self._take_up()
+        for uid in [*self._unread, *self._unchecked]:
+            await self._check(uid)
+
+    # -- what the kubelet asks for ---------------------------------------------------------------------------------
+
+    async def prepare(self, claim: pb.Claim, end: float) -> PreparedClaim:
+        """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
+
+        Raises AllocationError, ApiError and OSError.
+        """
+        results: Optional[List[Result]] = None
+        checked: Set[str] = set()  # the claims that have its devices
+        problem: Union[AllocationError, ApiError] = ApiError("the API server does not answer")
+        while True:
+            change = self._change
+            try:
+                before = self._prepare_again(claim)
+                if before:
+                    return before
+                if results is None:
+                    results = await wait_bounded(self._read_results(claim), end - time.monotonic())
+                for uid in self._holders(claim.uid, results).keys() - checked:
+                    checked.add(uid)
+                    with contextlib.suppress(ApiError, asyncio.TimeoutError):
+                        await wait_bounded(self._check(uid), end - time.monotonic())
+                return self._prepare(claim, results)
+            except asyncio.TimeoutError:
+                raise problem from None
+            except (AllocationError, ApiError) as error:
+                if not may_pass(error) or time.monotonic() >= end:
+                    raise
+                problem = error
+            retry = max(self.RETRY_SECONDS, problem.retry_after) if isinstance(problem, ApiError) else math.inf
+            await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
+
+    def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
+        """Remove the CDI file of the claim UID, of which WHY is logged; why that failed, or an empty text."""
+        try:
+            self._take_up()
+            claim = self.prepared.get(uid)
+            if claim or uid in self._unread:
+                self._files.remove(uid)
+        except AllocationError as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot remove {self._files.path(uid)}: {error.strerror}"
+        if claim or uid in self._unread:
+            log_event("unprepared", why, claim=claim.full_name if claim else uid)
+        for memory in (self.prepared, self._wanted, self._unread, self._gone_since, self._logged):
+            memory.pop(uid, None)
+        self._unchecked.discard(uid)
+        self._notify()
+        return ""
+
+    def lost(self) -> List[PreparedDevice]:
+        """The prepared devices that the plan lacks and that are gone, or have another one in their place."""
+        prepared = (device for claim in self.prepared.values() for device in claim.devices)
+        return [device for device in prepared if not self._slot_of(device) and self._is_lost(device)]
+
+    def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
+        """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
+        if not text:
+            self._logged.pop(claim.uid, None)
+        elif is_news(self._logged, claim.uid, text):
+            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
+
+    # -- what follows from the plan --------------------------------------------------------------------------------
+
+    def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
+        """The slot of the plan that DEVICE is."""
+        slot = self._slots.get(device.name)
+        return slot if slot and slot.resource.name == device.resource else None
+
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, or was a slot of."""
+        resource = self._plan.resources.get(device.resource)
+        devices = resource.devices if resource else ()
+        return next((found for found in devices if device_path(found) == device.path), None)
+
+    def _is_lost(self, device: PreparedDevice) -> bool:
+        """Whether DEVICE is gone, or another one is in its place."""
+        found = self._device_of(device)
+        return found.is_gone if found else bool(self._devices.find_absence(device.path))
+
+    def _problem_of(self, device: PreparedDevice) -> str:
+        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
+        one may.
+
+        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
+        go on. So may that of a device that has changed.
+        """
+        found = self._device_of(device)
+        if found:
+            return "" if found.specs else found.problem
+        return self._devices.find_absence(device.path)
+
+    # -- one claim -------------------------------------------------------------------------------------------------
+
+    def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
+        """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
+        self._take_up()
+        before = self.prepared.get(claim.uid)
+        if not before or before.full_name != f"{claim.namespace}/{claim.name}":
+            return None
+        now = self._refreshed(before)
+        self._write(now)
+        for device in now.devices:
+            if device.is_gone:
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
+        return now
+
+    def _prepare(self, claim: Union[pb.Claim, PreparedClaim], results: Sequence[Result]) -> PreparedClaim:
+        """Prepare RESULTS for CLAIM. Raises AllocationError and OSError."""
+        self._take_up()
+        for problem in self._holders(claim.uid, results).values():
+            raise AllocationError("UNAVAILABLE", problem)
+        devices = prepare_devices(results, self._slots, self._devices)
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
+        if devices:
+            try:
+                self._write(prepared)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if claim.uid not in self._unread:
+                        self._files.remove(claim.uid)
+                raise
+            self._unread.pop(claim.uid, None)
+            self.allocations.update(device.resource for device in devices)
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
+        return prepared
+
+    def _write(self, claim: PreparedClaim) -> None:
+        """Write the CDI file of CLAIM unless it is there, read it back, and remember the claim. Raises OSError."""
+        file = cdi_files([claim], self._settings.domain)
+        for error in self._files.sync(file, is_thorough=True).values():
+            raise error
+        self.prepared[claim.uid] = claim
+        self._wanted.update(file)
+
+    def _holders(self, uid: str, results: Iterable[Result]) -> Dict[str, str]:
+        """The claims other than UID that have, or may have, devices of RESULTS, with a sentence that says so."""
+        wanted = {result.device for result in results if not result.is_admin}
+        found = {}
+        for claim in self.prepared.values():
+            for device in claim.devices:
+                if device.name in wanted and not device.is_admin:
+                    text = f"{device.name} is still prepared for the claim {claim.full_name} (uid {claim.uid})"
+                    found[claim.uid] = text
+        for other, names in self._unread.items():
+            if wanted and (names is None or names & wanted):
+                path = self._files.path(other)
+                found[other] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
+        found.pop(uid, None)
+        return found
+
+    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM with what a container is given for its devices now. A device that is no longer offered stays as it was.
+
+        Raises AllocationError.
+        """
+        now = [device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices]
+        results = [
+            Result(request, device.name, device.is_admin)
+            for device in now
+            for request in device.requests
+            if (slot := self._slot_of(device)) and slot.healthy
+        ]
+        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
+        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
+
+    async def _read_results(self, claim: pb.Claim) -> List[Result]:
+        """What CLAIM was allocated of this driver. Raises AllocationError and ApiError."""
+        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
+        found = await self._find(claim)
+        if found is None:
+            text = f"the API server has no claim {claim.namespace}/{claim.name} with the uid {claim.uid}"
+            raise AllocationError("NOT_FOUND", text)
+        return allocated_devices(found, self._settings.domain, self._settings.node)
+
+    async def _find(self, claim: Union[pb.Claim, PreparedClaim]) -> Optional[Document]:
+        """CLAIM on the API server; None if that says that it does not exist, or has another uid. Raises ApiError."""
+        try:
+            found = await self._api.call("get", claim_path(claim.namespace, claim.name))
+        except ApiError as error:
+            if error.status == 404 and is_missing(error.document, claim.name):
+                return None
+            raise
+        is_claim = _dig(found, str, "metadata", "name") == claim.name
+        uid = _uid_of(found if is_claim else None, f"the ResourceClaim {claim.name}")
+        return found if uid == claim.uid else None
+
+    # -- all claims ------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Take up the CDI files that this instance has not written. Raises OSError, and AllocationError once closed.
+
+        They are looked for again and again, because an instance that does not know yet that this one serves may have
+        written one: its device must not be given again.
+        """
+        if not self.is_open:
+            raise AllocationError("FAILED_PRECONDITION", NOT_SERVED)
+        uids = self._files.uids()
+        for uid in self._unread.keys() - uids:  # somebody has removed it
+            del self._unread[uid]
+        for uid in uids - self.prepared.keys():
+            try:
+                claim = self._files.read(uid)
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                if uid not in self._unread:
+                    why = error.strerror if isinstance(error, OSError) else error
+                    text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
+                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.path(uid))
+                self._unread.setdefault(uid, None)
+            else:
+                self._unread.pop(uid, None)
+                self.prepared[uid] = claim
+                self._unchecked.add(uid)
+                self.is_unsettled = True
+
+    async def _check(self, uid: str) -> None:
+        """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
+        its file cannot be read, write the file. Raises ApiError.
+
+        The slices are listed because an API server without them has no claims either.
+        """
+        claim = self.prepared.get(uid) or self._files.owner(uid)
+        if not claim:
+            return
+        found = await self._find(claim)
+        if found is None:
+            slices = await self._api.call("list", f"{_API}/resourceslices?limit=1")
+            if isinstance(_dig(slices, object, "items"), list):
+                self._drop(claim)
+            return
+        self._gone_since.pop(uid, None)
+        self._unchecked.discard(uid)
+        if uid in self._unread:
+            try:
+                results = allocated_devices(found, self._settings.domain, self._settings.node)
+                self._unread[uid] = {result.device for result in results if not result.is_admin}
+                self._prepare(claim, results)
+                self._notify()
+            except (AllocationError, OSError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                self.log_problem("cdi-file-not-rewritten", f"cannot write {self._files.path(uid)}: {why}", claim)
+
+    def _drop(self, claim: PreparedClaim) -> None:
+        """Forget CLAIM, which is gone, unless it was there GONE_SECONDS ago."""
+        since = self._gone_since.setdefault(claim.uid, time.monotonic())
+        if self.is_open and time.monotonic() - since >= self.GONE_SECONDS:
+            problem = self.unprepare(claim.uid, "the API server has no such claim any more")
+            if problem:
+                self.log_problem("cdi-file-not-removed", problem, claim)
+
+    def _notify(self) -> None:
+        """Wake the claims that wait."""
+        self._change.set_result(None)
+        self._change = self._change.get_loop().create_future()
+
+
+def may_pass(error: Union[AllocationError, ApiError]) -> bool:
+    """Whether ERROR may be over in a moment: a device that is away or taken, or an API server that is not ready."""
+    if isinstance(error, AllocationError):
+        return error.code == "UNAVAILABLE"
+    return not 400 <= error.status < 500 or error.status in (404, 408, 429)
 
 
 # The slices and the classes.
@@ -5635,6 +6083,7 @@ class DraSide(KubeletSide):
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         max_silence: float,
+        watch: Optional[Watch] = None,
     ) -> None:
         super().__init__(loop, max_silence)
         self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
@@ -5647,18 +6096,14 @@ class DraSide(KubeletSide):
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.prepare_errors = 0
-        self.prepared: Counter[str] = Counter()  # slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
-        self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
+        self.claims = Claims(settings, api, devices)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
-        self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
-        self._devices = devices
-        self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
-        self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
-        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
+        self._watch = watch  # of the CDI files
+        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
         self._publishing: Optional[asyncio.Task[None]] = None
@@ -5670,47 +6115,54 @@ class DraSide(KubeletSide):
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
+                self._wake = asyncio.get_running_loop().create_future()
+                if self._watch:
+                    self._watch.ask()  # before the look, so that no change is missed
                 await self._check_sockets()
-                if time.monotonic() >= self._grace_end:
-                    self.apply(self._plan)
-                elif self._is_unsettled:
-                    self._settle()
-                await asyncio.wait([self._done], timeout=self.calm_look)
+                if self.claims.is_open:
+                    was_unsettled = self.claims.is_unsettled
+                    self.claims.sync()
+                    if was_unsettled or time.monotonic() >= self._grace_end:
+                        self._settle()
+                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
+                await asyncio.sleep(NEXT_LOOK_SECONDS)
         finally:
             leftovers.cancel()
+            if self._watch:
+                self._watch.close()
             await self._end()
         self._done.result()
+
+    def look_now(self) -> None:
+        if not self._wake.done():
+            self._wake.set_result(None)
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
         gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
         self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
-        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
-        went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
-        self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
-        self._offered = {
-            name: slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
-            for name, slot in self.slots.items()
-        }
+        self.claims.follow(plan, self.slots)
         self._settle()
 
     def _settle(self) -> None:
-        """Have CDI files and slices be as the plan and /dev want them, where a prepared device is not in the plan, too.
-
-        Those are published as well, once they are gone. If another device has the name by now, it must wait.
-        """
-        if self.publisher:
-            self._update_cdi_files()
-            now = time.monotonic()
-            prepared = [device for claim in self.cdi.claims.values() for device in claim.devices]
-            lost = [device for device in prepared if not self._slot_of(device) and self._is_lost(device)]
-            self._lost_since = {device.name: self._lost_since.get(device.name, now) for device in lost}
-            devices = dict(self._offered)
-            for device in lost:
-                evicts = now - self._lost_since[device.name] >= self.settings.gone_grace
-                devices[device.name] = lost_device(device, self.domain, evicts)
-            self.publisher.want(devices.values(), list(self._plan.resources))
+        """Publish what is offered, and the prepared devices that are not, once they are gone. If another device has the
+        name by now, it must wait."""
+        if not self.publisher:
+            return
+        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
+        gone = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        self._grace_end = min((since for since in gone.values() if since > end), default=math.inf)
+        self._grace_end += self.settings.gone_grace
+        lost = {device.name: device for device in self.claims.lost()}
+        self._lost_since = {name: self._lost_since.get(name, time.monotonic()) for name in lost}
+        offered = [
+            slice_device(name, slot, self.domain, gone.get(name, math.inf) <= end)
+            for name, slot in self.slots.items()
+            if name not in lost
+        ]
+        offered += (lost_device(device, self.domain, self._lost_since[name] <= end) for name, device in lost.items())
+        self.publisher.want(offered, list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -5728,7 +6180,7 @@ class DraSide(KubeletSide):
             "ready": not self.obstacle,
             "served_by_other": self.is_standby,
             "trouble": self.obstacle,
-            "allocations": self.prepared[name],
+            "allocations": self.claims.allocations[name],
             "registrations": self.registrations,
         }
 
@@ -5746,10 +6198,10 @@ class DraSide(KubeletSide):
             "api_server": api.address.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(self.cdi.claims),
+            "claims_prepared": len(self.claims.prepared),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in self.cdi.claims.values()
+                for claim in self.claims.prepared.values()
             ],
             "prepare_errors": self.prepare_errors,
         }
@@ -5789,9 +6241,8 @@ class DraSide(KubeletSide):
         if not all(server.publish() for server in self._servers):
             return False
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
-        self.cdi.load()
-        self._unchecked = list(self.cdi.claims.values())
-        self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
+        self.claims.open()
+        self.publisher = Publisher(self.api, self.settings.node, self.domain, self.claims.check)
         self._settle()
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
@@ -5811,6 +6262,7 @@ class DraSide(KubeletSide):
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
         self.publisher, self.is_answering = None, False
+        self.claims.close()
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5849,22 +6301,26 @@ class DraSide(KubeletSide):
     async def NodePrepareResources(
         self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodePrepareResourcesResponse:
+        end = time.monotonic() + self.claims.PREPARE_SECONDS
+        tasks = [self.claims.prepare(claim, end) for claim in request.claims]
         response = pb.NodePrepareResourcesResponse()
-        for claim in request.claims:
+        for claim, prepared in zip(request.claims, await asyncio.gather(*tasks, return_exceptions=True)):
             entry = response.claims[claim.uid]
-            try:
-                prepared = await self._prepare(claim)
-            except (AllocationError, ApiError, OSError) as error:
-                text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
+            if isinstance(prepared, (AllocationError, ApiError, OSError)):
+                text = (
+                    f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else str(prepared)
+                )
                 entry.error = printable(f"{self.domain}: {text}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
-                self._log_of_claim("refused", f"Prepare refused: {text}", claim)
+                self.claims.log_problem("refused", f"Prepare refused: {text}", claim)
                 continue
-            self._logged.pop(claim.uid, None)
+            if isinstance(prepared, BaseException):
+                raise prepared
+            self.claims.log_problem("", "", claim)
             for device in prepared.devices:
                 cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
-                entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
+                entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
         return response
 
     @answered
@@ -5873,148 +6329,9 @@ class DraSide(KubeletSide):
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
         for claim in request.claims:
-            response.claims[claim.uid].error = self._unprepare(claim.uid)
+            problem = self.claims.unprepare(claim.uid)
+            response.claims[claim.uid].error = f"{self.domain}: {problem}" if problem else ""
         return response
-
-    async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
-        """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
-        requests = await self._read_requests(claim)
-        # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
-        if not self.publisher:
-            raise AllocationError("UNAVAILABLE", NOT_SERVED)
-        prepared = self.cdi.claims.get(claim.uid)
-        if not prepared or {device.result for device in prepared.devices} != set(requests):
-            return self._prepare_anew(claim, requests)
-        prepared = self._update(prepared)
-        for device in prepared.devices:
-            if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
-        return prepared
-
-    def _prepare_anew(self, claim: pb.Claim, requests: Sequence[Tuple[str, str]]) -> PreparedClaim:
-        """Prepare for CLAIM the devices of REQUESTS. Raises AllocationError and OSError."""
-        for _, name in requests:
-            holder = self.cdi.holder(name)
-            if holder and holder.uid != claim.uid:
-                text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", text)
-        devices = prepare_devices(requests, self.slots, self._devices)
-        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
-        self.cdi.write(prepared)
-        self.prepared.update(device.resource for device in devices)
-        names = join_names([device.name for device in devices])
-        log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
-        return prepared
-
-    async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
-        """The requests and devices that CLAIM was allocated; those it was prepared with while the API server is away.
-
-        Raises AllocationError and ApiError.
-        """
-        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
-        try:
-            found = await self.api.call("get", claim_path(claim.namespace, claim.name))
-            uid = _uid_of(found, "a ResourceClaim")
-        except ApiError as error:
-            if claim.uid in self.cdi.claims and error.status != 404:
-                return [device.result for device in self.cdi.claims[claim.uid].devices]
-            raise
-        if uid != claim.uid:
-            text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
-            raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self.domain, self.settings.node)
-
-    def _unprepare(self, uid: str) -> str:
-        """Remove the CDI file of the claim UID; why that failed, or an empty text."""
-        if not self.publisher:
-            return f"{self.domain}: {NOT_SERVED}"
-        claim = self.cdi.claims.get(uid)
-        if claim:
-            try:
-                self.cdi.remove(uid)
-            except OSError as error:
-                return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
-            log_event("unprepared", "its pod has ended", claim=claim.full_name)
-        self._logged.pop(uid, None)
-        return ""
-
-    def _log_of_claim(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
-        """Log TEXT unless it is what was logged last of CLAIM."""
-        if is_news(self._logged, claim.uid, text):
-            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
-
-    # -- what follows from the plan --------------------------------------------------------------------------------
-
-    def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
-        """The slot of the plan that DEVICE is."""
-        slot = self.slots.get(device.name)
-        return slot if slot and slot.resource.name == device.resource else None
-
-    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
-        """The device of the plan that DEVICE is, or was a slot of."""
-        resource = self._plan.resources.get(device.resource)
-        devices = resource.devices if resource else ()
-        return next((found for found in devices if device_path(found) == device.path), None)
-
-    def _is_lost(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is gone, or another one is in its place."""
-        found = self._device_of(device)
-        return found.is_gone if found else bool(self._devices.find_absence(device.path))
-
-    def _problem_of(self, device: PreparedDevice) -> str:
-        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
-        one may.
-
-        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on. So may that of a device that has changed.
-        """
-        found = self._device_of(device)
-        if found:
-            return "" if found.specs else found.problem
-        return self._devices.find_absence(device.path)
-
-    def _update_cdi_files(self) -> None:
-        """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
-        self._is_unsettled = False
-        for claim in list(self.cdi.claims.values()):
-            try:
-                self._update(claim)
-            except AllocationError:
-                self._is_unsettled = True  # it went just now, which the next plan says
-            except OSError as error:
-                self._is_unsettled = True
-                text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                self._log_of_claim("cdi-file-not-rewritten", text, claim)
-            # The plan does not change when a device goes that it does not offer.
-            self._is_unsettled |= not all(map(self._slot_of, claim.devices))
-
-    def _update(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now, as its CDI file has it then, too.
-
-        A device that is no longer offered to new pods stays as it was. Raises AllocationError and OSError.
-        """
-        now = (device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices)
-        devices = {device.result: device for device in now}
-        slots = {key: self._slot_of(device) for key, device in devices.items()}
-        offered = [key for key, slot in slots.items() if slot and slot.healthy]
-        devices.update((device.result, device) for device in prepare_devices(offered, self.slots, self._devices))
-        updated = claim._replace(devices=tuple(devices.values()))
-        if updated != claim or not os.path.exists(self.cdi.path(claim.uid)):
-            self.cdi.write(updated)
-            log_event("cdi-file-rewritten", "a prepared device, or this file, went or came back", claim=claim.full_name)
-        return updated
-
-    async def _drop_gone_claims(self) -> None:
-        """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
-        for claim in list(self._unchecked):
-            found = await self.api.call("get", claim_path(claim.namespace, claim.name), absent=404)
-            is_gone = found is None or _uid_of(found, "a ResourceClaim") != claim.uid
-            problem = self._unprepare(claim.uid) if is_gone else ""
-            if problem:  # tried again with the next comparison
-                self._log_of_claim("cdi-file-not-removed", problem, claim)
-            else:
-                self._unchecked.remove(claim)
 
 
 def _inodes(path: str) -> Mapping[str, int]:
@@ -6813,6 +7130,7 @@ class StatusServer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS = 10.0
+DRA_CALL_SECONDS = 45.0
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 
 
@@ -7015,8 +7333,13 @@ class SimulatedApiServer:
         old = self.objects.get(path)
         if method == "GET" and path == f"{_API}/resourceslices":
             return 200, {"items": self.list(path)}
-        if (old is None) != (method == "POST"):
-            return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
+        if old is None and method != "POST":
+            kind, name = path.split("/")[-2:]
+            details = {"name": name, "group": "resource.k8s.io", "kind": kind}
+            found = {"kind": "Status", "status": "Failure", "reason": "NotFound", "details": details, "code": 404}
+            return 404, {**found, "message": f'{kind} "{name}" not found'}
+        if old is not None and method == "POST":
+            return 409, {"message": f"{path} exists"}
         if method == "PUT" and _versions({path: body}) != _versions({path: old}):
             return 409, {"message": f"{path} has been modified"}
         if method == "DELETE":
@@ -7063,7 +7386,7 @@ class SimulatedDraKubelet:
         """Call METHOD of SERVICE. Raises grpc.RpcError."""
         answer = getattr(pb, _DRA_SERVICES[service][method][1])
         call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
-        return await call(request, timeout=DIAL_SECONDS)
+        return await call(request, timeout=DRA_CALL_SECONDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7626,7 +7949,8 @@ class KubeletThread(threading.Thread):
         self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
+            watch = Watch(options.cdi_dir, with_content=True)
+            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
         else:
             watch = Watch(options.plugin_dir)
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
@@ -7669,8 +7993,7 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        if isinstance(self.side, DevicePluginSide):
-            self._loop.call_soon_threadsafe(self.side.look_now)
+        self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, device_side: Document) -> None:
         """Give the status server the part of the device side."""
@@ -8353,9 +8676,13 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     slices = api.list(f"{_API}/resourceslices")
     offered = [device for item in slices for device in item["spec"]["devices"]]
     rows: List[Tuple[object, ...]] = []
-    for name in plan.resources:
-        ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
-        lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
+    ours_by_name: Dict[str, List[Document]] = {name: [] for name in plan.resources}
+    for device in offered:
+        ours_by_name[device["attributes"]["resource"]["string"]].append(device)
+    first = [_prepare_one(api, kubelet, settings, ours[0]) for ours in ours_by_name.values() if ours]
+    prepared = iter(await asyncio.gather(*first))  # together, because one that is away is waited for
+    for name, ours in ours_by_name.items():
+        lines = next(prepared) if ours else ["nothing: it has no slot"]
         rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
     table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
     counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
