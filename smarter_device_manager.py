@@ -5537,6 +5537,7 @@ class DraSettings(NamedTuple):
     node: str
     domain: str
     dev_dir: str
+    kubelet_socket: str  # where the kubelet serves the PodResources API
 
     @property
     def folder(self) -> str:
@@ -5566,10 +5567,9 @@ class DraSide(KubeletSide):
         self.domain = self.full_name = settings.domain
         self.api = api
         self.plugin_dir = settings.folder
-        self.is_answering = False  # whether the kubelet has the driver
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
-        self.registrations = self.prepare_errors = 0
+        self.registrations = self.restarts = self.prepare_errors = 0
         self.prepared: Counter[str] = Counter()  # slots, by resource
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
@@ -5582,7 +5582,16 @@ class DraSide(KubeletSide):
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
+        self._is_registered = False  # says the kubelet, which does not say when it ends
+        self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
+        self._last_kubelet: Optional[Identity] = None  # the one that answered last
+        self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
         self._publishing: Optional[asyncio.Task[None]] = None
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
+        return self._is_registered and self._registrar in (None, self._kubelet)
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
@@ -5592,6 +5601,7 @@ class DraSide(KubeletSide):
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 await self._check_sockets()
+                self._check_kubelet()
                 if self._is_unsettled:
                     self._settle()
                 await asyncio.wait([self._done], timeout=self.calm_look)
@@ -5649,7 +5659,6 @@ class DraSide(KubeletSide):
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, published = self.api, self.publisher.published if self.publisher else []
-        restarts = max(self.registrations - 1, 0)
         dra = {
             "problem": self.obstacle,
             "registered": self.is_answering,
@@ -5668,7 +5677,7 @@ class DraSide(KubeletSide):
             "prepare_errors": self.prepare_errors,
         }
         return {
-            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "kubelet": {"answering": self.is_answering, "restarts": self.restarts, "plugin_dir": self.plugin_dir},
             "dra": dra,
         }
 
@@ -5681,7 +5690,7 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
-            if is_late and not self.is_answering and not self.problem:  # the kubelet's own reason says more
+            if is_late and not self._is_registered and not self.problem:  # the kubelet's own reason says more
                 self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
@@ -5693,6 +5702,23 @@ class DraSide(KubeletSide):
         if not self._publishing:
             await self._end()
             self._log_problem("not-served", problem)
+
+    def _check_kubelet(self) -> None:
+        """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
+        path = self.settings.kubelet_socket
+        try:
+            found = None if is_dead(path) else os.stat(path)
+        except OSError:  # this says nothing about the kubelet
+            return
+        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        self._registrar = self._registrar or self._kubelet
+        if self._kubelet and self._kubelet != self._last_kubelet:
+            self.restarts += self._last_kubelet is not None
+            self._last_kubelet = self._kubelet
+        if self.is_answering:
+            self.problem = ""
+        elif self._is_registered:
+            self._log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
 
     async def _serve(self) -> bool:
         """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
@@ -5724,7 +5750,7 @@ class DraSide(KubeletSide):
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self.publisher, self.is_answering = None, False
+        self.publisher, self._is_registered = None, False
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5748,8 +5774,9 @@ class DraSide(KubeletSide):
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self.is_answering = request.plugin_registered
-        if self.is_answering:
+        self._is_registered, self._registrar = request.plugin_registered, None
+        self._check_kubelet()
+        if self._is_registered:
             self.registrations += 1
             self.problem = ""
             log_event("registered", "registered with the kubelet", driver=self.domain)
@@ -7786,7 +7813,8 @@ def check_dra(options: argparse.Namespace) -> None:
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
-    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
+    folders = options.kubelet_dir, options.cdi_dir
+    return DraSettings(*folders, options.node_name, options.domain, options.dev_dir, options.pod_resources_socket)
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
@@ -8274,7 +8302,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
-    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
+    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir, "")
     devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
     address = parse_api_url(api.url)
     side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)

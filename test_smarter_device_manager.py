@@ -10099,6 +10099,37 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
 
 
 @needs_root
+def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
+    node: Node, camera: Cluster, start: Starter
+) -> None:
+    pods = PodResources(node)
+    camera.kubelet.do(pods.start())
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    status = Status(daemon)
+    status.wait_for("/readyz", 200)
+    (Path(camera.kubelet.folder) / "plugins_registry/smarter-devices-reg.sock").unlink()
+    wait_for(lambda: daemon.log.count("registered with the kubelet") == 2)
+    status.wait_for("/readyz", 200)
+    assert status.metrics()["kubelet_restarts_total"] == 0, "it is the same kubelet"
+    for count in (1, 2):
+        camera.kubelet.down()
+        camera.kubelet.do(pods.stop())
+        assert f"the kubelet no longer answers on {pods.path}" in status.wait_for("/readyz", 503).body
+        wait_for(lambda: status.metrics()["registered", "smarter-devices/video0"] == 0)
+        document = status.document()
+        assert status.metrics()["kubelet_answering"] == 0
+        assert not (document["ready"] or document["dra"]["registered"] or document["kubelet"]["answering"])
+        assert daemon.log.count("no longer answers") == count, "once"
+        camera.kubelet.do(pods.start())
+        settle(daemon, 2 * sdm.SOCKET_LOOK_SECONDS)
+        assert status.ask("/readyz").status == 503, "it has not registered the driver yet"
+        camera.kubelet.up()
+        status.wait_for("/readyz", 200)
+        wait_for(lambda count=count: status.metrics()["kubelet_restarts_total"] == count)
+    camera.kubelet.do(pods.stop())
+
+
+@needs_root
 @pytest.mark.parametrize(
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
