@@ -3948,6 +3948,8 @@ def find_max_silence(interval: float) -> float:
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
+    folders: Tuple[str, ...]  # that it works in, and others too
+
     def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
         self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
@@ -4713,6 +4715,7 @@ class DevicePluginSide(KubeletSide):
     ) -> None:
         super().__init__(loop, max_silence)
         self.plugin_dir = plugin_dir
+        self.folders = (plugin_dir,)
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.slots: SlotsOfDra = {}  # without DRA there is none
@@ -6161,6 +6164,7 @@ class DraSide(KubeletSide):
         self.domain = self.full_name = settings.domain
         self.api = api
         self.plugin_dir = settings.folder
+        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.restarts = self.prepare_errors = 0
@@ -6187,8 +6191,7 @@ class DraSide(KubeletSide):
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        folders = [os.path.dirname(path) for path in self.settings.sockets]
-        leftovers = asyncio.gather(*(remove_leftovers(folder) for folder in folders))
+        leftovers = asyncio.gather(*(remove_leftovers(os.path.dirname(path)) for path in self.settings.sockets))
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
@@ -7518,7 +7521,7 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MAX_STATUS_BYTES = 1 << 25  # of its answer
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
-MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
+MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -8023,17 +8026,42 @@ class FolderWatches:
 # The gRPC thread, and the service manager.
 
 
-def mount_root(path: str) -> str:
-    """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
-    the folder is moved. Empty if PATH is not a mount point. Raises OSError if that cannot be read at this moment."""
-    point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
-    root = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split(" ", 5)
-            if fields[4] == point:
-                root = fields[3]  # a later mount hides an earlier one
-    return root
+class MountedFolders:
+    """Those of FOLDERS that are mounted here. If one is deleted or moved, a new one in its place is invisible here."""
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        self._roots: Mapping[str, str] = dict.fromkeys(folders, "")
+        with contextlib.suppress(OSError):
+            self._roots = {folder: root for folder, root in self._find_roots().items() if root}
+        self._moved_at = math.inf  # time.monotonic() when one was first found to be moved
+
+    def _find_roots(self) -> Dict[str, str]:
+        """What is mounted at each folder: its path in its own file system, field 4 of proc_pid_mountinfo(5), which
+        follows when it is moved. Empty where nothing is. Raises OSError."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
+        escaped = {
+            folder: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(folder))
+            for folder in self._roots
+        }
+        return {folder: roots.get(point, "") for folder, point in escaped.items()}
+
+    def check(self) -> None:
+        """Raise Problem if one was deleted, or moved MOVED_SECONDS ago."""
+        ending = "exiting, so that the next start finds the one that is used now"
+        for folder in self._roots:
+            with contextlib.suppress(OSError):
+                if not os.stat(folder).st_nlink:
+                    raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
+        try:
+            roots = self._find_roots() if self._roots else {}
+        except OSError:  # too many open files, say; this does not mean that one was moved
+            return
+        moved = [folder for folder, root in roots.items() if root != self._roots[folder]]
+        self._moved_at = min(self._moved_at, time.monotonic()) if moved else math.inf
+        if time.monotonic() - self._moved_at > MOVED_SECONDS:
+            was, now = self._roots[moved[0]], roots[moved[0]]
+            raise Problem(f"the directory that is mounted at {moved[0]} was moved, from {was} to {now}; {ending}")
 
 
 class KubeletThread(threading.Thread):
@@ -8054,10 +8082,7 @@ class KubeletThread(threading.Thread):
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
-        with contextlib.suppress(OSError):
-            self._mount_root = mount_root(options.plugin_dir)
-        self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
+        self._mounted = MountedFolders(self.side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -8111,29 +8136,14 @@ class KubeletThread(threading.Thread):
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if it was deleted while it is mounted here, or moved MOVED_SECONDS ago: a new one in its place is
-        not visible here.
+        Raises Problem if a folder that it works in is mounted here and was deleted or moved.
         """
+        self._mounted.check()
         try:
             found = os.stat(self.side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
         except OSError:
-            found, directory = None, ()
-        if found and not found.st_nlink:
-            raise Problem(
-                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
-                "next start finds the one that the kubelet uses now"
-            )
-        try:
-            root = self._mount_root and mount_root(self.side.plugin_dir)
-        except OSError:  # too many open files, say; this does not mean that it was moved
-            root = self._mount_root
-        self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
-        if time.monotonic() - self._moved_at > MOVED_SECONDS:
-            raise Problem(
-                f"the directory that is mounted at {self.side.plugin_dir} was moved, from {self._mount_root} to "
-                f"{root}; exiting, so that the next start finds the one that the kubelet uses now"
-            )
+            directory = ()
         if directory != self._directory:
             self._directory = directory
             self.look()

@@ -10344,6 +10344,35 @@ def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
 
 
 @needs_root
+@pytest.mark.parametrize("folder", ["cdi", "plugins_registry", "plugins/smarter-devices"])
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, folder: str, camera: Cluster) -> None:
+    """As in a container, see test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it."""
+    node = camera.node
+    mounted(node, "", "true")  # or skip
+    there, source = node.root / "there" / folder, node.root / ("cdi" if folder == "cdi" else f"k/{folder}")
+    for path in (there, source, node.root / "there/plugins_registry"):
+        path.mkdir(parents=True, exist_ok=True)
+    mounts = f"mount --bind {source} {there}; mount --bind {node.plugins} {node.plugins}"
+    enter = ["unshare", "--mount", "sh", "-ec", f'{mounts}\nexec "$@"', "sh", *with_constants(MOVED_SECONDS=0.5)]
+    places = {"cdi-dir": str(there)} if folder == "cdi" else {"kubelet-dir": str(node.root / "there")}
+    daemon = Daemon(node, *camera.options(**places), through=enter)
+    try:
+        camera.wait_for_devices("video0-0", "video0-1")
+        settle(daemon, 1.5)
+        if how == "deleted":
+            shutil.rmtree(source)
+        else:
+            source.rename(node.root / "away")
+        source.mkdir()
+        assert daemon.process.wait(PATIENCE) == 1
+        text = "was moved, from .* to .*/away" if how == "moved" else "was deleted, and only this mount keeps it"
+        daemon.says(f"ERROR the directory (that is mounted at )?{there} {text}; exiting")
+    finally:
+        daemon.kill()
+
+
+@needs_root
 @pytest.mark.parametrize(
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
