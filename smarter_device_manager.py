@@ -5623,6 +5623,7 @@ class Claims:
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._wanted: Dict[str, CdiFile] = {}
+        self._has_plan = False
         self._slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._settings = settings
@@ -5649,10 +5650,9 @@ class Claims:
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
         """Have containers be given what PLAN, with these SLOTS, has now."""
-        self._plan, self._slots = plan, slots
+        self._plan, self._slots, self._has_plan = plan, slots, True
         if self.is_open:
             self.sync(True)
-            self._notify()
 
     def sync(self, is_changed: bool = False) -> None:
         """Put the CDI files right, whoever has changed them. If IS_CHANGED, so is what containers are given."""
@@ -5666,6 +5666,7 @@ class Claims:
                 # The plan does not change when a device goes that it does not offer.
                 self.is_unsettled |= not all(map(self._slot_of, claim.devices))
             self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
+            self._notify()
         for uid, error in self._files.sync(self._wanted).items():
             text = f"cannot write {self._files.path(uid)}: {error.strerror}"
             self.log_problem("cdi-file-not-rewritten", text, self.prepared[uid])
@@ -5775,6 +5776,8 @@ class Claims:
     def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
         """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
         self._take_up()
+        if not self._has_plan:
+            raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
         before = self.prepared.get(claim.uid)
         if not before or before.full_name != f"{claim.namespace}/{claim.name}":
             return None

@@ -9913,6 +9913,296 @@ def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera
 
 
 @needs_root
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text(""),
+        lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
+        lambda path: path.rename(path.with_name("x")),
+    ],
+    ids=["deleted", "emptied", "changed", "moved"],
+)
+@pytest.mark.parametrize("by", ["signal", "look", "prepare"])
+def test_a_cdi_file_that_somebody_changes_is_put_right(
+    by: str, damage: Callable[[Path], object], camera: Cluster, start: Starter
+) -> None:
+    if by != "look":
+        camera.cdi.mkdir()  # one that is made later is watched from the next look on
+    looks = with_constants(**({} if by == "look" else {"SOCKET_LOOK_SECONDS": 60, "CALM_LOOK_SECONDS": 60}))
+    daemon = start(*camera.options(), "--interval", "60", through=looks)
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    content = camera.file(claim).read_text()
+    for _ in range(2):
+        damage(camera.file(claim))
+        if by == "prepare":
+            camera.gives(claim)
+            assert camera.file(claim).read_text() == content
+        wait_for(lambda: camera.file(claim).exists() and camera.file(claim).read_text() == content)
+    assert "a prepared device, or this file, went, came back or changed" in daemon.log
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text(""),
+        lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
+        lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
+        lambda path: path.write_text(path.read_text() + " " * (1 << 20)),
+        lambda path: path.unlink(),
+        lambda path: path.unlink() or path.symlink_to(path),
+    ],
+    ids=["empty", "no devices", "wrong name", "long", "deleted", "link"],
+)
+def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
+    damage: Callable[[Path], object], camera: Cluster, start: Starter
+) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
+    camera.gives(claim)
+    content = camera.file(claim).read_text()
+    daemon.kill()
+    damage(camera.file(claim))
+    camera.api.fault = lambda verb, kind: answer_bytes(503, {}) if (verb, kind) != ("get", "resourceclaims") else None
+    daemon = start(*camera.options(), through=with_constants(COMPARE_SECONDS=3600, **IMPATIENT))
+    daemon.says("this CDI file cannot be read, so no device is given that its claim may have")
+    daemon.says("registered with the kubelet")
+    camera.api.fault = lambda verb, kind: None
+    assert "is still prepared for the claim default/claim-1" in camera.prepare(same).error
+    assert camera.file(claim).read_text() == content, "the API server has told whose they are"
+    assert camera.gives(other)
+
+
+@needs_root
+@pytest.mark.parametrize("end", ["prepare", "unprepare", "remove"])
+def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
+    end: str, camera: Cluster, start: Starter
+) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim, other = camera.claim("video0-0"), camera.claim("video0-1")
+    camera.gives(claim)
+    daemon.kill()
+    camera.file(claim).write_text("")
+    for link in camera.cdi.glob("*.claim"):
+        link.unlink()
+    daemon = start(*camera.options(), through=with_constants(**{"Claims.PREPARE_SECONDS": 2.0}))
+    daemon.says("registered with the kubelet")
+    assert f"{camera.file(claim)} cannot be read, and its claim may have this device" in camera.prepare(other).error
+    if end == "prepare":
+        camera.gives(claim)
+    elif end == "unprepare":
+        camera.unprepare(claim)
+    else:
+        camera.file(claim).unlink()
+    assert camera.gives(other)
+    assert daemon.log.count("cannot be read, so") == 1
+
+
+@needs_root
+def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
+    """It does not know yet that this one serves."""
+    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
+    camera.ready("video0-0", "video0-1")
+    claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
+    camera.gives(claim)
+    text = camera.file(claim).read_text().replace(claim.uid, foreign.uid).replace(claim.name, foreign.name)
+    camera.file(foreign).write_text(text.replace("video0-0", "video0-1"))
+    assert f"still prepared for the claim default/{foreign.name}" in camera.prepare(other).error
+    camera.unprepare(foreign)
+    assert not camera.file(foreign).exists()
+    assert camera.gives(other)
+    assert daemon.log.count("prepared for a pod") == 2
+
+
+@needs_root
+def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start: Starter) -> None:
+    trace = camera.node.root / "trace"
+    through = with_constants()
+    note = f"lambda text, file={str(trace)!r}: open(file, 'a').write(text + chr(10))"
+    through[-1] = (
+        f"import os; note = {note}; sync, rename = os.fsync, os.rename; "
+        "os.fsync = lambda fd: (sync(fd), note('sync ' + os.readlink('/proc/self/fd/' + str(fd)))); "
+        f"os.rename = lambda old, new: (rename(old, new), note('rename ' + new)); {through[-1]}"
+    )
+    start(*camera.options(), through=through)
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    before, name, after = (line for line in trace.read_text().splitlines() if str(camera.cdi) in line)
+    assert before.startswith(f"sync {camera.cdi}/.smarter-devices_")
+    assert (name, after) == (f"rename {camera.file(claim)}", f"sync {camera.cdi}")
+
+
+@needs_root
+def test_a_cdi_file_that_would_not_be_read_again_is_not_written(camera: Cluster, start: Starter) -> None:
+    for number in range(100):
+        camera.node.plug(f"many/{number}")
+    camera.node.rules("- devicematch: ^many$\n")
+    start(*camera.options(), through=with_constants(MAX_FILE_BYTES=8000))
+    camera.ready("many-0")
+    error = camera.prepare(camera.claim("many-0")).error
+    assert re.search(
+        "cannot write a CDI file: it would have [0-9]+ bytes, and more than 8000 are not read again", error
+    )
+    assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
+
+
+@needs_root
+def test_a_claim_without_results_of_the_driver_has_no_file(camera: Cluster, start: Starter) -> None:
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    answer = camera.prepare(camera.claim())
+    assert (answer.error, list(answer.devices)) == ("", [])
+    assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
+
+
+@needs_root
+def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
+    camera.ready("video0-0", "video0-1")
+    watch = {**result_of("video0-0", "watch"), "adminAccess": True}
+    before, owner, after = (camera.claim(*names) for names in ([watch], ["video0-0"], [watch]))
+    for claim in (before, owner, after):
+        assert camera.gives(claim)[0] == {"/dev/video0": "/dev/video0"}
+    assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
+    daemon.kill()
+    start(*camera.options(), through=with_constants(**IMPATIENT)).says("registered with the kubelet")
+    assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
+    camera.unprepare(owner)
+    assert camera.gives(camera.claim("video0-0"))
+
+
+@needs_root
+@pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
+def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0", {**result_of("video0-0", "q"), **more})
+    for _ in range(2):
+        (device,) = camera.prepare(claim).devices
+        assert (device.device_name, list(device.request_names)) == ("video0-0", ["r", "q"])
+        names = [item["name"] for item in json.loads(camera.file(claim).read_text())["devices"]]
+        assert names == [f"{claim.uid}-video0-0"]
+        assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
+        daemon.kill()
+        daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
+        daemon.says("registered with the kubelet")
+
+
+WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
+    "its last claim": ("video0-0", lambda camera, last: camera.unprepare(last)),
+    "a device that is gone": ("video1-0", lambda camera, last: camera.node.plug("video1")),
+    "a device that is not offered yet": ("video2-0", lambda camera, last: camera.node.plug("video2")),
+    "the API server": ("video0-1", lambda camera, last: setattr(camera.api, "fault", lambda verb, kind: None)),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("what", WAITS)
+def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
+    camera.node.plug("video1")
+    start(*camera.options())
+    camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
+    last = camera.claim("video0-0")
+    camera.gives(last)
+    camera.node.unplug("video1")
+    wait_for(lambda: camera.api.tainted() == {"video1-0", "video1-1"})
+    name, end = WAITS[what]
+    claim, beside = camera.claim(name), camera.claim("video0-0" if name == "video0-1" else "video0-1")
+    if what == "the API server":
+        camera.api.fault = lambda verb, kind: answer_bytes(404, b"default backend - 404")
+        beside = last
+    begin = time.monotonic()
+    with camera.preparing(claim, beside) as errors:
+        wait_for(lambda: camera.file(beside).exists())
+        time.sleep(1)  # long enough for a daemon that does not wait to say so
+        end(camera, last)
+        ended = time.monotonic()
+        assert errors() == ["", ""]
+    assert time.monotonic() - ended < 5 and ended - begin < 20
+    assert camera.gives(claim)
+
+
+@needs_root
+def test_what_no_waiting_helps_is_said_at_once(camera: Cluster, start: Starter) -> None:
+    for name in ("a1", "a2"):
+        camera.node.plug(name)
+    camera.node.rules("- devicematch: ^a\n  resource: a\n  containerpath: /dev/a\n")
+    start(*camera.options())
+    camera.ready("a1-0", "a2-0")
+    begin = time.monotonic()
+    for claim, text in [
+        (camera.claim("a1-0", "a2-0"), "would both be /dev/a in the container"),
+        (camera.claim({**result_of("a1-0"), "pool": "node-2"}), "is not of this node"),
+        (pb.Claim(namespace="default", name="x", uid="u"), "has no claim default/x with the uid u"),
+        (pb.Claim(namespace="default", name="x", uid="../u"), "is not one"),
+    ]:
+        assert re.search(text, camera.prepare(claim).error), camera.prepare(claim).error
+    assert time.monotonic() - begin < 5
+
+
+@needs_root
+def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ended(
+    camera: Cluster, start: Starter
+) -> None:
+    constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
+    daemon = start(*camera.options(), through=with_constants(**constants))
+    camera.ready("video0-0", "video0-1")
+    forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
+    camera.gives(forced)
+    assert "still prepared" in camera.prepare(claim).error
+    camera.api.objects[camera.path(forced)]["metadata"]["uid"] = "another"
+    begin = time.monotonic()
+    wait_for(lambda: not camera.prepare(claim).error)
+    assert time.monotonic() - begin > 2, "its containers may still run"
+    assert not camera.file(forced).exists()
+    daemon.says("the API server has no such claim any more")
+
+
+def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound") -> bytes:
+    details = {"name": name, "group": "resource.k8s.io", "kind": kind}
+    return answer_bytes(404, {"kind": "Status", "status": "Failure", "reason": reason, "details": details, "code": 404})
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda verb, kind: answer_bytes(404, b"default backend - 404") if kind == "resourceclaims" else None,
+        lambda verb, kind: answer_bytes(404, {"kind": "Status"}) if kind == "resourceclaims" else None,
+        lambda verb, kind: answer_bytes(404, b"404 page not found"),
+        lambda verb, kind: not_found("claim-2") if kind == "resourceclaims" else None,
+        lambda verb, kind: not_found("claim-1", "pods") if kind == "resourceclaims" else None,
+        lambda verb, kind: not_found("claim-1", reason="Unknown") if kind == "resourceclaims" else None,
+        lambda verb, kind: not_found("claim-1") if kind == "resourceclaims" else answer_bytes(404, b"{}"),
+        lambda verb, kind: answer_bytes(200, {"metadata": {"name": "x", "uid": "y"}}) if kind[8:] == "claims" else None,
+    ],
+    ids=range(8),
+)
+def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
+    fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
+) -> None:
+    daemon = start(*camera.options())
+    camera.ready("video0-0", "video0-1")
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    daemon.kill()
+    camera.api.fault = fault
+    rounds = with_constants(COMPARE_SECONDS=0.05, MIN_PUBLISH_SECONDS=0.05, MIN_BACKOFF_SECONDS=0.05, **FORGETFUL)
+    start(*camera.options(), through=rounds)
+    wait_for(lambda: [call.kind for call in camera.api.calls].count("resourceclaims") >= 4)
+    assert camera.file(claim).exists()
+    del camera.api.objects[camera.path(claim)]
+    camera.api.fault = lambda verb, kind: None
+    wait_for(lambda: not camera.file(claim).exists())
+
+
+@needs_root
 def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     camera.cdi.write_text("in the way")
     start(*camera.options())
