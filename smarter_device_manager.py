@@ -14,7 +14,7 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py                   serve the kubelet of this node
     smarter_device_manager.py --list            show what would be offered, and what is left out and why
     smarter_device_manager.py --check           check the config file
-    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --dry-run         print what containers would be given, on any machine
     smarter_device_manager.py --status          show the state of a running daemon
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
@@ -7099,7 +7099,6 @@ DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
-DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
@@ -8222,19 +8221,51 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer the devices of this machine to a simulated kubelet, and allocate a slot of each resource."""
-    devices = _look_once(options, with_facts=options.api == "dra")
-    if not devices.plan.resources:
+    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
+    is_dra = options.api == "dra"
+    devices = _look_once(options, with_facts=is_dra)
+    names = [f"{options.domain}/{name}" for name in devices.plan.resources]
+    if not names:
         write_output(_nothing_found(devices, options))
         return 1
-    load_grpc()
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
-        try_out = _dry_run_dra if options.api == "dra" else _dry_run
-        text, is_good = asyncio.run(try_out(devices.plan, options, folder))
-    write_output(text)
+    load_grpc()  # which says what serving needs
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    for device, slot in slots_by_device_name(devices.plan).items():
+        slots[slot.resource.name][device] = slot
+    found = [_try_one(each, host_devices, options.domain if is_dra else "") for each in slots.values()]
+    rows: List[Tuple[object, ...]] = []
+    for name, each, (lines, _) in zip(names, slots.values(), found):
+        rows += [(len(each), name, lines[0]), *(("", "", line) for line in lines[1:])]
+    header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
+    is_good = all(is_allocated for _, is_allocated in found)
+    ending = "every one could be allocated" if is_good else "not every one could be allocated"
+    table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    write_output(f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
+
+
+def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
+    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
+    if not slots:
+        return ["nothing: it has no slot"], True
+    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
+    lines, is_allocated = [], True
+    try:
+        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
+        for spec in given.specs:
+            if driver:  # CDI names nodes, no link or folder
+                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
+            else:
+                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
+        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+    except AllocationError as error:
+        lines, is_allocated = [f"nothing: {error}"], False
+    if driver:
+        attributes = slice_device(name, slots[name], driver)["attributes"].items()
+        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
+    return lines, is_allocated
 
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
@@ -8248,120 +8279,11 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """What --dry-run prints, and whether every resource was registered, listed and allocated."""
-    kubelet = SimulatedKubelet(folder)
-    await kubelet.start()
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    names = [f"{options.domain}/{name}" for name in plan.resources]
-    while not running.done() and time.monotonic() < give_up:
-        if all(name in kubelet.clients and kubelet.clients[name].lists for name in names):
-            break
-        await asyncio.sleep(LOOK_SECONDS / 10)
-    rows: List[Tuple[object, ...]] = []
-    is_good = True
-    for name, resource in zip(names, plan.resources.values()):
-        lines, is_allocated = await _try_one(kubelet, name, resource)
-        is_good = is_good and is_allocated
-        slots = sum(device.slots for device in resource.devices)
-        rows += [(slots, name, lines[0]), *(("", "", line) for line in lines[1:])]
-    side.stop()
-    await running
-    await kubelet.stop()
-    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    ending = "all registered and allocated" if is_good else "not all registered and allocated"
-    return f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n", is_good
-
-
-async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
-    """Lines that say what a container with a slot of RESOURCE is given, and whether all went well."""
-    if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
-        return ["not registered"], False
-    if not kubelet.devices(name):
-        return ["nothing: it has no slot"], True
-    try:
-        ids, given = await kubelet.allocate(name)
-        await kubelet.start_container(name, ids)
-    except Problem:
-        return [f"nothing: {resource.devices[0].problem}"], False
-    except grpc.RpcError as error:
-        return [f"nothing: {error.details()}"], False
-    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
-    lines = [
-        _given_text(
-            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
-        )
-        for spec in given.devices
-    ]
-    return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
-
-
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
     link, is_folder = target_of(host, targets)
     more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
-
-
-async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """The same with --api dra: publish to a simulated API server, and prepare a claim per resource."""
-    api = SimulatedApiServer(options.node_name)
-    await api.start()
-    kubelet = SimulatedDraKubelet(folder)
-    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir, "")
-    devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    address = parse_api_url(api.url)
-    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    classes: List[Document] = []
-    while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
-        await asyncio.sleep(LOOK_SECONDS / 10)
-        classes = api.list(f"{_API}/deviceclasses")
-        if side.publisher and not side.is_answering:
-            await kubelet.register(os.path.basename(settings.sockets[1]))
-    slices = api.list(f"{_API}/resourceslices")
-    offered = [device for item in slices for device in item["spec"]["devices"]]
-    rows: List[Tuple[object, ...]] = []
-    for name in plan.resources:
-        ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
-        lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
-        rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
-    counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
-    is_good = not side.obstacle and not side.prepare_errors
-    ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    side.stop()
-    await running
-    await kubelet.stop()
-    await api.stop()
-    return f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n", is_good
-
-
-async def _prepare_one(
-    api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
-) -> List[str]:
-    """Lines that describe DEVICE, from a slice, and what its CDI file gives to a container."""
-    values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
-    lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
-    claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
-    result = {"request": "r", "driver": settings.domain, "pool": settings.node, "device": device["name"]}
-    status = {"allocation": {"devices": {"results": [result]}}}
-    path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-    api.put(path, {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
-    answer = (await kubelet.prepare(settings.domain, claim)).claims[claim.uid]
-    if answer.error:
-        return [*lines, f"  nothing: {answer.error}"]
-    with open(CdiFiles(settings.cdi_dir, settings.domain).path(claim.uid), encoding="utf-8") as file:
-        edits = json.load(file)["devices"][0]["containerEdits"]
-    for node in edits.get("deviceNodes", ()):
-        lines.append("  " + _given_text(node["path"], node["permissions"], node["hostPath"], [node["hostPath"]]))
-    return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
 # Installing: what --systemd-unit and --manifest print, with the values of the other options.
@@ -8818,7 +8740,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the config file is good")
     modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
-    modes.add_argument("--dry-run", action="store_true", help="try everything with a simulated kubelet")
+    modes.add_argument("--dry-run", action="store_true", help="allocate each resource, without a kubelet")
     modes.add_argument(
         "--status",
         nargs="?",

@@ -10283,9 +10283,11 @@ def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> Non
     node.link("serial/x", "../bus/stick")
     node.sysfs("gpu.0", {})
     node.rules(VIDEO + SERIAL + "- devicematch: nvidia-gpu\n")
+    node.plug(long := f"video{'9' * 80}")
     run = node.run("--dry-run", "--api", "dra")
     assert (run.returncode, run.stderr) == (0, "")
-    assert "4 devices in 1 ResourceSlice, 4 DeviceClasses; every resource could be prepared." in run.stdout
+    assert f"/dev/{long} rw\n" in run.stdout
+    assert "4 resources, every one could be allocated." in run.stdout
     assert re.search(
         r"2 +smarter-devices/video0 +video0-0: resource=video0 path=/dev/video0 slot=0\n +/dev/video0 rw\n", run.stdout
     )
