@@ -1458,7 +1458,7 @@ class Reason(enum.Enum):
     """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
 
     GONE = "other", "it is gone"
-    SWAPPED = "other", "another device stands there since just now"
+    SWAPPED = "other", "another device has taken its place"
     COMPANION = "other", "it goes with /dev/{path}: {why}"
     LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
     LINK_CIRCLE = "link", "a link that leads in a circle"
@@ -2465,9 +2465,7 @@ def find_devices(
 
 def expiry_times(plan: Plan) -> Iterator[float]:
     """When the offer ends for each device of PLAN that is gone."""
-    for device in devices_of(plan):
-        if device.is_gone:
-            yield device.since + EXPIRY_SECONDS
+    return (device.since + EXPIRY_SECONDS for device in devices_of(plan) if device.is_gone)
 
 
 def devices_of(plan: Plan) -> Iterator[Device]:
@@ -3949,18 +3947,6 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    def find_absence(self, path: str) -> str:
-        """Why PATH, such as /dev/video0, leads to no device; empty if it does, or if it is not a path but a GPU."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                if path.startswith("/dev/"):
-                    resolve(tree, path[len("/dev/") :], self._dev_dir)
-        except NotADevice as error:
-            return str(error)
-        except OSError:
-            pass  # too many open files, say; this does not mean that it is gone
-        return ""
-
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
@@ -3988,7 +3974,8 @@ class HostDevices:
         reads: List[Tuple[Device, List[SysfsRead]]] = []
         try:
             for device, nodes in chosen:
-                reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
+                names = tuple(held.name for held in device.chosen_by)
+                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
             for device, started in reads:
                 changes = [_changed(await _result(read, end), device) for read in started]
                 if changes and "" not in changes:
@@ -4000,7 +3987,7 @@ class HostDevices:
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, attributes=(), naming=()), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if _names_to_check(device) else []
+        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
@@ -4036,13 +4023,8 @@ async def _result(read: SysfsRead, end: float) -> Folders:
     return folders
 
 
-def _names_to_check(device: Device) -> Tuple[str, ...]:
-    """The attributes by which the rule chose DEVICE, or named its resource."""
-    return tuple(held.name for held in device.chosen_by)
-
-
 def _changed(folders: Folders, device: Device) -> str:
-    """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
+    """What FOLDERS have instead of the attributes that DEVICE was chosen by; empty if they have these."""
     for held in device.naming:
         values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
         if held.value not in values:
@@ -4126,7 +4108,7 @@ def options_of(resource: Resource) -> PluginOptions:
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(map(_names_to_check, resource.devices)))
+    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
 
 
 class Plugin:
@@ -4907,31 +4889,25 @@ def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Do
         values["pool"] = resource.name
     if len(device.numa) == 1:
         values["numaNode"] = device.numa[0]
-    return {
-        "name": name,
-        "attributes": _slice_attributes(values),
-        **(_taints("gone" if device.is_gone else "unhealthy", evicts, domain) if device.problem else {}),
-    }
+    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
+    return _slice_device(name, values, domain, taint, evicts)
 
 
 def lost_device(device: PreparedDevice, domain: str, evicts: bool) -> Document:
     """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
     resource."""
-    attributes = _slice_attributes({"resource": device.resource, "path": device.path})
-    return {"name": device.name, "attributes": attributes, **_taints("gone", evicts, domain)}
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
 
 
-def _slice_attributes(values: Mapping[str, Union[str, int]]) -> Document:
-    return {
+def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
+    attributes = {
         key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
         for key, value in values.items()
     }
-
-
-def _taints(what: str, evicts: bool, domain: str) -> Document:
-    """For NoSchedule the scheduler gives a device to no pod; for NoExecute the control plane also evicts those that
-    have it."""
-    return {"taints": [{"key": f"{domain}/{what}", "effect": "NoExecute" if evicts else "NoSchedule"}]}
+    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
+    effect = "NoExecute" if evicts else "NoSchedule"
+    taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
+    return {"name": name, "attributes": attributes, **taints}
 
 
 def _cut_bytes(text: str) -> str:
@@ -5559,6 +5535,7 @@ class DraSettings(NamedTuple):
     cdi_dir: str
     node: str
     domain: str
+    dev_dir: str
     gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
 
     @property
@@ -5599,6 +5576,7 @@ class DraSide(KubeletSide):
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
+        self._named_paths: Set[str] = set()  # by rules, such as /dev/video0
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
         self._devices = devices
@@ -5632,6 +5610,8 @@ class DraSide(KubeletSide):
         gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
         self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
+        self._named_paths = {f"/dev/{left.path}" for left in plan.left_out}
+        self._named_paths.update(map(device_path, devices_of(plan)))
         end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
         went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
         self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
@@ -5650,7 +5630,7 @@ class DraSide(KubeletSide):
             self._update_cdi_files()
             now = time.monotonic()
             prepared = [device for claim in self.cdi.claims.values() for device in claim.devices]
-            lost = [device for device in prepared if not self._slot_of(device) and self._is_lost(device)]
+            lost = [device for device in prepared if device.is_gone and not self._slot_of(device)]
             self._lost_since = {device.name: self._lost_since.get(device.name, now) for device in lost}
             devices = dict(self._offered)
             for device in lost:
@@ -5902,28 +5882,21 @@ class DraSide(KubeletSide):
         slot = self.slots.get(device.name)
         return slot if slot and slot.resource.name == device.resource else None
 
-    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
-        """The device of the plan that DEVICE is, or was a slot of."""
-        resource = self._plan.resources.get(device.resource)
-        devices = resource.devices if resource else ()
-        return next((found for found in devices if device_path(found) == device.path), None)
-
-    def _is_lost(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is gone, or another one is in its place."""
-        found = self._device_of(device)
-        return found.is_gone if found else bool(self._devices.find_absence(device.path))
-
     def _problem_of(self, device: PreparedDevice) -> str:
         """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
         one may.
 
-        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on. So may that of a device that has changed.
+        One that is there and that its rule does not offer any more has no problem: the config file has changed, and its
+        pod may go on. So may that of a device that has changed. Where another device stood, it stands until a rule
+        chooses what is there again, or none names the path.
         """
-        found = self._device_of(device)
-        if found:
-            return "" if found.specs else found.problem
-        return self._devices.find_absence(device.path)
+        resource = self._plan.resources.get(device.resource)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                return "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self.settings.dev_dir + device.path[len("/dev") :]):
+            return Reason.GONE.template
+        return Reason.SWAPPED.template if device.is_gone and device.path in self._named_paths else ""
 
     def _update_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
@@ -7126,6 +7099,7 @@ DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
@@ -7244,15 +7218,6 @@ def kept_path(folder: str, domain: str, ending: str) -> str:
     return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
 
 
-def boot_id() -> str:
-    """What distinguishes this run of the kernel from others; empty if that cannot be read."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
 class KeptDevices:
     """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
 
@@ -7262,7 +7227,7 @@ class KeptDevices:
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = boot_id()
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
@@ -7580,30 +7545,57 @@ class DeviceSide:
         return self.plan
 
 
-def log_changes(old: Plan, new: Plan) -> None:
-    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
-    before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
-    after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
-    groups: Dict[Tuple[str, str, int], List[str]] = {}
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key), after.get(key)
-        change = None
-        if now is None:
-            change = ("retired", "no longer offered", logging.INFO)
-        elif now.problem and now.problem != (was.problem if was else ""):
-            change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
-        elif was is None:
-            change = ("plugged", "offered", logging.INFO)
-        elif was.problem and not now.problem:
-            change = ("plugged", "Healthy again", logging.INFO)
-        if change:
-            groups.setdefault(change, []).append(device_path(now or before[key]))
-    known = set(old.left_out)
-    for left in new.left_out:
-        if left not in known:
-            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
-    for (event, sentence, level), paths in groups.items():
-        log_event_for_all(event, sentence, level, "devices", paths)
+_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    def __init__(self) -> None:
+        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
+        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
+        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        keys = states.keys() | self._states.keys()
+        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
+        self._states = states
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about devices that had a line just before NOW."""
+        groups: Dict[Tuple[str, str, int], List[str]] = {}
+        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
+        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
+            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+            if change:
+                event, sentence, level = change
+                sentence += f" ({count} changes since its last line)" if count > 1 else ""
+                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
+                old[key] = now
+        self._logged = old
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+
+
+def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
+    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
+    if not key[0]:
+        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
+    if state is None:
+        return "retired", "no longer offered", logging.INFO
+    if state:
+        return "unplugged", f"Unhealthy: {state}", logging.WARNING
+    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
 
 
 class FolderWatches:
@@ -7864,7 +7856,14 @@ def check_dra(options: argparse.Namespace) -> None:
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
-    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.gone_grace)
+    return DraSettings(
+        options.kubelet_dir,
+        options.cdi_dir,
+        options.node_name,
+        options.domain,
+        options.dev_dir,
+        options.gone_grace,
+    )
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
@@ -7931,14 +7930,16 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    log_changes(EMPTY_PLAN, devices.plan)
+    changes = ChangeLog()
+    changes.take(devices.plan)
+    changes.flush(time.monotonic())
     watches = FolderWatches(options.dev_dir)
     watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches)
+        _run(devices, thread, manager, options.interval, watches, changes)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7997,7 +7998,12 @@ def _open_status(
 
 
 def _run(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+    devices: DeviceSide,
+    thread: KubeletThread,
+    manager: ServiceManager,
+    interval: float,
+    watches: FolderWatches,
+    changes: ChangeLog,
 ) -> None:
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
@@ -8008,16 +8014,15 @@ def _run(
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
-            log_changes(old, plan)
+            changes.take(plan)
             thread.send(plan)
-            old = plan
+        changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = began + interval
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -8890,7 +8895,7 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
-    _add(group, "--gone-grace", "SECONDS", _grace, "5", grace_help)
+    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
     _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
     _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
     _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
@@ -8962,10 +8967,6 @@ def _seconds(text: str, least: float = 0.01) -> float:
     if not least <= seconds <= 3600:
         raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
-
-
-def _grace(text: str) -> float:
-    return _seconds(text, 0.0)
 
 
 def _domain(text: str) -> str:
