@@ -4893,7 +4893,7 @@ def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Do
     return _slice_device(name, values, domain, taint, evicts)
 
 
-def lost_device(device: PreparedDevice, domain: str, evicts: bool) -> Document:
+def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
     """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
     resource."""
     return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
@@ -5576,7 +5576,7 @@ class DraSide(KubeletSide):
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
         self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
-        self._named_paths: Set[str] = set()  # by rules, such as /dev/video0
+        self._left_paths: Set[str] = set()  # those left out, such as /dev/video0
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
         self._devices = devices
@@ -5610,8 +5610,7 @@ class DraSide(KubeletSide):
         gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
         self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
-        self._named_paths = {f"/dev/{left.path}" for left in plan.left_out}
-        self._named_paths.update(map(device_path, devices_of(plan)))
+        self._left_paths = {f"/dev/{left.path}" for left in plan.left_out}
         end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
         went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
         self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
@@ -5877,26 +5876,33 @@ class DraSide(KubeletSide):
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, also if its resource has another name by now."""
+        resource, slot = self._plan.resources.get(device.resource), self.slots.get(device.name)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                return found
+        return slot.device if slot and not device.is_gone else None
+
     def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
         """The slot of the plan that DEVICE is."""
         slot = self.slots.get(device.name)
-        return slot if slot and slot.resource.name == device.resource else None
+        return slot if slot and slot.device is self._device_of(device) else None
 
     def _problem_of(self, device: PreparedDevice) -> str:
         """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
         one may.
 
-        One that is there and that its rule does not offer any more has no problem: the config file has changed, and its
-        pod may go on. So may that of a device that has changed. Where another device stood, it stands until a rule
-        chooses what is there again, or none names the path.
+        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
+        go on. So may that of a device that has changed.
         """
-        resource = self._plan.resources.get(device.resource)
-        for found in resource.devices if resource else ():
-            if device_path(found) == device.path:
-                return "" if found.specs else found.problem
+        found = self._device_of(device)
+        if found:
+            return "" if found.specs else found.problem
         if device.path.startswith("/dev/") and not os.path.exists(self.settings.dev_dir + device.path[len("/dev") :]):
             return Reason.GONE.template
-        return Reason.SWAPPED.template if device.is_gone and device.path in self._named_paths else ""
+        is_swapped = device.path in self._left_paths or (device.is_gone and device.name in self.slots)
+        return Reason.SWAPPED.template if is_swapped else ""
 
     def _update_cdi_files(self) -> None:
         """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
