@@ -3858,7 +3858,7 @@ def test_a_device_that_was_chosen_by_its_attributes_is_not_granted_when_another_
     node.plug("new").rename(node.dev / "stick0")
     node.plug("bus/c")
     for name in ("stick0", "bus"):
-        assert granted(found[name], node.dev) == f"/dev/{name}: another device stands there since just now"
+        assert granted(found[name], node.dev) == f"/dev/{name}: another device has taken its place"
 
 
 def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
@@ -5406,6 +5406,30 @@ def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
     assert lists_of(kubelet, "video1") == [{"0": "Healthy"}]
     assert len(kubelet.registrations) == 2
     daemon.says("video0: Healthy again")
+
+
+@needs_root
+def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """With the number of changes that it stands for."""
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("video0", Healthy=1)
+    began = time.monotonic()
+    for _ in range(20):
+        node.unplug("video0")
+        kubelet.wait_for("video0", Unhealthy=1)
+        node.plug("video0")
+        kubelet.wait_for("video0", Healthy=1)
+
+    def counts() -> list[int]:
+        found = re.findall(
+            r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?", daemon.log
+        )
+        return [int(count or 1) for count in found]
+
+    wait_for(lambda: sum(counts()) == 40, lambda: daemon.log)
+    assert len(counts()) <= 2 + time.monotonic() - began
 
 
 @needs_root
@@ -8705,7 +8729,7 @@ LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 def device_of_path(path: str, **fields: Any) -> sdm.Device:
     values: dict[str, Any] = {
         "path": path, "line": 1, "slots": 1, "parts": (sdm.Part(path, f"/dev/{path}", False, "rw"),),
-        "permissions": "rw", "env": (), "numa": (), "attributes": (), "identity": (), "specs": (), "problem": "",
+        "permissions": "rw", "env": (), "numa": (), "attributes": (), "specs": (), "problem": "",
         "since": 0.0,
     }  # fmt: skip
     known = {field.name for field in dataclasses.fields(sdm.Device)}
@@ -9801,7 +9825,8 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
     rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
     node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
-    start(*cluster.options(**{"gone-grace": "0"}))
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
     claim = cluster.claim(name)
@@ -9810,9 +9835,14 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node.sysfs("usb/2", {"serial": "B"}, node.plug("ttyUSB0"))
     wait_for(lambda: cluster.taints() == {name: "gone:NoExecute"})
     wait_for(lambda: ":gone" in cluster.file(claim).read_text())
+    daemon.says("/dev/ttyUSB0: no longer offered")
+    node.plug("ttyUSB1")  # something new to publish
+    node.rules(node.conf.read_text() + "- devicematch: ^ttyUSB1$\n")
+    wait_for(lambda: len(cluster.api.devices()) == 2)
+    assert cluster.taints() == {name: "gone:NoExecute"}
+    assert cluster.api.devices()[name]["attributes"]["resource"] == {"string": "a"}
     with pytest.raises(KeyError):
         cluster.edits(claim, ids)
-    assert cluster.api.devices()[name]["attributes"]["resource"] == {"string": "a"}
     cluster.unprepare(claim)
     if is_for_b:
         wait_for(lambda: cluster.api.devices()[name]["attributes"]["resource"] == {"string": "b"})
@@ -9862,9 +9892,8 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     both = dict.fromkeys(("cam0-0", "loop0-0"), "unhealthy:NoSchedule")
     wait_for(lambda: cluster.taints() == both)
     metrics = Status(daemon).metrics()
-    for name in ("loops", "cam0"):
-        assert metrics["devices", f"smarter-devices/{name}", "absent"] == 0
-        assert metrics["devices", f"smarter-devices/{name}", "unhealthy"] == 1
+    for name in ("smarter-devices/loops", "smarter-devices/cam0"):
+        assert (metrics["devices", name, "absent"], metrics["devices", name, "unhealthy"]) == (0, 1)
     assert cluster.gives(loop) == given[0]
     assert "lock: it is gone" in cluster.prepare(cam).error
     daemon.kill()
@@ -12069,7 +12098,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
