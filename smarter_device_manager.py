@@ -7082,7 +7082,7 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
 MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
-EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
+EXIT_SECONDS = 10.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
 # The config file, and what is kept for the next start.

@@ -5583,6 +5583,16 @@ def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None
     assert not sockets(node)
 
 
+@needs_root
+def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet) -> None:
+    """That of 2,000 resources was cut short after 1.5 s, and 1,029 sockets stayed."""
+    names = offer_many(node, 50)
+    daemon = broken_daemon(node, "sdm.RETIRE_PAUSE = 0.6")
+    wait_ready(kubelet, names)
+    assert daemon.stop() == 0
+    assert not sockets(node)
+
+
 def descriptors(daemon: Daemon) -> int:
     return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
