@@ -4352,6 +4352,16 @@ def test_a_node_that_several_resources_offer_is_found(
     assert {node: {(offer.resource, offer.line) for offer in offers} for node, offers in shared.items()} == wanted
 
 
+def test_the_example_of_the_readme_offers_no_stick_twice(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "Sonoff Zigbee 3.0 USB Dongle Plus", "A1")
+    usb_serial(board, "ttyACM0", "166:0", "1-1.3", "2341", "0043", "Uno", "B2")
+    board.tree |= {"serial/by-id/usb-z": "-> ../../ttyUSB0", "serial/by-id/usb-a": "-> ../../ttyACM0"}
+    (conf,) = re.findall(r"```yaml\n(- devicematch: .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    plan = board.plan(conf)
+    assert listed(plan) == {"serial_by-id_usb-a": ["serial/by-id/usb-a"], "zigbee": ["serial/by-id/usb-z"]}
+    assert not sdm.find_shared(plan)
+
+
 @needs_root
 def test_a_node_that_several_resources_offer_is_shown_and_logged_once(
     node: Node, kubelet: Kubelet, start: Starter
@@ -5278,6 +5288,7 @@ def test_the_examples_of_the_page_find_what_they_say(
 ) -> None:
     made(board)
     plan = board.plan(page_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    assert not sdm.find_shared(plan)
     snapshot = snapshot_of(board.tree)
     assert {
         f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
