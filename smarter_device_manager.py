@@ -3274,7 +3274,7 @@ MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads the
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
-LEFTOVER_SECONDS = 2.0  # without an answer before a socket with a temporary name is removed
+LEFTOVER_SECONDS = 2.0  # without an answer before a socket, or a kept file, with a temporary name is removed
 RECONNECT_SECONDS = 1.0  # between two tries to connect to another instance
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
@@ -3536,27 +3536,29 @@ class UnixServer:
 
 
 async def remove_leftovers(folder: str) -> None:
-    """Remove the sockets with temporary names that killed instances left in FOLDER.
+    """Remove the sockets and kept files with temporary names that killed instances left in FOLDER.
 
-    An instance that starts at this moment has bound such a socket and does not listen on it yet. So a socket goes only
-    if nobody answers on it LEFTOVER_SECONDS later either.
+    An instance that starts at this moment has bound such a socket and does not listen on it yet, or writes such a file.
+    So it goes only if it is there LEFTOVER_SECONDS later, and nobody answers on it then either.
     """
-    found = _dead_temporary_sockets(folder)
+    found = _find_leftovers(folder)
     if found:
         await asyncio.sleep(LEFTOVER_SECONDS)
-        for path in found & _dead_temporary_sockets(folder):
+        for path in found & _find_leftovers(folder):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
-def _dead_temporary_sockets(folder: str) -> Set[str]:
-    """The sockets with temporary names in FOLDER on which nobody answers."""
+def _find_leftovers(folder: str) -> Set[str]:
+    """The kept files with temporary names in FOLDER, and the sockets with such names on which nobody answers."""
     found = set()
     try:
         for item in os.scandir(folder):
-            if re.fullmatch(r"\.[0-9a-f]{16}", item.name):
+            match = re.fullmatch(r"(smarter-device-manager-.+)?\.[0-9a-f]{16}", item.name)
+            if match:
                 with contextlib.suppress(FileNotFoundError):  # it was published just now
-                    if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode) and is_dead(item.path):
+                    mode = item.stat(follow_symlinks=False).st_mode
+                    if stat.S_ISREG(mode) if match[1] else stat.S_ISSOCK(mode) and is_dead(item.path):
                         found.add(item.path)
     except OSError as error:
         log.debug("cannot look for leftovers in %s: %s", folder, error.strerror)
@@ -7236,106 +7238,55 @@ MAX_STATUS_BYTES = 1 << 25  # of its answer
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
 MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
-EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
+EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
 # The config file, and what is kept for the next start.
 
 
-class ForeignText(ValueError):
-    """A kept file has the text of something else."""
-
-
 class KeptFile:
-    """The file PATH, in which this daemon keeps a text for its next start.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
 
-    The first line says WHAT the text is, and has a checksum of it. If the text cannot be kept, EVENT is logged.
+    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
     """
 
     def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
         self._what = what
         self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that has it
+        self._text: Optional[str] = None  # that was last read or kept
         self._is_failing = False
 
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files that daemons left behind which were killed."""
-        folder, name = os.path.split(self.path)
-        with contextlib.suppress(OSError):
-            for item in os.scandir(folder):
-                is_ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f]{16}\.new", item.name)
-                if is_ours and abs(time.time() - item.stat(follow_symlinks=False).st_mtime) > LEFTOVER_SECONDS:
-                    os.unlink(item.path)
-
     def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is damaged or
-        has another text, or that somebody other than root and this user may have written."""
+        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is no such
+        text, or that somebody other than root and this user may have written."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ValueError("somebody other than root may have written it")
-            first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
-        what, _, checksum = first_line.decode("utf-8", "backslashreplace").rpartition("; CRC-32 ")
-        if checksum != f"{binascii.crc32(data):08x}\n" or len(data) > CONF_BYTES:
-            raise ValueError("it is damaged")
-        if what != f"# {self._what}":
-            raise ForeignText(f"it is not {self._what}")
-        return data.decode(), found.st_mtime
+        if len(data) > CONF_BYTES:
+            raise ValueError(f"it is longer than {CONF_BYTES} bytes")
+        self._text = data.decode()
+        return self._text, found.st_mtime
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, at the cost of one stat(2) if that was done before. A failure is logged once; the next call tries
-        again.
+        """Keep TEXT, unless that was done before. A failure is logged once; the next call tries again.
 
         Another instance may keep another text in the same file. Then the one that has a new text last wins.
         """
-        if (text, self._find_stamp()) == self._kept:
+        if text == self._text and os.path.lexists(self.path):
             return
         try:
-            if not self._holds(text):
-                data = text.encode()
-                new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
-                write_file(self.path, new, self._first_line(data) + data, 0o600)
-            self._kept = text, self._find_stamp()
-            self._is_failing = False
+            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
+            self._text, self._is_failing = text, False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
-            self._invalidate()
-
-    def _holds(self, text: str) -> bool:
-        """Whether the file has TEXT, or since TEXT was kept, that of another instance."""
-        try:
-            return self.read()[0] == text
-        except ForeignText:
-            return self._kept[0] == text
-        except (OSError, ValueError):
-            return False
-
-    def _find_stamp(self) -> Tuple[int, ...]:
-        """A value that changes if somebody else writes or removes the copy; empty if there is none."""
-        try:
-            found = os.lstat(self.path)
-        except OSError:
-            return ()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-    def _invalidate(self) -> None:
-        """Truncate the file, because an old text would be worse than none; unless it is not the one kept last."""
-        if self._kept[1] not in ((), self._find_stamp()):
-            return
-        try:
-            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
-        except OSError as error:
-            log.debug("cannot empty %s: %s", self.path, error.strerror)
-
-    def _first_line(self, data: bytes) -> bytes:
-        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode("utf-8", "backslashreplace")
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
@@ -7363,12 +7314,15 @@ class KeptDevices:
     def read(self) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        self._file.remove_leftovers()
         resources: Dict[str, Resource] = {}
         try:
             for kept in json.loads(self._file.read()[0]):
+                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
                 name, path = str(kept["resource"]), str(kept["path"])
-                attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
+                attributes, values = (
+                    tuple(HeldAttribute(str(attribute), str(value)) for attribute, value in kept[key])
+                    for key in ("attributes", "values")
+                )
                 is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
                 numbers = kept["nodes"] if is_same_boot else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
@@ -7378,7 +7332,7 @@ class KeptDevices:
                 resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:
             return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             why = getattr(error, "strerror", "") or str(error)
             sentence = f"the devices kept in {self._file.path} are ignored: {why}"
             log_event("kept-devices-ignored", sentence, logging.WARNING)
@@ -7428,8 +7382,6 @@ class ConfFile:
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
         text = None
-        if self._kept:
-            self._kept.remove_leftovers()
         try:
             text = self._read()
             self._take_over(text)
@@ -8053,10 +8005,10 @@ def serve(options: argparse.Namespace) -> int:
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # Instances with other rules have other devices to keep.
+    # Instances with other rules have other files.
     rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
     kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, "conf")
+    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))

@@ -45,6 +45,7 @@ import threading
 import time
 import warnings
 import weakref
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -2212,7 +2213,7 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
 
 
 def kept_conf(node: Node) -> Path:
-    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.conf"
+    return node.plugins / f"smarter-device-manager-{sdm.DEFAULT_DOMAIN}.{zlib.crc32(os.fsencode(node.conf)):08x}.conf"
 
 
 def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -2223,7 +2224,7 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     node.rules(GPU_RULE.format(2) + "# é\n")
     kubelet.wait_for("nvidia-gpu0", Healthy=2)
     assert stat.S_IMODE(kept_conf(node).stat().st_mode) == 0o600
-    assert kept_conf(node).read_text().partition("\n")[2] == GPU_RULE.format(2) + "# é\n"
+    assert kept_conf(node).read_text() == GPU_RULE.format(2) + "# é\n"
     before = kept_conf(node).stat()
     node.rules(GPU_RULE.format(3) + "  nummaxdevice: 1\n")
     daemon.says("did you mean nummaxdevices.; the last good rules stay in force\n")
@@ -2280,11 +2281,14 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
         assert re.search(f"WARNING the kept copy of the config file, {kept}, is ignored: {why}$", first), done.stderr
         assert f"{node.conf}:1:16: " in second
 
-    for data in (b"", good[:-1], good[:50], good.replace(b"nummaxdevices: 1", b"nummaxdevices: 9"), good + b"#" * MIB):
+    for data, why in (
+        (b"", "line 1, column 1: the file has no rules; .*"),
+        (b"- devicematch: a\n  with", "line 2, column .*"),
+        (b"- devicematch: \xff", "'utf-8' codec can't decode byte 0xff .*"),
+        (good + b"#" * MIB, f"it is longer than {MIB} bytes"),
+    ):
         kept.write_bytes(data)
-        is_ignored("it is damaged")
-    kept.write_bytes(good.replace(os.fsencode(node.conf), b"/etc/other.yaml"))
-    is_ignored(f'it is not the last good text of "{node.conf}"')
+        is_ignored(why)
     kept.write_bytes(good)
     kept.chmod(0o620)
     is_ignored("somebody other than root may have written it")
@@ -2326,21 +2330,19 @@ def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet,
         kubelet.wait_for("nvidia-gpu0", Healthy=slots)
     daemon.says(f"WARNING cannot keep the last good text of .* for the next start: {kept_conf(node)}: Is a directory\n")
     assert daemon.log.count("cannot keep") == 1
-    assert not kept_conf(node).with_name(kept_conf(node).name + ".new").exists()
     kept_conf(node).rmdir()
-    kept_conf(node).with_name(kept_conf(node).name + ".new").symlink_to(node.conf)  # of a daemon that was killed, say
     node.rules(GPU_RULE.format(4))
-    wait_for(lambda: kept_conf(node).exists() and kept_conf(node).read_text().endswith(GPU_RULE.format(4)))
-    assert node.conf.read_text() == GPU_RULE.format(4)
+    wait_for(lambda: kept_conf(node).exists() and kept_conf(node).read_text() == GPU_RULE.format(4))
+    assert list(node.plugins.glob("smarter-device-manager-*")) == [kept_conf(node)]
 
 
-def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(node: Node) -> None:
-    """A copy with outdated rules would be worse than none. A new directory has none."""
+def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
+    """A disk that is full takes nobody's last good rules away, and they are better than none."""
     texts = [GPU_RULE.format(slots) for slots in (1, 2)]
     node.rules(texts[0])
     conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
     conf.start()
-    assert kept_conf(node).read_text().endswith(texts[0])
+    assert kept_conf(node).read_text() == texts[0]
     node.rules(texts[1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # as on a full disk, no file can be written
@@ -2348,21 +2350,68 @@ def test_rules_that_could_not_be_kept_are_kept_later_and_older_ones_are_removed(
         assert conf.follow()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert kept_conf(node).read_text() == ""
+    assert os.listdir(node.plugins) == [kept_conf(node).name]
+    node.rules("- devicematch: (\n")
+    again = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
+    again.start()
+    assert again.rules == sdm.parse_rules(texts[0])
     assert not conf.follow()
-    assert kept_conf(node).read_text().endswith(texts[1])
+    assert kept_conf(node).read_text() == texts[1]
     kept_conf(node).unlink()
-    left = [kept_conf(node).with_name(f"{kept_conf(node).name}.{digit * 16}.new") for digit in "01"]
-    for path in left:  # of a daemon that was killed, and of one that writes at this moment
-        path.touch()
-    os.utime(left[0], (0, 0))
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
-    assert [path.exists() for path in left] == [False, True]
     conf.follow()
-    assert kept_conf(node).read_text().endswith(texts[1])
     before = kept_conf(node).stat()
     conf.follow(reread=True)
     assert kept_conf(node).stat() == before
+
+
+def test_kept_files_that_a_killed_daemon_left_half_written_are_removed(node: Node) -> None:
+    names = [
+        kept_conf(node).name,
+        "smarter-device-manager-a.0123456789abcdef",
+        "smarter-null.sock",
+        ".0123456789abcdef",
+    ]
+    for name in names:
+        (node.plugins / name).touch()
+    asyncio.run(sdm.remove_leftovers(str(node.plugins)))
+    assert sorted(os.listdir(node.plugins)) == sorted(name for name in names if name != names[1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nothing",
+        "7",
+        "null",
+        '"text"',
+        "{}",
+        "[7]",
+        '["x"]',
+        "[{}]",
+        "[" * 100_000,
+        '[{"resource": "r", "path": "p", "attributes": 7, "values": []}]',
+        '[{"resource": "r", "path": "p", "attributes": [["a"]], "values": []}]',
+        '[{"resource": "r", "path": "p", "attributes": [[1, 2, 3]], "values": []}]',
+        '[{"resource": "r", "path": "p\\ud800", "attributes": [["serial", "1"]], "values": []}]',
+        '[{"resource": [], "path": null, "attributes": [[7, {}]], "values": [["serial", 7.5]]}]',
+        '[{"resource": "r", "path": "ttyUSB0", "attributes": [["serial", {"a": []}]], "values": {"ab": 1}}]',
+    ],
+)
+def test_a_kept_file_of_any_content_does_not_end_the_start(
+    node: Node, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    """It is used, or ignored with one line."""
+    path = node.plugins / "kept"
+    path.write_text(text)
+    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
+    assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
+    node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
+    side.start()
+    sdm.log_changes(sdm.EMPTY_PLAN, side.plan)
+    for found in side.plan.resources.values():
+        sdm._list_message(found).SerializeToString()
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
@@ -4304,7 +4353,7 @@ def test_the_document_of_a_conf_without_the_new_keys_is_what_it_was(board: Board
     assert text == json.dumps(document, indent=2) + "\n"
 
 
-STICK = {"ttyUSB0": "char 188:0", "serial/by-id/usb-x": "-> ../../ttyUSB0"}
+LINKED_STICK = {"ttyUSB0": "char 188:0", "serial/by-id/usb-x": "-> ../../ttyUSB0"}
 CARD = {"snd/controlC0": "char", "snd/timer": "char", "video0": "char"}
 BY_ID, BY_NUMBER = "- devicematch: ^serial/by-id/\n", "- {devicematch: ^ttyUSB, resource: zigbee}\n"
 
@@ -4312,16 +4361,20 @@ BY_ID, BY_NUMBER = "- devicematch: ^serial/by-id/\n", "- {devicematch: ^ttyUSB, 
 @pytest.mark.parametrize(
     ("tree", "conf", "wanted"),
     [
-        (STICK, BY_ID + BY_NUMBER, {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("zigbee", 2)}}),
+        (LINKED_STICK, BY_ID + BY_NUMBER, {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("zigbee", 2)}}),
         (
-            STICK,
+            LINKED_STICK,
             "- devicematch: usb\n- devicematch: USB\n",
             {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 2)}},
         ),
-        (STICK, "- devicematch: (?i)usb\n", {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 1)}}),
-        (STICK, "- {devicematch: '(?i)usb', resource: zigbee}\n", {}),  # a pool has it once
-        (STICK, "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n", {}),  # the last rule counts
-        (STICK, BY_ID + BY_NUMBER.replace("}", ", nummaxdevices: 0}"), {}),  # no pod can have it
+        (LINKED_STICK, "- devicematch: (?i)usb\n", {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 1)}}),
+        (LINKED_STICK, "- {devicematch: '(?i)usb', resource: zigbee}\n", {}),  # a pool has it once
+        (
+            LINKED_STICK,
+            "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n",
+            {},
+        ),  # the last rule counts
+        (LINKED_STICK, BY_ID + BY_NUMBER.replace("}", ", nummaxdevices: 0}"), {}),  # no pod can have it
         (CARD, "- devicematch: ^snd$\n- devicematch: ^snd/t\n", {"/dev/snd/timer": {("snd", 1), ("snd_timer", 2)}}),
         (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- devicematch: ^snd/t\n", {}),
         (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- {devicematch: ^snd/c, with: [snd/timer]}\n", {}),
@@ -4336,11 +4389,21 @@ def test_a_node_that_several_resources_offer_is_found(
     assert {node: {(offer.resource, offer.line) for offer in offers} for node, offers in shared.items()} == wanted
 
 
+def test_the_example_of_the_readme_offers_no_stick_twice(board: Board) -> None:
+    usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "Sonoff Zigbee 3.0 USB Dongle Plus", "A1")
+    usb_serial(board, "ttyACM0", "166:0", "1-1.3", "2341", "0043", "Uno", "B2")
+    board.tree |= {"serial/by-id/usb-z": "-> ../../ttyUSB0", "serial/by-id/usb-a": "-> ../../ttyACM0"}
+    (conf,) = re.findall(r"```yaml\n(- devicematch: .*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    plan = board.plan(conf)
+    assert listed(plan) == {"serial_by-id_usb-a": ["serial/by-id/usb-a"], "zigbee": ["serial/by-id/usb-z"]}
+    assert not sdm.find_shared(plan)
+
+
 @needs_root
 def test_a_node_that_several_resources_offer_is_shown_and_logged_once(
     node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
-    build(node.dev, STICK)
+    build(node.dev, LINKED_STICK)
     node.rules(BY_ID + BY_NUMBER)
     daemon = start("--listen", "127.0.0.1:0")
     told = "/dev/ttyUSB0: several resources offer it (lines 1, 2), so several pods can have it at once"
@@ -5248,6 +5311,7 @@ def test_the_examples_of_the_page_find_what_they_say(
 ) -> None:
     made(board)
     plan = board.plan(page_conf(name), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    assert not sdm.find_shared(plan)
     snapshot = snapshot_of(board.tree)
     assert {
         f"{found.name} {device.path}": (device.slots, *given_to(one, snapshot))
@@ -5574,6 +5638,16 @@ def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None
     daemon.process.send_signal(signum)
     assert daemon.process.wait(PATIENCE) == 0
     assert time.monotonic() - began < 2.0
+    assert not sockets(node)
+
+
+@needs_root
+def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet) -> None:
+    """That of 2,000 resources was cut short after 1.5 s, and 1,029 sockets stayed."""
+    names = offer_many(node, 50)
+    daemon = broken_daemon(node, "sdm.RETIRE_PAUSE = 0.6")
+    wait_ready(kubelet, names)
+    assert daemon.stop() == 0
     assert not sockets(node)
 
 
@@ -12937,8 +13011,7 @@ def test_the_last_lines_are_written_if_somebody_reads(
 def test_the_reason_why_it_does_not_start_is_the_last_line(node: Node) -> None:
     """And the process ends even if nobody reads it."""
     node.rules("- devicematch: [\n")
-    kept = sdm.kept_path(str(node.plugins), sdm.DEFAULT_DOMAIN, "conf")
-    os.mkdir(kept)
+    kept_conf(node).mkdir()
     done = node.run()
     assert done.returncode == 1
     first, last = done.stderr.splitlines()
