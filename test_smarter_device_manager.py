@@ -1789,9 +1789,8 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         for action in sdm.build_parser()._actions
         if action.metavar and action.default is not None
     }
-    assert environment - options.keys() == {  # the unit is for device plugins
-        *("--api", "--kubelet-dir", "--cdi-dir", "--node-name", "--kube-api", "--kube-token-file", "--kube-ca-file"),
-    }
+    dra_only = {"--api", "--kubelet-dir", "--cdi-dir", "--kube-api", "--kube-token-file", "--kube-ca-file"}
+    assert environment - options.keys() - dra_only == {"--node-name"}
 
 
 def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
@@ -1822,7 +1821,8 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
     ],
 )
 def test_quoting_in_a_unit(text: str, word: str) -> None:
-    assert sdm._systemd_word(text) == word
+    assert sdm._systemd_argument(text) == word
+    assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
 
 
 @pytest.mark.parametrize(
@@ -1838,8 +1838,28 @@ def test_quoting_in_a_unit(text: str, word: str) -> None:
         (["--manifest", "--image=my image"], 2, '"my image" is not the name of an image, such as docker.io/'),
         (["--manifest", "--image="], 2, '"" is not the name of an image'),
         (["--manifest", "--namespace=Lab"], 2, '"Lab" is not a namespace: lower-case letters'),
-        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
-        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--list", "--namespace=lab"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (["--image=python"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (["--pip-ca=/ca.crt"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (
+            ["--manifest", "--pip-index=pypi.example.com"],
+            2,
+            '"pypi.example.com" is not a URL of an index that pip trusts',
+        ),
+        (["--manifest", "--pip-ca=/nowhere/ca.crt"], 1, "cannot read /nowhere/ca.crt: No such file or directory"),
+        (["--manifest", f"--pip-ca={HERE}/conf.yaml"], 1, f"{HERE}/conf.yaml has no CA certificate in PEM format"),
+        (
+            ["--manifest", "--listen=127.0.0.1:80"],
+            1,
+            "--manifest does not take --listen 127.0.0.1:80: the kubelet probes",
+        ),
+        (["--manifest", "--listen=:0"], 1, "--manifest does not take --listen :0: the kubelet probes"),
+        (
+            ["--manifest", "--node-name=pi"],
+            1,
+            "--manifest does not take --node-name: one manifest is for all nodes, and",
+        ),
+        (["--manifest", "--cdi-dir=/c"], 1, "--manifest does not take --cdi-dir: it goes with --api dra, which"),
         (["--manifest", "--list"], 2, "not allowed with argument"),
     ],
 )
@@ -1849,12 +1869,43 @@ def test_what_the_printing_modes_refuse(arguments: list[str], status: int, messa
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, node.root)
-    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest contains" in done.stderr
+
+    def fault() -> str:
+        command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr.splitlines()[-1].partition(": ")[2]
+
+    for name in ("api_pb2.py", "api_pb2_grpc.py", "daemonset.yaml"):
+        assert fault().startswith(f"cannot read {node.root}/{name}: No such file or directory; the manifest is made of")
+        shutil.copy(HERE / name, node.root)
+    daemonset = node.root / "daemonset.yaml"
+    daemonset.write_text(daemonset.read_text().replace("containerPort: 8080", "containerPorts: 8080"))
+    assert fault() == f"{daemonset} is not the one that came with this script: nothing in it matches containerPort: .*"
+
+
+def test_every_option_has_its_place_in_a_manifest_and_in_a_unit(node: Node) -> None:
+    modes = {"help", "check", "list", "dry_run", "status", "systemd_unit", "manifest", "version", "json", "attributes"}
+    options = {action.dest: action.option_strings[0] for action in sdm.build_parser()._actions}
+    assert sdm.MANIFEST_OPTIONS.keys() == options.keys() - modes
+    for name, way in sdm.MANIFEST_OPTIONS.items():
+        if way not in (sdm.ARGUMENT, sdm.PART):
+            given = f"{options[name]}=/x"
+            assert (
+                bare("--manifest", given)
+                .stderr.splitlines()[-1]
+                .endswith(f"--manifest does not take {options[name]}: {way}")
+            )
+            assert systemd_unit(node, given)["ExecStart"][0].endswith(f" {given}")
+
+
+def test_a_manifest_takes_options_of_the_environment() -> None:
+    done = bare("--manifest", SMARTER_DEVICE_MANAGER_LISTEN=":9100", SMARTER_DEVICE_MANAGER_INTERVAL="0.50")
+    assert '            - --listen=:9100\n            - "--interval=0.5"\n' in done.stdout
+    done = bare("--manifest", SMARTER_DEVICE_MANAGER_NODE_NAME="pi")
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -463,6 +464,7 @@ def test_the_printed_manifest_is_valid_and_small_enough() -> None:
 def test_it_holds_the_script_its_stubs_and_the_conf() -> None:
     conf, files, _ = (item.get("data") for item in printed_manifest())
     assert conf == {"conf.yaml": CONF.read_text()}
+    assert (files.pop("install.py"), files.pop("requirements.txt")) == (sdm.INSTALL_PACKAGES, sdm.REQUIREMENTS)
     assert files == {name: (ROOT / name).read_text() for name in (SCRIPT_NAME, *STUBS)}
 
 
@@ -491,25 +493,50 @@ def test_its_daemonset_is_daemonset_yaml_but_for_what_the_image_lacks() -> None:
 
 
 def test_the_manifest_follows_its_options(tmp_path: Path) -> None:
-    conf = tmp_path / "conf.yaml"
+    conf, authority = tmp_path / "conf.yaml", tmp_path / "ca.crt"
     conf.write_text("  # a line that is indented\n- devicematch: 'ü'\n\n\n")
+    authority.write_text("-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n")
     path = PATHS_OF["k0s"]
     objects = printed_manifest(
-        "--namespace=lab", "--image=registry.local:5000/python:3.9@sha256:0a", f"--conf={conf}",
+        "--namespace=lab", "--image=registry.local:5000/python:3.13@sha256:0a", f"--conf={conf}",
         f"--plugin-dir={path}/device-plugins", "--domain=example.com", "--interval=0.5", "--log-level=debug",
+        "--log-format=json", "--listen=0.0.0.0:9100", "--dev-dir=/m/dev", "--sys-dir=/m/sys",
+        "--pip-index=https://pypi.local/simple", f"--pip-ca={authority}",
     )  # fmt: skip
     assert_valid(objects)
     assert {item["metadata"]["namespace"] for item in objects} == {"lab"}
     assert objects[0]["data"]["conf.yaml"] == conf.read_text().rstrip("\n") + "\n"
-    paths = [volume["hostPath"]["path"] for volume in pod(objects)["volumes"] if "hostPath" in volume]
-    assert paths[:2] == [f"{path}/device-plugins", f"{path}/pod-resources"]
-    assert paths[-1] == f"/var/lib/{NAME}/registry.local_5000_python_3.9_sha256_0a"
-    assert container(objects)["args"][4:] == ["--domain=example.com", "--interval=0.5", "--log-level=debug"]
-    assert container(objects)["image"] == "registry.local:5000/python:3.9@sha256:0a"
+    assert objects[1]["data"]["pip-ca.crt"] == authority.read_text()
+    packages, *paths = [volume["hostPath"]["path"] for volume in pod(objects)["volumes"] if "hostPath" in volume]
+    assert paths == [f"{path}/device-plugins", f"{path}/pod-resources", "/m/dev", "/m/sys/dev", "/m/sys/devices"]
+    folder = f"/var/lib/{NAME}/registry.local_5000_python_3.13_sha256_0a-{sdm.short_hash(sdm.REQUIREMENTS)}"
+    assert packages == folder  # which another version with other pins does not share
+    main = container(objects)
+    assert (main["args"][3], main["ports"][0]["containerPort"]) == ("--listen=:9100", 9100)
+    assert main["args"][4:] == ["--domain=example.com", "--interval=0.5", "--log-level=debug", "--log-format=json"]
+    (install,) = pod(objects)["initContainers"]
+    assert install["image"] == main["image"] == "registry.local:5000/python:3.13@sha256:0a"
+    assert install["env"][-2:] == [
+        {"name": "PIP_INDEX_URL", "value": "https://pypi.local/simple"},
+        {"name": "PIP_CERT", "value": "/app/pip-ca.crt"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("socket", "folder", "argument"),
+    [("/run/k/kubelet.sock", "/run/k", []), ("/run/k/pods", "/run/k", ["/var/lib/kubelet/pod-resources/pods"])],
+)
+def test_the_manifest_mounts_the_folder_of_the_pod_resources_socket(
+    socket: str, folder: str, argument: list[str]
+) -> None:
+    objects = printed_manifest(f"--pod-resources-socket={socket}")
+    (path,) = (item["hostPath"]["path"] for item in pod(objects)["volumes"] if item["name"] == "pod-resources")
+    assert path == folder
+    assert container(objects)["args"][4:] == [f"--pod-resources-socket={path}" for path in argument]
 
 
 def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -> None:
-    for name in (SCRIPT_NAME, *STUBS):
+    for name in (SCRIPT_NAME, *STUBS, "daemonset.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / SCRIPT_NAME).write_text((ROOT / SCRIPT_NAME).read_text() + "# another\n")
     (tmp_path / "conf.yaml").write_text("- devicematch: ^null$\n")
@@ -524,8 +551,8 @@ def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -
     assert template(tmp_path / SCRIPT_NAME) != ours
 
 
-def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
-    """Put a wheel of NAME into FOLDER, so that pip can install it without an index."""
+def wheel(folder: Path, name: str, files: dict[str, str]) -> str:
+    """Put a wheel of NAME into FOLDER, for pip without an index. Returns its line of requirements."""
     info = f"{name}-99.0.dist-info"
     files = {
         **files,
@@ -533,9 +560,11 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
-    with zipfile.ZipFile(folder / f"{name}-99.0-py3-none-any.whl", "w") as archive:
-        for path, text in {**files, f"{info}/RECORD": record}.items():
-            archive.writestr(path, text)
+    path = folder / f"{name}-99.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(member, text)
+    return f"{name}==99.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
@@ -543,22 +572,32 @@ def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: P
     wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
     for folder in (wheels, packages, app):
         folder.mkdir()
-    wheel(wheels, "grpcio", {"grpc_x/__init__.py": ""})
-    wheel(wheels, "protobuf", {"protobuf_x/__init__.py": ""})
+    requirements = wheel(wheels, "grpcio", {"grpc_x/__init__.py": ""})
+    requirements += wheel(wheels, "protobuf", {"protobuf_x/__init__.py": ""})
     (app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
+
+    def moved(text: str) -> str:
+        return text.replace("/packages", str(packages)).replace("/app", str(app))
+
     (install,) = pod(printed_manifest())["initContainers"]
-    python, *arguments = (part.replace("/packages", str(packages)) for part in install["command"])
-    assert python == "python3"
-    values = {item["name"]: item["value"].replace("/packages", str(packages)) for item in install["env"]}
+    assert (install["command"], install["workingDir"]) == (["python3", "install.py"], "/app")
+    (app / "install.py").write_text(moved(sdm.INSTALL_PACKAGES))
+    (app / "requirements.txt").write_text(requirements)
+    values = {item["name"]: moved(item["value"]) for item in install["env"]}
 
     def start(**environment: str) -> subprocess.CompletedProcess[str]:
         env = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **values, **environment}
-        command = [sys.executable, *arguments]
+        command = [sys.executable, "install.py"]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=app)
 
     done = start()  # without internet, and nothing there yet
     assert done.returncode == 1 and "No matching distribution found for grpcio" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("the packages are pinned for Python 3.13 on amd64, arm64 and arm/v7")
     assert not (packages / "installed").exists()
+    (app / "requirements.txt").write_text(re.sub("(?<=sha256:)....", "0000", requirements))
+    done = start(PIP_FIND_LINKS=str(wheels))
+    assert done.returncode == 1 and not (packages / "grpc_x").exists()  # other wheels than those that are pinned
+    (app / "requirements.txt").write_text(requirements)
     done = start(PIP_FIND_LINKS=str(wheels))
     assert done.returncode == 0, done.stderr
     assert (packages / "grpc_x/__init__.py").exists() and (packages / "installed").exists()
@@ -577,6 +616,28 @@ def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: P
     assert (packages / "protobuf_x").exists()
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "armv7l"])
+def test_the_pinned_packages_can_be_installed_on_each_platform(tmp_path: Path, machine: str) -> None:
+    """If this fails, a wheel has gone: pin the newest versions, with the hashes that pip download and pip hash give."""
+    (tmp_path / "requirements.txt").write_text(sdm.REQUIREMENTS)
+    platforms = [f"manylinux2014_{machine}", f"manylinux_2_28_{machine}", f"linux_{machine}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--require-hashes",
+        "--only-binary=:all:",
+        "--python-version=3.13",
+    ]
+    command += ["--dest", str(tmp_path / "wheels"), "--requirement", str(tmp_path / "requirements.txt")]
+    command += [f"--platform={platform}" for platform in platforms]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {path.name.partition("-")[0] for path in (tmp_path / "wheels").iterdir()}
+    assert names == {"grpcio", "protobuf", "typing_extensions"}
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
 @pytest.mark.parametrize(("arguments", "exposure"), [([], 13), (["--listen=127.0.0.1:8080"], 19)])
 def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], exposure: int) -> None:
@@ -590,6 +651,24 @@ def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], ex
     command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={exposure}", "--no-pager", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+def test_a_unit_of_a_folder_with_a_strange_name_is_right(tmp_path: Path) -> None:
+    folder = tmp_path / "a b%h$HOME"
+    folder.mkdir()
+    shutil.copy(ROOT / SCRIPT_NAME, folder)
+    (folder / "python3").symlink_to(os.path.realpath(sys.executable))
+    command = [folder / "python3", "-I", "-S", folder / SCRIPT_NAME, "--systemd-unit", "--plugin-dir=/var/c d%t$HOME"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"\nWorkingDirectory={tmp_path}/a b%%h$HOME\n" in text
+    assert f'\nRequiresMountsFor="{tmp_path}/a b%%h$HOME" "/var/c d%%t$HOME"\n' in text
+    assert '\nReadWritePaths=-"/var/c d%%t$HOME"\n' in text
+    assert '\nExecStartPre=+/bin/mkdir -p -m 0750 "/var/c d%%t$$HOME"\n' in text
+    unit = tmp_path / f"{NAME}.service"
+    unit.write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,7 +723,7 @@ def test_the_installed_command_works_without_options(packages: Path, tmp_path: P
     assert done.stderr.startswith(f"{NAME}: no config file is given")
     assert run("--list").returncode == 0
     assert run("--help").stdout.startswith(f"usage: {NAME} ")
-    assert run("--manifest").stdout == printed("--manifest")
+    assert f"cannot read {tmp_path}/daemonset.yaml: " in run("--manifest").stderr  # that is for a copy of the project
     unit = run("--systemd-unit").stdout  # empty where this very Python is below a home folder
     assert not unit or f"WorkingDirectory={tmp_path}\n" in unit
 
@@ -778,8 +857,9 @@ COMMANDS = {
         "test_status_prints_a_running_daemons_state"
     ),
     r"journalctl -u smarter-device-manager": CANNOT + "no node",
-    r"python3 smarter_device_manager\.py --manifest (--conf my-conf\.yaml )?\| kubectl .*": CANNOT
+    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*": CANNOT
     + "no cluster; test_the_printed_manifest_is_valid... validates it",
+    r"docker buildx imagetools .*": CANNOT + "no Docker engine",
     r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
