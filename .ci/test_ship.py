@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
@@ -736,7 +737,7 @@ def test_the_installed_command_works_without_options(packages: Path, tmp_path: P
 def test_dra_adds_exactly_what_it_needs() -> None:
     plain, dra = render(), render({"api": "dra"})
     added = [item["kind"] for item in dra if item["kind"] not in [other["kind"] for other in plain]]
-    policy = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+    policy = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] * 2
     assert sorted(added) == sorted(["ServiceAccount", "ClusterRole", "ClusterRoleBinding", *policy])
     assert_valid([item for item in dra if item["kind"] not in policy])
     was, now = pod(plain), pod(dra)
@@ -780,17 +781,59 @@ def test_its_rights_are_these_and_no_more() -> None:
     assert pod(dra)["serviceAccountName"] == "cameras"
 
 
+def policies(objects: list[dict[str, Any]]) -> list[Any]:
+    """The specs of the admission policies, each of which denies what it does not allow the daemon."""
+    bound = [item["spec"] for item in objects if item["kind"] == "ValidatingAdmissionPolicyBinding"]
+    found = [item for item in objects if item["kind"] == "ValidatingAdmissionPolicy"]
+    assert bound == [{"policyName": item["metadata"]["name"], "validationActions": ["Deny"]} for item in found]
+    for item in found:
+        assert item["spec"]["failurePolicy"] == "Fail"
+        assert f'"system:serviceaccount:kube-system:{NAME}"' in item["spec"]["matchConditions"][0]["expression"]
+    return [item["spec"] for item in found]
+
+
 def test_each_node_can_write_its_own_slices_only() -> None:
-    dra = render({"api": "dra", "domain": "example.com"})
-    spec = pick(dra, "ValidatingAdmissionPolicy")["spec"]
-    assert spec["failurePolicy"] == "Fail"
+    spec, _ = policies(render({"api": "dra", "domain": "example.com"}))
     (rule,) = spec["matchConstraints"]["resourceRules"]
     assert (rule["resources"], set(rule["operations"])) == (["resourceslices"], {"CREATE", "UPDATE", "DELETE"})
-    assert f'"system:serviceaccount:kube-system:{NAME}"' in spec["matchConditions"][0]["expression"]
     assert "authentication.kubernetes.io/node-name" in spec["variables"][0]["expression"]
     assert 'driver == "example.com"' in spec["validations"][1]["expression"]
-    binding = pick(dra, "ValidatingAdmissionPolicyBinding")["spec"]
-    assert (binding["policyName"], binding["validationActions"]) == (NAME, ["Deny"])
+
+
+@pytest.mark.parametrize(
+    ("name", "resource", "allowed"),
+    [
+        ("example.com", None, True),
+        (None, "tty", True),
+        ("tty.example.com", "example.org/tty", False),
+        ("tty.example.com", "example.com", False),
+        ("example.org", None, False),
+        ("bad-example.com", "example.com/tty", False),
+    ],
+)
+def test_the_daemon_can_make_classes_of_its_own_domain_only(
+    name: str | None, resource: str | None, allowed: bool
+) -> None:
+    """The expressions are simple enough for Python to evaluate them."""
+    _, spec = policies(render({"api": "dra", "domain": "example.com"}))
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    assert (rule["resources"], set(rule["operations"])) == (["deviceclasses"], {"CREATE", "UPDATE"})
+    item = sdm.device_class("example.com", resource or "")
+    if name:
+        item["metadata"]["name"] = name
+        if resource:
+            item["spec"]["extendedResourceName"] = resource
+    words = {"||": "or", "!has(object.spec.extendedResourceName)": "not has", "endsWith": "endswith"}
+    words["startsWith"] = "startswith"
+    asked = SimpleNamespace(metadata=SimpleNamespace(**item["metadata"]), spec=SimpleNamespace(**item["spec"]))
+    scope = {"object": asked, "has": hasattr(asked.spec, "extendedResourceName")}
+    results = []
+    for validation in spec["validations"]:
+        expression = validation["expression"]
+        for cel, python in words.items():
+            expression = expression.replace(cel, python)
+        results.append(eval(expression, scope))
+    assert all(results) == allowed
 
 
 def gone_device() -> dict[str, Any]:
