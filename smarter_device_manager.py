@@ -20,7 +20,7 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
 The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
-kubelet, Command line. Each of them needs only those above it.
+kubelet, Command line, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -186,23 +186,9 @@ class Pairs(list["tuple[Node, Node]"]):
     """The keys and values of a mapping. The type tells {} from []."""
 
 
-def parse_yaml(text: str) -> Any:
-    """Return what yaml.safe_load(text) returns, or raise ConfigError."""
-    return _plain_value(compose_yaml(text))
-
-
 def compose_yaml(text: str) -> Node:
     """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
-
-
-def _plain_value(node: Node) -> Any:
-    value = node.value
-    if isinstance(value, Pairs):
-        return {key.value: _plain_value(item) for key, item in value}
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return [_plain_value(item) for item in value]
 
 
 class _Parser:
@@ -1345,82 +1331,26 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules without a config file. This is conf.yaml, word for word; a test compares them.
-DEFAULT_CONF = r"""
-# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
-# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
-# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
-
-# Sound: a container gets the whole folder, with every card and its controls.
-- devicematch: ^snd$
-  nummaxdevices: 20
-
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
-- devicematch: ^gpiomem[0-9]*$
-  nummaxdevices: 40
-- devicematch: ^gpiochip[0-9]*$
-  nummaxdevices: 20
-
-# Bluetooth.
-- devicematch: ^hci[0-9]*$
-  nummaxdevices: 1
-
-# I2C and SPI buses.
-- devicematch: ^i2c-[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^spidev[0-9]*\.[0-9]*$
-  nummaxdevices: 1
-
-# The real-time clock.
-- devicematch: ^rtc0$
-  nummaxdevices: 20
-
-# Cameras, tuners, codecs (V4L).
-- devicematch: ^video[0-9]*$
-  nummaxdevices: 20
-
-# The VideoCore's own interfaces: message queue and shared memory.
-- devicematch: ^vchiq$
-  nummaxdevices: 20
-- devicematch: ^vcsm.*$
-  nummaxdevices: 20
-
-# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
-- devicematch: ^ttyUSB[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyACM[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyTHS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyAMA[0-9]*$
-  nummaxdevices: 1
-
-# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
-- devicematch: nvidia-gpu
-  nummaxdevices: 10
-
-# These give a container more power than most should have. Remove the "# " in front of what you need.
-
-# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
-# - devicematch: ^net/tun$
-#   nummaxdevices: 20
-
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
-# - devicematch: ^fuse$
-#   nummaxdevices: 20
-
-# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
-# - devicematch: ^kvm$
-#   nummaxdevices: 20
-
-# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
-# - devicematch: ^dri/renderD[0-9]*$
-#   nummaxdevices: 20
-# - devicematch: ^dri/card[0-9]*$
-#   nummaxdevices: 1
-""".lstrip()
+# The rules without a config file are those of conf.yaml: pattern and slots of each; a test compares them.
+DEFAULT_RULES = (
+    ("^snd$", 20),
+    ("^gpiomem[0-9]*$", 40),
+    ("^gpiochip[0-9]*$", 20),
+    ("^hci[0-9]*$", 1),
+    ("^i2c-[0-9]*$", 1),
+    (r"^spidev[0-9]*\.[0-9]*$", 1),
+    ("^rtc0$", 20),
+    ("^video[0-9]*$", 20),
+    ("^vchiq$", 20),
+    ("^vcsm.*$", 20),
+    ("^ttyUSB[0-9]*$", 1),
+    ("^ttyACM[0-9]*$", 1),
+    ("^ttyTHS[0-9]*$", 1),
+    ("^ttyS[0-9]*$", 1),
+    ("^ttyAMA[0-9]*$", 1),
+    ("nvidia-gpu", 10),
+)
+DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" for pattern, slots in DEFAULT_RULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
