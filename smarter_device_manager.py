@@ -8379,9 +8379,7 @@ def _read_text(path: str) -> str:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise Problem(
-            f"cannot read {path}: {why}; the manifest is made of daemonset.yaml, the script and its two stubs"
-        ) from None
+        raise Problem(f"cannot read {path}: {why}; the manifest is made from it") from None
 
 
 def _read_good_conf(path: str) -> str:

@@ -1891,7 +1891,7 @@ def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
         return done.stderr.splitlines()[-1].partition(": ")[2]
 
     for name in ("api_pb2.py", "api_pb2_grpc.py", "daemonset.yaml"):
-        assert fault().startswith(f"cannot read {node.root}/{name}: No such file or directory; the manifest is made of")
+        assert fault().startswith(f"cannot read {node.root}/{name}: No such file or directory; the manifest is made")
         shutil.copy(HERE / name, node.root)
     daemonset = node.root / "daemonset.yaml"
     daemonset.write_text(daemonset.read_text().replace("containerPort: 8080", "containerPorts: 8080"))

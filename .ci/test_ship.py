@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -568,53 +572,105 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> str:
     return f"{name}==99.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
+class InitContainer:
+    """That of the manifest with OPTIONS, in FOLDER, with made-up wheels and a module that imports them as the script."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.app, self.packages, self.wheels = (folder / name for name in ("app", "packages", "wheels"))
+        for path in (self.app, self.packages, self.wheels):
+            path.mkdir()
+        objects = printed_manifest(*options)
+        for name, text in objects[1]["data"].items():
+            (self.app / name).write_text(self._moved(text))
+        (self.app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
+        self.requirements = wheel(self.wheels, "grpcio", {"grpc_x/__init__.py": ""})
+        self.requirements += wheel(self.wheels, "protobuf", {"protobuf_x/__init__.py": ""})
+        (self.app / "requirements.txt").write_text(self.requirements)
+        (self._spec,) = pod(objects)["initContainers"]
+
+    def _moved(self, text: str) -> str:
+        return text.replace("/packages", str(self.packages)).replace("/app", str(self.app))
+
+    def start(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {item["name"]: self._moved(item["value"]) for item in self._spec["env"]}
+        env = {
+            "PATH": os.environ["PATH"],
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_RETRIES": "0",
+            **variables,
+            **environment,
+        }
+        python, *arguments = self._spec["command"]
+        assert (python, self._spec["workingDir"]) == ("python3", "/app")
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=self.app)
+
+
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
-    """With made-up wheels in place of the packages, and a module that imports them in place of the script."""
-    wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
-    for folder in (wheels, packages, app):
-        folder.mkdir()
-    requirements = wheel(wheels, "grpcio", {"grpc_x/__init__.py": ""})
-    requirements += wheel(wheels, "protobuf", {"protobuf_x/__init__.py": ""})
-    (app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
-
-    def moved(text: str) -> str:
-        return text.replace("/packages", str(packages)).replace("/app", str(app))
-
-    (install,) = pod(printed_manifest())["initContainers"]
-    assert (install["command"], install["workingDir"]) == (["python3", "install.py"], "/app")
-    (app / "install.py").write_text(moved(sdm.INSTALL_PACKAGES))
-    (app / "requirements.txt").write_text(requirements)
-    values = {item["name"]: moved(item["value"]) for item in install["env"]}
-
-    def start(**environment: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **values, **environment}
-        command = [sys.executable, "install.py"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=app)
-
-    done = start()  # without internet, and nothing there yet
+    init = InitContainer(tmp_path)
+    packages, wheels = init.packages, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(init.wheels)}
+    done = init.start(PIP_NO_INDEX="1")  # without internet, and nothing there yet
     assert done.returncode == 1 and "No matching distribution found for grpcio" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("the packages are pinned for Python 3.13 on amd64, arm64 and arm/v7")
     assert not (packages / "installed").exists()
-    (app / "requirements.txt").write_text(re.sub("(?<=sha256:)....", "0000", requirements))
-    done = start(PIP_FIND_LINKS=str(wheels))
-    assert done.returncode == 1 and not (packages / "grpc_x").exists()  # other wheels than those that are pinned
-    (app / "requirements.txt").write_text(requirements)
-    done = start(PIP_FIND_LINKS=str(wheels))
+    (init.app / "requirements.txt").write_text(re.sub("(?<=sha256:)....", "0000", init.requirements))
+    assert init.start(**wheels).returncode == 1  # the index has other wheels than those that are pinned
+    assert not (packages / "grpc_x").exists()
+    (init.app / "requirements.txt").write_text(init.requirements)
+    done = init.start(**wheels)
     assert done.returncode == 0, done.stderr
     assert (packages / "grpc_x/__init__.py").exists() and (packages / "installed").exists()
     assert list(packages.glob("pycache/**/smarter_device_manager.*.pyc"))
     before = sorted(path for path in packages.rglob("*") if "pycache" not in path.parts)
-    done = start()  # a node that boots without internet
+    done = init.start(PIP_NO_INDEX="1")  # a node that boots without internet
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(path for path in packages.rglob("*") if "pycache" not in path.parts) == before
     (packages / "installed").unlink()  # the power was cut while it installed
     (packages / "grpc_x/__init__.py").write_text("half a fi")
-    done = start(PIP_FIND_LINKS=str(wheels))
+    done = init.start(**wheels)
     assert done.returncode == 0, done.stderr
     assert (packages / "grpc_x/__init__.py").read_text() == ""
     shutil.rmtree(packages / "protobuf_x")  # or another Python, which cannot import what is there
-    assert start(PIP_FIND_LINKS=str(wheels)).returncode == 0
+    assert init.start(**wheels).returncode == 0
     assert (packages / "protobuf_x").exists()
+
+
+def test_the_init_container_installs_from_a_private_index_with_its_ca(tmp_path: Path) -> None:
+    site, key, certificate = (tmp_path / name for name in ("site", "key.pem", "ca.pem"))
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        str(key),
+    ]
+    command += ["-out", str(certificate), "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"https://localhost:{server.server_port}/simple"
+        for number, options in enumerate(
+            ([f"--pip-index={index}", f"--pip-ca={certificate}"], [f"--pip-index={index}"])
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            init = InitContainer(folder, *options)
+            for path in init.wheels.iterdir():
+                shutil.copytree(init.wheels, site / "simple" / path.name.partition("-")[0], dirs_exist_ok=True)
+            done = init.start()
+            trusted = "--pip-ca" in options[-1]
+            assert (done.returncode == 0) == trusted, done.stderr
+            assert trusted or "CERTIFICATE_VERIFY_FAILED" in done.stderr
+        server.shutdown()
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "armv7l"])
