@@ -20,7 +20,7 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
 The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Command
-line. Each of them needs only those above it, and the texts of the status page, which come last.
+line, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -187,23 +187,9 @@ class Pairs(list["tuple[Node, Node]"]):
     """The keys and values of a mapping. The type tells {} from []."""
 
 
-def parse_yaml(text: str) -> Any:
-    """Return what yaml.safe_load(text) returns, or raise ConfigError."""
-    return _plain_value(compose_yaml(text))
-
-
 def compose_yaml(text: str) -> Node:
     """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
-
-
-def _plain_value(node: Node) -> Any:
-    value = node.value
-    if isinstance(value, Pairs):
-        return {key.value: _plain_value(item) for key, item in value}
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return [_plain_value(item) for item in value]
 
 
 class _Parser:
@@ -1347,82 +1333,26 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules without a config file. This is conf.yaml, word for word; a test compares them.
-DEFAULT_CONF = r"""
-# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
-# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
-# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
-
-# Sound: a container gets the whole folder, with every card and its controls.
-- devicematch: ^snd$
-  nummaxdevices: 20
-
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
-- devicematch: ^gpiomem[0-9]*$
-  nummaxdevices: 40
-- devicematch: ^gpiochip[0-9]*$
-  nummaxdevices: 20
-
-# Bluetooth.
-- devicematch: ^hci[0-9]*$
-  nummaxdevices: 1
-
-# I2C and SPI buses.
-- devicematch: ^i2c-[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^spidev[0-9]*\.[0-9]*$
-  nummaxdevices: 1
-
-# The real-time clock.
-- devicematch: ^rtc0$
-  nummaxdevices: 20
-
-# Cameras, tuners, codecs (V4L).
-- devicematch: ^video[0-9]*$
-  nummaxdevices: 20
-
-# The VideoCore's own interfaces: message queue and shared memory.
-- devicematch: ^vchiq$
-  nummaxdevices: 20
-- devicematch: ^vcsm.*$
-  nummaxdevices: 20
-
-# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
-- devicematch: ^ttyUSB[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyACM[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyTHS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyAMA[0-9]*$
-  nummaxdevices: 1
-
-# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
-- devicematch: nvidia-gpu
-  nummaxdevices: 10
-
-# These give a container more power than most should have. Remove the "# " in front of what you need.
-
-# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
-# - devicematch: ^net/tun$
-#   nummaxdevices: 20
-
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
-# - devicematch: ^fuse$
-#   nummaxdevices: 20
-
-# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
-# - devicematch: ^kvm$
-#   nummaxdevices: 20
-
-# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
-# - devicematch: ^dri/renderD[0-9]*$
-#   nummaxdevices: 20
-# - devicematch: ^dri/card[0-9]*$
-#   nummaxdevices: 1
-""".lstrip()
+# The rules without a config file are those of conf.yaml: pattern and slots of each; a test compares them.
+DEFAULT_RULES = (
+    ("^snd$", 20),
+    ("^gpiomem[0-9]*$", 40),
+    ("^gpiochip[0-9]*$", 20),
+    ("^hci[0-9]*$", 1),
+    ("^i2c-[0-9]*$", 1),
+    (r"^spidev[0-9]*\.[0-9]*$", 1),
+    ("^rtc0$", 20),
+    ("^video[0-9]*$", 20),
+    ("^vchiq$", 20),
+    ("^vcsm.*$", 20),
+    ("^ttyUSB[0-9]*$", 1),
+    ("^ttyACM[0-9]*$", 1),
+    ("^ttyTHS[0-9]*$", 1),
+    ("^ttyS[0-9]*$", 1),
+    ("^ttyAMA[0-9]*$", 1),
+    ("nvidia-gpu", 10),
+)
+DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" for pattern, slots in DEFAULT_RULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8435,305 +8365,14 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
-# Installing: what --systemd-unit and --manifest print, with the values of the other options.
+# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
+# the other options.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
 STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
-
-SYSTEMD_UNIT = """\
-# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
-[Unit]
-Description=Offer the devices of this node to Kubernetes
-# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
-Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
-Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
-RequiresMountsFor={folder} {plugin_dir}
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-WatchdogSec=30
-Restart=on-failure
-RestartSec=2
-TimeoutStopSec=5
-WorkingDirectory={folder}
-Environment=MALLOC_ARENA_MAX=1
-# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
-ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
-# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
-ExecStartPre=-+{python} -m compileall -q -l .
-ExecStart={python} -m {module}{options}
-ExecReload=/bin/kill -HUP $MAINPID
-
-# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
-# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-ReadWritePaths=-{plugin_dir}
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateIPC=yes
-PrivateMounts=yes
-PrivateUsers=yes
-DevicePolicy=closed
-ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-ProtectProc=invisible
-ProcSubset=pid
-{network}
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-KeyringMode=private
-UMask=0077
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-# The DaemonSet is that of daemonset.yaml, and what is needed without an image; a test compares the two.
-MANIFEST = """\
-# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
-# Use kubectl apply --server-side, because the script does not fit into an annotation.
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: smarter-device-manager
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-data:
-  conf.yaml: |2
-{conf}
----
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: smarter-device-manager-script
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-data:
-{files}
----
-apiVersion: apps/v1
-kind: DaemonSet
-metadata:
-  name: smarter-device-manager
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-spec:
-  selector:
-    matchLabels:
-      app.kubernetes.io/name: smarter-device-manager
-  updateStrategy:
-    type: RollingUpdate
-    rollingUpdate:
-      maxSurge: 1
-      maxUnavailable: 0
-  template:
-    metadata:
-      labels:
-        app.kubernetes.io/name: smarter-device-manager
-      annotations:
-        smarter-device-manager/script: {digest} # another script is another pod
-    spec:
-      nodeSelector:
-        smarter-device-manager: enabled
-      tolerations:
-        - operator: Exists
-      priorityClassName: system-node-critical
-      automountServiceAccountToken: false
-      enableServiceLinks: false
-      terminationGracePeriodSeconds: 5
-      securityContext:
-        seccompProfile:
-          type: RuntimeDefault
-      initContainers:
-        - name: packages
-          image: {image}
-          imagePullPolicy: IfNotPresent
-          command:
-            - python3
-            - -c
-            - |2
-{install}
-          workingDir: /app
-          env:
-            - name: PYTHONPATH
-              value: /packages
-            - name: PYTHONPYCACHEPREFIX
-              value: /packages/pycache
-            - name: TMPDIR
-              value: /packages
-          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities:
-              drop:
-                - ALL
-          volumeMounts:
-            - name: script
-              mountPath: /app
-              readOnly: true
-            - name: packages
-              mountPath: /packages
-      containers:
-        - name: smarter-device-manager
-          image: {image}
-          imagePullPolicy: IfNotPresent
-          command:
-            - python3
-            - -m
-            - smarter_device_manager
-          args:
-            - --plugin-dir=/var/lib/kubelet/device-plugins
-            - --dev-dir=/host/dev
-            - --sys-dir=/host/sys
-            - --listen=:8080
-{options}          workingDir: /app
-          env:
-            - name: NODE_NAME
-              valueFrom:
-                fieldRef:
-                  fieldPath: spec.nodeName
-            - name: SMARTER_DEVICE_MANAGER_CONF
-              value: /root/config/conf.yaml
-            - name: PYTHONPATH
-              value: /packages
-            - name: PYTHONPYCACHEPREFIX
-              value: /packages/pycache
-            - name: PYTHONDONTWRITEBYTECODE
-              value: "1"
-            - name: MALLOC_ARENA_MAX
-              value: "1"
-          ports:
-            - name: http
-              containerPort: 8080
-          startupProbe:
-            httpGet:
-              path: /healthz
-              port: http
-            initialDelaySeconds: 2
-            periodSeconds: 2
-            timeoutSeconds: 5
-            failureThreshold: 30
-          livenessProbe:
-            httpGet:
-              path: /healthz
-              port: http
-            periodSeconds: 10
-            timeoutSeconds: 5
-          readinessProbe:
-            httpGet:
-              path: /readyz
-              port: http
-            periodSeconds: 5
-            timeoutSeconds: 5
-          resources:
-            requests:
-              cpu: 10m
-              memory: 48Mi
-            limits:
-              memory: 192Mi
-          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities:
-              drop:
-                - ALL
-          volumeMounts:
-            - name: plugins
-              mountPath: /var/lib/kubelet/device-plugins
-            - name: pod-resources
-              mountPath: /var/lib/kubelet/pod-resources
-              readOnly: true
-            - name: dev
-              mountPath: /host/dev
-              readOnly: true
-              recursiveReadOnly: IfPossible
-            - name: sys-dev
-              mountPath: /host/sys/dev
-              readOnly: true
-            - name: sys-devices
-              mountPath: /host/sys/devices
-              readOnly: true
-            - name: config
-              mountPath: /root/config
-              readOnly: true
-            - name: script
-              mountPath: /app
-              readOnly: true
-            - name: packages
-              mountPath: /packages
-              readOnly: true
-      volumes:
-        - name: plugins
-          hostPath:
-            path: {plugin_dir}
-            type: Directory
-        - name: pod-resources
-          hostPath:
-            path: {pod_resources}
-            type: DirectoryOrCreate
-        - name: dev
-          hostPath:
-            path: /dev
-            type: Directory
-        - name: sys-dev
-          hostPath:
-            path: /sys/dev
-            type: Directory
-        - name: sys-devices
-          hostPath:
-            path: /sys/devices
-            type: Directory
-        - name: config
-          configMap:
-            name: smarter-device-manager
-        - name: script
-          configMap:
-            name: smarter-device-manager-script
-        - name: packages
-          hostPath:
-            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
-            type: DirectoryOrCreate
-"""
-
-# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
-# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
-INSTALL_PACKAGES = """\
-import os, pathlib, subprocess, sys
-
-marker = pathlib.Path("/packages/installed")
-check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
-if not marker.exists() or subprocess.call(check):
-    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
-    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
-    if status:
-        sys.exit(status)
-    os.sync()
-    marker.touch()
-    sys.exit(subprocess.call(check))
-"""
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
@@ -8746,82 +8385,166 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             raise Problem(
                 f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
             )
-    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
-    socket_path = options.pod_resources_socket
-    if socket_path == DEFAULT_POD_RESOURCES:
-        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    given = {"conf": options.conf or "", **_given_options(options)}
+    socket_path = _pod_resources_socket(options)
     if socket_path != DEFAULT_POD_RESOURCES:
-        given.append(f"--pod-resources-socket={socket_path}")
+        given["pod_resources_socket"] = socket_path
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
-        given.append(f"--listen={address_text(options.listen)}")
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
     write_output(
         SYSTEMD_UNIT.format(
-            folder=_systemd_word(folder),
+            folder=folder.replace("%", "%%"),  # whole, without quotes
+            folder_word=_systemd_word(folder),
             module=os.path.splitext(name)[0],
             python=_systemd_word(sys.executable),
             plugin_dir=_systemd_word(options.plugin_dir),
-            options="".join(f" {_systemd_word(option)}" for option in given),
+            plugin_dir_argument=_systemd_argument(options.plugin_dir),
+            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
             network=network,
         )
     )
     return 0
 
 
-def _pod_resources_beside(plugin_dir: str) -> str:
-    """The kubelet's folder for its pod-resources socket, if PLUGIN_DIR is its directory for device plugins."""
-    return f"{os.path.dirname(plugin_dir)}/pod-resources"
+def _pod_resources_socket(options: argparse.Namespace) -> str:
+    """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
+    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
+        return str(options.pod_resources_socket)
+    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
 
 
 def _systemd_word(text: str) -> str:
-    """TEXT as one word in a unit file (systemd.syntax(7), systemd.service(5))."""
-    text = text.replace("%", "%%").replace("$", "$$")
+    """TEXT as one word in a list of paths, or as the path of a program, in a unit file (systemd.syntax(7))."""
+    text = text.replace("%", "%%")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
-def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
-    """The command line that sets PATHS, and the options for names and the log, to their values in OPTIONS. Defaults are
-    left out."""
-    shown = {
-        **{path: getattr(options, path) or "" for path in paths},
-        "domain": options.domain,
-        "interval": f"{options.interval:g}",
-        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
-        "log_format": options.log_format,
+def _systemd_argument(text: str) -> str:
+    """TEXT as an argument of a command in a unit file, where $ begins a variable (systemd.service(5))."""
+    return _systemd_word(text.replace("$", "$$"))
+
+
+def _given_options(options: argparse.Namespace) -> Dict[str, str]:
+    """The options with a value that the command line or the environment gives, and their values."""
+    on_command_line = build_parser().parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
+    return {
+        name: _option_text(value)
+        for name, value in vars(options).items()
+        if value is not None and not isinstance(value, bool)
+        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
     }
-    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
-    defaults.update(interval="1", log_format="text")
-    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def _option_text(value: Any) -> str:
+    """VALUE, as an option has it, as it is written on the command line."""
+    if isinstance(value, tuple):
+        return address_text(value)
+    if isinstance(value, int):
+        return logging.getLevelName(value).lower() if value else ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _command_line(values: Mapping[str, str]) -> List[str]:
+    return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
+
+
+# What becomes of an option under --manifest: an argument of the daemon, another part of the manifest, or a refusal that
+# says why.
+ARGUMENT, PART = "argument", "part"
+_DRA_ONLY = "it goes with --api dra, which --manifest does not support; use helm template, see docs/dra.md"
+MANIFEST_OPTIONS = {
+    **dict.fromkeys(("domain", "interval", "log_level", "log_format"), ARGUMENT),
+    **dict.fromkeys(("conf", "plugin_dir", "pod_resources_socket", "dev_dir", "sys_dir", "listen"), PART),
+    **dict.fromkeys(("api", "image", "namespace", "pip_index", "pip_ca"), PART),
+    **dict.fromkeys(("kubelet_dir", "cdi_dir", "kube_api", "kube_token_file", "kube_ca_file"), _DRA_ONLY),
+    "node_name": "one manifest is for all nodes, and Kubernetes tells each pod the name of its node; leave it out",
+}
 
 
 def print_manifest(options: argparse.Namespace) -> int:
-    """--manifest: print a manifest that runs this script in a cluster, with a public image of Python."""
+    """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
+    given = _given_options(options)
+    for name in given:
+        if MANIFEST_OPTIONS[name] not in (ARGUMENT, PART):
+            raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
     files = {"smarter_device_manager.py": _read_text(path)}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
-    import hashlib
-
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
+    if options.pip_ca:
+        files["pip-ca.crt"] = _read_text(options.pip_ca)
+        if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
+            raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
+    values = _manifest_values(options, given, "".join(files.values()))
+    conf = {"conf.yaml": _read_good_conf(options.conf)}
     write_output(
-        MANIFEST.format(
-            namespace=options.namespace or DEFAULT_NAMESPACE,
-            image=options.image or DEFAULT_IMAGE,
-            conf=_indented(_read_good_conf(options.conf), 4),
-            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
-            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
-            install=_indented(INSTALL_PACKAGES, 14),
-            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
-            plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
-            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        )
+        MANIFEST_HEAD
+        + _config_map("smarter-device-manager", values["namespace"], conf)
+        + _config_map("smarter-device-manager-script", values["namespace"], files)
+        + _daemonset(f"{folder}/daemonset.yaml", values)
     )
     return 0
+
+
+def _manifest_values(options: argparse.Namespace, given: Mapping[str, str], files: str) -> Dict[str, str]:
+    """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
+    host, port = options.listen or ("", 8080)
+    if host not in ("", "0.0.0.0", "::") or not port:
+        raise Problem(
+            f"--manifest does not take --listen {given['listen']}: the kubelet probes the pod at its own address "
+            "and a fixed port; leave the address out, as in --listen :8080"
+        )
+    image = options.image or DEFAULT_IMAGE
+    socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
+    arguments = {name: value for name, value in given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
+    if socket_name != "kubelet.sock":
+        arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
+    pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
+    packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    texts = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
+    return {
+        **{name: json.dumps(text) for name, text in texts.items()},
+        "namespace": options.namespace or DEFAULT_NAMESPACE,
+        "digest": short_hash(files),
+        "port": str(port),
+        "arguments": _list_items(_command_line(arguments)),
+        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+    }
+
+
+def _daemonset(path: str, values: Mapping[str, str]) -> str:
+    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
+    text = _read_text(path)
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
+    return text
+
+
+def _list_items(items: Iterable[object]) -> str:
+    """ITEMS as lines of a list in YAML, as deep as those of a container."""
+    return "".join(f"            - {json.dumps(item)}\n" for item in items)
+
+
+def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
+    texts = (f"  {file}: |2\n{_indented(text, 4)}\n" for file, text in files.items())
+    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
 
 
 def _indented(text: str, spaces: int) -> str:
@@ -8833,10 +8556,9 @@ def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except OSError as error:
-        raise Problem(
-            f"cannot read {path}: {error.strerror}; the manifest contains the script and its two stubs"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise Problem(f"cannot read {path}: {why}; the manifest is made from it") from None
 
 
 def _read_good_conf(path: str) -> str:
@@ -8908,6 +8630,10 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attributes", metavar="PATH", help=attributes_help)
     image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
     group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
+    index_help = "with --manifest: the package index to install from, instead of PyPI"
+    group.add_argument("--pip-index", metavar="URL", type=_argument(_https_url), help=index_help)
+    ca_help = "with --manifest: the CA certificates (PEM) of that index"
+    group.add_argument("--pip-ca", metavar="FILE", type=_argument(_path), help=ca_help)
     namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
     group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
 
@@ -9025,6 +8751,12 @@ def _image(text: str) -> str:
     return text
 
 
+def _https_url(text: str) -> str:
+    if not re.fullmatch(r"https://[!-~]+", text):
+        raise ValueError(f'"{text}" is not a URL of an index that pip trusts, such as https://pypi.example.com/simple')
+    return text
+
+
 def _namespace(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
         raise ValueError(f'"{text}" is not a namespace: lower-case letters, digits and "-", up to 63 characters')
@@ -9105,8 +8837,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
-    if (options.image or options.namespace) and not options.manifest:
-        parser.error("--image and --namespace go with --manifest")
+    if (options.image or options.namespace or options.pip_index or options.pip_ca) and not options.manifest:
+        parser.error("--image, --namespace, --pip-index and --pip-ca go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
     return options
@@ -9139,7 +8871,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Page: the texts of the status page, which Status fills in.
+# Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
 STYLE = """
@@ -9250,6 +8982,172 @@ _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 <script nonce="{nonce}">"""
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder_word} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir_argument}
+# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
+# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths=-{plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+MANIFEST_HEAD = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# Use kubectl apply --server-side, because the script does not fit into an annotation.
+"""
+
+CONFIG_MAP = """\
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: {name}
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}---
+"""
+
+# What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
+MANIFEST_EDITS = {
+    r"\A(?:.*\n)*---\n": "",
+    "^  namespace: .*": "  namespace: {namespace}",
+    "^    spec:\n": """\
+      annotations:
+        smarter-device-manager/script: "{digest}" # another script is another pod
+{found}""",
+    "^(?: *#.*\n)* *image: smarter-device-manager:.*": """\
+          image: {image}
+          command: [python3, -m, smarter_device_manager]
+          workingDir: /app""",
+    "^ *- --listen=.*\n": "            - --listen=:{port}\n{arguments}",
+    "containerPort: .*": "containerPort: {port}",
+    "^          env:\n": """\
+{found}            - {{name: SMARTER_DEVICE_MANAGER_CONF, value: /root/config/conf.yaml}}
+            - {{name: PYTHONPATH, value: /packages}}
+            - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
+            - {{name: PYTHONDONTWRITEBYTECODE, value: "1"}}
+            - {{name: MALLOC_ARENA_MAX, value: "1"}}
+""",
+    "^      containers:\n": """\
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command: [python3, install.py]
+          workingDir: /app
+          env:
+            - {{name: PYTHONPATH, value: /packages}}
+            - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
+            - {{name: TMPDIR, value: /packages}}
+{pip}          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities: {{drop: [ALL]}}
+          volumeMounts:
+            - {{name: script, mountPath: /app, readOnly: true}}
+            - {{name: packages, mountPath: /packages}}
+{found}""",
+    "^      volumes:\n": """\
+            - {{name: script, mountPath: /app, readOnly: true}}
+            - {{name: packages, mountPath: /packages, readOnly: true}}
+{found}        - name: script
+          configMap: {{name: smarter-device-manager-script}}
+        - name: packages # kept, so that a node boots without internet
+          hostPath: {{path: {packages}, type: DirectoryOrCreate}}
+""",
+    "^            path: /var/lib/kubelet/device-plugins$": "            path: {plugin_dir}",
+    "^            path: /var/lib/kubelet/pod-resources$": "            path: {pod_resources}",
+    "^            path: /dev$": "            path: {dev_dir}",
+    "^            path: /sys/dev$": "            path: {sys_dev}",
+    "^            path: /sys/devices$": "            path: {sys_devices}",
+}
+
+# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
+# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, platform, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    if subprocess.call([*install, "--no-cache-dir", "--require-hashes", "--requirement=/app/requirements.txt"]):
+        here = f"Python {platform.python_version()} on {platform.machine()}"
+        sys.exit(f"the packages are pinned for Python 3.13 on amd64, arm64 and arm/v7 with glibc; this is {here}")
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+REQUIREMENTS = """\
+# The wheels for Python 3.13 on linux/amd64, linux/arm64 and linux/arm/v7, in this order; a test downloads them all.
+grpcio==1.85.3 \\
+    --hash=sha256:9d20015c0dfc91de7a9a037cc84c7a174e8fe62e6427f563f1e2e35ca10f3798 \\
+    --hash=sha256:399fc184b4d2dd0b014b4b880a5b1ecc99383b610dbb270acb43d1b23e1e8b9c \\
+    --hash=sha256:87d162186a98e907cdf2c3ee4f419967c513f9799fdf9168f5aeb7e7889f020e
+protobuf==7.36.2 \\
+    --hash=sha256:89f23aa53c24553a2416fd4fd1ec06f74fa42b14b546d8883128813f775bbfd2 \\
+    --hash=sha256:e11e1f0180583a2af89db6a2ecd9e8dc40aa6d2988ca175bfd0e6d12ea72d74e \\
+    --hash=sha256:bdb3a345d48db958e6ce1f18e508beb0cc981d64f24088427549c866cd039f1e
+typing-extensions==4.16.0 \\
+    --hash=sha256:481caa481374e813c1b176ada14e97f1f67a4539ce9cfeb3f350d78d6370c2e8
+"""
 
 
 if __name__ == "__main__":

@@ -463,10 +463,21 @@ def typed(value: Any) -> Any:
     return type(value), value
 
 
+def parse_yaml(text: str) -> Any:
+    """What yaml.safe_load() should return for TEXT, by the product's parser."""
+
+    def plain(node: sdm.Node) -> Any:
+        if isinstance(node.value, sdm.Pairs):
+            return {key.value: plain(item) for key, item in node.value}
+        return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
+
+    return plain(sdm.compose_yaml(text))
+
+
 def obeys_the_law(text: str) -> bool:
     """Check that TEXT is read as PyYAML reads it, or refused at a place in it; whether it was read."""
     try:
-        found = sdm.parse_yaml(text)
+        found = parse_yaml(text)
     except sdm.ConfigError as error:
         lines = text.replace("\r\n", "\n").split("\n")
         assert 1 <= error.line <= len(lines), (text, str(error))
@@ -626,7 +637,7 @@ def blocks(draw: st.DrawFn, indent: int, depth: int) -> tuple[str, Any]:
 def test_the_subset_is_read(written: tuple[str, Any], head: str, crlf: bool) -> None:
     text, value = written
     text = head + ("\n" if "---" in head and not text.startswith(("\n", " #")) else "") + text
-    assert typed(sdm.parse_yaml(text.replace("\n", "\r\n") if crlf else text)) == typed(value)
+    assert typed(parse_yaml(text.replace("\n", "\r\n") if crlf else text)) == typed(value)
     assert typed(yaml.safe_load(text)) == typed(value)
 
 
@@ -690,7 +701,7 @@ del ACCEPTED["[http://x:80/y?z]"]
 
 @pytest.mark.parametrize("text", ACCEPTED)
 def test_yaml_that_is_read(text: str) -> None:
-    assert typed(sdm.parse_yaml(text)) == typed(ACCEPTED[text])
+    assert typed(parse_yaml(text)) == typed(ACCEPTED[text])
     assert obeys_the_law(text)
 
 
@@ -769,7 +780,7 @@ REFUSED = [
 @pytest.mark.parametrize(("text", "line", "column", "message"), REFUSED)
 def test_yaml_that_is_refused(text: str, line: int, column: int, message: str) -> None:
     with pytest.raises(sdm.ConfigError) as caught:
-        sdm.parse_yaml(text)
+        parse_yaml(text)
     assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
     assert message in caught.value.message
     assert str(caught.value) == f"line {line}, column {column}: {caught.value.message}"
@@ -789,9 +800,9 @@ def test_what_some_yaml_reader_does_not_read_as_text_must_be_quoted(word: str) -
         with pytest.raises(
             sdm.ConfigError, match=rf'quote it \("{re.escape(word)}"\)|in quotes: "{re.escape(word)}"'
         ) as caught:
-            sdm.parse_yaml(text)
+            parse_yaml(text)
         assert (caught.value.line, caught.value.column) == (1, column)
-    assert sdm.parse_yaml(f'a: "{word}"') == {"a": word}
+    assert parse_yaml(f'a: "{word}"') == {"a": word}
 
 
 MIB = 1 << 20
@@ -807,7 +818,7 @@ def test_yaml_of_a_mebibyte_is_read_in_time(piece: str) -> None:
     for head in ("", "- ", '"', "["):
         text = (head + piece * (MIB // len(piece)))[: MIB // 4]
         try:
-            sdm.parse_yaml(text)
+            parse_yaml(text)
         except sdm.ConfigError as error:
             assert len(error.message) < 300
     assert time.monotonic() - before < MANY_SECONDS
@@ -1579,7 +1590,8 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
 
 def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     """Without a config file, the script says that it uses the built-in rules, which are those of conf.yaml."""
-    assert (HERE / "conf.yaml").read_text() == sdm.DEFAULT_CONF
+    rules = [(rule["devicematch"], rule["nummaxdevices"]) for rule in yaml.safe_load((HERE / "conf.yaml").read_text())]
+    assert tuple(rules) == sdm.DEFAULT_RULES
     alone = node.root / "alone.py"
     shutil.copy(SCRIPT, alone)
     node.sysfs("gpu.0", {})
@@ -1799,18 +1811,16 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         for action in sdm.build_parser()._actions
         if action.metavar and action.default is not None
     }
-    assert environment - options.keys() == {  # the unit is for device plugins
-        *(
-            "--api",
-            "--kubelet-dir",
-            "--cdi-dir",
-            "--gone-grace",
-            "--node-name",
-            "--kube-api",
-            "--kube-token-file",
-            "--kube-ca-file",
-        ),
+    dra_only = {
+        "--api",
+        "--kubelet-dir",
+        "--cdi-dir",
+        "--gone-grace",
+        "--kube-api",
+        "--kube-token-file",
+        "--kube-ca-file",
     }
+    assert environment - options.keys() - dra_only == {"--node-name"}
 
 
 def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
@@ -1841,7 +1851,8 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
     ],
 )
 def test_quoting_in_a_unit(text: str, word: str) -> None:
-    assert sdm._systemd_word(text) == word
+    assert sdm._systemd_argument(text) == word
+    assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
 
 
 @pytest.mark.parametrize(
@@ -1857,8 +1868,28 @@ def test_quoting_in_a_unit(text: str, word: str) -> None:
         (["--manifest", "--image=my image"], 2, '"my image" is not the name of an image, such as docker.io/'),
         (["--manifest", "--image="], 2, '"" is not the name of an image'),
         (["--manifest", "--namespace=Lab"], 2, '"Lab" is not a namespace: lower-case letters'),
-        (["--list", "--namespace=lab"], 2, "--image and --namespace go with --manifest"),
-        (["--image=python"], 2, "--image and --namespace go with --manifest"),
+        (["--list", "--namespace=lab"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (["--image=python"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (["--pip-ca=/ca.crt"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
+        (
+            ["--manifest", "--pip-index=pypi.example.com"],
+            2,
+            '"pypi.example.com" is not a URL of an index that pip trusts',
+        ),
+        (["--manifest", "--pip-ca=/nowhere/ca.crt"], 1, "cannot read /nowhere/ca.crt: No such file or directory"),
+        (["--manifest", f"--pip-ca={HERE}/conf.yaml"], 1, f"{HERE}/conf.yaml has no CA certificate in PEM format"),
+        (
+            ["--manifest", "--listen=127.0.0.1:80"],
+            1,
+            "--manifest does not take --listen 127.0.0.1:80: the kubelet probes",
+        ),
+        (["--manifest", "--listen=:0"], 1, "--manifest does not take --listen :0: the kubelet probes"),
+        (
+            ["--manifest", "--node-name=pi"],
+            1,
+            "--manifest does not take --node-name: one manifest is for all nodes, and",
+        ),
+        (["--manifest", "--cdi-dir=/c"], 1, "--manifest does not take --cdi-dir: it goes with --api dra, which"),
         (["--manifest", "--list"], 2, "not allowed with argument"),
     ],
 )
@@ -1868,12 +1899,43 @@ def test_what_the_printing_modes_refuse(arguments: list[str], status: int, messa
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_a_manifest_holds_the_stubs_too(node: Node) -> None:
+def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
     shutil.copy(SCRIPT, node.root)
-    command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"cannot read {node.root}/api_pb2.py: No such file or directory; the manifest contains" in done.stderr
+
+    def fault() -> str:
+        command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr.splitlines()[-1].partition(": ")[2]
+
+    for name in ("api_pb2.py", "api_pb2_grpc.py", "daemonset.yaml"):
+        assert fault().startswith(f"cannot read {node.root}/{name}: No such file or directory; the manifest is made")
+        shutil.copy(HERE / name, node.root)
+    daemonset = node.root / "daemonset.yaml"
+    daemonset.write_text(daemonset.read_text().replace("containerPort: 8080", "containerPorts: 8080"))
+    assert fault() == f"{daemonset} is not the one that came with this script: nothing in it matches containerPort: .*"
+
+
+def test_every_option_has_its_place_in_a_manifest_and_in_a_unit(node: Node) -> None:
+    modes = {"help", "check", "list", "dry_run", "status", "systemd_unit", "manifest", "version", "json", "attributes"}
+    options = {action.dest: action.option_strings[0] for action in sdm.build_parser()._actions}
+    assert sdm.MANIFEST_OPTIONS.keys() == options.keys() - modes
+    for name, way in sdm.MANIFEST_OPTIONS.items():
+        if way not in (sdm.ARGUMENT, sdm.PART):
+            given = f"{options[name]}=/x"
+            assert (
+                bare("--manifest", given)
+                .stderr.splitlines()[-1]
+                .endswith(f"--manifest does not take {options[name]}: {way}")
+            )
+            assert systemd_unit(node, given)["ExecStart"][0].endswith(f" {given}")
+
+
+def test_a_manifest_takes_options_of_the_environment() -> None:
+    done = bare("--manifest", SMARTER_DEVICE_MANAGER_LISTEN=":9100", SMARTER_DEVICE_MANAGER_INTERVAL="0.50")
+    assert '            - --listen=:9100\n            - "--interval=0.5"\n' in done.stdout
+    done = bare("--manifest", SMARTER_DEVICE_MANAGER_NODE_NAME="pi")
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
