@@ -458,9 +458,6 @@ SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microse
 MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
 MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
 TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
-MAX_REPEATS = 1000  # of one part of an expression, by one {n,m} or several nested ones, as in RE2
-MAX_GROUPS = 1000  # nested, as in Go
-MAX_INSTRUCTIONS = (128 << 20) // 40  # of an expression that Go compiled: maxSize of its regexp/syntax
 
 T = TypeVar("T")
 
@@ -533,7 +530,7 @@ class Expression:
             self.compiled = re.compile(translate(pattern), re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
-        except (re.error, OverflowError, RecursionError) as error:
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self._slow_texts: Dict[str, None] = {}
@@ -609,7 +606,7 @@ def _outcome(expression: Expression, text: str, slow_searches: int) -> Union[re.
 
 # The translation.
 
-_POSIX_CLASSES = {  # the first and last character of each range
+_POSIX_CLASSES = {  # the first and last character of each range, sorted
     "alnum": "09AZaz",
     "alpha": "AZaz",
     "ascii": "\0\x7f",
@@ -625,9 +622,10 @@ _POSIX_CLASSES = {  # the first and last character of each range
     "word": "09AZ__az",
     "xdigit": "09AFaf",
 }
-_PERL_CLASSES = {"d": "09", "s": "\t\n\f\r  ", "w": "09AZ__az"}  # RE2's \s does not have the vertical tab
-_NAMED_CLASS = re.compile(r"\[:(?P<posix>.*?):\]|\\(?P<perl>[dDsSwW])", re.DOTALL)
+_PERL_CLASSES = {r"\d": "09", r"\s": "\t\n\f\r  ", r"\w": "09AZ__az"}  # RE2's \s does not have the vertical tab
+_NAMED_CLASS = re.compile(r"\[:\^?(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
+_ASSERTIONS = {"^": r"\A", "$": r"\Z", r"\A": r"\A", r"\z": r"\Z", r"\b": r"\b", r"\B": r"(?!\b)"}  # re's \B has varied
 _CHARACTER = re.compile(
     r"""
       \\ x (?: \{ (?P<wide> [0-9A-Fa-f]+ ) \} | (?P<hex> [0-9A-Fa-f]{2} ) )
@@ -640,17 +638,15 @@ _CHARACTER = re.compile(
 )
 _REGEX_TOKEN = re.compile(
     r"""
-      (?P<flags> \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] ) )
+      \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] )
     | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
-    | (?P<close> \) )
-    | (?P<or> \| )
-    | (?P<repeat> (?: [*+?] | \{ (?P<min> 0|[1-9][0-9]* ) (?P<to> , (?P<max> 0|[1-9][0-9]* )? )? \} ) \?? )
+    | (?P<repeat> (?: [*+?] | \{ (?P<count> (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? ) \} ) \?? )
+    | (?P<assertion> [\^$] | \\[AzbB] )
     | (?P<atom> . )
     """,
     re.VERBOSE | re.DOTALL,
 )
-Ranges = List[Tuple[int, int]]  # of characters: the first and last code of each
 
 
 class _Part(NamedTuple):
@@ -659,124 +655,157 @@ class _Part(NamedTuple):
     text: str
     may_be_empty: bool  # it can match without consuming a character
     may_take: bool  # it can match and consume one
-    repeats: int = 1  # copies that RE2 makes of something in it because of {n,m}
-    instructions: int = 1  # that Go compiles it to
 
 
-class _Group:
-    """A group that is still open, or the whole expression: the parts of its last alternative, and those before it."""
+class _Translator:
+    """A recursive descent over PATTERN. Each method translates what begins at self.pos, and leaves self.pos behind it.
 
-    def __init__(self, opening: str, flags: FrozenSet[str], is_look_around: bool = False) -> None:
-        self.opening = opening
-        self.flags = flags  # for the atoms that follow
-        self.parts: List[_Part] = []
-        self._alternatives: List[_Part] = []
-        self._is_look_around = is_look_around
+    self.flags has those of i, m and s that are on.
+    """
 
-    def end_alternative(self) -> None:
-        """Finish the last alternative, and begin the next one."""
-        self._alternatives.append(
-            _Part(
-                "".join(part.text for part in self.parts),
-                all(part.may_be_empty for part in self.parts),
-                any(part.may_take for part in self.parts),
-                max((part.repeats for part in self.parts), default=1),
-                max(1, sum(part.instructions for part in self.parts)),
-            )
-        )
-        self.parts = []
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.pos = 0
+        self.flags: FrozenSet[str] = frozenset()
 
-    def close(self, closing: str) -> _Part:
-        """Finish the group, and return it as one part."""
-        self.end_alternative()
+    def next(self) -> str:
+        return self.pattern[self.pos : self.pos + 1]
+
+    def group(self, opening: str = "", is_look_around: bool = False) -> _Part:
+        """The alternatives up to the end of a group, whose OPENING is behind. Its flags end with it."""
+        flags, alternatives = self.flags, [self.sequence()]
+        while self.next() == "|":
+            self.pos += 1
+            alternatives.append(self.sequence())
+        closing = self.next() if opening else ""  # re refuses a group that is not closed
+        self.pos += len(closing)
+        self.flags = flags
         return _Part(
-            self.opening + "|".join(part.text for part in self._alternatives) + closing,
-            self._is_look_around or any(part.may_be_empty for part in self._alternatives),
-            not self._is_look_around and any(part.may_take for part in self._alternatives),
-            max(part.repeats for part in self._alternatives),
-            sum(part.instructions + 1 for part in self._alternatives) + 1,
+            opening + "|".join(part.text for part in alternatives) + closing,
+            is_look_around or any(part.may_be_empty for part in alternatives),
+            not is_look_around and any(part.may_take for part in alternatives),
         )
+
+    def sequence(self) -> _Part:
+        parts: List[_Part] = []
+        is_repeatable = False
+        while self.next() not in ("", "|", ")"):
+            token = _REGEX_TOKEN.match(self.pattern, self.pos)
+            assert token  # the last alternative matches any character
+            if token["foreign"]:
+                begins = "(?:...), (?i:...), (?P<name>...) and (?=...) do"
+                raise ExpressionError(f"{token[0]} does not begin a group; {begins}")
+            if token["repeat"] and not is_repeatable:
+                sign = token[0][0]
+                remedy = rf"for the character itself, write \{sign}"
+                raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
+            is_repeatable = not token["repeat"] and token["scope"] != ")"
+            if token["atom"]:
+                parts.append(_Part(self.atom(), may_be_empty=False, may_take=True))
+                continue
+            self.pos = token.end()
+            if token["repeat"]:
+                parts[-1] = _repeat(parts[-1], token)
+            elif token["assertion"]:
+                is_of_lines = "m" in self.flags and token[0] in "^$"
+                parts.append(_Part(f"(?m:{token[0]})" if is_of_lines else _ASSERTIONS[token[0]], True, False))
+            elif token["open"]:
+                opening = f"(?P<{token['name']}>" if token["name"] else token[0]
+                parts.append(self.group(opening, bool(token["look"])))
+            else:
+                before, self.flags = self.flags, _flags(token, self.flags)
+                if token["scope"] == ":":
+                    parts.append(self.group("(?:"))
+                    self.flags = before
+        return _Part(
+            "".join(part.text for part in parts),
+            all(part.may_be_empty for part in parts),
+            any(part.may_take for part in parts),
+        )
+
+    def atom(self) -> str:
+        """A character, a class of characters, or a "." for any."""
+        named = _NAMED_CLASS.match(self.pattern, self.pos) if self.next() == "\\" else None
+        if self.next() == ".":
+            self.pos += 1
+            return "(?s:.)" if "s" in self.flags else "."
+        if named:
+            text = f"[{self.named_class(named)}]"
+        else:
+            text = self.char_class() if self.next() == "[" else self.char()
+        return f"(?i:{text})" if "i" in self.flags else text
+
+    def char_class(self) -> str:
+        text = "[^" if self.pattern.startswith("[^", self.pos) else "["
+        self.pos = first = self.pos + len(text)
+        while self.next() != "]" or self.pos == first:
+            named = _NAMED_CLASS.match(self.pattern, self.pos)
+            if not self.next():
+                return text  # re refuses it
+            text += self.named_class(named) if named else self.char()
+            if not named and self.next() == "-" and self.pattern[self.pos + 1 : self.pos + 2] not in ("", "]"):
+                self.pos += 1
+                text += f"-{self.char()}"
+        self.pos += 1
+        return f"{text}]"
+
+    def named_class(self, named: re.Match[str]) -> str:
+        r"""The ranges of [:alpha:], [:^alpha:], \d or \D, as they are written in a [class]."""
+        self.pos = named.end()
+        name = named["posix"]
+        is_negated = named[0].isupper() if name is None else named[0].startswith("[:^")
+        if "i" in self.flags and name in ("lower", "upper"):
+            name = "alpha"
+        bounds = _PERL_CLASSES[named[0].lower()] if name is None else _POSIX_CLASSES.get(name)
+        if bounds is None:
+            names = ", ".join(_POSIX_CLASSES)
+            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {names}")
+        codes = [ord(char) for char in bounds]
+        if is_negated:  # the ranges in between
+            codes = [-1, *codes, sys.maxunicode + 1]
+            codes = [code + 1 - 2 * (index % 2) for index, code in enumerate(codes)]
+        ranges = zip(codes[::2], codes[1::2])
+        return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges if low <= high)
+
+    def char(self) -> str:
+        """The one character, written as itself or as an escape."""
+        found = _CHARACTER.match(self.pattern, self.pos)
+        if not found:
+            raise ExpressionError(_bad_escape(self.pattern[self.pos + 1 : self.pos + 2]))
+        self.pos = found.end()
+        char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
+        if not char:
+            code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
+            if code > sys.maxunicode:
+                raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
+            char = chr(code)
+        if "i" in self.flags and not char.isascii():
+            raise ExpressionError(f"(?i) works with ASCII only; exclude {_shown(found[0])} from it: (?-i:{found[0]})")
+        return _literal(char)
 
 
 def translate(pattern: str) -> str:
     """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
 
-    Look-around, which only Python has, is allowed. Raises ExpressionError for what Python cannot express, and for most
-    of what RE2 refuses; re.compile() refuses the rest.
+    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
+    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
+    most of what RE2 refuses; re.compile() refuses the rest.
     """
-    groups = [_Group("", frozenset())]
-    position, is_repeatable = 0, False
-    while position < len(pattern):
-        token = _REGEX_TOKEN.match(pattern, position)
-        assert token  # the last alternative matches any character
-        kind, group, position = token.lastgroup, groups[-1], token.end()
-        if kind == "atom":
-            position, part = _translate_atom(pattern, token.start(), group.flags)
-            group.parts.append(part)
-        elif kind == "flags" and token["scope"] == ")":
-            group.flags = _flags(token, group.flags)
-        elif kind == "flags":
-            groups.append(_Group("(?:", _flags(token, group.flags)))
-        elif kind == "open":
-            opening = f"(?P<{token['name']}>" if token["name"] else token[0]
-            groups.append(_Group(opening, group.flags, bool(token["look"])))
-        elif kind == "foreign":
-            raise ExpressionError(f"{token[0]} does not begin a group; (?:...), (?i:...), (?P<name>...) and (?=...) do")
-        elif kind == "close" and len(groups) > 1:
-            groups.pop()
-            groups[-1].parts.append(group.close(")"))
-        elif kind == "close":
-            group.parts.append(_assertion(")"))  # re refuses it
-        elif kind == "or":
-            group.end_alternative()
-        elif not is_repeatable:
-            raise ExpressionError(
-                rf"there is nothing before {token[0]} to repeat; for the character itself, write \{token[0][0]}"
-            )
-        else:
-            group.parts[-1] = _repeat(group.parts[-1], token)
-        is_repeatable = kind in ("atom", "close")
-        if len(groups) > MAX_GROUPS:
-            raise ExpressionError(f"it is too large: more than {MAX_GROUPS} nested groups")
-    return "".join(group.close("").text for group in groups)  # re refuses groups that are still open
+    translator = _Translator(pattern)
+    return translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
     """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
-    text = token[0]
-    least, most = _bounds(token)
-    copies = part.repeats * max(least, most or 0, 1) if token["min"] else part.repeats
-    instructions = part.instructions * max(least, most or 0) + (2 if most is None else most - least)
-    if copies > MAX_REPEATS:
-        raise ExpressionError(f"{text} makes {copies} copies of what it repeats; RE2 allows {MAX_REPEATS}")
-    if instructions > MAX_INSTRUCTIONS:
-        raise ExpressionError(f"{text} makes the expression too large for Go")
-    if part.may_be_empty and part.may_take and (most is None or most - least > 1):
+    least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(token[0][0], token["count"]).partition(",")
+    may_differ = comma and (not most or int(most) - int(least) > 1)  # in how often it is repeated
+    if part.may_be_empty and part.may_take and may_differ:
         raise ExpressionError(
-            f"{text} repeats something that may be empty, which Go and Python handle differently; "
+            f"{token[0]} repeats something that may be empty, which Go and Python handle differently; "
             f"make it match at least one character, such as (a+)* for (a*)*"
         )
-    if part.may_take:
-        written = part.text + text
-    elif least:
-        written = part.text  # an assertion holds the second time, too; and re cannot repeat one
-    else:
-        is_lazy = most == 0 or (len(text) > 1 and text.endswith("?"))
-        written = f"(?:|{part.text})" if is_lazy else f"(?:{part.text}|)"
-    return _Part(written, part.may_be_empty or not least, part.may_take and most != 0, copies, max(1, instructions))
-
-
-def _bounds(token: re.Match[str]) -> Tuple[int, Optional[int]]:
-    """How often TOKEN repeats at least and at most; None if there is no limit."""
-    if not token["min"]:
-        return {"*": (0, None), "+": (1, None), "?": (0, 1)}[token[0][0]]
-    if any(len(count) > 4 or int(count) > MAX_REPEATS for count in (token["min"], token["max"] or "0")):
-        raise ExpressionError(f"{_shown(token[0])} is more than the {MAX_REPEATS} repetitions that RE2 allows")
-    least = int(token["min"])
-    most = int(token["max"]) if token["max"] else None if token["to"] else least
-    if most is not None and most < least:
-        raise ExpressionError(f"{token[0]}: the least number of repetitions is greater than the most")
-    return least, most
+    text = part.text if part.may_take else f"(?:{part.text})"  # re cannot repeat an assertion as it stands
+    return _Part(text + token[0], part.may_be_empty or least == "0", part.may_take)
 
 
 def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
@@ -785,134 +814,6 @@ def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
     if not set(on + off) <= set("ims"):
         raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
     return before.union(on) - set(off)
-
-
-def _translate_atom(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, _Part]:
-    """The part for the one character or assertion at POSITION, and where it ends."""
-    char, pair = pattern[position], pattern[position : position + 2]
-    if char in "^$":
-        return position + 1, _assertion(f"(?m:{char})" if "m" in flags else {"^": r"\A", "$": r"\Z"}[char])
-    if pair in (r"\A", r"\b", r"\B", r"\z"):
-        # re's own \B differs by version.
-        return position + 2, _assertion({r"\B": r"(?!\b)", r"\z": r"\Z"}.get(pair, pair))
-    named = _NAMED_CLASS.match(pattern, position)
-    if char == ".":
-        position, text = position + 1, "(?s:.)" if "s" in flags else "."
-    elif char == "[":
-        position, text = _translate_class(pattern, position, flags)
-    elif named:
-        position, text = named.end(), _write_class(_named_ranges(named, flags), is_negated=False)
-    else:
-        position, char = _read_char(pattern, position, flags)
-        is_letter = "i" in flags and char.isalpha() and char.isascii()
-        text = _write_class(_fold([(ord(char), ord(char))]), is_negated=False) if is_letter else _literal(char)
-    return position, _Part(text, may_be_empty=False, may_take=True)
-
-
-def _assertion(text: str) -> _Part:
-    return _Part(text, may_be_empty=True, may_take=False)
-
-
-def _translate_class(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The [class] at POSITION, and where it ends."""
-    is_negated = pattern.startswith("[^", position)
-    position = first = position + len("[^" if is_negated else "[")
-    ranges: Ranges = []
-    while pattern[position : position + 1] != "]" or position == first:
-        named = _NAMED_CLASS.match(pattern, position)
-        if position >= len(pattern):
-            return position, "["  # re refuses it
-        if named:
-            position = named.end()
-            ranges += _named_ranges(named, flags)
-            continue
-        position, low = _read_char(pattern, position, flags)
-        high = low
-        if pattern.startswith("-", position) and pattern[position + 1 : position + 2] not in ("", "]"):
-            position, high = _read_char(pattern, position + 1, flags)
-            _check_range(low, high, flags)
-        chosen = [(ord(low), ord(high))]
-        ranges += _fold(chosen) if "i" in flags else chosen
-    return position + 1, _write_class(ranges, is_negated)
-
-
-def _check_range(low: str, high: str, flags: FrozenSet[str]) -> None:
-    if high < low:
-        raise ExpressionError(f"the range {low}-{high} is in the wrong order")
-    if "i" in flags and not high.isascii():
-        raise ExpressionError(
-            f"(?i) works for the letters of ASCII only; exclude {low}-{high} from it, such as (?-i:[{low}-{high}])"
-        )
-
-
-def _named_ranges(named: re.Match[str], flags: FrozenSet[str]) -> Ranges:
-    r"""The characters that [:alpha:], [:^alpha:], \d or \D stands for inside a [class]."""
-    if named["perl"]:
-        is_negated, bounds = named["perl"].isupper(), _PERL_CLASSES[named["perl"].lower()]
-    else:
-        is_negated, name = named["posix"].startswith("^"), named["posix"].lstrip("^")
-        if name not in _POSIX_CLASSES:
-            classes = ", ".join(_POSIX_CLASSES)
-            raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {classes}")
-        bounds = _POSIX_CLASSES[name]
-    ranges = [(ord(low), ord(high)) for low, high in zip(bounds[::2], bounds[1::2])]
-    if "i" in flags:
-        ranges = _fold(ranges)
-    return _complement(ranges) if is_negated else ranges
-
-
-def _fold(ranges: Ranges) -> Ranges:
-    """RANGES, and the other cases of each letter of ASCII in them. Of k and s there are three: Unicode's simple case
-    folding, which Go and RE2 use, has the kelvin sign and the long s, too."""
-    found = list(ranges)
-    for low, high in ranges:
-        for first, last, other in ((ord("A"), ord("Z"), 32), (ord("a"), ord("z"), -32)):
-            if low <= last and high >= first:
-                found.append((max(low, first) + other, min(high, last) + other))
-    for letter, third in ((ord("k"), 0x212A), (ord("s"), 0x017F)):
-        if any(low <= letter <= high for low, high in found):
-            found.append((third, third))
-    return found
-
-
-def _complement(ranges: Ranges) -> Ranges:
-    """The ranges of all characters that are not in RANGES, sorted."""
-    found, start = [], 0
-    for low, high in sorted(ranges):
-        if low > start:
-            found.append((start, low - 1))
-        start = max(start, high + 1)
-    return [*found, (start, sys.maxunicode)] if start <= sys.maxunicode else found
-
-
-def _write_class(ranges: Ranges, is_negated: bool) -> str:
-    """The [class] of RANGES, with its signs escaped, so that re warns of none."""
-    others = _complement(ranges)
-    ranges = _complement(others)
-    if ranges[-1:] and ranges[-1][1] == sys.maxunicode:
-        ranges, is_negated = others, not is_negated  # re needs 5 ms to compile a class of nearly all of Unicode
-    if not ranges:
-        return r"[\s\S]" if is_negated else r"[^\s\S]"
-    written = (_literal(chr(low)) + (f"-{_literal(chr(high))}" if high > low else "") for low, high in ranges)
-    return f"[{'^' if is_negated else ''}{''.join(written)}]"
-
-
-def _read_char(pattern: str, position: int, flags: FrozenSet[str]) -> Tuple[int, str]:
-    """The one character at POSITION, written as itself or as an escape, and where it ends."""
-    found = _CHARACTER.match(pattern, position)
-    if not found:
-        raise ExpressionError(_bad_escape(pattern[position + 1 : position + 2]))
-    char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
-    if not char:
-        code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
-        if code > sys.maxunicode:
-            raise ExpressionError(f"{_shown(found[0])} is beyond Unicode")
-        char = chr(code)
-    if "i" in flags and not char.isascii() and char.lower() != char.upper():
-        raise ExpressionError(
-            f"(?i) works for the letters of ASCII only; write {_shown(found[0])} in both cases, as a [class]"
-        )
-    return found.end(), char
 
 
 def _bad_escape(char: str) -> str:
@@ -7142,7 +7043,6 @@ class StatusServer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-RESTARTED = f"{ENVIRONMENT}RESTARTED"  # the variable that restart_as_module() sets for the new process
 LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
 REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -8077,51 +7977,37 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             return number if number in SIGNALS else folder_signal
 
 
-def restart_as_module() -> None:
-    """If Python runs this file as a script, replace the process by python3 -m MODULE with the same flags and options.
+def restart_compiled() -> None:
+    """If this process had to compile the script, replace it by one that is given the byte code.
 
-    That takes 20 MB less: Python keeps the syntax tree of a script until it ends, and that of a module only until it is
-    compiled. The new process starts in the folder of the script, which is the first in sys.path either way, and
-    resume_restart() takes it back to the present working directory. Returns if -m would not find this very file (as
-    with python3 -I, or a name that does not end in .py), and if anything fails.
+    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
+    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
-    while frame.f_back:
+    while frame.f_back and frame.f_code.co_name != "<module>":
         frame = frame.f_back
-    if frame.f_globals is not globals():
-        return  # imported, or run by -m, a debugger or a profiler
+    cached = getattr(__spec__, "cached", None)
+    is_compiled = frame.f_back is None or (cached and not os.path.exists(cached))
+    if frame.f_globals is not globals() or not is_compiled:
+        return
     try:
-        import importlib.util
+        import marshal
+        from subprocess import _args_from_interpreter_flags  # type: ignore[attr-defined]
 
-        path = os.path.realpath(__file__)
-        folder, name = os.path.split(path)
-        module = name.removesuffix(".py")
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin != path:
-            return
-        with open("/proc/self/cmdline", encoding="utf-8", errors="surrogateescape") as file:
-            given = file.read().split("\0")[:-1]
-        flags = given[1 : len(given) - len(sys.argv)]
-        packages = os.environ.get("PYTHONPATH")
-        if packages:
-            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, packages.split(os.pathsep)))
+        path = os.path.abspath(__file__)
+        memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
+        with open(memory, "wb", closefd=False) as file:
+            marshal.dump(frame.f_code, file)
+        os.lseek(memory, 0, os.SEEK_SET)
+        begin = (
+            f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
+            f"sys.argv[0] = {sys.argv[0]!r}; exec(marshal.load(open({memory}, 'rb')))"
+        )
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # an arena per thread takes 7 KiB more per resource
-        directory = os.open(".", os.O_PATH)  # a descriptor, because the directory may have been deleted
-        os.set_inheritable(directory, True)
-        os.environ[RESTARTED] = f"{directory}:{sys.argv[0]}"
-        os.chdir(folder)
-        os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[1:]])
-    except (ImportError, OSError, ValueError):
-        resume_restart()
-
-
-def resume_restart() -> None:
-    """If restart_as_module() has replaced the process, take over the working directory and the name of the old one."""
-    directory, _, name = os.environ.pop(RESTARTED, "").partition(":")
-    if directory.isdecimal():
-        os.fchdir(int(directory))
-        os.close(int(directory))
-        sys.argv[0] = name
+        os.execv(sys.executable, [sys.executable, *_args_from_interpreter_flags(), "-c", begin, *sys.argv[1:]])
+    except (ImportError, OSError, ValueError) as error:
+        log.debug("not restarted: %s", error)
 
 
 # Modes other than serving.
@@ -8813,7 +8699,6 @@ def write_output(text: str) -> None:
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    resume_restart()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names in /dev need not be UTF-8
@@ -8859,7 +8744,7 @@ def run(options: argparse.Namespace) -> int:
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-    restart_as_module()
+    restart_compiled()
     log_queue = LogQueue()
     set_up_log(options, log_queue, logging.INFO)
     with LogWriter(log_queue):

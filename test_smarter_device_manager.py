@@ -883,10 +883,8 @@ SAME = [
     (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
     (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
     (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
-    (r"(?i)^[^k]$", ["j"], ["k", "K", "\u212a"]),
-    (r"(?i)^ks$", ["ks", "KS", "\u212a\u017f"], ["k"]),
-    (r"(?i)^[j-t]{2}$", ["KS", "\u212a\u017f"], ["ab"]),
-    (r"(?i)^\w[[:alpha:]]$", ["KS", "\u212a\u017f"], ["-a"]),
+    (r"(?i)^[^k]$", ["j"], ["k", "K"]),
+    (r"(?i)^[j-t]{2}$", ["KS"], ["ab"]),
     (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
     (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
     (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
@@ -934,21 +932,16 @@ NOT_OF_RE2 = [
     (r"([a-c]*)*", "* repeats something that may be empty"),
     (r"(|a)+", "such as (a+)* for (a*)*"),
     (r"(?:a|b?){1,3}", "{1,3} repeats something that may be empty"),
-    (r"(((a{1000}){1000}))", "{1000} makes 1000000 copies of what it repeats; RE2 allows 1000"),
-    (r"((a{500})*b){3}", "{3} makes 1500 copies"),
-    (f"({'ab' * 2000}){{1000}}", "too large for Go"),
-    ("(?:" * 1001 + ")" * 1001, "more than 1000 nested groups"),
-    (r"(?i)[€-₯]", "such as (?-i:[€-₯])"),
-    (r"a{1001}", "more than the 1000 repetitions"),
-    (r"a{2,99999999999}", "more than the 1000 repetitions"),
-    ("a{" + "1" * 5000 + "}", "more than the 1000 repetitions that RE2 allows"),
-    (r"(?i)\x{e9}", "in both cases"),
-    (r"(?i)[a-é]", "in both cases"),
-    (r"a{2,1}", "the least number of repetitions is greater than the most"),
+    (r"(?i)[€-₯]", 'exclude "€" from it: (?-i:€)'),
+    (r"a{2,99999999999}", "too large"),
+    ("a{" + "1" * 5000 + "}", "too large"),
+    (r"(?i)\x{e9}", "(?i) works with ASCII only"),
+    (r"(?i)[a-é]", "(?i) works with ASCII only"),
+    (r"a{2,1}", "min repeat greater than max repeat"),
     (r"[[:foo:]]", "the names are alnum, alpha"),
     (r"[[:a]:]", "is not a character class"),
     (r"[a-\d]", r"\d is not an escape"),
-    (r"[z-a]", "the range z-a is in the wrong order"),
+    (r"[z-a]", "bad character range z-a"),
     (r"[a", "unterminated character set"),
     (r"[]", "unterminated character set"),
     (r"(a", "unterminated subpattern"),
@@ -989,7 +982,7 @@ def test_look_around_is_allowed() -> None:
     assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
 
 
-ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\u017f\u212a\x7f\xa0"]
+ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\x7f\xa0"]
 ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
     {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
     [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
@@ -998,15 +991,15 @@ ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
 
 
 def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
-    """Check that PATTERN matches NAMES as in RE2, or is refused."""
+    """Check that PATTERN matches NAMES as in RE2, or that one of the two refuses it."""
     re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
     options = re2.Options()
     options.log_errors = False
     try:
         ours = compiled(pattern)
-    except sdm.ConfigError:
+        theirs = re2.compile(pattern, options)
+    except (sdm.ConfigError, re2.error):
         return
-    theirs = re2.compile(pattern, options)
     assert ours.groups == theirs.groups
     for name in [*names, "", "a", "video0"]:
         found, expected = ours.search(name), theirs.search(name)
@@ -1021,7 +1014,7 @@ def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
 @given(
     st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7).map("".join),
     st.lists(
-        st.text(st.sampled_from("aAbBkKsS\u212a\u017féÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
+        st.text(st.sampled_from("aAbBkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
         min_size=8,
         max_size=8,
     ),
@@ -1052,7 +1045,7 @@ NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} 
 @settings(thorough, max_examples=LAW_EXAMPLES * 3 // 2)
 @given(
     st.randoms(use_true_random=False).map(nested_expression),
-    st.lists(st.text(st.sampled_from("abkK\u212as\u017f0 \n"), max_size=5), min_size=5, max_size=5),
+    st.lists(st.text(st.sampled_from("abkKs0 \n"), max_size=5), min_size=5, max_size=5),
 )
 @example("(?:a|(?:|b))?c", ["ab"])
 @example("^*tun$", ["xtun"])
@@ -7984,19 +7977,20 @@ def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet:
 
 APP = "app/smarter_device_manager.py"
 MODULE = ["-m", "smarter_device_manager"]
-STARTS = {  # what Python is given in the node's root, and what ps(1) shows of that
-    "script": ([APP], MODULE),
-    "flags": (["-E", "-s", "-X", "utf8", "-W", "ignore", APP], ["-E", "-s", "-X", "utf8", "-W", "ignore", *MODULE]),
-    "link": (["link"], MODULE),
-    "other name": (["app/other-name.py"], ["-m", "other-name"]),
-    "no ending": (["app/no_ending"], ["app/no_ending"]),
-    "no name of a module": (["app/a.b.py"], ["app/a.b.py"]),
-    "name of a built-in module": (["app/time.py"], ["app/time.py"]),
-    "folder": (["app"], ["app"]),
-    "isolated": (["-I", APP], ["-I", APP]),
-    "module": (MODULE, MODULE),
-    "installed command": (["installed"], ["installed"]),  # as pip makes it
-    "profiler": (["-m", "cProfile", "-o", os.devnull, APP], ["-m", "cProfile", "-o", os.devnull, APP]),
+FLAGS = ["-E", "-s", "-Wignore", "-X", "utf8"]
+STARTS = {  # what Python is given in the node's root, and the flags of Python that starts again; None: it does not
+    "script": ([APP], []),
+    "flags": ([*FLAGS, APP], FLAGS),
+    "link": (["link"], []),
+    "no ending": (["app/no_ending"], []),
+    "name of a built-in module": (["app/time.py"], []),
+    "folder": (["app"], None),
+    "folder without byte code": (["-B", "app"], ["-B"]),
+    "isolated": (["-I", APP], ["-I"]),
+    "module": (MODULE, None),
+    "module without byte code": (["-B", *MODULE], ["-B"]),
+    "installed command": (["installed"], None),  # as pip makes it
+    "profiler": (["-m", "cProfile", "-o", os.devnull, APP], None),
 }
 
 
@@ -8007,7 +8001,7 @@ def app(node: Node) -> Path:
     folder.mkdir()
     for name in ("api_pb2.py", "api_pb2_grpc.py", SCRIPT.name):
         shutil.copy(HERE / name, folder)
-    for name in ("other-name.py", "no_ending", "a.b.py", "time.py", "__main__.py"):
+    for name in ("no_ending", "time.py", "__main__.py"):
         os.link(folder / SCRIPT.name, folder / name)
     (node.root / "link").symlink_to(APP)
     (node.root / "installed").write_text(f"import sys, {SCRIPT.stem}\nsys.exit({SCRIPT.stem}.main())\n")
@@ -8026,15 +8020,21 @@ def shown(process: subprocess.Popen[str]) -> list[str]:
 def test_every_way_to_start_it_serves(node: Node, kubelet: Kubelet, app: Path, how: str) -> None:
     """And ps(1) shows a command line that a person on the node recognises; relative paths still work."""
     offer(node, "null")
-    given, expected = STARTS[how]
+    given, flags = STARTS[how]
     options = [*node.options()[2:], "--conf", node.conf.name]
     environment = {**os.environ, "PYTHONPATH": ":".join(["app", *filter(None, sys.path)])}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen(
         [sys.executable, *given, *options], cwd=node.root, env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
         kubelet.wait_for("null", Healthy=1)
-        assert shown(process) == [*expected, *options]
+        *before, begin = shown(process)[: -len(options)]
+        assert shown(process)[-len(options) :] == options
+        if flags is None:
+            assert [*before, begin] == given
+        else:
+            assert before == [*flags, "-c"] and begin.startswith(f"__file__ = '{node.root}/")
         assert Path(f"/proc/{process.pid}/cwd").samefile(node.root)
     finally:
         process.terminate()
@@ -8051,34 +8051,35 @@ def test_the_working_directory_of_a_script_does_not_matter(node: Node, kubelet: 
         command = ["sh", "-c", 'rm -r "$PWD"; exec "$@"', "sh", *command]
     with subprocess.Popen(command, cwd=node.root / "cwd", stderr=subprocess.PIPE, text=True) as process:
         kubelet.wait_for("null", Healthy=1)
-        assert shown(process) == [*MODULE, *node.options()]
+        assert f"__file__ = '{app / SCRIPT.name}'" in shown(process)[-1 - len(node.options())]
         process.terminate()
     assert process.returncode == 0
 
 
 def test_a_restarted_script_keeps_its_name_and_environment(node: Node, app: Path) -> None:
-    """And not the variable that carries its name from one process to the next."""
     offer(node, "null")
     shutil.rmtree(node.plugins)
     modules = node.root / "modules"
     modules.mkdir()
-    at_exit = "print(os.getcwd(), os.environ['PYTHONPATH'], 'SMARTER_DEVICE_MANAGER_RESTARTED' in os.environ)"
+    at_exit = "print(os.getcwd(), os.environ['PYTHONPATH'])"
     (modules / "sitecustomize.py").write_text(f"import atexit, os\natexit.register(lambda: {at_exit})\n")
     environment = {**os.environ, "PYTHONPATH": "modules"}
     command = [sys.executable, "link", *node.options()]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=node.root, env=environment)
     assert (done.returncode, done.stderr[:28]) == (1, "link: there is no directory ")
-    assert done.stdout == f"{node.root} {modules} False\n"
+    assert done.stdout == f"{node.root} modules\n"
 
 
 @needs_root
 def test_a_script_takes_no_more_memory_than_a_module(node: Node, kubelet: Kubelet, app: Path) -> None:
-    """Python keeps the syntax tree of a script, 20 MB, until the end."""
+    """Python does not give back what compiling takes, 20 MB."""
     offer(node, "null")
 
     def memory(*arguments: str) -> int:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(node.root / "cache")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         with subprocess.Popen(
-            [sys.executable, *arguments, *node.options()], cwd=app, stderr=subprocess.DEVNULL
+            [sys.executable, *arguments, *node.options()], cwd=app, stderr=subprocess.DEVNULL, env=environment
         ) as process:
             kubelet.wait_for("null", Healthy=1)
             resident = psutil.Process(process.pid).memory_info().rss
@@ -8088,6 +8089,8 @@ def test_a_script_takes_no_more_memory_than_a_module(node: Node, kubelet: Kubele
 
     memory(*MODULE)  # leaves byte code
     assert memory(SCRIPT.name) < memory(*MODULE) + 3 * MIB
+    shutil.rmtree(node.root / "cache")
+    assert memory("-B", *MODULE) < memory(*MODULE) + 3 * MIB
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
