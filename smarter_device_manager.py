@@ -14,13 +14,13 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py                   serve the kubelet of this node
     smarter_device_manager.py --list            show what would be offered, and what is left out and why
     smarter_device_manager.py --check           check the config file
-    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --dry-run         print what containers would be given, on any machine
     smarter_device_manager.py --status          show the state of a running daemon
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
-kubelet, Command line. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Command
+line, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -58,6 +58,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 from bisect import bisect_right
@@ -186,23 +187,9 @@ class Pairs(list["tuple[Node, Node]"]):
     """The keys and values of a mapping. The type tells {} from []."""
 
 
-def parse_yaml(text: str) -> Any:
-    """Return what yaml.safe_load(text) returns, or raise ConfigError."""
-    return _plain_value(compose_yaml(text))
-
-
 def compose_yaml(text: str) -> Node:
     """Parse a text into nodes with their places, or raise ConfigError."""
     return _Parser(text).document()
-
-
-def _plain_value(node: Node) -> Any:
-    value = node.value
-    if isinstance(value, Pairs):
-        return {key.value: _plain_value(item) for key, item in value}
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return [_plain_value(item) for item in value]
 
 
 class _Parser:
@@ -1162,8 +1149,9 @@ def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
         if key.value not in keys:
             import difflib  # needed for this error only
 
-            near = difflib.get_close_matches(key.value, keys, 1, 0.0)[0]
-            raise ConfigError(f"unknown key {_shown(key.value)}; did you mean {near}?", key.line, key.column)
+            near = difflib.get_close_matches(key.value.lower(), keys, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+            raise ConfigError(f"unknown key {_shown(key.value)}; {advice}", key.line, key.column)
         nodes[key.value] = value
     return nodes
 
@@ -1246,82 +1234,26 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules without a config file. This is conf.yaml, word for word; a test compares them.
-DEFAULT_CONF = r"""
-# The devices of a Raspberry Pi 1 to 5, or of a similar board. Each rule has a regular expression, which is searched in
-# the path below /dev, and says how many containers may use such a device at once (its slots). If several rules match a
-# device, the last one counts. docs/config.md has all keys; `smarter_device_manager.py --list` shows what a node offers.
-
-# Sound: a container gets the whole folder, with every card and its controls.
-- devicematch: ^snd$
-  nummaxdevices: 20
-
-# GPIO: the registers for user space (gpiomem; gpiomem0 to 4 on a Pi 5), and the character devices of the chips.
-- devicematch: ^gpiomem[0-9]*$
-  nummaxdevices: 40
-- devicematch: ^gpiochip[0-9]*$
-  nummaxdevices: 20
-
-# Bluetooth.
-- devicematch: ^hci[0-9]*$
-  nummaxdevices: 1
-
-# I2C and SPI buses.
-- devicematch: ^i2c-[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^spidev[0-9]*\.[0-9]*$
-  nummaxdevices: 1
-
-# The real-time clock.
-- devicematch: ^rtc0$
-  nummaxdevices: 20
-
-# Cameras, tuners, codecs (V4L).
-- devicematch: ^video[0-9]*$
-  nummaxdevices: 20
-
-# The VideoCore's own interfaces: message queue and shared memory.
-- devicematch: ^vchiq$
-  nummaxdevices: 20
-- devicematch: ^vcsm.*$
-  nummaxdevices: 20
-
-# Serial ports: USB adapters, USB modems and boards, and the ports of the board itself.
-- devicematch: ^ttyUSB[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyACM[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyTHS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyS[0-9]*$
-  nummaxdevices: 1
-- devicematch: ^ttyAMA[0-9]*$
-  nummaxdevices: 1
-
-# The GPUs of a Tegra board (Jetson). They have no node in /dev: exactly this text finds them in /sys.
-- devicematch: nvidia-gpu
-  nummaxdevices: 10
-
-# These give a container more power than most should have. Remove the "# " in front of what you need.
-
-# TUN/TAP: a container with it (and CAP_NET_ADMIN) can make network interfaces.
-# - devicematch: ^net/tun$
-#   nummaxdevices: 20
-
-# FUSE: a container with it (and CAP_SYS_ADMIN) can mount file systems that it serves itself.
-# - devicematch: ^fuse$
-#   nummaxdevices: 20
-
-# KVM: a container with it can run virtual machines, and reach the kernel's hypervisor, a large target.
-# - devicematch: ^kvm$
-#   nummaxdevices: 20
-
-# DRI: render nodes give access to the GPU; card nodes also to the screen, and to what other programs show there.
-# - devicematch: ^dri/renderD[0-9]*$
-#   nummaxdevices: 20
-# - devicematch: ^dri/card[0-9]*$
-#   nummaxdevices: 1
-""".lstrip()
+# The rules without a config file are those of conf.yaml: pattern and slots of each; a test compares them.
+DEFAULT_RULES = (
+    ("^snd$", 20),
+    ("^gpiomem[0-9]*$", 40),
+    ("^gpiochip[0-9]*$", 20),
+    ("^hci[0-9]*$", 1),
+    ("^i2c-[0-9]*$", 1),
+    (r"^spidev[0-9]*\.[0-9]*$", 1),
+    ("^rtc0$", 20),
+    ("^video[0-9]*$", 20),
+    ("^vchiq$", 20),
+    ("^vcsm.*$", 20),
+    ("^ttyUSB[0-9]*$", 1),
+    ("^ttyACM[0-9]*$", 1),
+    ("^ttyTHS[0-9]*$", 1),
+    ("^ttyS[0-9]*$", 1),
+    ("^ttyAMA[0-9]*$", 1),
+    ("nvidia-gpu", 10),
+)
+DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" for pattern, slots in DEFAULT_RULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1341,6 +1273,7 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFIFO: "FIFO",
 }
+ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
@@ -1359,7 +1292,7 @@ class Reason(enum.Enum):
     """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
 
     GONE = "other", "it is gone"
-    SWAPPED = "other", "another device stands there since just now"
+    SWAPPED = "other", "another device has taken its place"
     COMPANION = "other", "it goes with /dev/{path}: {why}"
     LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
     LINK_CIRCLE = "link", "a link that leads in a circle"
@@ -1407,7 +1340,12 @@ class Entry(NamedTuple):
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # changes whenever the name comes to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else; 0: not known
+
+    def is_same(self, other: Entry) -> bool:
+        """Whether this and OTHER are one node."""
+        is_remade = self.generation and other.generation and self.generation != other.generation
+        return (self.device, self.inode) == (other.device, other.inode) and not is_remade
 
 
 class DeviceNode(NamedTuple):
@@ -1545,33 +1483,48 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
     return None
 
 
-def _entry(found: os.stat_result, root: os.stat_result, target: str = "") -> Entry:
-    """FOUND as an Entry. ROOT is the status of /dev itself."""
+def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
+    """What stands at PATH, of which lstat(2) FOUND this, as an Entry. ROOT is the status of /dev itself."""
     kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
     untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
-        untrusted = (
-            bool(found.st_mode & stat.S_IWOTH)
-            or (bool(found.st_mode & stat.S_IWGRP) and found.st_gid not in (0, root.st_gid))
-            or found.st_uid not in (0, root.st_uid)
-        )
+        untrusted = bool(found.st_mode & stat.S_IWOTH) or found.st_uid not in (0, root.st_uid)
+        # With an ACL, the group's bits are its mask: without them, nobody whom it names may write.
+        if not untrusted and found.st_mode & stat.S_IWGRP:
+            untrusted = found.st_gid not in (0, root.st_gid) or (kind == FOLDER and _acl_lets_write(path, root))
     device = found.st_rdev if kind in NODES else 0
     return Entry(kind, device, found.st_ino, target, untrusted)
+
+
+def _acl_lets_write(path: str, root: os.stat_result) -> bool:
+    """Whether the POSIX ACL of the folder PATH lets a user or a group write that it names, other than root's."""
+    try:
+        acl = os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return False
+        raise
+    trusted = {ACL_USER: (0, root.st_uid), ACL_GROUP: (0, root.st_gid)}
+    return any(
+        permissions & ACL_WRITE and name not in trusted.get(tag, (name,))
+        for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
+    )
 
 
 class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
+    meanwhile makes this fail, but cannot lead it out of /dev. Only a folder and those above it are held, because there
+    may be more folders than file descriptors. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
         self._entries: Dict[str, Optional[Entry]] = {}
         self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
         self._root = os.fstat(self._folders[""])
-        self._entries[""] = _entry(self._root, self._root)
+        self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
 
     def __enter__(self) -> LiveTree:
         return self
@@ -1582,15 +1535,15 @@ class LiveTree:
 
     def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
-            self._entries[path] = self._open(path)
+            parent = self.entry(path.rpartition("/")[0])
+            self._entries[path] = self._open(path) if parent and parent.kind == FOLDER else None
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
+        """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
-        if self.entry(parent) is None or parent not in self._folders:
-            return None
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder(parent))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return None
@@ -1599,7 +1552,7 @@ class LiveTree:
         try:
             found = os.fstat(descriptor)
             target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-            entry = _entry(found, self._root, target)
+            entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
         finally:
             if entry and entry.kind == FOLDER:
                 self._folders[path] = descriptor
@@ -1607,8 +1560,16 @@ class LiveTree:
                 os.close(descriptor)
         return entry
 
+    def _folder(self, path: str) -> int:
+        """The descriptor of the folder PATH. Those that are neither PATH nor above it are closed."""
+        for other in [other for other in self._folders if other and not f"{path}/".startswith(f"{other}/")]:
+            os.close(self._folders.pop(other))
+        if path not in self._folders and self._open(path) != self._entries[path]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # it was swapped since it was seen first
+        return self._folders[path]
+
     def names(self, path: str) -> Sequence[str]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folders[path])
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder(path))
         try:
             return sorted(os.listdir(descriptor))
         finally:
@@ -1680,7 +1641,7 @@ class Scanner:
                 todo += listings[path].subfolders
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
-            self._snapshot = _assemble(_entry(root, root), listings)
+            self._snapshot = _assemble(_entry(root, root, f"{self._dev_dir}/."), listings)
         return self._snapshot, self._flapped
 
     def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
@@ -1739,6 +1700,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+                    entry = _entry(found, root, f"{path}/{item.name}", target)
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -1748,7 +1710,7 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                     broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
                     fresh[item.name] = broken, (0, 0)
                     continue
-                fresh[item.name] = _entry(found, root, target), (found.st_mtime_ns, found.st_ctime_ns)
+                fresh[item.name] = entry, (found.st_mtime_ns, found.st_ctime_ns)
     finally:
         os.close(descriptor)
     return fresh
@@ -2220,15 +2182,25 @@ class Device:
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
     attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
-    specs: Tuple[DeviceSpec, ...]  # what a container would be given now
-    problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() when it appeared or went
-    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
+    specs: Tuple[DeviceSpec, ...]  # what a container that has it is given at a start now; empty if it may not start
+    problem: str  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
+    since: float  # time.monotonic() since when that is so
+    is_gone: bool = False  # no node is at its path, or another one than the rule chose
+    nodes: Tuple[DeviceNode, ...] = ()  # as last seen under its rule; a Tegra GPU has none
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
     naming: Tuple[HeldAttribute, ...] = ()  # those of them that are in the resource's name
     facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
+
+    @property
+    def chosen_by(self) -> Tuple[HeldAttribute, ...]:
+        """The attributes by which the rule chose it, or named its resource; none if its path alone did."""
+        return (*self.attributes, *self.naming)
+
+    def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
+        """Whether NODES are its own, and not others that came to stand at its path."""
+        pairs = zip(nodes, self.nodes)
+        return len(nodes) == len(self.nodes) and all(now.entry.is_same(before.entry) for now, before in pairs)
 
 
 @dataclass(frozen=True)
@@ -2284,15 +2256,6 @@ class Plan:
 EMPTY_PLAN = Plan({}, (), ())
 
 
-@dataclass(frozen=True)
-class TrackedDevice:
-    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
-
-    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
-    problem: str  # why it no longer leads to a device; empty: it does
-    since: float
-
-
 Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
@@ -2330,16 +2293,13 @@ def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
     return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
-TrackedDevices = Mapping[str, TrackedDevice]
+Found = Mapping[str, Tuple[DeviceNode, ...]]  # the nodes of each device by path; a Tegra GPU has none
 
 
-def track(
-    old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
-) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
-
-    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
-    """
+def find_devices(
+    snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str
+) -> Tuple[Found, Dict[str, NotADevice]]:
+    """The devices that rules name, and why other named paths lead to none. GPUS are the numbers of a Tegra's GPUs."""
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
@@ -2349,103 +2309,170 @@ def track(
             except NotADevice as error:
                 problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
-    new: Dict[str, TrackedDevice] = {}
-    for path, nodes in found.items():
-        before = old.get(path)
-        since = before.since if before and not before.problem else now
-        new[path] = TrackedDevice(nodes, "", since)
-    for path, before in old.items():
-        if path not in found and _named(path, before, matcher):
-            since = before.since if before.problem else now
-            if now - since < EXPIRY_SECONDS:
-                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
-                new[path] = TrackedDevice(before.nodes, problem, since)
-    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
-    return new, left_out
+    return found, problems
 
 
-def track_gone(plan: Plan, now: float) -> TrackedDevices:
-    """The devices of PLAN, which a previous run made, as devices that went NOW."""
-    devices = (device for resource in plan.resources.values() for device in resource.devices)
-    return {
-        device.path: TrackedDevice(
-            (DeviceNode(device.path, "", Entry(CHAR, generation=-number)),), Reason.GONE.template, now
-        )
-        for number, device in enumerate(devices, 1)
-    }
+def expiry_times(plan: Plan) -> Iterator[float]:
+    """When the offer ends for each device of PLAN that is gone."""
+    return (device.since + EXPIRY_SECONDS for device in devices_of(plan) if device.is_gone)
 
 
-def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
-    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
-    devices = (device for resource in plan.resources.values() for device in resource.devices)
-    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
+def devices_of(plan: Plan) -> Iterator[Device]:
+    """The devices of all resources of PLAN."""
+    return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that is tracked at PATH."""
-    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+def _named(path: str, nodes: Sequence[DeviceNode], matcher: Matcher) -> Named:
+    """The rules that name the device with NODES at PATH."""
+    return matcher(path) if nodes else matcher.gpu(path)
 
 
-class Claim(NamedTuple):
-    """A device, and how it is to be offered under a resource's name."""
+class Candidate(NamedTuple):
+    """A device that is to be offered under a resource's name."""
 
     device: Device
     is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
-    is_gone: bool
-    nodes: Tuple[DeviceNode, ...]  # as last seen
 
 
-def make_plan(
-    tracked: TrackedDevices,
-    left_out: Iterable[LeftOut],
-    previous: Plan,
-    snapshot: Snapshot,
-    sysfs: Sysfs,
-    matcher: Matcher,
-    dev_dir: str,
-    now: float,
-) -> Plan:
-    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
+@dataclass(frozen=True)
+class Look:
+    """What make_plan() goes by, besides the previous plan."""
 
-    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
-    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
-    stand in its place.
+    found: Found
+    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
+    snapshot: Snapshot
+    sysfs: Sysfs
+    matcher: Matcher
+    dev_dir: str
+    now: float  # time.monotonic()
+
+
+def make_plan(previous: Plan, look: Look) -> Plan:
+    """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
+
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. And it stays
+    as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
+    has changed so that the rule would no longer choose it.
     """
-    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
-    problems = list(left_out)
-    used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    claims: Dict[str, List[Claim]] = {}
-    for path in sorted(tracked):
-        tracked_device = tracked[path]
-        named = _named(path, tracked_device, matcher)
+    left_out: List[LeftOut] = []
+    used: Set[int] = set()
+    candidates: Dict[str, Dict[str, Candidate]] = {}  # by resource and path
+    for path, nodes in look.found.items():
+        named = _named(path, nodes, look.matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        lost = None
-        if rule is None and path in before:
-            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
-        problems += [] if lost else mismatches
+        rule, match, mismatches = _follow(path, nodes, named, look.sysfs)
+        left_out += mismatches
         if rule is None or match is None:
             continue
         try:
-            values = dict(lost.values) if lost else _template_values(rule, tracked_device, sysfs)
-            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
-            if not name:
-                raise NotADevice(Reason.NO_NAME)
-            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
+            values = _template_values(rule, nodes, look.sysfs)
+            name = _resource_name(path, rule, match, values)
+            device = _device(path, nodes, rule, match, values, look)
         except NotADevice as error:
-            problems.append(LeftOut.of(path, rule.line, error))
+            left_out.append(LeftOut.of(path, rule.line, error))
             continue
-        claim = Claim(device, bool(rule.resource), bool(lost or tracked_device.problem), tracked_device.nodes)
-        claims.setdefault(name, []).append(claim)
+        candidates.setdefault(name, {})[path] = Candidate(device, bool(rule.resource))
+    kept = _keep(previous, look, candidates)
+    used.update(id(rule) for device in kept.values() for rule, _ in _named(device.path, device.nodes, look.matcher))
+    for path, problem in look.problems.items():
+        named = look.matcher(path)
+        used.update(id(rule) for rule, _ in named)
+        left_out.append(LeftOut.of(path, named[0][0].line, problem))
+    left_out = [left for left in left_out if left.path not in kept]
     resources: Dict[str, Resource] = {}
-    for name in sorted(claims):
-        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
-        problems += losers
+    for name in sorted(candidates):
+        before = previous.resources.get(name)
+        resource, losers = _make_resource(name, _dated(candidates[name], before, look.now), before)
+        left_out += losers
         if resource.devices:
             resources[name] = resource
-    unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+    unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
+    return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _keep(previous: Plan, look: Look, candidates: Dict[str, Dict[str, Candidate]]) -> Dict[str, Device]:
+    """Add to CANDIDATES the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these by
+    path."""
+    kept = {}
+    for name, resource in previous.resources.items():
+        for device in resource.devices:
+            stays = None if device.path in candidates.get(name, {}) else _kept(device, look)
+            if stays and candidates.setdefault(stays[0], {}).setdefault(device.path, stays[1]) is stays[1]:
+                kept[device.path] = stays[1].device
+    return kept
+
+
+def _kept(device: Device, look: Look) -> Optional[Tuple[str, Candidate]]:
+    """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
+    values = dict(device.values)
+    for rule, match in _named(device.path, device.nodes, look.matcher):
+        if isinstance(match, SearchTimeout) or not _fits(rule, device):
+            continue
+        try:
+            parts = tuple(_parts(device.path, rule, match, values))
+            name = _resource_name(device.path, rule, match, values)
+        except NotADevice:
+            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
+        problem, is_gone = _find_loss(device, rule, match, look)
+        since = device.since if device.is_gone else look.now
+        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
+            return None
+        kept = dataclasses.replace(
+            device,
+            line=rule.line,
+            slots=rule.slots,
+            parts=parts,
+            permissions=rule.permissions,
+            specs=(),
+            problem=problem,
+            is_gone=is_gone,
+        )
+        if not is_gone:
+            with contextlib.suppress(NotADevice):
+                kept = dataclasses.replace(kept, specs=tuple(specs_of(kept, look.snapshot, look.dev_dir)))
+        return name, Candidate(kept, bool(rule.resource))
+    return None
+
+
+def _fits(rule: Rule, device: Device) -> bool:
+    """Whether RULE chooses DEVICE as it was last good."""
+    held = dict(device.attributes)
+    has_values = {*rule.values} <= {value.name for value in device.values}
+    return has_values and all(item.name in held and item.fits(held[item.name]) for item in rule.attributes)
+
+
+def _find_loss(device: Device, rule: Rule, match: re.Match[str], look: Look) -> Tuple[str, bool]:
+    """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
+    alone chose it, and so another rule has it."""
+    nodes = look.found.get(device.path)
+    if nodes is None:
+        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
+    if not rule.attributes and not attributes_in(rule.resource):
+        return "", False
+    is_gone = not device.has_nodes(nodes)
+    error = _mismatch(rule, match, nodes, look.sysfs)
+    if error:
+        return str(error), is_gone
+    try:
+        values = _template_values(rule, nodes, look.sysfs)
+    except NotADevice as missing:
+        return str(missing), is_gone
+    for held in device.naming:
+        if values.get(held.name) != held.value:
+            return f'{describe_value(held.name, values.get(held.name))} and was "{held.value}"', is_gone
+    return Reason.SWAPPED.template if is_gone else "", is_gone
+
+
+def _dated(candidates: Mapping[str, Candidate], previous: Optional[Resource], now: float) -> List[Candidate]:
+    """The CANDIDATES for one resource in the order of their paths, each with the time since when it is as it is."""
+    before = {device.path: device for device in previous.devices} if previous else {}
+    dated = []
+    for path, candidate in sorted(candidates.items()):
+        device, old = candidate.device, before.get(path)
+        is_old = old and (bool(old.problem), old.is_gone) == (bool(device.problem), device.is_gone)
+        since = old.since if old and is_old else now
+        dated.append(candidate._replace(device=dataclasses.replace(device, since=since)))
+    return dated
 
 
 class Overridden(NamedTuple):
@@ -2455,74 +2482,111 @@ class Overridden(NamedTuple):
     device: Device
 
 
-def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+def find_overridden(plan: Plan, matcher: Matcher) -> List[Overridden]:
     """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
-    for device in (device for resource in plan.resources.values() for device in resource.devices):
-        named = [
-            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
-        ]
+    for device in devices_of(plan):
+        named = [rule for rule, match in _named(device.path, device.nodes, matcher) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
         found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
     return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
+class Offer(NamedTuple):
+    """A device as a resource offers it."""
+
+    resource: str  # its name without the domain
+    path: str
+    line: int
+
+
+def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
+    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
+
+    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
+    """
+    offers: Dict[str, List[Offer]] = {}
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
+            for node, _ in (node for spec in own for node in spec.nodes):
+                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
+
+
+def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that are SHARED, each with those that it is about."""
+    nodes: Dict[str, List[str]] = {}
+    for node, offers in shared.items():
+        lines = sorted({offer.line for offer in offers})
+        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
+        sentence = f"several resources offer it ({where}), so several pods can have it at once"
+        nodes.setdefault(sentence, []).append(node)
+    return nodes
+
+
 def _make_resource(
-    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
-    winners, losers = _choose(name, claims, previous)
+    """The resource NAME with the devices of the CANDIDATES that win, and what is left out of it."""
+    winners, losers = _choose(name, candidates, previous)
     is_pool = winners[0].is_pool
     if is_pool:
         winners, doubles = _once_each(winners)
         losers += doubles
-    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
-    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    too_many = _without_room([candidate.device for candidate in winners], is_pool, previous)
+    devices = tuple(candidate.device for candidate in winners if candidate.device.path not in too_many)
     error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
     losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
     return Resource(name, is_pool, devices), losers
 
 
-def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
+def _choose(
+    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
+) -> Tuple[Sequence[Candidate], List[LeftOut]]:
+    """The CANDIDATES that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
     equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
-    def order(claim: Claim) -> Tuple[object, ...]:
-        path = claim.device.path
-        return path != holder, claim.is_gone, path != name, path
+    def order(candidate: Candidate) -> Tuple[object, ...]:
+        path = candidate.device.path
+        return path != holder, candidate.device.is_gone, path != name, path
 
-    pool = [claim for claim in claims if claim.is_pool]
-    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    pool = [candidate for candidate in candidates if candidate.is_pool]
+    own = sorted((candidate for candidate in candidates if not candidate.is_pool), key=order)
     if pool and not (own and own[0].device.path == holder):
         winners, losers = pool, own
         error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
     else:
         winners, losers = own[:1], own[1:] + pool
         error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
-    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+    return winners, [
+        LeftOut.of(candidate.device.path, candidate.device.line, error)
+        for candidate in losers
+        if not candidate.device.is_gone
+    ]
 
 
-def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
+def _once_each(candidates: Sequence[Candidate]) -> Tuple[Sequence[Candidate], List[LeftOut]]:
+    """The sorted CANDIDATES for one pool without those whose node an earlier candidate has; and these, as left out.
 
-    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
+    One that is gone has no node.
     """
-    kept: List[Claim] = []
+    kept: List[Candidate] = []
     doubles: List[LeftOut] = []
-    paths: Dict[Tuple[bool, int], str] = {}  # by whether it is gone, and the node's generation
-    for claim in claims:
-        nodes = [(claim.is_gone, node.entry.generation) for node in claim.nodes]
+    paths: Dict[int, str] = {}  # by the node's generation
+    for candidate in candidates:
+        nodes = [] if candidate.device.is_gone else [node.entry.generation for node in candidate.device.nodes]
         path = next((paths[node] for node in nodes if node in paths), None)
         if path is None:
-            kept.append(claim)
-            paths.update((node, claim.device.path) for node in nodes)
-        elif not claim.is_gone:
+            kept.append(candidate)
+            paths.update((node, candidate.device.path) for node in nodes)
+        else:
             error = NotADevice(Reason.SAME_NODE, path=path)
-            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+            doubles.append(LeftOut.of(candidate.device.path, candidate.device.line, error))
     return kept, doubles
 
 
@@ -2569,32 +2633,46 @@ def _varint_bytes(number: int) -> int:
 
 
 def _follow(
-    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, nodes: Sequence[DeviceNode], named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
     """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
     not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
-        if isinstance(match, SearchTimeout):
-            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
-        elif not rule.attributes:
+        error = _mismatch(rule, match, nodes, sysfs)
+        if error is None and isinstance(match, re.Match):
             return rule, match, left_out
-        else:
-            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
-            if any(answer.held for answer in answers):
-                return rule, match, left_out
-            error = (
-                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
-            )
-        left_out.append(LeftOut.of(path, rule.line, error))
+        left_out += [LeftOut.of(path, rule.line, error)] if error else []
     return None, None, left_out
 
 
-def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+def _mismatch(
+    rule: Rule, match: Union[re.Match[str], SearchTimeout], nodes: Sequence[DeviceNode], sysfs: Sysfs
+) -> Optional[NotADevice]:
+    """Why RULE, which names the device with NODES, does not apply to it; None if it does."""
+    if isinstance(match, SearchTimeout):
+        return NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+    if not rule.attributes:
+        return None
+    answers = [sysfs.answer(rule.attributes, node) for node in nodes]
+    if any(answer.held for answer in answers):
+        return None
+    return NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+
+
+def _resource_name(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """The name of the resource of the device at PATH under RULE. Raises NotADevice if there is none."""
+    name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
+    if not name:
+        raise NotADevice(Reason.NO_NAME)
+    return name
+
+
+def _template_values(rule: Rule, nodes: Sequence[DeviceNode], sysfs: Sysfs) -> Mapping[str, str]:
     """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
-    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in nodes]
     if not answers:
         raise NotADevice(Reason.NO_ATTRIBUTES)
     fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
@@ -2604,85 +2682,51 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
     return dict(answer.values)
 
 
-def _follow_lost(
-    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
-) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
-    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
-    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
-    held, values = dict(device.attributes), dict(device.values)
-    for rule, match in named:
-        fits = all(attribute.name in held and attribute.fits(held[attribute.name]) for attribute in rule.attributes)
-        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not values.keys() >= {*rule.values}:
-            continue
-        try:
-            parts = tuple(_parts(device.path, rule, match, values))
-        except NotADevice:
-            continue  # the rule was edited, and the path in the container is no longer a good one
-        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
-        lost = dataclasses.replace(
-            device,
-            line=rule.line,
-            slots=rule.slots,
-            parts=parts,
-            permissions=rule.permissions,
-            specs=(),
-            problem=problem,
-            since=since,
-            is_lost=True,
-        )
-        return (rule, match, lost) if now - since < EXPIRY_SECONDS else (None, None, None)
-    return None, None, None
-
-
 def _device(
     path: str,
-    tracked_device: TrackedDevice,
+    nodes: Tuple[DeviceNode, ...],
     rule: Rule,
     match: re.Match[str],
     values: Mapping[str, str],
-    snapshot: Snapshot,
-    sysfs: Sysfs,
-    dev_dir: str,
+    look: Look,
 ) -> Device:
-    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
-    tegra = rule.pattern == TEGRA
-    env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
+    """The device with NODES at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good
+    one."""
+    env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
-    nodes = tracked_device.nodes
-    numas = {sysfs.numa(node) for node in nodes}
-    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
-    naming = tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource))
+    numas = {look.sysfs.numa(node) for node in nodes}
+    held = (look.sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match, values))[tegra:],
+        parts=tuple(_parts(path, rule, match, values)),
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
-        identity=tuple(_identity(node) for node in nodes) if rule.attributes or naming else (),
         attributes=next(filter(None, held), ()),
         values=tuple(HeldAttribute(name, value) for name, value in values.items()),
-        naming=naming,
+        naming=tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource)),
         specs=(),
-        problem=tracked_device.problem,
-        since=tracked_device.since,
-        facts=sysfs.facts(nodes),
+        problem="",
+        since=look.now,
+        nodes=nodes,
+        facts=look.sysfs.facts(nodes),
     )
-    if device.problem:
-        return device
     try:
-        return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
+        return dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
+    """PATH, unless it is a Tegra's GPU, and its companions under RULE. Raises NotADevice if one of their paths in a
+    container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    yield Part(path, _place(container, path), False, rule.permissions)
+    place = _place(container, path)
+    if rule.pattern != TEGRA:
+        yield Part(path, place, False, rule.permissions)
     for companion in rule.companions:
         other = expand(companion.template, match, values)
         place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
@@ -2695,10 +2739,6 @@ def _place(container: str, path: str) -> str:
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
     return place
-
-
-def _identity(node: DeviceNode) -> Tuple[int, int]:
-    return node.entry.device, node.entry.inode
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
@@ -2714,8 +2754,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
             if part.path == device.path:
                 raise
             raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
-        is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
-        if part.path == device.path and is_changed:
+        if part.path == device.path and device.chosen_by and not device.has_nodes(nodes):
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
@@ -2808,7 +2847,7 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
-        if device.problem and (device.is_lost or not device.parts):
+        if device.problem and (device.chosen_by or not device.nodes):
             raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
@@ -2898,17 +2937,23 @@ def join_names(names: Sequence[str]) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented."""
+    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented.
+
+    Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
-        message = truncate(printable(record.getMessage()), MAX_MESSAGE)
+        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
 def _quote(text: str) -> str:
-    return text if re.fullmatch(r"[!-~]+", text) and '"' not in text else json.dumps(text)
+    return (
+        text
+        if re.fullmatch(r"[!-~]+", text) and not set('"=') & set(text)
+        else json.dumps(text).replace("=", r"\u003d")
+    )
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
@@ -3055,6 +3100,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
+MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
+MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
@@ -3182,17 +3229,29 @@ def _temporary_name(path: str) -> str:
     return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
 
 
-def write_file(path: str, temporary: str, data: bytes, mode: int) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError."""
+def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
+
+    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
+    """
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
             file.write(data)
+            file.flush()
+            if is_synced:
+                os.fsync(descriptor)
         os.rename(temporary, path)
     except OSError:
         os.unlink(temporary)
         raise
+    if is_synced:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def descriptor_limit() -> int:
@@ -3369,15 +3428,17 @@ def _leads_to(path: str, descriptor: int) -> bool:
 
 
 class Watch:
-    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed.
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
+    WITH_CONTENT also when a file in it is written.
 
     This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
     blocked in every thread and taken by sigtimedwait(2), or it ends the process.
     """
 
-    def __init__(self, path: str, signal_number: int = signal.SIGIO) -> None:
+    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
         self._path = path
         self._signal = signal_number
+        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
         self._directory = -1  # its descriptor
 
     def ask(self) -> bool:
@@ -3387,7 +3448,7 @@ class Watch:
                 self.close()  # the path leads to another directory now
                 self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
         except OSError:
             return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
         return True
@@ -3627,7 +3688,7 @@ def unready_text(trouble: str) -> str:
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
-    "trouble": "",
+    "trouble": unready_text(""),
     "allocations": 0,
     "registrations": 0,
     "refusals": 0,
@@ -3636,12 +3697,20 @@ NOT_REGISTERED: Document = {
 }
 
 
+def find_max_silence(interval: float) -> float:
+    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
+    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+
+
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
+    folders: Tuple[str, ...]  # that it works in, and others too
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
         self.heartbeat = time.monotonic()  # of the last look at the sockets
-        self.calm_look = calm_look  # seconds between two looks, at the most
+        self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
+        self.calm_look = max_silence / 2  # seconds between two looks, at the most
         self._done: asyncio.Future[None] = loop.create_future()
 
     def stop(self) -> None:
@@ -3672,6 +3741,10 @@ class KubeletSide:
         """Make PLAN true."""
         raise NotImplementedError
 
+    def look_now(self) -> None:
+        """Look at the watched directory, where something changed."""
+        raise NotImplementedError
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
@@ -3682,7 +3755,6 @@ MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
 READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
 LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
-CALM_LOOK_SECONDS = 5.0  # between two looks, while the kubelet answers and the kernel will signal a change
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
@@ -3707,6 +3779,7 @@ class HostDevices:
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
+        self._reuses_inodes = reuses_inodes(os.stat(dev_dir).st_dev)
         self._sysfs = SysfsReader(sys_dir, READ_SECONDS)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
@@ -3720,7 +3793,8 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
+        the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
@@ -3730,19 +3804,23 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
+                    if device.problem and not device.nodes:  # a Tegra GPU
                         return device, device.problem
                     try:
-                        chosen.append((device, self._find_nodes(device, tree)))
+                        nodes = self._find_nodes(device, tree)
                     except NotADevice as error:
                         return device, str(error)
+                    may_be_remade = self._reuses_inodes and (device.is_gone or not device.problem)
+                    if may_be_remade or not device.has_nodes(nodes):
+                        chosen.append((device, nodes))
         except OSError as error:
             return devices[0], _cannot_look(error)
         end = time.monotonic() + READ_SECONDS
         reads: List[Tuple[Device, List[SysfsRead]]] = []
         try:
             for device, nodes in chosen:
-                reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
+                names = tuple(held.name for held in device.chosen_by)
+                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
             for device, started in reads:
                 changes = [_changed(await _result(read, end), device) for read in started]
                 if changes and "" not in changes:
@@ -3753,8 +3831,8 @@ class HostDevices:
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if _names_to_check(device) else []
+        specs_of(dataclasses.replace(device, attributes=(), naming=()), tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
@@ -3790,13 +3868,8 @@ async def _result(read: SysfsRead, end: float) -> Folders:
     return folders
 
 
-def _names_to_check(device: Device) -> Tuple[str, ...]:
-    """The attributes by which the rule chose DEVICE, or named its resource."""
-    return tuple(held.name for held in (*device.attributes, *device.naming))
-
-
 def _changed(folders: Folders, device: Device) -> str:
-    """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
+    """What FOLDERS have instead of the attributes that DEVICE was chosen by; empty if they have these."""
     for held in device.naming:
         values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
         if held.value not in values:
@@ -3880,7 +3953,7 @@ def options_of(resource: Resource) -> PluginOptions:
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(map(_names_to_check, resource.devices)))
+    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
 
 
 class Plugin:
@@ -4145,10 +4218,11 @@ class Registration:
 
     def describe(self) -> Document:
         """Its part of the status document."""
+        is_standby = self._is_standby and self._kubelet.is_answering
         return {
             "ready": self.is_ready,
-            "served_by_other": self._is_standby and self._kubelet.is_answering,  # /readyz alone takes that for ready
-            "trouble": "" if self.is_ready else self.problem,
+            "served_by_other": is_standby,  # /readyz alone takes that for ready
+            "trouble": "" if self.is_ready else self.problem if is_standby else unready_text(self.problem),
             "allocations": self.plugin.allocations,
             "registrations": self.registrations,
             "refusals": self.refusals,
@@ -4355,10 +4429,11 @@ class DevicePluginSide(KubeletSide):
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
         watch: Optional[Watch] = None,
-        calm_look: float = CALM_LOOK_SECONDS,
+        max_silence: float = MAX_SILENCE_SECONDS,
     ) -> None:
-        super().__init__(loop, calm_look)
+        super().__init__(loop, max_silence)
         self.plugin_dir = plugin_dir
+        self.folders = (plugin_dir,)
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.slots: SlotsOfDra = {}  # without DRA there is none
@@ -4391,18 +4466,7 @@ class DevicePluginSide(KubeletSide):
         registration = self.registrations.get(name)
         if registration:
             return registration.describe()
-        return {**NOT_REGISTERED, "trouble": NO_DESCRIPTORS if name in self._unserved else ""}
-
-    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
-        """Which of the resources NAMES are not registered and why, and which of them another instance serves."""
-        unready, standby = [], []
-        for name in names:
-            state = self.describe_registration(name)
-            if state["served_by_other"]:
-                standby.append(f"{self.domain}/{name}: {state['trouble']}")
-            elif not state["ready"]:
-                unready.append(f"{self.domain}/{name}: {unready_text(state['trouble'])}")
-        return unready, standby
+        return {**NOT_REGISTERED, "trouble": unready_text(NO_DESCRIPTORS if name in self._unserved else "")}
 
     async def run(self) -> None:
         """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
@@ -4521,10 +4585,13 @@ MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as 
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
-MAX_API_ANSWER = 16 << 20  # bytes
+MAX_API_ANSWER = 4 << 20  # bytes
+SLICES_AT_ONCE = 16  # in an answer, of up to 200 KB each
+MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
+NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
@@ -4541,7 +4608,7 @@ GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does n
 # The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
 # their methods with the names of the messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
-_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("request", "resource", "path")  # annotations of a CDI file
+_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("resource", "path")  # annotations of a CDI file
 _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
     PLUGIN_REGISTRATION: {
         "GetInfo": ("InfoRequest", "PluginInfo"),
@@ -4554,20 +4621,24 @@ _DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
 }
 
 
+class Result(NamedTuple):
+    """A result of a claim's allocation that is for this driver."""
+
+    request: str
+    device: str  # its name in the slices
+    is_admin: bool = False  # adminAccess: it takes the device from nobody
+
+
 class PreparedDevice(NamedTuple):
     """A slot that was prepared for a claim."""
 
     name: str  # in the slices
-    request: str  # of the claim
+    requests: Tuple[str, ...]  # of the claim
     resource: str
     path: str  # as people know it: /dev/video0
     edits: Document  # containerEdits of CDI
     is_gone: bool = False  # then no container may start with it: another device may be in its place
-
-    @property
-    def result(self) -> Tuple[str, str]:
-        """The result of the claim's allocation that it was prepared for: request and device's name."""
-        return self.request, self.name
+    is_admin: bool = False  # all of its requests have adminAccess
 
 
 class PreparedClaim(NamedTuple):
@@ -4599,16 +4670,21 @@ def short_hash(text: str) -> str:
 
 
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
-    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
+    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
+    have the path, it is the slot of the device that is there."""
     slots: Dict[str, Slot] = {}
     for resource in plan.resources.values():
         labels = {device.path: dns_label(device.path, MAX_DEVICE_NAME - len("-9999")) for device in resource.devices}
-        slots.update((f"{labels[slot.device.path]}-{slot.number}", slot) for slot in slots_of(resource))
+        for slot in slots_of(resource):
+            name = f"{labels[slot.device.path]}-{slot.number}"
+            if slot.healthy or name not in slots:
+                slots[name] = slot
     return slots
 
 
-def slice_device(name: str, slot: Slot, domain: str) -> Document:
-    """SLOT as the device NAME of a ResourceSlice."""
+def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Document:
+    """SLOT as the device NAME of a ResourceSlice. If it is Unhealthy, no new pod gets it, and it EVICTS those that have
+    it."""
     resource, device = slot.resource, slot.device
     values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
     values.update(device.facts)
@@ -4616,21 +4692,24 @@ def slice_device(name: str, slot: Slot, domain: str) -> Document:
         values["pool"] = resource.name
     if len(device.numa) == 1:
         values["numaNode"] = device.numa[0]
-    return _slice_device(name, values, bool(device.problem), domain)
+    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
+    return _slice_device(name, values, domain, taint, evicts)
 
 
-def lost_device(device: PreparedDevice, domain: str) -> Document:
-    """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
-    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, True, domain)
+def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
+    """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
+    resource."""
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
 
 
-def _slice_device(name: str, values: Mapping[str, Union[str, int]], is_gone: bool, domain: str) -> Document:
+def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
     attributes = {
         key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
         for key, value in values.items()
     }
-    # The control plane evicts the pods that use a device with this taint.
-    taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
+    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
+    effect = "NoExecute" if evicts else "NoSchedule"
+    taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
 
 
@@ -4638,17 +4717,21 @@ def _cut_bytes(text: str) -> str:
     return text.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
 
 
-def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
+SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
+
+
+def split_into_slices(devices: Iterable[Document]) -> Iterator[List[Document]]:
     """DEVICES in groups, each as large as a slice may be."""
-    groups: List[List[Document]] = []
+    group: List[Document] = []
     has_taints = False
     for device in devices:
         has_taints = has_taints or "taints" in device
-        if not groups or len(groups[-1]) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
-            groups.append([])
-            has_taints = "taints" in device
-        groups[-1].append(device)
-    return groups
+        if len(group) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
+            yield group
+            group, has_taints = [], "taints" in device
+        group.append(device)
+    if group:
+        yield group
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -4658,17 +4741,14 @@ def slice_name(node: str, domain: str, index: int) -> str:
 
 
 def resource_slices(
-    domain: str, node: str, node_uid: str, generation: int, groups: List[List[Document]]
-) -> Dict[str, Document]:
-    """The ResourceSlices of NODE by name, one per group of devices. The Node owns them, so they are deleted with it."""
+    domain: str, node: str, node_uid: str, generation: int, groups: Sequence[SliceGroup]
+) -> Iterator[Document]:
+    """The ResourceSlices of NODE, one per group of devices. The Node owns them, so they are deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
     pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
-    slices = {}
-    for index, devices in enumerate(groups):
-        name = slice_name(node, domain, index)
-        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
-        slices[name] = _api_object("ResourceSlice", name, spec, ownerReferences=[owner])
-    return slices
+    for index, (_, devices) in enumerate(groups):
+        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": json.loads(devices)}
+        yield _api_object("ResourceSlice", slice_name(node, domain, index), spec, ownerReferences=[owner])
 
 
 def device_class(domain: str, resource: str = "") -> Document:
@@ -4689,24 +4769,35 @@ def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Doc
     return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def comparable_slices(slices: Mapping[str, object]) -> Document:
-    """The parts of SLICES that are to be as wanted, by name: spec without generation and times, and owners."""
-    return {
-        name: (
-            _without(_dig(item, dict, "spec"), {"generation", "timeAdded"}),
-            [_dig(owner, str, "uid") for owner in _dig(item, list, "metadata", "ownerReferences")],
-        )
-        for name, item in slices.items()
-    }
+class SliceCopy(NamedTuple):
+    """What is kept of a ResourceSlice that the API server has."""
+
+    version: str
+    generation: int
+    digest: int  # of what is to be as wanted: its spec without generation and times, and its owners
 
 
-def _without(value: object, keys: Set[str], depth: int = 20) -> object:
-    """VALUE, of JSON, without KEYS, and without what is nested deeper than DEPTH, as nothing of ours is."""
-    if isinstance(value, dict) and depth:
-        return {key: _without(item, keys, depth - 1) for key, item in value.items() if key not in keys}
-    if isinstance(value, list) and depth:
-        return [_without(item, keys, depth - 1) for item in value]
-    return None if isinstance(value, (dict, list)) else value
+def read_slice(item: Document) -> SliceCopy:
+    """What is kept of the slice ITEM."""
+    metadata, spec = item["metadata"], item["spec"]
+    owners = [owner["uid"] for owner in metadata.get("ownerReferences", ())]
+    text = json.dumps([_without(spec, {"generation", "timeAdded"}), owners], sort_keys=True)
+    return SliceCopy(metadata.get("resourceVersion", ""), int(spec["pool"]["generation"]), hash(text))
+
+
+def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, SliceCopy], str]:
+    """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
+    items = [
+        item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
+    ]
+    return {item["metadata"]["name"]: read_slice(item) for item in items}, answer["metadata"].get("continue", "")
+
+
+def _without(value: Any, keys: Set[str]) -> Any:
+    """VALUE, of JSON, without KEYS."""
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
 def _dig(value: object, kind: Type[T], *keys: str) -> T:
@@ -4721,8 +4812,17 @@ def claim_path(namespace: str, name: str) -> str:
     return f"{_API}/namespaces/{namespace}/resourceclaims/{name}"
 
 
-def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, str]]:
-    """The request and the device's name of each result of CLAIM's allocation that is for the driver DOMAIN on NODE.
+def is_missing(answer: Document, name: str) -> bool:
+    """Whether ANSWER, to a GET, says that there is no ResourceClaim of this NAME.
+
+    A load balancer without a backend and an API server without resource.k8s.io/v1 answer 404, too.
+    """
+    found = answer.get("kind"), answer.get("reason"), *(_dig(answer, str, "details", key) for key in ("kind", "name"))
+    return found == ("Status", "NotFound", "resourceclaims", name)
+
+
+def allocated_devices(claim: object, domain: str, node: str) -> List[Result]:
+    """The results of CLAIM's allocation that are for the driver DOMAIN on NODE.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError.
@@ -4731,36 +4831,37 @@ def allocated_devices(claim: object, domain: str, node: str) -> List[Tuple[str, 
     results = _dig(claim, list, "status", "allocation", "devices", "results")
     for result in results or [None]:
         request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
-        if not _LABEL.fullmatch(request) or not device:
+        if not _LABEL.fullmatch(request) or not _LABEL.fullmatch(device):
             raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
         if _dig(result, str, "driver") == domain:
             if _dig(result, str, "pool") != node:
-                raise AllocationError("NOT_FOUND", f"the claim's device {device[:MAX_SHOWN]} is not of this node")
-            found.append((request, device))
+                raise AllocationError("NOT_FOUND", f"the claim's device {device} is not of this node")
+            found.append(Result(request, device, _dig(result, bool, "adminAccess")))
     return found
 
 
-def prepare_devices(
-    requests: Iterable[Tuple[str, str]], slots: SlotsOfDra, devices: HostDevices
-) -> Tuple[PreparedDevice, ...]:
-    """What containers are given for REQUESTS, pairs of a claim's request and a device's name.
+def prepare_devices(results: Sequence[Result], slots: SlotsOfDra, devices: HostDevices) -> Tuple[PreparedDevice, ...]:
+    """What containers are given for RESULTS: each device once, whatever the number of requests that it is for.
 
     A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
     one Allocate. Raises AllocationError.
     """
-    groups: Dict[Tuple[str, str], List[str]] = {}
-    for request, name in requests:
-        if name not in slots:
-            raise AllocationError("NOT_FOUND", f'this node offers no device "{name[:MAX_SHOWN]}"')
-        groups.setdefault((request, slots[name].resource.name), []).append(name)
+    by_device: Dict[str, List[Result]] = {}
+    for result in results:
+        if result.device not in slots:
+            raise AllocationError("UNAVAILABLE", f'this node offers no device "{result.device}"')
+        by_device.setdefault(result.device, []).append(result)
     prepared = []
-    for (request, _), names in groups.items():
-        ids = [slots[name].id for name in names]
-        together, *alone = devices.allocate(slots[names[0]].resource, [ids, *([slot_id] for slot_id in ids)])
-        for name, allocation in zip(names, alone):
-            edits = container_edits(allocation.specs, together.env)
-            slot = slots[name]
-            prepared.append(PreparedDevice(name, request, slot.resource.name, device_path(slot.device), edits))
+    for name, own in by_device.items():
+        slot = slots[name]
+        requests = tuple(dict.fromkeys(result.request for result in own))
+        beside = [slots[result.device] for result in results if result.request in requests]
+        ids = [other.id for other in beside if other.resource.name == slot.resource.name]
+        together, alone = devices.allocate(slot.resource, [ids, [slot.id]])
+        edits = container_edits(alone.specs, together.env)
+        is_admin = all(result.is_admin for result in own)
+        path = device_path(slot.device)
+        prepared.append(PreparedDevice(name, requests, slot.resource.name, path, edits, is_admin=is_admin))
     return tuple(prepared)
 
 
@@ -4784,7 +4885,11 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
         "devices": [
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
+                "annotations": {
+                    f"{domain}/request": ",".join(device.requests),
+                    **{f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
+                    **({f"{domain}/admin-access": "true"} if device.is_admin else {}),
+                },
                 "containerEdits": device.edits,
             }
             for device in claim.devices
@@ -4801,24 +4906,48 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     for device in document["devices"]:
         prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
         notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
+        requests = tuple(_dig(device, str, "annotations", f"{domain}/request").split(","))
+        is_admin = bool(_dig(device, str, "annotations", f"{domain}/admin-access"))
         edits = device["containerEdits"]
         is_gone, name = name.endswith(GONE), name.removesuffix(GONE)
-        if prefix or not _LABEL.fullmatch(name) or not all(notes.values()) or not isinstance(edits, dict):
+        are_labels = all(map(_LABEL.fullmatch, (name, *requests)))
+        if prefix or not are_labels or not all(notes.values()) or not isinstance(edits, dict):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(name, **notes, edits=edits, is_gone=is_gone))
+        devices.append(PreparedDevice(name, requests, **notes, edits=edits, is_gone=is_gone, is_admin=is_admin))
+    if not devices:
+        raise ValueError("no device")
     return PreparedClaim(**owner, devices=tuple(devices))
+
+
+class CdiFile(NamedTuple):
+    """What stands in the CDI folder for a claim."""
+
+    owner: str  # namespace and name of the claim
+    content: bytes
+
+
+def cdi_files(claims: Iterable[PreparedClaim], domain: str) -> Dict[str, CdiFile]:
+    """The CDI files of CLAIMS, by the claim's uid."""
+    return {
+        claim.uid: CdiFile(claim.full_name, json.dumps(cdi_document(claim, domain), indent=1).encode())
+        for claim in claims
+    }
 
 
 # The API server.
 
 
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and how many seconds to wait."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), how many seconds to wait, and
+    the answer's content."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
+    def __init__(
+        self, text: str, status: int = 0, retry_after: float = 0.0, document: Optional[Document] = None
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.retry_after = retry_after
+        self.document = document or {}
 
 
 class ApiAddress(NamedTuple):
@@ -4848,23 +4977,47 @@ def parse_api_url(url: str) -> ApiAddress:
     return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
 
 
-def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that the API server at URL sent, as an answer. Raises ApiError where it is not one."""
-    head, _, body = content.partition(b"\r\n\r\n")
-    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
-    if not match:
-        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
-    status = int(match[1])
+async def read_api_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
+    """The answer that the API server at URL sends to READER. Raises ApiError where it is not one."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.") else 0
+    except (EOFError, LookupError, ValueError, asyncio.LimitOverrunError):
+        status = 0
+    if not status:
+        raise ApiError(f"what answers at {url} hung up, or speaks no HTTP")
+    try:
+        document = json.loads(await _read_body(reader, head))
+    except (EOFError, ValueError, RecursionError, asyncio.LimitOverrunError):
         document = None
     if not isinstance(document, dict):
         if 200 <= status < 300:
             raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
         document = {}
-    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
+    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head, re.IGNORECASE)
     return status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0
+
+
+async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection.
+
+    Raises ApiError where it is too long, and EOFError, ValueError or LimitOverrunError where it is not as HEAD says.
+    """
+    if re.search(rb"\r\nTransfer-Encoding: *chunked\s", head, re.IGNORECASE):
+        body, size = bytearray(), 1
+        while size and len(body) <= MAX_API_ANSWER:
+            size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
+            body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
+    else:
+        length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
+        body = bytearray()
+        try:
+            body += await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
+        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
+            body += error.partial
+    if len(body) > MAX_API_ANSWER:
+        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+    return bytes(body)
 
 
 def api_problem(verb: str, path: str, status: int, document: Document) -> str:
@@ -4886,7 +5039,7 @@ def api_problem(verb: str, path: str, status: int, document: Document) -> str:
 class ApiServer:
     """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
 
-    Requests are few, so each is one connection of HTTP/1.0, which has neither chunks nor a connection to keep.
+    Requests are few, so each has its own connection.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
@@ -4896,16 +5049,29 @@ class ApiServer:
         self._token_file = token_file
         self._ca_file = ca_file
 
-    async def call(self, verb: str, path: str, body: Optional[Document] = None, absent: int = 0) -> Optional[Document]:
-        """The answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT. Raises ApiError."""
+    async def call(
+        self,
+        verb: str,
+        path: str,
+        body: Optional[Document] = None,
+        absent: int = 0,
+        read: Callable[[Any], Any] = lambda document: document,
+    ) -> Any:
+        """What READ reads in the answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT.
+
+        READ may trust the answer: what it raises because the answer is another one becomes an ApiError, as this raises.
+        """
         status, document, retry_after = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document, retry_after = await self._send(verb, path, body)
         if status == absent:
             return None
-        if 200 <= status < 300:
-            return document
-        raise ApiError(api_problem(verb, path, status, document), status, retry_after)
+        if not 200 <= status < 300:
+            raise ApiError(api_problem(verb, path, status, document), status, retry_after, document)
+        try:
+            return read(document)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            raise ApiError(f"the API server's answer to {verb} {path.partition('?')[0]} is not one", status) from None
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
@@ -4917,7 +5083,7 @@ class ApiServer:
             return answer
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # Python raises the latter where there can be no more threads
             self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
         except ApiError as error:
             self.problem = str(error)
@@ -4930,18 +5096,17 @@ class ApiServer:
         address = self.address
         data = b"" if body is None else json.dumps(body).encode()
         host = f"[{address.host}]" if ":" in address.host else address.host
-        head = [f"{method} {address.prefix}{path} HTTP/1.0", f"Host: {host}:{address.port}", *self._authorization()]
+        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}", *self._authorization()]
         head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
-        head += [f"User-Agent: smarter-device-manager/{__version__}", "", ""]
-        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
+        head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}", "", ""]
+        reader, writer = await asyncio.open_connection(
+            address.host, address.port, ssl=self._tls(), happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
+        )
         try:
             writer.write("\r\n".join(head).encode() + data)
-            await reader.readexactly(MAX_API_ANSWER + 1)
-        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
-            return parse_api_answer(error.partial, address.url)
+            return await read_api_answer(reader, address.url)
         finally:
             writer.transport.abort()
-        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
 
     def _tls(self) -> Optional[ssl.SSLContext]:
         if not self.address.is_tls:
@@ -4974,23 +5139,17 @@ def daemon_threads() -> concurrent.futures.Executor:
     """
 
     class DaemonThreads(concurrent.futures.ThreadPoolExecutor):  # within a function, or it would be loaded without DRA
-        # Without a / after JOB, which Python 3.7 could not read.
-        def submit(  # type: ignore[override]
-            self, job: Callable[..., T], *args: Any, **options: Any
-        ) -> concurrent.futures.Future[T]:
+        def submit(self, job: Callable[..., T], *args: Any) -> concurrent.futures.Future[T]:  # type: ignore[override]
             future: concurrent.futures.Future[T] = concurrent.futures.Future()
             future.set_running_or_notify_cancel()
 
             def run() -> None:
                 try:
-                    future.set_result(job(*args, **options))
+                    future.set_result(job(*args))
                 except Exception as error:
                     future.set_exception(error)
 
-            try:
-                threading.Thread(target=run, name="resolver", daemon=True).start()
-            except RuntimeError:  # of Python's, where this process or its pod may have no more threads
-                future.set_exception(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+            threading.Thread(target=run, name="resolver", daemon=True).start()
             return future
 
     return DaemonThreads()
@@ -5005,222 +5164,642 @@ def _read_file(kind: str, path: str) -> bytes:
         raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
 
 
-def _connection_problem(error: OSError, ca_file: str) -> str:
+def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> str:
     """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
-    if not reason and error.errno and error.errno > 0:
-        reason = os.strerror(error.errno)  # error.strerror is a text of asyncio's
+    number = getattr(error, "errno", None) or 0
+    if not reason and number > 0:
+        reason = os.strerror(number)  # error.strerror is a text of asyncio's
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
-# The CDI files, which are the memory of what is prepared.
+# The claims. What is prepared is written to CDI files, which are also the memory of it: what is wanted follows from the
+# claims and the plan, and sync() writes what differs from it, whoever has changed or deleted it.
 
 
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone."""
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
+
+    Beside each stands a link whose target is the claim's namespace and name. So if the file is lost, the API server can
+    still be asked what the claim holds; the kubelet does not prepare the claim of a running pod a second time.
+    """
 
     def __init__(self, folder: str, domain: str) -> None:
-        self.claims: Dict[str, PreparedClaim] = {}  # by uid
         self._folder = folder
         self._domain = domain
+        self._seen: Dict[str, Tuple[object, ...]] = {}  # files that were as wanted and their stamps, by uid
 
     def path(self, uid: str) -> str:
         """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
         return f"{self._folder}/{self._domain}_{uid}.json"
 
-    def holder(self, device: str) -> Optional[PreparedClaim]:
-        """The claim that DEVICE is prepared for."""
-        claims = self.claims.values()
-        return next((claim for claim in claims if any(other.name == device for other in claim.devices)), None)
+    def _link(self, uid: str) -> str:
+        return f"{self._folder}/.{self._domain}_{uid}.claim"
 
-    def load(self) -> None:
-        """Read what is prepared, and remove what a crash left half written.
-
-        Raises OSError where a file cannot be read: to go on without it would give its devices to another claim.
-        """
-        claims = {}
+    def _names(self) -> List[str]:
         try:
-            names = os.listdir(self._folder)
+            return os.listdir(self._folder)
         except (FileNotFoundError, NotADirectoryError):
-            names = []  # write() makes the folder, or says why not
-        for name in names:
-            match = re.fullmatch(rf"{re.escape(self._domain)}_({_UID.pattern})\.json", name)
-            claim = self._read(match[1]) if match else None
-            if claim:
-                claims[claim.uid] = claim
-            elif re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
-                self._discard(f"{self._folder}/{name}")
-        self.claims = claims
+            return []  # _write() makes the folder, or says why not
 
-    def _read(self, uid: str) -> Optional[PreparedClaim]:
-        """The claim of the file of UID; None where the file is not ours, or was removed because it is broken."""
-        path = self.path(uid)
+    def remove_leftovers(self) -> None:
+        """Remove what a crash left half written. Raises OSError."""
+        for name in self._names():
+            if re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._folder}/{name}")
+
+    def uids(self) -> Set[str]:
+        """The claims of which there is a file or a link. Raises OSError."""
+        domain, uid = re.escape(self._domain), _UID.pattern
+        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in self._names())
+        return {match[1] or match[2] for match in found if match}
+
+    def owner(self, uid: str) -> Optional[PreparedClaim]:
+        """The claim UID without its devices, as the link names it."""
         try:
-            with open(path, "rb", opener=_open_at_once) as file:
-                document = json.loads(file.read(MAX_FILE_BYTES))
-            if _dig(document, str, "kind") not in ("", f"{self._domain}/device"):
-                return None
-            claim = read_cdi_document(document, self._domain)
-            if claim.uid == uid:
-                return claim
-        except (FileNotFoundError, IsADirectoryError):
+            namespace, _, name = os.readlink(self._link(uid)).partition("/")
+        except OSError:
             return None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # it is broken, as a file with the uid of another claim is
-        log_event("cdi-file-removed", "removed a broken CDI file", logging.WARNING, file=path)
-        self._discard(path)
-        return None
+        is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
+        return PreparedClaim(uid, namespace, name, ()) if is_named else None
 
-    def _discard(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    def read(self, uid: str) -> PreparedClaim:
+        """The claim of the file of UID. Raises OSError, or what read_cdi_document() and json.loads() raise."""
+        self._seen[uid] = ()
+        claim = read_cdi_document(json.loads(self._content(uid)), self._domain)
+        if claim.uid != uid:
+            raise ValueError("it is the file of another claim")
+        return claim
 
-    def write(self, claim: PreparedClaim) -> None:
-        """Write the file of CLAIM, which nobody sees half written. Raises OSError."""
-        os.makedirs(self._folder, 0o755, exist_ok=True)
-        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
-        text = json.dumps(cdi_document(claim, self._domain), indent=1)
-        write_file(self.path(claim.uid), temporary, text.encode(), 0o644)
-        self.claims[claim.uid] = claim
+    def sync(self, wanted: Mapping[str, CdiFile], is_thorough: bool = False) -> Dict[str, OSError]:
+        """Write the files that are not as WANTED, and read them back; why that failed, by uid.
+
+        Unless IS_THOROUGH, a file is not read again while nothing says that it has changed.
+        """
+        problems = {}
+        for uid, file in wanted.items():
+            try:
+                if self._holds(uid, file, is_thorough):
+                    continue
+                is_new = uid not in self._seen
+                self._write(uid, file)
+                if not self._holds(uid, file, True):
+                    raise OSError(errno.EIO, "it does not hold what was written just now")
+                if not is_new:
+                    text = "a prepared device, or this file, went, came back or changed"
+                    log_event("cdi-file-rewritten", text, claim=file.owner)
+            except OSError as error:
+                problems[uid] = error
+        return problems
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
+        for path in (self._link(uid), self.path(uid)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._seen.pop(uid, None)
+
+    def _content(self, uid: str) -> bytes:
+        """The content of the file of UID. Raises OSError, and ValueError if it is too long."""
+        with open(self.path(uid), "rb", opener=_open_at_once) as file:
+            content = file.read(MAX_FILE_BYTES + 1) or b""  # None: a FIFO whose writer has written nothing
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
+        return content
+
+    def _holds(self, uid: str, file: CdiFile, is_thorough: bool) -> bool:
+        """Whether FILE is what stands in the folder for UID."""
+        try:
+            found = os.stat(self.path(uid))
+            seen = (file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            is_known = not is_thorough and self._seen.get(uid) == seen
+            if os.readlink(self._link(uid)) != file.owner or not (is_known or self._content(uid) == file.content):
+                return False
+        except (OSError, ValueError):
+            return False
+        self._seen[uid] = seen if is_settled(found.st_ctime_ns) else ()  # a change at this moment may not show
+        return True
+
+    def _write(self, uid: str, file: CdiFile) -> None:
+        """Write FILE, which nobody sees half written. Raises OSError."""
+        size = len(file.content)
+        if size > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it would have {size} bytes, and more than {MAX_FILE_BYTES} are not read again")
+        os.makedirs(self._folder, 0o755, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(uid))
-        self.claims.pop(uid, None)
+            os.unlink(self._link(uid))
+        os.symlink(file.owner, self._link(uid))
+        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
+        write_file(self.path(uid), temporary, file.content, 0o644, is_synced=True)
+
+
+class Claims:
+    """The claims that are prepared on the node of SETTINGS: prepares them, unprepares them, and keeps their CDI files.
+
+    A device belongs to one claim, until the kubelet unprepares that or the API server has no such claim. What changes
+    this is done without an await between looking and writing, so no two claims get one device. Between open() and
+    close(), this instance alone serves the driver; it takes up what others have left. Belongs to a loop.
+    """
+
+    PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
+    RETRY_SECONDS = 1.0  # before the API server is asked again
+    # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
+    # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
+    GONE_SECONDS = 30.0
+
+    def __init__(self, settings: DraSettings, api: ApiServer, devices: HostDevices) -> None:
+        self.prepared: Dict[str, PreparedClaim] = {}  # by uid, as all of these are
+        self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
+        self.is_open = False
+        self.is_unsettled = False  # whether what containers are given may change though the plan stays the same
+        self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
+        self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
+        self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
+        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
+        self._wanted: Dict[str, CdiFile] = {}
+        self._has_plan = False
+        self._slots: SlotsOfDra = {}  # those of the plan
+        self._left_paths: Set[str] = set()  # that the plan leaves out, such as /dev/video0
+        self._plan = EMPTY_PLAN
+        self._settings = settings
+        self._api = api
+        self._devices = devices
+        self._files = CdiFiles(settings.cdi_dir, settings.domain)
+        self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
+
+    # -- the life of the driver ------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take up what CDI files say. Raises OSError."""
+        self._files.remove_leftovers()
+        self._change = asyncio.get_running_loop().create_future()
+        self.is_open = True
+        self._take_up()
+        self.sync(True)
+
+    def close(self) -> None:
+        """End what waits. From now on, another instance may serve."""
+        if self.is_open:
+            self.is_open = False
+            self._notify()
+
+    def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
+        """Have containers be given what PLAN, with these SLOTS, has now."""
+        self._plan, self._slots, self._has_plan = plan, slots, True
+        self._left_paths = {f"/dev/{left.path}" for left in plan.left_out}
+        if self.is_open:
+            self.sync(True)
+
+    def sync(self, is_changed: bool = False) -> None:
+        """Put the CDI files right, whoever has changed them. If IS_CHANGED, so is what containers are given."""
+        if is_changed or self.is_unsettled:
+            self.is_unsettled = False
+            for claim in list(self.prepared.values()):
+                try:
+                    self.prepared[claim.uid] = self._refreshed(claim)
+                except AllocationError:
+                    self.is_unsettled = True  # it went just now, which the next plan says
+                # The plan does not change when a device goes that it does not offer.
+                self.is_unsettled |= not all(map(self._slot_of, claim.devices))
+            self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
+            self._notify()
+        for uid, error in self._files.sync(self._wanted).items():
+            text = f"cannot write {self._files.path(uid)}: {error.strerror}"
+            self.log_problem("cdi-file-not-rewritten", text, self.prepared[uid])
+
+    async def check(self) -> None:
+        """Ask the API server about the claims whose files were found here or cannot be read. Raises ApiError."""
+        with contextlib.suppress(OSError):  # there will be another check
+            self._take_up()
+        for uid in [*self._unread, *self._unchecked]:
+            await self._check(uid)
+
+    # -- what the kubelet asks for ---------------------------------------------------------------------------------
+
+    async def prepare(self, claim: pb.Claim, end: float) -> PreparedClaim:
+        """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
+
+        Raises AllocationError, ApiError and OSError.
+        """
+        results: Optional[List[Result]] = None
+        checked: Set[str] = set()  # the claims that have its devices
+        problem: Union[AllocationError, ApiError] = ApiError("the API server does not answer")
+        while True:
+            change = self._change
+            try:
+                before = self._prepare_again(claim)
+                if before:
+                    return before
+                if results is None:
+                    results = await wait_bounded(self._read_results(claim), end - time.monotonic())
+                for uid in self._holders(claim.uid, results).keys() - checked:
+                    checked.add(uid)
+                    with contextlib.suppress(ApiError, asyncio.TimeoutError):
+                        await wait_bounded(self._check(uid), end - time.monotonic())
+                return self._prepare(claim, results)
+            except asyncio.TimeoutError:
+                raise problem from None
+            except (AllocationError, ApiError) as error:
+                if not may_pass(error) or time.monotonic() >= end:
+                    raise
+                problem = error
+            retry = max(self.RETRY_SECONDS, problem.retry_after) if isinstance(problem, ApiError) else math.inf
+            await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
+
+    def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
+        """Remove the CDI file of the claim UID, of which WHY is logged; why that failed, or an empty text."""
+        try:
+            self._take_up()
+            claim = self.prepared.get(uid)
+            if claim or uid in self._unread:
+                self._files.remove(uid)
+        except AllocationError as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot remove {self._files.path(uid)}: {error.strerror}"
+        if claim or uid in self._unread:
+            log_event("unprepared", why, claim=claim.full_name if claim else uid)
+        for memory in (self.prepared, self._wanted, self._unread, self._gone_since, self._logged):
+            memory.pop(uid, None)
+        self._unchecked.discard(uid)
+        self._notify()
+        return ""
+
+    def lost(self) -> List[PreparedDevice]:
+        """The prepared devices that the plan lacks and that are gone, or have another one in their place."""
+        prepared = (device for claim in self.prepared.values() for device in claim.devices)
+        return [device for device in prepared if device.is_gone and not self._slot_of(device)]
+
+    def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
+        """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
+        if not text:
+            self._logged.pop(claim.uid, None)
+        elif is_news(self._logged, claim.uid, text):
+            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
+
+    # -- what follows from the plan --------------------------------------------------------------------------------
+
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, also if its resource has another name by now."""
+        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                return found
+        return slot.device if slot and not device.is_gone else None
+
+    def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
+        """The slot of the plan that DEVICE is."""
+        slot = self._slots.get(device.name)
+        return slot if slot and slot.device is self._device_of(device) else None
+
+    def _problem_of(self, device: PreparedDevice) -> str:
+        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
+        one may.
+
+        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
+        go on. So may that of a device that has changed.
+        """
+        found = self._device_of(device)
+        if found:
+            return "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
+            return Reason.GONE.template
+        is_swapped = device.path in self._left_paths or (device.is_gone and device.name in self._slots)
+        return Reason.SWAPPED.template if is_swapped else ""
+
+    # -- one claim -------------------------------------------------------------------------------------------------
+
+    def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
+        """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
+        self._take_up()
+        if not self._has_plan:
+            raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
+        before = self.prepared.get(claim.uid)
+        if not before or before.full_name != f"{claim.namespace}/{claim.name}":
+            return None
+        now = self._refreshed(before)
+        self._write(now)
+        for device in now.devices:
+            if device.is_gone:
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
+        return now
+
+    def _prepare(self, claim: Union[pb.Claim, PreparedClaim], results: Sequence[Result]) -> PreparedClaim:
+        """Prepare RESULTS for CLAIM. Raises AllocationError and OSError."""
+        self._take_up()
+        for problem in self._holders(claim.uid, results).values():
+            raise AllocationError("UNAVAILABLE", problem)
+        devices = prepare_devices(results, self._slots, self._devices)
+        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
+        if devices:
+            try:
+                self._write(prepared)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if claim.uid not in self._unread:
+                        self._files.remove(claim.uid)
+                raise
+            self._unread.pop(claim.uid, None)
+            self.allocations.update(device.resource for device in devices)
+            names = join_names([device.name for device in devices])
+            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
+        return prepared
+
+    def _write(self, claim: PreparedClaim) -> None:
+        """Write the CDI file of CLAIM unless it is there, read it back, and remember the claim. Raises OSError."""
+        file = cdi_files([claim], self._settings.domain)
+        for error in self._files.sync(file, is_thorough=True).values():
+            raise error
+        self.prepared[claim.uid] = claim
+        self._wanted.update(file)
+
+    def _holders(self, uid: str, results: Iterable[Result]) -> Dict[str, str]:
+        """The claims other than UID that have, or may have, devices of RESULTS, with a sentence that says so."""
+        wanted = {result.device for result in results if not result.is_admin}
+        found = {}
+        for claim in self.prepared.values():
+            for device in claim.devices:
+                if device.name in wanted and not device.is_admin:
+                    text = f"{device.name} is still prepared for the claim {claim.full_name} (uid {claim.uid})"
+                    found[claim.uid] = text
+        for other, names in self._unread.items():
+            if wanted and (names is None or names & wanted):
+                path = self._files.path(other)
+                found[other] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
+        found.pop(uid, None)
+        return found
+
+    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM with what a container is given for its devices now. A device that is no longer offered stays as it was.
+
+        Raises AllocationError.
+        """
+        now = [device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices]
+        results = [
+            Result(request, device.name, device.is_admin)
+            for device in now
+            for request in device.requests
+            if (slot := self._slot_of(device)) and slot.healthy
+        ]
+        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
+        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
+
+    async def _read_results(self, claim: pb.Claim) -> List[Result]:
+        """What CLAIM was allocated of this driver. Raises AllocationError and ApiError."""
+        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
+        found = await self._find(claim)
+        if found is None:
+            text = f"the API server has no claim {claim.namespace}/{claim.name} with the uid {claim.uid}"
+            raise AllocationError("NOT_FOUND", text)
+        return allocated_devices(found, self._settings.domain, self._settings.node)
+
+    async def _find(self, claim: Union[pb.Claim, PreparedClaim]) -> Optional[Document]:
+        """CLAIM on the API server; None if that says that it does not exist, or has another uid. Raises ApiError."""
+        try:
+            found = await self._api.call("get", claim_path(claim.namespace, claim.name))
+        except ApiError as error:
+            if error.status == 404 and is_missing(error.document, claim.name):
+                return None
+            raise
+        is_claim = _dig(found, str, "metadata", "name") == claim.name
+        uid = _uid_of(found if is_claim else None, f"the ResourceClaim {claim.name}")
+        return found if uid == claim.uid else None
+
+    # -- all claims ------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Take up the CDI files that this instance has not written. Raises OSError, and AllocationError once closed.
+
+        They are looked for again and again, because an instance that does not know yet that this one serves may have
+        written one: its device must not be given again.
+        """
+        if not self.is_open:
+            raise AllocationError("FAILED_PRECONDITION", NOT_SERVED)
+        uids = self._files.uids()
+        for uid in self._unread.keys() - uids:  # somebody has removed it
+            del self._unread[uid]
+        for uid in uids - self.prepared.keys():
+            try:
+                claim = self._files.read(uid)
+            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                if uid not in self._unread:
+                    why = error.strerror if isinstance(error, OSError) else error
+                    text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
+                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.path(uid))
+                self._unread.setdefault(uid, None)
+            else:
+                self._unread.pop(uid, None)
+                self.prepared[uid] = claim
+                self._unchecked.add(uid)
+                self.is_unsettled = True
+
+    async def _check(self, uid: str) -> None:
+        """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
+        its file cannot be read, write the file. Raises ApiError.
+
+        The slices are listed because an API server without them has no claims either.
+        """
+        claim = self.prepared.get(uid) or self._files.owner(uid)
+        if not claim:
+            return
+        found = await self._find(claim)
+        if found is None:
+            slices = await self._api.call("list", f"{_API}/resourceslices?limit=1")
+            if isinstance(_dig(slices, object, "items"), list):
+                self._drop(claim)
+            return
+        self._gone_since.pop(uid, None)
+        self._unchecked.discard(uid)
+        if uid in self._unread:
+            try:
+                results = allocated_devices(found, self._settings.domain, self._settings.node)
+                self._unread[uid] = {result.device for result in results if not result.is_admin}
+                self._prepare(claim, results)
+                self._notify()
+            except (AllocationError, OSError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                self.log_problem("cdi-file-not-rewritten", f"cannot write {self._files.path(uid)}: {why}", claim)
+
+    def _drop(self, claim: PreparedClaim) -> None:
+        """Forget CLAIM, which is gone, unless it was there GONE_SECONDS ago."""
+        since = self._gone_since.setdefault(claim.uid, time.monotonic())
+        if self.is_open and time.monotonic() - since >= self.GONE_SECONDS:
+            problem = self.unprepare(claim.uid, "the API server has no such claim any more")
+            if problem:
+                self.log_problem("cdi-file-not-removed", problem, claim)
+
+    def _notify(self) -> None:
+        """Wake the claims that wait."""
+        self._change.set_result(None)
+        self._change = self._change.get_loop().create_future()
+
+
+def may_pass(error: Union[AllocationError, ApiError]) -> bool:
+    """Whether ERROR may be over in a moment: a device that is away or taken, or an API server that is not ready."""
+    if isinstance(error, AllocationError):
+        return error.code == "UNAVAILABLE"
+    return not 400 <= error.status < 500 or error.status in (404, 408, 429)
 
 
 # The slices and the classes.
+
+
+class ApiTask(NamedTuple):
+    """Work on the API server that is done when something CHANGED, every SECONDS, and, if it fails, soon again."""
+
+    work: Callable[[], Awaitable[None]]
+    seconds: float
+    changed: asyncio.Event
+    urgent: asyncio.Event  # ends the pause after a failure, too
+
+    def refresh(self) -> None:
+        """Have the work done now."""
+        self.changed.set()
+        self.urgent.set()
 
 
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
     The slices share one generation, so either none is written or each one, once. None is where the server has what is
-    wanted, or what it made of what was written last. FINALLY_ is called when slices and classes are published.
+    wanted, or what it made of what was written last. FINALLY_ is called when the slices are published. The classes are
+    a task of their own: with many resources, or where none can be made, a lost device is tainted all the same.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is published
-        self.published: List[List[Document]] = []  # the devices of each slice, as they were wanted
+        self.published: List[SliceGroup] = []  # as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
-        self._steps = (self._publish_slices, self._make_classes, finally_)
-        self._are_slices_good = False  # whether they could be made what was wanted when that was last tried
-        self._wanted: List[List[Document]] = []
+        self._finally = finally_
+        self._problems: Dict[Callable[[], Awaitable[None]], str] = {}  # by the work that fails
+        self._wanted: List[SliceGroup] = []
         self._resources: Sequence[str] = ()
-        self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
-        self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
-        self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
-        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
+        self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
+        self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
+        self._slices = ApiTask(self._publish, COMPARE_SECONDS, asyncio.Event(), asyncio.Event())
+        self._classes = ApiTask(self._make_classes, CLASS_SECONDS, asyncio.Event(), asyncio.Event())
+
+    @property
+    def problems(self) -> List[str]:
+        """Why not everything is published."""
+        return list(self._problems.values())
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = split_into_slices(devices), resources
-        if wanted != (self._wanted, self._resources):
-            self._wanted, self._resources = wanted
-            self._changed.set()
+        wanted = [(len(group), json.dumps(group)) for group in split_into_slices(devices)]
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._slices.changed.set()
+        if resources != self._resources:
+            self._resources = resources
+            self._classes.changed.set()
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._classes.clear()
-        self._changed.set()
-        self._urgent.set()
+        self._slices.refresh()
+        self._refresh_classes()
+
+    def _refresh_classes(self) -> None:
+        self._made.clear()
+        self._classes.refresh()
 
     async def run(self) -> None:
         """Publish until cancelled."""
+        await asyncio.gather(self._repeat(self._slices), self._repeat(self._classes))
+
+    async def _repeat(self, task: ApiTask) -> None:
+        """Do TASK until cancelled."""
+        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         while True:
-            if self._urgent.is_set():
-                self._backoff.reset()
-            self._urgent.clear()
-            self._changed.clear()
-            pause = await self._advance()
-            await asyncio.sleep(pause)
-            if not self._are_slices_good:
-                await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
-                continue
-            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-            rest = self._backoff.retry_at - time.monotonic() if self.problems else COMPARE_SECONDS
-            await wait_for_event(self._changed, rest)  # where no class can be made, a lost device is tainted at once
+            if task.urgent.is_set():
+                backoff.reset()
+            task.urgent.clear()
+            task.changed.clear()
+            if await self._try(task.work):
+                backoff.reset()
+                await wait_for_event(task.urgent, MIN_PUBLISH_SECONDS)
+                await wait_for_event(task.changed, task.seconds)
+            else:
+                backoff.fail(time.monotonic())
+                await wait_for_event(task.urgent, backoff.retry_at - time.monotonic())
 
-    async def _advance(self) -> float:
-        """Publish what the API server accepts; the seconds for which it must be left alone."""
-        problems, pause = [], 0.0
-        for step in self._steps:
-            try:
-                await step()
-            except ApiError as error:
-                problems.append(str(error))
-                pause = max(pause, error.retry_after)
-                if pause or not error.status:
-                    break  # it is to be left alone, or does not answer
-        for problem in problems:
-            if problem not in self.problems:
-                log_event("not-published", f"{problem}; trying again", logging.WARNING)
-        if self.problems and not problems:
+    async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Do WORK; whether it succeeded. After a failure this waits for as long as the API server asked for."""
+        try:
+            await work()
+        except ApiError as error:
+            if str(error) not in self.problems:
+                log_event("not-published", f"{error}; trying again", logging.WARNING)
+            self._problems[work] = str(error)
+            await asyncio.sleep(error.retry_after)
+            return False
+        if self._problems.pop(work, "") and not self._problems:
             log_event("published-again", "the API server does what it is asked again")
-        self.problems = problems
-        if problems:
-            self._backoff.fail(time.monotonic())
-        else:
-            self._backoff.reset()
-        return pause
+        return True
 
-    async def _publish_slices(self) -> None:
-        """Make the slices what is wanted. Raises ApiError."""
-        self._are_slices_good = False
+    async def _publish(self) -> None:
+        """Make the slices what is wanted, and do what comes after them. Raises ApiError."""
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
-            is_ours = _versions(copies) == self._versions  # nobody else has changed them
-            if not is_ours:
-                self._classes.clear()  # the API server may be another one, without them
+            is_ours = copies == self._copies  # nobody else has changed them
+            if not is_ours and self.published_at:
+                self._refresh_classes()  # the API server may be another one, without them
             if not is_ours or wanted != self.published:
-                node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
                 try:
-                    await self._replace(copies, wanted, node_uid)
+                    await self._replace(copies, wanted)
                 except ApiError as error:
                     # 404 or 409: somebody else has changed, made or deleted one meanwhile
                     if tries_left and error.status in (404, 409):
                         continue
                     raise
-            self.published, self._versions, self.published_at = wanted, _versions(copies), time.time()
-            self._are_slices_good = True
-            return
+            self.published, self._copies, self.published_at = wanted, copies, time.time()
+            break
+        await self._try(self._finally)
 
-    async def _list_slices(self) -> Dict[str, object]:
-        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
-        answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
-        copies = {}
-        for item in _dig(answer, list, "items"):
-            owner = _dig(item, str, "spec", "driver"), _dig(item, str, "spec", "nodeName")
-            name = _dig(item, str, "metadata", "name")
-            if owner == (self._domain, self._node) and _OBJECT_NAME.fullmatch(name):
-                copies[name] = item
+    async def _list_slices(self) -> Dict[str, SliceCopy]:
+        """The slices that the API server has, read a few at a time. Raises ApiError."""
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={SLICES_AT_ONCE}"
+        path = f"{_API}/resourceslices?{query}"
+        read = functools.partial(read_slices, domain=self._domain, node=self._node)
+        copies: Dict[str, SliceCopy]
+        copies, rest = await self._api.call("list", path, read=read)
+        while rest:
+            more, rest = await self._api.call("list", f"{path}&continue={rest}", read=read)
+            copies.update(more)
         return copies
 
-    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
+    async def _replace(self, copies: Dict[str, SliceCopy], wanted: List[SliceGroup]) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
+        node = f"/api/v1/nodes/{self._node}"
+        node_uid = await self._api.call("get", node, read=lambda document: document["metadata"]["uid"])
+        generations = {copy.generation for copy in copies.values()}
         generation = 1 + max(generations, default=0)
-        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
-        if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
+        bodies = resource_slices(self._domain, self._node, node_uid, generation, wanted)
+        digests = dict(await in_slices((body["metadata"]["name"], read_slice(body).digest) for body in bodies))
+        if len(generations) <= 1 and {name: copy.digest for name, copy in copies.items()} == digests:
             return
         path = f"{_API}/resourceslices"
-        for name, body in slices.items():
-            if name in copies:
-                body["metadata"]["resourceVersion"] = _dig(copies[name], str, "metadata", "resourceVersion")
-                copies[name] = await self._api.call("update", f"{path}/{name}", body)
-            else:
-                copies[name] = await self._api.call("create", path, body)
-        for name in copies.keys() - slices.keys():
+        surplus = copies.keys() - digests.keys()
+        if generation > MAX_GENERATION:  # one of somebody else, say
+            generation, surplus = 1, set(copies)
+        for name in surplus:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
-        count = pluralize(sum(map(len, wanted)), "device")
+        for body in resource_slices(self._domain, self._node, node_uid, generation, wanted):
+            name = body["metadata"]["name"]
+            if name in copies:
+                body["metadata"]["resourceVersion"] = copies[name].version
+                copies[name] = await self._api.call("update", f"{path}/{name}", body, read=read_slice)
+            else:
+                copies[name] = await self._api.call("create", path, body, read=read_slice)
+        count = pluralize(sum(number for number, _ in wanted), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
@@ -5229,12 +5808,12 @@ class Publisher:
         path = f"{_API}/deviceclasses"
         for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
             name = body["metadata"]["name"]
-            if time.monotonic() - self._classes.get(name, -math.inf) < CLASS_SECONDS:
+            if time.monotonic() - self._made.get(name, -math.inf) < CLASS_SECONDS:
                 continue
             is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
             if is_missing and await self._api.call("create", path, body, absent=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
-            self._classes[name] = time.monotonic()
+            self._made[name] = time.monotonic()
 
 
 def _uid_of(document: object, kind: str) -> str:
@@ -5245,10 +5824,6 @@ def _uid_of(document: object, kind: str) -> str:
     return uid
 
 
-def _versions(slices: Mapping[str, object]) -> Mapping[str, str]:
-    return {name: _dig(item, str, "metadata", "resourceVersion") for name, item in slices.items()}
-
-
 # The driver.
 
 
@@ -5257,9 +5832,11 @@ class DraSettings(NamedTuple):
 
     kubelet_dir: str
     cdi_dir: str
+    dev_dir: str
     node: str
     domain: str
-    dev_dir: str
+    gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
+    kubelet_socket: str  # where the kubelet serves the PodResources API
 
     @property
     def folder(self) -> str:
@@ -5281,67 +5858,95 @@ class DraSide(KubeletSide):
         api: ApiServer,
         devices: HostDevices,
         loop: asyncio.AbstractEventLoop,
-        calm_look: float,
+        max_silence: float,
+        watch: Optional[Watch] = None,
     ) -> None:
-        super().__init__(loop, min(calm_look, SOCKET_LOOK_SECONDS))
+        super().__init__(loop, max_silence)
+        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
         loop.set_default_executor(daemon_threads())
         self.settings = settings
         self.domain = self.full_name = settings.domain
         self.api = api
         self.plugin_dir = settings.folder
-        self.is_answering = False  # whether the kubelet has the driver
+        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
-        self.registrations = self.prepare_errors = 0
-        self.prepared: Counter[str] = Counter()  # slots, by resource
+        self.registrations = self.restarts = self.prepare_errors = 0
         self.publisher: Optional[Publisher] = None  # while the driver is served
-        self.cdi = CdiFiles(settings.cdi_dir, settings.domain)
+        self.claims = Claims(settings, api, devices)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
-        self._offered: List[Document] = []  # its slots as devices of slices
-        self._gone_paths: Set[str] = set()  # what the plan has no good device at, such as /dev/video0
-        self._devices = devices
-        self._unchecked: List[PreparedClaim] = []  # read from CDI files; the API server may no longer have them
-        self._is_unsettled = False  # whether CDI files may have to be rewritten though the plan stays the same
-        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last, by its uid
+        self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
+        self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
+        self._watch = watch  # of the CDI files
+        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._leases = Leases(f"{settings.folder}/driver.lock")
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
+        self._is_registered = False  # says the kubelet, which does not say when it ends
+        self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
+        self._last_kubelet: Optional[Identity] = None  # the one that answered last
+        self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
         self._publishing: Optional[asyncio.Task[None]] = None
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
+        return self._is_registered and self._registrar in (None, self._kubelet)
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
+                self._wake = asyncio.get_running_loop().create_future()
+                if self._watch:
+                    self._watch.ask()  # before the look, so that no change is missed
                 await self._check_sockets()
-                if self._is_unsettled:
-                    self._settle()
-                await asyncio.wait([self._done], timeout=self.calm_look)
+                self._check_kubelet()
+                if self.claims.is_open:
+                    was_unsettled = self.claims.is_unsettled
+                    self.claims.sync()
+                    if was_unsettled or time.monotonic() >= self._grace_end:
+                        self._settle()
+                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
+                await asyncio.sleep(NEXT_LOOK_SECONDS)
         finally:
+            if self._watch:
+                self._watch.close()
             await self._end()
         self._done.result()
 
+    def look_now(self) -> None:
+        if not self._wake.done():
+            self._wake.set_result(None)
+
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
+        self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
-        offered = (device for resource in plan.resources.values() for device in resource.devices)
-        self._gone_paths = {device_path(device) for device in offered if device.problem}
-        self._gone_paths.update(f"/dev/{left.path}" for left in plan.left_out)
-        self._offered = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
+        self.claims.follow(plan, self.slots)
         self._settle()
 
     def _settle(self) -> None:
-        """Have CDI files and slices be as the plan and /dev want them, where a prepared device is not in the plan, too.
-
-        Those are published as well, once they are gone.
-        """
-        if self.publisher:
-            self._update_cdi_files()
-            prepared = (device for claim in self.cdi.claims.values() for device in claim.devices)
-            lost = (device for device in prepared if device.name not in self.slots and self._problem_of(device))
-            devices = [*self._offered, *(lost_device(device, self.domain) for device in lost)]
-            self.publisher.want(devices, list(self._plan.resources))
+        """Publish what is offered, and the prepared devices that are not, once they are gone. If another device has the
+        name by now, it must wait."""
+        if not self.publisher:
+            return
+        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
+        gone = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        self._grace_end = min((since for since in gone.values() if since > end), default=math.inf)
+        self._grace_end += self.settings.gone_grace
+        lost = {device.name: device for device in self.claims.lost()}
+        self._lost_since = {name: self._lost_since.get(name, time.monotonic()) for name in lost}
+        offered = (
+            slice_device(name, slot, self.domain, gone.get(name, math.inf) <= end)
+            for name, slot in self.slots.items()
+            if name not in lost
+        )
+        others = (lost_device(device, self.domain, self._lost_since[name] <= end) for name, device in lost.items())
+        self.publisher.want(itertools.chain(offered, others), list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -5359,38 +5964,32 @@ class DraSide(KubeletSide):
             "ready": not self.obstacle,
             "served_by_other": self.is_standby,
             "trouble": self.obstacle,
-            "allocations": self.prepared[name],
+            "allocations": self.claims.allocations[name],
             "registrations": self.registrations,
         }
-
-    def readiness(self, names: Iterable[str]) -> Tuple[List[str], List[str]]:
-        """Why the resources NAMES are not ready, and that another instance serves them: that holds for all or none."""
-        obstacles = [self.obstacle] if self.obstacle else []
-        return ([], obstacles) if self.is_standby else (obstacles, [])
 
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, published = self.api, self.publisher.published if self.publisher else []
-        restarts = max(self.registrations - 1, 0)
         dra = {
             "problem": self.obstacle,
             "registered": self.is_answering,
             "socket": self.settings.sockets[0],
             "slices": len(published),
-            "slice_devices": sum(map(len, published)),
+            "slice_devices": sum(count for count, _ in published),
             "published_at_seconds": self.publisher.published_at if self.publisher else 0.0,
             "api_server": api.address.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(self.cdi.claims),
+            "claims_prepared": len(self.claims.prepared),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in self.cdi.claims.values()
+                for claim in self.claims.prepared.values()
             ],
             "prepare_errors": self.prepare_errors,
         }
         return {
-            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "kubelet": {"answering": self.is_answering, "restarts": self.restarts, "plugin_dir": self.plugin_dir},
             "dra": dra,
         }
 
@@ -5403,7 +6002,7 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
-            if is_late and not self.is_answering and not self.problem:  # the kubelet's own reason says more
+            if is_late and not self._is_registered and not self.problem:  # the kubelet's own reason says more
                 self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
@@ -5418,6 +6017,23 @@ class DraSide(KubeletSide):
             await self._end()
             self._log_problem("not-served", problem)
 
+    def _check_kubelet(self) -> None:
+        """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
+        path = self.settings.kubelet_socket
+        try:
+            found = None if is_dead(path) else os.stat(path)
+        except OSError:  # this says nothing about the kubelet
+            return
+        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        self._registrar = self._registrar or self._kubelet
+        if self._kubelet and self._kubelet != self._last_kubelet:
+            self.restarts += self._last_kubelet is not None
+            self._last_kubelet = self._kubelet
+        if self.is_answering:
+            self.problem = ""
+        elif self._is_registered:
+            self._log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
+
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
         for path in self.settings.sockets:
@@ -5425,9 +6041,8 @@ class DraSide(KubeletSide):
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
-        self.cdi.load()
-        self._unchecked = list(self.cdi.claims.values())
-        self.publisher = Publisher(self.api, self.settings.node, self.domain, self._drop_gone_claims)
+        self.claims.open()
+        self.publisher = Publisher(self.api, self.settings.node, self.domain, self.claims.check)
         self._settle()
         self.problem, self._served_since = "", time.monotonic()
         self._publishing = asyncio.ensure_future(self.publisher.run())
@@ -5445,7 +6060,8 @@ class DraSide(KubeletSide):
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self.publisher, self.is_answering = None, False
+        self.publisher, self._is_registered = None, False
+        self.claims.close()
         if self._publishing:
             self._publishing.cancel()
             await asyncio.wait([self._publishing])
@@ -5470,8 +6086,9 @@ class DraSide(KubeletSide):
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self.is_answering = request.plugin_registered
-        if self.is_answering:
+        self._is_registered, self._registrar = request.plugin_registered, None
+        self._check_kubelet()
+        if self._is_registered:
             self.registrations += 1
             self.problem = ""
             log_event("registered", "registered with the kubelet", driver=self.domain)
@@ -5485,22 +6102,26 @@ class DraSide(KubeletSide):
     async def NodePrepareResources(
         self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodePrepareResourcesResponse:
+        end = time.monotonic() + self.claims.PREPARE_SECONDS
+        tasks = [self.claims.prepare(claim, end) for claim in request.claims]
         response = pb.NodePrepareResourcesResponse()
-        for claim in request.claims:
+        for claim, prepared in zip(request.claims, await asyncio.gather(*tasks, return_exceptions=True)):
             entry = response.claims[claim.uid]
-            try:
-                prepared = await self._prepare(claim)
-            except (AllocationError, ApiError, OSError) as error:
-                text = f"cannot write a CDI file: {error.strerror}" if isinstance(error, OSError) else str(error)
+            if isinstance(prepared, (AllocationError, ApiError, OSError)):
+                text = (
+                    f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else str(prepared)
+                )
                 entry.error = printable(f"{self.domain}: {text}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
-                self._log_of_claim("refused", f"Prepare refused: {text}", claim)
+                self.claims.log_problem("refused", f"Prepare refused: {text}", claim)
                 continue
-            self._logged.pop(claim.uid, None)
+            if isinstance(prepared, BaseException):
+                raise prepared
+            self.claims.log_problem("", "", claim)
             for device in prepared.devices:
                 cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
                 names = {"pool_name": self.settings.node, "device_name": device.name}
-                entry.devices.add(**names, request_names=[device.request], cdi_device_ids=[cdi_id])
+                entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
         return response
 
     @answered
@@ -5509,131 +6130,9 @@ class DraSide(KubeletSide):
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
         for claim in request.claims:
-            response.claims[claim.uid].error = self._unprepare(claim.uid)
+            problem = self.claims.unprepare(claim.uid)
+            response.claims[claim.uid].error = f"{self.domain}: {problem}" if problem else ""
         return response
-
-    async def _prepare(self, claim: pb.Claim) -> PreparedClaim:
-        """Prepare the devices of CLAIM. Raises AllocationError, ApiError and OSError."""
-        requests = await self._read_requests(claim)
-        # Nothing is awaited from here on, so no other claim can be prepared meanwhile.
-        if not self.publisher:
-            raise AllocationError("UNAVAILABLE", NOT_SERVED)
-        prepared = self.cdi.claims.get(claim.uid)
-        if not prepared or {device.result for device in prepared.devices} != set(requests):
-            return self._prepare_anew(claim, requests)
-        prepared = self._update(prepared)
-        for device in prepared.devices:
-            if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
-        return prepared
-
-    def _prepare_anew(self, claim: pb.Claim, requests: Sequence[Tuple[str, str]]) -> PreparedClaim:
-        """Prepare for CLAIM the devices of REQUESTS. Raises AllocationError and OSError."""
-        for _, name in requests:
-            holder = self.cdi.holder(name)
-            if holder and holder.uid != claim.uid:
-                text = f"{name} is still prepared for the claim {holder.full_name} (uid {holder.uid})"
-                raise AllocationError("FAILED_PRECONDITION", text)
-        devices = prepare_devices(requests, self.slots, self._devices)
-        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
-        self.cdi.write(prepared)
-        self.prepared.update(device.resource for device in devices)
-        names = join_names([device.name for device in devices])
-        log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
-        return prepared
-
-    async def _read_requests(self, claim: pb.Claim) -> List[Tuple[str, str]]:
-        """The requests and devices that CLAIM was allocated; those it was prepared with while the API server is away.
-
-        Raises AllocationError and ApiError.
-        """
-        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
-        try:
-            found = await self.api.call("get", claim_path(claim.namespace, claim.name))
-            uid = _uid_of(found, "a ResourceClaim")
-        except ApiError as error:
-            if claim.uid in self.cdi.claims and error.status != 404:
-                return [device.result for device in self.cdi.claims[claim.uid].devices]
-            raise
-        if uid != claim.uid:
-            text = f"the claim {claim.namespace}/{claim.name} is another one now; its uid is not {claim.uid}"
-            raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self.domain, self.settings.node)
-
-    def _unprepare(self, uid: str) -> str:
-        """Remove the CDI file of the claim UID; why that failed, or an empty text."""
-        if not self.publisher:
-            return f"{self.domain}: {NOT_SERVED}"
-        claim = self.cdi.claims.get(uid)
-        if claim:
-            try:
-                self.cdi.remove(uid)
-            except OSError as error:
-                return f"{self.domain}: cannot remove {self.cdi.path(uid)}: {error.strerror}"
-            log_event("unprepared", "its pod has ended", claim=claim.full_name)
-        self._logged.pop(uid, None)
-        return ""
-
-    def _log_of_claim(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
-        """Log TEXT unless it is what was logged last of CLAIM."""
-        if is_news(self._logged, claim.uid, text):
-            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
-
-    # -- what follows from the plan --------------------------------------------------------------------------------
-
-    def _problem_of(self, device: PreparedDevice) -> str:
-        """Why no container may start with DEVICE: it is gone, or another one is in its place. Empty if one may.
-
-        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on.
-        """
-        if device.name in self.slots:
-            return self.slots[device.name].device.problem
-        is_node = device.path.startswith("/dev/")
-        is_missing = is_node and not os.path.exists(self.settings.dev_dir + device.path[len("/dev") :])
-        return "it is gone" if is_missing or device.path in self._gone_paths else ""
-
-    def _update_cdi_files(self) -> None:
-        """Have the CDI files name the nodes that their devices have now, or none while a device is gone."""
-        self._is_unsettled = False
-        for claim in list(self.cdi.claims.values()):
-            try:
-                self._update(claim)
-            except AllocationError:
-                self._is_unsettled = True  # it went just now, which the next plan says
-            except OSError as error:
-                self._is_unsettled = True
-                text = f"cannot write {self.cdi.path(claim.uid)}: {error.strerror}"
-                self._log_of_claim("cdi-file-not-rewritten", text, claim)
-            # The plan does not change when a device goes that it does not offer.
-            self._is_unsettled |= any(device.name not in self.slots for device in claim.devices)
-
-    def _update(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now, as its CDI file has it then, too.
-
-        A device that is no longer offered stays as it was. Raises AllocationError and OSError.
-        """
-        now = (device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices)
-        devices = {device.result: device for device in now}
-        offered = [key for key, device in devices.items() if device.name in self.slots and not device.is_gone]
-        devices.update((device.result, device) for device in prepare_devices(offered, self.slots, self._devices))
-        updated = claim._replace(devices=tuple(devices.values()))
-        if updated != claim or not os.path.exists(self.cdi.path(claim.uid)):
-            self.cdi.write(updated)
-            log_event("cdi-file-rewritten", "a prepared device, or this file, went or came back", claim=claim.full_name)
-        return updated
-
-    async def _drop_gone_claims(self) -> None:
-        """Of the CDI files found at the start, remove those whose claims no longer exist. Raises ApiError."""
-        for claim in list(self._unchecked):
-            found = await self.api.call("get", claim_path(claim.namespace, claim.name), absent=404)
-            is_gone = found is None or _uid_of(found, "a ResourceClaim") != claim.uid
-            problem = self._unprepare(claim.uid) if is_gone else ""
-            if problem:  # tried again with the next comparison
-                self._log_of_claim("cdi-file-not-removed", problem, claim)
-            else:
-                self._unchecked.remove(claim)
 
 
 def _inodes(path: str) -> Mapping[str, int]:
@@ -5651,16 +6150,26 @@ def _inodes(path: str) -> Mapping[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-MAX_MISSED_HEARTBEATS = 10  # of the slower thread, before one is reported as hanging
+Problems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
-# The document. --list --json prints its parts "resources", "left_out" and "unused".
+# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
 
 
-def describe_plan(plan: Plan, resources: Sequence[Document]) -> Document:
+def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
     return {
         "resources": resources,
+        "shared": [
+            {
+                "path": node,
+                "offers": [
+                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+                    for name, path, line in offers
+                ],
+            }
+            for node, offers in find_shared(plan).items()
+        ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5682,6 +6191,7 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
                 "slots": device.slots,
                 "healthy": not device.problem,
                 "problem": device.problem,
+                **({"gone": device.is_gone} if device.problem else {}),
                 "since": utc(epoch + device.since),
                 "numa": list(device.numa),
                 "nodes": [
@@ -5717,13 +6227,18 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is registered, and all that is wrong."""
+def describe_health(document: Document, problems: Problems) -> Document:
+    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
     return {
         "healthy": not find_hanging(document["threads"]),
-        "ready": all(resource["ready"] for resource in document["resources"]),
-        "problems": [_with_names(sentence, names) for sentence, names in find_problems(document).items()],
+        "ready": not find_unready(document["resources"]),
+        "problems": [_with_names(sentence, names) for sentence, names in problems.items()],
     }
+
+
+def find_unready(resources: Iterable[Document]) -> List[Document]:
+    """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
+    return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
 
 
 def find_hanging(threads: Iterable[Document]) -> List[str]:
@@ -5731,12 +6246,12 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
         for thread in threads
-        if thread["seconds_since_turn"] > thread["most_seconds"]
+        if thread["seconds_since_turn"] > thread["max_seconds"]
     ]
 
 
-def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
-    """What is wrong, the worst first: sentences, each with the names of the resources or devices that have it."""
+def find_problems(document: Document) -> Problems:
+    """What is wrong, the worst first."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
 
     def add(sentence: str, *names: str) -> None:
@@ -5750,7 +6265,7 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
     else:
         for resource in document["resources"]:
             if not resource["ready"]:
-                add(unready_text(resource["trouble"]), resource["name"])
+                add(resource["trouble"], resource["name"])
     add(document["dev_problem"])
     add(conf_problem(document["conf"]))
     for resource in document["resources"]:
@@ -5818,6 +6333,15 @@ def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[ob
 
 def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
+    shared = [
+        (
+            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
+            node["path"],
+            ", ".join(offer["resource"] for offer in node["offers"]),
+        )
+        for node in document["shared"]
+    ]
+    yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
     unused = [(rule["line"], rule["pattern"]) for rule in document["unused"]]
@@ -5895,14 +6419,13 @@ def event_text(event: Document) -> Tuple[str, str]:
     sentence = event["message"]
     others = []
     for key, value in event.items():
-        if key in ("time", "level", "event", "message") or str(value) in sentence:
+        if key in ("time", "level", "event", "message"):
             continue
-        if key == "resource":
-            sentence = f"{value}: {sentence}"
-        elif key in ("resources", "devices"):
-            sentence = f"{sentence} ({str(value).replace(',', ', ')})"
-        else:
+        if key not in ("resource", "resources", "devices"):
             others.append(f"{key} {value}")
+        elif str(value) not in sentence:
+            names = str(value).replace(",", ", ")
+            sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
     return sentence, "; ".join(others)
 
 
@@ -5955,9 +6478,15 @@ def _slot_holders(document: Document) -> Samples:
 
 def _devices(document: Document) -> Samples:
     for resource in document["resources"]:
-        healthy = sum(device["healthy"] for device in resource["devices"])
-        yield {"resource": resource["name"], "state": "present"}, healthy
-        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+        states = _states(resource)
+        for state in ("present", "absent", "unhealthy"):
+            yield {"resource": resource["name"], "state": state}, states.count(state)
+
+
+def _states(resource: Document) -> List[str]:
+    """What the devices of RESOURCE are: present, absent, or there but unhealthy."""
+    devices = resource["devices"]
+    return ["present" if device["healthy"] else "absent" if device["gone"] else "unhealthy" for device in devices]
 
 
 def _left_out(document: Document) -> Samples:
@@ -5975,7 +6504,7 @@ FAMILIES = (
     Family("slots", "Containers that may have the resource at once.", "resources.slots"),
     Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
     Family("slot_holder", "1 per container that has a slot.", _slot_holders),
-    Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _devices),
     Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
     Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
     Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
@@ -6016,117 +6545,9 @@ def render_metrics(document: Document) -> Iterator[str]:
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
-# The page. Every value goes into it through _fill, and so escaped; the rest is text of this file.
+# The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.
 
 REFRESH_SECONDS = 5  # of the page
-STYLE = """
-:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
-  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
-  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
-  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
-* { box-sizing: border-box; margin: 0; padding: 0; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
-header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
-code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
-button { background: var(--card); color: var(--text); margin-left: auto; }
-small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.list { padding: .3rem 1rem; }
-.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
-.list li + li, tbody th, td { border-top: 1px solid var(--line); }
-.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
-.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
-table { width: 100%; border-spacing: 0; table-layout: fixed; }
-th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
-thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
-:target, :target td { background: var(--goal); }
-svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
-rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: currentcolor; }
-@media (max-width: 44rem) {
-  .list li { grid-template-columns: 1fr; }
-  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
-  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
-  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
-  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
-"""
-SCRIPT = """
-const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-const period = 1000 * document.body.dataset.refresh;
-const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
-
-function show(page) {
-  const focused = document.activeElement.getAttribute("href");
-  for (const part of document.querySelectorAll("[data-live]")) {
-    const made = page.getElementById(part.id);
-    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
-  }
-  document.title = page.title;
-  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
-  if (focused && document.activeElement == document.body)
-    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
-}
-
-async function refresh() {
-  if (mayChange()) try {
-    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
-    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
-    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
-    trouble.textContent = "";
-  } catch {
-    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
-  }
-}
-
-button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
-button.hidden = false;
-setInterval(refresh, period);
-"""
-
-_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
-<style nonce="{nonce}">"""
-_TOP = """</style>
-<title>{node}: {verdict}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
-cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head>
-<body data-refresh="{refresh}">
-<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
-<button id="pause" type="button" hidden>Pause</button>
-<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
-<strong id="trouble" class="bad" role="status"></strong></p></header>
-<main id="content" data-live>
-"""
-_TABLE = """<table class="card" role="table">
-<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
-scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
-Used by</th></tr></thead>
-"""
-_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
-<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
-"""
-_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
-<td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
-_FOOT = """</main>
-<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
-status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-<script nonce="{nonce}">"""
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6135,9 +6556,8 @@ def _fill(template: str, **values: object) -> str:
     return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
 
 
-def render_page(document: Document, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece; only a style and a script with NONCE are in force."""
-    problems = find_problems(document)
+def render_page(document: Document, problems: Problems, nonce: str) -> Iterator[str]:
+    """DOCUMENT as an HTML page, piece by piece, PROBLEMS first; only a style and a script with NONCE are in force."""
     count = len(problems)
     values = {
         "nonce": nonce,
@@ -6174,12 +6594,12 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
 
 def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
+    states = [state for resource in resources for state in _states(resource)]
     in_use = [resource["in_use"] for resource in resources]
     slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
     restarts = pluralize(kubelet["restarts"], "restart")
     yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
-    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{pluralize(len(states), 'device')}, {states.count('absent')} absent, {states.count('unhealthy')} unhealthy"
     yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
     yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
     yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
@@ -6236,45 +6656,53 @@ def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
-# loop, log a traceback where descriptors run out, and until Python 3.12 copy the answer for each reader.
+# loop, log a traceback if descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-MAX_CLIENTS = 64  # whose request is awaited, or that are being answered
-HEAD_BYTES = 8192
-REQUEST_SECONDS = 5.0  # for a client to send its request, and as many to take the answer
-LINGER_BYTES = 1 << 16  # that a client may send beyond its request before the connection is cut
+MAX_CLIENTS = 64
+HEAD_BYTES = 8192  # of a request
+CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
 ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
 FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
 
 OK = "200 OK"
-BAD_REQUEST = "400 Bad Request"
 UNAVAILABLE = "503 Service Unavailable"
-END_OF_HEAD = b"\r\n\r\n"
+UNKNOWN_HOST = (
+    "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
+    "of the pod, or the name that --listen has"
+)
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"):[^\0\r\n]*")
-
-
-class Unanswerable(Exception):
-    """A request that is answered with an error: its status and what that means."""
+_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]\n")
+_HOST = re.compile(r"^host:(.*)", re.IGNORECASE | re.MULTILINE)
 
 
-def parse_request(head: bytes) -> Tuple[str, str]:
-    """The method and the path in HEAD, the lines of an HTTP request (RFC 9112). Raises Unanswerable."""
-    first, *others = head.split(b"\n")
-    line = _REQUEST_LINE.fullmatch(first)
-    if not line:
-        raise Unanswerable(BAD_REQUEST)
-    if line[3] != b"1":
-        raise Unanswerable("505 HTTP Version Not Supported")
-    headers = [_HEADER_LINE.fullmatch(other) for other in others]
-    hosts = [header[1].lower() for header in headers if header].count(b"host")
-    if None in headers or hosts > 1 or (hosts == 0 and line[4] != b"0"):
-        raise Unanswerable(BAD_REQUEST)
-    if line[1] not in (b"GET", b"HEAD"):
-        raise Unanswerable("405 Method Not Allowed")
-    path = re.sub(r"(?i)^http://[^/?]*", "", line[2].decode()).partition("?")[0]
-    return line[1].decode(), path or "/"
+class Request(NamedTuple):
+    """What a client wants; the host is empty if it names none."""
+
+    method: str
+    path: str
+    host: str
+
+
+def parse_request(data: bytes) -> Optional[Request]:
+    """The request at the beginning of DATA; None if it is none that this server understands."""
+    head, end, _ = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")
+    line = _REQUEST_LINE.match(f"{head}\n")
+    if not line or not end:
+        return None
+    host = _HOST.search(head)
+    return Request(line[1], line[2].partition("?")[0], host[1] if host else "")
+
+
+def is_known_host(host: str, names: FrozenSet[str]) -> bool:
+    """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
+    here (DNS rebinding), must not be able to read what this server shows."""
+    name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
+    if name in names:
+        return True
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return bool(socket.inet_pton(family, name.partition("%")[0]))
+    return False
 
 
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
@@ -6290,7 +6718,7 @@ def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", pol
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
-        *(["Allow: GET, HEAD"] if status.startswith("405") else []),
+        "Allow: GET, HEAD",
         "Connection: close",
     ]
     return "\r\n".join([*head, "", ""]).encode() + body
@@ -6301,30 +6729,13 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_request(connection: socket.socket) -> Tuple[str, str]:
-    """The request that comes over CONNECTION. Raises Unanswerable, and OSError where the client went away."""
-    data = b""
-    while True:
-        head, end, _ = data.replace(b"\r\n", b"\n").partition(b"\n\n")
-        if end:
-            return parse_request(head)
-        if len(data) >= HEAD_BYTES:
-            raise Unanswerable("431 Request Header Fields Too Large" if b"\n" in data else "414 URI Too Long")
+async def _read_head(connection: socket.socket) -> bytes:
+    """What a client sends up to an empty line, its end, or HEAD_BYTES."""
+    data, chunk = b"", b"-"
+    while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
         chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
         data += chunk
-        if not chunk or not data[:1].isalpha():  # a client that speaks TLS, say, is not kept waiting
-            raise Unanswerable(BAD_REQUEST)
-
-
-async def _send(connection: socket.socket, data: bytes) -> None:
-    """Send DATA and end. What the client still sends is read first, or it would lose the answer (RFC 9112, 9.6)."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, data)
-    connection.shutdown(socket.SHUT_WR)
-    room = LINGER_BYTES
-    while room > 0:
-        chunk = await loop.sock_recv(connection, room)
-        room -= len(chunk) or room
+    return data
 
 
 def describe_process() -> Document:
@@ -6349,14 +6760,14 @@ class StatusServer:
     side: Union[DevicePluginSide, DraSide]
     pod_resources: PodResources
     node: str
-    interval: float
+    names: FrozenSet[str]  # by which a client may ask, besides IP addresses
     plan: Plan
     device_side: Document  # its part of the document
 
     def __post_init__(self) -> None:
         self.events = EventRing()
-        self._device_side_heartbeat = time.monotonic()
-        self._clients: Dict[asyncio.Task[None], bool] = {}  # whether they have sent their request; the oldest first
+        self._main_heartbeat = time.monotonic()
+        self._clients: Dict[asyncio.Task[None], None] = {}  # the oldest first
         self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
 
     def take(self, plan: Plan) -> None:
@@ -6364,8 +6775,12 @@ class StatusServer:
         self.plan = plan
 
     def report(self, device_side: Document) -> None:
-        """Show DEVICE_SIDE, which nothing changes, as of this moment. Any thread may call this: nothing wakes up."""
-        self.device_side, self._device_side_heartbeat = device_side, time.monotonic()
+        """Show DEVICE_SIDE, which nothing changes. Any thread may call this: nothing wakes up."""
+        self.device_side = device_side
+
+    def beat(self) -> None:
+        """The main thread, which calls this, works."""
+        self._main_heartbeat = time.monotonic()
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -6388,8 +6803,7 @@ class StatusServer:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client. Where there are too many, the oldest goes of those who have asked, or of the others if
-        those are more: so nobody can keep others out for long, nor silent clients those who ask, and the reverse."""
+        """Serve a new client. If there are too many, the oldest one goes: nobody can keep others out for long."""
         task = asyncio.ensure_future(self._serve(connection))
 
         def end(_: object) -> None:
@@ -6397,31 +6811,32 @@ class StatusServer:
             self._clients.pop(task, None)
 
         task.add_done_callback(end)
-        self._clients[task] = False
+        self._clients[task] = None
         if len(self._clients) > MAX_CLIENTS:
-            most_have_asked = sum(self._clients.values()) > len(self._clients) / 2
-            oldest = next(client for client, has_asked in self._clients.items() if has_asked == most_have_asked)
+            oldest = next(iter(self._clients))
             del self._clients[oldest]
             oldest.cancel()
 
     async def _serve(self, connection: socket.socket) -> None:
-        """Answer one request, whatever the client does."""
-        task = asyncio.current_task()
-        assert task
+        """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
         try:
-            try:
-                method, path = await asyncio.wait_for(_read_request(connection), REQUEST_SECONDS)
-                self._clients[task] = True
-                answer = await self._respond(path)
-                if method == "HEAD":
-                    answer = answer[: answer.index(END_OF_HEAD) + len(END_OF_HEAD)]
-            except Unanswerable as error:
-                answer = plain(str(error))
-            except asyncio.TimeoutError:
-                answer = plain("408 Request Timeout")
-            await asyncio.wait_for(_send(connection, answer), REQUEST_SECONDS)
+            await asyncio.wait_for(self._answer(connection), CLIENT_SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             log.debug("a client of the status page went away or was too slow: %s", error)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        request = parse_request(await _read_head(connection))
+        if not request:
+            answer = plain("400 Bad Request")
+        elif request.method not in ("GET", "HEAD"):
+            answer = plain("405 Method Not Allowed")
+        elif not is_known_host(request.host, self.names):
+            answer = plain("421 Misdirected Request", [UNKNOWN_HOST])
+        else:
+            answer = await self._respond(request.path)
+            if request.method == "HEAD":
+                answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        await asyncio.get_running_loop().sock_sendall(connection, answer)
 
     async def _respond(self, path: str) -> bytes:
         try:
@@ -6437,31 +6852,36 @@ class StatusServer:
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
         except Exception:
-            log.critical("the status page failed; this is a bug", exc_info=True)
+            log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
     def _threads(self) -> List[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
         now = time.monotonic()
-        max_age = MAX_MISSED_HEARTBEATS * max(self.interval, LOOK_SECONDS)  # the kubelet side turns no faster
-        heartbeats = {"device side": self._device_side_heartbeat, "kubelet side": self.side.heartbeat}
+        heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
         return [
-            {"name": name, "seconds_since_turn": now - heartbeat, "most_seconds": max_age}
+            {"name": name, "seconds_since_turn": now - heartbeat, "max_seconds": self.side.max_silence}
             for name, heartbeat in heartbeats.items()
         ]
 
     def _readyz(self) -> bytes:
-        """200 where each resource is registered, by this daemon or another; and what is not as it should be."""
-        unready, standby = self.side.readiness(self.plan.resources)
-        remarks = filter(None, [*standby, conf_problem(self.device_side["conf"])])
-        return plain(UNAVAILABLE if unready else OK, [*(unready or ["ok"]), *remarks])
+        """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
+        side = self.side
+        resources = [
+            {"name": f"{side.domain}/{name}", **side.describe_registration(name)} for name in self.plan.resources
+        ]
+        unready = find_unready(resources)
+        lines = [] if unready else ["ok"]
+        lines += [f"{resource['name']}: {resource['trouble']}" for resource in resources if not resource["ready"]]
+        lines += filter(None, [conf_problem(self.device_side["conf"])])
+        return plain(UNAVAILABLE if unready else OK, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document = await self._shared("", self._describe)
+        document, problems = await self._shared("", self._describe)
         nonce, policy = os.urandom(16).hex(), ""
         if path == "/":
-            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
+            kind, pieces = "text/html; charset=utf-8", render_page(document, problems, nonce)
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
         elif path == "/metrics":
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
@@ -6478,7 +6898,7 @@ class StatusServer:
         made: T = await asyncio.shield(self._made[key])
         return made
 
-    async def _describe(self) -> Document:
+    async def _describe(self) -> Tuple[Document, Problems]:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6499,268 +6919,10 @@ class StatusServer:
             "process": describe_process(),
             "events": self.events.events(),
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources)),
+            **describe_plan(plan, await in_slices(resources), side.domain),
         }
-        return {**document, **describe_health(document)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
-# must not be more lenient than the real one, or it would hide faults of the daemon.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DIAL_SECONDS = 10.0
-HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
-
-
-class Client:
-    """The simulated kubelet's connection to a plugin whose registration it accepted."""
-
-    def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
-        self.name = name
-        self.endpoint = endpoint
-        self.options = options
-        self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
-        self.is_open = True  # the stream
-        self.closed_at = math.inf  # time.monotonic() of its end
-        self.stream: Optional[grpc.aio.UnaryStreamCall] = None
-        self._channel = channel
-
-    async def disconnect(self) -> None:
-        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
-        self.is_open = False
-        self.closed_at = min(self.closed_at, time.monotonic())
-        if self.stream:
-            self.stream.cancel()
-        await self._channel.close()
-
-
-class SimulatedKubelet:
-    """A kubelet whose directory for device plugins is FOLDER."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
-        self.registrations: List[str] = []  # names of resources, in order
-        self._server: Optional[grpc.aio.Server] = None
-        self._watchers: Dict[Client, asyncio.Task[None]] = {}
-
-    async def start(self) -> None:
-        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
-        for item in os.scandir(self.folder):
-            try:
-                if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
-                    os.unlink(item.path)
-            except FileNotFoundError:
-                continue  # a plugin moved it into place, or removed it, just now
-        self._server = grpc.aio.server()
-        rpc.add_RegistrationServicer_to_server(self, self._server)
-        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
-        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
-        await self._server.start()
-        os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
-
-    async def stop(self) -> None:
-        """End every connection and leave a dead kubelet.sock behind."""
-        if self._server:
-            await self._server.stop(None)
-        for watcher in self._watchers.values():
-            watcher.cancel()
-        await asyncio.gather(*self._watchers.values(), return_exceptions=True)
-        self._watchers.clear()
-
-    async def Register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext) -> pb.Empty:
-        problem = self.find_problem(request)
-        if problem:
-            await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
-        own = [("grpc.use_local_subchannel_pool", 1)]
-        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
-        try:
-            options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
-        except grpc.RpcError as error:
-            await channel.close()
-            await context.abort(grpc.StatusCode.UNKNOWN, f"failed to dial device plugin: {error.details()}")
-        client = Client(request.resource_name, request.endpoint, channel, options)
-        self.registrations.append(client.name)
-        self.clients[client.name] = client
-        self._watchers[client] = asyncio.ensure_future(self._watch(client))
-        return pb.Empty()
-
-    def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why the kubelet would refuse this registration; empty if it would not."""
-        domain, _, name = request.resource_name.partition("/")
-        if request.version != "v1beta1":
-            return f"requested API version {request.version!r} is not supported by kubelet"
-        if not is_domain(domain):
-            return f"the ResourceName {request.resource_name!r} is invalid: its domain"
-        if len(name) > 63 or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
-            return f"the ResourceName {request.resource_name!r} is invalid: its name"
-        return ""
-
-    async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
-
-        The real kubelet does so, too.
-        """
-        client.stream = client.stub.ListAndWatch(pb.Empty())
-        try:
-            async for message in client.stream:
-                client.lists.append({device.ID: device for device in message.devices})
-        except grpc.RpcError as error:
-            log.debug("the stream of %s ended: %s", client.name, error.code())
-        finally:
-            self._watchers.pop(client, None)
-            await client.disconnect()
-            await self.clients.get(client.name, client).disconnect()
-
-    def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
-        client = self.clients.get(name)
-        if client is None or not client.lists:
-            return {}
-        return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
-
-    async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
-
-        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
-        """
-        client = self.clients[name]
-        free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
-        if len(free) < count:
-            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
-        ids = free[:count]
-        if client.options.get_preferred_allocation_available:
-            asked = pb.PreferredAllocationRequest()
-            asked.container_requests.add(available_deviceIDs=free, allocation_size=count)
-            preferred = await client.stub.GetPreferredAllocation(asked)
-            ids = list(preferred.container_responses[0].deviceIDs)
-        request = pb.AllocateRequest()
-        request.container_requests.add(devices_ids=ids)
-        response = await client.stub.Allocate(request)
-        return ids, response.container_responses[0]
-
-    async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
-
-        Raises grpc.RpcError if the plugin refuses.
-        """
-        client = self.clients[name]
-        if client.options.pre_start_required:
-            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
-
-
-class SimulatedApiServer:
-    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
-
-    def __init__(self, node: str) -> None:
-        self.url = ""
-        self.objects: Dict[str, Document] = {}  # by path
-        self._versions = itertools.count(1)
-        self._server: Optional[asyncio.AbstractServer] = None
-        self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
-
-    async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen on PORT, or on a free port; with TLS if it is given."""
-        self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
-        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def stop(self) -> None:
-        """Stop listening."""
-        if self._server:
-            self._server.close()
-            await self._server.wait_closed()
-
-    def put(self, path: str, item: Document) -> Document:
-        """Store ITEM under PATH with a new resourceVersion, and return it."""
-        metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
-        self.objects[path] = {**item, "metadata": metadata}
-        return self.objects[path]
-
-    def list(self, path: str) -> List[Document]:
-        """The objects of the collection PATH."""
-        return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
-
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            method, target, _, body = await self.read_request(reader)
-            status, document = self.respond(method, target, body)
-            writer.write(self.format_answer(status, document))
-            await writer.drain()
-        writer.close()
-
-    async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the next request from READER."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
-        data = await reader.readexactly(int(length[1]) if length else 0)
-        method, target, _ = head.split(" ", 2)
-        return method, target, head, json.loads(data) if data else {}
-
-    def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """The bytes of an answer; HEADER is one more header line."""
-        content = json.dumps(document).encode()
-        return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
-
-    def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """Handle a request; the HTTP status and the document that answer it."""
-        path = target.partition("?")[0]
-        if method == "POST":
-            path += f"/{body['metadata']['name']}"
-        old = self.objects.get(path)
-        if method == "GET" and path == f"{_API}/resourceslices":
-            return 200, {"items": self.list(path)}
-        if (old is None) != (method == "POST"):
-            return (404, {"message": f"{path} not found"}) if old is None else (409, {"message": f"{path} exists"})
-        if method == "PUT" and _versions({path: body}) != _versions({path: old}):
-            return 409, {"message": f"{path} has been modified"}
-        if method == "DELETE":
-            return 200, self.objects.pop(path)
-        if method in ("POST", "PUT"):
-            self.put(path, body)
-        return 201 if method == "POST" else 200, self.objects[path]
-
-
-class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.drivers: Dict[str, grpc.aio.Channel] = {}  # by name
-        for name in ("plugins", "plugins_registry"):
-            os.makedirs(f"{folder}/{name}", exist_ok=True)
-
-    async def register(self, name: str) -> pb.PluginInfo:
-        """Register the driver whose socket in plugins_registry is NAME. Raises grpc.RpcError."""
-        async with grpc.aio.insecure_channel(f"unix:{self.folder}/plugins_registry/{name}") as channel:
-            info = await self.call(channel, PLUGIN_REGISTRATION, "GetInfo", pb.InfoRequest())
-            self.drivers[info.name] = grpc.aio.insecure_channel(f"unix:{info.endpoint}")
-            status = pb.RegistrationStatus(plugin_registered=True)
-            await self.call(channel, PLUGIN_REGISTRATION, "NotifyRegistrationStatus", status)
-        return info
-
-    async def stop(self) -> None:
-        """End every connection."""
-        for channel in self.drivers.values():
-            await channel.close()
-
-    async def prepare(self, driver: str, *claims: pb.Claim) -> pb.NodePrepareResourcesResponse:
-        """Have DRIVER prepare CLAIMS. Raises grpc.RpcError."""
-        request = pb.NodePrepareResourcesRequest(claims=claims)
-        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodePrepareResources", request)
-
-    async def unprepare(self, driver: str, *claims: pb.Claim) -> pb.NodeUnprepareResourcesResponse:
-        """Have DRIVER unprepare CLAIMS. Raises grpc.RpcError."""
-        request = pb.NodeUnprepareResourcesRequest(claims=claims)
-        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodeUnprepareResources", request)
-
-    async def call(self, channel: grpc.aio.Channel, service: str, method: str, request: Any) -> Any:
-        """Call METHOD of SERVICE. Raises grpc.RpcError."""
-        answer = getattr(pb, _DRA_SERVICES[service][method][1])
-        call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
-        return await call(request, timeout=DIAL_SECONDS)
+        problems = find_problems(document)
+        return {**document, **describe_health(document, problems)}, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6786,113 +6948,63 @@ DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
-DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MAX_STATUS_BYTES = 1 << 25  # of its answer
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
-MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
-EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
+MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
+EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
 # The config file, and what is kept for the next start.
 
 
-class ForeignText(ValueError):
-    """A kept file has the text of something else."""
-
-
 class KeptFile:
-    """The file PATH, in which this daemon keeps a text for its next start.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
 
-    The first line says WHAT the text is, and has a checksum of it. If the text cannot be kept, EVENT is logged.
+    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
     """
 
     def __init__(self, path: str, what: str, event: str) -> None:
         self.path = path
         self._what = what
         self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text, and the stamp of the file that has it
+        self._text: Optional[str] = None  # that was last read or kept
         self._is_failing = False
 
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files that daemons left behind which were killed."""
-        folder, name = os.path.split(self.path)
-        with contextlib.suppress(OSError):
-            for item in os.scandir(folder):
-                is_ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f]{16}\.new", item.name)
-                if is_ours and abs(time.time() - item.stat(follow_symlinks=False).st_mtime) > 2.0:
-                    os.unlink(item.path)
-
     def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is damaged or
-        has another text, or that somebody other than root and this user may have written."""
+        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is no such
+        text, or that somebody other than root and this user may have written."""
         with open(self.path, "rb", opener=_open_no_link_at_once) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is not a plain file")
             if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise ValueError("somebody other than root may have written it")
-            first_line = file.readline(CONF_BYTES)
             data = file.read(CONF_BYTES + 1)
-        what, _, checksum = first_line.decode("utf-8", "backslashreplace").rpartition("; CRC-32 ")
-        if checksum != f"{binascii.crc32(data):08x}\n" or len(data) > CONF_BYTES:
-            raise ValueError("it is damaged")
-        if what != f"# {self._what}":
-            raise ForeignText(f"it is not {self._what}")
-        return data.decode(), found.st_mtime
+        if len(data) > CONF_BYTES:
+            raise ValueError(f"it is longer than {CONF_BYTES} bytes")
+        self._text = data.decode()
+        return self._text, found.st_mtime
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, at the cost of one stat(2) if that was done before. A failure is logged once; the next call tries
-        again.
+        """Keep TEXT, unless that was done before. A failure is logged once; the next call tries again.
 
         Another instance may keep another text in the same file. Then the one that has a new text last wins.
         """
-        if (text, self._find_stamp()) == self._kept:
+        if text == self._text and os.path.lexists(self.path):
             return
         try:
-            if not self._holds(text):
-                data = text.encode()
-                new = f"{self.path}.{os.urandom(8).hex()}.new"  # another instance may do the same at this moment
-                write_file(self.path, new, self._first_line(data) + data, 0o600)
-            self._kept = text, self._find_stamp()
-            self._is_failing = False
+            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
+            self._text, self._is_failing = text, False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
-            self._invalidate()
-
-    def _holds(self, text: str) -> bool:
-        """Whether the file has TEXT, or since TEXT was kept, that of another instance."""
-        try:
-            return self.read()[0] == text
-        except ForeignText:
-            return self._kept[0] == text
-        except (OSError, ValueError):
-            return False
-
-    def _find_stamp(self) -> Tuple[int, ...]:
-        """A value that changes if somebody else writes or removes the copy; empty if there is none."""
-        try:
-            found = os.lstat(self.path)
-        except OSError:
-            return ()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-    def _invalidate(self) -> None:
-        """Truncate the file, because an old text would be worse than none; unless it is not the one kept last."""
-        if self._kept[1] not in ((), self._find_stamp()):
-            return
-        try:
-            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
-        except OSError as error:
-            log.debug("cannot empty %s: %s", self.path, error.strerror)
-
-    def _first_line(self, data: bytes) -> bytes:
-        return f"# {self._what}; CRC-32 {binascii.crc32(data):08x}\n".encode("utf-8", "backslashreplace")
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
@@ -6913,24 +7025,32 @@ class KeptDevices:
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
     def read(self) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        self._file.remove_leftovers()
         resources: Dict[str, Resource] = {}
         try:
             for kept in json.loads(self._file.read()[0]):
+                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
                 name, path = str(kept["resource"]), str(kept["path"])
-                attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
-                device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
+                attributes, values = (
+                    tuple(HeldAttribute(str(attribute), str(value)) for attribute, value in kept[key])
+                    for key in ("attributes", "values")
+                )
+                is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
+                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
+                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+                since = time.monotonic()
+                device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
                 others = resources[name].devices if name in resources else ()
                 resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:
             return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             why = getattr(error, "strerror", "") or str(error)
             sentence = f"the devices kept in {self._file.path} are ignored: {why}"
             log_event("kept-devices-ignored", sentence, logging.WARNING)
@@ -6941,7 +7061,14 @@ class KeptDevices:
         """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
         if plan is not self._plan:
             devices = [
-                {"resource": name, "path": device.path, "attributes": device.attributes, "values": device.values}
+                {
+                    "resource": name,
+                    "path": device.path,
+                    "attributes": device.attributes,
+                    "values": device.values,
+                    "boot": self._boot,
+                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
+                }
                 for name, resource in plan.resources.items()
                 for device in resource.devices
                 if device.attributes
@@ -6973,8 +7100,6 @@ class ConfFile:
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
         text = None
-        if self._kept:
-            self._kept.remove_leftovers()
         try:
             text = self._read()
             self._take_over(text)
@@ -7103,7 +7228,7 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
-        self._tracked: TrackedDevices = {}
+        self._found: Found = {}
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
         self._next_full_look = 0.0
@@ -7125,7 +7250,6 @@ class DeviceSide:
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
             self.plan = self._kept_devices.read()
-            self._tracked = track_gone(self.plan, time.monotonic())
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7150,12 +7274,12 @@ class DeviceSide:
         if self._kept_devices:
             self._kept_devices.keep(self.plan)
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
         return plans
 
     def overridden(self) -> List[Overridden]:
         """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._tracked, self._matcher)
+        return find_overridden(self.plan, self._matcher)
 
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
@@ -7164,7 +7288,8 @@ class DeviceSide:
     def folders(self) -> List[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
         and the others by their depth."""
-        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {*self._found, *(device.path for device in devices_of(self.plan))}
+        paths = [*named, *(node.path for nodes in self._found.values() for node in nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
@@ -7187,12 +7312,12 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at what can change without a change in /dev; whether the plan may change because of it."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = [node for device in self._tracked.values() for node in device.nodes]
+        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
+        nodes = [node for nodes in self._found.values() for node in nodes]
         self._sysfs.forget(node.entry.generation for node in nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
+        has_expired = any(when <= now for when in expiry_times(self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -7212,38 +7337,70 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
+        self._found, problems = find_devices(snapshot, self._gpus, self._matcher, self._dev_dir)
         now = time.monotonic()
-        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
-        self.plan = make_plan(
-            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
-        )
+        look = Look(self._found, problems, snapshot, self._sysfs, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(self.plan, look)
         return self.plan
 
 
-def log_changes(old: Plan, new: Plan) -> None:
-    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
-    before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
-    after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
-    groups: Dict[Tuple[str, str, int], List[str]] = {}
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key), after.get(key)
-        change = None
-        if now is None:
-            change = ("retired", "no longer offered", logging.INFO)
-        elif now.problem and now.problem != (was.problem if was else ""):
-            change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
-        elif was is None:
-            change = ("plugged", "offered", logging.INFO)
-        elif was.problem and not now.problem:
-            change = ("plugged", "Healthy again", logging.INFO)
-        if change:
-            groups.setdefault(change, []).append(device_path(now or before[key]))
-    known = set(old.left_out)
-    for left in new.left_out:
-        if left not in known:
-            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
-    for (event, sentence, level), paths in groups.items():
-        log_event_for_all(event, sentence, level, "devices", paths)
+_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    def __init__(self) -> None:
+        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
+        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
+        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
+        self._shared: Set[Offer] = set()  # of nodes that several resources offer, as logged
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        keys = states.keys() | self._states.keys()
+        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
+        self._states = states
+        news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
+        self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
+        self._shared.update(offer for offers in news.values() for offer in offers)
+        for sentence, nodes in describe_shared(news).items():
+            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about devices that had a line just before NOW."""
+        groups: Dict[Tuple[str, str, int], List[str]] = {}
+        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
+        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
+            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+            if change:
+                event, sentence, level = change
+                sentence += f" ({count} changes since its last line)" if count > 1 else ""
+                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
+                old[key] = now
+        self._logged = old
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+
+
+def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
+    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
+    if not key[0]:
+        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
+    if state is None:
+        return "retired", "no longer offered", logging.INFO
+    if state:
+        return "unplugged", f"Unhealthy: {state}", logging.WARNING
+    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
 
 
 class FolderWatches:
@@ -7272,17 +7429,42 @@ class FolderWatches:
 # The gRPC thread, and the service manager.
 
 
-def mount_root(path: str) -> str:
-    """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
-    the folder is moved. Empty if PATH is not a mount point. Raises OSError if that cannot be read at this moment."""
-    point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
-    root = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split(" ", 5)
-            if fields[4] == point:
-                root = fields[3]  # a later mount hides an earlier one
-    return root
+class MountedFolders:
+    """Those of FOLDERS that are mounted here. If one is deleted or moved, a new one in its place is invisible here."""
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        self._roots: Mapping[str, str] = dict.fromkeys(folders, "")
+        with contextlib.suppress(OSError):
+            self._roots = {folder: root for folder, root in self._find_roots().items() if root}
+        self._moved_at = math.inf  # time.monotonic() when one was first found to be moved
+
+    def _find_roots(self) -> Dict[str, str]:
+        """What is mounted at each folder: its path in its own file system, field 4 of proc_pid_mountinfo(5), which
+        follows when it is moved. Empty where nothing is. Raises OSError."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
+        escaped = {
+            folder: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(folder))
+            for folder in self._roots
+        }
+        return {folder: roots.get(point, "") for folder, point in escaped.items()}
+
+    def check(self) -> None:
+        """Raise Problem if one was deleted, or moved MOVED_SECONDS ago."""
+        ending = "exiting, so that the next start finds the one that is used now"
+        for folder in self._roots:
+            with contextlib.suppress(OSError):
+                if not os.stat(folder).st_nlink:
+                    raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
+        try:
+            roots = self._find_roots() if self._roots else {}
+        except OSError:  # too many open files, say; this does not mean that one was moved
+            return
+        moved = [folder for folder, root in roots.items() if root != self._roots[folder]]
+        self._moved_at = min(self._moved_at, time.monotonic()) if moved else math.inf
+        if time.monotonic() - self._moved_at > MOVED_SECONDS:
+            was, now = self._roots[moved[0]], roots[moved[0]]
+            raise Problem(f"the directory that is mounted at {moved[0]} was moved, from {was} to {now}; {ending}")
 
 
 class KubeletThread(threading.Thread):
@@ -7292,22 +7474,18 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        calm_look = min(
-            max(LOOK_SECONDS, options.interval * MAX_MISSED_HEARTBEATS / 2), CALM_LOOK_SECONDS
-        )  # for /healthz
+        max_silence = find_max_silence(options.interval)
         self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, calm_look)
+            watch = Watch(options.cdi_dir, with_content=True)
+            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
         else:
             watch = Watch(options.plugin_dir)
-            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
+            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
-        with contextlib.suppress(OSError):
-            self._mount_root = mount_root(options.plugin_dir)
-        self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
+        self._mounted = MountedFolders(self.side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7315,7 +7493,7 @@ class KubeletThread(threading.Thread):
             self._loop.run_until_complete(self._serve())
         except BaseException:
             self.has_failed = True
-            log.critical("the kubelet side failed; this is a bug", exc_info=True)
+            log_internal_error("the kubelet side failed")
             os.kill(os.getpid(), signal.SIGTERM)  # which ends the main thread
 
     async def _serve(self) -> None:
@@ -7341,8 +7519,7 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        if isinstance(self.side, DevicePluginSide):
-            self._loop.call_soon_threadsafe(self.side.look_now)
+        self._loop.call_soon_threadsafe(self.side.look_now)
 
     def report(self, device_side: Document) -> None:
         """Give the status server the part of the device side."""
@@ -7351,34 +7528,25 @@ class KubeletThread(threading.Thread):
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self.side.heartbeat <= 2 * self.side.calm_look
+        return time.monotonic() - self.side.heartbeat <= self.side.max_silence
+
+    def beat(self) -> float:
+        """Let the status server know that the main thread works; the time by which it must do so again."""
+        if self.status:
+            self.status.beat()
+        return time.monotonic() + self.side.max_silence / 2
 
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if it was deleted while it is mounted here, or moved MOVED_SECONDS ago: a new one in its place is
-        not visible here.
+        Raises Problem if a folder that it works in is mounted here and was deleted or moved.
         """
+        self._mounted.check()
         try:
             found = os.stat(self.side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
         except OSError:
-            found, directory = None, ()
-        if found and not found.st_nlink:
-            raise Problem(
-                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
-                "next start finds the one that the kubelet uses now"
-            )
-        try:
-            root = self._mount_root and mount_root(self.side.plugin_dir)
-        except OSError:  # too many open files, say; this does not mean that it was moved
-            root = self._mount_root
-        self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
-        if time.monotonic() - self._moved_at > MOVED_SECONDS:
-            raise Problem(
-                f"the directory that is mounted at {self.side.plugin_dir} was moved, from {self._mount_root} to "
-                f"{root}; exiting, so that the next start finds the one that the kubelet uses now"
-            )
+            directory = ()
         if directory != self._directory:
             self._directory = directory
             self.look()
@@ -7504,7 +7672,8 @@ def check_dra(options: argparse.Namespace) -> None:
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
-    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
+    folders = options.kubelet_dir, options.cdi_dir, options.dev_dir
+    return DraSettings(*folders, options.node_name, options.domain, options.gone_grace, options.pod_resources_socket)
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
@@ -7554,10 +7723,10 @@ def serve(options: argparse.Namespace) -> int:
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # The DRA side keeps what is prepared, in CDI files. Instances with other rules have other devices to keep.
+    # Instances with other rules have other files.
     rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, "conf")
+    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
+    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
@@ -7571,19 +7740,21 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    log_changes(EMPTY_PLAN, devices.plan)
+    changes = ChangeLog()
+    changes.take(devices.plan)
+    changes.flush(time.monotonic())
     watches = FolderWatches(options.dev_dir)
     watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches)
+        _run(devices, thread, manager, options.interval, watches, changes)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
     except Exception:
-        log.critical("the device side failed; this is a bug", exc_info=True)
+        log_internal_error("the device side failed")
     manager.notify("STOPPING=1")
     thread.stop()
     return int(has_failed or thread.has_failed)
@@ -7628,16 +7799,20 @@ def _open_status(
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     holders = PodResources(options.pod_resources_socket, options.domain)
-    status = StatusServer(
-        listener, side, holders, options.node_name, options.interval, devices.plan, devices.describe()
-    )
+    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), options.listen[0])))
+    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status
 
 
 def _run(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+    devices: DeviceSide,
+    thread: KubeletThread,
+    manager: ServiceManager,
+    interval: float,
+    watches: FolderWatches,
+    changes: ChangeLog,
 ) -> None:
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
@@ -7648,16 +7823,15 @@ def _run(
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
-            log_changes(old, plan)
+            changes.take(plan)
             thread.send(plan)
-            old = plan
+        changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = began + interval
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -7676,8 +7850,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
+        next_beat = thread.beat()
         manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, manager.next_ping) - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.next_ping) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -7826,7 +8001,7 @@ def show_list(options: argparse.Namespace) -> int:
     devices = _look_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
-    document = describe_plan(devices.plan, resources)
+    document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
@@ -7852,26 +8027,37 @@ def show_status(options: argparse.Namespace) -> int:
     try:
         document = json.loads(body)
         text = render_status(document)
-    except (ValueError, LookupError, TypeError, AttributeError):
+        text = json.dumps(document, indent=2) + "\n" if options.json else text
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
+    write_output(text)
     return 0
 
 
 def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS sends for PATH; empty if its status is not 200. Raises OSError."""
+    """What the status server at ADDRESS sends for PATH; empty if its status is not 200, or if it is longer than
+    MAX_STATUS_BYTES. Raises OSError, also if it takes longer than STATUS_SECONDS."""
+    deadline = time.monotonic() + STATUS_SECONDS
+    answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        with connection.makefile("rb") as file:
-            head, _, body = file.read().partition(b"\r\n\r\n")
-    return body if head.startswith(b"HTTP/1.1 200 ") else b""
+        while len(answer) <= MAX_STATUS_BYTES:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            chunk = connection.recv(1 << 20)
+            answer += chunk
+            if not chunk:
+                head, _, body = answer.partition(b"\r\n\r\n")
+                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
+    return b""
 
 
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
-    write_output("".join(f"{line}\n" for line in [verdict, *rule_notes(devices.rules, options.domain)]))
+    shared = describe_shared(find_shared(devices.plan))
+    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
 
@@ -7888,19 +8074,51 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer the devices of this machine to a simulated kubelet, and allocate a slot of each resource."""
-    devices = _look_once(options, with_facts=options.api == "dra")
-    if not devices.plan.resources:
+    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
+    is_dra = options.api == "dra"
+    devices = _look_once(options, with_facts=is_dra)
+    names = [f"{options.domain}/{name}" for name in devices.plan.resources]
+    if not names:
         write_output(_nothing_found(devices, options))
         return 1
-    load_grpc()
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
-        try_out = _dry_run_dra if options.api == "dra" else _dry_run
-        text, is_good = asyncio.run(try_out(devices.plan, options, folder))
-    write_output(text)
+    load_grpc()  # which says what serving needs
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    for device, slot in slots_by_device_name(devices.plan).items():
+        slots[slot.resource.name][device] = slot
+    found = [_try_one(each, host_devices, options.domain if is_dra else "") for each in slots.values()]
+    rows: List[Tuple[object, ...]] = []
+    for name, each, (lines, _) in zip(names, slots.values(), found):
+        rows += [(len(each), name, lines[0]), *(("", "", line) for line in lines[1:])]
+    header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
+    is_good = all(is_allocated for _, is_allocated in found)
+    ending = "every one could be allocated" if is_good else "not every one could be allocated"
+    table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    write_output(f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
+
+
+def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
+    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
+    if not slots:
+        return ["nothing: it has no slot"], True
+    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
+    lines, is_allocated = [], True
+    try:
+        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
+        for spec in given.specs:
+            if driver:  # CDI names nodes, no link or folder
+                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
+            else:
+                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
+        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+    except AllocationError as error:
+        lines, is_allocated = [f"nothing: {error}"], False
+    if driver:
+        attributes = slice_device(name, slots[name], driver)["attributes"].items()
+        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
+    return lines, is_allocated
 
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
@@ -7914,58 +8132,6 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """What --dry-run prints, and whether every resource was registered, listed and allocated."""
-    kubelet = SimulatedKubelet(folder)
-    await kubelet.start()
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    names = [f"{options.domain}/{name}" for name in plan.resources]
-    while not running.done() and time.monotonic() < give_up:
-        if all(name in kubelet.clients and kubelet.clients[name].lists for name in names):
-            break
-        await asyncio.sleep(LOOK_SECONDS / 10)
-    rows: List[Tuple[object, ...]] = []
-    is_good = True
-    for name, resource in zip(names, plan.resources.values()):
-        lines, is_allocated = await _try_one(kubelet, name, resource)
-        is_good = is_good and is_allocated
-        slots = sum(device.slots for device in resource.devices)
-        rows += [(slots, name, lines[0]), *(("", "", line) for line in lines[1:])]
-    side.stop()
-    await running
-    await kubelet.stop()
-    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    ending = "all registered and allocated" if is_good else "not all registered and allocated"
-    return f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n", is_good
-
-
-async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
-    """Lines that say what a container with a slot of RESOURCE is given, and whether all went well."""
-    if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
-        return ["not registered"], False
-    if not kubelet.devices(name):
-        return ["nothing: it has no slot"], True
-    try:
-        ids, given = await kubelet.allocate(name)
-        await kubelet.start_container(name, ids)
-    except Problem:
-        return [f"nothing: {resource.devices[0].problem}"], False
-    except grpc.RpcError as error:
-        return [f"nothing: {error.details()}"], False
-    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
-    lines = [
-        _given_text(
-            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
-        )
-        for spec in given.devices
-    ]
-    return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
-
-
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
     link, is_folder = target_of(host, targets)
@@ -7973,362 +8139,14 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
-async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """The same with --api dra: publish to a simulated API server, and prepare a claim per resource."""
-    api = SimulatedApiServer(options.node_name)
-    await api.start()
-    kubelet = SimulatedDraKubelet(folder)
-    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
-    devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    address = parse_api_url(api.url)
-    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    classes: List[Document] = []
-    while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
-        await asyncio.sleep(LOOK_SECONDS / 10)
-        classes = api.list(f"{_API}/deviceclasses")
-        if side.publisher and not side.is_answering:
-            await kubelet.register(os.path.basename(settings.sockets[1]))
-    slices = api.list(f"{_API}/resourceslices")
-    offered = [device for item in slices for device in item["spec"]["devices"]]
-    rows: List[Tuple[object, ...]] = []
-    for name in plan.resources:
-        ours = [device for device in offered if device["attributes"]["resource"]["string"] == name]
-        lines = await _prepare_one(api, kubelet, settings, ours[0]) if ours else ["nothing: it has no slot"]
-        rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
-    counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
-    is_good = not side.obstacle and not side.prepare_errors
-    ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    side.stop()
-    await running
-    await kubelet.stop()
-    await api.stop()
-    return f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n", is_good
-
-
-async def _prepare_one(
-    api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
-) -> List[str]:
-    """Lines that describe DEVICE, from a slice, and what its CDI file gives to a container."""
-    values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
-    lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
-    claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
-    result = {"request": "r", "driver": settings.domain, "pool": settings.node, "device": device["name"]}
-    status = {"allocation": {"devices": {"results": [result]}}}
-    path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-    api.put(path, {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
-    answer = (await kubelet.prepare(settings.domain, claim)).claims[claim.uid]
-    if answer.error:
-        return [*lines, f"  nothing: {answer.error}"]
-    with open(CdiFiles(settings.cdi_dir, settings.domain).path(claim.uid), encoding="utf-8") as file:
-        edits = json.load(file)["devices"][0]["containerEdits"]
-    for node in edits.get("deviceNodes", ()):
-        lines.append("  " + _given_text(node["path"], node["permissions"], node["hostPath"], [node["hostPath"]]))
-    return lines + [f"  {variable}" for variable in edits.get("env", ())]
-
-
-# Installing: what --systemd-unit and --manifest print, with the values of the other options.
+# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
+# the other options.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
 STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
-
-SYSTEMD_UNIT = """\
-# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
-[Unit]
-Description=Offer the devices of this node to Kubernetes
-# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
-Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
-Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
-RequiresMountsFor={folder} {plugin_dir}
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-WatchdogSec=30
-Restart=on-failure
-RestartSec=2
-TimeoutStopSec=5
-WorkingDirectory={folder}
-Environment=MALLOC_ARENA_MAX=1
-# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
-ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir}
-# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
-ExecStartPre=-+{python} -m compileall -q -l .
-ExecStart={python} -m {module}{options}
-ExecReload=/bin/kill -HUP $MAINPID
-
-# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
-# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-ReadWritePaths=-{plugin_dir}
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateIPC=yes
-PrivateMounts=yes
-PrivateUsers=yes
-DevicePolicy=closed
-ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-ProtectProc=invisible
-ProcSubset=pid
-{network}
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-KeyringMode=private
-UMask=0077
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-# The DaemonSet is that of daemonset.yaml, and what is needed without an image; a test compares the two.
-MANIFEST = """\
-# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
-# Use kubectl apply --server-side, because the script does not fit into an annotation.
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: smarter-device-manager
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-data:
-  conf.yaml: |2
-{conf}
----
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: smarter-device-manager-script
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-data:
-{files}
----
-apiVersion: apps/v1
-kind: DaemonSet
-metadata:
-  name: smarter-device-manager
-  namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
-spec:
-  selector:
-    matchLabels:
-      app.kubernetes.io/name: smarter-device-manager
-  updateStrategy:
-    type: RollingUpdate
-    rollingUpdate:
-      maxSurge: 1
-      maxUnavailable: 0
-  template:
-    metadata:
-      labels:
-        app.kubernetes.io/name: smarter-device-manager
-      annotations:
-        smarter-device-manager/script: {digest} # another script is another pod
-    spec:
-      nodeSelector:
-        smarter-device-manager: enabled
-      tolerations:
-        - operator: Exists
-      priorityClassName: system-node-critical
-      automountServiceAccountToken: false
-      enableServiceLinks: false
-      terminationGracePeriodSeconds: 5
-      securityContext:
-        seccompProfile:
-          type: RuntimeDefault
-      initContainers:
-        - name: packages
-          image: {image}
-          imagePullPolicy: IfNotPresent
-          command:
-            - python3
-            - -c
-            - |2
-{install}
-          workingDir: /app
-          env:
-            - name: PYTHONPATH
-              value: /packages
-            - name: PYTHONPYCACHEPREFIX
-              value: /packages/pycache
-            - name: TMPDIR
-              value: /packages
-          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities:
-              drop:
-                - ALL
-          volumeMounts:
-            - name: script
-              mountPath: /app
-              readOnly: true
-            - name: packages
-              mountPath: /packages
-      containers:
-        - name: smarter-device-manager
-          image: {image}
-          imagePullPolicy: IfNotPresent
-          command:
-            - python3
-            - -m
-            - smarter_device_manager
-          args:
-            - --plugin-dir=/var/lib/kubelet/device-plugins
-            - --dev-dir=/host/dev
-            - --sys-dir=/host/sys
-            - --listen=:8080
-{options}          workingDir: /app
-          env:
-            - name: NODE_NAME
-              valueFrom:
-                fieldRef:
-                  fieldPath: spec.nodeName
-            - name: SMARTER_DEVICE_MANAGER_CONF
-              value: /root/config/conf.yaml
-            - name: PYTHONPATH
-              value: /packages
-            - name: PYTHONPYCACHEPREFIX
-              value: /packages/pycache
-            - name: PYTHONDONTWRITEBYTECODE
-              value: "1"
-            - name: MALLOC_ARENA_MAX
-              value: "1"
-          ports:
-            - name: http
-              containerPort: 8080
-          startupProbe:
-            httpGet:
-              path: /healthz
-              port: http
-            initialDelaySeconds: 2
-            periodSeconds: 2
-            timeoutSeconds: 5
-            failureThreshold: 30
-          livenessProbe:
-            httpGet:
-              path: /healthz
-              port: http
-            periodSeconds: 10
-            timeoutSeconds: 5
-          readinessProbe:
-            httpGet:
-              path: /readyz
-              port: http
-            periodSeconds: 5
-            timeoutSeconds: 5
-          resources:
-            requests:
-              cpu: 10m
-              memory: 48Mi
-            limits:
-              memory: 192Mi
-          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities:
-              drop:
-                - ALL
-          volumeMounts:
-            - name: plugins
-              mountPath: /var/lib/kubelet/device-plugins
-            - name: pod-resources
-              mountPath: /var/lib/kubelet/pod-resources
-              readOnly: true
-            - name: dev
-              mountPath: /host/dev
-              readOnly: true
-              recursiveReadOnly: IfPossible
-            - name: sys-dev
-              mountPath: /host/sys/dev
-              readOnly: true
-            - name: sys-devices
-              mountPath: /host/sys/devices
-              readOnly: true
-            - name: config
-              mountPath: /root/config
-              readOnly: true
-            - name: script
-              mountPath: /app
-              readOnly: true
-            - name: packages
-              mountPath: /packages
-              readOnly: true
-      volumes:
-        - name: plugins
-          hostPath:
-            path: {plugin_dir}
-            type: Directory
-        - name: pod-resources
-          hostPath:
-            path: {pod_resources}
-            type: DirectoryOrCreate
-        - name: dev
-          hostPath:
-            path: /dev
-            type: Directory
-        - name: sys-dev
-          hostPath:
-            path: /sys/dev
-            type: Directory
-        - name: sys-devices
-          hostPath:
-            path: /sys/devices
-            type: Directory
-        - name: config
-          configMap:
-            name: smarter-device-manager
-        - name: script
-          configMap:
-            name: smarter-device-manager-script
-        - name: packages
-          hostPath:
-            path: /var/lib/smarter-device-manager/{packages} # kept, so that a node boots without internet
-            type: DirectoryOrCreate
-"""
-
-# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
-# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
-INSTALL_PACKAGES = """\
-import os, pathlib, subprocess, sys
-
-marker = pathlib.Path("/packages/installed")
-check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
-if not marker.exists() or subprocess.call(check):
-    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
-    status = subprocess.call([*install, "--no-cache-dir", "grpcio>=1.51", "protobuf>=3.21"])
-    if status:
-        sys.exit(status)
-    os.sync()
-    marker.touch()
-    sys.exit(subprocess.call(check))
-"""
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
@@ -8341,82 +8159,166 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             raise Problem(
                 f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
             )
-    given = _options_to_repeat(options, ("conf", "plugin_dir", "dev_dir", "sys_dir"))
-    socket_path = options.pod_resources_socket
-    if socket_path == DEFAULT_POD_RESOURCES:
-        socket_path = f"{_pod_resources_beside(options.plugin_dir)}/kubelet.sock"
+    given = {"conf": options.conf or "", **_given_options(options)}
+    socket_path = _pod_resources_socket(options)
     if socket_path != DEFAULT_POD_RESOURCES:
-        given.append(f"--pod-resources-socket={socket_path}")
+        given["pod_resources_socket"] = socket_path
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
-        given.append(f"--listen={address_text(options.listen)}")
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in LOOPBACK:
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
     write_output(
         SYSTEMD_UNIT.format(
-            folder=_systemd_word(folder),
+            folder=folder.replace("%", "%%"),  # whole, without quotes
+            folder_word=_systemd_word(folder),
             module=os.path.splitext(name)[0],
             python=_systemd_word(sys.executable),
             plugin_dir=_systemd_word(options.plugin_dir),
-            options="".join(f" {_systemd_word(option)}" for option in given),
+            plugin_dir_argument=_systemd_argument(options.plugin_dir),
+            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
             network=network,
         )
     )
     return 0
 
 
-def _pod_resources_beside(plugin_dir: str) -> str:
-    """The kubelet's folder for its pod-resources socket, if PLUGIN_DIR is its directory for device plugins."""
-    return f"{os.path.dirname(plugin_dir)}/pod-resources"
+def _pod_resources_socket(options: argparse.Namespace) -> str:
+    """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
+    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
+        return str(options.pod_resources_socket)
+    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
 
 
 def _systemd_word(text: str) -> str:
-    """TEXT as one word in a unit file (systemd.syntax(7), systemd.service(5))."""
-    text = text.replace("%", "%%").replace("$", "$$")
+    """TEXT as one word in a list of paths, or as the path of a program, in a unit file (systemd.syntax(7))."""
+    text = text.replace("%", "%%")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
-def _options_to_repeat(options: argparse.Namespace, paths: Sequence[str]) -> List[str]:
-    """The command line that sets PATHS, and the options for names and the log, to their values in OPTIONS. Defaults are
-    left out."""
-    shown = {
-        **{path: getattr(options, path) or "" for path in paths},
-        "domain": options.domain,
-        "interval": f"{options.interval:g}",
-        "log_level": logging.getLevelName(options.log_level).lower() if options.log_level else "",
-        "log_format": options.log_format,
+def _systemd_argument(text: str) -> str:
+    """TEXT as an argument of a command in a unit file, where $ begins a variable (systemd.service(5))."""
+    return _systemd_word(text.replace("$", "$$"))
+
+
+def _given_options(options: argparse.Namespace) -> Dict[str, str]:
+    """The options with a value that the command line or the environment gives, and their values."""
+    on_command_line = build_parser().parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
+    return {
+        name: _option_text(value)
+        for name, value in vars(options).items()
+        if value is not None and not isinstance(value, bool)
+        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
     }
-    defaults = {"plugin_dir": DEFAULT_PLUGIN_DIR, "dev_dir": "/dev", "sys_dir": "/sys", "domain": DEFAULT_DOMAIN}
-    defaults.update(interval="1", log_format="text")
-    return [f"--{name.replace('_', '-')}={text}" for name, text in shown.items() if text != defaults.get(name, "")]
+
+
+def _option_text(value: Any) -> str:
+    """VALUE, as an option has it, as it is written on the command line."""
+    if isinstance(value, tuple):
+        return address_text(value)
+    if isinstance(value, int):
+        return logging.getLevelName(value).lower() if value else ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _command_line(values: Mapping[str, str]) -> List[str]:
+    return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
+
+
+# What becomes of an option under --manifest: an argument of the daemon, another part of the manifest, or a refusal that
+# says why.
+ARGUMENT, PART = "argument", "part"
+_DRA_ONLY = "it goes with --api dra, which --manifest does not support; use helm template, see docs/dra.md"
+MANIFEST_OPTIONS = {
+    **dict.fromkeys(("domain", "interval", "log_level", "log_format"), ARGUMENT),
+    **dict.fromkeys(("conf", "plugin_dir", "pod_resources_socket", "dev_dir", "sys_dir", "listen"), PART),
+    **dict.fromkeys(("api", "image", "namespace", "pip_index", "pip_ca"), PART),
+    **dict.fromkeys(("kubelet_dir", "cdi_dir", "kube_api", "kube_token_file", "kube_ca_file"), _DRA_ONLY),
+    "node_name": "one manifest is for all nodes, and Kubernetes tells each pod the name of its node; leave it out",
+}
 
 
 def print_manifest(options: argparse.Namespace) -> int:
-    """--manifest: print a manifest that runs this script in a cluster, with a public image of Python."""
+    """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
+    given = _given_options(options)
+    for name in given:
+        if MANIFEST_OPTIONS[name] not in (ARGUMENT, PART):
+            raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
     files = {"smarter_device_manager.py": _read_text(path)}
     files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
-    import hashlib
-
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
+    if options.pip_ca:
+        files["pip-ca.crt"] = _read_text(options.pip_ca)
+        if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
+            raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
+    values = _manifest_values(options, given, "".join(files.values()))
+    conf = {"conf.yaml": _read_good_conf(options.conf)}
     write_output(
-        MANIFEST.format(
-            namespace=options.namespace or DEFAULT_NAMESPACE,
-            image=options.image or DEFAULT_IMAGE,
-            conf=_indented(_read_good_conf(options.conf), 4),
-            files="\n".join(f"  {name}: |2\n{_indented(text, 4)}" for name, text in files.items()),
-            digest=hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
-            install=_indented(INSTALL_PACKAGES, 14),
-            options="".join(f"            - {json.dumps(option)}\n" for option in _options_to_repeat(options, ())),
-            plugin_dir=json.dumps(options.plugin_dir),
-            pod_resources=json.dumps(_pod_resources_beside(options.plugin_dir)),
-            packages=re.sub(r"[^\w.-]", "_", options.image or DEFAULT_IMAGE, flags=re.ASCII),
-        )
+        MANIFEST_HEAD
+        + _config_map("smarter-device-manager", values["namespace"], conf)
+        + _config_map("smarter-device-manager-script", values["namespace"], files)
+        + _daemonset(f"{folder}/daemonset.yaml", values)
     )
     return 0
+
+
+def _manifest_values(options: argparse.Namespace, given: Mapping[str, str], files: str) -> Dict[str, str]:
+    """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
+    host, port = options.listen or ("", 8080)
+    if host not in ("", "0.0.0.0", "::") or not port:
+        raise Problem(
+            f"--manifest does not take --listen {given['listen']}: the kubelet probes the pod at its own address "
+            "and a fixed port; leave the address out, as in --listen :8080"
+        )
+    image = options.image or DEFAULT_IMAGE
+    socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
+    arguments = {name: value for name, value in given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
+    if socket_name != "kubelet.sock":
+        arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
+    pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
+    packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    texts = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
+    return {
+        **{name: json.dumps(text) for name, text in texts.items()},
+        "namespace": options.namespace or DEFAULT_NAMESPACE,
+        "digest": short_hash(files),
+        "port": str(port),
+        "arguments": _list_items(_command_line(arguments)),
+        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+    }
+
+
+def _daemonset(path: str, values: Mapping[str, str]) -> str:
+    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
+    text = _read_text(path)
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
+    return text
+
+
+def _list_items(items: Iterable[object]) -> str:
+    """ITEMS as lines of a list in YAML, as deep as those of a container."""
+    return "".join(f"            - {json.dumps(item)}\n" for item in items)
+
+
+def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
+    texts = (f"  {file}: |2\n{_indented(text, 4)}\n" for file, text in files.items())
+    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
 
 
 def _indented(text: str, spaces: int) -> str:
@@ -8428,10 +8330,9 @@ def _read_text(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    except OSError as error:
-        raise Problem(
-            f"cannot read {path}: {error.strerror}; the manifest contains the script and its two stubs"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise Problem(f"cannot read {path}: {why}; the manifest is made from it") from None
 
 
 def _read_good_conf(path: str) -> str:
@@ -8484,7 +8385,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the config file is good")
     modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
-    modes.add_argument("--dry-run", action="store_true", help="try everything with a simulated kubelet")
+    modes.add_argument("--dry-run", action="store_true", help="allocate each resource, without a kubelet")
     modes.add_argument(
         "--status",
         nargs="?",
@@ -8503,6 +8404,10 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attributes", metavar="PATH", help=attributes_help)
     image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
     group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
+    index_help = "with --manifest: the package index to install from, instead of PyPI"
+    group.add_argument("--pip-index", metavar="URL", type=_argument(_https_url), help=index_help)
+    ca_help = "with --manifest: the CA certificates (PEM) of that index"
+    group.add_argument("--pip-ca", metavar="FILE", type=_argument(_path), help=ca_help)
     namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
     group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
 
@@ -8515,6 +8420,8 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
     _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
+    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
     _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
     _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
     _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
@@ -8578,13 +8485,13 @@ def _path(text: str) -> str:
     return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, least: float = 0.01) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0.01 <= seconds <= 3600:
-        raise ValueError(f'"{text}" is not a number of seconds from 0.01 to 3600')
+        seconds = -1.0
+    if not least <= seconds <= 3600:
+        raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
 
 
@@ -8615,6 +8522,12 @@ def _pod_api_url() -> str:
 def _image(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
         raise ValueError(f'"{text}" is not the name of an image, such as {DEFAULT_IMAGE}')
+    return text
+
+
+def _https_url(text: str) -> str:
+    if not re.fullmatch(r"https://[!-~]+", text):
+        raise ValueError(f'"{text}" is not a URL of an index that pip trusts, such as https://pypi.example.com/simple')
     return text
 
 
@@ -8697,8 +8610,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.attributes is not None and not options.list:
         parser.error("--attributes goes with --list: --list --attributes /dev/video0")
-    if (options.image or options.namespace) and not options.manifest:
-        parser.error("--image and --namespace go with --manifest")
+    if (options.image or options.namespace or options.pip_index or options.pip_ca) and not options.manifest:
+        parser.error("--image, --namespace, --pip-index and --pip-ca go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
     return options
@@ -8728,6 +8641,286 @@ def run(options: argparse.Namespace) -> int:
         except Problem as error:
             log_queue.enqueue(_problem_line(error))
             return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
+# ---------------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
+  --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
+  --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
+  --bad: light-dark(#b3262b, #ff8a8a); --goal: light-dark(#fff7d6, #33301a); }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
+header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
+.pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
+button { background: var(--card); color: var(--text); margin-left: auto; }
+small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.list { padding: .3rem 1rem; }
+.list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
+.list li + li, tbody th, td { border-top: 1px solid var(--line); }
+.wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 2rem; padding: .6rem 1rem; }
+table { width: 100%; border-spacing: 0; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: .6rem 1rem; }
+thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thead th:nth-child(3) { width: 28%; }
+:target, :target td { background: var(--goal); }
+svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
+rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
+.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
+  background: currentcolor; }
+@media (max-width: 44rem) {
+  .list li { grid-template-columns: 1fr; }
+  table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
+  tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
+  tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
+  td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+"""
+SCRIPT = """
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
+const period = 1000 * document.body.dataset.refresh;
+const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
+
+function show(page) {
+  const focused = document.activeElement.getAttribute("href");
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const made = page.getElementById(part.id);
+    if (part.innerHTML != made.innerHTML) part.replaceChildren(...made.childNodes);
+  }
+  document.title = page.title;
+  document.querySelector("[rel=icon]").href = page.querySelector("[rel=icon]").href;
+  if (focused && document.activeElement == document.body)
+    document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+async function refresh() {
+  if (mayChange()) try {
+    const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
+    const text = await answer.text(), end = text.indexOf("</style>");  // that style has another nonce
+    if (mayChange()) show(new DOMParser().parseFromString(text.slice(end), "text/html"));
+    trouble.textContent = "";
+  } catch {
+    trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
+  }
+}
+
+button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
+button.hidden = false;
+setInterval(refresh, period);
+"""
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
+<style nonce="{nonce}">"""
+_TOP = """</style>
+<title>{node}: {verdict}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
+cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
+</head>
+<body data-refresh="{refresh}">
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
+<strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
+"""
+_TABLE = """<table class="card" role="table">
+<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
+scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
+Used by</th></tr></thead>
+"""
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
+<td role="cell" data-name="Used by:">"""
+_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
+_FOOT = """</main>
+<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
+<script nonce="{nonce}">"""
+
+SYSTEMD_UNIT = """\
+# smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
+[Unit]
+Description=Offer the devices of this node to Kubernetes
+# A pod that needs a device fails for good if the kubelet starts it before the device is registered.
+Before=kubelet.service k3s.service k3s-agent.service rke2-server.service rke2-agent.service
+Before=k0scontroller.service k0sworker.service snap.microk8s.daemon-kubelite.service
+RequiresMountsFor={folder_word} {plugin_dir}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+WatchdogSec=30
+Restart=on-failure
+RestartSec=2
+TimeoutStopSec=5
+WorkingDirectory={folder}
+Environment=MALLOC_ARENA_MAX=1
+# Before the first start of the kubelet there is no such directory; for this command, ReadWritePaths= begins with "-".
+ExecStartPre=+/bin/mkdir -p -m 0750 {plugin_dir_argument}
+# Byte code saves half of the time to start and 10 MiB. The daemon also starts without it.
+ExecStartPre=-+{python} -m compileall -q -l .
+ExecStart={python} -m {module}{options}
+ExecReload=/bin/kill -HUP $MAINPID
+
+# The daemon is root, because root owns the kubelet's directory, but has no capabilities. PrivateDevices= and
+# ProtectKernelLogs= are missing because they change /dev. DevicePolicy= may forbid all devices: it never opens one.
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ReadWritePaths=-{plugin_dir}
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateIPC=yes
+PrivateMounts=yes
+PrivateUsers=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+ProcSubset=pid
+{network}
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+MANIFEST_HEAD = """\
+# smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
+# Use kubectl apply --server-side, because the script does not fit into an annotation.
+"""
+
+CONFIG_MAP = """\
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: {name}
+  namespace: {namespace}
+  labels:
+    app.kubernetes.io/name: smarter-device-manager
+data:
+{files}---
+"""
+
+# What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
+MANIFEST_EDITS = {
+    r"\A(?:.*\n)*---\n": "",
+    "^  namespace: .*": "  namespace: {namespace}",
+    "^    spec:\n": """\
+      annotations:
+        smarter-device-manager/script: "{digest}" # another script is another pod
+{found}""",
+    "^(?: *#.*\n)* *image: smarter-device-manager:.*": """\
+          image: {image}
+          command: [python3, -m, smarter_device_manager]
+          workingDir: /app""",
+    "^ *- --listen=.*\n": "            - --listen=:{port}\n{arguments}",
+    "containerPort: .*": "containerPort: {port}",
+    "^          env:\n": """\
+{found}            - {{name: SMARTER_DEVICE_MANAGER_CONF, value: /root/config/conf.yaml}}
+            - {{name: PYTHONPATH, value: /packages}}
+            - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
+            - {{name: PYTHONDONTWRITEBYTECODE, value: "1"}}
+            - {{name: MALLOC_ARENA_MAX, value: "1"}}
+""",
+    "^      containers:\n": """\
+      initContainers:
+        - name: packages
+          image: {image}
+          imagePullPolicy: IfNotPresent
+          command: [python3, install.py]
+          workingDir: /app
+          env:
+            - {{name: PYTHONPATH, value: /packages}}
+            - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
+            - {{name: TMPDIR, value: /packages}}
+{pip}          securityContext:
+            runAsUser: 0
+            privileged: false
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities: {{drop: [ALL]}}
+          volumeMounts:
+            - {{name: script, mountPath: /app, readOnly: true}}
+            - {{name: packages, mountPath: /packages}}
+{found}""",
+    "^      volumes:\n": """\
+            - {{name: script, mountPath: /app, readOnly: true}}
+            - {{name: packages, mountPath: /packages, readOnly: true}}
+{found}        - name: script
+          configMap: {{name: smarter-device-manager-script}}
+        - name: packages # kept, so that a node boots without internet
+          hostPath: {{path: {packages}, type: DirectoryOrCreate}}
+""",
+    "^            path: /var/lib/kubelet/device-plugins$": "            path: {plugin_dir}",
+    "^            path: /var/lib/kubelet/pod-resources$": "            path: {pod_resources}",
+    "^            path: /dev$": "            path: {dev_dir}",
+    "^            path: /sys/dev$": "            path: {sys_dev}",
+    "^            path: /sys/devices$": "            path: {sys_devices}",
+}
+
+# Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
+# leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
+INSTALL_PACKAGES = """\
+import os, pathlib, platform, subprocess, sys
+
+marker = pathlib.Path("/packages/installed")
+check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
+if not marker.exists() or subprocess.call(check):
+    install = [sys.executable, "-m", "pip", "install", "--target=/packages", "--upgrade", "--only-binary=:all:"]
+    if subprocess.call([*install, "--no-cache-dir", "--require-hashes", "--requirement=/app/requirements.txt"]):
+        here = f"Python {platform.python_version()} on {platform.machine()}"
+        sys.exit(f"the packages are pinned for Python 3.13 on amd64, arm64 and arm/v7 with glibc; this is {here}")
+    os.sync()
+    marker.touch()
+    sys.exit(subprocess.call(check))
+"""
+
+REQUIREMENTS = """\
+# The wheels for Python 3.13 on linux/amd64, linux/arm64 and linux/arm/v7, in this order; a test downloads them all.
+grpcio==1.85.3 \\
+    --hash=sha256:9d20015c0dfc91de7a9a037cc84c7a174e8fe62e6427f563f1e2e35ca10f3798 \\
+    --hash=sha256:399fc184b4d2dd0b014b4b880a5b1ecc99383b610dbb270acb43d1b23e1e8b9c \\
+    --hash=sha256:87d162186a98e907cdf2c3ee4f419967c513f9799fdf9168f5aeb7e7889f020e
+protobuf==7.36.2 \\
+    --hash=sha256:89f23aa53c24553a2416fd4fd1ec06f74fa42b14b546d8883128813f775bbfd2 \\
+    --hash=sha256:e11e1f0180583a2af89db6a2ecd9e8dc40aa6d2988ca175bfd0e6d12ea72d74e \\
+    --hash=sha256:bdb3a345d48db958e6ce1f18e508beb0cc981d64f24088427549c866cd039f1e
+typing-extensions==4.16.0 \\
+    --hash=sha256:481caa481374e813c1b176ada14e97f1f67a4539ce9cfeb3f350d78d6370c2e8
+"""
 
 
 if __name__ == "__main__":

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
@@ -463,6 +469,7 @@ def test_the_printed_manifest_is_valid_and_small_enough() -> None:
 def test_it_holds_the_script_its_stubs_and_the_conf() -> None:
     conf, files, _ = (item.get("data") for item in printed_manifest())
     assert conf == {"conf.yaml": CONF.read_text()}
+    assert (files.pop("install.py"), files.pop("requirements.txt")) == (sdm.INSTALL_PACKAGES, sdm.REQUIREMENTS)
     assert files == {name: (ROOT / name).read_text() for name in (SCRIPT_NAME, *STUBS)}
 
 
@@ -491,25 +498,50 @@ def test_its_daemonset_is_daemonset_yaml_but_for_what_the_image_lacks() -> None:
 
 
 def test_the_manifest_follows_its_options(tmp_path: Path) -> None:
-    conf = tmp_path / "conf.yaml"
+    conf, authority = tmp_path / "conf.yaml", tmp_path / "ca.crt"
     conf.write_text("  # a line that is indented\n- devicematch: 'ü'\n\n\n")
+    authority.write_text("-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n")
     path = PATHS_OF["k0s"]
     objects = printed_manifest(
-        "--namespace=lab", "--image=registry.local:5000/python:3.9@sha256:0a", f"--conf={conf}",
+        "--namespace=lab", "--image=registry.local:5000/python:3.13@sha256:0a", f"--conf={conf}",
         f"--plugin-dir={path}/device-plugins", "--domain=example.com", "--interval=0.5", "--log-level=debug",
+        "--log-format=json", "--listen=0.0.0.0:9100", "--dev-dir=/m/dev", "--sys-dir=/m/sys",
+        "--pip-index=https://pypi.local/simple", f"--pip-ca={authority}",
     )  # fmt: skip
     assert_valid(objects)
     assert {item["metadata"]["namespace"] for item in objects} == {"lab"}
     assert objects[0]["data"]["conf.yaml"] == conf.read_text().rstrip("\n") + "\n"
-    paths = [volume["hostPath"]["path"] for volume in pod(objects)["volumes"] if "hostPath" in volume]
-    assert paths[:2] == [f"{path}/device-plugins", f"{path}/pod-resources"]
-    assert paths[-1] == f"/var/lib/{NAME}/registry.local_5000_python_3.9_sha256_0a"
-    assert container(objects)["args"][4:] == ["--domain=example.com", "--interval=0.5", "--log-level=debug"]
-    assert container(objects)["image"] == "registry.local:5000/python:3.9@sha256:0a"
+    assert objects[1]["data"]["pip-ca.crt"] == authority.read_text()
+    packages, *paths = [volume["hostPath"]["path"] for volume in pod(objects)["volumes"] if "hostPath" in volume]
+    assert paths == [f"{path}/device-plugins", f"{path}/pod-resources", "/m/dev", "/m/sys/dev", "/m/sys/devices"]
+    folder = f"/var/lib/{NAME}/registry.local_5000_python_3.13_sha256_0a-{sdm.short_hash(sdm.REQUIREMENTS)}"
+    assert packages == folder  # which another version with other pins does not share
+    main = container(objects)
+    assert (main["args"][3], main["ports"][0]["containerPort"]) == ("--listen=:9100", 9100)
+    assert main["args"][4:] == ["--domain=example.com", "--interval=0.5", "--log-level=debug", "--log-format=json"]
+    (install,) = pod(objects)["initContainers"]
+    assert install["image"] == main["image"] == "registry.local:5000/python:3.13@sha256:0a"
+    assert install["env"][-2:] == [
+        {"name": "PIP_INDEX_URL", "value": "https://pypi.local/simple"},
+        {"name": "PIP_CERT", "value": "/app/pip-ca.crt"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("socket", "folder", "argument"),
+    [("/run/k/kubelet.sock", "/run/k", []), ("/run/k/pods", "/run/k", ["/var/lib/kubelet/pod-resources/pods"])],
+)
+def test_the_manifest_mounts_the_folder_of_the_pod_resources_socket(
+    socket: str, folder: str, argument: list[str]
+) -> None:
+    objects = printed_manifest(f"--pod-resources-socket={socket}")
+    (path,) = (item["hostPath"]["path"] for item in pod(objects)["volumes"] if item["name"] == "pod-resources")
+    assert path == folder
+    assert container(objects)["args"][4:] == [f"--pod-resources-socket={path}" for path in argument]
 
 
 def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -> None:
-    for name in (SCRIPT_NAME, *STUBS):
+    for name in (SCRIPT_NAME, *STUBS, "daemonset.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / SCRIPT_NAME).write_text((ROOT / SCRIPT_NAME).read_text() + "# another\n")
     (tmp_path / "conf.yaml").write_text("- devicematch: ^null$\n")
@@ -524,8 +556,8 @@ def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -
     assert template(tmp_path / SCRIPT_NAME) != ours
 
 
-def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
-    """Put a wheel of NAME into FOLDER, so that pip can install it without an index."""
+def wheel(folder: Path, name: str, files: dict[str, str]) -> str:
+    """Put a wheel of NAME into FOLDER, for pip without an index. Returns its line of requirements."""
     info = f"{name}-99.0.dist-info"
     files = {
         **files,
@@ -533,48 +565,132 @@ def wheel(folder: Path, name: str, files: dict[str, str]) -> None:
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
-    with zipfile.ZipFile(folder / f"{name}-99.0-py3-none-any.whl", "w") as archive:
-        for path, text in {**files, f"{info}/RECORD": record}.items():
-            archive.writestr(path, text)
+    path = folder / f"{name}-99.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(member, text)
+    return f"{name}==99.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+class InitContainer:
+    """That of the manifest with OPTIONS, in FOLDER, with made-up wheels, and a module that imports them."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.app, self.packages, self.wheels = (folder / name for name in ("app", "packages", "wheels"))
+        for path in (self.app, self.packages, self.wheels):
+            path.mkdir()
+        objects = printed_manifest(*options)
+        for name, text in objects[1]["data"].items():
+            (self.app / name).write_text(self._moved(text))
+        (self.app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
+        self.requirements = wheel(self.wheels, "grpcio", {"grpc_x/__init__.py": ""})
+        self.requirements += wheel(self.wheels, "protobuf", {"protobuf_x/__init__.py": ""})
+        (self.app / "requirements.txt").write_text(self.requirements)
+        (self._spec,) = pod(objects)["initContainers"]
+
+    def _moved(self, text: str) -> str:
+        return text.replace("/packages", str(self.packages)).replace("/app", str(self.app))
+
+    def start(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {item["name"]: self._moved(item["value"]) for item in self._spec["env"]}
+        env = {
+            "PATH": os.environ["PATH"],
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_RETRIES": "0",
+            **variables,
+            **environment,
+        }
+        python, *arguments = self._spec["command"]
+        assert (python, self._spec["workingDir"]) == ("python3", "/app")
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=self.app)
 
 
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
-    """With made-up wheels in place of the packages, and a module that imports them in place of the script."""
-    wheels, packages, app = (tmp_path / name for name in ("wheels", "packages", "app"))
-    for folder in (wheels, packages, app):
-        folder.mkdir()
-    wheel(wheels, "grpcio", {"grpc_x/__init__.py": ""})
-    wheel(wheels, "protobuf", {"protobuf_x/__init__.py": ""})
-    (app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
-    (install,) = pod(printed_manifest())["initContainers"]
-    python, *arguments = (part.replace("/packages", str(packages)) for part in install["command"])
-    assert python == "python3"
-    values = {item["name"]: item["value"].replace("/packages", str(packages)) for item in install["env"]}
-
-    def start(**environment: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **values, **environment}
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=app)
-
-    done = start()  # without internet, and nothing there yet
+    init = InitContainer(tmp_path)
+    packages, wheels = init.packages, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(init.wheels)}
+    done = init.start(PIP_NO_INDEX="1")  # without internet, and nothing there yet
     assert done.returncode == 1 and "No matching distribution found for grpcio" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("the packages are pinned for Python 3.13 on amd64, arm64 and arm/v7")
     assert not (packages / "installed").exists()
-    done = start(PIP_FIND_LINKS=str(wheels))
+    (init.app / "requirements.txt").write_text(re.sub("(?<=sha256:)....", "0000", init.requirements))
+    assert init.start(**wheels).returncode == 1  # the index has other wheels than those that are pinned
+    assert not (packages / "grpc_x").exists()
+    (init.app / "requirements.txt").write_text(init.requirements)
+    done = init.start(**wheels)
     assert done.returncode == 0, done.stderr
     assert (packages / "grpc_x/__init__.py").exists() and (packages / "installed").exists()
     assert list(packages.glob("pycache/**/smarter_device_manager.*.pyc"))
     before = sorted(path for path in packages.rglob("*") if "pycache" not in path.parts)
-    done = start()  # a node that boots without internet
+    done = init.start(PIP_NO_INDEX="1")  # a node that boots without internet
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(path for path in packages.rglob("*") if "pycache" not in path.parts) == before
     (packages / "installed").unlink()  # the power was cut while it installed
     (packages / "grpc_x/__init__.py").write_text("half a fi")
-    done = start(PIP_FIND_LINKS=str(wheels))
+    done = init.start(**wheels)
     assert done.returncode == 0, done.stderr
     assert (packages / "grpc_x/__init__.py").read_text() == ""
     shutil.rmtree(packages / "protobuf_x")  # or another Python, which cannot import what is there
-    assert start(PIP_FIND_LINKS=str(wheels)).returncode == 0
+    assert init.start(**wheels).returncode == 0
     assert (packages / "protobuf_x").exists()
+
+
+def test_the_init_container_installs_from_a_private_index_with_its_ca(tmp_path: Path) -> None:
+    site, key, certificate = (tmp_path / name for name in ("site", "key.pem", "ca.pem"))
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        str(key),
+    ]
+    command += ["-out", str(certificate), "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"https://localhost:{server.server_port}/simple"
+        for number, options in enumerate(
+            ([f"--pip-index={index}", f"--pip-ca={certificate}"], [f"--pip-index={index}"])
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            init = InitContainer(folder, *options)
+            for path in init.wheels.iterdir():
+                shutil.copytree(init.wheels, site / "simple" / path.name.partition("-")[0], dirs_exist_ok=True)
+            done = init.start()
+            assert (done.returncode == 0) == ("--pip-ca" in options[-1]), done.stderr
+        server.shutdown()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "armv7l"])
+def test_the_pinned_packages_can_be_installed_on_each_platform(tmp_path: Path, machine: str) -> None:
+    """If this fails, a wheel has gone: pin the newest versions, with the hashes that pip download and pip hash give."""
+    (tmp_path / "requirements.txt").write_text(sdm.REQUIREMENTS)
+    platforms = [f"manylinux2014_{machine}", f"manylinux_2_28_{machine}", f"linux_{machine}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--require-hashes",
+        "--only-binary=:all:",
+        "--python-version=3.13",
+    ]
+    command += ["--dest", str(tmp_path / "wheels"), "--requirement", str(tmp_path / "requirements.txt")]
+    command += [f"--platform={platform}" for platform in platforms]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {path.name.partition("-")[0] for path in (tmp_path / "wheels").iterdir()}
+    assert names == {"grpcio", "protobuf", "typing_extensions"}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
@@ -590,6 +706,24 @@ def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], ex
     command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={exposure}", "--no-pager", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+def test_a_unit_of_a_folder_with_a_strange_name_is_right(tmp_path: Path) -> None:
+    folder = tmp_path / "a b%h$HOME"
+    folder.mkdir()
+    shutil.copy(ROOT / SCRIPT_NAME, folder)
+    (folder / "python3").symlink_to(os.path.realpath(sys.executable))
+    command = [folder / "python3", "-I", "-S", folder / SCRIPT_NAME, "--systemd-unit", "--plugin-dir=/var/c d%t$HOME"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"\nWorkingDirectory={tmp_path}/a b%%h$HOME\n" in text
+    assert f'\nRequiresMountsFor="{tmp_path}/a b%%h$HOME" "/var/c d%%t$HOME"\n' in text
+    assert '\nReadWritePaths=-"/var/c d%%t$HOME"\n' in text
+    assert '\nExecStartPre=+/bin/mkdir -p -m 0750 "/var/c d%%t$$HOME"\n' in text
+    unit = tmp_path / f"{NAME}.service"
+    unit.write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,7 +778,7 @@ def test_the_installed_command_works_without_options(packages: Path, tmp_path: P
     assert done.stderr.startswith(f"{NAME}: no config file is given")
     assert run("--list").returncode == 0
     assert run("--help").stdout.startswith(f"usage: {NAME} ")
-    assert run("--manifest").stdout == printed("--manifest")
+    assert f"cannot read {tmp_path}/daemonset.yaml: " in run("--manifest").stderr  # that is for a copy of the project
     unit = run("--systemd-unit").stdout  # empty where this very Python is below a home folder
     assert not unit or f"WorkingDirectory={tmp_path}\n" in unit
 
@@ -657,7 +791,7 @@ def test_the_installed_command_works_without_options(packages: Path, tmp_path: P
 def test_dra_adds_exactly_what_it_needs() -> None:
     plain, dra = render(), render({"api": "dra"})
     added = [item["kind"] for item in dra if item["kind"] not in [other["kind"] for other in plain]]
-    policy = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+    policy = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"] * 2
     assert sorted(added) == sorted(["ServiceAccount", "ClusterRole", "ClusterRoleBinding", *policy])
     assert_valid([item for item in dra if item["kind"] not in policy])
     was, now = pod(plain), pod(dra)
@@ -701,17 +835,59 @@ def test_its_rights_are_these_and_no_more() -> None:
     assert pod(dra)["serviceAccountName"] == "cameras"
 
 
+def policies(objects: list[dict[str, Any]]) -> list[Any]:
+    """The specs of the admission policies, each of which denies what it does not allow the daemon."""
+    bound = [item["spec"] for item in objects if item["kind"] == "ValidatingAdmissionPolicyBinding"]
+    found = [item for item in objects if item["kind"] == "ValidatingAdmissionPolicy"]
+    assert bound == [{"policyName": item["metadata"]["name"], "validationActions": ["Deny"]} for item in found]
+    for item in found:
+        assert item["spec"]["failurePolicy"] == "Fail"
+        assert f'"system:serviceaccount:kube-system:{NAME}"' in item["spec"]["matchConditions"][0]["expression"]
+    return [item["spec"] for item in found]
+
+
 def test_each_node_can_write_its_own_slices_only() -> None:
-    dra = render({"api": "dra", "domain": "example.com"})
-    spec = pick(dra, "ValidatingAdmissionPolicy")["spec"]
-    assert spec["failurePolicy"] == "Fail"
+    spec, _ = policies(render({"api": "dra", "domain": "example.com"}))
     (rule,) = spec["matchConstraints"]["resourceRules"]
     assert (rule["resources"], set(rule["operations"])) == (["resourceslices"], {"CREATE", "UPDATE", "DELETE"})
-    assert f'"system:serviceaccount:kube-system:{NAME}"' in spec["matchConditions"][0]["expression"]
     assert "authentication.kubernetes.io/node-name" in spec["variables"][0]["expression"]
     assert 'driver == "example.com"' in spec["validations"][1]["expression"]
-    binding = pick(dra, "ValidatingAdmissionPolicyBinding")["spec"]
-    assert (binding["policyName"], binding["validationActions"]) == (NAME, ["Deny"])
+
+
+@pytest.mark.parametrize(
+    ("name", "resource", "allowed"),
+    [
+        ("example.com", None, True),
+        (None, "tty", True),
+        ("tty.example.com", "example.org/tty", False),
+        ("tty.example.com", "example.com", False),
+        ("example.org", None, False),
+        ("bad-example.com", "example.com/tty", False),
+    ],
+)
+def test_the_daemon_can_make_classes_of_its_own_domain_only(
+    name: str | None, resource: str | None, allowed: bool
+) -> None:
+    """The expressions are simple enough for Python to evaluate them."""
+    _, spec = policies(render({"api": "dra", "domain": "example.com"}))
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    assert (rule["resources"], set(rule["operations"])) == (["deviceclasses"], {"CREATE", "UPDATE"})
+    item = sdm.device_class("example.com", resource or "")
+    if name:
+        item["metadata"]["name"] = name
+        if resource:
+            item["spec"]["extendedResourceName"] = resource
+    words = {"||": "or", "!has(object.spec.extendedResourceName)": "not has", "endsWith": "endswith"}
+    words["startsWith"] = "startswith"
+    asked = SimpleNamespace(metadata=SimpleNamespace(**item["metadata"]), spec=SimpleNamespace(**item["spec"]))
+    scope = {"object": asked, "has": hasattr(asked.spec, "extendedResourceName")}
+    results = []
+    for validation in spec["validations"]:
+        expression = validation["expression"]
+        for cel, python in words.items():
+            expression = expression.replace(cel, python)
+        results.append(eval(expression, scope))
+    assert all(results) == allowed
 
 
 def gone_device() -> dict[str, Any]:
@@ -743,7 +919,7 @@ def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
 
 
 def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
-    slices = sdm.resource_slices("smarter-devices", "node-1", "uid", 1, [[gone_device()]]).values()
+    slices = sdm.resource_slices("smarter-devices", "node-1", "uid", 1, [(1, json.dumps([gone_device()]))])
     newest = kubernetes_validate.utils.all_versions()[-1]
     for item in [*slices, sdm.device_class("smarter-devices"), sdm.device_class("smarter-devices", "video0")]:
         kubernetes_validate.validate(item, newest, strict=True)
@@ -778,8 +954,9 @@ COMMANDS = {
         "test_status_prints_a_running_daemons_state"
     ),
     r"journalctl -u smarter-device-manager": CANNOT + "no node",
-    r"python3 smarter_device_manager\.py --manifest (--conf my-conf\.yaml )?\| kubectl .*": CANNOT
+    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*": CANNOT
     + "no cluster; test_the_printed_manifest_is_valid... validates it",
+    r"docker buildx imagetools .*": CANNOT + "no Docker engine",
     r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
     r"sudo setsebool .*": CANNOT + "no SELinux",
     r"helm upgrade .*": CANNOT + "no cluster",
