@@ -7029,7 +7029,7 @@ class KeptDevices:
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
-    def read(self) -> Plan:
+    def read(self, are_inodes_kept: bool) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
         resources: Dict[str, Resource] = {}
@@ -7041,8 +7041,8 @@ class KeptDevices:
                     tuple(HeldAttribute(str(attribute), str(value)) for attribute, value in kept[key])
                     for key in ("attributes", "values")
                 )
-                is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
+                is_same = are_inodes_kept and kept.get("boot") == self._boot  # each boot counts inodes from 1
+                numbers = kept["nodes"] if is_same else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
                 since = time.monotonic()
                 device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
@@ -7249,7 +7249,7 @@ class DeviceSide:
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
-            self.plan = self._kept_devices.read()
+            self.plan = self._kept_devices.read(not reuses_inodes(os.stat(self._dev_dir).st_dev))
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
