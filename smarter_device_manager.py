@@ -1458,7 +1458,7 @@ class Reason(enum.Enum):
     """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
 
     GONE = "other", "it is gone"
-    SWAPPED = "other", "another device stands there since just now"
+    SWAPPED = "other", "another device has taken its place"
     COMPANION = "other", "it goes with /dev/{path}: {why}"
     LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
     LINK_CIRCLE = "link", "a link that leads in a circle"
@@ -1506,7 +1506,12 @@ class Entry(NamedTuple):
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # changes whenever the name comes to stand for something else
+    generation: int = 0  # changes whenever the name comes to stand for something else; 0: not known
+
+    def is_same(self, other: Entry) -> bool:
+        """Whether this and OTHER are one node."""
+        is_remade = self.generation and other.generation and self.generation != other.generation
+        return (self.device, self.inode) == (other.device, other.inode) and not is_remade
 
 
 class DeviceNode(NamedTuple):
@@ -1663,7 +1668,8 @@ class LiveTree:
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Raises OSError if /dev cannot be read.
+    meanwhile makes this fail, but cannot lead it out of /dev. Only a folder and those above it are held, because there
+    may be more folders than file descriptors. Raises OSError if /dev cannot be read.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1681,15 +1687,15 @@ class LiveTree:
 
     def entry(self, path: str) -> Optional[Entry]:
         if path not in self._entries:
-            self._entries[path] = self._open(path)
+            parent = self.entry(path.rpartition("/")[0])
+            self._entries[path] = self._open(path) if parent and parent.kind == FOLDER else None
         return self._entries[path]
 
     def _open(self, path: str) -> Optional[Entry]:
+        """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
-        if self.entry(parent) is None or parent not in self._folders:
-            return None
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folders[parent])
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder(parent))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return None
@@ -1706,8 +1712,16 @@ class LiveTree:
                 os.close(descriptor)
         return entry
 
+    def _folder(self, path: str) -> int:
+        """The descriptor of the folder PATH. Those that are neither PATH nor above it are closed."""
+        for other in [other for other in self._folders if other and not f"{path}/".startswith(f"{other}/")]:
+            os.close(self._folders.pop(other))
+        if path not in self._folders and self._open(path) != self._entries[path]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # it was swapped since it was seen first
+        return self._folders[path]
+
     def names(self, path: str) -> Sequence[str]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folders[path])
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder(path))
         try:
             return sorted(os.listdir(descriptor))
         finally:
@@ -2319,15 +2333,25 @@ class Device:
     permissions: str
     env: Tuple[Tuple[str, str], ...]
     numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    identity: Tuple[Tuple[int, int], ...]  # of its nodes, if its rule asks for attributes; else empty
     attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
-    specs: Tuple[DeviceSpec, ...]  # what a container would be given now
-    problem: str  # why it is Unhealthy; empty: it is Healthy
-    since: float  # time.monotonic() when it appeared or went
-    is_lost: bool = False  # whether the node now lacks the attributes by which the rule chose it
+    specs: Tuple[DeviceSpec, ...]  # what a container that has it is given at a start now; empty if it may not start
+    problem: str  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
+    since: float  # time.monotonic() since when that is so
+    is_gone: bool = False  # no node is at its path, or another one than the rule chose
+    nodes: Tuple[DeviceNode, ...] = ()  # as last seen under its rule; a Tegra GPU has none
     values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
     naming: Tuple[HeldAttribute, ...] = ()  # those of them that are in the resource's name
     facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
+
+    @property
+    def chosen_by(self) -> Tuple[HeldAttribute, ...]:
+        """The attributes by which the rule chose it, or named its resource; none if its path alone did."""
+        return (*self.attributes, *self.naming)
+
+    def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
+        """Whether NODES are its own, and not others that came to stand at its path."""
+        pairs = zip(nodes, self.nodes)
+        return len(nodes) == len(self.nodes) and all(now.entry.is_same(before.entry) for now, before in pairs)
 
 
 @dataclass(frozen=True)
@@ -2383,15 +2407,6 @@ class Plan:
 EMPTY_PLAN = Plan({}, (), ())
 
 
-@dataclass(frozen=True)
-class TrackedDevice:
-    """A path that a rule names and that leads to a device, or did so within the last EXPIRY_SECONDS."""
-
-    nodes: Tuple[DeviceNode, ...]  # as last seen; empty for a Tegra GPU
-    problem: str  # why it no longer leads to a device; empty: it does
-    since: float
-
-
 Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
@@ -2429,16 +2444,13 @@ def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
     return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
 
 
-TrackedDevices = Mapping[str, TrackedDevice]
+Found = Mapping[str, Tuple[DeviceNode, ...]]  # the nodes of each device by path; a Tegra GPU has none
 
 
-def track(
-    old: TrackedDevices, snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str, now: float
-) -> Tuple[TrackedDevices, List[LeftOut]]:
-    """The devices that rules name, including those that went lately, and the named paths that lead to no device.
-
-    GPUS are the numbers of a Tegra's GPUs. NOW and the times in tracked devices are those of time.monotonic().
-    """
+def find_devices(
+    snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str
+) -> Tuple[Found, Dict[str, NotADevice]]:
+    """The devices that rules name, and why other named paths lead to none. GPUS are the numbers of a Tegra's GPUs."""
     found: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
     for path in snapshot.entries:
@@ -2448,103 +2460,170 @@ def track(
             except NotADevice as error:
                 problems[path] = error
     found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
-    new: Dict[str, TrackedDevice] = {}
-    for path, nodes in found.items():
-        before = old.get(path)
-        since = before.since if before and not before.problem else now
-        new[path] = TrackedDevice(nodes, "", since)
-    for path, before in old.items():
-        if path not in found and _named(path, before, matcher):
-            since = before.since if before.problem else now
-            if now - since < EXPIRY_SECONDS:
-                problem = str(problems.pop(path, NotADevice(Reason.GONE)))
-                new[path] = TrackedDevice(before.nodes, problem, since)
-    left_out = [LeftOut.of(path, matcher(path)[0][0].line, error) for path, error in problems.items()]
-    return new, left_out
+    return found, problems
 
 
-def track_gone(plan: Plan, now: float) -> TrackedDevices:
-    """The devices of PLAN, which a previous run made, as devices that went NOW."""
-    devices = (device for resource in plan.resources.values() for device in resource.devices)
-    return {
-        device.path: TrackedDevice(
-            (DeviceNode(device.path, "", Entry(CHAR, generation=-number)),), Reason.GONE.template, now
-        )
-        for number, device in enumerate(devices, 1)
-    }
+def expiry_times(plan: Plan) -> Iterator[float]:
+    """When the offer ends for each device of PLAN that is gone."""
+    return (device.since + EXPIRY_SECONDS for device in devices_of(plan) if device.is_gone)
 
 
-def expiry_times(tracked: TrackedDevices, plan: Plan) -> Iterator[float]:
-    """When the offer ends for each of the TRACKED devices that is gone, and each of PLAN's that is lost."""
-    yield from (device.since + EXPIRY_SECONDS for device in tracked.values() if device.problem)
-    devices = (device for resource in plan.resources.values() for device in resource.devices)
-    yield from (device.since + EXPIRY_SECONDS for device in devices if device.is_lost)
+def devices_of(plan: Plan) -> Iterator[Device]:
+    """The devices of all resources of PLAN."""
+    return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-def _named(path: str, tracked_device: TrackedDevice, matcher: Matcher) -> Named:
-    """The rules that name the device that is tracked at PATH."""
-    return matcher(path) if tracked_device.nodes else matcher.gpu(path)
+def _named(path: str, nodes: Sequence[DeviceNode], matcher: Matcher) -> Named:
+    """The rules that name the device with NODES at PATH."""
+    return matcher(path) if nodes else matcher.gpu(path)
 
 
-class Claim(NamedTuple):
-    """A device, and how it is to be offered under a resource's name."""
+class Candidate(NamedTuple):
+    """A device that is to be offered under a resource's name."""
 
     device: Device
     is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
-    is_gone: bool
-    nodes: Tuple[DeviceNode, ...]  # as last seen
 
 
-def make_plan(
-    tracked: TrackedDevices,
-    left_out: Iterable[LeftOut],
-    previous: Plan,
-    snapshot: Snapshot,
-    sysfs: Sysfs,
-    matcher: Matcher,
-    dev_dir: str,
-    now: float,
-) -> Plan:
-    """The plan that the TRACKED devices make under the matcher's rules, each path under the last rule that it fits.
+@dataclass(frozen=True)
+class Look:
+    """What make_plan() goes by, besides the previous plan."""
 
-    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. A device that
-    a rule chose by its attributes stays for a while, Unhealthy, after its attributes changed or another device came to
-    stand in its place.
+    found: Found
+    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
+    snapshot: Snapshot
+    sysfs: Sysfs
+    matcher: Matcher
+    dev_dir: str
+    now: float  # time.monotonic()
+
+
+def make_plan(previous: Plan, look: Look) -> Plan:
+    """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
+
+    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. And it stays
+    as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
+    has changed so that the rule would no longer choose it.
     """
-    before = {device.path: device for resource in previous.resources.values() for device in resource.devices}
-    problems = list(left_out)
-    used = {id(rule) for left in problems for rule, _ in matcher(left.path)}
-    claims: Dict[str, List[Claim]] = {}
-    for path in sorted(tracked):
-        tracked_device = tracked[path]
-        named = _named(path, tracked_device, matcher)
+    left_out: List[LeftOut] = []
+    used: Set[int] = set()
+    candidates: Dict[str, Dict[str, Candidate]] = {}  # by resource and path
+    for path, nodes in look.found.items():
+        named = _named(path, nodes, look.matcher)
         used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, tracked_device, named, sysfs)
-        lost = None
-        if rule is None and path in before:
-            rule, match, lost = _follow_lost(before[path], tracked_device, named, mismatches, now)
-        problems += [] if lost else mismatches
+        rule, match, mismatches = _follow(path, nodes, named, look.sysfs)
+        left_out += mismatches
         if rule is None or match is None:
             continue
         try:
-            values = dict(lost.values) if lost else _template_values(rule, tracked_device, sysfs)
-            name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
-            if not name:
-                raise NotADevice(Reason.NO_NAME)
-            device = lost or _device(path, tracked_device, rule, match, values, snapshot, sysfs, dev_dir)
+            values = _template_values(rule, nodes, look.sysfs)
+            name = _resource_name(path, rule, match, values)
+            device = _device(path, nodes, rule, match, values, look)
         except NotADevice as error:
-            problems.append(LeftOut.of(path, rule.line, error))
+            left_out.append(LeftOut.of(path, rule.line, error))
             continue
-        claim = Claim(device, bool(rule.resource), bool(lost or tracked_device.problem), tracked_device.nodes)
-        claims.setdefault(name, []).append(claim)
+        candidates.setdefault(name, {})[path] = Candidate(device, bool(rule.resource))
+    kept = _keep(previous, look, candidates)
+    used.update(id(rule) for device in kept.values() for rule, _ in _named(device.path, device.nodes, look.matcher))
+    for path, problem in look.problems.items():
+        named = look.matcher(path)
+        used.update(id(rule) for rule, _ in named)
+        left_out.append(LeftOut.of(path, named[0][0].line, problem))
+    left_out = [left for left in left_out if left.path not in kept]
     resources: Dict[str, Resource] = {}
-    for name in sorted(claims):
-        resource, losers = _make_resource(name, claims[name], previous.resources.get(name))
-        problems += losers
+    for name in sorted(candidates):
+        before = previous.resources.get(name)
+        resource, losers = _make_resource(name, _dated(candidates[name], before, look.now), before)
+        left_out += losers
         if resource.devices:
             resources[name] = resource
-    unused = tuple(rule for rule in matcher.rules if id(rule) not in used)
-    return Plan(resources, tuple(sorted(problems, key=lambda left: (left.path, left.line, left.text))), unused)
+    unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
+    return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
+
+
+def _keep(previous: Plan, look: Look, candidates: Dict[str, Dict[str, Candidate]]) -> Dict[str, Device]:
+    """Add to CANDIDATES the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these by
+    path."""
+    kept = {}
+    for name, resource in previous.resources.items():
+        for device in resource.devices:
+            stays = None if device.path in candidates.get(name, {}) else _kept(device, look)
+            if stays and candidates.setdefault(stays[0], {}).setdefault(device.path, stays[1]) is stays[1]:
+                kept[device.path] = stays[1].device
+    return kept
+
+
+def _kept(device: Device, look: Look) -> Optional[Tuple[str, Candidate]]:
+    """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
+    values = dict(device.values)
+    for rule, match in _named(device.path, device.nodes, look.matcher):
+        if isinstance(match, SearchTimeout) or not _fits(rule, device):
+            continue
+        try:
+            parts = tuple(_parts(device.path, rule, match, values))
+            name = _resource_name(device.path, rule, match, values)
+        except NotADevice:
+            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
+        problem, is_gone = _find_loss(device, rule, match, look)
+        since = device.since if device.is_gone else look.now
+        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
+            return None
+        kept = dataclasses.replace(
+            device,
+            line=rule.line,
+            slots=rule.slots,
+            parts=parts,
+            permissions=rule.permissions,
+            specs=(),
+            problem=problem,
+            is_gone=is_gone,
+        )
+        if not is_gone:
+            with contextlib.suppress(NotADevice):
+                kept = dataclasses.replace(kept, specs=tuple(specs_of(kept, look.snapshot, look.dev_dir)))
+        return name, Candidate(kept, bool(rule.resource))
+    return None
+
+
+def _fits(rule: Rule, device: Device) -> bool:
+    """Whether RULE chooses DEVICE as it was last good."""
+    held = dict(device.attributes)
+    has_values = {*rule.values} <= {value.name for value in device.values}
+    return has_values and all(item.name in held and item.fits(held[item.name]) for item in rule.attributes)
+
+
+def _find_loss(device: Device, rule: Rule, match: re.Match[str], look: Look) -> Tuple[str, bool]:
+    """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
+    alone chose it, and so another rule has it."""
+    nodes = look.found.get(device.path)
+    if nodes is None:
+        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
+    if not rule.attributes and not attributes_in(rule.resource):
+        return "", False
+    is_gone = not device.has_nodes(nodes)
+    error = _mismatch(rule, match, nodes, look.sysfs)
+    if error:
+        return str(error), is_gone
+    try:
+        values = _template_values(rule, nodes, look.sysfs)
+    except NotADevice as missing:
+        return str(missing), is_gone
+    for held in device.naming:
+        if values.get(held.name) != held.value:
+            return f'{describe_value(held.name, values.get(held.name))} and was "{held.value}"', is_gone
+    return Reason.SWAPPED.template if is_gone else "", is_gone
+
+
+def _dated(candidates: Mapping[str, Candidate], previous: Optional[Resource], now: float) -> List[Candidate]:
+    """The CANDIDATES for one resource in the order of their paths, each with the time since when it is as it is."""
+    before = {device.path: device for device in previous.devices} if previous else {}
+    dated = []
+    for path, candidate in sorted(candidates.items()):
+        device, old = candidate.device, before.get(path)
+        is_old = old and (bool(old.problem), old.is_gone) == (bool(device.problem), device.is_gone)
+        since = old.since if old and is_old else now
+        dated.append(candidate._replace(device=dataclasses.replace(device, since=since)))
+    return dated
 
 
 class Overridden(NamedTuple):
@@ -2554,74 +2633,78 @@ class Overridden(NamedTuple):
     device: Device
 
 
-def find_overridden(plan: Plan, tracked: TrackedDevices, matcher: Matcher) -> List[Overridden]:
+def find_overridden(plan: Plan, matcher: Matcher) -> List[Overridden]:
     """The rules that name a device which PLAN offers under a later rule, in sorted order."""
     found = []
-    for device in (device for resource in plan.resources.values() for device in resource.devices):
-        named = [
-            rule for rule, match in _named(device.path, tracked[device.path], matcher) if isinstance(match, re.Match)
-        ]
+    for device in devices_of(plan):
+        named = [rule for rule, match in _named(device.path, device.nodes, matcher) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
         found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
     return sorted(found, key=lambda one: (one.rule.line, one.device.path))
 
 
 def _make_resource(
-    name: str, claims: Sequence[Claim], previous: Optional[Resource]
+    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
 ) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME with the devices of the CLAIMS that win, and what is left out of it."""
-    winners, losers = _choose(name, claims, previous)
+    """The resource NAME with the devices of the CANDIDATES that win, and what is left out of it."""
+    winners, losers = _choose(name, candidates, previous)
     is_pool = winners[0].is_pool
     if is_pool:
         winners, doubles = _once_each(winners)
         losers += doubles
-    too_many = _without_room([claim.device for claim in winners], is_pool, previous)
-    devices = tuple(claim.device for claim in winners if claim.device.path not in too_many)
+    too_many = _without_room([candidate.device for candidate in winners], is_pool, previous)
+    devices = tuple(candidate.device for candidate in winners if candidate.device.path not in too_many)
     error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
     losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
     return Resource(name, is_pool, devices), losers
 
 
-def _choose(name: str, claims: Sequence[Claim], previous: Optional[Resource]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The CLAIMS that get the name NAME; the others, unless their devices are gone, are left out.
+def _choose(
+    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
+) -> Tuple[Sequence[Candidate], List[LeftOut]]:
+    """The CANDIDATES that get the name NAME; the others, unless their devices are gone, are left out.
 
-    A device that has the name keeps it for as long as it is tracked. Otherwise a pool comes first, then the path that
+    A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
     equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
 
-    def order(claim: Claim) -> Tuple[object, ...]:
-        path = claim.device.path
-        return path != holder, claim.is_gone, path != name, path
+    def order(candidate: Candidate) -> Tuple[object, ...]:
+        path = candidate.device.path
+        return path != holder, candidate.device.is_gone, path != name, path
 
-    pool = [claim for claim in claims if claim.is_pool]
-    own = sorted((claim for claim in claims if not claim.is_pool), key=order)
+    pool = [candidate for candidate in candidates if candidate.is_pool]
+    own = sorted((candidate for candidate in candidates if not candidate.is_pool), key=order)
     if pool and not (own and own[0].device.path == holder):
         winners, losers = pool, own
         error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
     else:
         winners, losers = own[:1], own[1:] + pool
         error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
-    return winners, [LeftOut.of(claim.device.path, claim.device.line, error) for claim in losers if not claim.is_gone]
+    return winners, [
+        LeftOut.of(candidate.device.path, candidate.device.line, error)
+        for candidate in losers
+        if not candidate.device.is_gone
+    ]
 
 
-def _once_each(claims: Sequence[Claim]) -> Tuple[Sequence[Claim], List[LeftOut]]:
-    """The sorted CLAIMS for one pool without those whose node an earlier claim has; and these, as left out.
+def _once_each(candidates: Sequence[Candidate]) -> Tuple[Sequence[Candidate], List[LeftOut]]:
+    """The sorted CANDIDATES for one pool without those whose node an earlier candidate has; and these, as left out.
 
-    A device that is gone is compared only with others that are gone, because its node's number may be in use again.
+    One that is gone has no node.
     """
-    kept: List[Claim] = []
+    kept: List[Candidate] = []
     doubles: List[LeftOut] = []
-    paths: Dict[Tuple[bool, int], str] = {}  # by whether it is gone, and the node's generation
-    for claim in claims:
-        nodes = [(claim.is_gone, node.entry.generation) for node in claim.nodes]
+    paths: Dict[int, str] = {}  # by the node's generation
+    for candidate in candidates:
+        nodes = [] if candidate.device.is_gone else [node.entry.generation for node in candidate.device.nodes]
         path = next((paths[node] for node in nodes if node in paths), None)
         if path is None:
-            kept.append(claim)
-            paths.update((node, claim.device.path) for node in nodes)
-        elif not claim.is_gone:
+            kept.append(candidate)
+            paths.update((node, candidate.device.path) for node in nodes)
+        else:
             error = NotADevice(Reason.SAME_NODE, path=path)
-            doubles.append(LeftOut.of(claim.device.path, claim.device.line, error))
+            doubles.append(LeftOut.of(candidate.device.path, candidate.device.line, error))
     return kept, doubles
 
 
@@ -2668,32 +2751,46 @@ def _varint_bytes(number: int) -> int:
 
 
 def _follow(
-    path: str, tracked_device: TrackedDevice, named: Named, sysfs: Sysfs
+    path: str, nodes: Sequence[DeviceNode], named: Named, sysfs: Sysfs
 ) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
     """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
     not apply."""
     left_out: List[LeftOut] = []
     for rule, match in named:
-        if isinstance(match, SearchTimeout):
-            error = NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
-        elif not rule.attributes:
+        error = _mismatch(rule, match, nodes, sysfs)
+        if error is None and isinstance(match, re.Match):
             return rule, match, left_out
-        else:
-            answers = [sysfs.answer(rule.attributes, node) for node in tracked_device.nodes]
-            if any(answer.held for answer in answers):
-                return rule, match, left_out
-            error = (
-                NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
-            )
-        left_out.append(LeftOut.of(path, rule.line, error))
+        left_out += [LeftOut.of(path, rule.line, error)] if error else []
     return None, None, left_out
 
 
-def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) -> Mapping[str, str]:
+def _mismatch(
+    rule: Rule, match: Union[re.Match[str], SearchTimeout], nodes: Sequence[DeviceNode], sysfs: Sysfs
+) -> Optional[NotADevice]:
+    """Why RULE, which names the device with NODES, does not apply to it; None if it does."""
+    if isinstance(match, SearchTimeout):
+        return NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+    if not rule.attributes:
+        return None
+    answers = [sysfs.answer(rule.attributes, node) for node in nodes]
+    if any(answer.held for answer in answers):
+        return None
+    return NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
+
+
+def _resource_name(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> str:
+    """The name of the resource of the device at PATH under RULE. Raises NotADevice if there is none."""
+    name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
+    if not name:
+        raise NotADevice(Reason.NO_NAME)
+    return name
+
+
+def _template_values(rule: Rule, nodes: Sequence[DeviceNode], sysfs: Sysfs) -> Mapping[str, str]:
     """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
     if not rule.values:
         return {}
-    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in tracked_device.nodes]
+    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in nodes]
     if not answers:
         raise NotADevice(Reason.NO_ATTRIBUTES)
     fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
@@ -2703,85 +2800,51 @@ def _template_values(rule: Rule, tracked_device: TrackedDevice, sysfs: Sysfs) ->
     return dict(answer.values)
 
 
-def _follow_lost(
-    device: Device, tracked_device: TrackedDevice, named: Named, mismatches: Iterable[LeftOut], now: float
-) -> Tuple[Optional[Rule], Optional[re.Match[str]], Optional[Device]]:
-    """The rule among NAMED that chose DEVICE by attributes which its node lacks now, its match, and DEVICE as it is
-    still offered for EXPIRY_SECONDS: Unhealthy. None for each of the three if there is no such rule, or no longer."""
-    since = tracked_device.since if tracked_device.problem else device.since if device.is_lost else now
-    held, values = dict(device.attributes), dict(device.values)
-    for rule, match in named:
-        fits = all(attribute.name in held and attribute.fits(held[attribute.name]) for attribute in rule.attributes)
-        if isinstance(match, SearchTimeout) or not rule.attributes or not fits or not values.keys() >= {*rule.values}:
-            continue
-        try:
-            parts = tuple(_parts(device.path, rule, match, values))
-        except NotADevice:
-            continue  # the rule was edited, and the path in the container is no longer a good one
-        problem = tracked_device.problem or next(left.text for left in mismatches if left.line == rule.line)
-        lost = dataclasses.replace(
-            device,
-            line=rule.line,
-            slots=rule.slots,
-            parts=parts,
-            permissions=rule.permissions,
-            specs=(),
-            problem=problem,
-            since=since,
-            is_lost=True,
-        )
-        return (rule, match, lost) if now - since < EXPIRY_SECONDS else (None, None, None)
-    return None, None, None
-
-
 def _device(
     path: str,
-    tracked_device: TrackedDevice,
+    nodes: Tuple[DeviceNode, ...],
     rule: Rule,
     match: re.Match[str],
     values: Mapping[str, str],
-    snapshot: Snapshot,
-    sysfs: Sysfs,
-    dev_dir: str,
+    look: Look,
 ) -> Device:
-    """The device at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good one."""
-    tegra = rule.pattern == TEGRA
-    env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if tegra else {}
+    """The device with NODES at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good
+    one."""
+    env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
-    nodes = tracked_device.nodes
-    numas = {sysfs.numa(node) for node in nodes}
-    held = (sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
-    naming = tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource))
+    numas = {look.sysfs.numa(node) for node in nodes}
+    held = (look.sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
     device = Device(
         path=path,
         line=rule.line,
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match, values))[tegra:],
+        parts=tuple(_parts(path, rule, match, values)),
         permissions=rule.permissions,
         env=tuple(env.items()),
         numa=tuple(sorted(numa for numa in numas if numa is not None)),
-        identity=tuple(_identity(node) for node in nodes) if rule.attributes or naming else (),
         attributes=next(filter(None, held), ()),
         values=tuple(HeldAttribute(name, value) for name, value in values.items()),
-        naming=naming,
+        naming=tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource)),
         specs=(),
-        problem=tracked_device.problem,
-        since=tracked_device.since,
-        facts=sysfs.facts(nodes),
+        problem="",
+        since=look.now,
+        nodes=nodes,
+        facts=look.sysfs.facts(nodes),
     )
-    if device.problem:
-        return device
     try:
-        return dataclasses.replace(device, specs=tuple(specs_of(device, snapshot, dev_dir)))
+        return dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
     except NotADevice as error:
         return dataclasses.replace(device, problem=str(error))
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
-    """PATH and its companions under RULE. Raises NotADevice if one of their paths in a container is not a good one."""
+    """PATH, unless it is a Tegra's GPU, and its companions under RULE. Raises NotADevice if one of their paths in a
+    container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    yield Part(path, _place(container, path), False, rule.permissions)
+    place = _place(container, path)
+    if rule.pattern != TEGRA:
+        yield Part(path, place, False, rule.permissions)
     for companion in rule.companions:
         other = expand(companion.template, match, values)
         place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
@@ -2794,10 +2857,6 @@ def _place(container: str, path: str) -> str:
     if {"", ".", ".."} & set(place.split("/")[2:]):
         raise NotADevice(Reason.CONTAINER_PATH, path=place)
     return place
-
-
-def _identity(node: DeviceNode) -> Tuple[int, int]:
-    return node.entry.device, node.entry.inode
 
 
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
@@ -2813,8 +2872,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
             if part.path == device.path:
                 raise
             raise NotADevice(Reason.COMPANION, path=part.path, why=error) from None
-        is_changed = device.identity not in ((), tuple(_identity(node) for node in nodes))
-        if part.path == device.path and is_changed:
+        if part.path == device.path and device.chosen_by and not device.has_nodes(nodes):
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
         _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
@@ -2907,7 +2965,7 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
     for device in (chosen[path] for path in sorted(chosen)):
-        if device.problem and (device.is_lost or not device.parts):
+        if device.problem and (device.chosen_by or not device.nodes):
             raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
         try:
             found = specs_of(device, tree, dev_dir)
@@ -3894,6 +3952,7 @@ class HostDevices:
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
+        self._reuses_inodes = reuses_inodes(os.stat(dev_dir).st_dev)
         self._sysfs = SysfsReader(sys_dir, READ_SECONDS)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
@@ -3907,7 +3966,8 @@ class HostDevices:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead.
+        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
+        the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
@@ -3917,19 +3977,23 @@ class HostDevices:
         try:
             with LiveTree(self._dev_dir) as tree:
                 for device in devices:
-                    if device.problem and not device.parts:  # a Tegra GPU, which has no node
+                    if device.problem and not device.nodes:  # a Tegra GPU
                         return device, device.problem
                     try:
-                        chosen.append((device, self._find_nodes(device, tree)))
+                        nodes = self._find_nodes(device, tree)
                     except NotADevice as error:
                         return device, str(error)
+                    may_be_remade = self._reuses_inodes and (device.is_gone or not device.problem)
+                    if may_be_remade or not device.has_nodes(nodes):
+                        chosen.append((device, nodes))
         except OSError as error:
             return devices[0], _cannot_look(error)
         end = time.monotonic() + READ_SECONDS
         reads: List[Tuple[Device, List[SysfsRead]]] = []
         try:
             for device, nodes in chosen:
-                reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
+                names = tuple(held.name for held in device.chosen_by)
+                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
             for device, started in reads:
                 changes = [_changed(await _result(read, end), device) for read in started]
                 if changes and "" not in changes:
@@ -3940,8 +4004,8 @@ class HostDevices:
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, identity=()), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if _names_to_check(device) else []
+        specs_of(dataclasses.replace(device, attributes=(), naming=()), tree, self._dev_dir)
+        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
@@ -3977,13 +4041,8 @@ async def _result(read: SysfsRead, end: float) -> Folders:
     return folders
 
 
-def _names_to_check(device: Device) -> Tuple[str, ...]:
-    """The attributes by which the rule chose DEVICE, or named its resource."""
-    return tuple(held.name for held in (*device.attributes, *device.naming))
-
-
 def _changed(folders: Folders, device: Device) -> str:
-    """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
+    """What FOLDERS have instead of the attributes that DEVICE was chosen by; empty if they have these."""
     for held in device.naming:
         values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
         if held.value not in values:
@@ -4067,7 +4126,7 @@ def options_of(resource: Resource) -> PluginOptions:
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(map(_names_to_check, resource.devices)))
+    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
 
 
 class Plugin:
@@ -4830,16 +4889,21 @@ def short_hash(text: str) -> str:
 
 
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
-    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone."""
+    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
+    have the path, it is the slot of the device that is there."""
     slots: Dict[str, Slot] = {}
     for resource in plan.resources.values():
         labels = {device.path: dns_label(device.path, MAX_DEVICE_NAME - len("-9999")) for device in resource.devices}
-        slots.update((f"{labels[slot.device.path]}-{slot.number}", slot) for slot in slots_of(resource))
+        for slot in slots_of(resource):
+            name = f"{labels[slot.device.path]}-{slot.number}"
+            if slot.healthy or name not in slots:
+                slots[name] = slot
     return slots
 
 
-def slice_device(name: str, slot: Slot, domain: str) -> Document:
-    """SLOT as the device NAME of a ResourceSlice."""
+def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Document:
+    """SLOT as the device NAME of a ResourceSlice. If it is Unhealthy, no new pod gets it, and it EVICTS those that have
+    it."""
     resource, device = slot.resource, slot.device
     values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
     values.update(device.facts)
@@ -4847,21 +4911,24 @@ def slice_device(name: str, slot: Slot, domain: str) -> Document:
         values["pool"] = resource.name
     if len(device.numa) == 1:
         values["numaNode"] = device.numa[0]
-    return _slice_device(name, values, bool(device.problem), domain)
+    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
+    return _slice_device(name, values, domain, taint, evicts)
 
 
-def lost_device(device: PreparedDevice, domain: str) -> Document:
-    """DEVICE, which the plan no longer has, as a device of a ResourceSlice. DeviceClasses select by its resource."""
-    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, True, domain)
+def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
+    """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
+    resource."""
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
 
 
-def _slice_device(name: str, values: Mapping[str, Union[str, int]], is_gone: bool, domain: str) -> Document:
+def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
     attributes = {
         key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
         for key, value in values.items()
     }
-    # The control plane evicts the pods that use a device with this taint.
-    taints = {"taints": [{"key": f"{domain}/gone", "effect": "NoExecute"}]} if is_gone else {}
+    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
+    effect = "NoExecute" if evicts else "NoSchedule"
+    taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
 
 
@@ -5430,9 +5497,8 @@ class Claims:
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._wanted: Dict[str, CdiFile] = {}
-        self._has_plan = False
+        self._plan: Optional[Plan] = None
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._gone_paths: Set[str] = set()  # what the plan has no good device at, such as /dev/video0
         self._settings = settings
         self._api = api
         self._devices = devices
@@ -5457,11 +5523,7 @@ class Claims:
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
         """Have containers be given what PLAN, with these SLOTS, has now."""
-        self._slots = slots
-        offered = (device for resource in plan.resources.values() for device in resource.devices)
-        self._gone_paths = {device_path(device) for device in offered if device.problem}
-        self._gone_paths.update(f"/dev/{left.path}" for left in plan.left_out)
-        self._has_plan = True
+        self._plan, self._slots = plan, slots
         if self.is_open:
             self.sync(True)
 
@@ -5475,7 +5537,7 @@ class Claims:
                 except AllocationError:
                     self.is_unsettled = True  # it went just now, which the next plan says
                 # The plan does not change when a device goes that it does not offer.
-                self.is_unsettled |= any(device.name not in self._slots for device in claim.devices)
+                self.is_unsettled |= not all(map(self.slot_of, claim.devices))
             self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
             self._notify()
         for uid, error in self._files.sync(self._wanted).items():
@@ -5540,17 +5602,33 @@ class Claims:
         self._notify()
         return ""
 
-    def problem_of(self, device: PreparedDevice) -> str:
-        """Why no container may start with DEVICE: it is gone, or another one is in its place. Empty if one may.
+    def slot_of(self, device: PreparedDevice) -> Optional[Slot]:
+        """The slot of the plan that DEVICE is."""
+        slot = self._slots.get(device.name)
+        return slot if slot and slot.device is self._device_of(device) else None
+
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, also if its resource has another name by now."""
+        resource, slot = self._plan and self._plan.resources.get(device.resource), self._slots.get(device.name)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                return found
+        return slot.device if slot and not device.is_gone else None
+
+    def _problem_of(self, device: PreparedDevice) -> str:
+        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
+        one may.
 
         One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on.
+        go on. So may that of a device that has changed.
         """
-        if device.name in self._slots:
-            return self._slots[device.name].device.problem
-        is_node = device.path.startswith("/dev/")
-        is_missing = is_node and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :])
-        return "it is gone" if is_missing or device.path in self._gone_paths else ""
+        found = self._device_of(device)
+        if found:
+            return "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
+            return Reason.GONE.template
+        is_left_out = self._plan and any(device.path == f"/dev/{left.path}" for left in self._plan.left_out)
+        return Reason.SWAPPED.template if is_left_out or (device.is_gone and device.name in self._slots) else ""
 
     def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
         """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
@@ -5564,7 +5642,7 @@ class Claims:
     def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
         """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
         self._take_up()
-        if not self._has_plan:
+        if not self._plan:
             raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
         before = self.prepared.get(claim.uid)
         if not before or before.full_name != f"{claim.namespace}/{claim.name}":
@@ -5573,7 +5651,7 @@ class Claims:
         self._write(now)
         for device in now.devices:
             if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self.problem_of(device)}")
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
         return now
 
     def _prepare(self, claim: Union[pb.Claim, PreparedClaim], results: Sequence[Result]) -> PreparedClaim:
@@ -5622,16 +5700,16 @@ class Claims:
         return found
 
     def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now. A device that is no longer offered stays as it was.
-
-        Raises AllocationError.
+        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
+        stays as it was. Raises AllocationError.
         """
-        now = [device._replace(is_gone=bool(self.problem_of(device))) for device in claim.devices]
+        now = [device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices]
+        slots = [(device, self.slot_of(device)) for device in now]
         results = [
             Result(request, device.name, device.is_admin)
-            for device in now
+            for device, slot in slots
             for request in device.requests
-            if device.name in self._slots and not device.is_gone
+            if slot and slot.healthy
         ]
         fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
         return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
@@ -5901,6 +5979,7 @@ class DraSettings(NamedTuple):
     node: str
     domain: str
     dev_dir: str
+    gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
 
     @property
     def folder(self) -> str:
@@ -5939,7 +6018,9 @@ class DraSide(KubeletSide):
         self.claims = Claims(settings, api, devices)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
-        self._offered: List[Document] = []  # its slots as devices of slices
+        self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
+        self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
+        self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
         self._watch = watch  # of the CDI files
         self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._servers: List[UnixServer] = []
@@ -5960,7 +6041,9 @@ class DraSide(KubeletSide):
                 if self.claims.is_open:
                     was_unsettled = self.claims.is_unsettled
                     self.claims.sync()
-                    if was_unsettled:
+                    if time.monotonic() >= self._grace_end:
+                        self.apply(self._plan)
+                    elif was_unsettled:
                         self._settle()
                 await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
                 await asyncio.sleep(NEXT_LOOK_SECONDS)
@@ -5977,18 +6060,32 @@ class DraSide(KubeletSide):
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
+        self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
-        self._offered = [slice_device(name, slot, self.domain) for name, slot in self.slots.items()]
+        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
+        went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
+        self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
+        self._offered = {
+            name: slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
+            for name, slot in self.slots.items()
+        }
         self.claims.follow(plan, self.slots)
         self._settle()
 
     def _settle(self) -> None:
-        """Publish what is offered, and the prepared devices that are not, once they are gone."""
+        """Publish what is offered, and the prepared devices that are not, once they are gone. If another device has the
+        name of one by now, it must wait."""
         if self.publisher:
-            prepared = (device for claim in self.claims.prepared.values() for device in claim.devices)
-            lost = (device for device in prepared if device.name not in self.slots and self.claims.problem_of(device))
-            devices = [*self._offered, *(lost_device(device, self.domain) for device in lost)]
-            self.publisher.want(devices, list(self._plan.resources))
+            now = time.monotonic()
+            prepared = [device for claim in self.claims.prepared.values() for device in claim.devices]
+            lost = [device for device in prepared if device.is_gone and not self.claims.slot_of(device)]
+            self._lost_since = {device.name: self._lost_since.get(device.name, now) for device in lost}
+            devices = dict(self._offered)
+            for device in lost:
+                evicts = now - self._lost_since[device.name] >= self.settings.gone_grace
+                devices[device.name] = lost_device(device, self.domain, evicts)
+            self.publisher.want(devices.values(), list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -6211,6 +6308,7 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
                 "slots": device.slots,
                 "healthy": not device.problem,
                 "problem": device.problem,
+                **({"gone": device.is_gone} if device.problem else {}),
                 "since": utc(epoch + device.since),
                 "numa": list(device.numa),
                 "nodes": [
@@ -6484,9 +6582,15 @@ def _slot_holders(document: Document) -> Samples:
 
 def _devices(document: Document) -> Samples:
     for resource in document["resources"]:
-        healthy = sum(device["healthy"] for device in resource["devices"])
-        yield {"resource": resource["name"], "state": "present"}, healthy
-        yield {"resource": resource["name"], "state": "absent"}, len(resource["devices"]) - healthy
+        states = _states(resource)
+        for state in ("present", "absent", "unhealthy"):
+            yield {"resource": resource["name"], "state": state}, states.count(state)
+
+
+def _states(resource: Document) -> List[str]:
+    """What the devices of RESOURCE are: present, absent, or there but unhealthy."""
+    devices = resource["devices"]
+    return ["present" if device["healthy"] else "absent" if device["gone"] else "unhealthy" for device in devices]
 
 
 def _left_out(document: Document) -> Samples:
@@ -6504,7 +6608,7 @@ FAMILIES = (
     Family("slots", "Containers that may have the resource at once.", "resources.slots"),
     Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
     Family("slot_holder", "1 per container that has a slot.", _slot_holders),
-    Family("devices", "Devices of the resource: present (Healthy) and absent (Unhealthy).", _devices),
+    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _devices),
     Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
     Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
     Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
@@ -6703,12 +6807,12 @@ def render_page(document: Document, nonce: str) -> Iterator[str]:
 
 def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    healthy = [device["healthy"] for resource in resources for device in resource["devices"]]
+    states = [state for resource in resources for state in _states(resource)]
     in_use = [resource["in_use"] for resource in resources]
     slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
     restarts = pluralize(kubelet["restarts"], "restart")
     yield f"{pluralize(len(resources), 'resource')}, {sum(resource['ready'] for resource in resources)} registered"
-    yield f"{pluralize(len(healthy), 'device')}, {healthy.count(False)} absent"
+    yield f"{pluralize(len(states), 'device')}, {states.count('absent')} absent, {states.count('unhealthy')} unhealthy"
     yield f"{slots}, {'use unknown' if None in in_use else f'{sum(in_use)} in use'}"
     yield f"the kubelet {'answers' if kubelet['answering'] else 'is down'}, {restarts} seen"
     yield f"config file {'refused' if conf['error'] else 'good'}, {pluralize(conf['rules'], 'rule')} in force"
@@ -7322,6 +7426,7 @@ DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
@@ -7449,6 +7554,7 @@ class KeptDevices:
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
@@ -7461,7 +7567,11 @@ class KeptDevices:
             for kept in json.loads(self._file.read()[0]):
                 name, path = str(kept["resource"]), str(kept["path"])
                 attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
-                device = Device(path, 0, 0, (), "", (), (), (), attributes, (), "", 0.0, values=values)
+                is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
+                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
+                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+                since = time.monotonic()
+                device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
                 others = resources[name].devices if name in resources else ()
                 resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:
@@ -7477,7 +7587,14 @@ class KeptDevices:
         """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
         if plan is not self._plan:
             devices = [
-                {"resource": name, "path": device.path, "attributes": device.attributes, "values": device.values}
+                {
+                    "resource": name,
+                    "path": device.path,
+                    "attributes": device.attributes,
+                    "values": device.values,
+                    "boot": self._boot,
+                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
+                }
                 for name, resource in plan.resources.items()
                 for device in resource.devices
                 if device.attributes
@@ -7639,7 +7756,7 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
-        self._tracked: TrackedDevices = {}
+        self._found: Found = {}
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
         self._next_full_look = 0.0
@@ -7661,7 +7778,6 @@ class DeviceSide:
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
             self.plan = self._kept_devices.read()
-            self._tracked = track_gone(self.plan, time.monotonic())
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7686,12 +7802,12 @@ class DeviceSide:
         if self._kept_devices:
             self._kept_devices.keep(self.plan)
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self._tracked, self.plan)])
+            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
         return plans
 
     def overridden(self) -> List[Overridden]:
         """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._tracked, self._matcher)
+        return find_overridden(self.plan, self._matcher)
 
     def hasten_full_look(self) -> None:
         """Let the next turn look at everything."""
@@ -7700,7 +7816,8 @@ class DeviceSide:
     def folders(self) -> List[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
         and the others by their depth."""
-        paths = [*self._tracked, *(node.path for device in self._tracked.values() for node in device.nodes)]
+        named = {*self._found, *(device.path for device in devices_of(self.plan))}
+        paths = [*named, *(node.path for nodes in self._found.values() for node in nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
@@ -7723,12 +7840,12 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Look at what can change without a change in /dev; whether the plan may change because of it."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget(self.snapshot.entries.keys() | self._tracked.keys())
-        nodes = [node for device in self._tracked.values() for node in device.nodes]
+        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
+        nodes = [node for nodes in self._found.values() for node in nodes]
         self._sysfs.forget(node.entry.generation for node in nodes)
         there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
         has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self._tracked, self.plan))
+        has_expired = any(when <= now for when in expiry_times(self.plan))
         return has_other_attributes or has_expired or gpus != self._gpus
 
     def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
@@ -7748,38 +7865,64 @@ class DeviceSide:
         return flapped, self.snapshot is not before
 
     def _make_plan(self, snapshot: Snapshot) -> Plan:
+        self._found, problems = find_devices(snapshot, self._gpus, self._matcher, self._dev_dir)
         now = time.monotonic()
-        self._tracked, left_out = track(self._tracked, snapshot, self._gpus, self._matcher, self._dev_dir, now)
-        self.plan = make_plan(
-            self._tracked, left_out, self.plan, snapshot, self._sysfs, self._matcher, self._dev_dir, now
-        )
+        look = Look(self._found, problems, snapshot, self._sysfs, self._matcher, self._dev_dir, now)
+        self.plan = make_plan(self.plan, look)
         return self.plan
 
 
-def log_changes(old: Plan, new: Plan) -> None:
-    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
-    before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
-    after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
-    groups: Dict[Tuple[str, str, int], List[str]] = {}
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key), after.get(key)
-        change = None
-        if now is None:
-            change = ("retired", "no longer offered", logging.INFO)
-        elif now.problem and now.problem != (was.problem if was else ""):
-            change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
-        elif was is None:
-            change = ("plugged", "offered", logging.INFO)
-        elif was.problem and not now.problem:
-            change = ("plugged", "Healthy again", logging.INFO)
-        if change:
-            groups.setdefault(change, []).append(device_path(now or before[key]))
-    known = set(old.left_out)
-    for left in new.left_out:
-        if left not in known:
-            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
-    for (event, sentence, level), paths in groups.items():
-        log_event_for_all(event, sentence, level, "devices", paths)
+_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    def __init__(self) -> None:
+        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
+        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
+        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        keys = states.keys() | self._states.keys()
+        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
+        self._states = states
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about devices that had a line just before NOW."""
+        groups: Dict[Tuple[str, str, int], List[str]] = {}
+        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
+        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
+            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+            if change:
+                event, sentence, level = change
+                sentence += f" ({count} changes since its last line)" if count > 1 else ""
+                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
+                old[key] = now
+        self._logged = old
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+
+
+def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
+    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
+    if not key[0]:
+        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
+    if state is None:
+        return "retired", "no longer offered", logging.INFO
+    if state:
+        return "unplugged", f"Unhealthy: {state}", logging.WARNING
+    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
 
 
 class FolderWatches:
@@ -8040,7 +8183,14 @@ def check_dra(options: argparse.Namespace) -> None:
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
-    return DraSettings(options.kubelet_dir, options.cdi_dir, options.node_name, options.domain, options.dev_dir)
+    return DraSettings(
+        options.kubelet_dir,
+        options.cdi_dir,
+        options.node_name,
+        options.domain,
+        options.dev_dir,
+        options.gone_grace,
+    )
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
@@ -8090,9 +8240,9 @@ def serve(options: argparse.Namespace) -> int:
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # The DRA side keeps what is prepared, in CDI files. Instances with other rules have other devices to keep.
+    # Instances with other rules have other devices to keep.
     rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = None if is_dra else KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
+    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
     kept_conf = kept_path(folder, options.domain, "conf")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
@@ -8107,14 +8257,16 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    log_changes(EMPTY_PLAN, devices.plan)
+    changes = ChangeLog()
+    changes.take(devices.plan)
+    changes.flush(time.monotonic())
     watches = FolderWatches(options.dev_dir)
     watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches)
+        _run(devices, thread, manager, options.interval, watches, changes)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -8173,7 +8325,12 @@ def _open_status(
 
 
 def _run(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+    devices: DeviceSide,
+    thread: KubeletThread,
+    manager: ServiceManager,
+    interval: float,
+    watches: FolderWatches,
+    changes: ChangeLog,
 ) -> None:
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
@@ -8184,16 +8341,15 @@ def _run(
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
-            log_changes(old, plan)
+            changes.take(plan)
             thread.send(plan)
-            old = plan
+        changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = began + interval
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -8528,7 +8684,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
-    settings = DraSettings(folder, f"{folder}/cdi", options.node_name, options.domain, options.dev_dir)
+    settings = dra_settings(options)._replace(kubelet_dir=folder, cdi_dir=f"{folder}/cdi")
     devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
     address = parse_api_url(api.url)
     side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
@@ -9069,6 +9225,8 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
     _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
+    grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
+    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
     _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
     _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
     _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
@@ -9132,13 +9290,13 @@ def _path(text: str) -> str:
     return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, least: float = 0.01) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0.01 <= seconds <= 3600:
-        raise ValueError(f'"{text}" is not a number of seconds from 0.01 to 3600')
+        seconds = -1.0
+    if not least <= seconds <= 3600:
+        raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
 
 

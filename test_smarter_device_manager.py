@@ -1790,7 +1790,16 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         if action.metavar and action.default is not None
     }
     assert environment - options.keys() == {  # the unit is for device plugins
-        *("--api", "--kubelet-dir", "--cdi-dir", "--node-name", "--kube-api", "--kube-token-file", "--kube-ca-file"),
+        *(
+            "--api",
+            "--kubelet-dir",
+            "--cdi-dir",
+            "--gone-grace",
+            "--node-name",
+            "--kube-api",
+            "--kube-token-file",
+            "--kube-ca-file",
+        ),
     }
 
 
@@ -2640,6 +2649,19 @@ def test_a_path_of_the_live_tree_ends_at_what_is_no_folder(node: Node) -> None:
         assert tree.entry("d/x") is not None
 
 
+def test_the_live_tree_holds_few_folders_and_notices_when_one_that_it_let_go_is_swapped(node: Node) -> None:
+    build(node.dev, {"f": "file", **{f"many/{number}/a/b": "file" for number in range(99)}})
+    before = len(os.listdir("/proc/self/fd"))
+    with sdm.LiveTree(str(node.dev)) as tree:
+        assert outcome(tree, "many", "/dev") == "a folder that holds no device node"
+        assert len(os.listdir("/proc/self/fd")) - before <= 4  # /dev, many, many/98 and many/98/a
+        assert tree.names("many/3") == ["a"] and tree.entry("many/4/x") is None
+        (node.dev / "many/5").rename(node.dev / "many/six")
+        (node.dev / "many/5").mkdir()
+        with pytest.raises(OSError, match="Stale file handle"):
+            tree.names("many/5/a")
+
+
 def mounted(node: Node, script: str, *code: str) -> str:
     """What the command CODE prints where the shell SCRIPT has mounted things, in a mount namespace of its own."""
     probe = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {node.root} && mount -t tmpfs none {node.root}"]
@@ -3165,8 +3187,19 @@ def tries(least: int, is_enough: Callable[[], bool]) -> Iterator[int]:
 def offered(conf: str, snapshot: sdm.Snapshot, sys_dir: str = "/nowhere", gpus: Sequence[str] = ()) -> sdm.Plan:
     """The plan of a first look."""
     matcher = sdm.Matcher(sdm.parse_rules(conf))
-    tracked, left_out = sdm.track({}, snapshot, gpus, matcher, "/dev", 0.0)
-    return sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev", 0.0)
+    return next_plan(sdm.EMPTY_PLAN, snapshot, matcher, 0.0, sys_dir, gpus)
+
+
+def next_plan(
+    previous: sdm.Plan,
+    snapshot: sdm.Snapshot,
+    matcher: sdm.Matcher,
+    now: float = 0.0,
+    sys_dir: str = "/nowhere",
+    gpus: Sequence[str] = (),
+) -> sdm.Plan:
+    found, problems = sdm.find_devices(snapshot, gpus, matcher, "/dev")
+    return sdm.make_plan(previous, sdm.Look(found, problems, snapshot, sdm.Sysfs(sys_dir), matcher, "/dev", now))
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
@@ -3639,8 +3672,8 @@ def test_attributes_that_fitted_are_asked_again_at_every_full_look(node: Node, m
 def test_a_device_that_its_attributes_chose_is_kept_for_ten_minutes(
     node: Node, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """When it has another attribute, when another device stands there, and when nothing does: Unhealthy in its place,
-    so that what its pods are told comes from here."""
+    """When another device stands there, and when nothing does: Unhealthy in its place, so that what its pods are told
+    comes from here. And for as long as its node is there, if that has another attribute."""
     clock = Clock(monkeypatch)
     folder = node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
     side = device_side(node, STICK + "- devicematch: ^other\n")
@@ -3655,12 +3688,12 @@ def test_a_device_that_its_attributes_chose_is_kept_for_ten_minutes(
         (folder / "idProduct").write_text("eb00\n")
     elif what == "device":
         node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("stick0", minor=7))
-    began = clock.now - 30 if what == "nothing" else clock.now
+    began = clock.now if what == "attribute" else clock.now - 30
     side.turn(reread=True)
     for _ in range(2):
         lost = side.plan.resources["stick0"].devices[0]
-        assert lost.problem and lost.since == began and not lost.specs
-        assert dataclasses.replace(lost, problem="", since=chosen.since, is_lost=False, specs=chosen.specs) == chosen
+        assert lost.problem and lost.since == began and bool(lost.specs) == (not lost.is_gone) == (what == "attribute")
+        assert dataclasses.replace(lost, problem="", since=chosen.since, is_gone=False, specs=chosen.specs) == chosen
         assert "stick0" not in left(side.plan)
         clock.now = began + 599
         assert side.turn() == []
@@ -3668,9 +3701,9 @@ def test_a_device_that_its_attributes_chose_is_kept_for_ten_minutes(
         side.turn(reread=True)
         chosen = dataclasses.replace(chosen, line=2)
     clock.now = began + 600
-    assert len(side.turn()) == 1
-    assert side.plan.resources == {}
-    assert ("stick0" in left(side.plan)) == (what != "nothing")
+    assert len(side.turn()) == (what != "attribute")
+    assert bool(side.plan.resources) == (what == "attribute"), "its node is there"
+    assert ("stick0" in left(side.plan)) == (what == "device")
 
 
 @needs_root
@@ -3776,7 +3809,7 @@ def test_a_device_that_was_chosen_by_its_attributes_is_not_granted_when_another_
     node.plug("new").rename(node.dev / "stick0")
     node.plug("bus/c")
     for name in ("stick0", "bus"):
-        assert granted(found[name], node.dev) == f"/dev/{name}: another device stands there since just now"
+        assert granted(found[name], node.dev) == f"/dev/{name}: another device has taken its place"
 
 
 def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
@@ -4246,11 +4279,8 @@ def test_what_rules_override(board: Board) -> None:
     conf += "- {devicematch: ^c$, attributes: {id: '2'}}\n- {devicematch: '^[bc]$', env: {A: '\\g<attr:id>'}}\n"
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     snapshot = snapshot_of(board.tree)
-    tracked, left_out = sdm.track({}, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(
-        tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs(str(board.node.sys)), matcher, "/dev", 0.0
-    )
-    found = sdm.find_overridden(plan, tracked, matcher)
+    plan = next_plan(sdm.EMPTY_PLAN, snapshot, matcher, 0.0, str(board.node.sys))
+    found = sdm.find_overridden(plan, matcher)
     # b lacks the attribute that line 6 puts into a variable, so nobody has it.
     assert [(one.rule.line, one.device.path, one.device.line) for one in found] == [
         (1, "a", 3),
@@ -4269,7 +4299,6 @@ def test_what_rules_override(board: Board) -> None:
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
     conf = "- {devicematch: ^nvidia0$, with: [nvidiactl, 'nvidia-modeset?']}\n"
     matcher = sdm.Matcher(sdm.parse_rules(conf))
-    tracked: sdm.TrackedDevices = {}
     for tree, problem in (
         ({}, "it goes with /dev/nvidiactl: it is gone"),
         ({"nvidiactl": "file"}, "it goes with /dev/nvidiactl: a plain file, not a device"),
@@ -4282,8 +4311,7 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
         ({}, "it goes with /dev/nvidiactl: it is gone"),
     ):
         snapshot = snapshot_of({"nvidia0": "char", **tree})
-        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
+        plan = next_plan(sdm.EMPTY_PLAN, snapshot, matcher)
         device = plan.resources["nvidia0"].devices[0]
         assert device.problem.startswith(problem) and bool(device.problem) == bool(problem)
         assert ids_of(plan.resources["nvidia0"], not problem) == ["0"]
@@ -4341,11 +4369,10 @@ def test_the_slots_of_a_pool_name_their_device() -> None:
 
 def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
     matcher = sdm.Matcher(sdm.parse_rules(CAMERAS))
-    tracked: sdm.TrackedDevices = {}
+    plan = sdm.EMPTY_PLAN
     for names in (("video0", "video1"), ("video1",)):
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
-        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-    plan = sdm.make_plan(tracked, left_out, sdm.EMPTY_PLAN, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
+        plan = next_plan(plan, snapshot, matcher)
     assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
     assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
     assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
@@ -4488,7 +4515,6 @@ def test_a_pool_offers_a_node_once_as_its_first_path() -> None:
 
 def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
     matcher = sdm.Matcher(sdm.parse_rules("- {devicematch: '^(by-id/|tty)', resource: stick}\n"))
-    tracked: sdm.TrackedDevices = {}
     plan = sdm.EMPTY_PLAN
     for tree, wanted in (
         ({"tty0": "char", "by-id/a": "-> ../tty0"}, {"by-id/a": ""}),
@@ -4496,19 +4522,16 @@ def test_a_node_is_in_a_pool_by_another_path_once_its_link_is_gone() -> None:
         ({"tty0": "char", "by-id/b": "-> ../tty0"}, {"by-id/a": "it is gone", "by-id/b": ""}),
     ):
         snapshot = snapshot_of(tree)
-        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", 0.0)
-        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", 0.0)
+        plan = next_plan(plan, snapshot, matcher)
         assert {device.path: device.problem for device in plan.resources["stick"].devices} == wanted
 
 
 def test_a_pool_offers_a_node_once_also_when_it_is_gone() -> None:
     matcher = sdm.Matcher(sdm.parse_rules("- {devicematch: '^(camera|video0)$', resource: pool}\n"))
-    tracked: sdm.TrackedDevices = {}
     plan = sdm.EMPTY_PLAN
     for now, tree in enumerate(({"camera": "-> video0", "video0": "char"}, {"camera": "-> video0"})):
         snapshot = snapshot_of(tree)
-        tracked, left_out = sdm.track(tracked, snapshot, (), matcher, "/dev", now)
-        plan = sdm.make_plan(tracked, left_out, plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", now)
+        plan = next_plan(plan, snapshot, matcher, now)
         assert listed(plan) == {"pool": ["camera"]}
 
 
@@ -4624,17 +4647,13 @@ class Looks:
     """One look after the other under a conf that may change."""
 
     def __init__(self) -> None:
-        self.tracked: sdm.TrackedDevices = {}
         self.plan = sdm.EMPTY_PLAN
 
     def look(self, now: float, conf: str, names: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, str]:
         """The problem of each resource's device."""
         matcher = sdm.Matcher(sdm.parse_rules(conf))
         snapshot = snapshot_of(dict.fromkeys(names, "char"))
-        self.tracked, left_out = sdm.track(self.tracked, snapshot, gpus, matcher, "/dev", now)
-        self.plan = sdm.make_plan(
-            self.tracked, left_out, self.plan, snapshot, sdm.Sysfs("/nowhere"), matcher, "/dev", now
-        )
+        self.plan = next_plan(self.plan, snapshot, matcher, now, gpus=gpus)
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
 
@@ -5277,6 +5296,30 @@ def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
 
 
 @needs_root
+def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """With the number of changes that it stands for."""
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("video0", Healthy=1)
+    began = time.monotonic()
+    for _ in range(20):
+        node.unplug("video0")
+        kubelet.wait_for("video0", Unhealthy=1)
+        node.plug("video0")
+        kubelet.wait_for("video0", Healthy=1)
+
+    def counts() -> list[int]:
+        found = re.findall(
+            r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?", daemon.log
+        )
+        return [int(count or 1) for count in found]
+
+    wait_for(lambda: sum(counts()) == 40, lambda: daemon.log)
+    assert len(counts()) <= 2 + time.monotonic() - began
+
+
+@needs_root
 def test_an_edit_of_the_conf_sends_new_lists_and_registers_only_what_is_new(
     node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -5357,7 +5400,7 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
     clock.now += sdm.FULL_LOOK_SECONDS
     side.turn()
     assert left(side.plan) == {}
-    assert len(side._matcher._matches) <= 3 and not side._tracked
+    assert len(side._matcher._matches) <= 3 and not side._found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5867,7 +5910,65 @@ def test_a_start_is_refused_when_another_device_stands_there_and_counted_and_log
 
 
 @needs_root
-@pytest.mark.parametrize("what", ["gone", "another serial", "companion"])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_stick_that_fits_another_rule_leaves_the_resource_of_the_one_before_there(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter, is_last: bool
+) -> None:
+    """Otherwise the kubelet would say no more than that the endpoint has been stopped."""
+    plug_stick(board, "ttyUSB0", "A1")
+    rules = [STICK_POOL, STICK_POOL.replace("sticks", "others").replace("A.*", "B.*")]
+    node.rules("".join(reversed(rules) if is_last else rules))
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("sticks", Healthy=1)
+    kubelet.take("sticks", "ttyUSB0:0")
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "B1", "1-1.2")
+    kubelet.wait_for("others", Healthy=1)
+    kubelet.wait_for("sticks", Unhealthy=1)
+    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "B1" and was "A1"')
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+    kubelet.starts("others", "ttyUSB0:0")
+    unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "A1", "1-1.3")
+    kubelet.wait_for("sticks", Healthy=1)
+    kubelet.wait_for("others", Unhealthy=1)
+    kubelet.starts("sticks", "ttyUSB0:0")
+    assert kubelet.count("sticks") == kubelet.count("others") == 1 and "retired" not in daemon.log
+
+
+@needs_root
+def test_a_start_with_a_device_that_has_changed_is_never_refused(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
+    """Its node is the same, also over a restart of the daemon. /dev is a tmpfs, as on a real node."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        node.dev = Path(folder)
+        plug_stick(board, "ttyUSB0", "A1")
+        node.rules(STICK_POOL)
+        daemon = start()
+        kubelet.wait_for("sticks", Healthy=1)
+        set_serial(board, "ttyUSB0", "C1")
+        kubelet.starts("sticks", "ttyUSB0:0")
+        daemon.hang_up()
+        kubelet.wait_for("sticks", Unhealthy=1)
+        kubelet.starts("sticks", "ttyUSB0:0")
+        daemon.kill()
+        daemon = start()
+        wait_for(lambda: kubelet.count("sticks") == 2)
+        wait_ready(kubelet, ["sticks"])
+        kubelet.wait_for("sticks", Unhealthy=1)
+        kubelet.starts("sticks", "ttyUSB0:0")
+        with pytest.raises(grpc.RpcError):
+            kubelet.take("sticks", "ttyUSB0:0")
+        node.unplug("ttyUSB0")
+        build(node.dev, {"ttyUSB0": "char 188:0"})
+        words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
+        assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+        daemon.stop()
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["gone", "companion"])
 def test_a_start_is_refused_until_the_right_device_is_back(
     board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str
 ) -> None:
@@ -5880,22 +5981,17 @@ def test_a_start_is_refused_until_the_right_device_is_back(
     if what == "gone":
         unplug_stick(board, "ttyUSB0")
         problem = "it is gone"
-    elif what == "companion":
+    else:
         node.unplug("lock")
         problem = "it goes with /dev/lock: it is gone"
-    else:
-        set_serial(board, "ttyUSB0", "C1")
-        problem = 'its serial is "C1" and was "A1"'
     words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', problem)
     assert start_refusal(kubelet, "ttyUSB0", "0") == words
     kubelet.wait_for("ttyUSB0", Unhealthy=1)
     assert not may_start(kubelet, "ttyUSB0", "0")
     if what == "gone":
         plug_stick(board, "ttyUSB0", "A1", "1-1.4")
-    elif what == "companion":
-        node.plug("lock")
     else:
-        set_serial(board, "ttyUSB0", "A1")
+        node.plug("lock")
     kubelet.starts("ttyUSB0", "0")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     assert kubelet.count("ttyUSB0") == 1
@@ -8517,7 +8613,7 @@ LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 def device_of_path(path: str, **fields: Any) -> sdm.Device:
     values: dict[str, Any] = {
         "path": path, "line": 1, "slots": 1, "parts": (sdm.Part(path, f"/dev/{path}", False, "rw"),),
-        "permissions": "rw", "env": (), "numa": (), "attributes": (), "identity": (), "specs": (), "problem": "",
+        "permissions": "rw", "env": (), "numa": (), "attributes": (), "specs": (), "problem": "",
         "since": 0.0,
     }  # fmt: skip
     known = {field.name for field in dataclasses.fields(sdm.Device)}
@@ -8582,8 +8678,9 @@ def test_attributes_are_within_the_limits_of_the_api() -> None:
         "name": "video0-0",
         "attributes": {"resource": {"string": "video0"}, "path": {"string": "/dev/video0"}, "slot": {"int": 0}},
     }
-    (gone,) = slice_devices(plan_of(device_of_path("video0", problem="it is gone")))
-    assert gone["taints"] == [{"key": "smarter-devices/gone", "effect": "NoExecute"}]
+    for is_gone, what in ((True, "gone"), (False, "unhealthy")):
+        (bad,) = slice_devices(plan_of(device_of_path("video0", problem="why", is_gone=is_gone)))
+        assert bad["taints"] == [{"key": f"smarter-devices/{what}", "effect": "NoSchedule"}]
 
 
 @pytest.mark.parametrize(
@@ -9019,6 +9116,11 @@ class Cluster:
             nodes.update((node["path"], node["hostPath"]) for node in by_id[cdi_id].get("deviceNodes", ()))
             env = by_id[cdi_id].get("env", env)
         return nodes, env
+
+    def taints(self) -> dict[str, str]:
+        """The taint of each device that has one: key:effect, the key without the domain."""
+        taints = {name: taint for name, device in self.api.devices().items() for taint in device.get("taints", ())}
+        return {name: f"{taint['key'].partition('/')[2]}:{taint['effect']}" for name, taint in taints.items()}
 
     def wait_for_devices(self, *names: str) -> dict[str, dict[str, Any]]:
         wait_for(lambda: set(self.api.devices()) == set(names), lambda: f"{names}, not {list(self.api.devices())}")
@@ -9557,43 +9659,96 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
 
 
 @needs_root
+@pytest.mark.parametrize("is_for_b", [False, True])
 def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
-    node: Node, cluster: Cluster, start: Starter
+    node: Node, cluster: Cluster, start: Starter, is_for_b: bool
 ) -> None:
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
-    node.rules("- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n")
-    start(*cluster.options())
+    rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
+    node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
     claim = cluster.claim(name)
     ids = cluster.prepare(claim).devices[0].cdi_device_ids
     node.unplug("ttyUSB0")
     node.sysfs("usb/2", {"serial": "B"}, node.plug("ttyUSB0"))
-    wait_for(lambda: cluster.api.tainted() == {name})
+    wait_for(lambda: cluster.taints() == {name: "gone:NoExecute"})
     wait_for(lambda: ":gone" in cluster.file(claim).read_text())
+    daemon.says("/dev/ttyUSB0: no longer offered")
+    node.plug("ttyUSB1")  # something new to publish
+    node.rules(node.conf.read_text() + "- devicematch: ^ttyUSB1$\n")
+    wait_for(lambda: len(cluster.api.devices()) == 2)
+    assert cluster.taints() == {name: "gone:NoExecute"}
+    assert cluster.api.devices()[name]["attributes"]["resource"] == {"string": "a"}
     with pytest.raises(KeyError):
         cluster.edits(claim, ids)
+    cluster.unprepare(claim)
+    if is_for_b:
+        wait_for(lambda: cluster.api.devices()[name]["attributes"]["resource"] == {"string": "b"})
+        assert not cluster.taints() and cluster.gives(cluster.claim(name))
 
 
 @needs_root
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2))
+    grace = {"gone-grace": "1.5"}
+    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-1")
     camera.gives(claim)
     camera.node.unplug("video0")
     unplugged = time.monotonic()
-    wait_for(lambda: camera.api.tainted() == {"video0-0", "video0-1"})
-    (taint,) = camera.api.devices()["video0-1"]["taints"]
-    assert (taint["key"], taint["effect"]) == ("smarter-devices/gone", "NoExecute")
+    wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoSchedule"))
+    wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoExecute"))
+    assert time.monotonic() - unplugged >= 1.5
     camera.node.plug("video0")
     wait_for(lambda: not camera.api.tainted())
     camera.node.unplug("video0")
+    wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoExecute"))
     camera.wait_for_devices("video0-1")
-    assert time.monotonic() - unplugged > 2
-    assert camera.api.tainted() == {"video0-1"}, "it is prepared"
+    assert time.monotonic() - unplugged > 4
+    assert camera.taints() == {"video0-1": "gone:NoExecute"}, "it is prepared"
     camera.unprepare(claim)
     camera.wait_for_devices()
+
+
+@needs_root
+def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
+    """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
+    folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
+    node.plug("cam0")
+    node.plug("lock")
+    node.rules(
+        "- {devicematch: ^loop, resource: loops, attributes: {size: '0'}}\n- {devicematch: ^cam, with: [lock]}\n"
+    )
+    options = cluster.options(**{"gone-grace": "0"})
+    daemon = start(*options, "--listen", "127.0.0.1:0")
+    cluster.ready("loop0-0", "cam0-0")
+    loop, cam = cluster.claim("loop0-0"), cluster.claim("cam0-0")
+    given = cluster.gives(loop), cluster.gives(cam)
+    (folder / "size").write_text("8\n")
+    node.unplug("lock")
+    daemon.hang_up()
+    both = dict.fromkeys(("cam0-0", "loop0-0"), "unhealthy:NoSchedule")
+    wait_for(lambda: cluster.taints() == both)
+    metrics = Status(daemon).metrics()
+    for name in ("smarter-devices/loops", "smarter-devices/cam0"):
+        assert (metrics["devices", name, "absent"], metrics["devices", name, "unhealthy"]) == (0, 1)
+    assert cluster.gives(loop) == given[0]
+    assert "lock: it is gone" in cluster.prepare(cam).error
+    daemon.kill()
+    cluster.api.remove_slices()
+    daemon = start(*options)
+    wait_for(lambda: cluster.taints() == both)
+    assert cluster.gives(loop) == given[0]
+    cluster.unprepare(loop)
+    assert 'its size is "8" (asked for: 0)' in cluster.prepare(cluster.claim("loop0-0")).error
+    (folder / "size").write_text("0\n")
+    node.plug("lock")
+    daemon.hang_up()
+    wait_for(lambda: cluster.taints() == {})
+    assert (cluster.gives(cluster.claim("loop0-0")), cluster.gives(cam)) == given
 
 
 @needs_root
@@ -11061,6 +11216,7 @@ def test_a_device_that_is_gone_is_absent(node: Node, served: Status, folder: Pat
     name = "smarter-devices/nvidia-gpu0"
     wait_for(lambda: served.metrics()["devices", name, "absent"] == 1)
     assert served.metrics()["devices", name, "present"] == 0
+    assert served.metrics()["devices", name, "unhealthy"] == 0
     assert served.metrics()["slots", name] == 4
     document = served.document()
     assert document["problems"] == ["nvidia-gpu0: it is gone"]
@@ -11668,7 +11824,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
