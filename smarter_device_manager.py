@@ -3882,6 +3882,8 @@ NOT_REGISTERED: Document = {
 class KubeletSide:
     """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
 
+    folders: Tuple[str, ...]  # that it works in, and others too
+
     def __init__(self, loop: asyncio.AbstractEventLoop, calm_look: float) -> None:
         self.heartbeat = time.monotonic()  # of the last look at the sockets
         self.calm_look = calm_look  # seconds between two looks, at the most
@@ -4631,6 +4633,7 @@ class DevicePluginSide(KubeletSide):
     ) -> None:
         super().__init__(loop, calm_look)
         self.plugin_dir = plugin_dir
+        self.folders = (plugin_dir,)
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.slots: SlotsOfDra = {}  # without DRA there is none
@@ -4807,10 +4810,13 @@ MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as 
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
-MAX_API_ANSWER = 16 << 20  # bytes
+MAX_API_ANSWER = 4 << 20  # bytes
+SLICES_AT_ONCE = 16  # in an answer, of up to 200 KB each
+MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
+NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
@@ -4936,17 +4942,21 @@ def _cut_bytes(text: str) -> str:
     return text.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
 
 
-def split_into_slices(devices: Iterable[Document]) -> List[List[Document]]:
+SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
+
+
+def split_into_slices(devices: Iterable[Document]) -> Iterator[List[Document]]:
     """DEVICES in groups, each as large as a slice may be."""
-    groups: List[List[Document]] = []
+    group: List[Document] = []
     has_taints = False
     for device in devices:
         has_taints = has_taints or "taints" in device
-        if not groups or len(groups[-1]) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
-            groups.append([])
-            has_taints = "taints" in device
-        groups[-1].append(device)
-    return groups
+        if len(group) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
+            yield group
+            group, has_taints = [], "taints" in device
+        group.append(device)
+    if group:
+        yield group
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -4956,17 +4966,14 @@ def slice_name(node: str, domain: str, index: int) -> str:
 
 
 def resource_slices(
-    domain: str, node: str, node_uid: str, generation: int, groups: List[List[Document]]
-) -> Dict[str, Document]:
-    """The ResourceSlices of NODE by name, one per group of devices. The Node owns them, so they are deleted with it."""
+    domain: str, node: str, node_uid: str, generation: int, groups: Sequence[SliceGroup]
+) -> Iterator[Document]:
+    """The ResourceSlices of NODE, one per group of devices. The Node owns them, so they are deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
     pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
-    slices = {}
-    for index, devices in enumerate(groups):
-        name = slice_name(node, domain, index)
-        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": devices}
-        slices[name] = _api_object("ResourceSlice", name, spec, ownerReferences=[owner])
-    return slices
+    for index, (_, devices) in enumerate(groups):
+        spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": json.loads(devices)}
+        yield _api_object("ResourceSlice", slice_name(node, domain, index), spec, ownerReferences=[owner])
 
 
 def device_class(domain: str, resource: str = "") -> Document:
@@ -4987,24 +4994,35 @@ def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Doc
     return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def comparable_slices(slices: Mapping[str, object]) -> Document:
-    """The parts of SLICES that are to be as wanted, by name: spec without generation and times, and owners."""
-    return {
-        name: (
-            _without(_dig(item, dict, "spec"), {"generation", "timeAdded"}),
-            [_dig(owner, str, "uid") for owner in _dig(item, list, "metadata", "ownerReferences")],
-        )
-        for name, item in slices.items()
-    }
+class SliceCopy(NamedTuple):
+    """What is kept of a ResourceSlice that the API server has."""
+
+    version: str
+    generation: int
+    digest: int  # of what is to be as wanted: its spec without generation and times, and its owners
 
 
-def _without(value: object, keys: Set[str], depth: int = 20) -> object:
-    """VALUE, of JSON, without KEYS, and without what is nested deeper than DEPTH, as nothing of ours is."""
-    if isinstance(value, dict) and depth:
-        return {key: _without(item, keys, depth - 1) for key, item in value.items() if key not in keys}
-    if isinstance(value, list) and depth:
-        return [_without(item, keys, depth - 1) for item in value]
-    return None if isinstance(value, (dict, list)) else value
+def read_slice(item: Document) -> SliceCopy:
+    """What is kept of the slice ITEM."""
+    metadata, spec = item["metadata"], item["spec"]
+    owners = [owner["uid"] for owner in metadata.get("ownerReferences", ())]
+    text = json.dumps([_without(spec, {"generation", "timeAdded"}), owners], sort_keys=True)
+    return SliceCopy(metadata.get("resourceVersion", ""), int(spec["pool"]["generation"]), hash(text))
+
+
+def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, SliceCopy], str]:
+    """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
+    items = [
+        item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
+    ]
+    return {item["metadata"]["name"]: read_slice(item) for item in items}, answer["metadata"].get("continue", "")
+
+
+def _without(value: Any, keys: Set[str]) -> Any:
+    """VALUE, of JSON, without KEYS."""
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
 def _dig(value: object, kind: Type[T], *keys: str) -> T:
@@ -5184,23 +5202,47 @@ def parse_api_url(url: str) -> ApiAddress:
     return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
 
 
-def parse_api_answer(content: bytes, url: str) -> ApiAnswer:
-    """CONTENT, all that the API server at URL sent, as an answer. Raises ApiError where it is not one."""
-    head, _, body = content.partition(b"\r\n\r\n")
-    match = re.match(rb"HTTP/1\.[01] ([0-9]{3})\b", head)
-    if not match:
-        raise ApiError(f"what answers at {url} speaks no HTTP" if head else f"the API server at {url} hung up")
-    status = int(match[1])
+async def read_api_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
+    """The answer that the API server at URL sends to READER. Raises ApiError where it is not one."""
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.") else 0
+    except (EOFError, LookupError, ValueError, asyncio.LimitOverrunError):
+        status = 0
+    if not status:
+        raise ApiError(f"what answers at {url} hung up, or speaks no HTTP")
+    try:
+        document = json.loads(await _read_body(reader, head))
+    except (EOFError, ValueError, RecursionError, asyncio.LimitOverrunError):
         document = None
     if not isinstance(document, dict):
         if 200 <= status < 300:
             raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
         document = {}
-    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head + b"\r", re.IGNORECASE)
+    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head, re.IGNORECASE)
     return status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0
+
+
+async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection.
+
+    Raises ApiError where it is too long, and EOFError, ValueError or LimitOverrunError where it is not as HEAD says.
+    """
+    if re.search(rb"\r\nTransfer-Encoding: *chunked\s", head, re.IGNORECASE):
+        body, size = bytearray(), 1
+        while size and len(body) <= MAX_API_ANSWER:
+            size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
+            body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
+    else:
+        length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
+        body = bytearray()
+        try:
+            body += await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
+        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
+            body += error.partial
+    if len(body) > MAX_API_ANSWER:
+        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
+    return bytes(body)
 
 
 def api_problem(verb: str, path: str, status: int, document: Document) -> str:
@@ -5222,7 +5264,7 @@ def api_problem(verb: str, path: str, status: int, document: Document) -> str:
 class ApiServer:
     """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
 
-    Requests are few, so each is one connection of HTTP/1.0, which has neither chunks nor a connection to keep.
+    Requests are few, so each has its own connection.
     """
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
@@ -5232,16 +5274,29 @@ class ApiServer:
         self._token_file = token_file
         self._ca_file = ca_file
 
-    async def call(self, verb: str, path: str, body: Optional[Document] = None, absent: int = 0) -> Optional[Document]:
-        """The answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT. Raises ApiError."""
+    async def call(
+        self,
+        verb: str,
+        path: str,
+        body: Optional[Document] = None,
+        absent: int = 0,
+        read: Callable[[Any], Any] = lambda document: document,
+    ) -> Any:
+        """What READ reads in the answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT.
+
+        READ may trust the answer: what it raises because the answer is another one becomes an ApiError, as this raises.
+        """
         status, document, retry_after = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document, retry_after = await self._send(verb, path, body)
         if status == absent:
             return None
-        if 200 <= status < 300:
-            return document
-        raise ApiError(api_problem(verb, path, status, document), status, retry_after, document)
+        if not 200 <= status < 300:
+            raise ApiError(api_problem(verb, path, status, document), status, retry_after, document)
+        try:
+            return read(document)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            raise ApiError(f"the API server's answer to {verb} {path.partition('?')[0]} is not one", status) from None
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
         """Send one request, and count it."""
@@ -5253,7 +5308,7 @@ class ApiServer:
             return answer
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # Python raises the latter where there can be no more threads
             self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
         except ApiError as error:
             self.problem = str(error)
@@ -5266,18 +5321,17 @@ class ApiServer:
         address = self.address
         data = b"" if body is None else json.dumps(body).encode()
         host = f"[{address.host}]" if ":" in address.host else address.host
-        head = [f"{method} {address.prefix}{path} HTTP/1.0", f"Host: {host}:{address.port}", *self._authorization()]
+        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}", *self._authorization()]
         head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
-        head += [f"User-Agent: smarter-device-manager/{__version__}", "", ""]
-        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=self._tls())
+        head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}", "", ""]
+        reader, writer = await asyncio.open_connection(
+            address.host, address.port, ssl=self._tls(), happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
+        )
         try:
             writer.write("\r\n".join(head).encode() + data)
-            await reader.readexactly(MAX_API_ANSWER + 1)
-        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
-            return parse_api_answer(error.partial, address.url)
+            return await read_api_answer(reader, address.url)
         finally:
             writer.transport.abort()
-        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
 
     def _tls(self) -> Optional[ssl.SSLContext]:
         if not self.address.is_tls:
@@ -5310,23 +5364,17 @@ def daemon_threads() -> concurrent.futures.Executor:
     """
 
     class DaemonThreads(concurrent.futures.ThreadPoolExecutor):  # within a function, or it would be loaded without DRA
-        # Without a / after JOB, which Python 3.7 could not read.
-        def submit(  # type: ignore[override]
-            self, job: Callable[..., T], *args: Any, **options: Any
-        ) -> concurrent.futures.Future[T]:
+        def submit(self, job: Callable[..., T], *args: Any) -> concurrent.futures.Future[T]:  # type: ignore[override]
             future: concurrent.futures.Future[T] = concurrent.futures.Future()
             future.set_running_or_notify_cancel()
 
             def run() -> None:
                 try:
-                    future.set_result(job(*args, **options))
+                    future.set_result(job(*args))
                 except Exception as error:
                     future.set_exception(error)
 
-            try:
-                threading.Thread(target=run, name="resolver", daemon=True).start()
-            except RuntimeError:  # of Python's, where this process or its pod may have no more threads
-                future.set_exception(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+            threading.Thread(target=run, name="resolver", daemon=True).start()
             return future
 
     return DaemonThreads()
@@ -5341,14 +5389,15 @@ def _read_file(kind: str, path: str) -> bytes:
         raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
 
 
-def _connection_problem(error: OSError, ca_file: str) -> str:
+def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> str:
     """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
-    if not reason and error.errno and error.errno > 0:
-        reason = os.strerror(error.errno)  # error.strerror is a text of asyncio's
+    number = getattr(error, "errno", None) or 0
+    if not reason and number > 0:
+        reason = os.strerror(number)  # error.strerror is a text of asyncio's
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
@@ -5726,15 +5775,19 @@ class Claims:
 
     async def _find(self, claim: Union[pb.Claim, PreparedClaim]) -> Optional[Document]:
         """CLAIM on the API server; None if that says that it does not exist, or has another uid. Raises ApiError."""
+
+        def read(document: Document) -> Optional[Document]:
+            if document["metadata"]["name"] != claim.name:
+                raise ValueError("this is not the claim")
+            return document if document["metadata"]["uid"] == claim.uid else None
+
         try:
-            found = await self._api.call("get", claim_path(claim.namespace, claim.name))
+            found: Optional[Document] = await self._api.call("get", claim_path(claim.namespace, claim.name), read=read)
         except ApiError as error:
             if error.status == 404 and is_missing(error.document, claim.name):
                 return None
             raise
-        is_claim = _dig(found, str, "metadata", "name") == claim.name
-        uid = _uid_of(found if is_claim else None, f"the ResourceClaim {claim.name}")
-        return found if uid == claim.uid else None
+        return found
 
     # -- all claims ------------------------------------------------------------------------------------------------
 
@@ -5775,9 +5828,8 @@ class Claims:
             return
         found = await self._find(claim)
         if found is None:
-            slices = await self._api.call("list", f"{_API}/resourceslices?limit=1")
-            if isinstance(_dig(slices, object, "items"), list):
-                self._drop(claim)
+            await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
+            self._drop(claim)
             return
         self._gone_since.pop(uid, None)
         self._unchecked.discard(uid)
@@ -5815,131 +5867,157 @@ def may_pass(error: Union[AllocationError, ApiError]) -> bool:
 # The slices and the classes.
 
 
+class ApiTask(NamedTuple):
+    """Work on the API server that is done when something CHANGED, every SECONDS, and, if it fails, soon again."""
+
+    work: Callable[[], Awaitable[None]]
+    seconds: float
+    changed: asyncio.Event
+    urgent: asyncio.Event  # ends the pause after a failure, too
+
+    def refresh(self) -> None:
+        """Have the work done now."""
+        self.changed.set()
+        self.urgent.set()
+
+
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
     The slices share one generation, so either none is written or each one, once. None is where the server has what is
-    wanted, or what it made of what was written last. FINALLY_ is called when slices and classes are published.
+    wanted, or what it made of what was written last. FINALLY_ is called when the slices are published. The classes are
+    a task of their own: with many resources, or where none can be made, a lost device is tainted all the same.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
-        self.problems: List[str] = []  # why not everything is published
-        self.published: List[List[Document]] = []  # the devices of each slice, as they were wanted
+        self.published: List[SliceGroup] = []  # as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
-        self._steps = (self._publish_slices, self._make_classes, finally_)
-        self._are_slices_good = False  # whether they could be made what was wanted when that was last tried
-        self._wanted: List[List[Document]] = []
+        self._finally = finally_
+        self._problems: Dict[Callable[[], Awaitable[None]], str] = {}  # by the work that fails
+        self._wanted: List[SliceGroup] = []
         self._resources: Sequence[str] = ()
-        self._versions: Mapping[str, str] = {"": ""}  # resourceVersions of what was published, by name
-        self._classes: Dict[str, float] = {}  # time.monotonic() when each was last found or made, by name
-        self._backoff = Backoff(MAX_API_BACKOFF_SECONDS)
-        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
+        self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
+        self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
+        self._slices = ApiTask(self._publish, COMPARE_SECONDS, asyncio.Event(), asyncio.Event())
+        self._classes = ApiTask(self._make_classes, CLASS_SECONDS, asyncio.Event(), asyncio.Event())
+
+    @property
+    def problems(self) -> List[str]:
+        """Why not everything is published."""
+        return list(self._problems.values())
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = split_into_slices(devices), resources
-        if wanted != (self._wanted, self._resources):
-            self._wanted, self._resources = wanted
-            self._changed.set()
+        wanted = [(len(group), json.dumps(group)) for group in split_into_slices(devices)]
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._slices.changed.set()
+        if resources != self._resources:
+            self._resources = resources
+            self._classes.changed.set()
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._classes.clear()
-        self._changed.set()
-        self._urgent.set()
+        self._slices.refresh()
+        self._refresh_classes()
+
+    def _refresh_classes(self) -> None:
+        self._made.clear()
+        self._classes.refresh()
 
     async def run(self) -> None:
         """Publish until cancelled."""
+        await asyncio.gather(self._repeat(self._slices), self._repeat(self._classes))
+
+    async def _repeat(self, task: ApiTask) -> None:
+        """Do TASK until cancelled."""
+        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
         while True:
-            if self._urgent.is_set():
-                self._backoff.reset()
-            self._urgent.clear()
-            self._changed.clear()
-            pause = await self._advance()
-            await asyncio.sleep(pause)
-            if not self._are_slices_good:
-                await wait_for_event(self._urgent, self._backoff.retry_at - time.monotonic())
-                continue
-            await wait_for_event(self._urgent, MIN_PUBLISH_SECONDS)
-            rest = self._backoff.retry_at - time.monotonic() if self.problems else COMPARE_SECONDS
-            await wait_for_event(self._changed, rest)  # where no class can be made, a lost device is tainted at once
+            if task.urgent.is_set():
+                backoff.reset()
+            task.urgent.clear()
+            task.changed.clear()
+            if await self._try(task.work):
+                backoff.reset()
+                await wait_for_event(task.urgent, MIN_PUBLISH_SECONDS)
+                await wait_for_event(task.changed, task.seconds)
+            else:
+                backoff.fail(time.monotonic())
+                await wait_for_event(task.urgent, backoff.retry_at - time.monotonic())
 
-    async def _advance(self) -> float:
-        """Publish what the API server accepts; the seconds for which it must be left alone."""
-        problems, pause = [], 0.0
-        for step in self._steps:
-            try:
-                await step()
-            except ApiError as error:
-                problems.append(str(error))
-                pause = max(pause, error.retry_after)
-                if pause or not error.status:
-                    break  # it is to be left alone, or does not answer
-        for problem in problems:
-            if problem not in self.problems:
-                log_event("not-published", f"{problem}; trying again", logging.WARNING)
-        if self.problems and not problems:
+    async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Do WORK; whether it succeeded. After a failure this waits for as long as the API server asked for."""
+        try:
+            await work()
+        except ApiError as error:
+            if str(error) not in self.problems:
+                log_event("not-published", f"{error}; trying again", logging.WARNING)
+            self._problems[work] = str(error)
+            await asyncio.sleep(error.retry_after)
+            return False
+        if self._problems.pop(work, "") and not self._problems:
             log_event("published-again", "the API server does what it is asked again")
-        self.problems = problems
-        if problems:
-            self._backoff.fail(time.monotonic())
-        else:
-            self._backoff.reset()
-        return pause
+        return True
 
-    async def _publish_slices(self) -> None:
-        """Make the slices what is wanted. Raises ApiError."""
-        self._are_slices_good = False
+    async def _publish(self) -> None:
+        """Make the slices what is wanted, and do what comes after them. Raises ApiError."""
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
-            is_ours = _versions(copies) == self._versions  # nobody else has changed them
-            if not is_ours:
-                self._classes.clear()  # the API server may be another one, without them
+            is_ours = copies == self._copies  # nobody else has changed them
+            if not is_ours and self.published_at:
+                self._refresh_classes()  # the API server may be another one, without them
             if not is_ours or wanted != self.published:
-                node_uid = _uid_of(await self._api.call("get", f"/api/v1/nodes/{self._node}"), "a Node")
                 try:
-                    await self._replace(copies, wanted, node_uid)
+                    await self._replace(copies, wanted)
                 except ApiError as error:
                     # 404 or 409: somebody else has changed, made or deleted one meanwhile
                     if tries_left and error.status in (404, 409):
                         continue
                     raise
-            self.published, self._versions, self.published_at = wanted, _versions(copies), time.time()
-            self._are_slices_good = True
-            return
+            self.published, self._copies, self.published_at = wanted, copies, time.time()
+            break
+        await self._try(self._finally)
 
-    async def _list_slices(self) -> Dict[str, object]:
-        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}"
-        answer = await self._api.call("list", f"{_API}/resourceslices?{query}")
-        copies = {}
-        for item in _dig(answer, list, "items"):
-            owner = _dig(item, str, "spec", "driver"), _dig(item, str, "spec", "nodeName")
-            name = _dig(item, str, "metadata", "name")
-            if owner == (self._domain, self._node) and _OBJECT_NAME.fullmatch(name):
-                copies[name] = item
+    async def _list_slices(self) -> Dict[str, SliceCopy]:
+        """The slices that the API server has, read a few at a time. Raises ApiError."""
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={SLICES_AT_ONCE}"
+        path = f"{_API}/resourceslices?{query}"
+        read = functools.partial(read_slices, domain=self._domain, node=self._node)
+        copies: Dict[str, SliceCopy]
+        copies, rest = await self._api.call("list", path, read=read)
+        while rest:
+            more, rest = await self._api.call("list", f"{path}&continue={rest}", read=read)
+            copies.update(more)
         return copies
 
-    async def _replace(self, copies: Dict[str, object], wanted: List[List[Document]], node_uid: str) -> None:
+    async def _replace(self, copies: Dict[str, SliceCopy], wanted: List[SliceGroup]) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        generations = {_dig(item, int, "spec", "pool", "generation") for item in copies.values()}
+        node = f"/api/v1/nodes/{self._node}"
+        node_uid = await self._api.call("get", node, read=lambda document: document["metadata"]["uid"])
+        generations = {copy.generation for copy in copies.values()}
         generation = 1 + max(generations, default=0)
-        slices = resource_slices(self._domain, self._node, node_uid, generation, wanted)
-        if len(generations) <= 1 and comparable_slices(copies) == comparable_slices(slices):
+        bodies = resource_slices(self._domain, self._node, node_uid, generation, wanted)
+        digests = dict(await in_slices((body["metadata"]["name"], read_slice(body).digest) for body in bodies))
+        if len(generations) <= 1 and {name: copy.digest for name, copy in copies.items()} == digests:
             return
         path = f"{_API}/resourceslices"
-        for name, body in slices.items():
-            if name in copies:
-                body["metadata"]["resourceVersion"] = _dig(copies[name], str, "metadata", "resourceVersion")
-                copies[name] = await self._api.call("update", f"{path}/{name}", body)
-            else:
-                copies[name] = await self._api.call("create", path, body)
-        for name in copies.keys() - slices.keys():
+        surplus = copies.keys() - digests.keys()
+        if generation > MAX_GENERATION:  # one of somebody else, say
+            generation, surplus = 1, set(copies)
+        for name in surplus:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
-        count = pluralize(sum(map(len, wanted)), "device")
+        for body in resource_slices(self._domain, self._node, node_uid, generation, wanted):
+            name = body["metadata"]["name"]
+            if name in copies:
+                body["metadata"]["resourceVersion"] = copies[name].version
+                copies[name] = await self._api.call("update", f"{path}/{name}", body, read=read_slice)
+            else:
+                copies[name] = await self._api.call("create", path, body, read=read_slice)
+        count = pluralize(sum(number for number, _ in wanted), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
@@ -5948,24 +6026,12 @@ class Publisher:
         path = f"{_API}/deviceclasses"
         for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
             name = body["metadata"]["name"]
-            if time.monotonic() - self._classes.get(name, -math.inf) < CLASS_SECONDS:
+            if time.monotonic() - self._made.get(name, -math.inf) < CLASS_SECONDS:
                 continue
             is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
             if is_missing and await self._api.call("create", path, body, absent=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
-            self._classes[name] = time.monotonic()
-
-
-def _uid_of(document: object, kind: str) -> str:
-    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
-    uid = _dig(document, str, "metadata", "uid")
-    if not uid:
-        raise ApiError(f"what the API server sends as {kind} has no uid", 200)
-    return uid
-
-
-def _versions(slices: Mapping[str, object]) -> Mapping[str, str]:
-    return {name: _dig(item, str, "metadata", "resourceVersion") for name, item in slices.items()}
+            self._made[name] = time.monotonic()
 
 
 # The driver.
@@ -5980,6 +6046,7 @@ class DraSettings(NamedTuple):
     domain: str
     dev_dir: str
     gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
+    kubelet_socket: str  # where the kubelet serves the PodResources API
 
     @property
     def folder(self) -> str:
@@ -6010,27 +6077,34 @@ class DraSide(KubeletSide):
         self.domain = self.full_name = settings.domain
         self.api = api
         self.plugin_dir = settings.folder
-        self.is_answering = False  # whether the kubelet has the driver
+        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
         self.is_standby = False  # another instance serves the driver
         self.problem = ""  # why the kubelet does not have the driver
-        self.registrations = self.prepare_errors = 0
+        self.registrations = self.restarts = self.prepare_errors = 0
         self.publisher: Optional[Publisher] = None  # while the driver is served
         self.claims = Claims(settings, api, devices)
         self.slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
-        self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
         self._watch = watch  # of the CDI files
         self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._servers: List[UnixServer] = []
         self._served_since = 0.0
+        self._is_registered = False  # says the kubelet, which does not say when it ends
+        self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
+        self._last_kubelet: Optional[Identity] = None  # the one that answered last
+        self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
         self._publishing: Optional[asyncio.Task[None]] = None
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
+        return self._is_registered and self._registrar in (None, self._kubelet)
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        folders = [os.path.dirname(path) for path in self.settings.sockets]
-        leftovers = asyncio.gather(*(remove_leftovers(folder) for folder in folders))
+        leftovers = asyncio.gather(*(remove_leftovers(os.path.dirname(path)) for path in self.settings.sockets))
         try:
             while not self._done.done():
                 self.heartbeat = time.monotonic()
@@ -6038,6 +6112,7 @@ class DraSide(KubeletSide):
                 if self._watch:
                     self._watch.ask()  # before the look, so that no change is missed
                 await self._check_sockets()
+                self._check_kubelet()
                 if self.claims.is_open:
                     was_unsettled = self.claims.is_unsettled
                     self.claims.sync()
@@ -6066,10 +6141,6 @@ class DraSide(KubeletSide):
         end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
         went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
         self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
-        self._offered = {
-            name: slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
-            for name, slot in self.slots.items()
-        }
         self.claims.follow(plan, self.slots)
         self._settle()
 
@@ -6078,14 +6149,17 @@ class DraSide(KubeletSide):
         name of one by now, it must wait."""
         if self.publisher:
             now = time.monotonic()
-            prepared = [device for claim in self.claims.prepared.values() for device in claim.devices]
-            lost = [device for device in prepared if device.is_gone and not self.claims.slot_of(device)]
-            self._lost_since = {device.name: self._lost_since.get(device.name, now) for device in lost}
-            devices = dict(self._offered)
-            for device in lost:
-                evicts = now - self._lost_since[device.name] >= self.settings.gone_grace
-                devices[device.name] = lost_device(device, self.domain, evicts)
-            self.publisher.want(devices.values(), list(self._plan.resources))
+            end = now - self.settings.gone_grace  # of the grace for those that went before
+            prepared = (device for claim in self.claims.prepared.values() for device in claim.devices)
+            lost = {device.name: device for device in prepared if device.is_gone and not self.claims.slot_of(device)}
+            self._lost_since = {name: self._lost_since.get(name, now) for name in lost}
+            offered = (
+                slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
+                for name, slot in self.slots.items()
+                if name not in lost
+            )
+            gone = (lost_device(device, self.domain, self._lost_since[name] <= end) for name, device in lost.items())
+            self.publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
@@ -6115,13 +6189,12 @@ class DraSide(KubeletSide):
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, published = self.api, self.publisher.published if self.publisher else []
-        restarts = max(self.registrations - 1, 0)
         dra = {
             "problem": self.obstacle,
             "registered": self.is_answering,
             "socket": self.settings.sockets[0],
             "slices": len(published),
-            "slice_devices": sum(map(len, published)),
+            "slice_devices": sum(count for count, _ in published),
             "published_at_seconds": self.publisher.published_at if self.publisher else 0.0,
             "api_server": api.address.url,
             "api_reachable": not api.problem,
@@ -6134,7 +6207,7 @@ class DraSide(KubeletSide):
             "prepare_errors": self.prepare_errors,
         }
         return {
-            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
+            "kubelet": {"answering": self.is_answering, "restarts": self.restarts, "plugin_dir": self.plugin_dir},
             "dra": dra,
         }
 
@@ -6147,7 +6220,7 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
-            if is_late and not self.is_answering and not self.problem:  # the kubelet's own reason says more
+            if is_late and not self._is_registered and not self.problem:  # the kubelet's own reason says more
                 self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
@@ -6159,6 +6232,23 @@ class DraSide(KubeletSide):
         if not self._publishing:
             await self._end()
             self._log_problem("not-served", problem)
+
+    def _check_kubelet(self) -> None:
+        """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
+        path = self.settings.kubelet_socket
+        try:
+            found = None if is_dead(path) else os.stat(path)
+        except OSError:  # this says nothing about the kubelet
+            return
+        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        self._registrar = self._registrar or self._kubelet
+        if self._kubelet and self._kubelet != self._last_kubelet:
+            self.restarts += self._last_kubelet is not None
+            self._last_kubelet = self._kubelet
+        if self.is_answering:
+            self.problem = ""
+        elif self._is_registered:
+            self._log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
 
     async def _serve(self) -> bool:
         """Listen, take up what is prepared, and publish; False where another instance serves. Raises OSError."""
@@ -6189,7 +6279,7 @@ class DraSide(KubeletSide):
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self.publisher, self.is_answering = None, False
+        self.publisher, self._is_registered = None, False
         self.claims.close()
         if self._publishing:
             self._publishing.cancel()
@@ -6214,8 +6304,9 @@ class DraSide(KubeletSide):
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self.is_answering = request.plugin_registered
-        if self.is_answering:
+        self._is_registered, self._registrar = request.plugin_registered, None
+        self._check_kubelet()
+        if self._is_registered:
             self.registrations += 1
             self.problem = ""
             log_event("registered", "registered with the kubelet", driver=self.domain)
@@ -7336,7 +7427,7 @@ class SimulatedApiServer:
     def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
         """The bytes of an answer; HEADER is one more header line."""
         content = json.dumps(document).encode()
-        return f"HTTP/1.0 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
+        return f"HTTP/1.1 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
 
     def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
         """Handle a request; the HTTP status and the document that answer it."""
@@ -7345,7 +7436,10 @@ class SimulatedApiServer:
             path += f"/{body['metadata']['name']}"
         old = self.objects.get(path)
         if method == "GET" and path == f"{_API}/resourceslices":
-            return 200, {"items": self.list(path)}
+            items, query = self.list(path), dict(re.findall("[?&](limit|continue)=([0-9]+)", target))
+            start = int(query.get("continue", 0))
+            end = start + int(query.get("limit", len(items)))
+            return 200, {"metadata": {"continue": str(end)} if end < len(items) else {}, "items": items[start:end]}
         if old is None and method != "POST":
             kind, name = path.split("/")[-2:]
             details = {"name": name, "group": "resource.k8s.io", "kind": kind}
@@ -7353,7 +7447,7 @@ class SimulatedApiServer:
             return 404, {**found, "message": f'{kind} "{name}" not found'}
         if old is not None and method == "POST":
             return 409, {"message": f"{path} exists"}
-        if method == "PUT" and _versions({path: body}) != _versions({path: old}):
+        if method == "PUT" and old and body["metadata"]["resourceVersion"] != old["metadata"]["resourceVersion"]:
             return 409, {"message": f"{path} has been modified"}
         if method == "DELETE":
             return 200, self.objects.pop(path)
@@ -7433,7 +7527,7 @@ DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
 NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
-MOVED_SECONDS = 10.0  # for which a plugin directory that is mounted may be moved away and come back
+MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
 EXIT_SECONDS = 1.5  # for the gRPC thread to end its streams
 
 
@@ -7951,17 +8045,42 @@ class FolderWatches:
 # The gRPC thread, and the service manager.
 
 
-def mount_root(path: str) -> str:
-    """What is mounted at PATH: its path in its own file system, field 4 of proc_pid_mountinfo(5), which follows when
-    the folder is moved. Empty if PATH is not a mount point. Raises OSError if that cannot be read at this moment."""
-    point = re.sub(r"[ \t\n\\]", lambda char: f"\\{ord(char[0]):03o}", os.path.realpath(path))
-    root = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            fields = line.split(" ", 5)
-            if fields[4] == point:
-                root = fields[3]  # a later mount hides an earlier one
-    return root
+class MountedFolders:
+    """Those of FOLDERS that are mounted here. If one is deleted or moved, a new one in its place is invisible here."""
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        self._roots: Mapping[str, str] = dict.fromkeys(folders, "")
+        with contextlib.suppress(OSError):
+            self._roots = {folder: root for folder, root in self._find_roots().items() if root}
+        self._moved_at = math.inf  # time.monotonic() when one was first found to be moved
+
+    def _find_roots(self) -> Dict[str, str]:
+        """What is mounted at each folder: its path in its own file system, field 4 of proc_pid_mountinfo(5), which
+        follows when it is moved. Empty where nothing is. Raises OSError."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
+        escaped = {
+            folder: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(folder))
+            for folder in self._roots
+        }
+        return {folder: roots.get(point, "") for folder, point in escaped.items()}
+
+    def check(self) -> None:
+        """Raise Problem if one was deleted, or moved MOVED_SECONDS ago."""
+        ending = "exiting, so that the next start finds the one that is used now"
+        for folder in self._roots:
+            with contextlib.suppress(OSError):
+                if not os.stat(folder).st_nlink:
+                    raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
+        try:
+            roots = self._find_roots() if self._roots else {}
+        except OSError:  # too many open files, say; this does not mean that one was moved
+            return
+        moved = [folder for folder, root in roots.items() if root != self._roots[folder]]
+        self._moved_at = min(self._moved_at, time.monotonic()) if moved else math.inf
+        if time.monotonic() - self._moved_at > MOVED_SECONDS:
+            was, now = self._roots[moved[0]], roots[moved[0]]
+            raise Problem(f"the directory that is mounted at {moved[0]} was moved, from {was} to {now}; {ending}")
 
 
 class KubeletThread(threading.Thread):
@@ -7984,10 +8103,7 @@ class KubeletThread(threading.Thread):
             self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, calm_look)
         self.status: Optional[StatusServer] = None  # set it before start()
         self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mount_root = ""  # of the plugin directory; empty if it is not mounted here
-        with contextlib.suppress(OSError):
-            self._mount_root = mount_root(options.plugin_dir)
-        self._moved_at = math.inf  # time.monotonic() when the mounted directory was first found to be moved
+        self._mounted = MountedFolders(self.side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -8035,29 +8151,14 @@ class KubeletThread(threading.Thread):
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if it was deleted while it is mounted here, or moved MOVED_SECONDS ago: a new one in its place is
-        not visible here.
+        Raises Problem if a folder that it works in is mounted here and was deleted or moved.
         """
+        self._mounted.check()
         try:
             found = os.stat(self.side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
         except OSError:
-            found, directory = None, ()
-        if found and not found.st_nlink:
-            raise Problem(
-                f"the directory {self.side.plugin_dir} was deleted, and only this mount keeps it; exiting, so that the "
-                "next start finds the one that the kubelet uses now"
-            )
-        try:
-            root = self._mount_root and mount_root(self.side.plugin_dir)
-        except OSError:  # too many open files, say; this does not mean that it was moved
-            root = self._mount_root
-        self._moved_at = min(self._moved_at, time.monotonic()) if root != self._mount_root else math.inf
-        if time.monotonic() - self._moved_at > MOVED_SECONDS:
-            raise Problem(
-                f"the directory that is mounted at {self.side.plugin_dir} was moved, from {self._mount_root} to "
-                f"{root}; exiting, so that the next start finds the one that the kubelet uses now"
-            )
+            directory = ()
         if directory != self._directory:
             self._directory = directory
             self.look()
@@ -8183,13 +8284,14 @@ def check_dra(options: argparse.Namespace) -> None:
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
+    names = options.node_name, options.domain
     return DraSettings(
         options.kubelet_dir,
         options.cdi_dir,
-        options.node_name,
-        options.domain,
+        *names,
         options.dev_dir,
         options.gone_grace,
+        options.pod_resources_socket,
     )
 
 
@@ -8684,7 +8786,7 @@ async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> 
     api = SimulatedApiServer(options.node_name)
     await api.start()
     kubelet = SimulatedDraKubelet(folder)
-    settings = dra_settings(options)._replace(kubelet_dir=folder, cdi_dir=f"{folder}/cdi")
+    settings = dra_settings(options)._replace(kubelet_dir=folder, cdi_dir=f"{folder}/cdi", kubelet_socket="")
     devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
     address = parse_api_url(api.url)
     side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)

@@ -743,7 +743,7 @@ def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
 
 
 def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
-    slices = sdm.resource_slices("smarter-devices", "node-1", "uid", 1, [[gone_device()]]).values()
+    slices = sdm.resource_slices("smarter-devices", "node-1", "uid", 1, [(1, json.dumps([gone_device()]))])
     newest = kubernetes_validate.utils.all_versions()[-1]
     for item in [*slices, sdm.device_class("smarter-devices"), sdm.device_class("smarter-devices", "video0")]:
         kubernetes_validate.validate(item, newest, strict=True)
