@@ -10585,7 +10585,7 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
+    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
     camera.gives(claim)
@@ -10603,7 +10603,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-0")
     camera.gives(claim)
-    second = start(*camera.options(), "--listen", "127.0.0.1:0")
+    second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
     assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
     second.says("another instance serves the driver smarter-devices; waiting for its end")
     count = len(camera.api.calls)
@@ -10642,7 +10642,7 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
 @needs_root
 def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
+    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
     status = Status(daemon)
     assert "not registered with the kubelet yet" in status.wait_for("/readyz", 503).body
     assert status.ask("/").body.count("not registered") == 1, "what is true of all is said once"
