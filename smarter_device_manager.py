@@ -6087,6 +6087,7 @@ class DraSide(KubeletSide):
         self._plan = EMPTY_PLAN
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
+        self._settled: Tuple[object, ...] = ()  # what the slices followed from when they were last made
         self._watch = watch  # of the CDI files
         self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._servers: List[UnixServer] = []
@@ -6153,12 +6154,17 @@ class DraSide(KubeletSide):
             prepared = (device for claim in self.claims.prepared.values() for device in claim.devices)
             lost = {device.name: device for device in prepared if device.is_gone and not self.claims.slot_of(device)}
             self._lost_since = {name: self._lost_since.get(name, now) for name in lost}
+            evicted = {name for name, since in self._lost_since.items() if since <= end}
+            settled = (self.publisher, self._plan, self._grace_end, lost.keys(), evicted)
+            if settled == self._settled:
+                return
+            self._settled = settled
             offered = (
                 slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
                 for name, slot in self.slots.items()
                 if name not in lost
             )
-            gone = (lost_device(device, self.domain, self._lost_since[name] <= end) for name, device in lost.items())
+            gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
             self.publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
 
     @property
