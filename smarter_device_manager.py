@@ -7658,7 +7658,7 @@ class KeptDevices:
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
-    def read(self) -> Plan:
+    def read(self, are_inodes_kept: bool) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
         self._file.remove_leftovers()
@@ -7667,8 +7667,8 @@ class KeptDevices:
             for kept in json.loads(self._file.read()[0]):
                 name, path = str(kept["resource"]), str(kept["path"])
                 attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
-                is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
+                is_same = are_inodes_kept and kept.get("boot") == self._boot  # each boot counts inodes from 1
+                numbers = kept["nodes"] if is_same else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
                 since = time.monotonic()
                 device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
@@ -7877,7 +7877,7 @@ class DeviceSide:
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
-            self.plan = self._kept_devices.read()
+            self.plan = self._kept_devices.read(not reuses_inodes(os.stat(self._dev_dir).st_dev))
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:

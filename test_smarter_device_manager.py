@@ -388,6 +388,14 @@ def node() -> Iterator[Node]:
 
 
 @pytest.fixture
+def dev_on_tmpfs(node: Node) -> Iterator[Path]:
+    """NODE's /dev in a tmpfs, which gives no inode number twice, as that of a real node."""
+    with tempfile.TemporaryDirectory(prefix="sdm-", dir="/dev/shm") as folder:
+        node.dev = Path(folder)
+        yield node.dev
+
+
+@pytest.fixture
 def kubelet(node: Node) -> Iterator[Kubelet]:
     kubelet = Kubelet(node).up()
     yield kubelet
@@ -5938,33 +5946,30 @@ def test_a_stick_that_fits_another_rule_leaves_the_resource_of_the_one_before_th
 
 @needs_root
 def test_a_start_with_a_device_that_has_changed_is_never_refused(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
+    board: Board, node: Node, kubelet: Kubelet, dev_on_tmpfs: Path, start: Starter
 ) -> None:
-    """Its node is the same, also over a restart of the daemon. /dev is a tmpfs, as on a real node."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        node.dev = Path(folder)
-        plug_stick(board, "ttyUSB0", "A1")
-        node.rules(STICK_POOL)
-        daemon = start()
-        kubelet.wait_for("sticks", Healthy=1)
-        set_serial(board, "ttyUSB0", "C1")
-        kubelet.starts("sticks", "ttyUSB0:0")
-        daemon.hang_up()
-        kubelet.wait_for("sticks", Unhealthy=1)
-        kubelet.starts("sticks", "ttyUSB0:0")
-        daemon.kill()
-        daemon = start()
-        wait_for(lambda: kubelet.count("sticks") == 2)
-        wait_ready(kubelet, ["sticks"])
-        kubelet.wait_for("sticks", Unhealthy=1)
-        kubelet.starts("sticks", "ttyUSB0:0")
-        with pytest.raises(grpc.RpcError):
-            kubelet.take("sticks", "ttyUSB0:0")
-        node.unplug("ttyUSB0")
-        build(node.dev, {"ttyUSB0": "char 188:0"})
-        words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-        assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
-        daemon.stop()
+    """Its node is the same, also over a restart of the daemon."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICK_POOL)
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=1)
+    set_serial(board, "ttyUSB0", "C1")
+    kubelet.starts("sticks", "ttyUSB0:0")
+    daemon.hang_up()
+    kubelet.wait_for("sticks", Unhealthy=1)
+    kubelet.starts("sticks", "ttyUSB0:0")
+    daemon.kill()
+    daemon = start()
+    wait_for(lambda: kubelet.count("sticks") == 2)
+    wait_ready(kubelet, ["sticks"])
+    kubelet.wait_for("sticks", Unhealthy=1)
+    kubelet.starts("sticks", "ttyUSB0:0")
+    with pytest.raises(grpc.RpcError):
+        kubelet.take("sticks", "ttyUSB0:0")
+    node.unplug("ttyUSB0")
+    build(node.dev, {"ttyUSB0": "char 188:0"})
+    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
 
 
 @needs_root
@@ -9684,6 +9689,7 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     node.unplug("serial/stick")
     node.unplug("ttyUSB0")
     wait_for(lambda: cluster.api.tainted() == {name})
+    assert cluster.taints() == {name: "gone:NoSchedule"}, "a short replug evicts no pod"
     with pytest.raises(KeyError):  # no container starts with what may come to stand there
         cluster.edits(claim, ids)
     node.plug("ttyUSB0")
@@ -9758,7 +9764,7 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
 
 
 @needs_root
-def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
+def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, dev_on_tmpfs: Path, start: Starter) -> None:
     """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
     folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
     node.plug("cam0")
