@@ -14,13 +14,13 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py                   serve the kubelet of this node
     smarter_device_manager.py --list            show what would be offered, and what is left out and why
     smarter_device_manager.py --check           check the config file
-    smarter_device_manager.py --dry-run         try everything with a simulated kubelet, on any machine
+    smarter_device_manager.py --dry-run         print what containers would be given, on any machine
     smarter_device_manager.py --status          show the state of a running daemon
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
-kubelet, Command line. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Command
+line. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -7235,274 +7235,6 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Simulated kubelet: does to a device plugin what the real one does, over real sockets; for --dry-run and the tests. It
-# must not be more lenient than the real one, or it would hide faults of the daemon.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DIAL_SECONDS = 10.0
-DRA_CALL_SECONDS = 45.0
-HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
-
-
-class Client:
-    """The simulated kubelet's connection to a plugin whose registration it accepted."""
-
-    def __init__(self, name: str, endpoint: str, channel: grpc.aio.Channel, options: pb.DevicePluginOptions) -> None:
-        self.name = name
-        self.endpoint = endpoint
-        self.options = options
-        self.stub = rpc.DevicePluginStub(channel)
-        self.lists: List[Mapping[str, pb.Device]] = []  # every list that came, by ID
-        self.is_open = True  # the stream
-        self.closed_at = math.inf  # time.monotonic() of its end
-        self.stream: Optional[grpc.aio.UnaryStreamCall] = None
-        self._channel = channel
-
-    async def disconnect(self) -> None:
-        """End the stream and the connection. With grpcio 1.51, closing the channel does not end the stream."""
-        self.is_open = False
-        self.closed_at = min(self.closed_at, time.monotonic())
-        if self.stream:
-            self.stream.cancel()
-        await self._channel.close()
-
-
-class SimulatedKubelet:
-    """A kubelet whose directory for device plugins is FOLDER."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.clients: Dict[str, Client] = {}  # the newest one per resource, by its name
-        self.registrations: List[str] = []  # names of resources, in order
-        self._server: Optional[grpc.aio.Server] = None
-        self._watchers: Dict[Client, asyncio.Task[None]] = {}
-
-    async def start(self) -> None:
-        """Remove every socket in the folder, as the kubelet does when it starts, and listen on kubelet.sock."""
-        for item in os.scandir(self.folder):
-            try:
-                if stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
-                    os.unlink(item.path)
-            except FileNotFoundError:
-                continue  # a plugin moved it into place, or removed it, just now
-        self._server = grpc.aio.server()
-        rpc.add_RegistrationServicer_to_server(self, self._server)
-        # grpc removes the socket that it made when it stops, but the kubelet leaves its own behind: rename it.
-        self._server.add_insecure_port(unix_target(f"{self.folder}/.kubelet"))
-        await self._server.start()
-        os.rename(f"{self.folder}/.kubelet", f"{self.folder}/kubelet.sock")
-
-    async def stop(self) -> None:
-        """End every connection and leave a dead kubelet.sock behind."""
-        if self._server:
-            await self._server.stop(None)
-        for watcher in self._watchers.values():
-            watcher.cancel()
-        await asyncio.gather(*self._watchers.values(), return_exceptions=True)
-        self._watchers.clear()
-
-    async def Register(self, request: pb.RegisterRequest, context: grpc.aio.ServicerContext) -> pb.Empty:
-        problem = self.find_problem(request)
-        if problem:
-            await context.abort(grpc.StatusCode.UNKNOWN, problem)
-        # Like the real one, do not share a connection that an older channel still has with a server that is ending.
-        own = [("grpc.use_local_subchannel_pool", 1)]
-        channel = grpc.aio.insecure_channel(unix_target(f"{self.folder}/{request.endpoint}"), own)
-        try:
-            options = await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty(), timeout=DIAL_SECONDS)
-        except grpc.RpcError as error:
-            await channel.close()
-            await context.abort(grpc.StatusCode.UNKNOWN, f"failed to dial device plugin: {error.details()}")
-        client = Client(request.resource_name, request.endpoint, channel, options)
-        self.registrations.append(client.name)
-        self.clients[client.name] = client
-        self._watchers[client] = asyncio.ensure_future(self._watch(client))
-        return pb.Empty()
-
-    def find_problem(self, request: pb.RegisterRequest) -> str:
-        """Why the kubelet would refuse this registration; empty if it would not."""
-        domain, _, name = request.resource_name.partition("/")
-        if request.version != "v1beta1":
-            return f"requested API version {request.version!r} is not supported by kubelet"
-        if not is_domain(domain):
-            return f"the ResourceName {request.resource_name!r} is invalid: its domain"
-        if len(name) > 63 or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
-            return f"the ResourceName {request.resource_name!r} is invalid: its name"
-        return ""
-
-    async def _watch(self, client: Client) -> None:
-        """Read the list stream of CLIENT. At its end, disconnect the newest client of that resource, whichever that is.
-
-        The real kubelet does so, too.
-        """
-        client.stream = client.stub.ListAndWatch(pb.Empty())
-        try:
-            async for message in client.stream:
-                client.lists.append({device.ID: device for device in message.devices})
-        except grpc.RpcError as error:
-            log.debug("the stream of %s ended: %s", client.name, error.code())
-        finally:
-            self._watchers.pop(client, None)
-            await client.disconnect()
-            await self.clients.get(client.name, client).disconnect()
-
-    def devices(self, name: str) -> Mapping[str, str]:
-        """The health of each ID of the resource NAME; all are Unhealthy when the stream has ended."""
-        client = self.clients.get(name)
-        if client is None or not client.lists:
-            return {}
-        return {slot_id: device.health if client.is_open else UNHEALTHY for slot_id, device in client.lists[-1].items()}
-
-    async def allocate(self, name: str, count: int = 1) -> Tuple[List[str], pb.ContainerAllocateResponse]:
-        """Allocate COUNT slots of the resource NAME to one container; the IDs, and the plugin's answer.
-
-        Raises Problem if there are too few Healthy slots, and grpc.RpcError if the plugin refuses.
-        """
-        client = self.clients[name]
-        free = sorted(slot_id for slot_id, health in self.devices(name).items() if health == HEALTHY)
-        if len(free) < count:
-            raise Problem(f"{name} has {pluralize(len(free), 'Healthy slot')}, fewer than {count}")
-        ids = free[:count]
-        if client.options.get_preferred_allocation_available:
-            asked = pb.PreferredAllocationRequest()
-            asked.container_requests.add(available_deviceIDs=free, allocation_size=count)
-            preferred = await client.stub.GetPreferredAllocation(asked)
-            ids = list(preferred.container_responses[0].deviceIDs)
-        request = pb.AllocateRequest()
-        request.container_requests.add(devices_ids=ids)
-        response = await client.stub.Allocate(request)
-        return ids, response.container_responses[0]
-
-    async def start_container(self, name: str, ids: Iterable[str]) -> None:
-        """Ask whether a container with IDS of the resource NAME may start, as the kubelet does before each start.
-
-        Raises grpc.RpcError if the plugin refuses.
-        """
-        client = self.clients[name]
-        if client.options.pre_start_required:
-            await client.stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=ids))
-
-
-class SimulatedApiServer:
-    """An API server that has the Node NODE and what a DRA driver needs, on a port of the loopback address."""
-
-    def __init__(self, node: str) -> None:
-        self.url = ""
-        self.objects: Dict[str, Document] = {}  # by path
-        self._versions = itertools.count(1)
-        self._server: Optional[asyncio.AbstractServer] = None
-        self.put(f"/api/v1/nodes/{node}", {"metadata": {"name": node, "uid": "11111111-2222-4333-8444-555555555555"}})
-
-    async def start(self, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen on PORT, or on a free port; with TLS if it is given."""
-        self._server = await asyncio.start_server(self._talk, "127.0.0.1", port, ssl=tls)
-        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def stop(self) -> None:
-        """Stop listening."""
-        if self._server:
-            self._server.close()
-            await self._server.wait_closed()
-
-    def put(self, path: str, item: Document) -> Document:
-        """Store ITEM under PATH with a new resourceVersion, and return it."""
-        metadata = {**item["metadata"], "resourceVersion": str(next(self._versions))}
-        self.objects[path] = {**item, "metadata": metadata}
-        return self.objects[path]
-
-    def list(self, path: str) -> List[Document]:
-        """The objects of the collection PATH."""
-        return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
-
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            method, target, _, body = await self.read_request(reader)
-            status, document = self.respond(method, target, body)
-            writer.write(self.format_answer(status, document))
-            await writer.drain()
-        writer.close()
-
-    async def read_request(self, reader: asyncio.StreamReader) -> Tuple[str, str, str, Document]:
-        """The method, target, whole head and body of the next request from READER."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = re.search(r"\r\ncontent-length: ([0-9]+)\r", head, re.IGNORECASE)
-        data = await reader.readexactly(int(length[1]) if length else 0)
-        method, target, _ = head.split(" ", 2)
-        return method, target, head, json.loads(data) if data else {}
-
-    def format_answer(self, status: int, document: Document, header: str = "") -> bytes:
-        """The bytes of an answer; HEADER is one more header line."""
-        content = json.dumps(document).encode()
-        return f"HTTP/1.1 {status} Status\r\nContent-Length: {len(content)}\r\n{header}\r\n".encode() + content
-
-    def respond(self, method: str, target: str, body: Document) -> Tuple[int, Document]:
-        """Handle a request; the HTTP status and the document that answer it."""
-        path = target.partition("?")[0]
-        if method == "POST":
-            path += f"/{body['metadata']['name']}"
-        old = self.objects.get(path)
-        if method == "GET" and path == f"{_API}/resourceslices":
-            items, query = self.list(path), dict(re.findall("[?&](limit|continue)=([0-9]+)", target))
-            start = int(query.get("continue", 0))
-            end = start + int(query.get("limit", len(items)))
-            return 200, {"metadata": {"continue": str(end)} if end < len(items) else {}, "items": items[start:end]}
-        if old is None and method != "POST":
-            kind, name = path.split("/")[-2:]
-            details = {"name": name, "group": "resource.k8s.io", "kind": kind}
-            found = {"kind": "Status", "status": "Failure", "reason": "NotFound", "details": details, "code": 404}
-            return 404, {**found, "message": f'{kind} "{name}" not found'}
-        if old is not None and method == "POST":
-            return 409, {"message": f"{path} exists"}
-        if method == "PUT" and old and body["metadata"]["resourceVersion"] != old["metadata"]["resourceVersion"]:
-            return 409, {"message": f"{path} has been modified"}
-        if method == "DELETE":
-            return 200, self.objects.pop(path)
-        if method in ("POST", "PUT"):
-            self.put(path, body)
-        return 201 if method == "POST" else 200, self.objects[path]
-
-
-class SimulatedDraKubelet:
-    """A kubelet whose own directory is FOLDER, for DRA drivers: it registers them, and has them prepare claims."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.drivers: Dict[str, grpc.aio.Channel] = {}  # by name
-        for name in ("plugins", "plugins_registry"):
-            os.makedirs(f"{folder}/{name}", exist_ok=True)
-
-    async def register(self, name: str) -> pb.PluginInfo:
-        """Register the driver whose socket in plugins_registry is NAME. Raises grpc.RpcError."""
-        async with grpc.aio.insecure_channel(f"unix:{self.folder}/plugins_registry/{name}") as channel:
-            info = await self.call(channel, PLUGIN_REGISTRATION, "GetInfo", pb.InfoRequest())
-            self.drivers[info.name] = grpc.aio.insecure_channel(f"unix:{info.endpoint}")
-            status = pb.RegistrationStatus(plugin_registered=True)
-            await self.call(channel, PLUGIN_REGISTRATION, "NotifyRegistrationStatus", status)
-        return info
-
-    async def stop(self) -> None:
-        """End every connection."""
-        for channel in self.drivers.values():
-            await channel.close()
-
-    async def prepare(self, driver: str, *claims: pb.Claim) -> pb.NodePrepareResourcesResponse:
-        """Have DRIVER prepare CLAIMS. Raises grpc.RpcError."""
-        request = pb.NodePrepareResourcesRequest(claims=claims)
-        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodePrepareResources", request)
-
-    async def unprepare(self, driver: str, *claims: pb.Claim) -> pb.NodeUnprepareResourcesResponse:
-        """Have DRIVER unprepare CLAIMS. Raises grpc.RpcError."""
-        request = pb.NodeUnprepareResourcesRequest(claims=claims)
-        return await self.call(self.drivers[driver], DRA_PLUGIN, "NodeUnprepareResources", request)
-
-    async def call(self, channel: grpc.aio.Channel, service: str, method: str, request: Any) -> Any:
-        """Call METHOD of SERVICE. Raises grpc.RpcError."""
-        answer = getattr(pb, _DRA_SERVICES[service][method][1])
-        call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
-        return await call(request, timeout=DRA_CALL_SECONDS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line: options, modes, and the loop of the main thread. Options and exit statuses must stay, because the
 # documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7528,7 +7260,6 @@ DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
 CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
-DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
@@ -8702,19 +8433,51 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: offer the devices of this machine to a simulated kubelet, and allocate a slot of each resource."""
-    devices = _look_once(options, with_facts=options.api == "dra")
-    if not devices.plan.resources:
+    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
+    is_dra = options.api == "dra"
+    devices = _look_once(options, with_facts=is_dra)
+    names = [f"{options.domain}/{name}" for name in devices.plan.resources]
+    if not names:
         write_output(_nothing_found(devices, options))
         return 1
-    load_grpc()
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="smarter-") as folder:
-        try_out = _dry_run_dra if options.api == "dra" else _dry_run
-        text, is_good = asyncio.run(try_out(devices.plan, options, folder))
-    write_output(text)
+    load_grpc()  # which says what serving needs
+    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    for device, slot in slots_by_device_name(devices.plan).items():
+        slots[slot.resource.name][device] = slot
+    found = [_try_one(each, host_devices, options.domain if is_dra else "") for each in slots.values()]
+    rows: List[Tuple[object, ...]] = []
+    for name, each, (lines, _) in zip(names, slots.values(), found):
+        rows += [(len(each), name, lines[0]), *(("", "", line) for line in lines[1:])]
+    header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
+    is_good = all(is_allocated for _, is_allocated in found)
+    ending = "every one could be allocated" if is_good else "not every one could be allocated"
+    table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
+    write_output(f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n")
     return 0 if is_good else 1
+
+
+def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
+    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
+    if not slots:
+        return ["nothing: it has no slot"], True
+    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
+    lines, is_allocated = [], True
+    try:
+        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
+        for spec in given.specs:
+            if driver:  # CDI names nodes, no link or folder
+                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
+            else:
+                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
+        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+    except AllocationError as error:
+        lines, is_allocated = [f"nothing: {error}"], False
+    if driver:
+        attributes = slice_device(name, slots[name], driver)["attributes"].items()
+        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
+    return lines, is_allocated
 
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
@@ -8728,124 +8491,11 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-async def _dry_run(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """What --dry-run prints, and whether every resource was registered, listed and allocated."""
-    kubelet = SimulatedKubelet(folder)
-    await kubelet.start()
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    side = DevicePluginSide(folder, options.domain, host_devices, asyncio.get_running_loop())
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    names = [f"{options.domain}/{name}" for name in plan.resources]
-    while not running.done() and time.monotonic() < give_up:
-        if all(name in kubelet.clients and kubelet.clients[name].lists for name in names):
-            break
-        await asyncio.sleep(LOOK_SECONDS / 10)
-    rows: List[Tuple[object, ...]] = []
-    is_good = True
-    for name, resource in zip(names, plan.resources.values()):
-        lines, is_allocated = await _try_one(kubelet, name, resource)
-        is_good = is_good and is_allocated
-        slots = sum(device.slots for device in resource.devices)
-        rows += [(slots, name, lines[0]), *(("", "", line) for line in lines[1:])]
-    side.stop()
-    await running
-    await kubelet.stop()
-    table = render_table(("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    ending = "all registered and allocated" if is_good else "not all registered and allocated"
-    return f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n", is_good
-
-
-async def _try_one(kubelet: SimulatedKubelet, name: str, resource: Resource) -> Tuple[List[str], bool]:
-    """Lines that say what a container with a slot of RESOURCE is given, and whether all went well."""
-    if not kubelet.clients.get(name) or not kubelet.clients[name].lists:
-        return ["not registered"], False
-    if not kubelet.devices(name):
-        return ["nothing: it has no slot"], True
-    try:
-        ids, given = await kubelet.allocate(name)
-        await kubelet.start_container(name, ids)
-    except Problem:
-        return [f"nothing: {resource.devices[0].problem}"], False
-    except grpc.RpcError as error:
-        return [f"nothing: {error.details()}"], False
-    targets = {spec.host: [host for host, _ in spec.nodes] for device in resource.devices for spec in device.specs}
-    lines = [
-        _given_text(
-            spec.container_path, spec.permissions, spec.host_path, targets.get(spec.host_path, [spec.host_path])
-        )
-        for spec in given.devices
-    ]
-    return lines + [f"{key}={value}" for key, value in sorted(given.envs.items())], True
-
-
 def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
     """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
     link, is_folder = target_of(host, targets)
     more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
     return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
-
-
-async def _dry_run_dra(plan: Plan, options: argparse.Namespace, folder: str) -> Tuple[str, bool]:
-    """The same with --api dra: publish to a simulated API server, and prepare a claim per resource."""
-    api = SimulatedApiServer(options.node_name)
-    await api.start()
-    kubelet = SimulatedDraKubelet(folder)
-    settings = dra_settings(options)._replace(kubelet_dir=folder, cdi_dir=f"{folder}/cdi", kubelet_socket="")
-    devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    address = parse_api_url(api.url)
-    side = DraSide(settings, ApiServer(address, "", ""), devices, asyncio.get_running_loop(), LOOK_SECONDS)
-    side.apply(plan)
-    running = asyncio.ensure_future(side.run())
-    give_up = time.monotonic() + DRY_RUN_SECONDS
-    classes: List[Document] = []
-    while not running.done() and len(classes) <= len(plan.resources) and time.monotonic() < give_up:
-        await asyncio.sleep(LOOK_SECONDS / 10)
-        classes = api.list(f"{_API}/deviceclasses")
-        if side.publisher and not side.is_answering:
-            await kubelet.register(os.path.basename(settings.sockets[1]))
-    slices = api.list(f"{_API}/resourceslices")
-    offered = [device for item in slices for device in item["spec"]["devices"]]
-    rows: List[Tuple[object, ...]] = []
-    ours_by_name: Dict[str, List[Document]] = {name: [] for name in plan.resources}
-    for device in offered:
-        ours_by_name[device["attributes"]["resource"]["string"]].append(device)
-    first = [_prepare_one(api, kubelet, settings, ours[0]) for ours in ours_by_name.values() if ours]
-    prepared = iter(await asyncio.gather(*first))  # together, because one that is away is waited for
-    for name, ours in ours_by_name.items():
-        lines = next(prepared) if ours else ["nothing: it has no slot"]
-        rows += [(len(ours), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-    table = render_table(("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN"), rows)
-    counts = [pluralize(len(offered), "device"), pluralize(len(slices), "ResourceSlice")]
-    is_good = not side.obstacle and not side.prepare_errors
-    ending = "every resource could be prepared" if is_good else side.obstacle or "not every resource could be prepared"
-    side.stop()
-    await running
-    await kubelet.stop()
-    await api.stop()
-    return f"{table}\n{' in '.join(counts)}, {len(classes)} DeviceClasses; {ending}.\n", is_good
-
-
-async def _prepare_one(
-    api: SimulatedApiServer, kubelet: SimulatedDraKubelet, settings: DraSettings, device: Document
-) -> List[str]:
-    """Lines that describe DEVICE, from a slice, and what its CDI file gives to a container."""
-    values = {key: next(iter(value.values())) for key, value in device["attributes"].items()}
-    lines = [" ".join([f"{device['name']}:", *(f"{key}={value}" for key, value in values.items())])]
-    claim = pb.Claim(namespace="default", name=f"claim-{device['name']}", uid=f"uid-{device['name']}")
-    result = {"request": "r", "driver": settings.domain, "pool": settings.node, "device": device["name"]}
-    status = {"allocation": {"devices": {"results": [result]}}}
-    path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-    api.put(path, {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
-    answer = (await kubelet.prepare(settings.domain, claim)).claims[claim.uid]
-    if answer.error:
-        return [*lines, f"  nothing: {answer.error}"]
-    with open(CdiFiles(settings.cdi_dir, settings.domain).path(claim.uid), encoding="utf-8") as file:
-        edits = json.load(file)["devices"][0]["containerEdits"]
-    for node in edits.get("deviceNodes", ()):
-        lines.append("  " + _given_text(node["path"], node["permissions"], node["hostPath"], [node["hostPath"]]))
-    return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
 # Installing: what --systemd-unit and --manifest print, with the values of the other options.
@@ -9302,7 +8952,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="say whether the config file is good")
     modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
-    modes.add_argument("--dry-run", action="store_true", help="try everything with a simulated kubelet")
+    modes.add_argument("--dry-run", action="store_true", help="allocate each resource, without a kubelet")
     modes.add_argument(
         "--status",
         nargs="?",

@@ -1,9 +1,9 @@
 """Tests of smarter_device_manager.py: real processes, real sockets, real files.
 
 Most tests start the daemon as a process of its own, on a made-up /dev, /sys and plugin directory. The simulated kubelet
-runs on a thread of the test process; it is the script's class, with faults that a test can ask for. Pure functions are
-tested by calling them. The chapters are those of the script. Tests that make device nodes are skipped unless root runs
-them.
+runs on a thread of the test process; it is that of .ci/support.py, with faults that a test can ask for. Pure functions
+are tested by calling them. The chapters are those of the script. Tests that make device nodes are skipped unless root
+runs them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ sdm.load_grpc()
 import grpc  # noqa: E402
 
 import api_pb2 as pb  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
+import support  # noqa: E402
 
 SCRIPT = Path(sdm.__file__).resolve()
 HERE = SCRIPT.parent
@@ -239,7 +242,7 @@ class PodResources:
         return self.answer
 
 
-class Kubelet(sdm.SimulatedKubelet):
+class Kubelet(support.SimulatedKubelet):
     """The simulated kubelet on a thread of its own, with faults that a test can ask for."""
 
     loop: asyncio.AbstractEventLoop  # shared by all of them, as grpc.aio requires
@@ -255,7 +258,7 @@ class Kubelet(sdm.SimulatedKubelet):
         self.refusals: list[str] = []  # names of resources, in order
         self.requests: list[tuple[float, pb.RegisterRequest]] = []
         self.open_calls = self.most_open_calls = 0
-        self.streams: dict[str, list[tuple[float, sdm.Client]]] = {}  # per resource: when each one was opened
+        self.streams: dict[str, list[tuple[float, support.Client]]] = {}  # per resource: when each one was opened
         self.trapped: list[str] = []  # resources whose older stream ended while a newer one was open
         self.pod_resources = PodResources(node)
 
@@ -302,7 +305,7 @@ class Kubelet(sdm.SimulatedKubelet):
             self.refusals.append(request.resource_name)
         return problem
 
-    async def _watch(self, client: sdm.Client) -> None:
+    async def _watch(self, client: support.Client) -> None:
         if not self.opens_streams:
             return
         self.streams.setdefault(client.name, []).append((time.monotonic(), client))
@@ -313,12 +316,12 @@ class Kubelet(sdm.SimulatedKubelet):
         if self.clients.get(client.name) is not client:
             self.trapped.append(client.name)
 
-    async def _disconnect_after_list(self, client: sdm.Client) -> None:
+    async def _disconnect_after_list(self, client: support.Client) -> None:
         while not client.lists:
             await asyncio.sleep(0.01)
         await client.disconnect()
 
-    def client(self, resource: str) -> sdm.Client:
+    def client(self, resource: str) -> support.Client:
         return self.clients[self.name(resource)]
 
     def end_stream(self, resource: str) -> None:
@@ -354,7 +357,9 @@ class Kubelet(sdm.SimulatedKubelet):
     def take(self, resource: str, *ids: str) -> pb.ContainerAllocateResponse:
         """Allocate these IDs to one container; without any, the first Healthy one."""
         client = self.clients[self.name(resource)]
-        chosen = ids or [slot for slot, health in sorted(self.health(resource).items()) if health == sdm.HEALTHY][:1]
+        chosen = (
+            ids or [slot for slot, health in sorted(self.health(resource).items()) if health == support.HEALTHY][:1]
+        )
 
         async def allocate() -> pb.AllocateResponse:
             request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=chosen)])
@@ -6258,7 +6263,7 @@ def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices
         node.plug("zero")
         node.rules(STICK_POOL + "- devicematch: ^(null|zero)$\n")
         kubelet.wait_for("zero", Healthy=1)
-        assert list(kubelet.health("sticks").values()) == [sdm.HEALTHY] * 2  # what was known stays
+        assert list(kubelet.health("sticks").values()) == [support.HEALTHY] * 2  # what was known stays
         assert "Traceback" not in daemon.log
     finally:
         flag.unlink(missing_ok=True)
@@ -7246,7 +7251,7 @@ async def a_registration_alone(plugin_dir: str) -> None:
             assert time.monotonic() < give_up
             await asyncio.sleep(0.01)
 
-    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    kubelet = support.SimulatedKubelet(plugin_dir)
     await kubelet.start()
     seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
     events = sdm.GroupedLog(asyncio.get_running_loop())
@@ -7274,7 +7279,7 @@ async def a_registration_alone(plugin_dir: str) -> None:
 
 
 async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
-    kubelet = sdm.SimulatedKubelet(plugin_dir)
+    kubelet = support.SimulatedKubelet(plugin_dir)
     await kubelet.start()
     told: list[bool] = []
     events = sdm.GroupedLog(asyncio.get_running_loop())
@@ -8825,7 +8830,6 @@ def read_answer(content: bytes) -> Any:
         reader.feed_eof()
         return await sdm.read_api_answer(reader, "url")
 
-    sdm.load_grpc()
     return asyncio.run(read())
 
 
@@ -8904,7 +8908,7 @@ class ApiCall(NamedTuple):
     status: int
 
 
-class ApiServer(sdm.SimulatedApiServer):
+class ApiServer(support.SimulatedApiServer):
     """The simulated API server on the kubelets' thread, and the faults that a test has it show."""
 
     def __init__(self, folder: Path) -> None:
@@ -9035,7 +9039,7 @@ class ApiServer(sdm.SimulatedApiServer):
             del self.objects[f"{API}/resourceslices/{item['metadata']['name']}"]
 
 
-class DraKubelet(sdm.SimulatedDraKubelet):
+class DraKubelet(support.SimulatedDraKubelet):
     """The simulated kubelet for DRA drivers, on the kubelets' thread: it registers every socket that appears."""
 
     loop = property(lambda self: Kubelet.loop)
@@ -9320,7 +9324,7 @@ def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera:
     def make_first(target: str) -> None:
         if target.endswith("deviceclasses"):
             for name in ("smarter-devices", "video0.smarter-devices"):
-                sdm.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
+                support.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
 
     camera.api.before_write = make_first
     daemon = start(*camera.options())
@@ -10263,7 +10267,7 @@ def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
         if conflicts:
             conflicts -= 1
             path = target if target in camera.api.objects else ""
-            sdm.SimulatedApiServer.put(camera.api, path, camera.api.objects[path])
+            support.SimulatedApiServer.put(camera.api, path, camera.api.objects[path])
 
     wait_for(lambda: len(camera.api.classes()) == 2)
     camera.api.before_write = write_first
@@ -10712,9 +10716,11 @@ def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> Non
     node.link("serial/x", "../bus/stick")
     node.sysfs("gpu.0", {})
     node.rules(VIDEO + SERIAL + "- devicematch: nvidia-gpu\n")
+    node.plug(long := f"video{'9' * 80}")
     run = node.run("--dry-run", "--api", "dra")
     assert (run.returncode, run.stderr) == (0, "")
-    assert "4 devices in 1 ResourceSlice, 4 DeviceClasses; every resource could be prepared." in run.stdout
+    assert f"/dev/{long} rw\n" in run.stdout
+    assert "4 resources, every one could be allocated." in run.stdout
     assert re.search(
         r"2 +smarter-devices/video0 +video0-0: resource=video0 path=/dev/video0 slot=0\n +/dev/video0 rw\n", run.stdout
     )

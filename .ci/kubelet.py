@@ -1,17 +1,17 @@
-"""A kubelet for .ci/install: the simulated one of the script, on the usual directory; it says when a device came."""
+"""A kubelet for .ci/install: the simulated one of support.py, on the usual directory; it says when a device came."""
 
 import asyncio
 import sys
 import time
 
 sys.path.insert(0, "/opt/smarter-device-manager")
-import smarter_device_manager as sdm
+import support
 
-sdm.load_grpc()
+import smarter_device_manager as sdm
 
 
 async def main() -> None:
-    kubelet = sdm.SimulatedKubelet(sdm.DEFAULT_PLUGIN_DIR)
+    kubelet = support.SimulatedKubelet(sdm.DEFAULT_PLUGIN_DIR)
     await kubelet.start()
     started = time.monotonic()
     said = set()
