@@ -5321,10 +5321,8 @@ class Claims:
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._wanted: Dict[str, CdiFile] = {}
-        self._has_plan = False
+        self._plan: Optional[Plan] = None
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._left_paths: Set[str] = set()  # that the plan leaves out, such as /dev/video0
-        self._plan = EMPTY_PLAN
         self._settings = settings
         self._api = api
         self._devices = devices
@@ -5349,8 +5347,7 @@ class Claims:
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
         """Have containers be given what PLAN, with these SLOTS, has now."""
-        self._plan, self._slots, self._has_plan = plan, slots, True
-        self._left_paths = {f"/dev/{left.path}" for left in plan.left_out}
+        self._plan, self._slots = plan, slots
         if self.is_open:
             self.sync(True)
 
@@ -5364,7 +5361,7 @@ class Claims:
                 except AllocationError:
                     self.is_unsettled = True  # it went just now, which the next plan says
                 # The plan does not change when a device goes that it does not offer.
-                self.is_unsettled |= not all(map(self._slot_of, claim.devices))
+                self.is_unsettled |= not all(map(self.slot_of, claim.devices))
             self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
             self._notify()
         for uid, error in self._files.sync(self._wanted).items():
@@ -5429,10 +5426,33 @@ class Claims:
         self._notify()
         return ""
 
-    def lost(self) -> List[PreparedDevice]:
-        """The prepared devices that the plan lacks and that are gone, or have another one in their place."""
-        prepared = (device for claim in self.prepared.values() for device in claim.devices)
-        return [device for device in prepared if device.is_gone and not self._slot_of(device)]
+    def slot_of(self, device: PreparedDevice) -> Optional[Slot]:
+        """The slot of the plan that DEVICE is."""
+        slot = self._slots.get(device.name)
+        return slot if slot and slot.device is self._device_of(device) else None
+
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, also if its resource has another name by now."""
+        resource, slot = self._plan and self._plan.resources.get(device.resource), self._slots.get(device.name)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                return found
+        return slot.device if slot and not device.is_gone else None
+
+    def _problem_of(self, device: PreparedDevice) -> str:
+        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
+        one may.
+
+        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
+        go on. So may that of a device that has changed.
+        """
+        found = self._device_of(device)
+        if found:
+            return "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
+            return Reason.GONE.template
+        is_left_out = self._plan and any(device.path == f"/dev/{left.path}" for left in self._plan.left_out)
+        return Reason.SWAPPED.template if is_left_out or (device.is_gone and device.name in self._slots) else ""
 
     def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
         """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
@@ -5476,7 +5496,7 @@ class Claims:
     def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
         """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
         self._take_up()
-        if not self._has_plan:
+        if not self._plan:
             raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
         before = self.prepared.get(claim.uid)
         if not before or before.full_name != f"{claim.namespace}/{claim.name}":
@@ -5534,16 +5554,16 @@ class Claims:
         return found
 
     def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now. A device that is no longer offered stays as it was.
-
-        Raises AllocationError.
+        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
+        stays as it was. Raises AllocationError.
         """
         now = [device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices]
+        slots = [(device, self.slot_of(device)) for device in now]
         results = [
             Result(request, device.name, device.is_admin)
-            for device in now
+            for device, slot in slots
             for request in device.requests
-            if (slot := self._slot_of(device)) and slot.healthy
+            if slot and slot.healthy
         ]
         fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
         return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
@@ -5560,15 +5580,19 @@ class Claims:
 
     async def _find(self, claim: Union[pb.Claim, PreparedClaim]) -> Optional[Document]:
         """CLAIM on the API server; None if that says that it does not exist, or has another uid. Raises ApiError."""
+
+        def read(document: Document) -> Optional[Document]:
+            if document["metadata"]["name"] != claim.name:
+                raise ValueError("this is not the claim")
+            return document if document["metadata"]["uid"] == claim.uid else None
+
         try:
-            found = await self._api.call("get", claim_path(claim.namespace, claim.name))
+            found: Optional[Document] = await self._api.call("get", claim_path(claim.namespace, claim.name), read=read)
         except ApiError as error:
             if error.status == 404 and is_missing(error.document, claim.name):
                 return None
             raise
-        is_claim = _dig(found, str, "metadata", "name") == claim.name
-        uid = _uid_of(found if is_claim else None, f"the ResourceClaim {claim.name}")
-        return found if uid == claim.uid else None
+        return found
 
     # -- all claims ------------------------------------------------------------------------------------------------
 
@@ -5609,9 +5633,8 @@ class Claims:
             return
         found = await self._find(claim)
         if found is None:
-            slices = await self._api.call("list", f"{_API}/resourceslices?limit=1")
-            if isinstance(_dig(slices, object, "items"), list):
-                self._drop(claim)
+            await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
+            self._drop(claim)
             return
         self._gone_since.pop(uid, None)
         self._unchecked.discard(uid)
@@ -5816,14 +5839,6 @@ class Publisher:
             self._made[name] = time.monotonic()
 
 
-def _uid_of(document: object, kind: str) -> str:
-    """The uid of DOCUMENT, which is to be KIND. Raises ApiError where it has none."""
-    uid = _dig(document, str, "metadata", "uid")
-    if not uid:
-        raise ApiError(f"what the API server sends as {kind} has no uid", 200)
-    return uid
-
-
 # The driver.
 
 
@@ -5878,6 +5893,7 @@ class DraSide(KubeletSide):
         self._plan = EMPTY_PLAN
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
+        self._settled: Tuple[object, ...] = ()  # what the slices followed from when they were last made
         self._watch = watch  # of the CDI files
         self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
         self._leases = Leases(f"{settings.folder}/driver.lock")
@@ -5907,7 +5923,9 @@ class DraSide(KubeletSide):
                 if self.claims.is_open:
                     was_unsettled = self.claims.is_unsettled
                     self.claims.sync()
-                    if was_unsettled or time.monotonic() >= self._grace_end:
+                    if time.monotonic() >= self._grace_end:
+                        self.apply(self._plan)
+                    elif was_unsettled:
                         self._settle()
                 await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
                 await asyncio.sleep(NEXT_LOOK_SECONDS)
@@ -5926,27 +5944,33 @@ class DraSide(KubeletSide):
         gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
         self._lost_since.update(gone)  # it may leave the plan now
         self._plan, self.slots = plan, slots_by_device_name(plan)
+        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
+        went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
+        self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
         self.claims.follow(plan, self.slots)
         self._settle()
 
     def _settle(self) -> None:
         """Publish what is offered, and the prepared devices that are not, once they are gone. If another device has the
-        name by now, it must wait."""
-        if not self.publisher:
-            return
-        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
-        gone = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
-        self._grace_end = min((since for since in gone.values() if since > end), default=math.inf)
-        self._grace_end += self.settings.gone_grace
-        lost = {device.name: device for device in self.claims.lost()}
-        self._lost_since = {name: self._lost_since.get(name, time.monotonic()) for name in lost}
-        offered = (
-            slice_device(name, slot, self.domain, gone.get(name, math.inf) <= end)
-            for name, slot in self.slots.items()
-            if name not in lost
-        )
-        others = (lost_device(device, self.domain, self._lost_since[name] <= end) for name, device in lost.items())
-        self.publisher.want(itertools.chain(offered, others), list(self._plan.resources))
+        name of one by now, it must wait."""
+        if self.publisher:
+            now = time.monotonic()
+            end = now - self.settings.gone_grace  # of the grace for those that went before
+            prepared = (device for claim in self.claims.prepared.values() for device in claim.devices)
+            lost = {device.name: device for device in prepared if device.is_gone and not self.claims.slot_of(device)}
+            self._lost_since = {name: self._lost_since.get(name, now) for name in lost}
+            evicted = {name for name, since in self._lost_since.items() if since <= end}
+            settled = (self.publisher, self._plan, self._grace_end, lost.keys(), evicted)
+            if settled == self._settled:
+                return
+            self._settled = settled
+            offered = (
+                slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
+                for name, slot in self.slots.items()
+                if name not in lost
+            )
+            gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
+            self.publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
 
     @property
     def obstacle(self) -> str:
