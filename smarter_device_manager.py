@@ -20,7 +20,7 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
 The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Simulated
-kubelet, Command line, and an appendix of texts. Each of them needs only those above it.
+kubelet, Command line. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -8186,8 +8186,7 @@ async def _prepare_one(
     return lines + [f"  {variable}" for variable in edits.get("env", ())]
 
 
-# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
-# the other options.
+# Installing: what --systemd-unit and --manifest print, with the values of the other options.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

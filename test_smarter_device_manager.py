@@ -1801,8 +1801,9 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         for action in sdm.build_parser()._actions
         if action.metavar and action.default is not None
     }
-    dra_only = {"--api", "--kubelet-dir", "--cdi-dir", "--kube-api", "--kube-token-file", "--kube-ca-file"}
-    assert environment - options.keys() - dra_only == {"--node-name"}
+    assert environment - options.keys() == {  # the unit is for device plugins
+        *("--api", "--kubelet-dir", "--cdi-dir", "--node-name", "--kube-api", "--kube-token-file", "--kube-ca-file"),
+    }
 
 
 def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
