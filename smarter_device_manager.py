@@ -5461,36 +5461,6 @@ class Claims:
         elif is_news(self._logged, claim.uid, text):
             log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
 
-    # -- what follows from the plan --------------------------------------------------------------------------------
-
-    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
-        """The device of the plan that DEVICE is, also if its resource has another name by now."""
-        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
-        for found in resource.devices if resource else ():
-            if device_path(found) == device.path:
-                return found
-        return slot.device if slot and not device.is_gone else None
-
-    def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
-        """The slot of the plan that DEVICE is."""
-        slot = self._slots.get(device.name)
-        return slot if slot and slot.device is self._device_of(device) else None
-
-    def _problem_of(self, device: PreparedDevice) -> str:
-        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
-        one may.
-
-        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on. So may that of a device that has changed.
-        """
-        found = self._device_of(device)
-        if found:
-            return "" if found.specs else found.problem
-        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
-            return Reason.GONE.template
-        is_swapped = device.path in self._left_paths or (device.is_gone and device.name in self._slots)
-        return Reason.SWAPPED.template if is_swapped else ""
-
     # -- one claim -------------------------------------------------------------------------------------------------
 
     def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
