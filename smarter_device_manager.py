@@ -5577,6 +5577,7 @@ class DraSide(KubeletSide):
         self._plan = EMPTY_PLAN
         self._offered: Dict[str, Document] = {}  # its slots as devices of slices, by name
         self._left_paths: Set[str] = set()  # those left out, such as /dev/video0
+        self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
         self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
         self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
         self._devices = devices
@@ -5881,8 +5882,10 @@ class DraSide(KubeletSide):
         resource, slot = self._plan.resources.get(device.resource), self.slots.get(device.name)
         for found in resource.devices if resource else ():
             if device_path(found) == device.path:
+                is_swapped = found.is_gone and slot and slot.device is not found
+                (self._swapped.add if is_swapped else self._swapped.discard)(device.name)
                 return found
-        return slot.device if slot and not device.is_gone else None
+        return slot.device if slot and device.name not in self._swapped else None
 
     def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
         """The slot of the plan that DEVICE is."""
@@ -5901,7 +5904,7 @@ class DraSide(KubeletSide):
             return "" if found.specs else found.problem
         if device.path.startswith("/dev/") and not os.path.exists(self.settings.dev_dir + device.path[len("/dev") :]):
             return Reason.GONE.template
-        is_swapped = device.path in self._left_paths or (device.is_gone and device.name in self.slots)
+        is_swapped = device.path in self._left_paths or device.name in self._swapped
         return Reason.SWAPPED.template if is_swapped else ""
 
     def _update_cdi_files(self) -> None:
