@@ -6963,7 +6963,7 @@ class KeptFile:
         self.path = path
         self._what = what
         self._event = event
-        self._text: Optional[str] = None  # that was last read or kept
+        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
@@ -6978,24 +6978,34 @@ class KeptFile:
             data = file.read(CONF_BYTES + 1)
         if len(data) > CONF_BYTES:
             raise ValueError(f"it is longer than {CONF_BYTES} bytes")
-        self._text = data.decode()
-        return self._text, found.st_mtime
+        text = data.decode()
+        self._kept = text, self._stamp()
+        return text, found.st_mtime
 
     def keep(self, text: str) -> None:
         """Keep TEXT, unless that was done before. A failure is logged once; the next call tries again.
 
-        Another instance may keep another text in the same file. Then the one that has a new text last wins.
+        Another instance may keep another text in the same file: an older one, too, just before it ends. So the text is
+        kept again if the file is no longer the one that has it.
         """
-        if text == self._text and os.path.lexists(self.path):
+        if (text, self._stamp()) == self._kept:
             return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._text, self._is_failing = text, False
+            self._kept, self._is_failing = (text, self._stamp()), False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
+
+    def _stamp(self) -> Tuple[int, ...]:
+        """A value that changes if somebody else writes or removes the file; empty if there is none."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return ()
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _open_no_link_at_once(path: str, flags: int) -> int:
