@@ -1461,7 +1461,7 @@ class Reason(enum.Enum):
     """Why a path is not offered: the label that the metrics count it under, and its text, a template."""
 
     GONE = "other", "it is gone"
-    SWAPPED = "other", "another device stands there since just now"
+    SWAPPED = "other", "another device has taken its place"
     COMPANION = "other", "it goes with /dev/{path}: {why}"
     LINK_DANGLES = "link", "a link to /dev/{path}, which is not there"
     LINK_CIRCLE = "link", "a link that leads in a circle"
@@ -2483,9 +2483,7 @@ def find_devices(
 
 def expiry_times(plan: Plan) -> Iterator[float]:
     """When the offer ends for each device of PLAN that is gone."""
-    for device in devices_of(plan):
-        if device.is_gone:
-            yield device.since + EXPIRY_SECONDS
+    return (device.since + EXPIRY_SECONDS for device in devices_of(plan) if device.is_gone)
 
 
 def devices_of(plan: Plan) -> Iterator[Device]:
@@ -4033,18 +4031,6 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    def find_absence(self, path: str) -> str:
-        """Why PATH, such as /dev/video0, leads to no device; empty if it does, or if it is not a path but a GPU."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                if path.startswith("/dev/"):
-                    resolve(tree, path[len("/dev/") :], self._dev_dir)
-        except NotADevice as error:
-            return str(error)
-        except OSError:
-            pass  # too many open files, say; this does not mean that it is gone
-        return ""
-
     async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
@@ -4072,7 +4058,8 @@ class HostDevices:
         reads: List[Tuple[Device, List[SysfsRead]]] = []
         try:
             for device, nodes in chosen:
-                reads.append((device, [self._sysfs.start(node.entry, _names_to_check(device)) for node in nodes]))
+                names = tuple(held.name for held in device.chosen_by)
+                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
             for device, started in reads:
                 changes = [_changed(await _result(read, end), device) for read in started]
                 if changes and "" not in changes:
@@ -4084,7 +4071,7 @@ class HostDevices:
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
         specs_of(dataclasses.replace(device, attributes=(), naming=()), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if _names_to_check(device) else []
+        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
 
     async def describe(self, path: str, names: Sequence[str]) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
@@ -4120,13 +4107,8 @@ async def _result(read: SysfsRead, end: float) -> Folders:
     return folders
 
 
-def _names_to_check(device: Device) -> Tuple[str, ...]:
-    """The attributes by which the rule chose DEVICE, or named its resource."""
-    return tuple(held.name for held in device.chosen_by)
-
-
 def _changed(folders: Folders, device: Device) -> str:
-    """What FOLDERS have instead of the values in _names_to_check(); empty if they have these."""
+    """What FOLDERS have instead of the attributes that DEVICE was chosen by; empty if they have these."""
     for held in device.naming:
         values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
         if held.value not in values:
@@ -4210,7 +4192,7 @@ def options_of(resource: Resource) -> PluginOptions:
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(map(_names_to_check, resource.devices)))
+    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
 
 
 class Plugin:
@@ -4988,31 +4970,25 @@ def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Do
         values["pool"] = resource.name
     if len(device.numa) == 1:
         values["numaNode"] = device.numa[0]
-    return {
-        "name": name,
-        "attributes": _slice_attributes(values),
-        **(_taints("gone" if device.is_gone else "unhealthy", evicts, domain) if device.problem else {}),
-    }
+    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
+    return _slice_device(name, values, domain, taint, evicts)
 
 
-def lost_device(device: PreparedDevice, domain: str, evicts: bool) -> Document:
+def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
     """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
     resource."""
-    attributes = _slice_attributes({"resource": device.resource, "path": device.path})
-    return {"name": device.name, "attributes": attributes, **_taints("gone", evicts, domain)}
+    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
 
 
-def _slice_attributes(values: Mapping[str, Union[str, int]]) -> Document:
-    return {
+def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
+    attributes = {
         key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
         for key, value in values.items()
     }
-
-
-def _taints(what: str, evicts: bool, domain: str) -> Document:
-    """For NoSchedule the scheduler gives a device to no pod; for NoExecute the control plane also evicts those that
-    have it."""
-    return {"taints": [{"key": f"{domain}/{what}", "effect": "NoExecute" if evicts else "NoSchedule"}]}
+    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
+    effect = "NoExecute" if evicts else "NoSchedule"
+    taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
+    return {"name": name, "attributes": attributes, **taints}
 
 
 def _cut_bytes(text: str) -> str:
@@ -5626,6 +5602,8 @@ class Claims:
         self._has_plan = False
         self._slots: SlotsOfDra = {}  # those of the plan
         self._plan = EMPTY_PLAN
+        self._left_paths: Set[str] = set()  # those left out, such as /dev/video0
+        self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
         self._settings = settings
         self._api = api
         self._devices = devices
@@ -5651,6 +5629,7 @@ class Claims:
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
         """Have containers be given what PLAN, with these SLOTS, has now."""
         self._plan, self._slots, self._has_plan = plan, slots, True
+        self._left_paths = {f"/dev/{left.path}" for left in plan.left_out}
         if self.is_open:
             self.sync(True)
 
@@ -5732,7 +5711,7 @@ class Claims:
     def lost(self) -> List[PreparedDevice]:
         """The prepared devices that the plan lacks and that are gone, or have another one in their place."""
         prepared = (device for claim in self.prepared.values() for device in claim.devices)
-        return [device for device in prepared if not self._slot_of(device) and self._is_lost(device)]
+        return [device for device in prepared if device.is_gone and not self._slot_of(device)]
 
     def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
         """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
@@ -5743,21 +5722,20 @@ class Claims:
 
     # -- what follows from the plan --------------------------------------------------------------------------------
 
+    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
+        """The device of the plan that DEVICE is, also if its resource has another name by now."""
+        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
+        for found in resource.devices if resource else ():
+            if device_path(found) == device.path:
+                is_swapped = found.is_gone and slot and slot.device is not found
+                (self._swapped.add if is_swapped else self._swapped.discard)(device.name)
+                return found
+        return slot.device if slot and device.name not in self._swapped else None
+
     def _slot_of(self, device: PreparedDevice) -> Optional[Slot]:
         """The slot of the plan that DEVICE is."""
         slot = self._slots.get(device.name)
-        return slot if slot and slot.resource.name == device.resource else None
-
-    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
-        """The device of the plan that DEVICE is, or was a slot of."""
-        resource = self._plan.resources.get(device.resource)
-        devices = resource.devices if resource else ()
-        return next((found for found in devices if device_path(found) == device.path), None)
-
-    def _is_lost(self, device: PreparedDevice) -> bool:
-        """Whether DEVICE is gone, or another one is in its place."""
-        found = self._device_of(device)
-        return found.is_gone if found else bool(self._devices.find_absence(device.path))
+        return slot if slot and slot.device is self._device_of(device) else None
 
     def _problem_of(self, device: PreparedDevice) -> str:
         """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
@@ -5769,7 +5747,10 @@ class Claims:
         found = self._device_of(device)
         if found:
             return "" if found.specs else found.problem
-        return self._devices.find_absence(device.path)
+        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
+            return Reason.GONE.template
+        is_swapped = device.path in self._left_paths or device.name in self._swapped
+        return Reason.SWAPPED.template if is_swapped else ""
 
     # -- one claim -------------------------------------------------------------------------------------------------
 
@@ -6134,6 +6115,7 @@ class DraSettings(NamedTuple):
     cdi_dir: str
     node: str
     domain: str
+    dev_dir: str
     gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
     kubelet_socket: str  # where the kubelet serves the PodResources API
 
@@ -7517,6 +7499,7 @@ DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
 DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
 DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 DRY_RUN_SECONDS = 20.0  # for all resources to be registered and listed
 DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
@@ -7636,15 +7619,6 @@ def kept_path(folder: str, domain: str, ending: str) -> str:
     return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
 
 
-def boot_id() -> str:
-    """What distinguishes this run of the kernel from others; empty if that cannot be read."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
 class KeptDevices:
     """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
 
@@ -7654,11 +7628,11 @@ class KeptDevices:
 
     def __init__(self, path: str) -> None:
         self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = boot_id()
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
-    def read(self) -> Plan:
+    def read(self, are_inodes_kept: bool) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
         self._file.remove_leftovers()
@@ -7667,8 +7641,8 @@ class KeptDevices:
             for kept in json.loads(self._file.read()[0]):
                 name, path = str(kept["resource"]), str(kept["path"])
                 attributes, values = (tuple(map(HeldAttribute._make, kept[key])) for key in ("attributes", "values"))
-                is_same_boot = kept.get("boot") == self._boot  # inodes are counted from 1 again after a boot
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
+                is_same = are_inodes_kept and kept.get("boot") == self._boot  # each boot counts inodes from 1
+                numbers = kept["nodes"] if is_same else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
                 since = time.monotonic()
                 device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
@@ -7877,7 +7851,7 @@ class DeviceSide:
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
-            self.plan = self._kept_devices.read()
+            self.plan = self._kept_devices.read(not reuses_inodes(os.stat(self._dev_dir).st_dev))
         self.turn()
 
     def turn(self, reread: bool = False) -> List[Plan]:
@@ -7972,35 +7946,68 @@ class DeviceSide:
         return self.plan
 
 
-def log_changes(old: Plan, new: Plan) -> None:
-    """Log the differences between two plans in what they offer and leave out; equal changes share a line."""
-    before = {(name, device.path): device for name, resource in old.resources.items() for device in resource.devices}
-    after = {(name, device.path): device for name, resource in new.resources.items() for device in resource.devices}
-    groups: Dict[Tuple[str, str, int], List[str]] = {}
-    for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key), after.get(key)
-        change = None
-        if now is None:
-            change = ("retired", "no longer offered", logging.INFO)
-        elif now.problem and now.problem != (was.problem if was else ""):
-            change = ("unplugged", f"Unhealthy: {now.problem}", logging.WARNING)
-        elif was is None:
-            change = ("plugged", "offered", logging.INFO)
-        elif was.problem and not now.problem:
-            change = ("plugged", "Healthy again", logging.INFO)
-        if change:
-            groups.setdefault(change, []).append(device_path(now or before[key]))
-    known = set(old.left_out)
-    for left in new.left_out:
-        if left not in known:
-            groups.setdefault(("left-out", f"left out: {left.text}", logging.WARNING), []).append(f"/dev/{left.path}")
-    for (event, sentence, level), paths in groups.items():
-        log_event_for_all(event, sentence, level, "devices", paths)
-    # A device that was offered in this way before, and that is only back, is no news.
-    offered = {(name, device.path, device.line) for (name, _), device in before.items()}
-    news = {node: offers for node, offers in find_shared(new).items() if not offered.issuperset(offers)}
-    for sentence, nodes in describe_shared(news).items():
-        log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    def __init__(self) -> None:
+        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
+        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
+        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
+        self._offered: Set[Tuple[str, str, int]] = set()  # resources, paths and lines of the last plan's devices
+        self._shared: Dict[str, Sequence[Offer]] = {}  # what find_shared() found, and is not logged yet
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        keys = states.keys() | self._states.keys()
+        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
+        self._states = states
+        # A device that was offered in this way before, and that is only back, is no news.
+        found = find_shared(plan).items()
+        self._shared.update((node, offers) for node, offers in found if not self._offered.issuperset(offers))
+        self._offered = {
+            (name, device.path, device.line) for name, resource in plan.resources.items() for device in resource.devices
+        }
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about devices that had a line just before NOW."""
+        groups: Dict[Tuple[str, str, int], List[str]] = {}
+        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
+        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
+            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+            if change:
+                event, sentence, level = change
+                sentence += f" ({count} changes since its last line)" if count > 1 else ""
+                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
+                old[key] = now
+        self._logged = old
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+        for sentence, nodes in describe_shared(self._shared).items():
+            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+        self._shared.clear()
+
+
+def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
+    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
+    if not key[0]:
+        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
+    if state is None:
+        return "retired", "no longer offered", logging.INFO
+    if state:
+        return "unplugged", f"Unhealthy: {state}", logging.WARNING
+    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
 
 
 class FolderWatches:
@@ -8273,7 +8280,8 @@ def check_dra(options: argparse.Namespace) -> None:
 def dra_settings(options: argparse.Namespace) -> DraSettings:
     """The settings of the DRA driver from OPTIONS."""
     folders = options.kubelet_dir, options.cdi_dir
-    return DraSettings(*folders, options.node_name, options.domain, options.gone_grace, options.pod_resources_socket)
+    names = options.node_name, options.domain
+    return DraSettings(*folders, *names, options.dev_dir, options.gone_grace, options.pod_resources_socket)
 
 
 def api_server(options: argparse.Namespace) -> ApiServer:
@@ -8340,14 +8348,16 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    log_changes(EMPTY_PLAN, devices.plan)
+    changes = ChangeLog()
+    changes.take(devices.plan)
+    changes.flush(time.monotonic())
     watches = FolderWatches(options.dev_dir)
     watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
     thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches)
+        _run(devices, thread, manager, options.interval, watches, changes)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -8405,7 +8415,12 @@ def _open_status(
 
 
 def _run(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float, watches: FolderWatches
+    devices: DeviceSide,
+    thread: KubeletThread,
+    manager: ServiceManager,
+    interval: float,
+    watches: FolderWatches,
+    changes: ChangeLog,
 ) -> None:
     """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watched: Optional[Snapshot] = None  # the one whose folders are watched
@@ -8416,16 +8431,15 @@ def _run(
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        old = devices.plan
         for plan in devices.turn(reread=taken == signal.SIGHUP):
-            log_changes(old, plan)
+            changes.take(plan)
             thread.send(plan)
-            old = plan
+        changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = began + interval
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -9314,7 +9328,7 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
-    _add(group, "--gone-grace", "SECONDS", _grace, "5", grace_help)
+    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
     _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
     _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
     _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
@@ -9386,10 +9400,6 @@ def _seconds(text: str, least: float = 0.01) -> float:
     if not least <= seconds <= 3600:
         raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
-
-
-def _grace(text: str) -> float:
-    return _seconds(text, 0.0)
 
 
 def _domain(text: str) -> str:

@@ -389,6 +389,14 @@ def node() -> Iterator[Node]:
 
 
 @pytest.fixture
+def dev_on_tmpfs(node: Node) -> Iterator[Path]:
+    """NODE's /dev in a tmpfs, which gives no inode number twice, as that of a real node."""
+    with tempfile.TemporaryDirectory(prefix="sdm-", dir="/dev/shm") as folder:
+        node.dev = Path(folder)
+        yield node.dev
+
+
+@pytest.fixture
 def kubelet(node: Node) -> Iterator[Kubelet]:
     kubelet = Kubelet(node).up()
     yield kubelet
@@ -3853,7 +3861,7 @@ def test_a_device_that_was_chosen_by_its_attributes_is_not_granted_when_another_
     node.plug("new").rename(node.dev / "stick0")
     node.plug("bus/c")
     for name in ("stick0", "bus"):
-        assert granted(found[name], node.dev) == f"/dev/{name}: another device stands there since just now"
+        assert granted(found[name], node.dev) == f"/dev/{name}: another device has taken its place"
 
 
 def test_what_sysfs_was_asked_is_forgotten_with_the_node(board: Board) -> None:
@@ -5404,6 +5412,30 @@ def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
 
 
 @needs_root
+def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """With the number of changes that it stands for."""
+    node.plug("video0")
+    node.rules("- devicematch: ^video\n")
+    daemon = start("--interval", "3600")
+    kubelet.wait_for("video0", Healthy=1)
+    began = time.monotonic()
+    for _ in range(20):
+        node.unplug("video0")
+        kubelet.wait_for("video0", Unhealthy=1)
+        node.plug("video0")
+        kubelet.wait_for("video0", Healthy=1)
+
+    def counts() -> list[int]:
+        found = re.findall(
+            r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?", daemon.log
+        )
+        return [int(count or 1) for count in found]
+
+    wait_for(lambda: sum(counts()) == 40, lambda: daemon.log)
+    assert len(counts()) <= 2 + time.monotonic() - began
+
+
+@needs_root
 def test_an_edit_of_the_conf_sends_new_lists_and_registers_only_what_is_new(
     node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
@@ -6022,33 +6054,30 @@ def test_a_stick_that_fits_another_rule_leaves_the_resource_of_the_one_before_th
 
 @needs_root
 def test_a_start_with_a_device_that_has_changed_is_never_refused(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
+    board: Board, node: Node, kubelet: Kubelet, dev_on_tmpfs: Path, start: Starter
 ) -> None:
-    """Its node is the same, also over a restart of the daemon. /dev is a tmpfs, as on a real node."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        node.dev = Path(folder)
-        plug_stick(board, "ttyUSB0", "A1")
-        node.rules(STICK_POOL)
-        daemon = start()
-        kubelet.wait_for("sticks", Healthy=1)
-        set_serial(board, "ttyUSB0", "C1")
-        kubelet.starts("sticks", "ttyUSB0:0")
-        daemon.hang_up()
-        kubelet.wait_for("sticks", Unhealthy=1)
-        kubelet.starts("sticks", "ttyUSB0:0")
-        daemon.kill()
-        daemon = start()
-        wait_for(lambda: kubelet.count("sticks") == 2)
-        wait_ready(kubelet, ["sticks"])
-        kubelet.wait_for("sticks", Unhealthy=1)
-        kubelet.starts("sticks", "ttyUSB0:0")
-        with pytest.raises(grpc.RpcError):
-            kubelet.take("sticks", "ttyUSB0:0")
-        node.unplug("ttyUSB0")
-        build(node.dev, {"ttyUSB0": "char 188:0"})
-        words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-        assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
-        daemon.stop()
+    """Its node is the same, also over a restart of the daemon."""
+    plug_stick(board, "ttyUSB0", "A1")
+    node.rules(STICK_POOL)
+    daemon = start()
+    kubelet.wait_for("sticks", Healthy=1)
+    set_serial(board, "ttyUSB0", "C1")
+    kubelet.starts("sticks", "ttyUSB0:0")
+    daemon.hang_up()
+    kubelet.wait_for("sticks", Unhealthy=1)
+    kubelet.starts("sticks", "ttyUSB0:0")
+    daemon.kill()
+    daemon = start()
+    wait_for(lambda: kubelet.count("sticks") == 2)
+    wait_ready(kubelet, ["sticks"])
+    kubelet.wait_for("sticks", Unhealthy=1)
+    kubelet.starts("sticks", "ttyUSB0:0")
+    with pytest.raises(grpc.RpcError):
+        kubelet.take("sticks", "ttyUSB0:0")
+    node.unplug("ttyUSB0")
+    build(node.dev, {"ttyUSB0": "char 188:0"})
+    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
+    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
 
 
 @needs_root
@@ -8700,7 +8729,7 @@ LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 def device_of_path(path: str, **fields: Any) -> sdm.Device:
     values: dict[str, Any] = {
         "path": path, "line": 1, "slots": 1, "parts": (sdm.Part(path, f"/dev/{path}", False, "rw"),),
-        "permissions": "rw", "env": (), "numa": (), "attributes": (), "identity": (), "specs": (), "problem": "",
+        "permissions": "rw", "env": (), "numa": (), "attributes": (), "specs": (), "problem": "",
         "since": 0.0,
     }  # fmt: skip
     known = {field.name for field in dataclasses.fields(sdm.Device)}
@@ -9771,6 +9800,7 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     node.unplug("serial/stick")
     node.unplug("ttyUSB0")
     wait_for(lambda: cluster.api.tainted() == {name})
+    assert cluster.taints() == {name: "gone:NoSchedule"}, "a short replug evicts no pod"
     with pytest.raises(KeyError):  # no container starts with what may come to stand there
         cluster.edits(claim, ids)
     node.plug("ttyUSB0")
@@ -9797,7 +9827,8 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
     rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
     node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
-    start(*cluster.options(**{"gone-grace": "0"}))
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
     claim = cluster.claim(name)
@@ -9806,9 +9837,14 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node.sysfs("usb/2", {"serial": "B"}, node.plug("ttyUSB0"))
     wait_for(lambda: cluster.taints() == {name: "gone:NoExecute"})
     wait_for(lambda: ":gone" in cluster.file(claim).read_text())
+    daemon.says("/dev/ttyUSB0: no longer offered")
+    node.plug("ttyUSB1")  # something new to publish
+    node.rules(node.conf.read_text() + "- devicematch: ^ttyUSB1$\n")
+    wait_for(lambda: len(cluster.api.devices()) == 2)
+    assert cluster.taints() == {name: "gone:NoExecute"}
+    assert cluster.api.devices()[name]["attributes"]["resource"] == {"string": "a"}
     with pytest.raises(KeyError):
         cluster.edits(claim, ids)
-    assert cluster.api.devices()[name]["attributes"]["resource"] == {"string": "a"}
     cluster.unprepare(claim)
     if is_for_b:
         wait_for(lambda: cluster.api.devices()[name]["attributes"]["resource"] == {"string": "b"})
@@ -9839,7 +9875,7 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
 
 
 @needs_root
-def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
+def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, dev_on_tmpfs: Path, start: Starter) -> None:
     """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
     folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
     node.plug("cam0")
@@ -9858,9 +9894,8 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     both = dict.fromkeys(("cam0-0", "loop0-0"), "unhealthy:NoSchedule")
     wait_for(lambda: cluster.taints() == both)
     metrics = Status(daemon).metrics()
-    for name in ("loops", "cam0"):
-        assert metrics["devices", f"smarter-devices/{name}", "absent"] == 0
-        assert metrics["devices", f"smarter-devices/{name}", "unhealthy"] == 1
+    for name in ("smarter-devices/loops", "smarter-devices/cam0"):
+        assert (metrics["devices", name, "absent"], metrics["devices", name, "unhealthy"]) == (0, 1)
     assert cluster.gives(loop) == given[0]
     assert "lock: it is gone" in cluster.prepare(cam).error
     daemon.kill()
@@ -12063,7 +12098,7 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), identity=(), attributes=(),
+        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), attributes=(),
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
         problem="", since=1.0,
     )  # fmt: skip
