@@ -8234,7 +8234,7 @@ MANIFEST_OPTIONS = {
     **dict.fromkeys(("domain", "interval", "log_level", "log_format"), ARGUMENT),
     **dict.fromkeys(("conf", "plugin_dir", "pod_resources_socket", "dev_dir", "sys_dir", "listen"), PART),
     **dict.fromkeys(("api", "image", "namespace", "pip_index", "pip_ca"), PART),
-    **dict.fromkeys(("kubelet_dir", "cdi_dir", "kube_api", "kube_token_file", "kube_ca_file"), _DRA_ONLY),
+    **dict.fromkeys(("kubelet_dir", "cdi_dir", "gone_grace", "kube_api", "kube_token_file", "kube_ca_file"), _DRA_ONLY),
     "node_name": "one manifest is for all nodes, and Kubernetes tells each pod the name of its node; leave it out",
 }
 
