@@ -1368,7 +1368,7 @@ BAD_RULES = [
     ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
     ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
     ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
-    ("- devicematch: a\n  with: [{mounts: b}]", 2, 10, "the keys are path, containerpath, optional, permissions"),
+    ("- devicematch: a\n  with: [{mounts: b}]", 2, 11, "the keys are path, containerpath, optional, permissions"),
     ("- devicematch: a\n  devicematch: b", 2, 3, 'the key "devicematch" is there twice'),
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
