@@ -4810,8 +4810,8 @@ MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as 
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
-MAX_API_ANSWER = 4 << 20  # bytes
-SLICES_AT_ONCE = 16  # in an answer, of up to 200 KB each
+MAX_API_ANSWER = 2 << 20  # bytes
+SLICES_AT_ONCE = 8  # in an answer, of up to 200 KB each
 MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -5867,13 +5867,15 @@ def may_pass(error: Union[AllocationError, ApiError]) -> bool:
 # The slices and the classes.
 
 
-class ApiTask(NamedTuple):
-    """Work on the API server that is done when something CHANGED, every SECONDS, and, if it fails, soon again."""
+class ApiTask:
+    """WORK on the API server that is done every SECONDS, when something has changed, and soon again after a failure."""
 
-    work: Callable[[], Awaitable[None]]
-    seconds: float
-    changed: asyncio.Event
-    urgent: asyncio.Event  # ends the pause after a failure, too
+    def __init__(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        self.work = work
+        self.seconds = seconds
+        self.problem = ""  # why it failed
+        self.changed = asyncio.Event()
+        self.urgent = asyncio.Event()  # ends the pause after a failure, too
 
     def refresh(self) -> None:
         """Have the work done now."""
@@ -5885,29 +5887,28 @@ class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
     The slices share one generation, so either none is written or each one, once. None is where the server has what is
-    wanted, or what it made of what was written last. FINALLY_ is called when the slices are published. The classes are
-    a task of their own: with many resources, or where none can be made, a lost device is tainted all the same.
+    wanted, or what it made of what was written last. The classes, and CHECK_CLAIMS, are tasks of their own: with many
+    resources, or where no class can be made, a lost device is tainted all the same.
     """
 
-    def __init__(self, api: ApiServer, node: str, domain: str, finally_: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[None]]) -> None:
         self.published: List[SliceGroup] = []  # as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
-        self._finally = finally_
-        self._problems: Dict[Callable[[], Awaitable[None]], str] = {}  # by the work that fails
         self._wanted: List[SliceGroup] = []
         self._resources: Sequence[str] = ()
         self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
         self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
-        self._slices = ApiTask(self._publish, COMPARE_SECONDS, asyncio.Event(), asyncio.Event())
-        self._classes = ApiTask(self._make_classes, CLASS_SECONDS, asyncio.Event(), asyncio.Event())
+        self._slices = ApiTask(self._publish_slices, COMPARE_SECONDS)
+        self._classes = ApiTask(self._make_classes, CLASS_SECONDS)
+        self._tasks = (self._slices, self._classes, ApiTask(check_claims, COMPARE_SECONDS))
 
     @property
     def problems(self) -> List[str]:
         """Why not everything is published."""
-        return list(self._problems.values())
+        return [task.problem for task in self._tasks if task.problem]
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
@@ -5921,16 +5922,13 @@ class Publisher:
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._slices.refresh()
-        self._refresh_classes()
-
-    def _refresh_classes(self) -> None:
         self._made.clear()
-        self._classes.refresh()
+        for task in self._tasks:
+            task.refresh()
 
     async def run(self) -> None:
         """Publish until cancelled."""
-        await asyncio.gather(self._repeat(self._slices), self._repeat(self._classes))
+        await asyncio.gather(*map(self._repeat, self._tasks))
 
     async def _repeat(self, task: ApiTask) -> None:
         """Do TASK until cancelled."""
@@ -5940,35 +5938,32 @@ class Publisher:
                 backoff.reset()
             task.urgent.clear()
             task.changed.clear()
-            if await self._try(task.work):
-                backoff.reset()
-                await wait_for_event(task.urgent, MIN_PUBLISH_SECONDS)
-                await wait_for_event(task.changed, task.seconds)
-            else:
+            try:
+                await task.work()
+            except ApiError as error:
+                if str(error) not in self.problems:
+                    log_event("not-published", f"{error}; trying again", logging.WARNING)
+                task.problem = str(error)
                 backoff.fail(time.monotonic())
+                await asyncio.sleep(error.retry_after)
                 await wait_for_event(task.urgent, backoff.retry_at - time.monotonic())
+                continue
+            if task.problem:
+                task.problem = ""
+                if not self.problems:
+                    log_event("published-again", "the API server does what it is asked again")
+            backoff.reset()
+            await wait_for_event(task.urgent, MIN_PUBLISH_SECONDS)
+            await wait_for_event(task.changed, task.seconds)
 
-    async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
-        """Do WORK; whether it succeeded. After a failure this waits for as long as the API server asked for."""
-        try:
-            await work()
-        except ApiError as error:
-            if str(error) not in self.problems:
-                log_event("not-published", f"{error}; trying again", logging.WARNING)
-            self._problems[work] = str(error)
-            await asyncio.sleep(error.retry_after)
-            return False
-        if self._problems.pop(work, "") and not self._problems:
-            log_event("published-again", "the API server does what it is asked again")
-        return True
-
-    async def _publish(self) -> None:
-        """Make the slices what is wanted, and do what comes after them. Raises ApiError."""
+    async def _publish_slices(self) -> None:
+        """Make the slices what is wanted. Raises ApiError."""
         for tries_left in (2, 1, 0):
             wanted, copies = self._wanted, await self._list_slices()
             is_ours = copies == self._copies  # nobody else has changed them
             if not is_ours and self.published_at:
-                self._refresh_classes()  # the API server may be another one, without them
+                self._made.clear()  # the API server may be another one, without classes
+                self._classes.refresh()
             if not is_ours or wanted != self.published:
                 try:
                     await self._replace(copies, wanted)
@@ -5978,8 +5973,7 @@ class Publisher:
                         continue
                     raise
             self.published, self._copies, self.published_at = wanted, copies, time.time()
-            break
-        await self._try(self._finally)
+            return
 
     async def _list_slices(self) -> Dict[str, SliceCopy]:
         """The slices that the API server has, read a few at a time. Raises ApiError."""

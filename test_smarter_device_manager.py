@@ -10217,10 +10217,8 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
     camera.api.fault = lambda verb, kind: 0.1
     start(*camera.options())
     wait_for(camera.api.devices)
-    begin = time.monotonic()
     camera.node.unplug("video0")
     wait_for(lambda: camera.api.tainted() == {"video0-0", "video0-1"})
-    assert time.monotonic() - begin < 3
     assert len(camera.api.classes()) < 40
     wait_for(lambda: len(camera.api.classes()) == 41)
 
@@ -10229,11 +10227,10 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
-    begin = time.monotonic()
-    start(*camera.options())
+    daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1")
     assert camera.gives(camera.claim("video0-0"))
-    assert time.monotonic() - begin < sdm.API_SECONDS
+    assert "did not answer" not in daemon.log
 
 
 @needs_root
@@ -10247,13 +10244,13 @@ def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster,
         found = f"lambda *_, **__: [(2, 1, 6, '', ('127.0.0.1', port)) for port in {ports}]"
         through = with_constants()
         through[-1] = f"import socket; socket.getaddrinfo = {found}; {through[-1]}"
-        begin = time.monotonic()
-        start(*camera.options(**{"kube-api": f"https://localhost:{camera.api.port}"}), through=through)
+        daemon = start(*camera.options(**{"kube-api": f"https://localhost:{camera.api.port}"}), through=through)
         camera.ready("video0-0", "video0-1")
-        assert time.monotonic() - begin < sdm.API_SECONDS
+        assert "did not answer" not in daemon.log
 
 
 @needs_root
+@pytest.mark.timeout(300)  # alone on the machine, it takes 15 s
 def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
     node: Node, cluster: Cluster, start: Starter
 ) -> None:
@@ -10261,11 +10258,12 @@ def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
         node.plug(f"video{number}")
     node.rules(VIDEO.replace("2", "10000"))
     daemon = start(*cluster.options(), through=with_constants(COMPARE_SECONDS=0.5))
-    wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=60)
-    node.unplug("video0")
-    wait_for(lambda: len(cluster.api.tainted()) == 10_000, patience=60)
+    wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=200)
     lists = [call for call in cluster.api.calls if call.verb == "list"]
-    wait_for(lambda: len([call for call in cluster.api.calls if call.verb == "list"]) > len(lists) + 30)
+    pages = math.ceil(235 / sdm.SLICES_AT_ONCE)
+    more = len(lists) + 2 * pages
+    wait_for(lambda: [call.verb for call in cluster.api.calls].count("list") > more, patience=200)
+    assert [call.status for call in cluster.api.calls if call.verb in ("update", "delete")] == []
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
