@@ -5547,6 +5547,7 @@ class Claims:
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._wanted: Dict[str, CdiFile] = {}
         self._plan: Optional[Plan] = None
+        self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
         self._slots: SlotsOfDra = {}  # those of the plan
         self._settings = settings
         self._api = api
@@ -5661,8 +5662,10 @@ class Claims:
         resource, slot = self._plan and self._plan.resources.get(device.resource), self._slots.get(device.name)
         for found in resource.devices if resource else ():
             if device_path(found) == device.path:
+                is_swapped = found.is_gone and slot and slot.device is not found
+                (self._swapped.add if is_swapped else self._swapped.discard)(device.name)
                 return found
-        return slot.device if slot and not device.is_gone else None
+        return slot.device if slot and device.name not in self._swapped else None
 
     def _problem_of(self, device: PreparedDevice) -> str:
         """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
@@ -5677,7 +5680,7 @@ class Claims:
         if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
             return Reason.GONE.template
         is_left_out = self._plan and any(device.path == f"/dev/{left.path}" for left in self._plan.left_out)
-        return Reason.SWAPPED.template if is_left_out or (device.is_gone and device.name in self._slots) else ""
+        return Reason.SWAPPED.template if is_left_out or device.name in self._swapped else ""
 
     def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
         """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
