@@ -9454,7 +9454,7 @@ def with_constants(**constants: float) -> list[str]:
 
 
 FORGETFUL = {"Claims.GONE_SECONDS": 0.0}  # for tests that need not wait until no pod can have a claim that is gone
-IMPATIENT = {"Claims.PREPARE_SECONDS": 0.3}  # for tests of what a claim is refused for, which is said after a wait
+IMPATIENT = {"Claims.PREPARE_SECONDS": 1.5}  # for tests of what a claim is refused for, which is said after a wait
 
 VIDEO = "- devicematch: ^video[0-9]*$\n  nummaxdevices: 2\n"
 SERIAL = "- devicematch: ^serial/\n"
