@@ -5322,7 +5322,6 @@ class Claims:
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._wanted: Dict[str, CdiFile] = {}
         self._plan: Optional[Plan] = None
-        self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
         self._slots: SlotsOfDra = {}  # those of the plan
         self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
         self._settings = settings
