@@ -7557,7 +7557,7 @@ def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_serve
     kubelet.refused["null"] = "no room\nat the inn"
     offer(node, *NAMES)
     daemon = start()
-    wait_ready(kubelet, [name for name in NAMES if name != "null"], 3.0)
+    wait_ready(kubelet, [name for name in NAMES if name != "null"])
     wait_for(lambda: kubelet.count("null") == 3)
     first, second, third = kubelet.times("null")
     assert 0.9 < second - first < third - second  # 1 s, then 2 s, and what a busy machine adds
