@@ -3748,7 +3748,25 @@ class KubeletSide:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
-# all. The behaviour follows what the real kubelet does, as comments say. The Status chapter reads the counters.
+# all. The Status chapter reads the counters.
+#
+# Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory, on which
+# we serve. We call Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream
+# open (ListAndWatch), on which we send the whole list of slots whenever it changes. While that stream is open, the
+# resource is on the node. A pod that is given slots costs one call of Allocate; for rules by attributes, the kubelet
+# also asks before each start of a container (PreStartContainer), since it keeps Allocate's answer for the pod's life.
+#
+# DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
+# kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
+# for a kubelet; take the lease of the name, which another instance may have; serve on the socket; register; watch the
+# stream; and when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers
+# the kubelet's calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+#
+# Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
+# so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
+# stays as it is. When an older stream of a resource ends, it disconnects the newest client of that resource; so the old
+# server ends before anything is registered again, and before the lease is given back. And what is not registered when a
+# pod starts fails that pod for good; so nothing here waits for a poll where the kernel can signal a change.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
@@ -3758,13 +3776,9 @@ LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks 
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
-STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-HAND_OVER_SECONDS = 0.002  # per resource that ends while another instance waits for it
 DESCRIPTORS_EACH = 2  # file descriptors per registered resource
 RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
-MAX_HAND_OVER_SECONDS = 1.0  # for all of them
-LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
 NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
@@ -4192,8 +4206,9 @@ class RegistrationFailure(Exception):
 
 
 class Registration:
-    """The life of one resource with the kubelet. run() reads from top to bottom: wait for a kubelet and for the lease,
-    serve, register, watch, end; and again, until retire()."""
+    """The life of one resource with the kubelet: run(), until retire()."""
+
+    STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
@@ -4351,7 +4366,7 @@ class Registration:
         """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
         if not self._is_registered:
             return
-        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), STREAM_SECONDS)
+        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), self.STREAM_SECONDS)
         opened_at = time.monotonic()
         while not self._is_over(kubelet):
             if self._is_stream_open and not self._is_socket_lost:
@@ -4369,7 +4384,7 @@ class Registration:
             raise RegistrationFailure("stream-lost", "its socket file was deleted")
         if self._stream:
             raise RegistrationFailure("stream-lost", "the kubelet ended its stream")
-        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {STREAM_SECONDS:.0f} s")
+        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s")
 
     async def _until(self, is_so: Callable[[], object], seconds: Optional[float] = None) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
@@ -4417,10 +4432,12 @@ class Registration:
 class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
 
-    It starts and ends one registration per resource, and informs them about a new kubelet and changes in the plugin
-    directory. It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed
-    to look_now()) only makes the looks fewer and sooner.
+    It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed to
+    look_now()) only makes the looks fewer and sooner.
     """
+
+    LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
+    HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS = 0.002, 1.0  # per resource that another instance waits for, and for all
 
     def __init__(
         self,
@@ -4439,7 +4456,7 @@ class DevicePluginSide(KubeletSide):
         self.slots: SlotsOfDra = {}  # without DRA there is none
         self._events = GroupedLog(loop)
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
-        self._leases = Leases(f"{plugin_dir}/{LEASES}")
+        self._leases = Leases(f"{plugin_dir}/{self.LEASES}")
         self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases, self._events)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
@@ -4485,7 +4502,7 @@ class DevicePluginSide(KubeletSide):
     async def _retire_all(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
         is without a stream meanwhile, and if all ended at once, the first would wait for the last."""
-        pause = min(HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
+        pause = min(self.HAND_OVER_SECONDS, self.MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
         began, is_awaited = time.monotonic(), self._leases.is_awaited()
         for number, name in enumerate(list(self.registrations)):
             self.registrations.pop(name).retire()
