@@ -3315,14 +3315,17 @@ class UnixServer:
         return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
 
     async def stop(self) -> None:
-        """Remove the socket file if it is still ours, and end the server. Calls in progress get STOP_SECONDS."""
+        """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
+
+        An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
+        """
+        await self._server.stop(STOP_SECONDS)
         try:
             if self._inode and os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 log.warning("cannot remove %s: %s", self.path, error.strerror)
-        await self._server.stop(STOP_SECONDS)
 
     def _bind(self, path: str) -> None:
         mask = os.umask(0o177)
