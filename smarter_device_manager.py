@@ -5744,6 +5744,8 @@ class DraSide(KubeletSide):
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
+            for path in self.settings.sockets:
+                os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self.is_standby = not all(map(self._leases.take, self.settings.sockets))
             if not self.is_standby:
                 await self._serve()
@@ -5774,7 +5776,6 @@ class DraSide(KubeletSide):
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
         for path in self.settings.sockets:
-            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.

@@ -1361,7 +1361,7 @@ BAD_RULES = [
     ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
     ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
     ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
-    ("- devicematch: a\n  with: [{mounts: b}]", 2, 10, "the keys are path, containerpath, optional, permissions"),
+    ("- devicematch: a\n  with: [{mounts: b}]", 2, 11, "the keys are path, containerpath, optional, permissions"),
     ("- devicematch: a\n  devicematch: b", 2, 3, 'the key "devicematch" is there twice'),
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
@@ -9386,7 +9386,7 @@ def with_constants(**constants: float) -> list[str]:
 
 
 FORGETFUL = {"Claims.GONE_SECONDS": 0.0}  # for tests that need not wait until no pod can have a claim that is gone
-IMPATIENT = {"Claims.PREPARE_SECONDS": 0.3}  # for tests of what a claim is refused for, which is said after a wait
+IMPATIENT = {"Claims.PREPARE_SECONDS": 1.5}  # for tests of what a claim is refused for, which is said after a wait
 
 VIDEO = "- devicematch: ^video[0-9]*$\n  nummaxdevices: 2\n"
 SERIAL = "- devicematch: ^serial/\n"
