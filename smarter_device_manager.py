@@ -1805,7 +1805,9 @@ class Sysfs:
             self._appeared.update(dict.fromkeys(wanted.keys() - self._wanted.keys(), now))
             self._wanted = wanted
         self._appeared = {
-            node: when for node, when in self._appeared.items() if now - when < self.ATTRIBUTE_WAIT_SECONDS
+            node: when
+            for node, when in self._appeared.items()
+            if node in wanted and now - when < self.ATTRIBUTE_WAIT_SECONDS
         }
         again = self._unread.union(node for node in unfit if node in self._appeared)
         if not everything and not again and len(self.chains) == len(wanted):
@@ -2024,18 +2026,20 @@ class Device:
     line: int  # of the rule that it follows
     is_pool: bool  # whether that rule names the resource
     slots: int
-    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
-    permissions: str
-    env: Values
-    numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    facts: Values  # what sysfs says about it, for DRA
     nodes: Tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
     chosen_by: Values  # the attributes by which the rule chose it, or named its resource; none if its path alone did
     values: Values  # of the attributes in its rule's templates
-    specs: Tuple[DeviceSpec, ...]  # what a container that has it is given at a start now; empty if it may not start
-    problem: str  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
-    since: float  # time.monotonic() since when that is so
+    since: float  # time.monotonic() since when it is there, or gone, or has a problem
+    problem: str = ""  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
     is_gone: bool = False  # no node is at its path, or another one than the rule chose
+    parts: Tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
+    permissions: str = ""
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    numa: Tuple[int, ...] = ()  # the NUMA nodes that it is close to
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
+    specs: Tuple[
+        DeviceSpec, ...
+    ] = ()  # what a container that has it is given at a start now; empty if it may not start
 
     def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
         """Whether NODES are its own, and not others that came to stand at its path."""
@@ -2468,25 +2472,21 @@ def _device(
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
     chains = [look.chains.get(node.entry, ()) for node in nodes]
-    facts = [facts_of(chain).items() for chain in chains]
+    facts, *others = [facts_of(chain) for chain in chains] or [{}]
     device = Device(
         path=path,
         line=rule.line,
         is_pool=bool(rule.resource),
         slots=rule.slots,
+        nodes=nodes,
+        chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
+        values=found.values,
+        since=look.now,
         parts=tuple(_parts(path, rule, match, found.values)),
         permissions=rule.permissions,
         env=env,
         numa=tuple(sorted({numa for numa in map(numa_of, chains) if numa is not None})),
-        facts={name: value for name, value in facts[0] if all((name, value) in other for other in facts)}
-        if facts
-        else {},
-        nodes=nodes,
-        chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
-        values=found.values,
-        specs=(),
-        problem="",
-        since=look.now,
+        facts={name: value for name, value in facts.items() if all(other.get(name) == value for other in others)},
     )
     try:
         return dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
@@ -6792,23 +6792,7 @@ class KeptDevices:
                 is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
                 numbers = kept["nodes"] if is_same_boot else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                device = Device(
-                    path=path,
-                    line=0,
-                    is_pool=True,
-                    slots=0,
-                    parts=(),
-                    permissions="",
-                    env={},
-                    numa=(),
-                    facts={},
-                    nodes=nodes,
-                    chosen_by=chosen_by,
-                    values=values,
-                    specs=(),
-                    problem="",
-                    since=time.monotonic(),
-                )
+                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
                 others = resources[name].devices if name in resources else ()
                 resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:

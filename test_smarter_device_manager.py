@@ -2454,7 +2454,9 @@ def test_a_kept_file_of_any_content_does_not_end_the_start(
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
     side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
     side.start()
-    sdm.log_changes(sdm.EMPTY_PLAN, side.plan)
+    log = sdm.ChangeLog()
+    log.take(side.plan)
+    log.flush(time.monotonic())
     for found in side.plan.resources.values():
         sdm._list_message(found).SerializeToString()
 
@@ -12159,9 +12161,8 @@ class Tags(html.parser.HTMLParser):
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
     device = sdm.Device(
-        path=HOSTILE_WORD, line=1, slots=2, parts=(), permissions="rw", env=(), numa=(), attributes=(),
+        HOSTILE_WORD, 1, True, 2, nodes=(), chosen_by={}, values={}, since=1.0,
         specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
-        problem="", since=1.0,
     )  # fmt: skip
     gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
     plan = sdm.Plan(
