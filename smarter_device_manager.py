@@ -1274,6 +1274,7 @@ _KINDS = {
     stat.S_IFIFO: "FIFO",
 }
 ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what os.listdir() makes of a byte that is not UTF-8
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
@@ -1392,17 +1393,9 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     if not nodes:
         raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
-        if not name.isascii() and not _is_utf8(name):
+        if _NOT_UTF8.search(name):
             raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
@@ -2069,7 +2062,7 @@ class Slot(NamedTuple):
     @property
     def id(self) -> str:
         """Its ID in the device plugin API, which follows from paths alone: so it means the same device tomorrow."""
-        return _slot_id(self.resource, self.device, self.number)
+        return f"{self.device.path}:{self.number}" if self.resource.pool else str(self.number)
 
     @property
     def healthy(self) -> bool:
@@ -2218,8 +2211,8 @@ def make_plan(previous: Plan, look: Look) -> Plan:
                 left_out.append(LeftOut.of(path, rule.line, error))
                 continue  # an earlier rule may fit
             try:
-                name = _resource_name(path, rule, match, found)
-                offered.setdefault(name, {})[path] = _device(path, nodes, rule, match, found, look)
+                name, device = _device(path, nodes, rule, match, found, look)
+                offered.setdefault(name, {})[path] = device
             except NotADevice as error:
                 left_out.append(LeftOut.of(path, rule.line, error))
             break
@@ -2260,29 +2253,18 @@ def _kept(device: Device, look: Look) -> Tuple[str, Optional[Device]]:
     for rule, match in _named(device.path, device.nodes, look.matcher):
         if isinstance(match, SearchTimeout) or not _chooses(rule, device):
             continue
-        try:
-            parts = tuple(_parts(device.path, rule, match, device.values))
-            name = _resource_name(device.path, rule, match, Fit(values=device.values))
-        except NotADevice:
-            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
         problem, is_gone = _find_loss(device, rule, look)
         since = device.since if device.is_gone else look.now
         if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
             break
+        try:
+            name, fresh = _device(device.path, device.nodes, rule, match, Fit(device.chosen_by, device.values), look)
+        except NotADevice:
+            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
+        specs = () if is_gone else fresh.specs
         kept = dataclasses.replace(
-            device,
-            line=rule.line,
-            is_pool=bool(rule.resource),
-            slots=rule.slots,
-            parts=parts,
-            permissions=rule.permissions,
-            specs=(),
-            problem=problem,
-            is_gone=is_gone,
+            fresh, problem=problem, is_gone=is_gone, specs=specs, numa=device.numa, facts=device.facts
         )
-        if not is_gone:
-            with contextlib.suppress(NotADevice):
-                kept = dataclasses.replace(kept, specs=tuple(specs_of(kept, look.snapshot, look.dev_dir)))
         return name, kept
     return "", None
 
@@ -2327,21 +2309,15 @@ def _dated(devices: Mapping[str, Device], previous: Optional[Resource], now: flo
     return dated
 
 
-class Overridden(NamedTuple):
-    """A rule that names a device without effect, because a later rule applies to it."""
-
-    rule: Rule
-    device: Device
-
-
-def find_overridden(plan: Plan, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
+def find_overridden(plan: Plan, matcher: Matcher) -> List[Tuple[Rule, Device]]:
+    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
+    sorted order."""
     found = []
     for device in devices_of(plan):
         named = [rule for rule, match in _named(device.path, device.nodes, matcher) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
-        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
+        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
 
 
 class Offer(NamedTuple):
@@ -2454,21 +2430,18 @@ def _fit_nodes(rule: Rule, nodes: Sequence[DeviceNode], chains: Mapping[Entry, C
     return next((found for found in fits if not found.problem), fits[0])
 
 
-def _resource_name(path: str, rule: Rule, match: re.Match[str], found: Fit) -> str:
-    """The name of the resource of the device at PATH, which RULE fits as FOUND. Raises NotADevice if there is none."""
+def _device(
+    path: str, nodes: Tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
+) -> Tuple[str, Device]:
+    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
+
+    Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
+    """
     if found.problem:
         raise found.problem
     name = resource_name(expand(rule.resource, match, found.values) if rule.resource else path)
     if not name:
         raise NotADevice(Reason.NO_NAME)
-    return name
-
-
-def _device(
-    path: str, nodes: Tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
-) -> Device:
-    """The device with NODES at PATH, which RULE fits as FOUND. Raises NotADevice if one of its paths in a container is
-    not a good one."""
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
     chains = [look.chains.get(node.entry, ()) for node in nodes]
@@ -2489,9 +2462,9 @@ def _device(
         facts={name: value for name, value in facts.items() if all(other.get(name) == value for other in others)},
     )
     try:
-        return dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
+        return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
     except NotADevice as error:
-        return dataclasses.replace(device, problem=str(error))
+        return name, dataclasses.replace(device, problem=str(error))
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Iterator[Part]:
@@ -2571,29 +2544,18 @@ def slots_of(resource: Resource) -> Tuple[Slot, ...]:
     return tuple(Slot(resource, device, number) for device in resource.devices for number in range(device.slots))
 
 
-def _slot_id(resource: Resource, device: Device, number: int) -> str:
-    return f"{device.path}:{number}" if resource.pool else str(number)
+def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Slot]]]:
+    """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none.
 
-
-def named_devices(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Device]]]:
-    """Each of SLOT_IDS once, with the device of RESOURCE that it names; None if it names none."""
+    The number may be too high by now, because the device had more slots when the ID was allocated.
+    """
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     for slot_id in dict.fromkeys(slot_ids):
-        device = devices.get(slot_id.rpartition(":")[0])
-        yield slot_id, device if device and names_device(device, resource, slot_id) else None
-
-
-def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
-    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
-
-
-def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
-    path, _, number = slot_id.rpartition(":")
-    if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
-        return False
-    return _slot_id(resource, device, int(number)) == slot_id
+        path, _, number = slot_id.rpartition(":")
+        slot = None
+        if path in devices and re.fullmatch("0|[1-9][0-9]{0,4}", number):
+            slot = Slot(resource, devices[path], int(number))
+        yield slot_id, slot if slot and slot.id == slot_id else None
 
 
 class AllocationError(Exception):
@@ -2614,10 +2576,10 @@ class ContainerAllocation(NamedTuple):
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
     """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
-    for slot_id, device in named_devices(resource, slot_ids):
-        if device is None or not is_slot_of(device, resource, slot_id):
+    for slot_id, slot in named_slots(resource, slot_ids):
+        if slot is None or slot.number >= slot.device.slots:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
-        chosen[device.path] = device
+        chosen[slot.device.path] = slot.device
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
@@ -2646,7 +2608,7 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
     free = set(available) - kept
     ranked = []
     for device in resource.devices:
-        ids = [_slot_id(resource, device, number) for number in range(device.slots)]
+        ids = [Slot(resource, device, number).id for number in range(device.slots)]
         chosen = sum(slot_id in kept for slot_id in ids)
         left = [slot_id for slot_id in ids if slot_id in free]
         in_use = device.slots - chosen - len(left)
@@ -3816,10 +3778,10 @@ class Plugin:
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
-        for slot_id, device in named_devices(self.resource, request.devices_ids):
-            if device is None:
+        for slot_id, slot in named_slots(self.resource, request.devices_ids):
+            if slot is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
-            slot_ids.setdefault(device.path, slot_id)
+            slot_ids.setdefault(slot.device.path, slot_id)
         devices = [device for device in self.resource.devices if device.path in slot_ids]
         found = await self._devices.find_start_problem(devices)
         if found:
@@ -5952,15 +5914,17 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
     if holders is None:
         return {"in_use": None, "holders": None}
-    devices = {device.path if resource.pool else "": device for device in resource.devices}
-    found = set()
-    for holder in holders.get(resource.name, ()):
-        path, _, number = holder.slot.rpartition(":")
-        if path in devices and is_slot_of(devices[path], resource, holder.slot):
-            found.add((path, int(number), holder))
+    own = holders.get(resource.name, ())
+    slots = {slot_id: slot for slot_id, slot in named_slots(resource, (holder.slot for holder in own)) if slot}
+    found = {
+        (slot.device.path, slot.number, holder)
+        for holder in own
+        for slot in [slots.get(holder.slot)]
+        if slot and slot.number < slot.device.slots
+    }
     held = [
-        {"slot": holder.slot, "device": device_path(devices[path]), **holder._asdict()}
-        for path, _, holder in sorted(found)
+        {"slot": holder.slot, "device": device_path(slots[holder.slot].device), **holder._asdict()}
+        for _, _, holder in sorted(found)
     ]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
@@ -7025,7 +6989,7 @@ class DeviceSide:
             self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
         return self.plan if is_new else None
 
-    def overridden(self) -> List[Overridden]:
+    def overridden(self) -> List[Tuple[Rule, Device]]:
         """Devices that a rule names without effect, because another rule has them."""
         return find_overridden(self.plan, self._matcher)
 
@@ -7724,7 +7688,7 @@ def _path_below(text: str, dev_dir: str) -> str:
     return path if path != "." and not path.startswith(("/", "..")) else ""
 
 
-def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}

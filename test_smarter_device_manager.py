@@ -5424,7 +5424,7 @@ def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> Non
     kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
     node.unplug("nvidiactl")
     kubelet.wait_for("gpu", Healthy=0, Unhealthy=4)
-    daemon.says(r"2 devices: Unhealthy: it goes with /dev/nvidiactl: it is gone")
+    daemon.says("/dev/nvidia1: Unhealthy: it goes with /dev/nvidiactl: it is gone")
     node.plug("nvidiactl")
     kubelet.wait_for("gpu", Healthy=4, Unhealthy=0)
     assert kubelet.registrations == [kubelet.name("gpu")]
@@ -5998,6 +5998,12 @@ def set_serial(board: Board, tty: str, serial: str) -> None:
     ((board.node.sys / f"dev/char/188:{tty[-1]}").resolve().parents[3] / "serial").write_text(serial + "\n")
 
 
+def swap_stick(board: Board, tty: str, serial: str) -> None:
+    """Replace the stick at the node TTY by one with another SERIAL number."""
+    unplug_stick(board, tty)
+    plug_stick(board, tty, serial)
+
+
 def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
     """The words with which the start of a container with IDS is refused."""
     with pytest.raises(grpc.RpcError) as caught:
@@ -6205,7 +6211,7 @@ def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_loo
     node.rules(STICKS)
     start("--interval", "3600")
     kubelet.wait_for("ttyUSB0", Healthy=1)
-    set_serial(board, "ttyUSB0", "A2")
+    swap_stick(board, "ttyUSB0", "A2")
     words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "A2" and was "A1"')
     assert start_refusal(kubelet, "ttyUSB0", "0") == words
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
@@ -6329,16 +6335,18 @@ def test_a_refused_start_is_logged_again_after_a_good_one_however_long_the_id_is
     node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
     path = f"{'d' * 120}/{'e' * 120}"
-    folder = node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
+    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
     node.rules("- {devicematch: ^d+/, resource: sticks, attributes: {serial: A1}}\n")
     daemon = start()
     kubelet.wait_for("sticks", Healthy=1)
     for times in (1, 2):
-        (folder / "serial").write_text("B1\n")
+        node.unplug(path)
+        node.sysfs("usb1/stick", {"serial": "B1"}, node.plug(path))
         for _ in range(2):
             assert 'its serial is "B1"' in start_refusal(kubelet, "sticks", f"{path}:0")
         wait_for(lambda times=times: daemon.log.count("start of a container refused") == times)
-        (folder / "serial").write_text("A1\n")
+        node.unplug(path)
+        node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
         wait_for(lambda: may_start(kubelet, "sticks", f"{path}:0"))
 
 
@@ -6560,7 +6568,7 @@ def test_a_resource_that_is_named_by_an_attribute_has_its_starts_checked(
     start("--interval", "3600")
     kubelet.wait_for("stick-A1", Healthy=1)
     kubelet.starts("stick-A1", "ttyUSB0:0")
-    set_serial(board, "ttyUSB0", "C1")
+    swap_stick(board, "ttyUSB0", "C1")
     words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
     assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
     kubelet.wait_for("stick-C1", Healthy=1)
@@ -6641,6 +6649,8 @@ def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, nod
         for turn in range(6):
             stuck.write_text("")
             flag.touch()
+            node.unplug("ttyUSB0")
+            build(node.dev, {"ttyUSB0": "char 188:0"})
             with plugin_stub(node, "ttyUSB0") as stub, plugin_stub(node, "sticks") as pool:
                 stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
                 pool.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
@@ -6678,12 +6688,12 @@ def test_a_conf_that_has_a_rule_ask_for_attributes_has_its_resource_registered_a
     kubelet.wait_for("ttyUSB0", Healthy=1)
     assert [request.options.pre_start_required for _, request in kubelet.requests] == [False, True]
     assert kubelet.client("ttyUSB0").options.pre_start_required
-    set_serial(board, "ttyUSB0", "C1")
+    swap_stick(board, "ttyUSB0", "C1")
     assert not may_start(kubelet, "ttyUSB0", "0")
-    set_serial(board, "ttyUSB0", "A1")
+    swap_stick(board, "ttyUSB0", "A1")
     node.rules("- {devicematch: ^ttyUSB, nummaxdevices: 2}\n")
     kubelet.wait_for("ttyUSB0", Healthy=2)
-    set_serial(board, "ttyUSB0", "C1")
+    swap_stick(board, "ttyUSB0", "C1")
     kubelet.starts("ttyUSB0", "0")
     assert kubelet.count("ttyUSB0") == 2
 
@@ -8274,7 +8284,7 @@ def test_a_request_for_all_slots_of_a_large_pool_keeps_others_waiting_for_a_mome
     start()
     kubelet.wait_for("pool", Healthy=50_000)
     ids = [f"v{number}:{slot}" for slot in range(250) for number in range(200)]
-    assert cpu_seconds(lambda: list(sdm.named_devices(pool_of(200), ids))) < 1.0
+    assert cpu_seconds(lambda: list(sdm.named_slots(pool_of(200), ids))) < 1.0
     assert len(kubelet.take("pool", *ids).devices) == 200
 
 
@@ -8302,7 +8312,7 @@ UNFORESEEN = {  # a request of each method, and what fails when it is looked at
         pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["video0:0"])]),
         "sdm.allocate",
     ),
-    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.named_devices"),
+    "PreStartContainer": (pb.PreStartContainerRequest(devices_ids=["video0:0"]), "sdm.named_slots"),
 }
 
 
@@ -8778,12 +8788,10 @@ LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
 def device_of_path(path: str, **fields: Any) -> sdm.Device:
     values: dict[str, Any] = {
-        "path": path, "line": 1, "slots": 1, "parts": (sdm.Part(path, f"/dev/{path}", False, "rw"),),
-        "permissions": "rw", "env": (), "numa": (), "attributes": (), "specs": (), "problem": "",
-        "since": 0.0,
+        "path": path, "line": 1, "is_pool": False, "slots": 1, "nodes": (), "chosen_by": {}, "values": {},
+        "since": 0.0, "parts": (sdm.Part(path, f"/dev/{path}", False, "rw"),), "permissions": "rw",
     }  # fmt: skip
-    known = {field.name for field in dataclasses.fields(sdm.Device)}
-    return sdm.Device(**{key: value for key, value in {**values, **fields}.items() if key in known})
+    return sdm.Device(**{**values, **fields})
 
 
 def plan_of(*devices: sdm.Device, pool: str = "") -> sdm.Plan:
@@ -8828,7 +8836,7 @@ def test_names_of_devices_are_63_characters_long_at_the_most() -> None:
 
 def test_attributes_are_within_the_limits_of_the_api() -> None:
     facts = {"idVendor": "10c4", "serial": "é" * 200, "product": "x" * 64, "driver": "cp210x"}
-    device = device_of_path("serial/" + "y" * 100, numa=(1,), facts=tuple(facts.items()), slots=2)
+    device = device_of_path("serial/" + "y" * 100, numa=(1,), facts=facts, slots=2)
     found = slice_devices(plan_of(device, pool="serial"))
     assert [item["attributes"]["slot"] for item in found] == [{"int": 0}, {"int": 1}]
     attributes = found[0]["attributes"]
