@@ -2030,17 +2030,12 @@ class Device:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     numa: Tuple[int, ...] = ()  # the NUMA nodes that it is close to
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
-    specs: Tuple[
-        DeviceSpec, ...
-    ] = ()  # what a container that has it is given at a start now; empty if it may not start
+    specs: Tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
 
     def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
         """Whether NODES are its own, and not others that came to stand at its path."""
-        return [_number(node) for node in nodes] == [_number(node) for node in self.nodes]
-
-
-def _number(node: DeviceNode) -> Tuple[int, int]:
-    return node.entry.device, node.entry.inode
+        now, before = ([(node.entry.device, node.entry.inode) for node in each] for each in (nodes, self.nodes))
+        return now == before
 
 
 @dataclass(frozen=True)
@@ -2106,31 +2101,24 @@ class Matcher:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._matches: Dict[str, Named] = {}
-        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
-        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
-        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
-        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
+        self._matches: Dict[Tuple[str, bool], Named] = {}
+        self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
+            is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
+        }
+        self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
 
-    def __call__(self, path: str) -> Named:
-        """The rules that name PATH, which is below /dev."""
-        found = self._matches.get(path)
-        if found is None:
-            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
-        return found
-
-    def gpu(self, name: str) -> Named:
-        """The rules that name the GPU NAME of a Tegra."""
-        return _found(self._gpu_rules, self._gpu_expressions, name)
+    def __call__(self, path: str, is_gpu: bool = False) -> Named:
+        """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
+        key = path, is_gpu
+        if key not in self._matches:
+            pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
+            self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
+        return self._matches[key]
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered, except about PATHS."""
         keep = set(paths)
-        self._matches = {path: found for path, found in self._matches.items() if path in keep}
-
-
-def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
-    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
+        self._matches = {key: named for key, named in self._matches.items() if key[0] in keep}
 
 
 Found = Mapping[str, Tuple[DeviceNode, ...]]  # the nodes of each device by path; a Tegra GPU has none
@@ -2148,7 +2136,7 @@ def find_devices(
                 found[path] = tuple(resolve(snapshot, path, dev_dir))
             except NotADevice as error:
                 problems[path] = error
-    found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
+    found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
     return found, problems
 
 
@@ -2160,11 +2148,6 @@ def expiry_times(plan: Plan) -> Iterator[float]:
 def devices_of(plan: Plan) -> Iterator[Device]:
     """The devices of all resources of PLAN."""
     return (device for resource in plan.resources.values() for device in resource.devices)
-
-
-def _named(path: str, nodes: Sequence[DeviceNode], matcher: Matcher) -> Named:
-    """The rules that name the device with NODES at PATH."""
-    return matcher(path) if nodes else matcher.gpu(path)
 
 
 def wanted_attributes(found: Found, matcher: Matcher) -> Mapping[Entry, Names]:
@@ -2201,7 +2184,7 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     left_out: List[LeftOut] = []
     offered: Dict[str, Dict[str, Device]] = {}  # by resource and path
     for path, nodes in look.found.items():
-        for rule, match in _named(path, nodes, look.matcher):
+        for rule, match in look.matcher(path, not nodes):
             try:
                 if isinstance(match, SearchTimeout):
                     why = f"{TOOK_TOO_LONG} in this name: {rule.pattern}"
@@ -2227,8 +2210,8 @@ def make_plan(previous: Plan, look: Look) -> Plan:
         left_out += losers
         if devices:
             resources[name] = Resource(name, devices[0].is_pool, tuple(devices))
-    named = [_named(path, nodes, look.matcher) for path, nodes in look.found.items()]
-    named += [_named(device.path, device.nodes, look.matcher) for device in kept.values()]
+    named = [look.matcher(path, not nodes) for path, nodes in look.found.items()]
+    named += [look.matcher(device.path, not device.nodes) for device in kept.values()]
     used = {id(rule) for rules in (*named, *map(look.matcher, look.problems)) for rule, _ in rules}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
@@ -2250,7 +2233,7 @@ def _keep(previous: Plan, look: Look, offered: Dict[str, Dict[str, Device]]) -> 
 
 def _kept(device: Device, look: Look) -> Tuple[str, Optional[Device]]:
     """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
-    for rule, match in _named(device.path, device.nodes, look.matcher):
+    for rule, match in look.matcher(device.path, not device.nodes):
         if isinstance(match, SearchTimeout) or not _chooses(rule, device):
             continue
         problem, is_gone = _find_loss(device, rule, look)
@@ -2314,7 +2297,7 @@ def find_overridden(plan: Plan, matcher: Matcher) -> List[Tuple[Rule, Device]]:
     sorted order."""
     found = []
     for device in devices_of(plan):
-        named = [rule for rule, match in _named(device.path, device.nodes, matcher) if isinstance(match, re.Match)]
+        named = [rule for rule, match in matcher(device.path, not device.nodes) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
         found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
     return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
