@@ -1307,7 +1307,7 @@ class Reason(enum.Enum):
     MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
     NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
     NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
-    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NO_NAME = "bad_name", "its path has no letter or digit to make a resource name from"
     NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
     NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
     CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'

@@ -3440,7 +3440,7 @@ def test_of_paths_with_one_name_the_one_that_is_the_name_has_it_else_the_first_i
 def test_a_path_without_a_letter_or_digit_is_left_out() -> None:
     plan = offered("- devicematch: ^[._-]*$\n", snapshot_of({"...": "char", "_": "char", "._a": "char"}))
     assert plan.resources == {}
-    assert left(plan) == dict.fromkeys(("...", "_"), "no letter or digit is left to name a resource by")
+    assert left(plan) == dict.fromkeys(("...", "_"), "its path has no letter or digit to make a resource name from")
 
 
 def test_the_last_rule_that_names_a_device_counts() -> None:
