@@ -1711,7 +1711,14 @@ class Scanner:
                 todo += listings[path].subfolders
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
-            self._snapshot = _assemble(_entry(root, root, f"{self._dev_dir}/."), listings)
+            entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
+            for path, listing in listings.items():
+                entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
+            for path, listing in listings.items():
+                if listing.problem and not listing.entries:
+                    entries[path] = entries[path]._replace(error=listing.problem)
+            folders = {path: sorted(listing.entries) for path, listing in listings.items()}
+            self._snapshot = Snapshot(entries, folders)
         return self._snapshot
 
     def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
@@ -1755,16 +1762,6 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
     finally:
         os.close(descriptor)
     return entries
-
-
-def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
-    entries = {"": root}
-    for path, listing in listings.items():
-        entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
-    for path, listing in listings.items():
-        if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(error=listing.problem)
-    return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
 
 
 class Sysfs:
@@ -2121,23 +2118,36 @@ class Matcher:
         self._matches = {key: named for key, named in self._matches.items() if key[0] in keep}
 
 
-Found = Mapping[str, Tuple[DeviceNode, ...]]  # the nodes of each device by path; a Tegra GPU has none
+class Found(NamedTuple):
+    """What rules name in /dev, and what they ask sysfs about it."""
+
+    devices: Mapping[str, Tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
+    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
+    wanted: Mapping[Entry, Names]  # of each node: attributes that rules ask for, or use in templates
 
 
-def find_devices(
-    snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str
-) -> Tuple[Found, Dict[str, NotADevice]]:
-    """The devices that rules name, and why other named paths lead to none. GPUS are the numbers of a Tegra's GPUs."""
-    found: Dict[str, Tuple[DeviceNode, ...]] = {}
+NOTHING_FOUND = Found({}, {}, {})
+
+
+def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Found:
+    """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
+    devices: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
+    wanted: Dict[Entry, Set[str]] = {}
     for path in snapshot.entries:
-        if path and matcher(path):
-            try:
-                found[path] = tuple(resolve(snapshot, path, dev_dir))
-            except NotADevice as error:
-                problems[path] = error
-    found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
-    return found, problems
+        rules = [rule for rule, _ in matcher(path)] if path else []
+        if not rules:
+            continue
+        try:
+            devices[path] = tuple(resolve(snapshot, path, dev_dir))
+        except NotADevice as error:
+            problems[path] = error
+            continue
+        names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
+        for node in devices[path]:
+            wanted.setdefault(node.entry, set()).update(names)
+    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
+    return Found(devices, problems, {node: tuple(sorted(names)) for node, names in wanted.items()})
 
 
 def expiry_times(plan: Plan) -> Iterator[float]:
@@ -2150,23 +2160,11 @@ def devices_of(plan: Plan) -> Iterator[Device]:
     return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-def wanted_attributes(found: Found, matcher: Matcher) -> Mapping[Entry, Names]:
-    """The attributes that the rules which name the devices FOUND ask for or use in templates, for each of the nodes."""
-    wanted: Dict[Entry, Set[str]] = {}
-    for path, nodes in found.items():
-        for node in nodes:
-            names = wanted.setdefault(node.entry, set())
-            for rule, _ in matcher(path):
-                names.update((attribute.name for attribute in rule.attributes), rule.values)
-    return {node: tuple(sorted(names)) for node, names in wanted.items()}
-
-
 @dataclass(frozen=True)
 class Look:
     """What make_plan() goes by, besides the previous plan."""
 
     found: Found
-    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
     snapshot: Snapshot
     chains: Mapping[Entry, Chain]  # of the nodes; of one that is missing, sysfs has not said anything yet
     matcher: Matcher
@@ -2183,7 +2181,7 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     """
     left_out: List[LeftOut] = []
     offered: Dict[str, Dict[str, Device]] = {}  # by resource and path
-    for path, nodes in look.found.items():
+    for path, nodes in look.found.devices.items():
         for rule, match in look.matcher(path, not nodes):
             try:
                 if isinstance(match, SearchTimeout):
@@ -2200,7 +2198,7 @@ def make_plan(previous: Plan, look: Look) -> Plan:
                 left_out.append(LeftOut.of(path, rule.line, error))
             break
     kept = _keep(previous, look, offered)
-    for path, problem in look.problems.items():
+    for path, problem in look.found.problems.items():
         left_out.append(LeftOut.of(path, look.matcher(path)[0][0].line, problem))
     left_out = [left for left in left_out if left.path not in kept]
     resources: Dict[str, Resource] = {}
@@ -2210,9 +2208,9 @@ def make_plan(previous: Plan, look: Look) -> Plan:
         left_out += losers
         if devices:
             resources[name] = Resource(name, devices[0].is_pool, tuple(devices))
-    named = [look.matcher(path, not nodes) for path, nodes in look.found.items()]
+    named = [look.matcher(path, not nodes) for path, nodes in look.found.devices.items()]
     named += [look.matcher(device.path, not device.nodes) for device in kept.values()]
-    used = {id(rule) for rules in (*named, *map(look.matcher, look.problems)) for rule, _ in rules}
+    used = {id(rule) for rules in (*named, *map(look.matcher, look.found.problems)) for rule, _ in rules}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
@@ -2262,9 +2260,9 @@ def _chooses(rule: Rule, device: Device) -> bool:
 def _find_loss(device: Device, rule: Rule, look: Look) -> Tuple[str, bool]:
     """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
     alone chose it, and so another rule has it."""
-    nodes = look.found.get(device.path)
+    nodes = look.found.devices.get(device.path)
     if nodes is None:
-        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
+        return str(look.found.problems.get(device.path, NotADevice(Reason.GONE))), True
     naming = attributes_in(rule.resource)
     if not rule.attributes and not naming:
         return "", False
@@ -6922,9 +6920,7 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
-        self._found: Found = {}
-        self._problems: Mapping[str, NotADevice] = {}  # of other paths that rules name
-        self._wanted: Mapping[Entry, Names] = {}  # attributes of the nodes found
+        self._found = NOTHING_FOUND
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
@@ -6960,10 +6956,9 @@ class DeviceSide:
         if full:
             has_changed |= self._look_beyond_dev(now)
         if has_changed:
-            self._found, self._problems = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
-            self._wanted = wanted_attributes(self._found, self._matcher)
+            self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
-        has_changed |= self._sysfs.refresh(self._wanted, self._unfit, full)
+        has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
         new = self._make_plan(now) if has_changed else self.plan
         is_new, self.plan = new != self.plan, new
         if self._kept_devices:
@@ -6983,8 +6978,8 @@ class DeviceSide:
     def folders(self) -> List[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
         and the others by their depth."""
-        named = {*self._found, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.values() for node in nodes)]
+        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
+        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
@@ -7027,11 +7022,10 @@ class DeviceSide:
         return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
 
     def _make_plan(self, now: float) -> Plan:
-        chains = self._sysfs.chains
-        look = Look(self._found, self._problems, self.snapshot, chains, self._matcher, self._dev_dir, now)
+        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
         plan = make_plan(self.plan, look)
         unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.get(path, ())]
+        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
         return plan
 
 

@@ -3294,10 +3294,10 @@ def next_plan(
     sys_dir: str = "/nowhere",
     gpus: Sequence[str] = (),
 ) -> sdm.Plan:
-    found, problems = sdm.find_devices(snapshot, gpus, matcher, "/dev")
+    found = sdm.find_devices(snapshot, gpus, matcher, "/dev")
     sysfs = sdm.Sysfs(sys_dir)
-    sysfs.refresh(sdm.wanted_attributes(found, matcher), [], False)
-    return sdm.make_plan(previous, sdm.Look(found, problems, snapshot, sysfs.chains, matcher, "/dev", now))
+    sysfs.refresh(found.wanted, [], False)
+    return sdm.make_plan(previous, sdm.Look(found, snapshot, sysfs.chains, matcher, "/dev", now))
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
