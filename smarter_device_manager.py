@@ -1803,22 +1803,25 @@ class Sysfs:
         if not everything and not again and len(self.chains) == len(wanted):
             return False
         has_changed, self._unread = False, set()
+        patience = 2 * SYSFS_SECONDS  # for reads that take too long
         for node, names in wanted.items():
             if node not in self.chains or node in again or (everything and names):
+                began = time.monotonic()
                 try:
-                    chain = self._read(node, (*self._always, *names), now + 2 * SYSFS_SECONDS)
+                    chain = self._read(node, (*self._always, *names), max(MIN_SYSFS_SECONDS, patience))
                 except (SysfsTimeout, OSError):
                     self._unread.add(node)
+                    patience -= time.monotonic() - began
                 else:
                     has_changed |= chain != self.chains.get(node)
                     self.chains[node] = chain
         return has_changed
 
-    def _read(self, node: Entry, names: Names, end: float) -> Chain:
+    def _read(self, node: Entry, names: Names, seconds: float) -> Chain:
         if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
             return read_chain(self._sys_dir, node, names)
         read = self._reader.start(node, names)
-        concurrent.futures.wait([read], max(MIN_SYSFS_SECONDS, min(SYSFS_SECONDS, end - time.monotonic())))
+        concurrent.futures.wait([read], min(seconds, SYSFS_SECONDS))
         return self._reader.take(read)
 
     def tegra_gpus(self) -> List[str]:
