@@ -2449,7 +2449,7 @@ def test_a_kept_file_of_any_content_does_not_end_the_start(
     """It is used, or ignored with one line."""
     path = node.plugins / "kept"
     path.write_text(text)
-    is_used = bool(sdm.KeptDevices(str(path)).read(True).resources) or text == "{}"
+    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
     assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
     side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
