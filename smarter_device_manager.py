@@ -1274,18 +1274,18 @@ _KINDS = {
     stat.S_IFIFO: "FIFO",
 }
 ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what os.listdir() makes of a byte that is not UTF-8
 MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
 MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
 MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
 SYSFS_SECONDS = 0.2  # for one read of what sysfs knows of a device
-MIN_SYSFS_SECONDS = 0.02  # the same, after others took too long in the same look
-LATE_SECONDS = 15.0  # for what came too late, since the kubelet asks for a start again after 13 s
-MAX_HANGING = 64  # reads
+MIN_SYSFS_SECONDS = 0.02  # the same, after others took too long
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does not mean that something is not there
 SYSFS_HANGS = "sysfs does not answer"
-SETTLE_SECONDS = 5.0  # after a node appeared, for its driver to add attributes
+NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
+FACTS = ("subsystem", "driver", *USB_FACTS)
 
 
 class Reason(enum.Enum):
@@ -1307,7 +1307,7 @@ class Reason(enum.Enum):
     MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
     NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
     NOT_UTF8 = "bad_name", "the name /dev/{path} is not UTF-8, and the kubelet takes no other"
-    NO_NAME = "bad_name", "no letter or digit is left to name a resource by"
+    NO_NAME = "bad_name", "its path has no letter or digit to make a resource name from"
     NAME_TAKEN = "name_taken", "its resource's name {name} is taken by /dev/{path}"
     NAME_OF_POOL = "name_taken", "its resource's name {name} is taken by the pool of line {line}; rename the pool"
     CONTAINER_PATH = "container_path", 'its path in a container would be "{path}"'
@@ -1332,7 +1332,8 @@ class NotADevice(Exception):
 
 
 class Entry(NamedTuple):
-    """One name below /dev, as lstat(2) shows it."""
+    """One name below /dev, as lstat(2) shows it. Two entries that are equal are one node: in devtmpfs and tmpfs, which
+    /dev is on a real node, no inode number is given twice."""
 
     kind: str
     device: int = 0  # st_rdev of a node
@@ -1340,12 +1341,6 @@ class Entry(NamedTuple):
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which users other than root may make names
     error: str = ""  # why a folder cannot be listed
-    generation: int = 0  # changes whenever the name comes to stand for something else; 0: not known
-
-    def is_same(self, other: Entry) -> bool:
-        """Whether this and OTHER are one node."""
-        is_remade = self.generation and other.generation and self.generation != other.generation
-        return (self.device, self.inode) == (other.device, other.inode) and not is_remade
 
 
 class DeviceNode(NamedTuple):
@@ -1377,10 +1372,6 @@ class Snapshot:
     def names(self, path: str) -> Sequence[str]:
         return self.folders.get(path, ())
 
-    def without(self, paths: Iterable[str]) -> Snapshot:
-        """This snapshot without PATHS."""
-        return Snapshot({path: self.entries[path] for path in self.entries.keys() - set(paths)}, self.folders)
-
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
@@ -1402,17 +1393,9 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
     if not nodes:
         raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
-        if not name.isascii() and not _is_utf8(name):
+        if _NOT_UTF8.search(name):
             raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
@@ -1481,6 +1464,113 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
         if target.startswith(top + "/"):
             return target[len(top) + 1 :]
     return None
+
+
+# What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
+Chain = Sequence[Mapping[str, str]]
+Names = Tuple[str, ...]  # of attributes
+Values = Mapping[str, str]  # of attributes, by name
+
+
+class Fit(NamedTuple):
+    """How a rule fits a device."""
+
+    held: Mapping[str, str] = {}  # the attributes that it asks for, with their values
+    values: Mapping[str, str] = {}  # of the attributes in its templates
+    problem: Optional[NotADevice] = None  # why its templates cannot be expanded
+
+
+def fit(rule: Rule, chain: Optional[Chain]) -> Fit:
+    """How RULE fits the device with CHAIN, which is None while sysfs does not answer.
+
+    The device itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
+    templates are from the same folder, else from the device's own, else from the nearest parent's. Raises NotADevice if
+    RULE does not fit.
+    """
+    if chain is None and (rule.attributes or rule.values):
+        unknown = NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET)
+        if rule.attributes:
+            raise unknown
+        return Fit(problem=unknown)
+    folders = chain or ()
+    held: Values = {}
+    if rule.attributes:
+        chosen = next((folder for folder in folders if _has_all(folder, rule.attributes)), None)
+        if chosen is None:
+            raise _mismatch(rule.attributes, folders)
+        held = {attribute.name: chosen[attribute.name] for attribute in rule.attributes}
+        folders = [chosen, *folders]
+    values: Dict[str, str] = {}
+    problems = []
+    for name in rule.values:
+        value = next(iter(values_of(folders, name)), None)
+        if value is None:
+            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+        elif len(value) > MAX_VALUE:
+            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        else:
+            values[name] = value
+    return Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(problems)) if problems else None)
+
+
+def _has_all(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> bool:
+    return all(attribute.name in folder and attribute.fits(folder[attribute.name]) for attribute in attributes)
+
+
+def _mismatch(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
+    """What the device with CHAIN has instead of ATTRIBUTES."""
+    slow, others = [], []
+    for attribute in attributes:
+        for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+            slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
+        found = dict.fromkeys(f'"{value}"' for value in values_of(chain, attribute.name))
+        shown = " or ".join(found) or "not there"
+        others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+    return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
+
+
+def numa_of(chain: Chain) -> Optional[int]:
+    """The NUMA node that the device with CHAIN is close to; None if there is none."""
+    known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
+    return next((numa for numa in known if numa <= MAX_NUMA), None)
+
+
+def facts_of(chain: Chain) -> Mapping[str, str]:
+    """Of the attributes FACTS, those of the device with CHAIN. Its driver and its USB device are those of the nearest
+    parent that has one."""
+    usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
+    facts = {
+        "subsystem": chain[0].get("subsystem") if chain else None,
+        "driver": next(iter(values_of(chain, "driver")), None),
+        **{name: usb_device.get(name) for name in USB_FACTS},
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def find_changes(chain: Chain, before: Values) -> str:
+    """What CHAIN has instead of the values that were there BEFORE, in words; empty if it has them all."""
+    return "; ".join(
+        f'{describe_value(name, value)} and was "{before[name]}"'
+        for name, value in nearest_values(chain, before).items()
+        if before[name] not in values_of(chain, name)
+    )
+
+
+def nearest_values(chain: Chain, names: Iterable[str]) -> Mapping[str, Optional[str]]:
+    """The values of the attributes NAMES in the first folder of CHAIN that has one of them; None for one that is
+    missing."""
+    nearest = next((folder for folder in chain if not folder.keys().isdisjoint(names)), {})
+    return {name: nearest.get(name) for name in names}
+
+
+def describe_value(name: str, value: Optional[str]) -> str:
+    """The VALUE of the attribute NAME, in words."""
+    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
+
+
+def values_of(chain: Chain, name: str) -> List[str]:
+    """The values that the attribute NAME has in the folders of CHAIN that have it."""
+    return [folder[name] for folder in chain if name in folder]
 
 
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
@@ -1582,7 +1672,6 @@ class _Listing(NamedTuple):
     stamp: Tuple[int, ...] = ()  # device, inode and times of the folder
     settled: bool = False  # whether an equal stamp proves that nothing changed
     entries: Mapping[str, Entry] = {}
-    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
     subfolders: Sequence[str] = ()  # their paths
     problem: str = ""  # why it could not be listed
 
@@ -1590,20 +1679,9 @@ class _Listing(NamedTuple):
 def is_settled(time_ns: int) -> bool:
     """Whether a change after this moment must show in the time of a file or folder that has TIME_NS now.
 
-    So it must where TIME_NS is to come, because the clock was set back: a change now has an earlier time.
+    A time in the future counts as settled: the clock was set back, and a change now would get an earlier one.
     """
     return abs(time.time_ns() - time_ns) > FRESH_NS
-
-
-def reuses_inodes(device: int) -> bool:
-    """Whether the file system DEVICE (st_dev) may give a new file the inode number of one that is gone.
-
-    devtmpfs and tmpfs, which /dev is on a real node, never do: they count on.
-    """
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        types = {line.rpartition(" - ")[2].split()[0] for line in file if line.split()[2] == number}
-    return not types & {"devtmpfs", "tmpfs"}
 
 
 class Scanner:
@@ -1612,28 +1690,20 @@ class Scanner:
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
         self._listings: Dict[str, _Listing] = {}
-        self._generations = itertools.count(1)
-        self._device = -1  # st_dev of /dev
-        self._needs_times = True
         self._snapshot = Snapshot({}, {})
-        self._flapped: List[str] = []
 
-    def scan(self, full: bool = False) -> Tuple[Snapshot, Sequence[str]]:
-        """What stands below /dev, and the paths that stood there at the last look too but as something else.
+    def scan(self, full: bool = False) -> Snapshot:
+        """What stands below /dev. The same object is returned until something changes.
 
-        The same Snapshot object is returned until something changes; FULL lists every folder, whatever its times say.
-        Raises OSError where /dev itself cannot be seen.
+        FULL lists every folder, whatever its times say. Raises OSError if /dev itself cannot be seen.
         """
         root = os.stat(self._dev_dir)
-        if root.st_dev != self._device:
-            self._device, self._needs_times = root.st_dev, reuses_inodes(root.st_dev)
-        self._flapped = []
-        listings = {"": self._list("", root, root, full)}
-        todo = list(listings[""].subfolders)
+        listings: Dict[str, _Listing] = {}
+        todo = [""]
         while todo:
             path = todo.pop()
             try:
-                found = os.lstat(f"{self._dev_dir}/{path}")
+                found = os.lstat(f"{self._dev_dir}/{path}") if path else root
             except OSError:
                 continue  # it went since its parent was listed, and the parent's time will tell
             if found.st_dev == root.st_dev and stat.S_ISDIR(found.st_mode):
@@ -1641,56 +1711,40 @@ class Scanner:
                 todo += listings[path].subfolders
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
-            self._snapshot = _assemble(_entry(root, root, f"{self._dev_dir}/."), listings)
-        return self._snapshot, self._flapped
+            entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
+            for path, listing in listings.items():
+                entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
+            for path, listing in listings.items():
+                if listing.problem and not listing.entries:
+                    entries[path] = entries[path]._replace(error=listing.problem)
+            folders = {path: sorted(listing.entries) for path, listing in listings.items()}
+            self._snapshot = Snapshot(entries, folders)
+        return self._snapshot
 
     def _list(self, path: str, folder: os.stat_result, root: os.stat_result, full: bool) -> _Listing:
-        """The listing of PATH: the last one where it still holds."""
+        """The listing of PATH: the last one if it still holds."""
         old = self._listings.get(path, _Listing())
         stamp = (folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns)
         if old.settled and old.stamp == stamp and not full:
             return old
         settled = is_settled(folder.st_ctime_ns)  # nobody can set it, unlike st_mtime
         try:
-            fresh = _read_folder(f"{self._dev_dir}/{path}", folder, root)
+            entries = _read_folder(f"{self._dev_dir}/{path}", folder, root)
         except OSError as error:  # too many open files, say: what was seen before still counts
             return old._replace(settled=False, problem=os.strerror(error.errno or 0))
-        entries = {
-            name: self._continued(_join(path, name), old, entry, times, old.stamp != stamp)
-            for name, (entry, times) in fresh.items()
-        }
-        return _Listing(
-            stamp,
-            settled,
-            old.entries if entries == old.entries else entries,
-            {name: times for name, (_, times) in fresh.items()} if self._needs_times else {},
-            tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER),
-        )
-
-    def _continued(self, path: str, old: _Listing, entry: Entry, times: Tuple[int, int], moved: bool) -> Entry:
-        """ENTRY with the generation it had, if it is what OLD has under its name.
-
-        Where a node made anew may have its predecessor's inode number again, both its times are new, and its folder's;
-        a touch (as udev does it, often to many nodes at once) leaves the folder's alone.
-        """
-        name = path.rpartition("/")[2]
-        before = old.entries.get(name)
-        if before is None:
-            return entry._replace(generation=next(self._generations))
-        remade = moved and entry.kind in NODES and not set(times) & set(old.times.get(name, times))
-        if before == entry._replace(generation=before.generation) and not remade:
-            return before
-        self._flapped.append(path)
-        return entry._replace(generation=next(self._generations))
+        if entries == old.entries:
+            return old._replace(stamp=stamp, settled=settled, problem="")
+        subfolders = tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER)
+        return _Listing(stamp, settled, entries, subfolders)
 
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dict[str, Tuple[Entry, Tuple[int, int]]]:
-    """The entries of PATH and their times. Raises OSError, too where PATH is not FOLDER any more."""
-    fresh = {}
+def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dict[str, Entry]:
+    """The entries of PATH. Raises OSError, too if PATH is not FOLDER any more."""
+    entries = {}
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not os.path.samestat(os.fstat(descriptor), folder):
@@ -1700,334 +1754,75 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-                    entry = _entry(found, root, f"{path}/{item.name}", target)
-                except FileNotFoundError:
-                    continue
+                    entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
                 except OSError as error:
-                    if error.errno in SCARCE or not item.is_dir(follow_symlinks=False):
+                    if error.errno in SCARCE:
                         raise
-                    # A mount whose server has ended (FUSE, NFS). The other names count nevertheless.
-                    broken = Entry(FOLDER, inode=item.inode(), error=os.strerror(error.errno or 0))
-                    fresh[item.name] = broken, (0, 0)
-                    continue
-                fresh[item.name] = entry, (found.st_mtime_ns, found.st_ctime_ns)
+                    # It went meanwhile, or it is a mount whose server has ended: the other names count nevertheless.
     finally:
         os.close(descriptor)
-    return fresh
-
-
-def _assemble(root: Entry, listings: Mapping[str, _Listing]) -> Snapshot:
-    entries = {"": root}
-    for path, listing in listings.items():
-        entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
-    for path, listing in listings.items():
-        if listing.problem and not listing.entries:
-            entries[path] = entries[path]._replace(error=listing.problem)
-    return Snapshot(entries, {path: sorted(listing.entries) for path, listing in listings.items()})
-
-
-class HeldAttribute(NamedTuple):
-    """A sysfs attribute, and the value that a device had when the rule was applied."""
-
-    name: str
-    value: str
-
-
-class AttributeAnswer(NamedTuple):
-    """Whether a device has the attributes that a rule asks for."""
-
-    mismatch: str  # what the device has instead; empty: it has them
-    held: Tuple[HeldAttribute, ...]  # the attributes and their values; empty: the device does not have them
-    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in the rule's templates
-    reason: Reason = Reason.ATTRIBUTES  # for a mismatch
-
-
-UNANSWERED = AttributeAnswer(f"{SYSFS_HANGS}, so its attributes cannot be read", ())
-
-# The generation of a node, the attributes that its device must have, and the attributes whose values are wanted too.
-_Question = Tuple[int, Tuple[Attribute, ...], Tuple[str, ...]]
-
-
-# What the folders in sysfs of a device and of its parents hold, the device's own first: attributes, value by name.
-Folders = Sequence[Mapping[str, str]]
-
-
-_NodeKey = Tuple[str, int, int]  # kind, number and inode
-
-
-class SysfsTimeout(Exception):
-    """Sysfs does not answer in time."""
-
-
-class SysfsRead:
-    """A read from sysfs, on a thread of its own, because a driver can block a reader for ever."""
-
-    def __init__(self, node: _NodeKey, job: Callable[[], Any]) -> None:
-        """Raises RuntimeError if there can be no more threads."""
-        self.node = node
-        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self.future.set_running_or_notify_cancel()
-        self._started, self._ended = time.monotonic(), math.inf
-        self._is_taken = False
-        threading.Thread(target=self._run, args=(job,), name="sysfs", daemon=True).start()
-
-    def _run(self, job: Callable[[], Any]) -> None:
-        try:
-            result = job()
-        except Exception as error:
-            self._ended = time.monotonic()
-            self.future.set_exception(error)
-        else:
-            self._ended = time.monotonic()
-            self.future.set_result(result)
-
-    def take(self) -> Any:
-        """The result, if it has come. Raises SysfsTimeout if it has not, or if nothing can be read for lack of file
-        descriptors or memory."""
-        if not self.future.done():
-            raise SysfsTimeout
-        self._is_taken = True
-        try:
-            return self.future.result()
-        except OSError:
-            raise SysfsTimeout from None
-
-    def hangs(self, seconds: float) -> bool:
-        """Whether it has taken more than SECONDS, and goes on."""
-        return not self.future.done() and time.monotonic() - self._started > seconds
-
-    def is_pending(self) -> bool:
-        """Whether its result is still to come, or came a short while ago and nobody has taken it."""
-        return not self._is_taken and time.monotonic() - self._ended < LATE_SECONDS
-
-
-class SysfsReader:
-    """Reads what sysfs says about devices. What comes too late is the answer when the same is asked again.
-
-    A read that takes more than SECONDS hangs. No other read is started of its node, nor any at all while MAX_HANGING
-    of them hang.
-    """
-
-    def __init__(self, sys_dir: str, seconds: float = SYSFS_SECONDS) -> None:
-        self._sys_dir = sys_dir
-        self._seconds = seconds
-        self._reads: Dict[Tuple[_NodeKey, Tuple[str, ...]], SysfsRead] = {}
-
-    def values(self, entry: Entry, names: Tuple[str, ...], seconds: float) -> Folders:
-        """The values of the attributes NAMES of ENTRY's device and of its parents, the device's own first.
-
-        Raises SysfsTimeout, after SECONDS at the latest.
-        """
-        folders: Folders = self._wait(self.start(entry, names), seconds)
-        return folders
-
-    def numa_values(self, entry: Entry) -> List[str]:
-        """The values of numa_node of ENTRY's device and of its parents. It takes no thread, since this attribute is the
-        kernel's own, and no driver can block it. Raises OSError for lack of file descriptors or memory."""
-        return values_of(self._values(entry, ("numa_node",)), "numa_node")
-
-    def start(self, entry: Entry, names: Tuple[str, ...]) -> SysfsRead:
-        """Start to read what values() returns, unless that is in progress. Raises SysfsTimeout if a read of the device
-        hangs."""
-        return self._start(entry, names, functools.partial(self._values, entry, names))
-
-    def attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
-        """Each folder of ENTRY's device and its parents that has attributes a rule could ask for, and these: value by
-        name. Raises SysfsTimeout."""
-        read = self._start(entry, (), functools.partial(self._attributes, entry))
-        found: List[Tuple[str, Dict[str, str]]] = self._wait(read, self._seconds)
-        return found
-
-    def _start(self, entry: Entry, names: Tuple[str, ...], job: Callable[[], Any]) -> SysfsRead:
-        node = (entry.kind, entry.device, entry.inode)
-        self._reads = {key: read for key, read in self._reads.items() if read.is_pending()}
-        hanging = [read.node for read in self._reads.values() if read.hangs(self._seconds)]
-        if node in hanging or len(hanging) >= MAX_HANGING:
-            raise SysfsTimeout
-        if (node, names) not in self._reads:
-            try:
-                self._reads[node, names] = SysfsRead(node, job)
-            except RuntimeError:  # there can be no more threads
-                raise SysfsTimeout from None
-        return self._reads[node, names]
-
-    def _wait(self, read: SysfsRead, seconds: float) -> Any:
-        concurrent.futures.wait([read.future], seconds)
-        return read.take()
-
-    def _values(self, entry: Entry, names: Sequence[str]) -> Folders:
-        folders = []
-        for folder in self._chain(entry):
-            values = ((name, read_attribute(folder, name)) for name in names)
-            folders.append({name: value for name, value in values if value is not None})
-        return folders
-
-    def _chain(self, entry: Entry) -> Iterator[str]:
-        """The folders in sysfs of ENTRY's device and its parents, the device's own first."""
-        kind = "char" if entry.kind == CHAR else "block"
-        top = os.path.realpath(f"{self._sys_dir}/devices")
-        folder = os.path.realpath(f"{self._sys_dir}/dev/{kind}/{os.major(entry.device)}:{os.minor(entry.device)}")
-        yield folder
-        while folder.startswith(top + "/") and os.path.dirname(folder) != top:
-            folder = os.path.dirname(folder)
-            yield folder
-
-    def _attributes(self, entry: Entry) -> List[Tuple[str, Dict[str, str]]]:
-        found = []
-        for folder in self._chain(entry):
-            values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-            usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-            if usable:
-                found.append((folder, usable))
-        return found
+    return entries
 
 
 class Sysfs:
-    """What sysfs says about device nodes. It is read when a node appears, and remembered by the node's generation.
+    """The chains of the nodes that rules name. They are read when a node appears, and again at each full scan.
 
-    A driver may add attributes after the node has appeared, so what a node lacks is read again for SETTLE_SECONDS. A
-    driver that blocks its readers delays a look by SYSFS_SECONDS, and many of them by little more than twice as much:
-    what is known of their devices stays valid, and what is not known yet is read again.
+    A driver may add attributes after the node has appeared, so those of nodes that a rule does not fit are read again
+    for ATTRIBUTE_WAIT_SECONDS. A driver that blocks its readers delays refresh() by SYSFS_SECONDS, and many of them by
+    little more than twice as much. Their chains stay as they were, and are read again at the next refresh().
     """
 
+    ATTRIBUTE_WAIT_SECONDS = 5.0
+
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
+        self.chains: Dict[Entry, Chain] = {}  # by node; one that is missing has not been answered yet
         self._sys_dir = sys_dir
-        self._with_facts = with_facts
+        self._always: Names = ("numa_node", *(FACTS if with_facts else ()))
         self._reader = SysfsReader(sys_dir)
-        self._patience = 2 * SYSFS_SECONDS  # for reads that take too long, until begin_look()
+        self._wanted: Mapping[Entry, Names] = {}
+        self._appeared: Dict[Entry, float] = {}  # time.monotonic(), of nodes that are new
+        self._unread: Set[Entry] = set()  # nodes that sysfs did not answer for in time
         self._gpus: List[str] = []
-        self._facts: Dict[int, Mapping[str, str]] = {}
-        self._numa: Dict[int, Optional[int]] = {}
-        self._answers: Dict[_Question, Tuple[DeviceNode, AttributeAnswer]] = {}
-        self._asked: Dict[int, float] = {}  # the time of the first question about a generation
-        self._settling: Set[_Question] = set()  # about new nodes that lack something
-        self._unanswered: Set[_Question] = set()  # those that sysfs did not answer in time
-        self._unread: Dict[int, DeviceNode] = {}  # nodes of which other values could not be read, by generation
 
-    def begin_look(self) -> None:
-        """Be patient again with reads that take too long."""
-        self._patience = 2 * SYSFS_SECONDS
-
-    def forget(self, generations: Iterable[int]) -> None:
-        """Drop what is remembered of nodes whose generation is not among GENERATIONS."""
-        keep = set(generations)
-        self._numa = {generation: numa for generation, numa in self._numa.items() if generation in keep}
-        self._facts = {generation: facts for generation, facts in self._facts.items() if generation in keep}
-        self._asked = {generation: asked for generation, asked in self._asked.items() if generation in keep}
-        self._answers = {key: answer for key, answer in self._answers.items() if key[0] in keep}
-        self._settling &= self._answers.keys()
-        self._unanswered &= self._answers.keys()
-        self._unread = {generation: node for generation, node in self._unread.items() if generation in keep}
-
-    def ask_again(self, generations: Iterable[int]) -> bool:
-        """Read the attributes of the nodes with GENERATIONS again. Returns whether an answer has changed."""
-        there = set(generations)
-        return self._renew([key for key in self._answers if key[0] in there])
-
-    def numa(self, node: DeviceNode) -> Optional[int]:
-        """The NUMA node that NODE is close to; None if there is none or it is unknown."""
-        generation = node.entry.generation
-        if generation not in self._numa:
-            try:
-                values = self._reader.numa_values(node.entry)
-            except OSError:
-                self._unread[generation] = node
-                return None
-            known = (int(value) for value in values if value.isdecimal() and value.isascii())
-            self._numa[generation] = next((numa for numa in known if numa <= MAX_NUMA), None)
-        return self._numa[generation]
-
-    def facts(self, nodes: Sequence[DeviceNode]) -> Tuple[Tuple[str, str], ...]:
-        """What sysfs says of all NODES in common: subsystem, driver and USB_FACTS. Empty unless built with_facts."""
-        if not self._with_facts or not nodes:
-            return ()
-        first, *others = (self._facts_of(node) for node in nodes)
-        return tuple(item for item in first.items() if all(item in other.items() for other in others))
-
-    def _facts_of(self, node: DeviceNode) -> Mapping[str, str]:
-        """The facts about NODE's device. Its driver and USB device are those of the nearest parent that has one."""
-        generation = node.entry.generation
-        if generation not in self._facts:
-            folders = self._read(node, ("subsystem", "driver", *USB_FACTS))
-            if folders is None:
-                self._unread[generation] = node
-                return {}
-            usb_device = next((folder for folder in folders if folder.get("idVendor")), {})
-            facts = {"subsystem": folders[0].get("subsystem"), "driver": next(iter(values_of(folders, "driver")), None)}
-            facts.update((name, usb_device.get(name)) for name in USB_FACTS)
-            self._facts[generation] = {name: value for name, value in facts.items() if value}
-        return self._facts[generation]
-
-    def answer(
-        self, attributes: Tuple[Attribute, ...], node: DeviceNode, names: Tuple[str, ...] = ()
-    ) -> AttributeAnswer:
-        """Whether NODE's device, or a single one of its parents, has all ATTRIBUTES, like ATTRS in udev(7); and the
-        values of the attributes NAMES: from that folder, else from the device's own, else from the nearest parent's."""
-        key = (node.entry.generation, attributes, names)
-        if key not in self._answers:
-            answer = self._ask(key, node) or UNANSWERED
-            self._answers[key] = node, answer
-            now = time.monotonic()
-            if answer.mismatch and now - self._asked.setdefault(node.entry.generation, now) < SETTLE_SECONDS:
-                self._settling.add(key)
-        return self._answers[key][1]
-
-    def has_news(self) -> bool:
-        """Read again what new nodes lack, and what sysfs did not answer. Returns whether an answer has changed."""
-        has_changed = self._renew(self._settling | self._unanswered)
-        unread, self._unread = self._unread, {}
-        for generation, node in unread.items():
-            self.numa(node)
-            self.facts([node])
-            has_changed = has_changed or generation not in self._unread
+    def refresh(self, wanted: Mapping[Entry, Names], unfit: Iterable[Entry], everything: bool) -> bool:
+        """Read the attributes that are WANTED of nodes: of those not known yet, of UNFIT ones that are new, and of all
+        if EVERYTHING. Returns whether a chain has changed."""
         now = time.monotonic()
-        for key in list(self._settling):
-            if not self._answers[key][1].mismatch or now - self._asked.get(key[0], 0.0) >= SETTLE_SECONDS:
-                self._settling.remove(key)
+        if wanted is not self._wanted:
+            self.chains = {
+                node: chain for node, chain in self.chains.items() if wanted.get(node) == self._wanted.get(node)
+            }
+            self._appeared.update(dict.fromkeys(wanted.keys() - self._wanted.keys(), now))
+            self._wanted = wanted
+        self._appeared = {
+            node: when
+            for node, when in self._appeared.items()
+            if node in wanted and now - when < self.ATTRIBUTE_WAIT_SECONDS
+        }
+        again = self._unread.union(node for node in unfit if node in self._appeared)
+        if not everything and not again and len(self.chains) == len(wanted):
+            return False
+        has_changed, self._unread = False, set()
+        patience = 2 * SYSFS_SECONDS  # for reads that take too long
+        for node, names in wanted.items():
+            if node not in self.chains or node in again or (everything and names):
+                began = time.monotonic()
+                try:
+                    chain = self._read(node, (*self._always, *names), max(MIN_SYSFS_SECONDS, patience))
+                except (SysfsTimeout, OSError):
+                    self._unread.add(node)
+                    patience -= time.monotonic() - began
+                else:
+                    has_changed |= chain != self.chains.get(node)
+                    self.chains[node] = chain
         return has_changed
 
-    def _renew(self, keys: Iterable[_Question]) -> bool:
-        """Answer KEYS anew. Returns whether an answer has changed."""
-        has_changed = False
-        for key in keys:
-            node, before = self._answers[key]
-            answer = self._ask(key, node) or before
-            if answer != before:
-                self._answers[key] = node, answer
-                has_changed = True
-        return has_changed
-
-    def _ask(self, question: _Question, node: DeviceNode) -> Optional[AttributeAnswer]:
-        """The answer to QUESTION about NODE; None if sysfs does not answer in time."""
-        _, attributes, names = question
-        folders = self._read(node, (*(attribute.name for attribute in attributes), *names))
-        if folders is None:
-            self._unanswered.add(question)
-            return None
-        self._unanswered.discard(question)
-        if not attributes:
-            return _with_values(AttributeAnswer("", ()), folders, names)
-        for folder in folders:
-            held = _held_in(folder, attributes)
-            if held:
-                return _with_values(AttributeAnswer("", held), [folder, *folders], names)
-        slow, others = [], []
-        for attribute in attributes:
-            for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(folders, attribute.name))):
-                slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
-            shown = shown_values(folders, attribute.name)
-            others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
-        reason = Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES
-        return AttributeAnswer("; ".join(slow + others), (), reason=reason)
-
-    def _read(self, node: DeviceNode, names: Tuple[str, ...]) -> Optional[Folders]:
-        """The values of the attributes NAMES of NODE's device and of its parents; None if sysfs does not answer."""
-        began = time.monotonic()
-        try:
-            return self._reader.values(node.entry, names, max(MIN_SYSFS_SECONDS, min(SYSFS_SECONDS, self._patience)))
-        except SysfsTimeout:
-            self._patience -= time.monotonic() - began
-            return None
+    def _read(self, node: Entry, names: Names, seconds: float) -> Chain:
+        if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
+            return read_chain(self._sys_dir, node, names)
+        read = self._reader.start(node, names)
+        concurrent.futures.wait([read], min(seconds, SYSFS_SECONDS))
+        return self._reader.take(read)
 
     def tegra_gpus(self) -> List[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
@@ -2042,6 +1837,107 @@ class Sysfs:
             found |= {name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name)}
         self._gpus = sorted(found, key=int)
         return self._gpus
+
+
+class SysfsTimeout(Exception):
+    """Sysfs does not answer in time."""
+
+
+class SysfsRead(concurrent.futures.Future[Any]):
+    """A read from sysfs, on a thread of its own, because a driver can block a reader for ever."""
+
+    def __init__(self, job: Callable[[], Any]) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()
+        self.started = time.monotonic()
+        threading.Thread(target=self._run, args=(job,), name="sysfs", daemon=True).start()
+
+    def _run(self, job: Callable[[], Any]) -> None:
+        try:
+            self.set_result(job())
+        except Exception as error:
+            self.set_exception(error)
+
+
+class SysfsReader:
+    """Reads chains for one thread. What comes too late is the answer when the same is asked again.
+
+    No other read is started of a node for which one hangs, nor any at all while MAX_HANGING of them hang.
+    """
+
+    LATE_SECONDS = 15.0  # since a read began, because the kubelet asks for a start again after 13 s
+    MAX_HANGING = 64
+
+    def __init__(self, sys_dir: str) -> None:
+        self._sys_dir = sys_dir
+        self._reads: Dict[Tuple[Entry, Names], SysfsRead] = {}  # those that nobody has taken
+
+    def start(self, node: Entry, names: Names) -> SysfsRead:
+        """Start to read the chain of NODE's device with the attributes NAMES, unless that is in progress.
+
+        Raises SysfsTimeout if there can be no more reads.
+        """
+        now = time.monotonic()
+        self._reads = {
+            key: read for key, read in self._reads.items() if not read.done() or now - read.started < self.LATE_SECONDS
+        }
+        hanging = [
+            key[0] for key, read in self._reads.items() if not read.done() and now - read.started > SYSFS_SECONDS
+        ]
+        if node in hanging or len(hanging) >= self.MAX_HANGING:
+            raise SysfsTimeout
+        if (node, names) not in self._reads:
+            try:
+                self._reads[node, names] = SysfsRead(functools.partial(read_chain, self._sys_dir, node, names))
+            except RuntimeError:  # there can be no more threads
+                raise SysfsTimeout from None
+        return self._reads[node, names]
+
+    def take(self, read: SysfsRead) -> Chain:
+        """The result of READ, if it has come. Raises SysfsTimeout if it has not, or if nothing can be read for lack of
+        file descriptors or memory."""
+        if not read.done():
+            raise SysfsTimeout
+        self._reads = {key: other for key, other in self._reads.items() if other is not read}
+        try:
+            chain: Chain = read.result()
+        except OSError:
+            raise SysfsTimeout from None
+        return chain
+
+
+def read_chain(sys_dir: str, node: Entry, names: Iterable[str]) -> Chain:
+    """The attributes NAMES of NODE's device. Raises OSError for lack of file descriptors or memory."""
+    chain = []
+    for folder in _folders(sys_dir, node):
+        values = ((name, read_attribute(folder, name)) for name in names)
+        chain.append({name: value for name, value in values if value is not None})
+    return chain
+
+
+def read_all_attributes(sys_dir: str, node: Entry) -> List[Tuple[str, Dict[str, str]]]:
+    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these: value by name.
+
+    Raises OSError as read_chain() does.
+    """
+    found = []
+    for folder in _folders(sys_dir, node):
+        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
+        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+        if usable:
+            found.append((folder, usable))
+    return found
+
+
+def _folders(sys_dir: str, node: Entry) -> Iterator[str]:
+    """The folders in sysfs of NODE's device and its parents, the device's own first."""
+    kind = "char" if node.kind == CHAR else "block"
+    top = os.path.realpath(f"{sys_dir}/devices")
+    folder = os.path.realpath(f"{sys_dir}/dev/{kind}/{os.major(node.device)}:{os.minor(node.device)}")
+    yield folder
+    while folder.startswith(top + "/") and os.path.dirname(folder) != top:
+        folder = os.path.dirname(folder)
+        yield folder
 
 
 def read_attribute(folder: str, name: str) -> Optional[str]:
@@ -2081,71 +1977,15 @@ def _is_usable(value: str) -> bool:
     return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
-def _held_in(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> Tuple[HeldAttribute, ...]:
-    """The values of ATTRIBUTES in the sysfs FOLDER if it has them all; else an empty tuple."""
-    held = []
-    for attribute in attributes:
-        value = folder.get(attribute.name)
-        if value is None or not attribute.fits(value):
-            return ()
-        held.append(HeldAttribute(attribute.name, value))
-    return tuple(held)
-
-
-def _with_values(answer: AttributeAnswer, folders: Folders, names: Iterable[str]) -> AttributeAnswer:
-    """ANSWER with the values of the attributes NAMES, each from the first of FOLDERS that has it, or with a mismatch
-    that says which are missing."""
-    values, problems = [], []
-    for name in names:
-        value = next(iter(values_of(folders, name)), None)
-        if value is None:
-            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
-        elif len(value) > MAX_VALUE:
-            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
-        else:
-            values.append(HeldAttribute(name, value))
-    return answer._replace(mismatch="; ".join(problems), values=tuple(values))
-
-
-def changed_attributes(folders: Folders, attributes: Sequence[HeldAttribute]) -> str:
-    """Empty if one of FOLDERS still has the same values of all ATTRIBUTES; else what there is instead."""
-    if any(all(folder.get(held.name) == held.value for held in attributes) for folder in folders):
-        return ""
-    found = nearest_values(folders, [held.name for held in attributes])
-    changes = [(name, old, value) for (name, old), value in zip(attributes, found) if value != old]
-    return "; ".join(f'{describe_value(name, value)} and was "{old}"' for name, old, value in changes)
-
-
-def nearest_values(folders: Folders, names: Sequence[str]) -> List[Optional[str]]:
-    """The values of the attributes NAMES in the first of FOLDERS that has one of them; None for one that is missing."""
-    nearest = next((folder for folder in folders if any(name in folder for name in names)), {})
-    return [nearest.get(name) for name in names]
-
-
-def describe_value(name: str, value: Optional[str]) -> str:
-    """The VALUE of the attribute NAME, in words."""
-    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
-
-
-def shown_values(folders: Folders, name: str) -> str:
-    """The values that the attribute NAME has in FOLDERS, in words."""
-    return " or ".join(dict.fromkeys(f'"{value}"' for value in values_of(folders, name))) or "not there"
-
-
-def values_of(folders: Folders, name: str) -> List[str]:
-    """The values that the attribute NAME has in FOLDERS, of those that have it."""
-    return [folder[name] for folder in folders if name in folder]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: from rules and the contents of /dev to resources by name. Immutable data and pure functions (sysfs is only read
-# for nodes not seen before). The kubelet side compares two plans. A name, an ID or an order that changes here costs
-# pods.
+# Plan: from rules, the contents of /dev and what sysfs says to resources by name. Immutable data and pure functions.
+# The kubelet side compares two plans. A name, an ID or an order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
 MAX_SHOWN = 200  # characters of an unknown ID in a message
 MAX_LIST_BYTES = 4 << 20  # of a ListAndWatchResponse: gRPC's own limit for a message, which the kubelet leaves as it is
+SLOT_BYTES, NUMA_BYTES = 26, 12  # of a slot in it at most, without its path and NUMA nodes; and of a NUMA node
 
 
 class DeviceSpec(NamedTuple):
@@ -2177,30 +2017,25 @@ class Device:
 
     path: str  # as matched, below /dev
     line: int  # of the rule that it follows
+    is_pool: bool  # whether that rule names the resource
     slots: int
-    parts: Tuple[Part, ...]  # the device itself first, then its companions; a Tegra GPU has none
-    permissions: str
-    env: Tuple[Tuple[str, str], ...]
-    numa: Tuple[int, ...]  # the NUMA nodes that it is close to
-    attributes: Tuple[HeldAttribute, ...]  # that its rule asks for, with their values
-    specs: Tuple[DeviceSpec, ...]  # what a container that has it is given at a start now; empty if it may not start
-    problem: str  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
-    since: float  # time.monotonic() since when that is so
+    nodes: Tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
+    chosen_by: Values  # the attributes by which the rule chose it, or named its resource; none if its path alone did
+    values: Values  # of the attributes in its rule's templates
+    since: float  # time.monotonic() since when it is there, or gone, or has a problem
+    problem: str = ""  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
     is_gone: bool = False  # no node is at its path, or another one than the rule chose
-    nodes: Tuple[DeviceNode, ...] = ()  # as last seen under its rule; a Tegra GPU has none
-    values: Tuple[HeldAttribute, ...] = ()  # of the attributes in its rule's templates
-    naming: Tuple[HeldAttribute, ...] = ()  # those of them that are in the resource's name
-    facts: Tuple[Tuple[str, str], ...] = ()  # what sysfs says about it, for DRA
-
-    @property
-    def chosen_by(self) -> Tuple[HeldAttribute, ...]:
-        """The attributes by which the rule chose it, or named its resource; none if its path alone did."""
-        return (*self.attributes, *self.naming)
+    parts: Tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
+    permissions: str = ""
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    numa: Tuple[int, ...] = ()  # the NUMA nodes that it is close to
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
+    specs: Tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
 
     def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
         """Whether NODES are its own, and not others that came to stand at its path."""
-        pairs = zip(nodes, self.nodes)
-        return len(nodes) == len(self.nodes) and all(now.entry.is_same(before.entry) for now, before in pairs)
+        now, before = ([(node.entry.device, node.entry.inode) for node in each] for each in (nodes, self.nodes))
+        return now == before
 
 
 @dataclass(frozen=True)
@@ -2222,7 +2057,7 @@ class Slot(NamedTuple):
     @property
     def id(self) -> str:
         """Its ID in the device plugin API, which follows from paths alone: so it means the same device tomorrow."""
-        return _slot_id(self.resource, self.device, self.number)
+        return f"{self.device.path}:{self.number}" if self.resource.pool else str(self.number)
 
     @property
     def healthy(self) -> bool:
@@ -2266,50 +2101,56 @@ class Matcher:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._matches: Dict[str, Named] = {}
-        self._device_rules = [rule for rule in reversed(rules) if rule.pattern != TEGRA]
-        self._gpu_rules = [rule for rule in reversed(rules) if rule.pattern == TEGRA]
-        self._device_expressions = Expressions(rule.match for rule in self._device_rules)
-        self._gpu_expressions = Expressions(rule.match for rule in self._gpu_rules)
+        self._matches: Dict[Tuple[str, bool], Named] = {}
+        self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
+            is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
+        }
+        self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
 
-    def __call__(self, path: str) -> Named:
-        """The rules that name PATH, which is below /dev."""
-        found = self._matches.get(path)
-        if found is None:
-            found = self._matches[path] = _found(self._device_rules, self._device_expressions, path)
-        return found
-
-    def gpu(self, name: str) -> Named:
-        """The rules that name the GPU NAME of a Tegra."""
-        return _found(self._gpu_rules, self._gpu_expressions, name)
+    def __call__(self, path: str, is_gpu: bool = False) -> Named:
+        """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
+        key = path, is_gpu
+        if key not in self._matches:
+            pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
+            self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
+        return self._matches[key]
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop what is remembered, except about PATHS."""
         keep = set(paths)
-        self._matches = {path: found for path, found in self._matches.items() if path in keep}
+        self._matches = {key: named for key, named in self._matches.items() if key[0] in keep}
 
 
-def _found(rules: Sequence[Rule], expressions: Expressions, name: str) -> Named:
-    return tuple((rule, match) for rule, match in zip(rules, expressions.search(name)) if match)
+class Found(NamedTuple):
+    """What rules name in /dev, and what they ask sysfs about it."""
+
+    devices: Mapping[str, Tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
+    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
+    wanted: Mapping[Entry, Names]  # of each node: attributes that rules ask for, or use in templates
 
 
-Found = Mapping[str, Tuple[DeviceNode, ...]]  # the nodes of each device by path; a Tegra GPU has none
+NOTHING_FOUND = Found({}, {}, {})
 
 
-def find_devices(
-    snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str
-) -> Tuple[Found, Dict[str, NotADevice]]:
-    """The devices that rules name, and why other named paths lead to none. GPUS are the numbers of a Tegra's GPUs."""
-    found: Dict[str, Tuple[DeviceNode, ...]] = {}
+def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Found:
+    """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
+    devices: Dict[str, Tuple[DeviceNode, ...]] = {}
     problems: Dict[str, NotADevice] = {}
+    wanted: Dict[Entry, Set[str]] = {}
     for path in snapshot.entries:
-        if path and matcher(path):
-            try:
-                found[path] = tuple(resolve(snapshot, path, dev_dir))
-            except NotADevice as error:
-                problems[path] = error
-    found.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.gpu(name))
-    return found, problems
+        rules = [rule for rule, _ in matcher(path)] if path else []
+        if not rules:
+            continue
+        try:
+            devices[path] = tuple(resolve(snapshot, path, dev_dir))
+        except NotADevice as error:
+            problems[path] = error
+            continue
+        names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
+        for node in devices[path]:
+            wanted.setdefault(node.entry, set()).update(names)
+    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
+    return Found(devices, problems, {node: tuple(sorted(names)) for node, names in wanted.items()})
 
 
 def expiry_times(plan: Plan) -> Iterator[float]:
@@ -2322,26 +2163,13 @@ def devices_of(plan: Plan) -> Iterator[Device]:
     return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-def _named(path: str, nodes: Sequence[DeviceNode], matcher: Matcher) -> Named:
-    """The rules that name the device with NODES at PATH."""
-    return matcher(path) if nodes else matcher.gpu(path)
-
-
-class Candidate(NamedTuple):
-    """A device that is to be offered under a resource's name."""
-
-    device: Device
-    is_pool: bool  # whether a rule names the resource, and so makes a pool of its devices
-
-
 @dataclass(frozen=True)
 class Look:
     """What make_plan() goes by, besides the previous plan."""
 
     found: Found
-    problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
     snapshot: Snapshot
-    sysfs: Sysfs
+    chains: Mapping[Entry, Chain]  # of the nodes; of one that is missing, sysfs has not said anything yet
     matcher: Matcher
     dev_dir: str
     now: float  # time.monotonic()
@@ -2355,141 +2183,125 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     has changed so that the rule would no longer choose it.
     """
     left_out: List[LeftOut] = []
-    used: Set[int] = set()
-    candidates: Dict[str, Dict[str, Candidate]] = {}  # by resource and path
-    for path, nodes in look.found.items():
-        named = _named(path, nodes, look.matcher)
-        used.update(id(rule) for rule, _ in named)
-        rule, match, mismatches = _follow(path, nodes, named, look.sysfs)
-        left_out += mismatches
-        if rule is None or match is None:
-            continue
-        try:
-            values = _template_values(rule, nodes, look.sysfs)
-            name = _resource_name(path, rule, match, values)
-            device = _device(path, nodes, rule, match, values, look)
-        except NotADevice as error:
-            left_out.append(LeftOut.of(path, rule.line, error))
-            continue
-        candidates.setdefault(name, {})[path] = Candidate(device, bool(rule.resource))
-    kept = _keep(previous, look, candidates)
-    used.update(id(rule) for device in kept.values() for rule, _ in _named(device.path, device.nodes, look.matcher))
-    for path, problem in look.problems.items():
-        named = look.matcher(path)
-        used.update(id(rule) for rule, _ in named)
-        left_out.append(LeftOut.of(path, named[0][0].line, problem))
+    offered: Dict[str, Dict[str, Device]] = {}  # by resource and path
+    for path, nodes in look.found.devices.items():
+        for rule, match in look.matcher(path, not nodes):
+            try:
+                if isinstance(match, SearchTimeout):
+                    why = f"{TOOK_TOO_LONG} in this name: {rule.pattern}"
+                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=why)
+                found = _fit_nodes(rule, nodes, look.chains)
+            except NotADevice as error:
+                left_out.append(LeftOut.of(path, rule.line, error))
+                continue  # an earlier rule may fit
+            try:
+                name, device = _device(path, nodes, rule, match, found, look)
+                offered.setdefault(name, {})[path] = device
+            except NotADevice as error:
+                left_out.append(LeftOut.of(path, rule.line, error))
+            break
+    kept = _keep(previous, look, offered)
+    for path, problem in look.found.problems.items():
+        left_out.append(LeftOut.of(path, look.matcher(path)[0][0].line, problem))
     left_out = [left for left in left_out if left.path not in kept]
     resources: Dict[str, Resource] = {}
-    for name in sorted(candidates):
+    for name in sorted(offered):
         before = previous.resources.get(name)
-        resource, losers = _make_resource(name, _dated(candidates[name], before, look.now), before)
+        devices, losers = _choose(name, _dated(offered[name], before, look.now), before)
         left_out += losers
-        if resource.devices:
-            resources[name] = resource
+        if devices:
+            resources[name] = Resource(name, devices[0].is_pool, tuple(devices))
+    named = [look.matcher(path, not nodes) for path, nodes in look.found.devices.items()]
+    named += [look.matcher(device.path, not device.nodes) for device in kept.values()]
+    used = {id(rule) for rules in (*named, *map(look.matcher, look.found.problems)) for rule, _ in rules}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
-def _keep(previous: Plan, look: Look, candidates: Dict[str, Dict[str, Candidate]]) -> Dict[str, Device]:
-    """Add to CANDIDATES the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these by
-    path."""
-    kept = {}
+def _keep(previous: Plan, look: Look, offered: Dict[str, Dict[str, Device]]) -> Mapping[str, Device]:
+    """Add to what is OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these
+    by path."""
+    all_kept = {}
     for name, resource in previous.resources.items():
         for device in resource.devices:
-            stays = None if device.path in candidates.get(name, {}) else _kept(device, look)
-            if stays and candidates.setdefault(stays[0], {}).setdefault(device.path, stays[1]) is stays[1]:
-                kept[device.path] = stays[1].device
-    return kept
+            if device.path in offered.get(name, {}):
+                continue
+            new_name, kept = _kept(device, look)
+            if kept and device.path not in offered.get(new_name, {}):
+                offered.setdefault(new_name, {})[device.path] = all_kept[device.path] = kept
+    return all_kept
 
 
-def _kept(device: Device, look: Look) -> Optional[Tuple[str, Candidate]]:
+def _kept(device: Device, look: Look) -> Tuple[str, Optional[Device]]:
     """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
-    values = dict(device.values)
-    for rule, match in _named(device.path, device.nodes, look.matcher):
-        if isinstance(match, SearchTimeout) or not _fits(rule, device):
+    for rule, match in look.matcher(device.path, not device.nodes):
+        if isinstance(match, SearchTimeout) or not _chooses(rule, device):
             continue
-        try:
-            parts = tuple(_parts(device.path, rule, match, values))
-            name = _resource_name(device.path, rule, match, values)
-        except NotADevice:
-            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
-        problem, is_gone = _find_loss(device, rule, match, look)
+        problem, is_gone = _find_loss(device, rule, look)
         since = device.since if device.is_gone else look.now
         if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
-            return None
+            break
+        try:
+            name, fresh = _device(device.path, device.nodes, rule, match, Fit(device.chosen_by, device.values), look)
+        except NotADevice:
+            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
+        specs = () if is_gone else fresh.specs
         kept = dataclasses.replace(
-            device,
-            line=rule.line,
-            slots=rule.slots,
-            parts=parts,
-            permissions=rule.permissions,
-            specs=(),
-            problem=problem,
-            is_gone=is_gone,
+            fresh, problem=problem, is_gone=is_gone, specs=specs, numa=device.numa, facts=device.facts
         )
-        if not is_gone:
-            with contextlib.suppress(NotADevice):
-                kept = dataclasses.replace(kept, specs=tuple(specs_of(kept, look.snapshot, look.dev_dir)))
-        return name, Candidate(kept, bool(rule.resource))
-    return None
+        return name, kept
+    return "", None
 
 
-def _fits(rule: Rule, device: Device) -> bool:
+def _chooses(rule: Rule, device: Device) -> bool:
     """Whether RULE chooses DEVICE as it was last good."""
-    held = dict(device.attributes)
-    has_values = {*rule.values} <= {value.name for value in device.values}
+    held = device.chosen_by
+    has_values = device.values.keys() >= {*rule.values}
     return has_values and all(item.name in held and item.fits(held[item.name]) for item in rule.attributes)
 
 
-def _find_loss(device: Device, rule: Rule, match: re.Match[str], look: Look) -> Tuple[str, bool]:
+def _find_loss(device: Device, rule: Rule, look: Look) -> Tuple[str, bool]:
     """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
     alone chose it, and so another rule has it."""
-    nodes = look.found.get(device.path)
+    nodes = look.found.devices.get(device.path)
     if nodes is None:
-        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
-    if not rule.attributes and not attributes_in(rule.resource):
+        return str(look.found.problems.get(device.path, NotADevice(Reason.GONE))), True
+    naming = attributes_in(rule.resource)
+    if not rule.attributes and not naming:
         return "", False
-    is_gone = not device.has_nodes(nodes)
-    error = _mismatch(rule, match, nodes, look.sysfs)
-    if error:
-        return str(error), is_gone
+    is_gone = device.is_gone or not device.has_nodes(nodes)
     try:
-        values = _template_values(rule, nodes, look.sysfs)
-    except NotADevice as missing:
-        return str(missing), is_gone
-    for held in device.naming:
-        if values.get(held.name) != held.value:
-            return f'{describe_value(held.name, values.get(held.name))} and was "{held.value}"', is_gone
+        found = _fit_nodes(rule, nodes, look.chains)
+        if found.problem:
+            raise found.problem
+    except NotADevice as error:
+        return str(error), is_gone
+    for name in naming:
+        if found.values[name] != device.values[name]:
+            return f'{describe_value(name, found.values[name])} and was "{device.values[name]}"', is_gone
     return Reason.SWAPPED.template if is_gone else "", is_gone
 
 
-def _dated(candidates: Mapping[str, Candidate], previous: Optional[Resource], now: float) -> List[Candidate]:
-    """The CANDIDATES for one resource in the order of their paths, each with the time since when it is as it is."""
+def _dated(devices: Mapping[str, Device], previous: Optional[Resource], now: float) -> List[Device]:
+    """The DEVICES of one resource in the order of their paths, each with the time since when it is as it is."""
     before = {device.path: device for device in previous.devices} if previous else {}
     dated = []
-    for path, candidate in sorted(candidates.items()):
-        device, old = candidate.device, before.get(path)
+    for path, device in sorted(devices.items()):
+        old = before.get(path)
         is_old = old and (bool(old.problem), old.is_gone) == (bool(device.problem), device.is_gone)
-        since = old.since if old and is_old else now
-        dated.append(candidate._replace(device=dataclasses.replace(device, since=since)))
+        dated.append(dataclasses.replace(device, since=old.since if old and is_old else now))
     return dated
 
 
-class Overridden(NamedTuple):
-    """A rule that names a device without effect, because a later rule applies to it."""
-
-    rule: Rule
-    device: Device
-
-
-def find_overridden(plan: Plan, matcher: Matcher) -> List[Overridden]:
-    """The rules that name a device which PLAN offers under a later rule, in sorted order."""
+def find_overridden(plan: Plan, matcher: Matcher) -> List[Tuple[Rule, Device]]:
+    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
+    sorted order."""
     found = []
     for device in devices_of(plan):
-        named = [rule for rule, match in _named(device.path, device.nodes, matcher) if isinstance(match, re.Match)]
+        named = [rule for rule, match in matcher(device.path, not device.nodes) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
-        found += [Overridden(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda one: (one.rule.line, one.device.path))
+        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
 
 
 class Offer(NamedTuple):
@@ -2525,201 +2337,121 @@ def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Seque
     return nodes
 
 
-def _make_resource(
-    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
-) -> Tuple[Resource, Sequence[LeftOut]]:
-    """The resource NAME with the devices of the CANDIDATES that win, and what is left out of it."""
-    winners, losers = _choose(name, candidates, previous)
-    is_pool = winners[0].is_pool
-    if is_pool:
-        winners, doubles = _once_each(winners)
-        losers += doubles
-    too_many = _without_room([candidate.device for candidate in winners], is_pool, previous)
-    devices = tuple(candidate.device for candidate in winners if candidate.device.path not in too_many)
-    error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
-    losers += [LeftOut.of(path, line, error) for path, line in too_many.items()]
-    return Resource(name, is_pool, devices), losers
-
-
 def _choose(
-    name: str, candidates: Sequence[Candidate], previous: Optional[Resource]
-) -> Tuple[Sequence[Candidate], List[LeftOut]]:
-    """The CANDIDATES that get the name NAME; the others, unless their devices are gone, are left out.
+    name: str, devices: Sequence[Device], previous: Optional[Resource]
+) -> Tuple[Sequence[Device], List[LeftOut]]:
+    """The DEVICES, in the order of their paths, that get the name NAME; and what is left out of it. A device that is
+    gone is not left out.
 
     A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
     equals the name, then the first path in sorted order.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
-
-    def order(candidate: Candidate) -> Tuple[object, ...]:
-        path = candidate.device.path
-        return path != holder, candidate.device.is_gone, path != name, path
-
-    pool = [candidate for candidate in candidates if candidate.is_pool]
-    own = sorted((candidate for candidate in candidates if not candidate.is_pool), key=order)
-    if pool and not (own and own[0].device.path == holder):
-        winners, losers = pool, own
-        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].device.line)
+    pool = [device for device in devices if device.is_pool]
+    own = sorted(
+        (device for device in devices if not device.is_pool),
+        key=lambda device: (device.path != holder, device.is_gone, device.path != name, device.path),
+    )
+    if pool and not (own and own[0].path == holder):
+        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
+        winners, left_out = _choose_for_pool(pool, previous)
+        losers = own
     else:
-        winners, losers = own[:1], own[1:] + pool
-        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].device.path)
-    return winners, [
-        LeftOut.of(candidate.device.path, candidate.device.line, error)
-        for candidate in losers
-        if not candidate.device.is_gone
-    ]
+        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
+        winners, left_out = own[:1], []
+        losers = own[1:] + pool
+    left_out += [LeftOut.of(device.path, device.line, error) for device in losers if not device.is_gone]
+    return winners, left_out
 
 
-def _once_each(candidates: Sequence[Candidate]) -> Tuple[Sequence[Candidate], List[LeftOut]]:
-    """The sorted CANDIDATES for one pool without those whose node an earlier candidate has; and these, as left out.
+def _choose_for_pool(devices: Sequence[Device], previous: Optional[Resource]) -> Tuple[List[Device], List[LeftOut]]:
+    """The DEVICES of a pool, in the order of their paths, without those whose node an earlier one has, and those for
+    which its list has no room; and these, as left out.
 
-    One that is gone has no node.
+    One that is gone has no node. The devices that PREVIOUS has come first to the list, so that a newcomer takes no room
+    from them.
     """
-    kept: List[Candidate] = []
-    doubles: List[LeftOut] = []
-    paths: Dict[int, str] = {}  # by the node's generation
-    for candidate in candidates:
-        nodes = [] if candidate.device.is_gone else [node.entry.generation for node in candidate.device.nodes]
+    left_out: Dict[str, LeftOut] = {}
+    paths: Dict[str, str] = {}  # of devices, by a node of theirs
+    for device in devices:
+        nodes = [] if device.is_gone else [node.path for node in device.nodes]
         path = next((paths[node] for node in nodes if node in paths), None)
         if path is None:
-            kept.append(candidate)
-            paths.update((node, candidate.device.path) for node in nodes)
+            paths.update(dict.fromkeys(nodes, device.path))
         else:
-            error = NotADevice(Reason.SAME_NODE, path=path)
-            doubles.append(LeftOut.of(candidate.device.path, candidate.device.line, error))
-    return kept, doubles
-
-
-def _without_room(devices: Sequence[Device], is_pool: bool, previous: Optional[Resource]) -> Mapping[str, int]:
-    """The DEVICES of one resource whose slots do not fit into its list: their rules' lines, by path.
-
-    The devices that PREVIOUS has come first, so that a newcomer takes no room from them.
-    """
+            left_out[device.path] = LeftOut.of(device.path, device.line, NotADevice(Reason.SAME_NODE, path=path))
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
-    too_many = {}
     for device in sorted(devices, key=lambda device: device.path not in offered):
-        size = list_bytes(device, is_pool)
-        if size > room:
-            too_many[device.path] = device.line
+        if device.path in left_out:
+            continue
+        if list_bytes(device) > room:
+            error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+            left_out[device.path] = LeftOut.of(device.path, device.line, error)
         else:
-            room -= size
-    return too_many
+            room -= list_bytes(device)
+    return [device for device in devices if device.path not in left_out], list(left_out.values())
 
 
-def list_bytes(device: Device, is_pool: bool) -> int:
-    """The size in bytes of DEVICE's slots in a ListAndWatchResponse, with the longer of the two health words.
-
-    The encoding is protobuf's: https://protobuf.dev/programming-guides/encoding/
-    """
-    nodes = sum(_field_bytes(1 + _varint_bytes(numa) if numa else 0) for numa in device.numa)
-    rest = _field_bytes(len("Unhealthy")) + (_field_bytes(nodes) if device.numa else 0)
-    prefix = len(f"{device.path}:".encode()) if is_pool else 0
-    size, first, digits = 0, 0, 1
-    while first < device.slots:  # the slots whose numbers have so many digits
-        end = min(device.slots, 10**digits)
-        size += (end - first) * _field_bytes(_field_bytes(prefix + digits) + rest)
-        first, digits = end, digits + 1
-    return size
+def list_bytes(device: Device) -> int:
+    """How many bytes the slots of DEVICE, one of a pool, take in a ListAndWatchResponse at most."""
+    return device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
 
 
-def _field_bytes(length: int) -> int:
-    """The size of a field that holds LENGTH bytes, with its tag and length."""
-    return 1 + _varint_bytes(length) + length
-
-
-def _varint_bytes(number: int) -> int:
-    return max(1, -(-number.bit_length() // 7))
-
-
-def _follow(
-    path: str, nodes: Sequence[DeviceNode], named: Named, sysfs: Sysfs
-) -> Tuple[Optional[Rule], Optional[re.Match[str]], List[LeftOut]]:
-    """The first of the rules NAMED whose attributes the device at PATH has, its match, and why the rules before it do
-    not apply."""
-    left_out: List[LeftOut] = []
-    for rule, match in named:
-        error = _mismatch(rule, match, nodes, sysfs)
-        if error is None and isinstance(match, re.Match):
-            return rule, match, left_out
-        left_out += [LeftOut.of(path, rule.line, error)] if error else []
-    return None, None, left_out
-
-
-def _mismatch(
-    rule: Rule, match: Union[re.Match[str], SearchTimeout], nodes: Sequence[DeviceNode], sysfs: Sysfs
-) -> Optional[NotADevice]:
-    """Why RULE, which names the device with NODES, does not apply to it; None if it does."""
-    if isinstance(match, SearchTimeout):
-        return NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
-    if not rule.attributes:
-        return None
-    answers = [sysfs.answer(rule.attributes, node) for node in nodes]
-    if any(answer.held for answer in answers):
-        return None
-    return NotADevice(answers[0].reason, why=answers[0].mismatch) if answers else NotADevice(Reason.NO_ATTRIBUTES)
-
-
-def _resource_name(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> str:
-    """The name of the resource of the device at PATH under RULE. Raises NotADevice if there is none."""
-    name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
-    if not name:
-        raise NotADevice(Reason.NO_NAME)
-    return name
-
-
-def _template_values(rule: Rule, nodes: Sequence[DeviceNode], sysfs: Sysfs) -> Mapping[str, str]:
-    """The values of the attributes in RULE's templates. Raises NotADevice if the device lacks one of them."""
-    if not rule.values:
-        return {}
-    answers = [sysfs.answer(rule.attributes, node, rule.values) for node in nodes]
-    if not answers:
-        raise NotADevice(Reason.NO_ATTRIBUTES)
-    fitting = [answer for answer in answers if answer.held or not rule.attributes] or answers
-    answer = next((answer for answer in fitting if not answer.mismatch), fitting[0])
-    if answer.mismatch:
-        raise NotADevice(answer.reason, why=answer.mismatch)
-    return dict(answer.values)
+def _fit_nodes(rule: Rule, nodes: Sequence[DeviceNode], chains: Mapping[Entry, Chain]) -> Fit:
+    """How RULE fits the device with NODES: as it fits one of them. Raises NotADevice if it fits none."""
+    if not rule.attributes and not rule.values:
+        return Fit()
+    fits, errors = [], [] if nodes else [NotADevice(Reason.NO_ATTRIBUTES)]
+    for node in nodes:
+        try:
+            fits.append(fit(rule, chains.get(node.entry)))
+        except NotADevice as error:
+            errors.append(error)
+    if not fits and rule.attributes:
+        raise errors[0]
+    fits += [Fit(problem=error) for error in errors]
+    return next((found for found in fits if not found.problem), fits[0])
 
 
 def _device(
-    path: str,
-    nodes: Tuple[DeviceNode, ...],
-    rule: Rule,
-    match: re.Match[str],
-    values: Mapping[str, str],
-    look: Look,
-) -> Device:
-    """The device with NODES at PATH under RULE. Raises NotADevice if one of its paths in a container is not a good
-    one."""
+    path: str, nodes: Tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
+) -> Tuple[str, Device]:
+    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
+
+    Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
+    """
+    if found.problem:
+        raise found.problem
+    name = resource_name(expand(rule.resource, match, found.values) if rule.resource else path)
+    if not name:
+        raise NotADevice(Reason.NO_NAME)
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
-    env.update((name, expand(template, match, values)) for name, template in rule.env)
-    numas = {look.sysfs.numa(node) for node in nodes}
-    held = (look.sysfs.answer(rule.attributes, node).held for node in nodes if rule.attributes)
+    env.update((name, expand(template, match, found.values)) for name, template in rule.env)
+    chains = [look.chains.get(node.entry, ()) for node in nodes]
+    facts, *others = [facts_of(chain) for chain in chains] or [{}]
     device = Device(
         path=path,
         line=rule.line,
+        is_pool=bool(rule.resource),
         slots=rule.slots,
-        parts=tuple(_parts(path, rule, match, values)),
-        permissions=rule.permissions,
-        env=tuple(env.items()),
-        numa=tuple(sorted(numa for numa in numas if numa is not None)),
-        attributes=next(filter(None, held), ()),
-        values=tuple(HeldAttribute(name, value) for name, value in values.items()),
-        naming=tuple(HeldAttribute(name, values[name]) for name in attributes_in(rule.resource)),
-        specs=(),
-        problem="",
-        since=look.now,
         nodes=nodes,
-        facts=look.sysfs.facts(nodes),
+        chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
+        values=found.values,
+        since=look.now,
+        parts=tuple(_parts(path, rule, match, found.values)),
+        permissions=rule.permissions,
+        env=env,
+        numa=tuple(sorted({numa for numa in map(numa_of, chains) if numa is not None})),
+        facts={name: value for name, value in facts.items() if all(other.get(name) == value for other in others)},
     )
     try:
-        return dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
+        return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
     except NotADevice as error:
-        return dataclasses.replace(device, problem=str(error))
+        return name, dataclasses.replace(device, problem=str(error))
 
 
-def _parts(path: str, rule: Rule, match: re.Match[str], values: Mapping[str, str]) -> Iterator[Part]:
+def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Iterator[Part]:
     """PATH, unless it is a Tegra's GPU, and its companions under RULE. Raises NotADevice if one of their paths in a
     container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
@@ -2796,29 +2528,18 @@ def slots_of(resource: Resource) -> Tuple[Slot, ...]:
     return tuple(Slot(resource, device, number) for device in resource.devices for number in range(device.slots))
 
 
-def _slot_id(resource: Resource, device: Device, number: int) -> str:
-    return f"{device.path}:{number}" if resource.pool else str(number)
+def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Slot]]]:
+    """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none.
 
-
-def named_devices(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Device]]]:
-    """Each of SLOT_IDS once, with the device of RESOURCE that it names; None if it names none."""
+    The number may be too high by now, because the device had more slots when the ID was allocated.
+    """
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     for slot_id in dict.fromkeys(slot_ids):
-        device = devices.get(slot_id.rpartition(":")[0])
-        yield slot_id, device if device and names_device(device, resource, slot_id) else None
-
-
-def is_slot_of(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID is the ID of a slot of DEVICE, one of RESOURCE's."""
-    return names_device(device, resource, slot_id) and int(slot_id.rpartition(":")[2]) < device.slots
-
-
-def names_device(device: Device, resource: Resource, slot_id: str) -> bool:
-    """Whether SLOT_ID names DEVICE, one of RESOURCE's, which may have had more slots when the ID was allocated."""
-    path, _, number = slot_id.rpartition(":")
-    if path != (device.path if resource.pool else "") or not re.fullmatch("0|[1-9][0-9]{0,4}", number):
-        return False
-    return _slot_id(resource, device, int(number)) == slot_id
+        path, _, number = slot_id.rpartition(":")
+        slot = None
+        if path in devices and re.fullmatch("0|[1-9][0-9]{0,4}", number):
+            slot = Slot(resource, devices[path], int(number))
+        yield slot_id, slot if slot and slot.id == slot_id else None
 
 
 class AllocationError(Exception):
@@ -2839,10 +2560,10 @@ class ContainerAllocation(NamedTuple):
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
     """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
     chosen: Dict[str, Device] = {}
-    for slot_id, device in named_devices(resource, slot_ids):
-        if device is None or not is_slot_of(device, resource, slot_id):
+    for slot_id, slot in named_slots(resource, slot_ids):
+        if slot is None or slot.number >= slot.device.slots:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
-        chosen[device.path] = device
+        chosen[slot.device.path] = slot.device
     specs: List[DeviceSpec] = []
     given: Dict[str, str] = {}
     env: Dict[str, Dict[str, None]] = {}  # values in order, each once
@@ -2858,7 +2579,7 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
                 _add_spec(specs, given, spec)
             except NotADevice as error:
                 raise AllocationError("FAILED_PRECONDITION", str(error)) from None
-        for name, value in device.env:
+        for name, value in device.env.items():
             env.setdefault(name, {})[value] = None
     return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
@@ -2871,7 +2592,7 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
     free = set(available) - kept
     ranked = []
     for device in resource.devices:
-        ids = [_slot_id(resource, device, number) for number in range(device.slots)]
+        ids = [Slot(resource, device, number).id for number in range(device.slots)]
         chosen = sum(slot_id in kept for slot_id in ids)
         left = [slot_id for slot_id in ids if slot_id in free]
         in_use = device.slots - chosen - len(left)
@@ -3796,8 +3517,7 @@ class HostDevices:
 
     def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
-        self._reuses_inodes = reuses_inodes(os.stat(dev_dir).st_dev)
-        self._sysfs = SysfsReader(sys_dir, READ_SECONDS)
+        self._sysfs = SysfsReader(sys_dir)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
 
@@ -3827,8 +3547,7 @@ class HostDevices:
                         nodes = self._find_nodes(device, tree)
                     except NotADevice as error:
                         return device, str(error)
-                    may_be_remade = self._reuses_inodes and (device.is_gone or not device.problem)
-                    if may_be_remade or not device.has_nodes(nodes):
+                    if device.is_gone or not device.has_nodes(nodes):
                         chosen.append((device, nodes))
         except OSError as error:
             return devices[0], _cannot_look(error)
@@ -3836,29 +3555,29 @@ class HostDevices:
         reads: List[Tuple[Device, List[SysfsRead]]] = []
         try:
             for device, nodes in chosen:
-                names = tuple(held.name for held in device.chosen_by)
+                names = tuple(device.chosen_by)
                 reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
             for device, started in reads:
-                changes = [_changed(await _result(read, end), device) for read in started]
+                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
                 if changes and "" not in changes:
                     return device, changes[0]
         except SysfsTimeout:
-            return device, UNANSWERED.mismatch
+            return device, NO_ATTRIBUTES_YET
         return None
 
     def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
         """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, attributes=(), naming=()), tree, self._dev_dir)
+        specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
         return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
 
-    async def describe(self, path: str, names: Sequence[str]) -> str:
+    async def describe(self, path: str, names: Names) -> str:
         """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
         try:
             with LiveTree(self._dev_dir) as tree:
                 entry = resolve(tree, path, self._dev_dir)[0].entry
-            read = self._sysfs.start(entry, tuple(names))
-            found = nearest_values(await _result(read, time.monotonic() + READ_SECONDS), names)
-            values = [describe_value(name, value) for name, value in zip(names, found)]
+            read = self._sysfs.start(entry, names)
+            found = nearest_values(await self._read(read, time.monotonic() + READ_SECONDS), names)
+            values = [describe_value(name, value) for name, value in found.items()]
         except NotADevice as error:
             return str(error)
         except OSError as error:
@@ -3866,6 +3585,12 @@ class HostDevices:
         except SysfsTimeout:
             values = []
         return "; ".join(values) or f"a {entry.kind} stands there"
+
+    async def _read(self, read: SysfsRead, end: float) -> Chain:
+        """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
+        with contextlib.suppress(asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
+        return self._sysfs.take(read)
 
     def look_again(self) -> None:
         """Make the device side look again soon."""
@@ -3877,23 +3602,6 @@ class HostDevices:
         self._look_again()
 
 
-async def _result(read: SysfsRead, end: float) -> Folders:
-    """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
-    with contextlib.suppress(asyncio.TimeoutError, OSError):
-        await asyncio.wait_for(asyncio.wrap_future(read.future), end - time.monotonic())
-    folders: Folders = read.take()
-    return folders
-
-
-def _changed(folders: Folders, device: Device) -> str:
-    """What FOLDERS have instead of the attributes that DEVICE was chosen by; empty if they have these."""
-    for held in device.naming:
-        values = values_of(folders, held.name)  # which of them named the resource depends on the rule's attributes
-        if held.value not in values:
-            return f'{describe_value(held.name, next(iter(values), None))} and was "{held.value}"'
-    return changed_attributes(folders, device.attributes)
-
-
 def _cannot_look(error: OSError) -> str:
     return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
 
@@ -3901,14 +3609,12 @@ def _cannot_look(error: OSError) -> str:
 class ListStream:
     """The lists of one resource that a ListAndWatch stream has yet to send.
 
-    The reader may be slow, or not read at all. So only the newest list waits, and before it one more if a device was
-    Unhealthy for a moment meanwhile.
+    The reader may be slow, or not read at all, so only the newest list waits.
     """
 
     def __init__(self, resource: Resource) -> None:
         self._newest = resource
         self._sent: Optional[ListKey] = None
-        self._were_unhealthy: Set[str] = set()  # paths of devices, since the last list was sent
         self._is_ended = False
         self._has_news = asyncio.Event()
         self._has_news.set()
@@ -3916,7 +3622,6 @@ class ListStream:
     def update(self, resource: Resource) -> None:
         """Send the list of RESOURCE, unless it equals the last one."""
         self._newest = resource
-        self._were_unhealthy.update(device.path for device in resource.devices if device.problem)
         self._has_news.set()
 
     def end(self) -> None:
@@ -3930,12 +3635,10 @@ class ListStream:
             await self._has_news.wait()
             if self._is_ended:
                 return None
-            were_healthy = {path for path, _, is_healthy, _ in self._sent or () if is_healthy}
-            resource = _with_unhealthy(self._newest, were_healthy & self._were_unhealthy)
-            self._were_unhealthy.clear()
-            if _list_key(resource) != self._sent:
-                self._sent = _list_key(resource)
-                return resource
+            key = _list_key(self._newest)
+            if key != self._sent:
+                self._sent = key
+                return self._newest
             self._has_news.clear()
 
 
@@ -3945,17 +3648,6 @@ ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
 def _list_key(resource: Resource) -> ListKey:
     """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
     return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
-
-
-def _with_unhealthy(resource: Resource, paths: Set[str]) -> Resource:
-    """RESOURCE with the devices at PATHS Unhealthy."""
-    if not paths:
-        return resource
-    devices = (
-        dataclasses.replace(device, problem="it was gone for a moment") if device.path in paths else device
-        for device in resource.devices
-    )
-    return dataclasses.replace(resource, devices=tuple(devices))
 
 
 class PluginOptions(NamedTuple):
@@ -4087,10 +3779,10 @@ class Plugin:
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
         slot_ids: Dict[str, str] = {}  # by the path of their device
-        for slot_id, device in named_devices(self.resource, request.devices_ids):
-            if device is None:
+        for slot_id, slot in named_slots(self.resource, request.devices_ids):
+            if slot is None:
                 await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
-            slot_ids.setdefault(device.path, slot_id)
+            slot_ids.setdefault(slot.device.path, slot_id)
         devices = [device for device in self.resource.devices if device.path in slot_ids]
         found = await self._devices.find_start_problem(devices)
         if found:
@@ -4105,8 +3797,8 @@ class Plugin:
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
-        names = next((device.attributes for device in self.resource.devices if device.attributes), ())
-        problem = await self._devices.describe(path, [held.name for held in names])
+        names = next((device.chosen_by for device in self.resource.devices if device.chosen_by), {})
+        problem = await self._devices.describe(path, tuple(names))
         return f"/dev/{path}", f"the resource has no device there any more: {problem}"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
@@ -6226,15 +5918,17 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
     if holders is None:
         return {"in_use": None, "holders": None}
-    devices = {device.path if resource.pool else "": device for device in resource.devices}
-    found = set()
-    for holder in holders.get(resource.name, ()):
-        path, _, number = holder.slot.rpartition(":")
-        if path in devices and is_slot_of(devices[path], resource, holder.slot):
-            found.add((path, int(number), holder))
+    own = holders.get(resource.name, ())
+    slots = {slot_id: slot for slot_id, slot in named_slots(resource, (holder.slot for holder in own)) if slot}
+    found = {
+        (slot.device.path, slot.number, holder)
+        for holder in own
+        for slot in [slots.get(holder.slot)]
+        if slot and slot.number < slot.device.slots
+    }
     held = [
-        {"slot": holder.slot, "device": device_path(devices[path]), **holder._asdict()}
-        for path, _, holder in sorted(found)
+        {"slot": holder.slot, "device": device_path(slots[holder.slot].device), **holder._asdict()}
+        for _, _, holder in sorted(found)
     ]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
@@ -7051,7 +6745,7 @@ class KeptDevices:
         self._plan = EMPTY_PLAN  # that _text is from
         self._text = "[]"
 
-    def read(self, are_inodes_kept: bool) -> Plan:
+    def read(self) -> Plan:
         """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
         their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
         resources: Dict[str, Resource] = {}
@@ -7059,15 +6753,14 @@ class KeptDevices:
             for kept in json.loads(self._file.read()[0]):
                 json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
                 name, path = str(kept["resource"]), str(kept["path"])
-                attributes, values = (
-                    tuple(HeldAttribute(str(attribute), str(value)) for attribute, value in kept[key])
+                chosen_by, values = (
+                    {str(attribute): str(value) for attribute, value in dict(kept[key]).items()}
                     for key in ("attributes", "values")
                 )
-                is_same = are_inodes_kept and kept.get("boot") == self._boot  # each boot counts inodes from 1
-                numbers = kept["nodes"] if is_same else [(0, 0)]
+                is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
+                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
                 nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                since = time.monotonic()
-                device = Device(path, 0, 0, (), "", (), (), attributes, (), "", since, nodes=nodes, values=values)
+                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
                 others = resources[name].devices if name in resources else ()
                 resources[name] = Resource(name, True, (*others, device))
         except FileNotFoundError:
@@ -7086,14 +6779,14 @@ class KeptDevices:
                 {
                     "resource": name,
                     "path": device.path,
-                    "attributes": device.attributes,
+                    "attributes": device.chosen_by,
                     "values": device.values,
                     "boot": self._boot,
                     "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
                 }
                 for name, resource in plan.resources.items()
                 for device in resource.devices
-                if device.attributes
+                if device.chosen_by
             ]
             self._plan, self._text = plan, json.dumps(devices)
         if self._text != "[]" or os.path.lexists(self._file.path):
@@ -7250,10 +6943,11 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
-        self._found: Found = {}
+        self._found = NOTHING_FOUND
+        self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
-        self._next_full_look = 0.0
+        self._next_full_scan = 0.0
         self._dev_problem = ""
 
     @property
@@ -7271,47 +6965,44 @@ class DeviceSide:
         self._conf.start()
         self._matcher = Matcher(self._conf.rules)
         if self._kept_devices:
-            self.plan = self._kept_devices.read(not reuses_inodes(os.stat(self._dev_dir).st_dev))
+            self.plan = self._kept_devices.read()
         self.turn()
 
-    def turn(self, reread: bool = False) -> List[Plan]:
-        """Look for changes, everywhere if REREAD; the new plans, in order. There are none if nothing changed, and two
-        if a device went and came back."""
+    def turn(self, reread: bool = False) -> Optional[Plan]:
+        """Look for changes, everywhere if REREAD; the new plan if there is one."""
         now = time.monotonic()
-        self._sysfs.begin_look()
-        full = reread or now >= self._next_full_look
-        has_new_rules = self._conf.follow(reread)
-        if has_new_rules:
+        full = reread or now >= self._next_full_scan
+        has_changed = self._conf.follow(reread)
+        if has_changed:
             self._matcher = Matcher(self._conf.rules)
-        flapped, has_changed = self._look(full)
-        may_differ = full and self._look_beyond_dev(now)
-        has_news = self._sysfs.has_news()  # at every turn, or a /dev that always changes would keep it waiting
-        plans = []
-        if has_new_rules or has_changed or may_differ or has_news:
-            old = self.plan
-            plans = [self._make_plan(self.snapshot.without(flapped))] if flapped else []
-            plans.append(self._make_plan(self.snapshot))
-            if plans == [old]:
-                plans = []
+        has_changed |= self._scan(full)
+        if full:
+            has_changed |= self._look_beyond_dev(now)
+        if has_changed:
+            self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
+        # At every turn, or a /dev that always changes would keep it waiting.
+        has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
+        new = self._make_plan(now) if has_changed else self.plan
+        is_new, self.plan = new != self.plan, new
         if self._kept_devices:
             self._kept_devices.keep(self.plan)
         if full:
-            self._next_full_look = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
-        return plans
+            self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
+        return self.plan if is_new else None
 
-    def overridden(self) -> List[Overridden]:
+    def overridden(self) -> List[Tuple[Rule, Device]]:
         """Devices that a rule names without effect, because another rule has them."""
         return find_overridden(self.plan, self._matcher)
 
-    def hasten_full_look(self) -> None:
+    def request_full_scan(self) -> None:
         """Let the next turn look at everything."""
-        self._next_full_look = 0.0
+        self._next_full_scan = 0.0
 
     def folders(self) -> List[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
         and the others by their depth."""
-        named = {*self._found, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.values() for node in nodes)]
+        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
+        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
@@ -7331,39 +7022,34 @@ class DeviceSide:
             "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
         }
 
-    def _look_beyond_dev(self, now: float) -> bool:
-        """Look at what can change without a change in /dev; whether the plan may change because of it."""
-        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
-        nodes = [node for nodes in self._found.values() for node in nodes]
-        self._sysfs.forget(node.entry.generation for node in nodes)
-        there = (node for node in nodes if self.snapshot.entry(node.path) == node.entry)
-        has_other_attributes = self._sysfs.ask_again(node.entry.generation for node in there)
-        has_expired = any(when <= now for when in expiry_times(self.plan))
-        return has_other_attributes or has_expired or gpus != self._gpus
-
-    def _look(self, full: bool) -> Tuple[Sequence[str], bool]:
-        """Take a new snapshot; the paths that went and came back in between, and whether anything changed."""
+    def _scan(self, full: bool) -> bool:
+        """Take a new snapshot; whether anything changed."""
         before = self.snapshot
         started = time.monotonic()
         try:
-            self.snapshot, flapped = self._scanner.scan(full)
+            self.snapshot = self._scanner.scan(full)
             problem = ""
         except OSError as error:
-            self.snapshot, flapped = Snapshot({}, {}), ()
+            self.snapshot = Snapshot({}, {})
             problem = f"cannot look at {self._dev_dir}: {error.strerror}"
         if problem and problem != self._dev_problem:
             log_event("dev-lost", problem, logging.ERROR)
         self._dev_problem = problem
         self.scan_seconds = time.monotonic() - started
-        return flapped, self.snapshot is not before
+        return self.snapshot is not before
 
-    def _make_plan(self, snapshot: Snapshot) -> Plan:
-        self._found, problems = find_devices(snapshot, self._gpus, self._matcher, self._dev_dir)
-        now = time.monotonic()
-        look = Look(self._found, problems, snapshot, self._sysfs, self._matcher, self._dev_dir, now)
-        self.plan = make_plan(self.plan, look)
-        return self.plan
+    def _look_beyond_dev(self, now: float) -> bool:
+        """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
+        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
+        return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
+
+    def _make_plan(self, now: float) -> Plan:
+        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
+        plan = make_plan(self.plan, look)
+        unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
+        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+        return plan
 
 
 _ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
@@ -7845,7 +7531,8 @@ def _run(
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        for plan in devices.turn(reread=taken == signal.SIGHUP):
+        plan = devices.turn(reread=taken == signal.SIGHUP)
+        if plan:
             changes.take(plan)
             thread.send(plan)
         changes.flush(time.monotonic())
@@ -7861,7 +7548,7 @@ def _run(
             log_event("stopping", f"stopping: {signal.Signals(taken).name}")
             return
         if taken == LOOK_SIGNAL:
-            devices.hasten_full_look()
+            devices.request_full_scan()
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
@@ -7949,8 +7636,9 @@ def show_attributes(options: argparse.Namespace) -> int:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
         raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
     try:
-        chain = SysfsReader(options.sys_dir).attributes(nodes[0].entry)
-    except SysfsTimeout:
+        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
+        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
+    except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
     if not chain:
         number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
@@ -8000,7 +7688,7 @@ def _path_below(text: str, dev_dir: str) -> str:
     return path if path != "." and not path.startswith(("/", "..")) else ""
 
 
-def render_overridden(overridden: Sequence[Overridden], plan: Plan) -> str:
+def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}

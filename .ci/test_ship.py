@@ -175,8 +175,8 @@ def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
     if number is None:
         pytest.skip("no /sys here")
     entry = sdm.Entry(sdm.CHAR, os.makedev(*map(int, number.split(":"))))
-    found = sdm.SysfsReader(str(tmp_path)).attributes(entry)
-    assert found == sdm.SysfsReader("/sys").attributes(entry) != []
+    found = sdm.read_all_attributes(str(tmp_path), entry)
+    assert found == sdm.read_all_attributes("/sys", entry) != []
     assert "subsystem" in found[0][1]
 
 
