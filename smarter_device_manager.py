@@ -61,6 +61,7 @@ import stat
 import struct
 import threading
 import time
+import types
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
@@ -2887,30 +2888,16 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
-MAX_TRACEBACK_LINES = 100
-MAX_QUEUED_LINES = 1000  # not written yet
-FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
-MAX_EVENTS = 100  # that the status page shows
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
 Document = Dict[str, Any]  # what json.dumps() takes
 
+log_counts = types.SimpleNamespace(dropped_lines=0, internal_errors=0)  # since the process started
 log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
     """Something that a person can fix. The text is one sentence that says what is wrong, where, and what to do."""
-
-
-@dataclass
-class LogCounts:
-    """Counters since the process started."""
-
-    dropped_lines: int = 0
-    internal_errors: int = 0
-
-
-log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
@@ -2927,13 +2914,12 @@ def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Se
 def log_internal_error(sentence: str) -> None:
     """Log and count an unexpected exception, the one being handled; SENTENCE says what failed."""
     log_counts.internal_errors += 1
-    extra = {"event": "internal-error", "fields": {}}
-    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra={"event": "internal-error"})
 
 
 def join_names(names: Sequence[str]) -> str:
     """The first MAX_NAMES of NAMES, as the value of a field."""
-    return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
+    return ",".join(names[:MAX_NAMES]) + (",..." if len(names) > MAX_NAMES else "")
 
 
 class TextFormatter(logging.Formatter):
@@ -2949,18 +2935,14 @@ class TextFormatter(logging.Formatter):
 
 
 def _quote(text: str) -> str:
-    return (
-        text
-        if re.fullmatch(r"[!-~]+", text) and not set('"=') & set(text)
-        else json.dumps(text).replace("=", r"\u003d")
-    )
+    return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
     """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
     if not record.exc_info:
         return []
-    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-100:]
     return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
@@ -2985,64 +2967,58 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
     }
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Queues lines for a LogWriter. Drops and counts those that do not fit."""
+class LogWriter(logging.handlers.QueueHandler):
+    """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
+
+    Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
+    process, the thread and the descriptor need no end: waiting for the reader could take forever."""
+
+    MAX_LINES = 1000  # that are not written yet
+    FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
 
     def __init__(self) -> None:
-        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
-        super().__init__(self.lines)
+        self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        super().__init__(self._lines)
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1  # if it is closed, another file may be number 2
+        self._reported = 0  # dropped lines that a line has reported
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def prepare(self, record: logging.LogRecord) -> str:
         return self.format(record)
 
     def enqueue(self, record: Any) -> None:
         try:
-            self.lines.put_nowait(record)
+            self._lines.put_nowait(record)
         except queue.Full:
             log_counts.dropped_lines += 1
 
-
-class LogWriter(logging.handlers.QueueListener):
-    """Writes the lines of a LogQueue to stderr, on a thread of its own, because a write may wait for the reader."""
-
-    def __init__(self, log_queue: LogQueue) -> None:
-        super().__init__(log_queue.lines)
-        self._lines = log_queue.lines
-        # If stderr is closed, another file may have its descriptor.
-        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
-        self._reported = 0  # dropped lines that a line has reported
-
-    def __enter__(self) -> LogWriter:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait until all lines are written, but no longer than FLUSH_SECONDS. The thread ends with the process;
-        stop() of the base class would wait for a reader that may never come."""
+    def flush(self) -> None:
+        """Wait until all lines are written, but no longer than FLUSH_SECONDS. Python calls this when it exits."""
         with self._lines.all_tasks_done:
-            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_SECONDS)
 
-    def handle(self, record: Any) -> None:
-        try:
-            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
-        except OSError:
-            log_counts.dropped_lines += 1
-            return
-        dropped = log_counts.dropped_lines - self._reported
-        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
-            self._reported += dropped
-            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
-            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+    def _run(self) -> None:
+        while True:
+            try:
+                self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
+            except (OSError, ValueError):
+                log_counts.dropped_lines += 1
+            else:
+                self._report_dropped()
+            self._lines.task_done()
 
     def _write(self, data: bytes) -> None:
         # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
         while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # another process made this file non-blocking
-                writable = select.poll()
-                writable.register(self._descriptor, select.POLLOUT)
-                writable.poll()
+            select.select([], [self._descriptor], [])  # waits although another process may have made it non-blocking
+            data = data[os.write(self._descriptor, data) :]
+
+    def _report_dropped(self) -> None:
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
+            self._reported += dropped
+            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
 
 def utc(seconds: float) -> str:
@@ -3068,6 +3044,8 @@ def printable(text: str) -> str:
 class EventRing(logging.Handler):
     """Keeps the last MAX_EVENTS events as documents, the newest first."""
 
+    MAX_EVENTS = 100
+
     def __init__(self) -> None:
         super().__init__()
         self._events: List[Document] = []
@@ -3078,7 +3056,7 @@ class EventRing(logging.Handler):
                 key: value if type(value) is int else truncate(str(value), MAX_TEXT)
                 for key, value in event_of(record).items()
             }
-            self._events = [event, *self._events[: MAX_EVENTS - 1]]
+            self._events = [event, *self._events[: self.MAX_EVENTS - 1]]
 
     def events(self) -> Sequence[Document]:
         """The events so far. New events replace the list; they never change it."""
@@ -3088,7 +3066,10 @@ class EventRing(logging.Handler):
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
+        record.msg, record.args = (
+            "a client or the kubelet sent bytes that are not a valid protobuf message: %s",
+            (record.exc_info[1],),
+        )
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
@@ -6967,49 +6948,32 @@ class KeptFile:
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is no such
-        text, or that somebody other than root and this user may have written."""
-        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is not a plain file")
-            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ValueError("somebody other than root may have written it")
-            data = file.read(CONF_BYTES + 1)
-        if len(data) > CONF_BYTES:
-            raise ValueError(f"it is longer than {CONF_BYTES} bytes")
-        text = data.decode()
-        self._kept = text, self._stamp()
-        return text, found.st_mtime
+        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
+        self._kept = read_conf(self.path), file_stamp(self.path)
+        return self._kept[0], os.stat(self.path).st_mtime
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, unless that was done before. A failure is logged once; the next call tries again.
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
 
-        Another instance may keep another text in the same file: an older one, too, just before it ends. So the text is
-        kept again if the file is no longer the one that has it.
+        Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        if (text, self._stamp()) == self._kept:
-            return
+        with contextlib.suppress(OSError):
+            if (text, file_stamp(self.path)) == self._kept:
+                return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept, self._is_failing = (text, self._stamp()), False
+            self._kept, self._is_failing = (text, file_stamp(self.path)), False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
 
-    def _stamp(self) -> Tuple[int, ...]:
-        """A value that changes if somebody else writes or removes the file; empty if there is none."""
-        try:
-            found = os.lstat(self.path)
-        except OSError:
-            return ()
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
-
-def _open_no_link_at_once(path: str, flags: int) -> int:
-    return _open_at_once(path, flags | os.O_NOFOLLOW)
+def file_stamp(path: str) -> Tuple[int, ...]:
+    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
+    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def kept_path(folder: str, domain: str, ending: str) -> str:
@@ -7092,109 +7056,77 @@ class ConfFile:
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
         self._text: Optional[str] = None  # of the rules in force
-        self._refused_text: Optional[str] = None
+        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
         what = f"the last good text of {json.dumps(path)}"
         self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        text = None
         try:
-            text = self._read()
-            self._take_over(text)
+            self._read()
         except (ConfigError, OSError) as error:
+            problem = describe_conf_error(self._path, error)
             if not self._kept or not self._restore(self._kept):
-                raise Problem(self._describe(error)) from None
-            self._refuse(error, text, f", from {self._kept.path}")
+                raise Problem(problem) from None
+            self._refuse(problem, f", from {self._kept.path}")
         self._keep()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
-        try:
-            text, kept_at = kept.read()
-            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {why}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
 
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, or if REREAD; whether there are new rules.
 
         Logs an error in it once. Keeps the text of the rules in force, if that failed before.
         """
-        has_new_rules = self._follow(reread)
+        old_rules = self.rules
+        try:
+            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
+                self._read()
+                if self.error or self.rules is not old_rules:
+                    self.reloads += 1
+                    fields = {"conf": self._path, "rules": len(self.rules)}
+                    log_event("conf-reloaded", "the config file was read again", **fields)
+                self.error = ""
+        except (ConfigError, OSError) as error:
+            problem = describe_conf_error(self._path, error)
+            if reread or problem != self.error:
+                self._refuse(problem)
         self._keep()
-        return has_new_rules
+        return self.rules is not old_rules
+
+    def _read(self) -> None:
+        """Put the rules of the file in force. Raises ConfigError and OSError."""
+        text, self._stamp = DEFAULT_CONF, ()
+        if self._path:
+            stamp = file_stamp(self._path)
+            is_old = is_settled(max(stamp[-2:]))
+            text = read_conf(self._path)
+            self._stamp = stamp if is_old else ()
+        if text != self._text:
+            self.rules, self._text = parse_rules(text), text
+        self.read_at = time.time()
+
+    def _restore(self, kept: KeptFile) -> bool:
+        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
+        try:
+            text, self.read_at = kept.read()
+            self.rules, self._text = parse_rules(text), text
+        except FileNotFoundError:
+            return False
+        except (OSError, ConfigError) as error:
+            problem = error.strerror if isinstance(error, OSError) else error
+            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
+            log_event("kept-conf-ignored", sentence, logging.WARNING)
+            return False
+        return True
+
+    def _refuse(self, problem: str, source: str = "") -> None:
+        self.error = problem
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
 
     def _keep(self) -> None:
         if self._kept and self._text is not None:
             self._kept.keep(self._text)
-
-    def _follow(self, reread: bool) -> bool:
-        text = None
-        try:
-            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
-                return False
-            text = self._read()
-            if text == self._refused_text and not reread:
-                return False
-            has_new_rules = self._take_over(text)
-        except (ConfigError, OSError) as error:
-            if isinstance(error, OSError):
-                self._stamp = ()
-            if reread or self._describe(error) != self.error:
-                self._refuse(error, text)
-            self._refused_text = text
-            return False
-        if has_new_rules or self.error:
-            self.reloads += 1
-            log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=len(self.rules))
-        self.error, self._refused_text = "", None
-        return has_new_rules
-
-    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
-        """A value that changes with the text of the file, and whether it is old enough to rely on that."""
-        found = os.stat(self._path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
-
-    def _read(self) -> str:
-        """The text of the file. Raises ConfigError and OSError."""
-        if not self._path:
-            return DEFAULT_CONF
-        self._stamp = ()
-        stamp, has_settled = self._find_stamp()
-        try:
-            return read_conf(self._path)
-        except OSError:
-            has_settled = False
-            raise
-        finally:
-            self._stamp = stamp if has_settled else ()
-
-    def _take_over(self, text: str) -> bool:
-        """Put the rules of TEXT in force; whether they are new. Raises ConfigError."""
-        has_new_rules = text != self._text
-        if has_new_rules:
-            self.rules, self._text = parse_rules(text), text
-        self.read_at = time.time()
-        return has_new_rules
-
-    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
-        """Record and log that the file is refused, because of ERROR in TEXT or in reading it."""
-        self.error, self._refused_text = self._describe(error), text
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
-
-    def _describe(self, error: Union[ConfigError, OSError]) -> str:
-        return describe_conf_error(self._path, error)
 
 
 def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
@@ -8634,14 +8566,13 @@ def run(options: argparse.Namespace) -> int:
             return mode(options)
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     restart_compiled()
-    log_queue = LogQueue()
-    set_up_log(options, log_queue, logging.INFO)
-    with LogWriter(log_queue):
-        try:
-            return serve(options)
-        except Problem as error:
-            log_queue.enqueue(_problem_line(error))
-            return 1
+    writer = LogWriter()
+    set_up_log(options, writer, logging.INFO)
+    try:
+        return serve(options)
+    except Problem as error:
+        writer.enqueue(_problem_line(error))
+        return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

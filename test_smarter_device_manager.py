@@ -2240,7 +2240,6 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
     assert conf.error == f'{node.conf}:10001:16: "(" is not a regular expression: missing ), unterminated subpattern'
-    assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
     time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
     conf.follow()
     assert cpu_seconds(conf.follow) < parsing / 200  # not even read
@@ -2331,7 +2330,7 @@ def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
         assert node.run(mode).returncode == 1
 
 
-def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
+def test_only_a_kept_conf_that_is_good_is_used(node: Node) -> None:
     node.rules(GPU_RULE.format(1))
     sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
     good, kept = kept_conf(node).read_bytes(), kept_conf(node)
@@ -2347,37 +2346,22 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
     for data, why in (
         (b"", "line 1, column 1: the file has no rules; .*"),
         (b"- devicematch: a\n  with", "line 2, column .*"),
-        (b"- devicematch: \xff", "'utf-8' codec can't decode byte 0xff .*"),
-        (good + b"#" * MIB, f"it is longer than {MIB} bytes"),
+        (b"- devicematch: \xff", "line 1, column 16: this is not UTF-8; .*"),
+        (good + b"#" * MIB, f"line 1, column 1: the file is longer than {MIB} bytes; .*"),
     ):
         kept.write_bytes(data)
         is_ignored(why)
-    kept.write_bytes(good)
-    kept.chmod(0o620)
-    is_ignored("somebody other than root may have written it")
-    if os.geteuid() == 0:
-        kept.chmod(0o600)
-        os.chown(kept, 1000, -1)
-        is_ignored("somebody other than root may have written it")
-    kept.rename(node.root / "elsewhere")
-    kept.symlink_to(node.root / "elsewhere")
-    is_ignored("Too many levels of symbolic links")
     kept.unlink()
     kept.mkdir()
     is_ignored("Is a directory")
     kept.rmdir()
     os.mkfifo(kept)
-    is_ignored("it is not a plain file")
-    kept.unlink()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(kept))
-        is_ignored("No such device or address")
+    is_ignored("line 1, column 1: this is not a plain file; .*")
     kept.unlink()
     done = node.run()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     kept.write_bytes(good)
-    kept.chmod(0o600)
     conf = sdm.ConfFile(str(node.conf), str(kept))
     conf.start()
     assert conf.rules == sdm.parse_rules(GPU_RULE.format(1))
@@ -2456,12 +2440,12 @@ def test_a_kept_file_of_any_content_does_not_end_the_start(
     """It is used, or ignored with one line."""
     path = node.plugins / "kept"
     path.write_text(text)
-    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
+    is_used = bool(sdm.KeptDevices(str(path)).read(True).resources) or text == "{}"
     assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
     side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
     side.start()
-    sdm.log_changes(sdm.EMPTY_PLAN, side.plan)
+    sdm.ChangeLog().take(side.plan)
     for found in side.plan.resources.values():
         sdm._list_message(found).SerializeToString()
 
@@ -8319,7 +8303,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     offer(node, "null", "zero")
     daemon = start()
     if answer.startswith(b"\xff"):
-        daemon.says("WARNING a client or the kubelet sent bytes that are no message")
+        daemon.says("WARNING a client or the kubelet sent bytes that are not a valid protobuf message")
     else:
         daemon.says("WARNING 2 resources: the kubelet refused to register it")
     if answer.startswith(b"\xff"):
@@ -12981,7 +12965,7 @@ def test_nobody_waits_for_a_log_that_is_not_read_and_dropped_lines_are_counted(
     node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
 ) -> None:
     """Also if another process made the pipe non-blocking."""
-    count = sdm.MAX_QUEUED_LINES + 200
+    count = sdm.LogWriter.MAX_LINES + 200
     with FullPipe(is_blocking) as pipe:
         daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
         kubelet.wait_for("nvidia-gpu0", Healthy=4)
