@@ -3010,8 +3010,10 @@ class LogWriter(logging.handlers.QueueHandler):
     def _write(self, data: bytes) -> None:
         # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
         while data:
-            select.select([], [self._descriptor], [])  # waits although another process may have made it non-blocking
-            data = data[os.write(self._descriptor, data) :]
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # another process made it non-blocking
+                select.select([], [self._descriptor], [])
 
     def _report_dropped(self) -> None:
         dropped = log_counts.dropped_lines - self._reported
