@@ -6900,40 +6900,18 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line: options, modes, and the loop of the main thread. Options and exit statuses must stay, because the
-# documentation and other people's scripts rely on them.
+# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 # The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
-# default is to be ignored. SIGIO is its counterpart for the plugin directory.
+# default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
-BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
 CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
-DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
-STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
-MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
-NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
-MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
-
-
-# The config file, and what is kept for the next start.
 
 
 class KeptFile:
@@ -7085,8 +7063,8 @@ class ConfFile:
                 self._read()
                 if self.error or self.rules is not old_rules:
                     self.reloads += 1
-                    fields = {"conf": self._path, "rules": len(self.rules)}
-                    log_event("conf-reloaded", "the config file was read again", **fields)
+                    count = len(self.rules)
+                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
                 self.error = ""
         except (ConfigError, OSError) as error:
             problem = describe_conf_error(self._path, error)
@@ -7136,9 +7114,6 @@ def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
     if isinstance(error, ConfigError):
         return f"{path}:{error.line}:{error.column}: {error.message}"
     return f"cannot read the config file {path}: {error.strerror}"
-
-
-# The device side.
 
 
 class DeviceSide:
@@ -7361,66 +7336,94 @@ class FolderWatches:
             self._watches[path].ask()
 
 
-# The gRPC thread, and the service manager.
+# ---------------------------------------------------------------------------------------------------------------------
+# Daemon: the thread of the kubelet side, and the loop of the main thread, which waits for signals. The kernel signals
+# changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+# SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
+GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
+REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
+EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
-class MountedFolders:
-    """Those of FOLDERS that are mounted here. If one is deleted or moved, a new one in its place is invisible here."""
-
-    def __init__(self, folders: Iterable[str]) -> None:
-        self._roots: Mapping[str, str] = dict.fromkeys(folders, "")
-        with contextlib.suppress(OSError):
-            self._roots = {folder: root for folder, root in self._find_roots().items() if root}
-        self._moved_at = math.inf  # time.monotonic() when one was first found to be moved
-
-    def _find_roots(self) -> Dict[str, str]:
-        """What is mounted at each folder: its path in its own file system, field 4 of proc_pid_mountinfo(5), which
-        follows when it is moved. Empty where nothing is. Raises OSError."""
+def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
+    """What is mounted at those of FOLDERS at which something is: its path in its own file system, field 4 of
+    proc_pid_mountinfo(5). When it is moved, the path follows; when it is deleted, "//deleted" is appended."""
+    try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
-        escaped = {
-            folder: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(folder))
-            for folder in self._roots
-        }
-        return {folder: roots.get(point, "") for folder, point in escaped.items()}
+    except OSError:  # too many open files, say
+        return {}
+    points = ((path, os.path.realpath(path)) for path in folders)
+    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
+    return {path: roots[point] for path, point in escaped if point in roots}
 
-    def check(self) -> None:
-        """Raise Problem if one was deleted, or moved MOVED_SECONDS ago."""
-        ending = "exiting, so that the next start finds the one that is used now"
-        for folder in self._roots:
-            with contextlib.suppress(OSError):
-                if not os.stat(folder).st_nlink:
-                    raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
-        try:
-            roots = self._find_roots() if self._roots else {}
-        except OSError:  # too many open files, say; this does not mean that one was moved
-            return
-        moved = [folder for folder, root in roots.items() if root != self._roots[folder]]
-        self._moved_at = min(self._moved_at, time.monotonic()) if moved else math.inf
-        if time.monotonic() - self._moved_at > MOVED_SECONDS:
-            was, now = self._roots[moved[0]], roots[moved[0]]
-            raise Problem(f"the directory that is mounted at {moved[0]} was moved, from {was} to {now}; {ending}")
+
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
+    """ADDRESS as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
+
+
+def open_status(
+    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
+) -> Optional[StatusServer]:
+    """The status server for --listen; None without that option, or if the address cannot be used."""
+    if not options.listen:
+        return None
+    host = options.listen[0]  # all addresses if it is empty
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
+        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
+        return None
+    listener.setblocking(False)
+    holders = PodResources(options.pod_resources_socket, options.domain)
+    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), host)))
+    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
+    log.addHandler(status.events)
+    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
+    return status
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
+    """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
+        self._side = self._make_side(options)
+        self._status = open_status(options, devices, self._side)
+        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
+
+    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
             watch = Watch(options.cdi_dir, with_content=True)
-            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
-        else:
-            watch = Watch(options.plugin_dir)
-            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
-        self.status: Optional[StatusServer] = None  # set it before start()
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = MountedFolders(self.side.folders)
+            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
+        watch = Watch(options.plugin_dir)
+        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7433,9 +7436,7 @@ class KubeletThread(threading.Thread):
 
     async def _serve(self) -> None:
         """Run the kubelet side and the status server until one of them ends, then end the other. Raises what failed."""
-        tasks = [asyncio.ensure_future(self.side.run())]
-        if self.status:
-            tasks.append(asyncio.ensure_future(self.status.run()))
+        tasks = [asyncio.ensure_future(part.run()) for part in (self._side, self._status) if part]
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
@@ -7445,40 +7446,44 @@ class KubeletThread(threading.Thread):
 
     def send(self, plan: Plan) -> None:
         """Give PLAN to the kubelet side and the status server."""
-        self._loop.call_soon_threadsafe(self._take, plan)
-
-    def _take(self, plan: Plan) -> None:
-        self.side.deliver(plan)
-        if self.status:
-            self.status.take(plan)
+        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+        if self._status:
+            self._loop.call_soon_threadsafe(self._status.take, plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self.side.look_now)
+        self._loop.call_soon_threadsafe(self._side.look_now)
 
     def report(self, device_side: Document) -> None:
         """Give the status server the part of the device side."""
-        if self.status:
-            self.status.report(device_side)
+        if self._status:
+            self._status.report(device_side)
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self.side.heartbeat <= self.side.max_silence
+        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
 
     def beat(self) -> float:
         """Let the status server know that the main thread works; the time by which it must do so again."""
-        if self.status:
-            self.status.beat()
-        return time.monotonic() + self.side.max_silence / 2
+        if self._status:
+            self._status.beat()
+        return time.monotonic() + self._side.max_silence / 2
 
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved.
+        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
+        invisible here.
         """
-        self._mounted.check()
+        for folder, now in mount_roots(self._mounted).items():
+            was = self._mounted[folder]
+            ending = "exiting, so that the next start finds the one that is used now"
+            if now.endswith("//deleted"):
+                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
+            if now != was:
+                raise Problem(f"the directory that is mounted at {folder} was moved, from {was} to {now}; {ending}")
         try:
-            found = os.stat(self.side.plugin_dir)
+            found = os.stat(self._side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
         except OSError:
             directory = ()
@@ -7488,7 +7493,7 @@ class KubeletThread(threading.Thread):
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
-        self._loop.call_soon_threadsafe(self.side.stop)
+        self._loop.call_soon_threadsafe(self._side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
@@ -7500,18 +7505,21 @@ class ServiceManager:
     Does nothing if the variables of the protocol are not set, or not valid.
     """
 
+    RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
         self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._message = "READY=1"  # to send next
         self._ping_seconds = math.inf
+        own_pid = str(os.getpid())
         microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
-        self._is_ready_sent = True
-        self.next_ping = time.monotonic() + self._ping_seconds
+        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
+            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
-        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if that can succeed a moment later."""
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns whether nobody waits for it any more."""
         if not self._address:
             return True
         try:
@@ -7520,53 +7528,33 @@ class ServiceManager:
                 sender.sendto(state.encode(), self._address)
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
-            return error.errno not in (*SCARCE, errno.EAGAIN, errno.ENOBUFS)  # its queue is full, say
+            return False
         return True
 
-    def notify_ready(self) -> None:
-        """Send READY=1, now or as soon as ping() can."""
-        self._is_ready_sent = self.notify("READY=1")
-        self._schedule(self._is_ready_sent)
-
     def ping(self, is_alive: bool) -> None:
-        """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
-        if time.monotonic() < self.next_ping:
-            return
-        if not self._is_ready_sent:
-            self.notify_ready()
-        else:
-            self._schedule(is_alive and self.notify("WATCHDOG=1"))
-
-    def _schedule(self, was_sent: bool) -> None:
-        """Schedule the next ping(), soon unless the last message WAS_SENT."""
-        pause = self._ping_seconds
-        self.next_ping = time.monotonic() + (pause if was_sent else min(pause, NOTIFY_AGAIN_SECONDS))
-
-
-def is_number(text: str) -> bool:
-    """Whether TEXT is a positive whole number that fits into 64 bits."""
-    return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
-
-
-# Serving.
+        """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
+        IS_ALIVE. Without pings, the watchdog ends it."""
+        if time.monotonic() >= self.due:
+            was_sent = is_alive and self.notify(self._message)
+            if was_sent:
+                self._message = "WATCHDOG=1"
+            self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem if no plugin can listen in the directory PATH."""
     try:
-        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
-        is_allowed = os.access(path, os.R_OK | os.X_OK)
+        os.listdir(f"{path}/.")
+    except NotADirectoryError:
+        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
+        raise Problem(problem) from None
     except PermissionError:
-        is_directory, is_allowed = True, False
+        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
     except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run works without a kubelet)"
         ) from None
-    if not is_directory:
-        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
-    if not is_allowed:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory")
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
@@ -7632,17 +7620,15 @@ def raise_limit() -> None:
     soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
     try:
         with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
-            most = int(file.read())
+            highest = int(file.read())
     except (OSError, ValueError):
-        most = 1 << 20  # Linux's own default
-    if hard != limits.RLIM_INFINITY:
-        most = min(most, hard)
-    if soft == limits.RLIM_INFINITY or soft >= most:
-        return
-    try:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
-    except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors from %d to %d: %s", soft, most, error)
+        highest = 1 << 20  # Linux's own default
+    highest = highest if hard == limits.RLIM_INFINITY else min(highest, hard)
+    if soft != limits.RLIM_INFINITY and soft < highest:
+        try:
+            limits.setrlimit(limits.RLIMIT_NOFILE, (highest, highest))
+        except (OSError, ValueError) as error:
+            log.warning("cannot raise the limit of file descriptors from %d to %d: %s", soft, highest, error)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -7665,8 +7651,7 @@ def serve(options: argparse.Namespace) -> int:
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options)
-    thread.status = _open_status(options, devices, thread.side)
+    thread = KubeletThread(options, devices)
     thread.start()
     log_event(
         "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
@@ -7675,16 +7660,10 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    changes = ChangeLog()
-    changes.take(devices.plan)
-    changes.flush(time.monotonic())
-    watches = FolderWatches(options.dev_dir)
-    watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
-    thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches, changes)
+        _run(devices, thread, manager, options)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7695,78 +7674,28 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
-def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; on all addresses where it names no host."""
-    host = address[0]
-    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
-    listener.setblocking(False)
-    return listener
-
-
-def network_error(error: Union[OSError, UnicodeError]) -> str:
-    """Why there is no connection, in the words of the system, without what Python adds to them."""
-    if isinstance(error, UnicodeError):
-        return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
-
-
-def address_text(address: Tuple[Any, ...]) -> str:
-    """ADDRESS as people write it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
-    """The status server for --listen; None without that option, or if the address cannot be used."""
-    if not options.listen:
-        return None
-    try:
-        listener = listen(options.listen)
-    except (OSError, UnicodeError) as error:
-        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
-        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
-        return None
-    holders = PodResources(options.pod_resources_socket, options.domain)
-    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), options.listen[0])))
-    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
-    log.addHandler(status.events)
-    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
-    return status
-
-
-def _run(
-    devices: DeviceSide,
-    thread: KubeletThread,
-    manager: ServiceManager,
-    interval: float,
-    watches: FolderWatches,
-    changes: ChangeLog,
-) -> None:
-    """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+def _run(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace) -> None:
+    """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
     watched: Optional[Snapshot] = None  # the one whose folders are watched
+    plans = [devices.plan]  # to send
     taken = 0  # the last signal
-    manager.notify_ready()
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        for plan in devices.turn(reread=taken == signal.SIGHUP):
+        plans += devices.turn(reread=taken == signal.SIGHUP)
+        for plan in plans:
             changes.take(plan)
             thread.send(plan)
+        plans = []
         changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + interval, changes.due))
+        due = max(now, min(began + options.interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -7787,7 +7716,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     while True:
         next_beat = thread.beat()
         manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.next_ping) - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -7833,7 +7762,15 @@ def restart_compiled() -> None:
         log.debug("not restarted: %s", error)
 
 
-# Modes other than serving.
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes: each prints something and ends, without a kubelet. What they print is for people, but for --json; the unit and
+# the manifest are for programs, and keep their form.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
+STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
@@ -8280,7 +8217,16 @@ def _read_good_conf(path: str) -> str:
     return text
 
 
-# Options.
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: the command line and the environment, and the way from them to a mode. Options and exit statuses must stay,
+# because the documentation and other people's scripts rely on them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
+DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 
 
 def build_parser() -> argparse.ArgumentParser:
