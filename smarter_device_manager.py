@@ -8031,7 +8031,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             raise Problem(
                 f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
             )
-    given = {"conf": options.conf or "", **_given_options(options)}
+    given = {"conf": options.conf or "", **options.given}
     socket_path = _pod_resources_socket(options)
     if socket_path != DEFAULT_POD_RESOURCES:
         given["pod_resources_socket"] = socket_path
@@ -8073,26 +8073,6 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _given_options(options: argparse.Namespace) -> Dict[str, str]:
-    """The options with a value that the command line or the environment gives, and their values."""
-    on_command_line = build_parser().parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
-    return {
-        name: _option_text(value)
-        for name, value in vars(options).items()
-        if value is not None and not isinstance(value, bool)
-        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
-    }
-
-
-def _option_text(value: Any) -> str:
-    """VALUE, as an option has it, as it is written on the command line."""
-    if isinstance(value, tuple):
-        return address_text(value)
-    if isinstance(value, int):
-        return logging.getLevelName(value).lower() if value else ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _command_line(values: Mapping[str, str]) -> List[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
@@ -8114,8 +8094,7 @@ def print_manifest(options: argparse.Namespace) -> int:
     """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
-    given = _given_options(options)
-    for name in given:
+    for name in options.given:
         if MANIFEST_OPTIONS[name] not in (ARGUMENT, PART):
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
@@ -8127,7 +8106,7 @@ def print_manifest(options: argparse.Namespace) -> int:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
-    values = _manifest_values(options, given, "".join(files.values()))
+    values = _manifest_values(options, "".join(files.values()))
     conf = {"conf.yaml": _read_good_conf(options.conf)}
     write_output(
         MANIFEST_HEAD
@@ -8138,17 +8117,17 @@ def print_manifest(options: argparse.Namespace) -> int:
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, given: Mapping[str, str], files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
         raise Problem(
-            f"--manifest does not take --listen {given['listen']}: the kubelet probes the pod at its own address "
-            "and a fixed port; leave the address out, as in --listen :8080"
+            f"--manifest does not take --listen {options.given['listen']}: the kubelet probes the pod at its own "
+            "address and a fixed port; leave the address out, as in --listen :8080"
         )
     image = options.image or DEFAULT_IMAGE
     socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
-    arguments = {name: value for name, value in given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
+    arguments = {name: value for name, value in options.given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
     if socket_name != "kubelet.sock":
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
@@ -8189,13 +8168,12 @@ def _list_items(items: Iterable[object]) -> str:
 
 
 def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    texts = (f"  {file}: |2\n{_indented(text, 4)}\n" for file, text in files.items())
+    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
+    texts = (
+        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
+        for file, text in files.items()
+    )
     return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
-
-
-def _indented(text: str, spaces: int) -> str:
-    """TEXT as a block text in YAML after "|2", indented by SPACES, without the last line break."""
-    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
 
 
 def _read_text(path: str) -> str:
@@ -8215,6 +8193,18 @@ def _read_good_conf(path: str) -> str:
     except (ConfigError, OSError) as error:
         raise Problem(describe_conf_error(path, error)) from None
     return text
+
+
+MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+    "check": (check, "say whether the config file is good"),
+    "list": (show_list, "print what would be offered, and what is left out and why"),
+    "dry_run": (dry_run, "allocate each resource, without a kubelet"),
+    "systemd_unit": (print_systemd_unit, "print a systemd unit that has the options given"),
+    "manifest": (
+        print_manifest,
+        "print a Kubernetes manifest that has the options given and needs no image of its own",
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8242,20 +8232,27 @@ def build_parser() -> argparse.ArgumentParser:
     _add_modes(parser)
     beside = _conf_beside()
     conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
-    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
+    add_option(parser, "--conf", "FILE", option_path, beside, conf_help, "--config")
+    plugin_dir_help = "the kubelet's directory for device plugins"
+    add_option(parser, "--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, plugin_dir_help)
     holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    _add(parser, "--pod-resources-socket", "PATH", _path, DEFAULT_POD_RESOURCES, holders_help)
-    _add(parser, "--dev-dir", "DIR", _path, "/dev", "the host's /dev")
-    _add(parser, "--sys-dir", "DIR", _path, "/sys", "the host's /sys")
-    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
-    _add(parser, "--interval", "SECONDS", _seconds, "1", "the time between two looks at config file and devices")
-    level_help = "debug, info, warning or error (default: info; in modes: warning)"
-    _add(parser, "--log-level", "LEVEL", _level, "", level_help)
-    log_format = _one_of("a format", "text", "json")
-    _add(parser, "--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
+    add_option(parser, "--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add_option(parser, "--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
+    add_option(parser, "--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
+    add_option(parser, "--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    interval_help = "the time between two looks at config file and devices"
+    add_option(parser, "--interval", "SECONDS", option_seconds, "1", interval_help)
+    level, level_help = (
+        "(?i)debug|info|warning|error|",
+        "debug, info, warning or error (default: info; in modes: warning)",
+    )
+    read_level = option_text(level, "a level: debug, info, warning, error")
+    add_option(parser, "--log-level", "LEVEL", read_level, "", level_help)
+    read_format = option_text("text|json", "a format: text or json")
+    add_option(parser, "--log-format", "FORMAT", read_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
-    _add(parser, "--listen", "ADDRESS:PORT", _listen_address, "", listen_help)
+    read_listen = lambda text: option_address(text) if text else None  # noqa: E731
+    add_option(parser, "--listen", "ADDRESS:PORT", read_listen, "", listen_help)
     _add_dra_options(parser)
     return parser
 
@@ -8264,49 +8261,48 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     """Add the modes, and the options that belong to one of them."""
     group = parser.add_argument_group("modes, which do something else and exit")
     modes = group.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true", help="say whether the config file is good")
-    modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
-    modes.add_argument("--dry-run", action="store_true", help="allocate each resource, without a kubelet")
-    modes.add_argument(
-        "--status",
-        nargs="?",
-        const=True,
-        type=_argument(_address),
-        metavar="ADDRESS:PORT",
-        help="print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)",
-    )
-    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit that has the options given")
-    manifest_help = "print a Kubernetes manifest that has the options given and needs no image of its own"
-    modes.add_argument("--manifest", action="store_true", help=manifest_help)
+    for name, (_, help_text) in MODES.items():
+        modes.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help_text)
+    status_help = "print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)"
+    read_address = reader_for_argparse(option_address)
+    modes.add_argument("--status", nargs="?", const=True, type=read_address, metavar="ADDRESS:PORT", help=status_help)
     version = f"smarter-device-manager {__version__}"
     modes.add_argument("--version", action="version", version=version, help="print the version")
     group.add_argument("--json", action="store_true", help="with --list or --status: print JSON")
     attributes_help = "with --list: print the attributes of the device PATH, to write rules from"
     group.add_argument("--attributes", metavar="PATH", help=attributes_help)
-    image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
-    group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
-    index_help = "with --manifest: the package index to install from, instead of PyPI"
-    group.add_argument("--pip-index", metavar="URL", type=_argument(_https_url), help=index_help)
-    ca_help = "with --manifest: the CA certificates (PEM) of that index"
-    group.add_argument("--pip-ca", metavar="FILE", type=_argument(_path), help=ca_help)
-    namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
-    group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+    image = option_text(r"(?a:\w[\w.:/@-]*)", f"the name of an image, such as {DEFAULT_IMAGE}")
+    url = option_text("https://[!-~]+", "a URL of an index that pip trusts, such as https://pypi.example.com/simple")
+    namespace = option_text(
+        "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", 'a namespace: lower-case letters, digits and "-", up to 63 characters'
+    )
+    for option, metavar, read, help_text in (
+        ("--image", "IMAGE", image, f"a public image with Python and pip (default: {DEFAULT_IMAGE})"),
+        ("--pip-index", "URL", url, "the package index to install from, instead of PyPI"),
+        ("--pip-ca", "FILE", option_path, "the CA certificates (PEM) of that index"),
+        ("--namespace", "NAME", namespace, f"the namespace, which must exist (default: {DEFAULT_NAMESPACE})"),
+    ):
+        shown = f"with --manifest: {help_text}"
+        group.add_argument(option, metavar=metavar, type=reader_for_argparse(read), help=shown)
 
 
 def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     """Add --api, and the options that it takes with dra."""
     group = parser.add_argument_group("Dynamic Resource Allocation")
-    api = _one_of("an API", "device-plugin", "dra")
-    _add(group, "--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
-    _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
+    read_api = option_text("device-plugin|dra", "an API: device-plugin or dra")
+    add_option(group, "--api", "API", read_api, "device-plugin", "how to offer the devices: device-plugin or dra")
+    add_option(group, "--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add_option(group, "--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
-    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
-    _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
-    _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
-    _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    _add(group, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "the CA certificates of the API server")
+    add_option(group, "--gone-grace", "SECONDS", functools.partial(option_seconds, least=0.0), "5", grace_help)
+    add_option(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
+    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
+    add_option(group, "--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
+    token, authority = f"{SERVICE_ACCOUNT}/token", f"{SERVICE_ACCOUNT}/ca.crt"
+    add_option(group, "--kube-token-file", "FILE", option_path, token, "the token for the API server")
+    add_option(group, "--kube-ca-file", "FILE", option_path, authority, "the CA certificates of the API server")
 
 
 def program_name() -> str:
@@ -8321,7 +8317,7 @@ def _conf_beside() -> Optional[str]:
     return beside if os.path.lexists(beside) else None
 
 
-def _add(
+def add_option(
     parser: argparse._ActionsContainer,
     option: str,
     metavar: str,
@@ -8330,19 +8326,22 @@ def _add(
     help_text: str,
     *others: str,
 ) -> None:
+    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
     parser.add_argument(
         option,
         *others,
         metavar=metavar,
-        type=_argument(read, variable, given),
+        type=reader_for_argparse(read, variable, given),
         default=given or default,
         help=(help_text + (f" (default: {default})" if default else "")).replace("%", "%%"),
     )
 
 
-def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[str] = None) -> Callable[[str], Any]:
+def reader_for_argparse(
+    read: Callable[[str], Any], variable: str = "", given: Optional[str] = None
+) -> Callable[[str], Any]:
     """READ for argparse, which shows only errors of its own type in full. GIVEN is the value of the environment's
     VARIABLE."""
 
@@ -8356,7 +8355,19 @@ def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[st
     return convert
 
 
-def _path(text: str) -> str:
+def option_text(pattern: str, what: str) -> Callable[[str], str]:
+    """A reader of texts that match PATTERN and so are WHAT."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f'"{text}" is not {what}')
+        return text
+
+    return read
+
+
+def option_path(text: str) -> str:
+    """The absolute path TEXT."""
     if not text:
         raise ValueError('"" is not a path')
     try:
@@ -8366,7 +8377,8 @@ def _path(text: str) -> str:
     return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
-def _seconds(text: str, least: float = 0.01) -> float:
+def option_seconds(text: str, least: float = 0.01) -> float:
+    """The number of seconds TEXT, from LEAST to an hour."""
     try:
         seconds = float(text)
     except ValueError:
@@ -8376,7 +8388,8 @@ def _seconds(text: str, least: float = 0.01) -> float:
     return seconds
 
 
-def _domain(text: str) -> str:
+def option_domain(text: str) -> str:
+    """The domain TEXT."""
     if not is_domain(text):
         raise ValueError(
             f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
@@ -8385,63 +8398,17 @@ def _domain(text: str) -> str:
     return text
 
 
-def _one_of(kind: str, *values: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in values:
-            raise ValueError(f'"{text}" is not {kind}: {" or ".join(values)}')
-        return text
-
-    return read
-
-
-def _pod_api_url() -> str:
-    """The URL of the API server, from the variables that every pod has; empty outside a pod."""
-    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-    return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
-
-
-def _image(text: str) -> str:
-    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
-        raise ValueError(f'"{text}" is not the name of an image, such as {DEFAULT_IMAGE}')
-    return text
-
-
-def _https_url(text: str) -> str:
-    if not re.fullmatch(r"https://[!-~]+", text):
-        raise ValueError(f'"{text}" is not a URL of an index that pip trusts, such as https://pypi.example.com/simple')
-    return text
-
-
-def _namespace(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise ValueError(f'"{text}" is not a namespace: lower-case letters, digits and "-", up to 63 characters')
-    return text
-
-
-def _level(text: str) -> int:
-    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-    if text and text.lower() not in levels:
-        raise ValueError(f'"{text}" is not a level: {", ".join(levels)}')
-    return levels.get(text.lower(), logging.NOTSET)
-
-
-def _listen_address(text: str) -> Optional[Tuple[str, int]]:
-    return _address(text) if text else None
-
-
-def _address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> Tuple[str, int]:
+    """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
         raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
 
-# The way from the options to a mode.
-
-
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
     """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
-    least = options.log_level or level
+    least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
@@ -8495,20 +8462,20 @@ def parse_options() -> argparse.Namespace:
         parser.error("--image, --namespace, --pip-index and --pip-ca go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
+    on_command_line = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
+    options.given = {  # name and text of those that the command line or the environment gives a value
+        name: f"{value:g}" if isinstance(value, float) else address_text(value) if isinstance(value, tuple) else value
+        for name, value in vars(options).items()
+        if value is not None and not isinstance(value, bool)
+        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
+    }
     return options
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
-        "check": check,
-        "list": show_list,
-        "dry_run": dry_run,
-        "status": show_status,
-        "systemd_unit": print_systemd_unit,
-        "manifest": print_manifest,
-    }
-    for name, mode in modes.items():
+    modes = {**MODES, "status": (show_status, "")}
+    for name, (mode, _) in modes.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
