@@ -19,8 +19,8 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Command
-line, and an appendix of texts. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Device
+side, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
