@@ -7611,24 +7611,14 @@ def api_server(options: argparse.Namespace) -> ApiServer:
 
 
 def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, as far as possible.
-
-    That is to the hard limit or to fs.nr_open, above which Linux lets nobody set it.
-    """
+    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
     import resource as limits
 
-    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
     try:
-        with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
-            highest = int(file.read())
-    except (OSError, ValueError):
-        highest = 1 << 20  # Linux's own default
-    highest = highest if hard == limits.RLIM_INFINITY else min(highest, hard)
-    if soft != limits.RLIM_INFINITY and soft < highest:
-        try:
-            limits.setrlimit(limits.RLIMIT_NOFILE, (highest, highest))
-        except (OSError, ValueError) as error:
-            log.warning("cannot raise the limit of file descriptors from %d to %d: %s", soft, highest, error)
+        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -8230,7 +8220,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--conf; the command line wins. On SIGHUP, a daemon reads the config file and looks at all devices again.",
     )
     _add_modes(parser)
-    beside = _conf_beside()
+    beside: Optional[str] = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
+    beside = beside if os.path.lexists(beside) else None
     conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
     add_option(parser, "--conf", "FILE", option_path, beside, conf_help, "--config")
     plugin_dir_help = "the kubelet's directory for device plugins"
@@ -8242,11 +8233,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_option(parser, "--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
     interval_help = "the time between two looks at config file and devices"
     add_option(parser, "--interval", "SECONDS", option_seconds, "1", interval_help)
-    level, level_help = (
-        "(?i)debug|info|warning|error|",
-        "debug, info, warning or error (default: info; in modes: warning)",
-    )
-    read_level = option_text(level, "a level: debug, info, warning, error")
+    level_help = "debug, info, warning or error (default: info; in modes: warning)"
+    read_level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
     add_option(parser, "--log-level", "LEVEL", read_level, "", level_help)
     read_format = option_text("text|json", "a format: text or json")
     add_option(parser, "--log-format", "FORMAT", read_format, "text", "text or json, one line per event")
@@ -8309,12 +8297,6 @@ def program_name() -> str:
     """The name by which this program was called."""
     name = os.path.basename(sys.argv[0])
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
-
-
-def _conf_beside() -> Optional[str]:
-    """The path of the conf.yaml in the script's folder, if there is one."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else None
 
 
 def add_option(
