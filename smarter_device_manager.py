@@ -8542,15 +8542,12 @@ async function refresh() {
     trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
   }
 }
-
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
 """
-
 _HEAD = """<!doctype html>
-<html lang="en">
-<head>
+<html lang="en"><head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
@@ -8559,8 +8556,7 @@ _TOP = """</style>
 <title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head>
-<body data-refresh="{refresh}">
+</head><body data-refresh="{refresh}">
 <header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
 <button id="pause" type="button" hidden>Pause</button>
 <p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
@@ -8585,7 +8581,6 @@ _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 <script nonce="{nonce}">"""
-
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]
@@ -8646,12 +8641,10 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
-
 MANIFEST_HEAD = """\
 # smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
 # Use kubectl apply --server-side, because the script does not fit into an annotation.
 """
-
 CONFIG_MAP = """\
 apiVersion: v1
 kind: ConfigMap
@@ -8663,7 +8656,6 @@ metadata:
 data:
 {files}---
 """
-
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
     r"\A(?:.*\n)*---\n": "",
@@ -8720,12 +8712,10 @@ MANIFEST_EDITS = {
     "^            path: /sys/dev$": "            path: {sys_dev}",
     "^            path: /sys/devices$": "            path: {sys_devices}",
 }
-
 # Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
 # leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
 INSTALL_PACKAGES = """\
 import os, pathlib, platform, subprocess, sys
-
 marker = pathlib.Path("/packages/installed")
 check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
 if not marker.exists() or subprocess.call(check):
@@ -8737,7 +8727,6 @@ if not marker.exists() or subprocess.call(check):
     marker.touch()
     sys.exit(subprocess.call(check))
 """
-
 REQUIREMENTS = """\
 # The wheels for Python 3.13 on linux/amd64, linux/arm64 and linux/arm/v7, in this order; a test downloads them all.
 grpcio==1.85.3 \\
