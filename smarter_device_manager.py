@@ -7033,11 +7033,11 @@ class ConfFile:
 
     def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: Tuple[Rule, ...] = ()  # in force
+        self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
-        self._text: Optional[str] = None  # of the rules in force
         self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
         what = f"the last good text of {json.dumps(path)}"
         self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
@@ -7082,15 +7082,15 @@ class ConfFile:
             is_old = is_settled(max(stamp[-2:]))
             text = read_conf(self._path)
             self._stamp = stamp if is_old else ()
-        if text != self._text:
-            self.rules, self._text = parse_rules(text), text
+        if text != self.text or not self.rules:
+            self.rules, self.text = parse_rules(text), text
         self.read_at = time.time()
 
     def _restore(self, kept: KeptFile) -> bool:
         """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
         try:
             text, self.read_at = kept.read()
-            self.rules, self._text = parse_rules(text), text
+            self.rules, self.text = parse_rules(text), text
         except FileNotFoundError:
             return False
         except (OSError, ConfigError) as error:
@@ -7106,8 +7106,8 @@ class ConfFile:
         log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
 
     def _keep(self) -> None:
-        if self._kept and self._text is not None:
-            self._kept.keep(self._text)
+        if self._kept:
+            self._kept.keep(self.text)
 
 
 def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
@@ -7644,9 +7644,8 @@ def serve(options: argparse.Namespace) -> int:
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options, devices)
     thread.start()
-    log_event(
-        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
-    )
+    count = pluralize(len(devices.plan.resources), "resource")
+    log_event("started", f"smarter-device-manager {__version__} offers {count}")
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
@@ -8006,10 +8005,8 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 # the other options.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
-STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
@@ -8029,7 +8026,7 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
-        if options.listen[0] in LOOPBACK:
+        if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
     write_output(
         SYSTEMD_UNIT.format(
@@ -8090,18 +8087,22 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {"smarter_device_manager.py": _read_text(path)}
-    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
-    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
+    files = {
+        "smarter_device_manager.py": _read_text(path),
+        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
+        "install.py": INSTALL_PACKAGES,
+        "requirements.txt": REQUIREMENTS,
+    }
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
     values = _manifest_values(options, "".join(files.values()))
-    conf = {"conf.yaml": _read_good_conf(options.conf)}
+    conf = ConfFile(options.conf or "")
+    conf.start()
     write_output(
         MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], conf)
+        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
         + _config_map("smarter-device-manager-script", values["namespace"], files)
         + _daemonset(f"{folder}/daemonset.yaml", values)
     )
@@ -8123,17 +8124,14 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
-    texts = {
-        "image": image,
-        "packages": f"/var/lib/smarter-device-manager/{packages}",
-        "plugin_dir": options.plugin_dir,
-        "pod_resources": socket_folder,
-        "dev_dir": options.dev_dir,
-        "sys_dev": f"{options.sys_dir}/dev",
-        "sys_devices": f"{options.sys_dir}/devices",
-    }
     return {
-        **{name: json.dumps(text) for name, text in texts.items()},
+        "image": json.dumps(image),
+        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
+        "plugin_dir": json.dumps(options.plugin_dir),
+        "pod_resources": json.dumps(socket_folder),
+        "dev_dir": json.dumps(options.dev_dir),
+        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
+        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
@@ -8172,18 +8170,8 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise Problem(f"cannot read {path}: {why}; the manifest is made from it") from None
-
-
-def _read_good_conf(path: str) -> str:
-    """The text of the config file PATH, or of the built-in rules if it is empty. Raises Problem."""
-    try:
-        text = read_conf(path) if path else DEFAULT_CONF
-        parse_rules(text)
-    except (ConfigError, OSError) as error:
-        raise Problem(describe_conf_error(path, error)) from None
-    return text
+        problem = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
 MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
@@ -8191,10 +8179,7 @@ MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
     "systemd_unit": (print_systemd_unit, "print a systemd unit that has the options given"),
-    "manifest": (
-        print_manifest,
-        "print a Kubernetes manifest that has the options given and needs no image of its own",
-    ),
+    "manifest": (print_manifest, "print a manifest that has the options given and needs no image of its own"),
 }
 
 
@@ -8221,10 +8206,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--conf; the command line wins. On SIGHUP, a daemon reads the config file and looks at all devices again.",
     )
     _add_modes(parser)
-    beside: Optional[str] = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
-    beside = beside if os.path.lexists(beside) else None
-    conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    add_option(parser, "--conf", "FILE", option_path, beside, conf_help, "--config")
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
+    conf, built_in = (beside, "") if os.path.lexists(beside) else (None, " (default: built-in rules)")
+    conf_help = f"the config file, a YAML list of rules{built_in}"
+    add_option(parser, "--conf", "FILE", option_path, conf, conf_help, "--config")
     plugin_dir_help = "the kubelet's directory for device plugins"
     add_option(parser, "--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, plugin_dir_help)
     holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
