@@ -7476,9 +7476,9 @@ class KubeletThread(threading.Thread):
         Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
         invisible here.
         """
-        for folder, now in mount_roots(self._mounted).items():
+        ending = "exiting, so that the next start finds the one that is used now"
+        for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
-            ending = "exiting, so that the next start finds the one that is used now"
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
             if now != was:
