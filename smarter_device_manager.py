@@ -7763,6 +7763,12 @@ STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
+def program_name() -> str:
+    """The name by which this program was called."""
+    name = os.path.basename(sys.argv[0])
+    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
+
+
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
@@ -8208,25 +8214,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_modes(parser)
     beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
     conf, built_in = (beside, "") if os.path.lexists(beside) else (None, " (default: built-in rules)")
-    conf_help = f"the config file, a YAML list of rules{built_in}"
-    add_option(parser, "--conf", "FILE", option_path, conf, conf_help, "--config")
-    plugin_dir_help = "the kubelet's directory for device plugins"
-    add_option(parser, "--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, plugin_dir_help)
+    add = functools.partial(add_option, parser)
+    add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
+    add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
     holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    add_option(parser, "--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
-    add_option(parser, "--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
-    add_option(parser, "--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
-    add_option(parser, "--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
-    interval_help = "the time between two looks at config file and devices"
-    add_option(parser, "--interval", "SECONDS", option_seconds, "1", interval_help)
-    level_help = "debug, info, warning or error (default: info; in modes: warning)"
-    read_level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
-    add_option(parser, "--log-level", "LEVEL", read_level, "", level_help)
-    read_format = option_text("text|json", "a format: text or json")
-    add_option(parser, "--log-format", "FORMAT", read_format, "text", "text or json, one line per event")
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
+    add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
+    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
+    level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
+    add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
+    log_format = option_text("text|json", "a format: text or json")
+    add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
-    read_listen = lambda text: option_address(text) if text else None  # noqa: E731
-    add_option(parser, "--listen", "ADDRESS:PORT", read_listen, "", listen_help)
+    add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
     _add_dra_options(parser)
     return parser
 
@@ -8238,8 +8240,7 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     for name, (_, help_text) in MODES.items():
         modes.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help_text)
     status_help = "print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)"
-    read_address = reader_for_argparse(option_address)
-    modes.add_argument("--status", nargs="?", const=True, type=read_address, metavar="ADDRESS:PORT", help=status_help)
+    modes.add_argument("--status", nargs="?", const=True, type=option_address, metavar="ADDRESS:PORT", help=status_help)
     version = f"smarter-device-manager {__version__}"
     modes.add_argument("--version", action="version", version=version, help="print the version")
     group.add_argument("--json", action="store_true", help="with --list or --status: print JSON")
@@ -8247,42 +8248,35 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attributes", metavar="PATH", help=attributes_help)
     image = option_text(r"(?a:\w[\w.:/@-]*)", f"the name of an image, such as {DEFAULT_IMAGE}")
     url = option_text("https://[!-~]+", "a URL of an index that pip trusts, such as https://pypi.example.com/simple")
-    namespace = option_text(
-        "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", 'a namespace: lower-case letters, digits and "-", up to 63 characters'
-    )
+    label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    namespace = option_text(label, 'a namespace: lower-case letters, digits and "-", up to 63 characters')
     for option, metavar, read, help_text in (
         ("--image", "IMAGE", image, f"a public image with Python and pip (default: {DEFAULT_IMAGE})"),
         ("--pip-index", "URL", url, "the package index to install from, instead of PyPI"),
         ("--pip-ca", "FILE", option_path, "the CA certificates (PEM) of that index"),
         ("--namespace", "NAME", namespace, f"the namespace, which must exist (default: {DEFAULT_NAMESPACE})"),
     ):
-        shown = f"with --manifest: {help_text}"
-        group.add_argument(option, metavar=metavar, type=reader_for_argparse(read), help=shown)
+        group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
 def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     """Add --api, and the options that it takes with dra."""
     group = parser.add_argument_group("Dynamic Resource Allocation")
-    read_api = option_text("device-plugin|dra", "an API: device-plugin or dra")
-    add_option(group, "--api", "API", read_api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    add_option(group, "--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
-    add_option(group, "--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
+    add = functools.partial(add_option, group)
+    api = option_text("device-plugin|dra", "an API: device-plugin or dra")
+    add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
+    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
-    add_option(group, "--gone-grace", "SECONDS", functools.partial(option_seconds, least=0.0), "5", grace_help)
-    add_option(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
+    add("--gone-grace", "SECONDS", functools.partial(option_seconds, least=0.0), "5", grace_help)
+    add("--node-name", "NAME", str, node, "the name of this node in Kubernetes")
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
-    add_option(group, "--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
-    token, authority = f"{SERVICE_ACCOUNT}/token", f"{SERVICE_ACCOUNT}/ca.crt"
-    add_option(group, "--kube-token-file", "FILE", option_path, token, "the token for the API server")
-    add_option(group, "--kube-ca-file", "FILE", option_path, authority, "the CA certificates of the API server")
-
-
-def program_name() -> str:
-    """The name by which this program was called."""
-    name = os.path.basename(sys.argv[0])
-    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
+    add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
+    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
+    ca_help = "the CA certificates of the API server"
+    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
 
 
 def add_option(
@@ -8297,30 +8291,16 @@ def add_option(
     """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
-    parser.add_argument(
-        option,
-        *others,
-        metavar=metavar,
-        type=reader_for_argparse(read, variable, given),
-        default=given or default,
-        help=(help_text + (f" (default: {default})" if default else "")).replace("%", "%%"),
-    )
-
-
-def reader_for_argparse(
-    read: Callable[[str], Any], variable: str = "", given: Optional[str] = None
-) -> Callable[[str], Any]:
-    """READ for argparse, which shows only errors of its own type in full. GIVEN is the value of the environment's
-    VARIABLE."""
 
     def convert(text: str) -> Any:
         try:
             return read(text)
-        except ValueError as error:
-            where = f" (from {variable})" if text is given else ""
-            raise argparse.ArgumentTypeError(f"{error}{where}") from None
+        except argparse.ArgumentTypeError as error:
+            source = f" (from {variable})" if text is given else ""
+            raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    return convert
+    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
 def option_text(pattern: str, what: str) -> Callable[[str], str]:
@@ -8328,7 +8308,7 @@ def option_text(pattern: str, what: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f'"{text}" is not {what}')
+            raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
         return text
 
     return read
@@ -8337,11 +8317,12 @@ def option_text(pattern: str, what: str) -> Callable[[str], str]:
 def option_path(text: str) -> str:
     """The absolute path TEXT."""
     if not text:
-        raise ValueError('"" is not a path')
+        raise argparse.ArgumentTypeError('"" is not a path')
     try:
         path = os.path.abspath(text)
     except OSError:
-        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+        problem = f'"{text}" begins in the working directory, which is gone; write the whole path'
+        raise argparse.ArgumentTypeError(problem) from None
     return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
@@ -8352,14 +8333,14 @@ def option_seconds(text: str, least: float = 0.01) -> float:
     except ValueError:
         seconds = -1.0
     if not least <= seconds <= 3600:
-        raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
+        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
 
 
 def option_domain(text: str) -> str:
     """The domain TEXT."""
     if not is_domain(text):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
             "characters, not one of kubernetes.io, and not beginning with requests."
         )
@@ -8370,7 +8351,7 @@ def option_address(text: str) -> Tuple[str, int]:
     """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
-        raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
+        raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
 
