@@ -7945,8 +7945,7 @@ def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
     devices = _look_once(options, with_facts=is_dra)
-    names = [f"{options.domain}/{name}" for name in devices.plan.resources]
-    if not names:
+    if not devices.plan.resources:
         write_output(_nothing_found(devices, options))
         return 1
     load_grpc()  # which says what serving needs
@@ -7954,16 +7953,17 @@ def dry_run(options: argparse.Namespace) -> int:
     slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    found = [_try_one(each, host_devices, options.domain if is_dra else "") for each in slots.values()]
     rows: List[Tuple[object, ...]] = []
-    for name, each, (lines, _) in zip(names, slots.values(), found):
-        rows += [(len(each), name, lines[0]), *(("", "", line) for line in lines[1:])]
+    has_failed = False
+    for name, each in slots.items():
+        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
+        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
-    is_good = all(is_allocated for _, is_allocated in found)
-    ending = "every one could be allocated" if is_good else "not every one could be allocated"
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    write_output(f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n")
-    return 0 if is_good else 1
+    ending = f"{'not every' if has_failed else 'every'} one could be allocated"
+    write_output(f"{table}\n{pluralize(len(slots), 'resource')}, {ending}.\n")
+    return int(has_failed)
 
 
 def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
