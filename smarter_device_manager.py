@@ -7653,7 +7653,7 @@ def serve(options: argparse.Namespace) -> int:
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options)
+        follow_devices(devices, thread, manager, options)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7664,7 +7664,9 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def _run(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace) -> None:
+def follow_devices(
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
+) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watches, changes = FolderWatches(options.dev_dir), ChangeLog()
     watched: Optional[Snapshot] = None  # the one whose folders are watched
@@ -7758,7 +7760,6 @@ def restart_compiled() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
-DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 MAX_STATUS_BYTES = 1 << 25  # of its answer
 
@@ -7816,18 +7817,18 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
+        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
             key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
+            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _escaped(text: str) -> str:
+def _literal_expression(text: str) -> str:
     """An expression for a rule that matches only TEXT, written in printable characters."""
     literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
     return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
@@ -7881,11 +7882,11 @@ def show_list(options: argparse.Namespace) -> int:
 
 def show_status(options: argparse.Namespace) -> int:
     """--status: print the state of a running daemon."""
-    host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
+    host, port = (options.listen or ("127.0.0.1", 8080)) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch(address, "/status.json")
+        body = _fetch_status(address)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
@@ -7902,13 +7903,13 @@ def show_status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS sends for PATH; empty if its status is not 200, or if it is longer than
-    MAX_STATUS_BYTES. Raises OSError, also if it takes longer than STATUS_SECONDS."""
+def _fetch_status(address: Tuple[str, int]) -> bytes:
+    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError, also if
+    that takes longer than STATUS_SECONDS."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
-        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
         while len(answer) <= MAX_STATUS_BYTES:
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
@@ -8110,7 +8111,7 @@ def print_manifest(options: argparse.Namespace) -> int:
         MANIFEST_HEAD
         + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
         + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _daemonset(f"{folder}/daemonset.yaml", values)
+        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
     )
     return 0
 
@@ -8146,7 +8147,7 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
     }
 
 
-def _daemonset(path: str, values: Mapping[str, str]) -> str:
+def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
     """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
     text = _read_text(path)
     for pattern, template in MANIFEST_EDITS.items():
