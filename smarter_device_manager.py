@@ -7904,8 +7904,8 @@ def show_status(options: argparse.Namespace) -> int:
 
 
 def _fetch_status(address: Tuple[str, int]) -> bytes:
-    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError, also if
-    that takes longer than STATUS_SECONDS."""
+    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
+    also if that takes longer than STATUS_SECONDS."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
