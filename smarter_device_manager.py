@@ -7520,7 +7520,7 @@ class ServiceManager:
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
-        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns whether nobody waits for it any more."""
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
         if not self._address:
             return True
         try:
@@ -7631,7 +7631,7 @@ def serve(options: argparse.Namespace) -> int:
         else:
             check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # report an error in the config file first, since somebody may just have made it
+        ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
