@@ -3044,25 +3044,17 @@ def printable(text: str) -> str:
 
 
 class EventRing(logging.Handler):
-    """Keeps the last MAX_EVENTS events as documents, the newest first."""
-
-    MAX_EVENTS = 100
+    """Keeps the last 100 events as documents, the newest first. New ones replace the sequence; they never change it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events: List[Document] = []
+        self.events: Sequence[Document] = ()
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "event"):
-            event = {
-                key: value if type(value) is int else truncate(str(value), MAX_TEXT)
-                for key, value in event_of(record).items()
-            }
-            self._events = [event, *self._events[: self.MAX_EVENTS - 1]]
-
-    def events(self) -> Sequence[Document]:
-        """The events so far. New events replace the list; they never change it."""
-        return self._events
+            fields = event_of(record).items()
+            event = {key: value if type(value) is int else truncate(str(value), MAX_TEXT) for key, value in fields}
+            self.events = (event, *self.events[:99])
 
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
@@ -6892,7 +6884,7 @@ class StatusServer:
             "threads": self._threads(),
             **side.describe(),
             "process": describe_process(),
-            "events": self.events.events(),
+            "events": self.events.events,
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
