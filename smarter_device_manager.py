@@ -7468,13 +7468,15 @@ class KubeletThread(threading.Thread):
         Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
         invisible here.
         """
-        ending = "exiting, so that the next start finds the one that is used now"
+        end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
             if now.endswith("//deleted"):
-                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
+                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
             if now != was:
-                raise Problem(f"the directory that is mounted at {folder} was moved, from {was} to {now}; {ending}")
+                raise Problem(
+                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
+                )
         try:
             found = os.stat(self._side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
