@@ -19,8 +19,8 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Command
-line, and an appendix of texts. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Device
+side, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -61,6 +61,7 @@ import stat
 import struct
 import threading
 import time
+import types
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
@@ -2608,30 +2609,16 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
-MAX_TRACEBACK_LINES = 100
-MAX_QUEUED_LINES = 1000  # not written yet
-FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
-MAX_EVENTS = 100  # that the status page shows
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
 Document = Dict[str, Any]  # what json.dumps() takes
 
+log_counts = types.SimpleNamespace(dropped_lines=0, internal_errors=0)  # since the process started
 log = logging.getLogger("smarter-device-manager")
 
 
 class Problem(Exception):
     """Something that a person can fix. The text is one sentence that says what is wrong, where, and what to do."""
-
-
-@dataclass
-class LogCounts:
-    """Counters since the process started."""
-
-    dropped_lines: int = 0
-    internal_errors: int = 0
-
-
-log_counts = LogCounts()
 
 
 def log_event(event: str, sentence: str, level: int = logging.INFO, **fields: object) -> None:
@@ -2648,13 +2635,12 @@ def log_event_for_all(event: str, sentence: str, level: int, key: str, names: Se
 def log_internal_error(sentence: str) -> None:
     """Log and count an unexpected exception, the one being handled; SENTENCE says what failed."""
     log_counts.internal_errors += 1
-    extra = {"event": "internal-error", "fields": {}}
-    log.critical("%s; this is a bug", sentence, exc_info=True, extra=extra)
+    log.critical("%s; this is a bug", sentence, exc_info=True, extra={"event": "internal-error"})
 
 
 def join_names(names: Sequence[str]) -> str:
     """The first MAX_NAMES of NAMES, as the value of a field."""
-    return ",".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
+    return ",".join(names[:MAX_NAMES]) + (",..." if len(names) > MAX_NAMES else "")
 
 
 class TextFormatter(logging.Formatter):
@@ -2670,18 +2656,14 @@ class TextFormatter(logging.Formatter):
 
 
 def _quote(text: str) -> str:
-    return (
-        text
-        if re.fullmatch(r"[!-~]+", text) and not set('"=') & set(text)
-        else json.dumps(text).replace("=", r"\u003d")
-    )
+    return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
 def _traceback_lines(record: logging.LogRecord) -> List[str]:
     """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
     if not record.exc_info:
         return []
-    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-MAX_TRACEBACK_LINES:]
+    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-100:]
     return [truncate(printable(line), MAX_MESSAGE) for line in lines]
 
 
@@ -2706,64 +2688,60 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
     }
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Queues lines for a LogWriter. Drops and counts those that do not fit."""
+class LogWriter(logging.handlers.QueueHandler):
+    """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
+
+    Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
+    process, the thread and the descriptor need no end: waiting for the reader could take forever."""
+
+    MAX_LINES = 1000  # that are not written yet
+    FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
 
     def __init__(self) -> None:
-        self.lines: queue.Queue[str] = queue.Queue(MAX_QUEUED_LINES)
-        super().__init__(self.lines)
+        self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
+        super().__init__(self._lines)
+        self._descriptor = sys.stderr.fileno() if sys.stderr else -1  # if it is closed, another file may be number 2
+        self._reported = 0  # dropped lines that a line has reported
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def prepare(self, record: logging.LogRecord) -> str:
         return self.format(record)
 
     def enqueue(self, record: Any) -> None:
         try:
-            self.lines.put_nowait(record)
+            self._lines.put_nowait(record)
         except queue.Full:
             log_counts.dropped_lines += 1
 
-
-class LogWriter(logging.handlers.QueueListener):
-    """Writes the lines of a LogQueue to stderr, on a thread of its own, because a write may wait for the reader."""
-
-    def __init__(self, log_queue: LogQueue) -> None:
-        super().__init__(log_queue.lines)
-        self._lines = log_queue.lines
-        # If stderr is closed, another file may have its descriptor.
-        self._descriptor = sys.stderr.fileno() if sys.stderr else -1
-        self._reported = 0  # dropped lines that a line has reported
-
-    def __enter__(self) -> LogWriter:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait until all lines are written, but no longer than FLUSH_SECONDS. The thread ends with the process;
-        stop() of the base class would wait for a reader that may never come."""
+    def flush(self) -> None:
+        """Wait until all lines are written, but no longer than FLUSH_SECONDS. Python calls this when it exits."""
         with self._lines.all_tasks_done:
-            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, FLUSH_SECONDS)
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_SECONDS)
 
-    def handle(self, record: Any) -> None:
-        try:
-            self._write(f"{record}\n".encode("utf-8", "backslashreplace"))
-        except OSError:
-            log_counts.dropped_lines += 1
-            return
-        dropped = log_counts.dropped_lines - self._reported
-        if dropped and self._lines.qsize() <= MAX_QUEUED_LINES // 2:
-            self._reported += dropped
-            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
-            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
+    def _run(self) -> None:
+        while True:
+            try:
+                self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
+            except (OSError, ValueError):
+                log_counts.dropped_lines += 1
+            else:
+                self._report_dropped()
+            self._lines.task_done()
 
     def _write(self, data: bytes) -> None:
         # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # another process made this file non-blocking
-                writable = select.poll()
-                writable.register(self._descriptor, select.POLLOUT)
-                writable.poll()
+            except BlockingIOError:  # another process made it non-blocking
+                select.select([], [self._descriptor], [])
+
+    def _report_dropped(self) -> None:
+        dropped = log_counts.dropped_lines - self._reported
+        if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
+            self._reported += dropped
+            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
+            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
 
 def utc(seconds: float) -> str:
@@ -2787,29 +2765,26 @@ def printable(text: str) -> str:
 
 
 class EventRing(logging.Handler):
-    """Keeps the last MAX_EVENTS events as documents, the newest first."""
+    """Keeps the last 100 events as documents, the newest first. New ones replace the sequence; they never change it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events: List[Document] = []
+        self.events: Sequence[Document] = ()
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "event"):
-            event = {
-                key: value if type(value) is int else truncate(str(value), MAX_TEXT)
-                for key, value in event_of(record).items()
-            }
-            self._events = [event, *self._events[: MAX_EVENTS - 1]]
-
-    def events(self) -> Sequence[Document]:
-        """The events so far. New events replace the list; they never change it."""
-        return self._events
+            fields = event_of(record).items()
+            event = {key: value if type(value) is int else truncate(str(value), MAX_TEXT) for key, value in fields}
+            self.events = (event, *self.events[:99])
 
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
     if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = "a client or the kubelet sent bytes that are no message: %s", (record.exc_info[1],)
+        record.msg, record.args = (
+            "a client or the kubelet sent bytes that are not a valid protobuf message: %s",
+            (record.exc_info[1],),
+        )
         record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
     return True
 
@@ -6623,7 +6598,7 @@ class StatusServer:
             "threads": self._threads(),
             **side.describe(),
             "process": describe_process(),
-            "events": self.events.events(),
+            "events": self.events.events,
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
@@ -6632,40 +6607,18 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line: options, modes, and the loop of the main thread. Options and exit statuses must stay, because the
-# documentation and other people's scripts rely on them.
+# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
 # The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
-# default is to be ignored. SIGIO is its counterpart for the plugin directory.
+# default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
-BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-DEFAULT_POD_RESOURCES = f"{DEFAULT_KUBELET_DIR}/pod-resources/kubelet.sock"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
 CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
-DEFAULT_STATUS = ("127.0.0.1", 8080)  # for --status without an address
-STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
-MIN_PING_SECONDS = 0.01  # between two pings to a watchdog
-NOTIFY_AGAIN_SECONDS = 0.5  # after the service manager could not be notified
-MOVED_SECONDS = 10.0  # for which a directory that is mounted may be moved away and come back
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
-
-
-# The config file, and what is kept for the next start.
 
 
 class KeptFile:
@@ -6682,49 +6635,32 @@ class KeptFile:
         self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError; and ValueError for a file that is no such
-        text, or that somebody other than root and this user may have written."""
-        with open(self.path, "rb", opener=_open_no_link_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is not a plain file")
-            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ValueError("somebody other than root may have written it")
-            data = file.read(CONF_BYTES + 1)
-        if len(data) > CONF_BYTES:
-            raise ValueError(f"it is longer than {CONF_BYTES} bytes")
-        text = data.decode()
-        self._kept = text, self._stamp()
-        return text, found.st_mtime
+        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
+        self._kept = read_conf(self.path), file_stamp(self.path)
+        return self._kept[0], os.stat(self.path).st_mtime
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, unless that was done before. A failure is logged once; the next call tries again.
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
 
-        Another instance may keep another text in the same file: an older one, too, just before it ends. So the text is
-        kept again if the file is no longer the one that has it.
+        Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        if (text, self._stamp()) == self._kept:
-            return
+        with contextlib.suppress(OSError):
+            if (text, file_stamp(self.path)) == self._kept:
+                return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept, self._is_failing = (text, self._stamp()), False
+            self._kept, self._is_failing = (text, file_stamp(self.path)), False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(self._event, sentence, logging.WARNING)
             self._is_failing = True
 
-    def _stamp(self) -> Tuple[int, ...]:
-        """A value that changes if somebody else writes or removes the file; empty if there is none."""
-        try:
-            found = os.lstat(self.path)
-        except OSError:
-            return ()
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
-
-def _open_no_link_at_once(path: str, flags: int) -> int:
-    return _open_at_once(path, flags | os.O_NOFOLLOW)
+def file_stamp(path: str) -> Tuple[int, ...]:
+    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
+    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def kept_path(folder: str, domain: str, ending: str) -> str:
@@ -6802,113 +6738,81 @@ class ConfFile:
 
     def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: Tuple[Rule, ...] = ()  # in force
+        self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
         self._path = path
         self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
-        self._text: Optional[str] = None  # of the rules in force
-        self._refused_text: Optional[str] = None
         what = f"the last good text of {json.dumps(path)}"
         self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        text = None
         try:
-            text = self._read()
-            self._take_over(text)
+            self._read()
         except (ConfigError, OSError) as error:
+            problem = describe_conf_error(self._path, error)
             if not self._kept or not self._restore(self._kept):
-                raise Problem(self._describe(error)) from None
-            self._refuse(error, text, f", from {self._kept.path}")
+                raise Problem(problem) from None
+            self._refuse(problem, f", from {self._kept.path}")
         self._keep()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
-        try:
-            text, kept_at = kept.read()
-            self.rules, self._text, self.read_at = parse_rules(text), text, kept_at
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {why}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
 
     def follow(self, reread: bool = False) -> bool:
         """Read the file again if it changed, or if REREAD; whether there are new rules.
 
         Logs an error in it once. Keeps the text of the rules in force, if that failed before.
         """
-        has_new_rules = self._follow(reread)
+        old_rules = self.rules
+        try:
+            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
+                self._read()
+                if self.error or self.rules is not old_rules:
+                    self.reloads += 1
+                    count = len(self.rules)
+                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
+                self.error = ""
+        except (ConfigError, OSError) as error:
+            problem = describe_conf_error(self._path, error)
+            if reread or problem != self.error:
+                self._refuse(problem)
         self._keep()
-        return has_new_rules
+        return self.rules is not old_rules
+
+    def _read(self) -> None:
+        """Put the rules of the file in force. Raises ConfigError and OSError."""
+        text, self._stamp = DEFAULT_CONF, ()
+        if self._path:
+            stamp = file_stamp(self._path)
+            is_old = is_settled(max(stamp[-2:]))
+            text = read_conf(self._path)
+            self._stamp = stamp if is_old else ()
+        if text != self.text or not self.rules:
+            self.rules, self.text = parse_rules(text), text
+        self.read_at = time.time()
+
+    def _restore(self, kept: KeptFile) -> bool:
+        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
+        try:
+            text, self.read_at = kept.read()
+            self.rules, self.text = parse_rules(text), text
+        except FileNotFoundError:
+            return False
+        except (OSError, ConfigError) as error:
+            problem = error.strerror if isinstance(error, OSError) else error
+            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
+            log_event("kept-conf-ignored", sentence, logging.WARNING)
+            return False
+        return True
+
+    def _refuse(self, problem: str, source: str = "") -> None:
+        self.error = problem
+        self.failed_reloads += 1
+        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
 
     def _keep(self) -> None:
-        if self._kept and self._text is not None:
-            self._kept.keep(self._text)
-
-    def _follow(self, reread: bool) -> bool:
-        text = None
-        try:
-            if not self._path or (self._stamp and self._stamp == self._find_stamp()[0] and not reread):
-                return False
-            text = self._read()
-            if text == self._refused_text and not reread:
-                return False
-            has_new_rules = self._take_over(text)
-        except (ConfigError, OSError) as error:
-            if isinstance(error, OSError):
-                self._stamp = ()
-            if reread or self._describe(error) != self.error:
-                self._refuse(error, text)
-            self._refused_text = text
-            return False
-        if has_new_rules or self.error:
-            self.reloads += 1
-            log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=len(self.rules))
-        self.error, self._refused_text = "", None
-        return has_new_rules
-
-    def _find_stamp(self) -> Tuple[Tuple[int, ...], bool]:
-        """A value that changes with the text of the file, and whether it is old enough to rely on that."""
-        found = os.stat(self._path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return stamp, is_settled(max(found.st_mtime_ns, found.st_ctime_ns))
-
-    def _read(self) -> str:
-        """The text of the file. Raises ConfigError and OSError."""
-        if not self._path:
-            return DEFAULT_CONF
-        self._stamp = ()
-        stamp, has_settled = self._find_stamp()
-        try:
-            return read_conf(self._path)
-        except OSError:
-            has_settled = False
-            raise
-        finally:
-            self._stamp = stamp if has_settled else ()
-
-    def _take_over(self, text: str) -> bool:
-        """Put the rules of TEXT in force; whether they are new. Raises ConfigError."""
-        has_new_rules = text != self._text
-        if has_new_rules:
-            self.rules, self._text = parse_rules(text), text
-        self.read_at = time.time()
-        return has_new_rules
-
-    def _refuse(self, error: Union[ConfigError, OSError], text: Optional[str], source: str = "") -> None:
-        """Record and log that the file is refused, because of ERROR in TEXT or in reading it."""
-        self.error, self._refused_text = self._describe(error), text
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{self.error}; the last good rules stay in force{source}", logging.ERROR)
-
-    def _describe(self, error: Union[ConfigError, OSError]) -> str:
-        return describe_conf_error(self._path, error)
+        if self._kept:
+            self._kept.keep(self.text)
 
 
 def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
@@ -6916,9 +6820,6 @@ def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
     if isinstance(error, ConfigError):
         return f"{path}:{error.line}:{error.column}: {error.message}"
     return f"cannot read the config file {path}: {error.strerror}"
-
-
-# The device side.
 
 
 class DeviceSide:
@@ -7134,66 +7035,94 @@ class FolderWatches:
             self._watches[path].ask()
 
 
-# The gRPC thread, and the service manager.
+# ---------------------------------------------------------------------------------------------------------------------
+# Daemon: the thread of the kubelet side, and the loop of the main thread, which waits for signals. The kernel signals
+# changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+# SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
+BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
+GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
+REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
+EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
-class MountedFolders:
-    """Those of FOLDERS that are mounted here. If one is deleted or moved, a new one in its place is invisible here."""
-
-    def __init__(self, folders: Iterable[str]) -> None:
-        self._roots: Mapping[str, str] = dict.fromkeys(folders, "")
-        with contextlib.suppress(OSError):
-            self._roots = {folder: root for folder, root in self._find_roots().items() if root}
-        self._moved_at = math.inf  # time.monotonic() when one was first found to be moved
-
-    def _find_roots(self) -> Dict[str, str]:
-        """What is mounted at each folder: its path in its own file system, field 4 of proc_pid_mountinfo(5), which
-        follows when it is moved. Empty where nothing is. Raises OSError."""
+def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
+    """What is mounted at those of FOLDERS at which something is: its path in its own file system, field 4 of
+    proc_pid_mountinfo(5). When it is moved, the path follows; when it is deleted, "//deleted" is appended."""
+    try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
-        escaped = {
-            folder: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(folder))
-            for folder in self._roots
-        }
-        return {folder: roots.get(point, "") for folder, point in escaped.items()}
+    except OSError:  # too many open files, say
+        return {}
+    points = ((path, os.path.realpath(path)) for path in folders)
+    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
+    return {path: roots[point] for path, point in escaped if point in roots}
 
-    def check(self) -> None:
-        """Raise Problem if one was deleted, or moved MOVED_SECONDS ago."""
-        ending = "exiting, so that the next start finds the one that is used now"
-        for folder in self._roots:
-            with contextlib.suppress(OSError):
-                if not os.stat(folder).st_nlink:
-                    raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; {ending}")
-        try:
-            roots = self._find_roots() if self._roots else {}
-        except OSError:  # too many open files, say; this does not mean that one was moved
-            return
-        moved = [folder for folder, root in roots.items() if root != self._roots[folder]]
-        self._moved_at = min(self._moved_at, time.monotonic()) if moved else math.inf
-        if time.monotonic() - self._moved_at > MOVED_SECONDS:
-            was, now = self._roots[moved[0]], roots[moved[0]]
-            raise Problem(f"the directory that is mounted at {moved[0]} was moved, from {was} to {now}; {ending}")
+
+def network_error(error: Union[OSError, UnicodeError]) -> str:
+    """Why there is no connection, in the words of the system, without what Python adds to them."""
+    if isinstance(error, UnicodeError):
+        return "there is no such host name"
+    return str(error.strerror or error).partition(" (while attempting ")[0]
+
+
+def address_text(address: Tuple[Any, ...]) -> str:
+    """ADDRESS as people write it."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
+
+
+def open_status(
+    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
+) -> Optional[StatusServer]:
+    """The status server for --listen; None without that option, or if the address cannot be used."""
+    if not options.listen:
+        return None
+    host = options.listen[0]  # all addresses if it is empty
+    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    except (OSError, UnicodeError) as error:
+        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
+        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
+        return None
+    listener.setblocking(False)
+    holders = PodResources(options.pod_resources_socket, options.domain)
+    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), host)))
+    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
+    log.addHandler(status.events)
+    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
+    return status
 
 
 class KubeletThread(threading.Thread):
-    """The gRPC thread: an asyncio loop with the kubelet side and, if there is one, the StatusServer."""
+    """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
+        self._side = self._make_side(options)
+        self._status = open_status(options, devices, self._side)
+        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
+
+    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        self.side: Union[DevicePluginSide, DraSide]
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
             watch = Watch(options.cdi_dir, with_content=True)
-            self.side = DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
-        else:
-            watch = Watch(options.plugin_dir)
-            self.side = DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
-        self.status: Optional[StatusServer] = None  # set it before start()
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = MountedFolders(self.side.folders)
+            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
+        watch = Watch(options.plugin_dir)
+        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7206,9 +7135,7 @@ class KubeletThread(threading.Thread):
 
     async def _serve(self) -> None:
         """Run the kubelet side and the status server until one of them ends, then end the other. Raises what failed."""
-        tasks = [asyncio.ensure_future(self.side.run())]
-        if self.status:
-            tasks.append(asyncio.ensure_future(self.status.run()))
+        tasks = [asyncio.ensure_future(part.run()) for part in (self._side, self._status) if part]
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
@@ -7218,40 +7145,46 @@ class KubeletThread(threading.Thread):
 
     def send(self, plan: Plan) -> None:
         """Give PLAN to the kubelet side and the status server."""
-        self._loop.call_soon_threadsafe(self._take, plan)
-
-    def _take(self, plan: Plan) -> None:
-        self.side.deliver(plan)
-        if self.status:
-            self.status.take(plan)
+        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+        if self._status:
+            self._loop.call_soon_threadsafe(self._status.take, plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self.side.look_now)
+        self._loop.call_soon_threadsafe(self._side.look_now)
 
     def report(self, device_side: Document) -> None:
         """Give the status server the part of the device side."""
-        if self.status:
-            self.status.report(device_side)
+        if self._status:
+            self._status.report(device_side)
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self.side.heartbeat <= self.side.max_silence
+        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
 
     def beat(self) -> float:
         """Let the status server know that the main thread works; the time by which it must do so again."""
-        if self.status:
-            self.status.beat()
-        return time.monotonic() + self.side.max_silence / 2
+        if self._status:
+            self._status.beat()
+        return time.monotonic() + self._side.max_silence / 2
 
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
 
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved.
+        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
+        invisible here.
         """
-        self._mounted.check()
+        end = "so that the next start finds the one that is used now"
+        for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
+            was = self._mounted[folder]
+            if now.endswith("//deleted"):
+                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
+            if now != was:
+                raise Problem(
+                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
+                )
         try:
-            found = os.stat(self.side.plugin_dir)
+            found = os.stat(self._side.plugin_dir)
             directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
         except OSError:
             directory = ()
@@ -7261,7 +7194,7 @@ class KubeletThread(threading.Thread):
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
-        self._loop.call_soon_threadsafe(self.side.stop)
+        self._loop.call_soon_threadsafe(self._side.stop)
         self.join(EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
@@ -7273,18 +7206,21 @@ class ServiceManager:
     Does nothing if the variables of the protocol are not set, or not valid.
     """
 
+    RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
         self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._message = "READY=1"  # to send next
         self._ping_seconds = math.inf
+        own_pid = str(os.getpid())
         microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()) and is_number(microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, MIN_PING_SECONDS)
-        self._is_ready_sent = True
-        self.next_ping = time.monotonic() + self._ping_seconds
+        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
+            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
-        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if that can succeed a moment later."""
+        """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
         if not self._address:
             return True
         try:
@@ -7293,53 +7229,33 @@ class ServiceManager:
                 sender.sendto(state.encode(), self._address)
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
-            return error.errno not in (*SCARCE, errno.EAGAIN, errno.ENOBUFS)  # its queue is full, say
+            return False
         return True
 
-    def notify_ready(self) -> None:
-        """Send READY=1, now or as soon as ping() can."""
-        self._is_ready_sent = self.notify("READY=1")
-        self._schedule(self._is_ready_sent)
-
     def ping(self, is_alive: bool) -> None:
-        """Ping the watchdog if that is due and IS_ALIVE. Without pings, it ends this process."""
-        if time.monotonic() < self.next_ping:
-            return
-        if not self._is_ready_sent:
-            self.notify_ready()
-        else:
-            self._schedule(is_alive and self.notify("WATCHDOG=1"))
-
-    def _schedule(self, was_sent: bool) -> None:
-        """Schedule the next ping(), soon unless the last message WAS_SENT."""
-        pause = self._ping_seconds
-        self.next_ping = time.monotonic() + (pause if was_sent else min(pause, NOTIFY_AGAIN_SECONDS))
-
-
-def is_number(text: str) -> bool:
-    """Whether TEXT is a positive whole number that fits into 64 bits."""
-    return bool(re.fullmatch("[1-9][0-9]{0,18}", text))
-
-
-# Serving.
+        """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
+        IS_ALIVE. Without pings, the watchdog ends it."""
+        if time.monotonic() >= self.due:
+            was_sent = is_alive and self.notify(self._message)
+            if was_sent:
+                self._message = "WATCHDOG=1"
+            self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem if no plugin can listen in the directory PATH."""
     try:
-        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
-        is_allowed = os.access(path, os.R_OK | os.X_OK)
+        os.listdir(f"{path}/.")
+    except NotADirectoryError:
+        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
+        raise Problem(problem) from None
     except PermissionError:
-        is_directory, is_allowed = True, False
+        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
     except OSError:
         raise Problem(
             f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
             f"--dry-run works without a kubelet)"
         ) from None
-    if not is_directory:
-        raise Problem(f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins")
-    if not is_allowed:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory")
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     too_long = SHORTEST_NAME - socket_room(path)
@@ -7396,26 +7312,14 @@ def api_server(options: argparse.Namespace) -> ApiServer:
 
 
 def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, as far as possible.
-
-    That is to the hard limit or to fs.nr_open, above which Linux lets nobody set it.
-    """
+    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
     import resource as limits
 
-    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
     try:
-        with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
-            most = int(file.read())
-    except (OSError, ValueError):
-        most = 1 << 20  # Linux's own default
-    if hard != limits.RLIM_INFINITY:
-        most = min(most, hard)
-    if soft == limits.RLIM_INFINITY or soft >= most:
-        return
-    try:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))
+        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors from %d to %d: %s", soft, most, error)
+        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -7427,7 +7331,7 @@ def serve(options: argparse.Namespace) -> int:
         else:
             check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # report an error in the config file first, since somebody may just have made it
+        ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
@@ -7438,26 +7342,18 @@ def serve(options: argparse.Namespace) -> int:
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options)
-    thread.status = _open_status(options, devices, thread.side)
+    thread = KubeletThread(options, devices)
     thread.start()
-    log_event(
-        "started", f"smarter-device-manager {__version__} offers {pluralize(len(devices.plan.resources), 'resource')}"
-    )
+    count = pluralize(len(devices.plan.resources), "resource")
+    log_event("started", f"smarter-device-manager {__version__} offers {count}")
     if not options.conf:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    changes = ChangeLog()
-    changes.take(devices.plan)
-    changes.flush(time.monotonic())
-    watches = FolderWatches(options.dev_dir)
-    watches.ask(devices.folders())  # before the resources, which use the descriptors that are left
-    thread.send(devices.plan)
     manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        _run(devices, thread, manager, options.interval, watches, changes)
+        follow_devices(devices, thread, manager, options)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7468,79 +7364,30 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
-def listen(address: Tuple[str, int]) -> socket.socket:
-    """A socket that listens on ADDRESS; on all addresses where it names no host."""
-    host = address[0]
-    is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
-    listener.setblocking(False)
-    return listener
-
-
-def network_error(error: Union[OSError, UnicodeError]) -> str:
-    """Why there is no connection, in the words of the system, without what Python adds to them."""
-    if isinstance(error, UnicodeError):
-        return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
-
-
-def address_text(address: Tuple[Any, ...]) -> str:
-    """ADDRESS as people write it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
-    """The status server for --listen; None without that option, or if the address cannot be used."""
-    if not options.listen:
-        return None
-    try:
-        listener = listen(options.listen)
-    except (OSError, UnicodeError) as error:
-        problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
-        log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
-        return None
-    holders = PodResources(options.pod_resources_socket, options.domain)
-    names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), options.listen[0])))
-    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
-    log.addHandler(status.events)
-    log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
-    return status
-
-
-def _run(
-    devices: DeviceSide,
-    thread: KubeletThread,
-    manager: ServiceManager,
-    interval: float,
-    watches: FolderWatches,
-    changes: ChangeLog,
+def follow_devices(
+    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
 ) -> None:
-    """Send a new plan after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+    """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
+    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
     watched: Optional[Snapshot] = None  # the one whose folders are watched
+    unsent: Optional[Plan] = devices.plan
     taken = 0  # the last signal
-    manager.notify_ready()
     while True:
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watches.ask(devices.folders())  # before the look, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP)
+        plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
         if plan:
             changes.take(plan)
             thread.send(plan)
+            unsent = None
         changes.flush(time.monotonic())
         thread.report(devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + interval, changes.due))
+        due = max(now, min(began + options.interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
@@ -7561,7 +7408,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     while True:
         next_beat = thread.beat()
         manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.next_ping) - time.monotonic()))
+        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -7607,7 +7454,20 @@ def restart_compiled() -> None:
         log.debug("not restarted: %s", error)
 
 
-# Modes other than serving.
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes: each prints something and ends, without a kubelet. What they print is for people, but for --json; the unit and
+# the manifest are for programs, and keep their form.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+STATUS_SECONDS = 10.0  # for a daemon to answer --status
+MAX_STATUS_BYTES = 1 << 25  # of its answer
+
+
+def program_name() -> str:
+    """The name by which this program was called."""
+    name = os.path.basename(sys.argv[0])
+    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
 def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
@@ -7658,18 +7518,18 @@ def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]])
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_escaped(path)}$')}",
+        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
             key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_escaped(value))}")
+            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _escaped(text: str) -> str:
+def _literal_expression(text: str) -> str:
     """An expression for a rule that matches only TEXT, written in printable characters."""
     literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
     return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
@@ -7723,11 +7583,11 @@ def show_list(options: argparse.Namespace) -> int:
 
 def show_status(options: argparse.Namespace) -> int:
     """--status: print the state of a running daemon."""
-    host, port = (options.listen or DEFAULT_STATUS) if options.status is True else options.status
+    host, port = (options.listen or ("127.0.0.1", 8080)) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch(address, "/status.json")
+        body = _fetch_status(address)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
@@ -7744,13 +7604,13 @@ def show_status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(address: Tuple[str, int], path: str) -> bytes:
-    """What the status server at ADDRESS sends for PATH; empty if its status is not 200, or if it is longer than
-    MAX_STATUS_BYTES. Raises OSError, also if it takes longer than STATUS_SECONDS."""
+def _fetch_status(address: Tuple[str, int]) -> bytes:
+    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
+    also if that takes longer than STATUS_SECONDS."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
-        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
         while len(answer) <= MAX_STATUS_BYTES:
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
@@ -7787,8 +7647,7 @@ def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
     devices = _look_once(options, with_facts=is_dra)
-    names = [f"{options.domain}/{name}" for name in devices.plan.resources]
-    if not names:
+    if not devices.plan.resources:
         write_output(_nothing_found(devices, options))
         return 1
     load_grpc()  # which says what serving needs
@@ -7796,16 +7655,17 @@ def dry_run(options: argparse.Namespace) -> int:
     slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    found = [_try_one(each, host_devices, options.domain if is_dra else "") for each in slots.values()]
     rows: List[Tuple[object, ...]] = []
-    for name, each, (lines, _) in zip(names, slots.values(), found):
-        rows += [(len(each), name, lines[0]), *(("", "", line) for line in lines[1:])]
+    has_failed = False
+    for name, each in slots.items():
+        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
+        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
-    is_good = all(is_allocated for _, is_allocated in found)
-    ending = "every one could be allocated" if is_good else "not every one could be allocated"
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
-    write_output(f"{table}\n{pluralize(len(names), 'resource')}, {ending}.\n")
-    return 0 if is_good else 1
+    ending = f"{'not every' if has_failed else 'every'} one could be allocated"
+    write_output(f"{table}\n{pluralize(len(slots), 'resource')}, {ending}.\n")
+    return int(has_failed)
 
 
 def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
@@ -7853,10 +7713,8 @@ def _given_text(container: str, permissions: str, host: str, targets: Sequence[s
 # the other options.
 
 HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
-STUBS = ("api_pb2.py", "api_pb2_grpc.py")  # beside the script
 
 
 def print_systemd_unit(options: argparse.Namespace) -> int:
@@ -7869,14 +7727,14 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
             raise Problem(
                 f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
             )
-    given = {"conf": options.conf or "", **_given_options(options)}
+    given = {"conf": options.conf or "", **options.given}
     socket_path = _pod_resources_socket(options)
     if socket_path != DEFAULT_POD_RESOURCES:
         given["pod_resources_socket"] = socket_path
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
-        if options.listen[0] in LOOPBACK:
+        if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
     write_output(
         SYSTEMD_UNIT.format(
@@ -7911,26 +7769,6 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _given_options(options: argparse.Namespace) -> Dict[str, str]:
-    """The options with a value that the command line or the environment gives, and their values."""
-    on_command_line = build_parser().parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
-    return {
-        name: _option_text(value)
-        for name, value in vars(options).items()
-        if value is not None and not isinstance(value, bool)
-        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
-    }
-
-
-def _option_text(value: Any) -> str:
-    """VALUE, as an option has it, as it is written on the command line."""
-    if isinstance(value, tuple):
-        return address_text(value)
-    if isinstance(value, int):
-        return logging.getLevelName(value).lower() if value else ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _command_line(values: Mapping[str, str]) -> List[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
@@ -7952,56 +7790,56 @@ def print_manifest(options: argparse.Namespace) -> int:
     """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
-    given = _given_options(options)
-    for name in given:
+    for name in options.given:
         if MANIFEST_OPTIONS[name] not in (ARGUMENT, PART):
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {"smarter_device_manager.py": _read_text(path)}
-    files.update((name, _read_text(f"{folder}/{name}")) for name in STUBS)
-    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
+    files = {
+        "smarter_device_manager.py": _read_text(path),
+        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
+        "install.py": INSTALL_PACKAGES,
+        "requirements.txt": REQUIREMENTS,
+    }
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
-    values = _manifest_values(options, given, "".join(files.values()))
-    conf = {"conf.yaml": _read_good_conf(options.conf)}
+    values = _manifest_values(options, "".join(files.values()))
+    conf = ConfFile(options.conf or "")
+    conf.start()
     write_output(
         MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], conf)
+        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
         + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _daemonset(f"{folder}/daemonset.yaml", values)
+        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
     )
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, given: Mapping[str, str], files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
         raise Problem(
-            f"--manifest does not take --listen {given['listen']}: the kubelet probes the pod at its own address "
-            "and a fixed port; leave the address out, as in --listen :8080"
+            f"--manifest does not take --listen {options.given['listen']}: the kubelet probes the pod at its own "
+            "address and a fixed port; leave the address out, as in --listen :8080"
         )
     image = options.image or DEFAULT_IMAGE
     socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
-    arguments = {name: value for name, value in given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
+    arguments = {name: value for name, value in options.given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
     if socket_name != "kubelet.sock":
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
-    texts = {
-        "image": image,
-        "packages": f"/var/lib/smarter-device-manager/{packages}",
-        "plugin_dir": options.plugin_dir,
-        "pod_resources": socket_folder,
-        "dev_dir": options.dev_dir,
-        "sys_dev": f"{options.sys_dir}/dev",
-        "sys_devices": f"{options.sys_dir}/devices",
-    }
     return {
-        **{name: json.dumps(text) for name, text in texts.items()},
+        "image": json.dumps(image),
+        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
+        "plugin_dir": json.dumps(options.plugin_dir),
+        "pod_resources": json.dumps(socket_folder),
+        "dev_dir": json.dumps(options.dev_dir),
+        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
+        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
@@ -8010,7 +7848,7 @@ def _manifest_values(options: argparse.Namespace, given: Mapping[str, str], file
     }
 
 
-def _daemonset(path: str, values: Mapping[str, str]) -> str:
+def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
     """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
     text = _read_text(path)
     for pattern, template in MANIFEST_EDITS.items():
@@ -8027,13 +7865,12 @@ def _list_items(items: Iterable[object]) -> str:
 
 
 def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    texts = (f"  {file}: |2\n{_indented(text, 4)}\n" for file, text in files.items())
+    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
+    texts = (
+        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
+        for file, text in files.items()
+    )
     return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
-
-
-def _indented(text: str, spaces: int) -> str:
-    """TEXT as a block text in YAML after "|2", indented by SPACES, without the last line break."""
-    return "\n".join(" " * spaces + line if line else "" for line in text.rstrip("\n").split("\n"))
 
 
 def _read_text(path: str) -> str:
@@ -8041,21 +7878,29 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise Problem(f"cannot read {path}: {why}; the manifest is made from it") from None
+        problem = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-def _read_good_conf(path: str) -> str:
-    """The text of the config file PATH, or of the built-in rules if it is empty. Raises Problem."""
-    try:
-        text = read_conf(path) if path else DEFAULT_CONF
-        parse_rules(text)
-    except (ConfigError, OSError) as error:
-        raise Problem(describe_conf_error(path, error)) from None
-    return text
+MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+    "check": (check, "say whether the config file is good"),
+    "list": (show_list, "print what would be offered, and what is left out and why"),
+    "dry_run": (dry_run, "allocate each resource, without a kubelet"),
+    "systemd_unit": (print_systemd_unit, "print a systemd unit that has the options given"),
+    "manifest": (print_manifest, "print a manifest that has the options given and needs no image of its own"),
+}
 
 
-# Options.
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: the command line and the environment, and the way from them to a mode. Options and exit statuses must stay,
+# because the documentation and other people's scripts rely on them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
+DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
+DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -8069,22 +7914,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--conf; the command line wins. On SIGHUP, a daemon reads the config file and looks at all devices again.",
     )
     _add_modes(parser)
-    beside = _conf_beside()
-    conf_help = "the config file, a YAML list of rules" + ("" if beside else " (default: built-in rules)")
-    _add(parser, "--conf", "FILE", _path, beside, conf_help, "--config")
-    _add(parser, "--plugin-dir", "DIR", _path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
+    conf, built_in = (beside, "") if os.path.lexists(beside) else (None, " (default: built-in rules)")
+    add = functools.partial(add_option, parser)
+    add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
+    add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
     holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    _add(parser, "--pod-resources-socket", "PATH", _path, DEFAULT_POD_RESOURCES, holders_help)
-    _add(parser, "--dev-dir", "DIR", _path, "/dev", "the host's /dev")
-    _add(parser, "--sys-dir", "DIR", _path, "/sys", "the host's /sys")
-    _add(parser, "--domain", "NAME", _domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
-    _add(parser, "--interval", "SECONDS", _seconds, "1", "the time between two looks at config file and devices")
-    level_help = "debug, info, warning or error (default: info; in modes: warning)"
-    _add(parser, "--log-level", "LEVEL", _level, "", level_help)
-    log_format = _one_of("a format", "text", "json")
-    _add(parser, "--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
+    add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
+    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
+    level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
+    add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
+    log_format = option_text("text|json", "a format: text or json")
+    add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
-    _add(parser, "--listen", "ADDRESS:PORT", _listen_address, "", listen_help)
+    add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
     _add_dra_options(parser)
     return parser
 
@@ -8093,64 +7939,49 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
     """Add the modes, and the options that belong to one of them."""
     group = parser.add_argument_group("modes, which do something else and exit")
     modes = group.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true", help="say whether the config file is good")
-    modes.add_argument("--list", action="store_true", help="print what would be offered, and what is left out and why")
-    modes.add_argument("--dry-run", action="store_true", help="allocate each resource, without a kubelet")
-    modes.add_argument(
-        "--status",
-        nargs="?",
-        const=True,
-        type=_argument(_address),
-        metavar="ADDRESS:PORT",
-        help="print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)",
-    )
-    modes.add_argument("--systemd-unit", action="store_true", help="print a systemd unit that has the options given")
-    manifest_help = "print a Kubernetes manifest that has the options given and needs no image of its own"
-    modes.add_argument("--manifest", action="store_true", help=manifest_help)
+    for name, (_, help_text) in MODES.items():
+        modes.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help_text)
+    status_help = "print the state of a running daemon (default: the address of --listen, or 127.0.0.1:8080)"
+    modes.add_argument("--status", nargs="?", const=True, type=option_address, metavar="ADDRESS:PORT", help=status_help)
     version = f"smarter-device-manager {__version__}"
     modes.add_argument("--version", action="version", version=version, help="print the version")
     group.add_argument("--json", action="store_true", help="with --list or --status: print JSON")
     attributes_help = "with --list: print the attributes of the device PATH, to write rules from"
     group.add_argument("--attributes", metavar="PATH", help=attributes_help)
-    image_help = f"with --manifest: a public image with Python and pip (default: {DEFAULT_IMAGE})"
-    group.add_argument("--image", metavar="IMAGE", type=_argument(_image), help=image_help)
-    index_help = "with --manifest: the package index to install from, instead of PyPI"
-    group.add_argument("--pip-index", metavar="URL", type=_argument(_https_url), help=index_help)
-    ca_help = "with --manifest: the CA certificates (PEM) of that index"
-    group.add_argument("--pip-ca", metavar="FILE", type=_argument(_path), help=ca_help)
-    namespace_help = f"with --manifest: the namespace, which must exist (default: {DEFAULT_NAMESPACE})"
-    group.add_argument("--namespace", metavar="NAME", type=_argument(_namespace), help=namespace_help)
+    image = option_text(r"(?a:\w[\w.:/@-]*)", f"the name of an image, such as {DEFAULT_IMAGE}")
+    url = option_text("https://[!-~]+", "a URL of an index that pip trusts, such as https://pypi.example.com/simple")
+    label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    namespace = option_text(label, 'a namespace: lower-case letters, digits and "-", up to 63 characters')
+    for option, metavar, read, help_text in (
+        ("--image", "IMAGE", image, f"a public image with Python and pip (default: {DEFAULT_IMAGE})"),
+        ("--pip-index", "URL", url, "the package index to install from, instead of PyPI"),
+        ("--pip-ca", "FILE", option_path, "the CA certificates (PEM) of that index"),
+        ("--namespace", "NAME", namespace, f"the namespace, which must exist (default: {DEFAULT_NAMESPACE})"),
+    ):
+        group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
 def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     """Add --api, and the options that it takes with dra."""
     group = parser.add_argument_group("Dynamic Resource Allocation")
-    api = _one_of("an API", "device-plugin", "dra")
-    _add(group, "--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    _add(group, "--kubelet-dir", "DIR", _path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
-    _add(group, "--cdi-dir", "DIR", _path, "/var/run/cdi", "where the container runtime reads CDI files")
+    add = functools.partial(add_option, group)
+    api = option_text("device-plugin|dra", "an API: device-plugin or dra")
+    add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
+    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
-    _add(group, "--gone-grace", "SECONDS", functools.partial(_seconds, least=0.0), "5", grace_help)
-    _add(group, "--node-name", "NAME", str, node, "the name of this node in Kubernetes")
-    _add(group, "--kube-api", "URL", str, _pod_api_url(), "the URL of the API server (default: that of the pod)")
-    _add(group, "--kube-token-file", "FILE", _path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    _add(group, "--kube-ca-file", "FILE", _path, f"{SERVICE_ACCOUNT}/ca.crt", "the CA certificates of the API server")
+    add("--gone-grace", "SECONDS", functools.partial(option_seconds, least=0.0), "5", grace_help)
+    add("--node-name", "NAME", str, node, "the name of this node in Kubernetes")
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
+    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
+    add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
+    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
+    ca_help = "the CA certificates of the API server"
+    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
 
 
-def program_name() -> str:
-    """The name by which this program was called."""
-    name = os.path.basename(sys.argv[0])
-    return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
-
-
-def _conf_beside() -> Optional[str]:
-    """The path of the conf.yaml in the script's folder, if there is one."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "conf.yaml")
-    return beside if os.path.lexists(beside) else None
-
-
-def _add(
+def add_option(
     parser: argparse._ActionsContainer,
     option: str,
     metavar: str,
@@ -8159,118 +7990,76 @@ def _add(
     help_text: str,
     *others: str,
 ) -> None:
+    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
-    parser.add_argument(
-        option,
-        *others,
-        metavar=metavar,
-        type=_argument(read, variable, given),
-        default=given or default,
-        help=(help_text + (f" (default: {default})" if default else "")).replace("%", "%%"),
-    )
-
-
-def _argument(read: Callable[[str], Any], variable: str = "", given: Optional[str] = None) -> Callable[[str], Any]:
-    """READ for argparse, which shows only errors of its own type in full. GIVEN is the value of the environment's
-    VARIABLE."""
 
     def convert(text: str) -> Any:
         try:
             return read(text)
-        except ValueError as error:
-            where = f" (from {variable})" if text is given else ""
-            raise argparse.ArgumentTypeError(f"{error}{where}") from None
+        except argparse.ArgumentTypeError as error:
+            source = f" (from {variable})" if text is given else ""
+            raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    return convert
+    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
-def _path(text: str) -> str:
+def option_text(pattern: str, what: str) -> Callable[[str], str]:
+    """A reader of texts that match PATTERN and so are WHAT."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
+        return text
+
+    return read
+
+
+def option_path(text: str) -> str:
+    """The absolute path TEXT."""
     if not text:
-        raise ValueError('"" is not a path')
+        raise argparse.ArgumentTypeError('"" is not a path')
     try:
         path = os.path.abspath(text)
     except OSError:
-        raise ValueError(f'"{text}" begins in the working directory, which is gone; write the whole path') from None
+        problem = f'"{text}" begins in the working directory, which is gone; write the whole path'
+        raise argparse.ArgumentTypeError(problem) from None
     return re.sub("^//+", "/", path)  # abspath() keeps two slashes at the beginning
 
 
-def _seconds(text: str, least: float = 0.01) -> float:
+def option_seconds(text: str, least: float = 0.01) -> float:
+    """The number of seconds TEXT, from LEAST to an hour."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not least <= seconds <= 3600:
-        raise ValueError(f'"{text}" is not a number of seconds from {least:g} to 3600')
+        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
     return seconds
 
 
-def _domain(text: str) -> str:
+def option_domain(text: str) -> str:
+    """The domain TEXT."""
     if not is_domain(text):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
             "characters, not one of kubernetes.io, and not beginning with requests."
         )
     return text
 
 
-def _one_of(kind: str, *values: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in values:
-            raise ValueError(f'"{text}" is not {kind}: {" or ".join(values)}')
-        return text
-
-    return read
-
-
-def _pod_api_url() -> str:
-    """The URL of the API server, from the variables that every pod has; empty outside a pod."""
-    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-    return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
-
-
-def _image(text: str) -> str:
-    if not re.fullmatch(r"[\w][\w.:/@-]*", text, re.ASCII):
-        raise ValueError(f'"{text}" is not the name of an image, such as {DEFAULT_IMAGE}')
-    return text
-
-
-def _https_url(text: str) -> str:
-    if not re.fullmatch(r"https://[!-~]+", text):
-        raise ValueError(f'"{text}" is not a URL of an index that pip trusts, such as https://pypi.example.com/simple')
-    return text
-
-
-def _namespace(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise ValueError(f'"{text}" is not a namespace: lower-case letters, digits and "-", up to 63 characters')
-    return text
-
-
-def _level(text: str) -> int:
-    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-    if text and text.lower() not in levels:
-        raise ValueError(f'"{text}" is not a level: {", ".join(levels)}')
-    return levels.get(text.lower(), logging.NOTSET)
-
-
-def _listen_address(text: str) -> Optional[Tuple[str, int]]:
-    return _address(text) if text else None
-
-
-def _address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> Tuple[str, int]:
+    """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
-        raise ValueError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
+        raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
-
-
-# The way from the options to a mode.
 
 
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
     """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
-    least = options.log_level or level
+    least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
@@ -8324,33 +8113,32 @@ def parse_options() -> argparse.Namespace:
         parser.error("--image, --namespace, --pip-index and --pip-ca go with --manifest")
     if options.json and not options.list and options.status is None:
         parser.error("--json goes with --list and --status")
+    on_command_line = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(options))))
+    options.given = {  # name and text of those that the command line or the environment gives a value
+        name: f"{value:g}" if isinstance(value, float) else address_text(value) if isinstance(value, tuple) else value
+        for name, value in vars(options).items()
+        if value is not None and not isinstance(value, bool)
+        if getattr(on_command_line, name) is not None or os.environ.get(ENVIRONMENT + name.upper())
+    }
     return options
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes: Dict[str, Callable[[argparse.Namespace], int]] = {
-        "check": check,
-        "list": show_list,
-        "dry_run": dry_run,
-        "status": show_status,
-        "systemd_unit": print_systemd_unit,
-        "manifest": print_manifest,
-    }
-    for name, mode in modes.items():
+    modes = {**MODES, "status": (show_status, "")}
+    for name, (mode, _) in modes.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     restart_compiled()
-    log_queue = LogQueue()
-    set_up_log(options, log_queue, logging.INFO)
-    with LogWriter(log_queue):
-        try:
-            return serve(options)
-        except Problem as error:
-            log_queue.enqueue(_problem_line(error))
-            return 1
+    writer = LogWriter()
+    set_up_log(options, writer, logging.INFO)
+    try:
+        return serve(options)
+    except Problem as error:
+        writer.enqueue(_problem_line(error))
+        return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8422,15 +8210,12 @@ async function refresh() {
     trouble.textContent ||= `No answer since ${new Date().toISOString().slice(0, 19).replace("T", " ")}.`;
   }
 }
-
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
 """
-
 _HEAD = """<!doctype html>
-<html lang="en">
-<head>
+<html lang="en"><head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
@@ -8439,8 +8224,7 @@ _TOP = """</style>
 <title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head>
-<body data-refresh="{refresh}">
+</head><body data-refresh="{refresh}">
 <header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
 <button id="pause" type="button" hidden>Pause</button>
 <p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
@@ -8465,7 +8249,6 @@ _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 <script nonce="{nonce}">"""
-
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]
@@ -8526,12 +8309,10 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
-
 MANIFEST_HEAD = """\
 # smarter-device-manager for a cluster, without an image of its own. Printed by its option --manifest.
 # Use kubectl apply --server-side, because the script does not fit into an annotation.
 """
-
 CONFIG_MAP = """\
 apiVersion: v1
 kind: ConfigMap
@@ -8543,7 +8324,6 @@ metadata:
 data:
 {files}---
 """
-
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
     r"\A(?:.*\n)*---\n": "",
@@ -8600,12 +8380,10 @@ MANIFEST_EDITS = {
     "^            path: /sys/dev$": "            path: {sys_dev}",
     "^            path: /sys/devices$": "            path: {sys_devices}",
 }
-
 # Runs in the init container. The marker is made last; without it, the installation may be incomplete. The check also
 # leaves byte code of all that is imported, without which the daemon takes 10 MB more and starts slower.
 INSTALL_PACKAGES = """\
 import os, pathlib, platform, subprocess, sys
-
 marker = pathlib.Path("/packages/installed")
 check = [sys.executable, "-c", "import smarter_device_manager; smarter_device_manager.load_grpc()"]
 if not marker.exists() or subprocess.call(check):
@@ -8617,7 +8395,6 @@ if not marker.exists() or subprocess.call(check):
     marker.touch()
     sys.exit(subprocess.call(check))
 """
-
 REQUIREMENTS = """\
 # The wheels for Python 3.13 on linux/amd64, linux/arm64 and linux/arm/v7, in this order; a test downloads them all.
 grpcio==1.85.3 \\

@@ -1798,7 +1798,7 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["-/p/50%%"]
     message = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
-    shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5", "--log-level": "warning"}
+    shown = {**options, "--plugin-dir": "/p/50%%", "--interval": "0.5"}
     assert sorted(shlex.split(message)) == sorted(f"{name}={value}" for name, value in shown.items())
     environment = {  # every option that the daemon has, by the name of its variable in the environment
         action.option_strings[0]
@@ -2233,7 +2233,6 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
     assert conf.error == f'{node.conf}:10001:16: "(" is not a regular expression: missing ), unterminated subpattern'
-    assert cpu_seconds(conf.follow) < parsing / 10  # read again, for its time is not settled yet
     time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
     conf.follow()
     assert cpu_seconds(conf.follow) < parsing / 200  # not even read
@@ -2324,7 +2323,7 @@ def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
         assert node.run(mode).returncode == 1
 
 
-def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
+def test_only_a_kept_conf_that_is_good_is_used(node: Node) -> None:
     node.rules(GPU_RULE.format(1))
     sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
     good, kept = kept_conf(node).read_bytes(), kept_conf(node)
@@ -2340,37 +2339,22 @@ def test_only_a_kept_conf_that_can_be_trusted_is_used(node: Node) -> None:
     for data, why in (
         (b"", "line 1, column 1: the file has no rules; .*"),
         (b"- devicematch: a\n  with", "line 2, column .*"),
-        (b"- devicematch: \xff", "'utf-8' codec can't decode byte 0xff .*"),
-        (good + b"#" * MIB, f"it is longer than {MIB} bytes"),
+        (b"- devicematch: \xff", "line 1, column 16: this is not UTF-8; .*"),
+        (good + b"#" * MIB, f"line 1, column 1: the file is longer than {MIB} bytes; .*"),
     ):
         kept.write_bytes(data)
         is_ignored(why)
-    kept.write_bytes(good)
-    kept.chmod(0o620)
-    is_ignored("somebody other than root may have written it")
-    if os.geteuid() == 0:
-        kept.chmod(0o600)
-        os.chown(kept, 1000, -1)
-        is_ignored("somebody other than root may have written it")
-    kept.rename(node.root / "elsewhere")
-    kept.symlink_to(node.root / "elsewhere")
-    is_ignored("Too many levels of symbolic links")
     kept.unlink()
     kept.mkdir()
     is_ignored("Is a directory")
     kept.rmdir()
     os.mkfifo(kept)
-    is_ignored("it is not a plain file")
-    kept.unlink()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(kept))
-        is_ignored("No such device or address")
+    is_ignored("line 1, column 1: this is not a plain file; .*")
     kept.unlink()
     done = node.run()
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     kept.write_bytes(good)
-    kept.chmod(0o600)
     conf = sdm.ConfFile(str(node.conf), str(kept))
     conf.start()
     assert conf.rules == sdm.parse_rules(GPU_RULE.format(1))
@@ -8260,7 +8244,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
     offer(node, "null", "zero")
     daemon = start()
     if answer.startswith(b"\xff"):
-        daemon.says("WARNING a client or the kubelet sent bytes that are no message")
+        daemon.says("WARNING a client or the kubelet sent bytes that are not a valid protobuf message")
     else:
         daemon.says("WARNING 2 resources: the kubelet refused to register it")
     if answer.startswith(b"\xff"):
@@ -8590,24 +8574,6 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     assert all_ready(kubelet, names[3 : count + 3])
 
 
-@pytest.mark.skipif(not os.access("/proc/sys/fs/nr_open", os.W_OK), reason="the kernel's limit cannot be set here")
-def test_a_hard_limit_above_what_the_kernel_allows(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """It was set when fs.nr_open was higher. For a moment this is so for the whole machine."""
-    offer(node, "null")
-    kernels = Path("/proc/sys/fs/nr_open")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = kernels.read_text()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-    kernels.write_text(str(hard - 64))
-    try:
-        daemon = start()
-        wait_ready(kubelet, ["null"])
-    finally:
-        kernels.write_text(before)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (hard - 64, hard - 64)
-
-
 @pytest.mark.parametrize("has_room", [False, True])
 def test_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starter, has_room: bool) -> None:
     """Full for everything; or with room for as many as it has, so that it gets stuck halfway."""
@@ -8703,10 +8669,6 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
     daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
     try:
         wait_ready(kubelet, ["null"])
-        node.plugins.rename(node.root / "away")  # that alone is no reason
-        settle(daemon)
-        (node.root / "away").rename(node.plugins)
-        settle(daemon, 1.5)
         if how == "deleted":
             shutil.rmtree(node.plugins)
         else:
@@ -8726,17 +8688,17 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
 def test_a_full_table_of_descriptors_does_not_mean_that_the_plugin_directory_was_moved(
     node: Node, kubelet: Kubelet
 ) -> None:
-    """What is mounted cannot be read then, for longer than a directory may be away."""
+    """What is mounted cannot be read then."""
     mounted(node, "", "true")  # or skip
     offer(node, "null")
     there = node.root / "mounted"
     there.mkdir()
     enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
-    daemon = Daemon(node, "--plugin-dir", str(there), through=[*enter, *with_constants(MOVED_SECONDS=2.0)])
+    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
     try:
         wait_ready(kubelet, ["null"])
         with contextlib.suppress(ProcessLookupError), descriptors_limited(daemon, 3):
-            settle(daemon, 3.0)
+            settle(daemon, 2.0)
         assert daemon.process.poll() is None, daemon.log
         assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
         node.plugins.rename(node.root / "away")  # and then it is missed as before
@@ -10745,7 +10707,7 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
     for path in (there, source, node.root / "there/plugins_registry"):
         path.mkdir(parents=True, exist_ok=True)
     mounts = f"mount --bind {source} {there}; mount --bind {node.plugins} {node.plugins}"
-    enter = ["unshare", "--mount", "sh", "-ec", f'{mounts}\nexec "$@"', "sh", *with_constants(MOVED_SECONDS=0.5)]
+    enter = ["unshare", "--mount", "sh", "-ec", f'{mounts}\nexec "$@"', "sh"]
     places = {"cdi-dir": str(there)} if folder == "cdi" else {"kubelet-dir": str(node.root / "there")}
     daemon = Daemon(node, *camera.options(**places), through=enter)
     try:
@@ -12937,7 +12899,7 @@ def test_nobody_waits_for_a_log_that_is_not_read_and_dropped_lines_are_counted(
     node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
 ) -> None:
     """Also if another process made the pipe non-blocking."""
-    count = sdm.MAX_QUEUED_LINES + 200
+    count = sdm.LogWriter.MAX_LINES + 200
     with FullPipe(is_blocking) as pipe:
         daemon = start("--listen", "127.0.0.1:0", stderr=pipe.writer)
         kubelet.wait_for("nvidia-gpu0", Healthy=4)
