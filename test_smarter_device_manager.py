@@ -8973,17 +8973,15 @@ def test_what_a_claim_was_allocated_is_read() -> None:
     assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == found
     with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
         sdm.allocated_devices(claim, "smarter-devices", "node-2")
-    for nonsense in (
-        {}, {"status": None}, {"status": {}}, {"status": {"allocation": None}}, {"status": {"allocation": []}},
-        {"status": {"allocation": {"devices": {"results": None}}}},
-        {"status": {"allocation": {"devices": {"results": [1]}}}},
-        {"status": {"allocation": {"devices": {"results": [{}]}}}},
-        {"status": {"allocation": {"devices": {"results": [{**result_of("a"), "device": 7}]}}}},
-        {"status": {"allocation": {"devices": {"results": [result_of("a", "\ud800")]}}}},
-        {"status": {"allocation": {"devices": {"results": [result_of("\ud800")]}}}},
-    ):  # fmt: skip
+    for empty in ({}, {"status": {}}, {"status": {"allocation": {"devices": {"results": []}}}}):
         with pytest.raises(sdm.AllocationError, match="not allocated"):
-            sdm.allocated_devices(nonsense, "smarter-devices", NODE_NAME)
+            sdm.allocated_devices(empty, "smarter-devices", NODE_NAME)
+    for results in (
+        7, [1], [{}], [{**result_of("a"), "device": 7}], [result_of("a", "\ud800")], [result_of("\ud800")],
+    ):  # fmt: skip
+        with pytest.raises(sdm.UNEXPECTED):
+            claim = {"status": {"allocation": {"devices": {"results": results}}}}
+            sdm.allocated_devices(claim, "smarter-devices", NODE_NAME)
 
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
@@ -9006,7 +9004,7 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         for key in path[:-1]:
             item = item[key]
         item[path[-1]] = value
-        with pytest.raises((LookupError, TypeError, ValueError)):
+        with pytest.raises(sdm.UNEXPECTED):
             sdm.read_cdi_document(broken, "d")
 
 
@@ -9050,32 +9048,40 @@ def read_answer(content: bytes) -> Any:
         reader = asyncio.StreamReader()
         reader.feed_data(content)
         reader.feed_eof()
-        return await sdm.read_api_answer(reader, "url")
+        answer = await sdm.receive_answer(reader, "url")
+        return sdm.read_answer(answer, "list", f"{API}/deviceclasses", lambda document: document["a"])
 
     return asyncio.run(read())
 
 
 def test_answers_of_an_api_server() -> None:
     chunks = b'2;x=y\r\n{"\r\n0006\r\na": 1}\r\n0\r\n\r\n'
-    for content, answer in [
-        (answer_bytes(200, {"a": 1}), (200, {"a": 1}, 0.0)),
-        (answer_bytes(200, b'{"a": 1}{', "content-length: 8"), (200, {"a": 1}, 0.0)),
-        (answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"), (201, {"a": 1}, 0.0)),
-        (answer_bytes(429, {}, "retry-after: 7", "X: y"), (429, {}, 7.0)),
-        (answer_bytes(503, b"<html>", "Retry-After: 999999"), (503, {}, 60.0)),
-        (answer_bytes(429, {}, "Retry-After: soon"), (429, {}, 0.0)),
+    for content in (
+        answer_bytes(200, {"a": 1}),
+        answer_bytes(200, b'{"a": 1}{', "content-length: 8"),
+        answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"),
+    ):
+        assert read_answer(content) == 1
+    for content, status, retry_after in [
+        (answer_bytes(429, {}, "retry-after: 7", "X: y"), 429, 7.0),
+        (answer_bytes(503, b"<html>", "Retry-After: 999999"), 503, 60.0),
+        (answer_bytes(429, {}, "Retry-After: soon"), 429, 0.0),
     ]:
-        assert read_answer(content) == answer
+        with pytest.raises(sdm.ApiError) as raised:
+            read_answer(content)
+        assert (raised.value.status, raised.value.retry_after) == (status, retry_after)
     too_long = sdm.MAX_API_ANSWER + 1
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (b"SSH-2.0 200\r\n\r\n", "speaks no HTTP"),
         (b"x" * (1 << 20), "speaks no HTTP"), (b"HTTP/1.1 200 OK", "hung up"), (b"HTTP/1.1 x\r\n\r\n", "no HTTP"),
-        (answer_bytes(200, b"{"), "no whole JSON object"), (answer_bytes(200, []), "no whole JSON object"),
-        (answer_bytes(200, b"[" * 100_000), "no whole JSON object"), (answer_bytes(200, b"\xff"), "no whole JSON"),
-        (answer_bytes(200, b'{"a": 1}', "Content-Length: 7"), "no whole JSON object"),
-        (answer_bytes(200, b"2\r\n{}\r\n", "Transfer-Encoding: chunked"), "no whole JSON object"),
-        (answer_bytes(200, b"-1\r\n{}\r\n", "Transfer-Encoding: chunked"), "no whole JSON object"),
-        (answer_bytes(200, b"{}", "Transfer-Encoding: chunked"), "no whole JSON object"),
+        *(
+            (answer_bytes(200, body), "answer to list .* is not one; is it an API server")
+            for body in (b"{", [], [1], {}, {"b": 1}, b"[" * 40_000, b"\xff", {"a": [{}] * sdm.MAX_API_OBJECTS})
+        ),
+        (answer_bytes(200, b'{"a": 1}', "Content-Length: 7"), "is not one"),
+        (answer_bytes(200, b"2\r\n{}\r\n", "Transfer-Encoding: chunked"), "is not one"),
+        (answer_bytes(200, b"-1\r\n{}\r\n", "Transfer-Encoding: chunked"), "is not one"),
+        (answer_bytes(200, b"{}", "Transfer-Encoding: chunked"), "is not one"),
         (answer_bytes(200, b" " * too_long), "longer than"),
         (answer_bytes(200, b" " * too_long, "Content-Length: 999999999"), "longer than"),
         (answer_bytes(200, b"fffffff\r\n" + b" " * (too_long + 1), "Transfer-Encoding: chunked"), "longer than"),
@@ -9106,8 +9112,8 @@ def test_answers_of_an_api_server() -> None:
     ],
 )
 def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, status, {"message": "why"})
-    long = sdm.api_problem(verb, path, status, {"message": "\n" * 10_000})
+    assert text in sdm.api_problem(verb, path, status, "why")
+    long = sdm.api_problem(verb, path, status, "\n" * 10_000)
     assert len(long) < 400 and "\n" not in long
 
 
@@ -9765,7 +9771,8 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     )
     camera.api.put(camera.path(remade), {"metadata": {"name": remade.name, "uid": "another"}})
     del camera.api.objects[camera.path(gone)]
-    files = {".smarter-devices_0123456789abcdef": "half", "foreign.json": "{broken", "other_0000-9.json": "{"}
+    half = camera.cdi / f".smarter-devices_{claim.uid}.new"
+    files = {half.name: "half", "foreign.json": "{broken", "other_0000-9.json": "{"}
     for name, text in files.items():
         (camera.cdi / name).write_text(text)
     camera.api.down()
@@ -9774,11 +9781,10 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     assert camera.file(gone).exists(), "nobody knows yet"
     camera.api.up()
     wait_for(lambda: camera.files() == {camera.file(claim).name, "foreign.json", "other_0000-9.json"})
-    assert not (camera.cdi / ".smarter-devices_0123456789abcdef").exists()
     assert camera.file(claim).stat().st_ino == before.st_ino, "not written again"
     assert camera.prepare(claim).devices[0].cdi_device_ids == ids
     camera.unprepare(claim)
-    assert not camera.file(claim).exists()
+    assert not camera.file(claim).exists() and not half.exists()
 
 
 @needs_root
@@ -10025,6 +10031,29 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, dev_
     daemon.hang_up()
     wait_for(lambda: cluster.taints() == {})
     assert (cluster.gives(cluster.claim("loop0-0")), cluster.gives(cam)) == given
+
+
+@needs_root
+@pytest.mark.parametrize("is_away", [False, True])
+def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, cluster: Cluster, start: Starter) -> None:
+    """The stick is the one that the claim was given; the rule asks for another one now."""
+    node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
+    rule = "- {devicematch: ^ttyUSB, resource: a, attributes: {serial: A}}\n"
+    node.rules(rule)
+    options = cluster.options(**{"gone-grace": "0"})
+    daemon = start(*options)
+    cluster.ready("ttyusb0-8acffaea-0")
+    claim = cluster.claim("ttyusb0-8acffaea-0")
+    given = cluster.gives(claim)
+    if is_away:
+        daemon.kill()
+    node.rules(rule.replace("A}", "B}"))
+    if is_away:
+        daemon = start(*options)
+        daemon.says("registered with the kubelet")
+    cluster.wait_for_devices()
+    assert cluster.gives(claim) == given
+    assert not any("NoExecute" in taint for taint in cluster.taints().values())
 
 
 @needs_root
@@ -10392,7 +10421,7 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert status.ask("/healthz").status == 200
     camera.api.up()
     camera.ready("video0-0", "video0-1")
-    daemon.says("the API server does what it is asked again")
+    daemon.says("publishing works again")
     claim = camera.claim("video0-0")
     nodes = camera.gives(claim)
     camera.api.down()
@@ -10490,7 +10519,7 @@ def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
 
 
 @needs_root
-def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
+def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     start(*camera.options())
     camera.ready("video0-0", "video0-1")
     conflicts = 2
@@ -10504,12 +10533,9 @@ def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
 
     wait_for(lambda: len(camera.api.classes()) == 2)
     camera.api.before_write = write_first
-    unplugged = time.monotonic()
     camera.node.unplug("video0")
     wait_for(lambda: len(camera.api.tainted()) == 2)
     assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
-    last = [call for call in camera.api.calls if call.verb == "update"]
-    assert last[2].when - last[0].when < 1.0, f"{unplugged}"
 
 
 @needs_root
@@ -10609,27 +10635,6 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
 
 
 @needs_root
-def test_a_name_server_that_does_not_answer_keeps_nobody_from_ending(camera: Cluster, start: Starter) -> None:
-    through = with_constants(API_SECONDS=0.5)
-    through[-1] = f"import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(20); {through[-1]}"
-    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
-    daemon.says("the API server at https://api.example:6443 did not answer within 0 s; trying again")
-    begin = time.monotonic()
-    assert daemon.stop() == 0
-    assert time.monotonic() - begin < 3
-
-
-@needs_root
-def test_where_there_can_be_no_more_threads_the_api_server_is_looked_for_later(camera: Cluster, start: Starter) -> None:
-    through = with_constants(API_SECONDS=0.5)
-    only = "start(self) if self.name != 'resolver' else exec('raise RuntimeError(str())')"
-    through[-1] = f"import threading as t; t.Thread.start = lambda self, start=t.Thread.start: {only}; {through[-1]}"
-    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
-    daemon.says("api.example:6443 does not answer: RuntimeError; trying again")
-    assert daemon.stop() == 0
-
-
-@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
     camera.ready("video0-0", "video0-1")
@@ -10660,13 +10665,13 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
 @pytest.mark.parametrize(
     ("certificate", "ca", "problem"),
     [
-        ("other", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
-        ("wrong", "ca.crt", "has a certificate that .*ca.crt does not vouch for: IP address mismatch"),
-        ("server", "other-ca.crt", "has a certificate that .*other-ca.crt does not vouch for: "),
+        ("other", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
+        ("wrong", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: IP address mismatch"),
+        ("server", "other-ca.crt", "has a certificate that is not signed by a CA in .*other-ca.crt: "),
         ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
         ("server", "fifo", "the CA file .*fifo holds no certificate"),
-        ("below", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
+        ("below", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
