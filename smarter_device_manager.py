@@ -5370,11 +5370,13 @@ class Claims:
                 return self._prepare(claim, results)
             except asyncio.TimeoutError:
                 raise problem from None
-            except (AllocationError, ApiError) as error:
-                if not may_pass(error) or time.monotonic() >= end:
-                    raise
-                problem = error
-            retry = max(self.RETRY_SECONDS, problem.retry_after) if isinstance(problem, ApiError) else math.inf
+            except AllocationError as error:
+                problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
+            except ApiError as error:
+                may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
+                problem, retry = error, max(self.RETRY_SECONDS, error.retry_after)
+            if not may_pass or time.monotonic() >= end:
+                raise problem
             await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
 
     def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
@@ -5546,7 +5548,10 @@ class Claims:
             results = await self._read(claim)
             if results is None:
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                self._drop(claim)
+                since = self._gone_since.setdefault(uid, time.monotonic())
+                if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
+                    problem = self.unprepare(uid, "the API server has no such claim any more")
+                    self.log_problem("cdi-file-not-removed", problem, claim)
                 return
             self._gone_since.pop(uid, None)
             self._unchecked.discard(uid)
@@ -5558,25 +5563,10 @@ class Claims:
             if uid in self._unread:
                 self._log_not_written(claim, error)
 
-    def _drop(self, claim: PreparedClaim) -> None:
-        """Forget CLAIM, which is gone, unless it was there GONE_SECONDS ago."""
-        since = self._gone_since.setdefault(claim.uid, time.monotonic())
-        if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
-            problem = self.unprepare(claim.uid, "the API server has no such claim any more")
-            if problem:
-                self.log_problem("cdi-file-not-removed", problem, claim)
-
     def _notify(self) -> None:
         """Wake the claims that wait."""
         self._change.set_result(None)
         self._change = self._change.get_loop().create_future()
-
-
-def may_pass(error: Union[AllocationError, ApiError]) -> bool:
-    """Whether ERROR may be over in a moment: a device that is away or taken, or an API server that is not ready."""
-    if isinstance(error, AllocationError):
-        return error.code == "UNAVAILABLE"
-    return not 400 <= error.status < 500 or error.status in (404, 408, 429)
 
 
 # The slices and the classes.

@@ -9408,6 +9408,12 @@ class Cluster:
         resources = {device["attributes"]["resource"]["string"] for device in self.api.devices().values()}
         wait_for(lambda: "smarter-devices" in self.kubelet.drivers and len(self.api.classes()) > len(resources))
 
+    def serve(self, start: Starter, *more: str, **constants: float) -> Daemon:
+        """A driver for video0 with two slots, with CONSTANTS of its own; and wait until it is ready."""
+        daemon = start(*self.options(), *more, through=with_constants(**constants) if constants else ())
+        self.ready("video0-0", "video0-1")
+        return daemon
+
 
 def make_certificates(folder: Path) -> Path:
     """Make in FOLDER a CA, another CA, and one between the first and a server; certificates of theirs for a server at
@@ -9520,8 +9526,7 @@ def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: C
 
 @needs_root
 def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     wait_for(lambda: len(camera.api.classes()) == 2)
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
@@ -9611,8 +9616,7 @@ def test_stale_slices_of_ours_are_removed_and_no_others(
 @needs_root
 def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
     camera.api.drops_taints = True
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.node.unplug("video0")
     wait_for(lambda: ("update", "resourceslices") in camera.api.writes())
     count = len(camera.api.calls)
@@ -9622,8 +9626,7 @@ def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cl
 
 @needs_root
 def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
     camera.api.remove_slices()  # as the garbage collector does
     camera.wait_for_devices("video0-0", "video0-1")
@@ -9643,8 +9646,7 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
 
 @needs_root
 def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     (info,) = camera.kubelet.infos
     assert (info.type, info.name, list(info.supported_versions)) == ("DRAPlugin", "smarter-devices", ["v1.DRAPlugin"])
     assert info.endpoint == f"{camera.kubelet.folder}/plugins/smarter-devices/dra.sock"
@@ -9673,8 +9675,7 @@ def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, sta
 
 @needs_root
 def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
     camera.gives(first)
     for _ in range(3):
@@ -9688,8 +9689,7 @@ def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> 
 
 @needs_root
 def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, **IMPATIENT)
 
     def error(claim: pb.Claim) -> str:
         return str(camera.prepare(claim).error)
@@ -9759,8 +9759,7 @@ def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
 
 @needs_root
 def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
     ids = camera.prepare(claim).devices[0].cdi_device_ids
     camera.prepare(gone)
@@ -9790,8 +9789,7 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
 @needs_root
 def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
     looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05, **FORGETFUL)
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -9809,8 +9807,7 @@ def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(c
 
 @needs_root
 def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -9825,8 +9822,7 @@ def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(came
 @needs_root
 def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
     """It has read the CDI files by then, and would not know of another."""
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     prepared, claim = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(prepared)
 
@@ -9844,8 +9840,7 @@ def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, s
 def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
     camera: Cluster, start: Starter
 ) -> None:
-    start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-1")
     given = camera.gives(claim)
     camera.node.rules("- devicematch: ^video7$\n")
@@ -10058,8 +10053,7 @@ def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, clus
 
 @needs_root
 def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), "--interval", "0.02")
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, "--interval", "0.02")
     began, before = time.monotonic(), len(camera.api.writes())
     for _ in range(10):
         camera.node.unplug("video0")
@@ -10139,8 +10133,7 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
 def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
     damage: Callable[[Path], object], camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
     camera.gives(claim)
     content = camera.file(claim).read_text()
@@ -10161,8 +10154,7 @@ def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
 def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     end: str, camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, other = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(claim)
     daemon.kill()
@@ -10185,8 +10177,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
 @needs_root
 def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
     """It does not know yet that this one serves."""
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
     camera.gives(claim)
     text = camera.file(claim).read_text().replace(claim.uid, foreign.uid).replace(claim.name, foreign.name)
@@ -10233,8 +10224,7 @@ def test_a_cdi_file_that_would_not_be_read_again_is_not_written(camera: Cluster,
 
 @needs_root
 def test_a_claim_without_results_of_the_driver_has_no_file(camera: Cluster, start: Starter) -> None:
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start)
     answer = camera.prepare(camera.claim())
     assert (answer.error, list(answer.devices)) == ("", [])
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
@@ -10242,8 +10232,7 @@ def test_a_claim_without_results_of_the_driver_has_no_file(camera: Cluster, star
 
 @needs_root
 def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     watch = {**result_of("video0-0", "watch"), "adminAccess": True}
     before, owner, after = (camera.claim(*names) for names in ([watch], ["video0-0"], [watch]))
     for claim in (before, owner, after):
@@ -10259,8 +10248,7 @@ def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter
 @needs_root
 @pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
 def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0", {**result_of("video0-0", "q"), **more})
     for _ in range(2):
         (device,) = camera.prepare(claim).devices
@@ -10330,8 +10318,7 @@ def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ende
     camera: Cluster, start: Starter
 ) -> None:
     constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
-    daemon = start(*camera.options(), through=with_constants(**constants))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **constants)
     forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
     camera.gives(forced)
     assert "still prepared" in camera.prepare(claim).error
@@ -10345,8 +10332,7 @@ def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ende
 
 @needs_root
 def test_an_api_server_without_slices_does_not_say_that_a_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(**FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0}))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, **FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0})
     holder, claim = camera.claim("video0-0"), camera.claim("video0-0")
     camera.gives(holder)
     camera.api.fault = lambda verb, kind: answer_bytes(404, b"{}") if kind == "resourceslices" else None
@@ -10379,8 +10365,7 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
 def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
     fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -10398,8 +10383,7 @@ def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
 @needs_root
 def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     camera.cdi.write_text("in the way")
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start)
     claim = camera.claim("video0-0")
     assert camera.prepare(claim).error == "smarter-devices: cannot write a CDI file: File exists"
     camera.cdi.unlink()
@@ -10478,8 +10462,7 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     assert camera.gives(camera.claim("video0-0"))
     assert "did not answer" not in daemon.log
 
@@ -10520,8 +10503,7 @@ def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
 
 @needs_root
 def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start)
     conflicts = 2
 
     def write_first(target: str) -> None:
@@ -10549,8 +10531,7 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
         return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(when) == 1 else None
 
     camera.api.fault = fault
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start)
     for kind in ("resourceslices", "deviceclasses"):
         assert times[kind][1] - times[kind][0] > 2.9
 
@@ -10590,8 +10571,7 @@ def slice_with(devices: object) -> dict[str, Any]:
     ids=range(11),
 )
 def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
     camera.api.fault = lambda verb, kind: nonsense
     assert camera.prepare(claim).error
@@ -10636,8 +10616,7 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
 
 @needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     camera.api.tokens = {"two"}
     camera.token.write_text("two")
     assert camera.gives(camera.claim("video0-0"))
@@ -10712,22 +10691,15 @@ def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, sta
 
 @needs_root
 def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(**{"node-name": "node-9"})).says(
-        r"there is no Node node-9 \(404\); --node-name names the Node"
-    )
-    camera.api.fault = lambda verb, kind: answer_bytes(404, {"message": "the server could not find it"})
-
-
-@needs_root
-def test_an_api_server_without_dra_is_named(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(**{"node-name": "node-9"}))
+    daemon.says(r"there is no Node node-9 \(404\); --node-name names the Node")
     camera.api.fault = lambda verb, kind: answer_bytes(404, b"404 page not found")
-    start(*camera.options()).says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
+    daemon.says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
 
 
 @needs_root
 def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05)
     camera.api.remove_slices()
     assert not camera.api.devices()
     camera.wait_for_devices("video0-0", "video0-1")
@@ -10834,8 +10806,7 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     path = Path(camera.kubelet.folder) / which
@@ -10848,8 +10819,7 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
 
 @needs_root
 def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
-    first = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    first = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
@@ -10869,8 +10839,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
 
 @needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(REGISTER_SECONDS=0.1))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, "--listen", "127.0.0.1:0", REGISTER_SECONDS=0.1)
     status = Status(daemon)
     status.wait_for("/readyz", 200)
 
@@ -10929,8 +10898,7 @@ def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
 
 @needs_root
 def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, "--listen", "127.0.0.1:0")
     response = pb.ListPodResourcesResponse()
     container = response.pod_resources.add(namespace="default", name="camera").containers.add(name="main")
     devices = container.dynamic_resources.add(claim_name="claim-1", claim_namespace="default").claim_resources
