@@ -4598,13 +4598,13 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as the next three are
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next three are limits of it
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
-SLICES_AT_ONCE = 8  # in an answer, of up to 200 KB and 3,000 objects each
+SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
 MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -4721,31 +4721,14 @@ def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str,
     return {"name": name, "attributes": attributes, **taints}
 
 
-def times_of_loss(
-    before: Mapping[str, float], slots: SlotsOfDra, lost: Iterable[str], now: float
-) -> Mapping[str, float]:
-    """Since when each device is gone, by name: of a plan's SLOTS, and the LOST ones that it lacks. BEFORE is the last
-    result."""
-    gone = {name: slot.device.since for name, slot in slots.items() if slot.device.is_gone}
-    gone.update((name, before.get(name, now)) for name in lost)
-    return gone
-
-
 SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
 
 
-def split_into_slices(devices: Iterable[Document]) -> Iterator[List[Document]]:
+def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
     """DEVICES in groups, each as large as a slice may be."""
-    group: List[Document] = []
-    has_taints = False
-    for device in devices:
-        has_taints = has_taints or "taints" in device
-        if len(group) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
-            yield group
-            group, has_taints = [], "taints" in device
-        group.append(device)
-    if group:
-        yield group
+    rest = iter(devices)
+    while group := list(itertools.islice(rest, MAX_SLICE_DEVICES)):
+        yield len(group), json.dumps(group)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -5211,7 +5194,7 @@ class CdiFiles:
 
         Nobody sees it half written.
         """
-        content = json.dumps(cdi_document(claim, self._domain), indent=1).encode()
+        content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
         if len(content) > MAX_FILE_BYTES:
@@ -5638,7 +5621,7 @@ class Publisher:
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = [(len(group), json.dumps(group)) for group in split_into_slices(devices)]
+        wanted = list(split_into_slices(devices))
         if wanted != self._wanted:
             self._wanted = wanted
             self._slices.refresh()
@@ -5796,13 +5779,12 @@ class DraPlugin:
             }
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
-    def serve(self) -> None:
-        """From now on, the kubelet finds the sockets."""
-        self.problem, self._served_since = "", time.monotonic()
-
-    def end(self) -> None:
-        """The sockets are not served any more."""
-        self._is_registered, self._served_since = False, math.inf
+    def note_sockets(self, are_served: bool) -> None:
+        """From now on, the kubelet finds the sockets, or does not."""
+        self._served_since = time.monotonic() if are_served else math.inf
+        self._is_registered = False
+        if are_served:
+            self.problem = ""
 
     def log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
@@ -5907,7 +5889,7 @@ class DraSide(KubeletSide):
         self._publisher = Publisher(api, settings.node, settings.domain, self._claims.check)
         self._plugin = DraPlugin(settings, self._claims, self._publisher.refresh)
         self._plan = EMPTY_PLAN
-        self._times_of_loss: Mapping[str, float] = {}
+        self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: Tuple[object, ...] = ()  # what the slices were last derived from
         self._watch = Watch(settings.cdi_dir, with_content=True)
         self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
@@ -5948,9 +5930,10 @@ class DraSide(KubeletSide):
         """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
         name of one by now, it must wait."""
         now, lost = time.monotonic(), self._claims.lost()
-        self._times_of_loss = times_of_loss(self._times_of_loss, self.slots, lost, now)
-        end = now - self._settings.gone_grace  # of the grace for those that went before
-        evicted = {name for name, since in self._times_of_loss.items() if since <= end}
+        since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        since_when.update((name, self._gone_since.get(name, now)) for name in lost)
+        self._gone_since = since_when
+        evicted = {name for name, since in since_when.items() if now - since >= self._settings.gone_grace}
         wanted_from = (self._plan, lost.keys(), evicted)
         if wanted_from == self._wanted_from:
             return
@@ -6036,13 +6019,13 @@ class DraSide(KubeletSide):
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self._claims.open()
         self._publish()
-        self._plugin.serve()
+        self._plugin.note_sockets(True)
         self._publishing = asyncio.ensure_future(self._publisher.run())
         self._publishing.add_done_callback(self._fail_with)
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self._plugin.end()
+        self._plugin.note_sockets(False)
         self._claims.close()
         if self._publishing:
             self._publishing.cancel()
