@@ -83,7 +83,6 @@ from typing import (
     Sequence,
     Set,
     Tuple,
-    Type,
     TypeVar,
     Union,
 )
@@ -4262,50 +4261,53 @@ class DevicePluginSide(KubeletSide):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34). Each slot of the
-# plan is a device of a ResourceSlice on the API server. The scheduler allocates it to a pod's claim, and the kubelet
-# has the driver prepare the claim: a CDI file says what the container runtime is to add to the container. First pure
-# functions, then the API server, the CDI files, the slices, and last the driver. Only this chapter needs ssl.
+# DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34).
+#
+# Theory of operation. Each slot of the plan is a device of a ResourceSlice on the API server, under a name that follows
+# from path and slot number alone. The scheduler allocates devices to a pod's ResourceClaim. The kubelet then has this
+# driver prepare the claim: Claims reads on the API server what it was allocated, writes a CDI file that says which
+# nodes and env the container runtime is to add, and answers with the names of the CDI devices in it. The runtime reads
+# the file at each start of a container. When the pod has ended, the kubelet has the claim unprepared: the file goes.
+#
+# Who owns what: Publisher the slices and the DeviceClasses; Claims what is prepared, and CdiFiles the files of it;
+# DraPlugin what the kubelet calls, and whether the kubelet has the driver; DraSide the sockets and the lease, and so
+# whether all of this runs. What is wanted follows from the plan, the claims and the time, by pure functions. Every
+# second, and when the plan or the CDI folder changes, it is derived again, and what differs is written.
+#
+# The CDI files are the only memory, so what is prepared survives a restart of the driver. A device belongs to one claim
+# until the kubelet unprepares that, or the API server says for GONE_SECONDS that it has no such claim. Nothing is
+# awaited between looking who has a device and writing the file, so no two claims get it. A file that cannot be read
+# keeps its devices taken until the API server has said whose they are. Slices and sockets are made again at each start.
+#
+# A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Its CDI
+# device is renamed meanwhile (GONE), so that no container starts with whatever is at its path; that it was gone is
+# remembered there too, so another stick at this path is not taken for it. A device that is there, but that no rule
+# names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES, MAX_TAINTED_SLICE_DEVICES = 128, 64  # limits of the API, as the next three are
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next three are limits of it
 MAX_ATTRIBUTE_BYTES = 64
 MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 2 << 20  # bytes
-SLICES_AT_ONCE = 8  # in an answer, of up to 200 KB each
+MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
+SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
 MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
 MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
-NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
 CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
 MAX_API_BACKOFF_SECONDS = 60.0
 SOCKET_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
 _API = "/apis/resource.k8s.io/v1"
-_API_KIND = re.compile(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)")
-_HTTP_METHODS = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
 _LABEL = re.compile("[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # of a device or a request, as the API server takes them
-NOT_SERVED = "this instance of the driver has ended; the next one will do it"  # and must know of it
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
-# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
-# their methods with the names of the messages in api.proto.
-PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
-_CLAIM_NOTES, _DEVICE_NOTES = ("uid", "namespace", "name"), ("resource", "path")  # annotations of a CDI file
-_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
-    PLUGIN_REGISTRATION: {
-        "GetInfo": ("InfoRequest", "PluginInfo"),
-        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
-    },
-    DRA_PLUGIN: {
-        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
-        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
-    },
-}
+# What reading JSON raises if it is not as expected.
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 class Result(NamedTuple):
@@ -4334,15 +4336,18 @@ class PreparedClaim(NamedTuple):
     uid: str
     namespace: str
     name: str
-    devices: Tuple[PreparedDevice, ...]
+    devices: Tuple[PreparedDevice, ...] = ()
 
     @property
     def full_name(self) -> str:
         return f"{self.namespace}/{self.name}"
 
 
+# What is published.
+
+
 def dns_label(text: str, limit: int) -> str:
-    """TEXT as a DNS label of at most LIMIT characters; where something had to be changed, a hash keeps it unique."""
+    """TEXT as a DNS label of at most LIMIT characters; if something had to be changed, a hash keeps it unique."""
     label = re.sub("[^a-z0-9-]+", "-", text.lower()).strip("-")
     if label == text and len(label) <= limit and not re.search("-[0-9a-f]{8}$", label):
         return label
@@ -4390,35 +4395,27 @@ def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Do
 
 
 def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
-    attributes = {
-        key: {"int": value} if isinstance(value, int) else {"string": _cut_bytes(value)}
-        for key, value in values.items()
-    }
+    attributes: Document = {}
+    for key, value in values.items():
+        if isinstance(value, int):
+            attributes[key] = {"int": value}
+        else:
+            data = value.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES]
+            attributes[key] = {"string": data.decode("utf-8", "ignore")}
     # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
 
 
-def _cut_bytes(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
-
-
 SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
 
 
-def split_into_slices(devices: Iterable[Document]) -> Iterator[List[Document]]:
+def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
     """DEVICES in groups, each as large as a slice may be."""
-    group: List[Document] = []
-    has_taints = False
-    for device in devices:
-        has_taints = has_taints or "taints" in device
-        if len(group) >= (MAX_TAINTED_SLICE_DEVICES if has_taints else MAX_SLICE_DEVICES):
-            yield group
-            group, has_taints = [], "taints" in device
-        group.append(device)
-    if group:
-        yield group
+    rest = iter(devices)
+    while group := list(itertools.islice(rest, MAX_SLICE_DEVICES)):
+        yield len(group), json.dumps(group)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -4461,15 +4458,23 @@ class SliceCopy(NamedTuple):
 
     version: str
     generation: int
-    digest: int  # of what is to be as wanted: its spec without generation and times, and its owners
+    digest: int  # of what is to be as wanted
 
 
 def read_slice(item: Document) -> SliceCopy:
-    """What is kept of the slice ITEM."""
-    metadata, spec = item["metadata"], item["spec"]
+    """What is kept of the slice ITEM. The API server adds the times of taints."""
+    metadata, pool = item["metadata"], item["spec"]["pool"]
+    devices = [
+        [
+            device["name"],
+            device.get("attributes"),
+            [(taint["key"], taint["effect"]) for taint in device.get("taints", ())],
+        ]
+        for device in item["spec"]["devices"]
+    ]
     owners = [owner["uid"] for owner in metadata.get("ownerReferences", ())]
-    text = json.dumps([_without(spec, {"generation", "timeAdded"}), owners], sort_keys=True)
-    return SliceCopy(metadata.get("resourceVersion", ""), int(spec["pool"]["generation"]), hash(text))
+    text = json.dumps([pool["name"], pool["resourceSliceCount"], devices, owners], sort_keys=True)
+    return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), hash(text))
 
 
 def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, SliceCopy], str]:
@@ -4480,50 +4485,27 @@ def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, Sli
     return {item["metadata"]["name"]: read_slice(item) for item in items}, answer["metadata"].get("continue", "")
 
 
-def _without(value: Any, keys: Set[str]) -> Any:
-    """VALUE, of JSON, without KEYS."""
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+# What is prepared.
 
 
-def _dig(value: object, kind: Type[T], *keys: str) -> T:
-    """The KIND of value below KEYS in VALUE, of JSON; an empty one where there is none."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, kind) else kind()
-
-
-def claim_path(namespace: str, name: str) -> str:
-    """The path of a ResourceClaim on the API server."""
-    return f"{_API}/namespaces/{namespace}/resourceclaims/{name}"
-
-
-def is_missing(answer: Document, name: str) -> bool:
-    """Whether ANSWER, to a GET, says that there is no ResourceClaim of this NAME.
-
-    A load balancer without a backend and an API server without resource.k8s.io/v1 answer 404, too.
-    """
-    found = answer.get("kind"), answer.get("reason"), *(_dig(answer, str, "details", key) for key in ("kind", "name"))
-    return found == ("Status", "NotFound", "resourceclaims", name)
-
-
-def allocated_devices(claim: object, domain: str, node: str) -> List[Result]:
+def allocated_devices(claim: Document, domain: str, node: str) -> List[Result]:
     """The results of CLAIM's allocation that are for the driver DOMAIN on NODE.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
-    Raises AllocationError.
+    Raises AllocationError, and one of UNEXPECTED for what is no claim.
     """
     found = []
-    results = _dig(claim, list, "status", "allocation", "devices", "results")
-    for result in results or [None]:
-        request, device = _dig(result, str, "request").partition("/")[0], _dig(result, str, "device")
+    results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results")
+    if not results:
+        raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
+    for result in results:
+        request, device = result["request"].partition("/")[0], result["device"]
         if not _LABEL.fullmatch(request) or not _LABEL.fullmatch(device):
-            raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
-        if _dig(result, str, "driver") == domain:
-            if _dig(result, str, "pool") != node:
+            raise ValueError("no name of a request or a device")
+        if result["driver"] == domain:
+            if result["pool"] != node:
                 raise AllocationError("NOT_FOUND", f"the claim's device {device} is not of this node")
-            found.append(Result(request, device, _dig(result, bool, "adminAccess")))
+            found.append(Result(request, device, result.get("adminAccess") is True))
     return found
 
 
@@ -4563,62 +4545,62 @@ def container_edits(specs: Iterable[DeviceSpec], env: Mapping[str, str]) -> Docu
     return {key: value for key, value in edits.items() if value}
 
 
+def follow_device(device: PreparedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> Tuple[Optional[Slot], str]:
+    """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
+    it or a companion is gone, or another one is in its place. Empty if one may.
+
+    One that is there, and that no rule names or chooses any more, has no problem: the config file has changed, and its
+    pod may go on. So may that of a device that has changed, and of one whose resource has another name by now. One that
+    was gone is back only if a rule chooses it, or no rule has anything to do with its path.
+    """
+    resource, slot = plan.resources.get(device.resource), slots.get(device.name)
+    found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
+    # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
+    if not found and slot and not (device.is_gone and slot.device.chosen_by):
+        found = slot.device
+    if found:
+        return slot if slot and slot.device is found else None, "" if found.specs else found.problem
+    if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
+        return None, Reason.GONE.template
+    is_named = slot or any(device.path == f"/dev/{left.path}" for left in plan.left_out)
+    return None, Reason.SWAPPED.template if device.is_gone and is_named else ""
+
+
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     """The CDI file of CLAIM; read_cdi_document() is its inverse."""
-    return {
-        "cdiVersion": "0.6.0",
-        "kind": f"{domain}/device",
-        "annotations": {f"{domain}/claim-{key}": getattr(claim, key) for key in _CLAIM_NOTES},
-        "devices": [
+    devices = []
+    for device in claim.devices:
+        notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
+        if device.is_admin:
+            notes["admin-access"] = "true"
+        devices.append(
             {
                 "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
-                "annotations": {
-                    f"{domain}/request": ",".join(device.requests),
-                    **{f"{domain}/{key}": getattr(device, key) for key in _DEVICE_NOTES},
-                    **({f"{domain}/admin-access": "true"} if device.is_admin else {}),
-                },
+                "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
                 "containerEdits": device.edits,
             }
-            for device in claim.devices
-        ],
-    }
+        )
+    notes = {f"{domain}/claim-{key}": getattr(claim, key) for key in ("uid", "namespace", "name")}
+    return {"cdiVersion": "0.6.0", "kind": f"{domain}/device", "annotations": notes, "devices": devices}
 
 
 def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
-    """The claim of a CDI file of ours. Raises LookupError, TypeError or ValueError for any other file."""
-    owner = {key: _dig(document, str, "annotations", f"{domain}/claim-{key}") for key in _CLAIM_NOTES}
-    if not all(map(_OBJECT_NAME.fullmatch, (owner["namespace"], owner["name"]))):
-        raise ValueError("no name of a claim")
+    """The claim of a CDI file of ours. Raises one of UNEXPECTED for any other file."""
+    uid, namespace, name = (document["annotations"][f"{domain}/claim-{key}"] for key in ("uid", "namespace", "name"))
+    if not all(map(_OBJECT_NAME.fullmatch, (namespace, name))) or not document["devices"]:
+        raise ValueError("no claim with devices")
     devices = []
-    for device in document["devices"]:
-        prefix, _, name = _dig(device, str, "name").partition(f"{owner['uid']}-")
-        notes = {key: _dig(device, str, "annotations", f"{domain}/{key}") for key in _DEVICE_NOTES}
-        requests = tuple(_dig(device, str, "annotations", f"{domain}/request").split(","))
-        is_admin = bool(_dig(device, str, "annotations", f"{domain}/admin-access"))
-        edits = device["containerEdits"]
-        is_gone, name = name.endswith(GONE), name.removesuffix(GONE)
-        are_labels = all(map(_LABEL.fullmatch, (name, *requests)))
-        if prefix or not are_labels or not all(notes.values()) or not isinstance(edits, dict):
+    for item in document["devices"]:
+        request, resource, path = (item["annotations"][f"{domain}/{key}"] for key in ("request", "resource", "path"))
+        requests = tuple(request.split(","))
+        prefix, _, label = item["name"].partition(f"{uid}-")
+        is_gone, label = label.endswith(GONE), label.removesuffix(GONE)
+        edits = dict(item["containerEdits"].items())
+        if prefix or not all(map(_LABEL.fullmatch, (label, *requests))):
             raise ValueError("no device of this claim")
-        devices.append(PreparedDevice(name, requests, **notes, edits=edits, is_gone=is_gone, is_admin=is_admin))
-    if not devices:
-        raise ValueError("no device")
-    return PreparedClaim(**owner, devices=tuple(devices))
-
-
-class CdiFile(NamedTuple):
-    """What stands in the CDI folder for a claim."""
-
-    owner: str  # namespace and name of the claim
-    content: bytes
-
-
-def cdi_files(claims: Iterable[PreparedClaim], domain: str) -> Dict[str, CdiFile]:
-    """The CDI files of CLAIMS, by the claim's uid."""
-    return {
-        claim.uid: CdiFile(claim.full_name, json.dumps(cdi_document(claim, domain), indent=1).encode())
-        for claim in claims
-    }
+        is_admin = f"{domain}/admin-access" in item["annotations"]
+        devices.append(PreparedDevice(label, requests, resource, path, edits, is_gone, is_admin))
+    return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
 # The API server.
@@ -4626,15 +4608,13 @@ def cdi_files(claims: Iterable[PreparedClaim], domain: str) -> Dict[str, CdiFile
 
 class ApiError(Exception):
     """A request that failed: the reason in a sentence, the HTTP status (0: no answer), how many seconds to wait, and
-    the answer's content."""
+    what the API server says that it does not have (resourceclaims/NAME), if it does."""
 
-    def __init__(
-        self, text: str, status: int = 0, retry_after: float = 0.0, document: Optional[Document] = None
-    ) -> None:
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0, missing: str = "") -> None:
         super().__init__(text)
         self.status = status
         self.retry_after = retry_after
-        self.document = document or {}
+        self.missing = missing
 
 
 class ApiAddress(NamedTuple):
@@ -4645,9 +4625,6 @@ class ApiAddress(NamedTuple):
     host: str
     port: int
     prefix: str  # of every path
-
-
-ApiAnswer = Tuple[int, Document, float]  # HTTP status, content, and the seconds of Retry-After
 
 
 def parse_api_url(url: str) -> ApiAddress:
@@ -4664,8 +4641,16 @@ def parse_api_url(url: str) -> ApiAddress:
     return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
 
 
-async def read_api_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
-    """The answer that the API server at URL sends to READER. Raises ApiError where it is not one."""
+class ApiAnswer(NamedTuple):
+    """An answer of the API server. A body that does not come as its head says is empty."""
+
+    status: int
+    body: bytes
+    retry_after: float  # seconds
+
+
+async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
+    """The answer that the API server at URL sends to READER. Raises ApiError if it is not one, or too long."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.") else 0
@@ -4674,52 +4659,68 @@ async def read_api_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
     if not status:
         raise ApiError(f"what answers at {url} hung up, or speaks no HTTP")
     try:
-        document = json.loads(await _read_body(reader, head))
-    except (EOFError, ValueError, RecursionError, asyncio.LimitOverrunError):
-        document = None
-    if not isinstance(document, dict):
-        if 200 <= status < 300:
-            raise ApiError(f"what answers at {url} sends no whole JSON object; is it an API server?")
-        document = {}
+        body = await _receive_body(reader, head)
+    except (EOFError, ValueError, asyncio.LimitOverrunError):
+        body = b""
+    if len(body) > MAX_API_ANSWER:
+        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
     retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head, re.IGNORECASE)
-    return status, document, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0
+    return ApiAnswer(status, body, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
 
 
-async def _read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
-    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection.
-
-    Raises ApiError where it is too long, and EOFError, ValueError or LimitOverrunError where it is not as HEAD says.
-    """
+async def _receive_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
+    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection;
+    of one that is too long, a part that is too long. Raises EOFError, ValueError or LimitOverrunError if it is not as
+    HEAD says."""
     if re.search(rb"\r\nTransfer-Encoding: *chunked\s", head, re.IGNORECASE):
         body, size = bytearray(), 1
         while size and len(body) <= MAX_API_ANSWER:
             size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
             body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
-    else:
-        length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
-        body = bytearray()
-        try:
-            body += await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
-        except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
-            body += error.partial
-    if len(body) > MAX_API_ANSWER:
-        raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
-    return bytes(body)
+        return bytes(body)
+    length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
+    try:
+        return await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
+    except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
+        return error.partial
 
 
-def api_problem(verb: str, path: str, status: int, document: Document) -> str:
-    """Why the API server refused VERB on PATH with STATUS and DOCUMENT, in one sentence."""
-    match = _API_KIND.match(path)
+def read_answer(answer: ApiAnswer, verb: str, path: str, read: Callable[[Document], T]) -> T:
+    """What READ reads in ANSWER, to VERB on PATH. Raises ApiError.
+
+    The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because the
+    answer is another one becomes an ApiError.
+    """
+    is_good = 200 <= answer.status < 300
+    message = missing = ""
+    try:
+        if answer.body.count(b"{") + answer.body.count(b"[") > MAX_API_OBJECTS:
+            raise ValueError("more than any answer has")
+        document = json.loads(answer.body)
+        if is_good:
+            return read(document)
+        message = str(document["message"])
+        if (answer.status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
+            missing = f"{document['details']['kind']}/{document['details']['name']}"
+    except UNEXPECTED:
+        if is_good:
+            text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
+            raise ApiError(text, answer.status) from None
+    raise ApiError(api_problem(verb, path, answer.status, message), answer.status, answer.retry_after, missing)
+
+
+def api_problem(verb: str, path: str, status: int, message: str) -> str:
+    """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
+    match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
     kind = match[1] if match else path
-    message = printable(str(document.get("message", "")))[:MAX_API_TEXT]
-    ending = f": {message}" if message else ""
+    ending = f": {printable(message)[:MAX_API_TEXT]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
     if status == 404 and kind == "nodes":
         return f"there is no Node {path.rpartition('/')[2]} (404); --node-name names the Node"
     if status == 404 and verb in ("list", "create"):
         return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
-    reasons = {401: "does not accept the token", 409: "has another one by now", 429: "is asked too much"}
+    reasons = {401: "does not accept the token", 409: "has another version by now", 429: "limits requests"}
     return f"the API server {reasons.get(status, 'fails')} ({status}) to {verb} {kind}{ending}"
 
 
@@ -4728,6 +4729,9 @@ class ApiServer:
 
     Requests are few, so each has its own connection.
     """
+
+    NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
+    METHODS: Mapping[str, str] = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 
     def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
         self.address = address
@@ -4741,36 +4745,26 @@ class ApiServer:
         verb: str,
         path: str,
         body: Optional[Document] = None,
+        read: Callable[[Document], Any] = lambda document: document,
         absent: int = 0,
-        read: Callable[[Any], Any] = lambda document: document,
     ) -> Any:
-        """What READ reads in the answer to VERB on PATH, within 2 * API_SECONDS; None where the status is ABSENT.
-
-        READ may trust the answer: what it raises because the answer is another one becomes an ApiError, as this raises.
-        """
-        status, document, retry_after = await self._send(verb, path, body)
-        if status == 401:  # the token was replaced while the request was on its way
-            status, document, retry_after = await self._send(verb, path, body)
-        if status == absent:
-            return None
-        if not 200 <= status < 300:
-            raise ApiError(api_problem(verb, path, status, document), status, retry_after, document)
-        try:
-            return read(document)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-            raise ApiError(f"the API server's answer to {verb} {path.partition('?')[0]} is not one", status) from None
+        """What READ reads in the answer to VERB on PATH, see read_answer(), within 2 * API_SECONDS; None if the status
+        is ABSENT. Raises ApiError."""
+        answer = await self._send(verb, path, body)
+        if answer.status == 401:  # the token was replaced while the request was on its way
+            answer = await self._send(verb, path, body)
+        return None if answer.status == absent else read_answer(answer, verb, path, read)
 
     async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
-        """Send one request, and count it."""
+        """Send one request, and count it. Raises ApiError."""
         code = "error"
         try:
-            answer = await wait_bounded(self._exchange(_HTTP_METHODS[verb], path, body), API_SECONDS)
-            status, _, _ = answer
-            code, self.problem = str(status), ""
+            answer = await wait_bounded(self._exchange(self.METHODS[verb], path, body), API_SECONDS)
+            code, self.problem = str(answer.status), ""
             return answer
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
-        except (OSError, RuntimeError) as error:  # Python raises the latter where there can be no more threads
+        except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
             self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
         except ApiError as error:
             self.problem = str(error)
@@ -4783,21 +4777,23 @@ class ApiServer:
         address = self.address
         data = b"" if body is None else json.dumps(body).encode()
         host = f"[{address.host}]" if ":" in address.host else address.host
-        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}", *self._authorization()]
+        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}"]
         head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
-        head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}", "", ""]
+        head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}"]
+        tls = None
+        if address.is_tls:
+            tls = self._tls()
+            head.append(self._authorization())  # never without TLS: any process may listen on a loopback address
         reader, writer = await asyncio.open_connection(
-            address.host, address.port, ssl=self._tls(), happy_eyeballs_delay=NEXT_ADDRESS_SECONDS
+            address.host, address.port, ssl=tls, happy_eyeballs_delay=self.NEXT_ADDRESS_SECONDS
         )
         try:
-            writer.write("\r\n".join(head).encode() + data)
-            return await read_api_answer(reader, address.url)
+            writer.write("\r\n".join([*head, "", ""]).encode() + data)
+            return await receive_answer(reader, address.url)
         finally:
             writer.transport.abort()
 
-    def _tls(self) -> Optional[ssl.SSLContext]:
-        if not self.address.is_tls:
-            return None
+    def _tls(self) -> ssl.SSLContext:
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the certificate and the host's name
@@ -4809,37 +4805,12 @@ class ApiServer:
             raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
         return context
 
-    def _authorization(self) -> List[str]:
-        """The header with the token. Without TLS there is none: any process may listen on a loopback address."""
-        if not self.address.is_tls:
-            return []
+    def _authorization(self) -> str:
+        """The header with the token."""
         token = _read_file("token file", self._token_file).strip()
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
-        return [f"Authorization: Bearer {token.decode()}"]
-
-
-def daemon_threads() -> concurrent.futures.Executor:
-    """An executor that does each job, such as to find a host's address, on a daemon thread of its own.
-
-    Python's own threads would keep this process from ending until a name server answers, or half a minute.
-    """
-
-    class DaemonThreads(concurrent.futures.ThreadPoolExecutor):  # within a function, or it would be loaded without DRA
-        def submit(self, job: Callable[..., T], *args: Any) -> concurrent.futures.Future[T]:  # type: ignore[override]
-            future: concurrent.futures.Future[T] = concurrent.futures.Future()
-            future.set_running_or_notify_cancel()
-
-            def run() -> None:
-                try:
-                    future.set_result(job(*args))
-                except Exception as error:
-                    future.set_exception(error)
-
-            threading.Thread(target=run, name="resolver", daemon=True).start()
-            return future
-
-    return DaemonThreads()
+        return f"Authorization: Bearer {token.decode()}"
 
 
 def _read_file(kind: str, path: str) -> bytes:
@@ -4855,7 +4826,7 @@ def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> st
     """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
-        return f"has a certificate that {ca_file} does not vouch for: {verify_message}"
+        return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
     reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
     number = getattr(error, "errno", None) or 0
     if not reason and number > 0:
@@ -4863,8 +4834,7 @@ def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> st
     return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
 
 
-# The claims. What is prepared is written to CDI files, which are also the memory of it: what is wanted follows from the
-# claims and the plan, and sync() writes what differs from it, whoever has changed or deleted it.
+# The claims.
 
 
 class CdiFiles:
@@ -4877,32 +4847,17 @@ class CdiFiles:
     def __init__(self, folder: str, domain: str) -> None:
         self._folder = folder
         self._domain = domain
-        self._seen: Dict[str, Tuple[object, ...]] = {}  # files that were as wanted and their stamps, by uid
 
     def path(self, uid: str) -> str:
         """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
         return f"{self._folder}/{self._domain}_{uid}.json"
 
-    def _link(self, uid: str) -> str:
-        return f"{self._folder}/.{self._domain}_{uid}.claim"
-
-    def _names(self) -> List[str]:
-        try:
-            return os.listdir(self._folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return []  # _write() makes the folder, or says why not
-
-    def remove_leftovers(self) -> None:
-        """Remove what a crash left half written. Raises OSError."""
-        for name in self._names():
-            if re.fullmatch(rf"\.{re.escape(self._domain)}_[0-9a-f]{{16}}", name):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self._folder}/{name}")
-
     def uids(self) -> Set[str]:
         """The claims of which there is a file or a link. Raises OSError."""
-        domain, uid = re.escape(self._domain), _UID.pattern
-        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in self._names())
+        domain, uid, names = re.escape(self._domain), _UID.pattern, []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # write() makes the folder, or says why not
+            names = os.listdir(self._folder)
+        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in names)
         return {match[1] or match[2] for match in found if match}
 
     def owner(self, uid: str) -> Optional[PreparedClaim]:
@@ -4912,43 +4867,47 @@ class CdiFiles:
         except OSError:
             return None
         is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
-        return PreparedClaim(uid, namespace, name, ()) if is_named else None
+        return PreparedClaim(uid, namespace, name) if is_named else None
 
     def read(self, uid: str) -> PreparedClaim:
-        """The claim of the file of UID. Raises OSError, or what read_cdi_document() and json.loads() raise."""
-        self._seen[uid] = ()
+        """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""
         claim = read_cdi_document(json.loads(self._content(uid)), self._domain)
         if claim.uid != uid:
             raise ValueError("it is the file of another claim")
         return claim
 
-    def sync(self, wanted: Mapping[str, CdiFile]) -> Dict[str, OSError]:
-        """Write the files that are not as WANTED, and read them back; why that failed, by uid.
+    def write(self, claim: PreparedClaim) -> bool:
+        """Have the file of CLAIM hold what it should, and read it back; whether it had to be written. Raises OSError.
 
-        A file that was as wanted is not read again until its times, which the kernel sets, say that it has changed.
+        Nobody sees it half written.
         """
-        problems = {}
-        for uid, file in wanted.items():
-            try:
-                if self._holds(uid, file):
-                    continue
-                is_new = uid not in self._seen
-                self._write(uid, file)
-                if not self._holds(uid, file):
-                    raise OSError(errno.EIO, "it does not hold what was written just now")
-                if not is_new:
-                    text = "a prepared device, or this file, went, came back or changed"
-                    log_event("cdi-file-rewritten", text, claim=file.owner)
-            except OSError as error:
-                problems[uid] = error
-        return problems
+        content = json.dumps(cdi_document(claim, self._domain)).encode()
+        if self._holds(claim, content):
+            return False
+        if len(content) > MAX_FILE_BYTES:
+            text = f"it would have {len(content)} bytes, and more than {MAX_FILE_BYTES} are not read again"
+            raise OSError(errno.EFBIG, text)
+        os.makedirs(self._folder, 0o755, exist_ok=True)
+        for path in (self._link(claim.uid), self._temporary(claim.uid)):  # of a crash, too
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        os.symlink(claim.full_name, self._link(claim.uid))
+        write_file(self.path(claim.uid), self._temporary(claim.uid), content, 0o644, is_synced=True)
+        if not self._holds(claim, content):
+            raise OSError(errno.EIO, "it does not hold what was written just now")
+        return True
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
-        for path in (self._link(uid), self.path(uid)):
+        for path in (self._link(uid), self._temporary(uid), self.path(uid)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self._seen.pop(uid, None)
+
+    def _link(self, uid: str) -> str:
+        return f"{self._folder}/.{self._domain}_{uid}.claim"
+
+    def _temporary(self, uid: str) -> str:
+        return f"{self._folder}/.{self._domain}_{uid}.new"
 
     def _content(self, uid: str) -> bytes:
         """The content of the file of UID. Raises OSError, and ValueError if it is too long."""
@@ -4958,38 +4917,19 @@ class CdiFiles:
             raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
         return content
 
-    def _holds(self, uid: str, file: CdiFile) -> bool:
-        """Whether FILE is what stands in the folder for UID."""
+    def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
+        """Whether file and link of CLAIM are there, the file with this CONTENT."""
         try:
-            found = os.stat(self.path(uid))
-            seen = (file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            is_known = self._seen.get(uid) == seen
-            if os.readlink(self._link(uid)) != file.owner or not (is_known or self._content(uid) == file.content):
-                return False
+            return os.readlink(self._link(claim.uid)) == claim.full_name and self._content(claim.uid) == content
         except (OSError, ValueError):
             return False
-        self._seen[uid] = seen if is_settled(found.st_ctime_ns) else ()  # a change at this moment may not show
-        return True
-
-    def _write(self, uid: str, file: CdiFile) -> None:
-        """Write FILE, which nobody sees half written. Raises OSError."""
-        size = len(file.content)
-        if size > MAX_FILE_BYTES:
-            raise OSError(errno.EFBIG, f"it would have {size} bytes, and more than {MAX_FILE_BYTES} are not read again")
-        os.makedirs(self._folder, 0o755, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._link(uid))
-        os.symlink(file.owner, self._link(uid))
-        temporary = f"{self._folder}/.{self._domain}_{os.urandom(8).hex()}"
-        write_file(self.path(uid), temporary, file.content, 0o644, is_synced=True)
 
 
 class Claims:
     """The claims that are prepared on the node of SETTINGS: prepares them, unprepares them, and keeps their CDI files.
 
-    A device belongs to one claim, until the kubelet unprepares that or the API server has no such claim. What changes
-    this is done without an await between looking and writing, so no two claims get one device. Between open() and
-    close(), this instance alone serves the driver; it takes up what others have left. Belongs to a loop.
+    Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
+    loop.
     """
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
@@ -5001,16 +4941,14 @@ class Claims:
     def __init__(self, settings: DraSettings, api: ApiServer, devices: HostDevices) -> None:
         self.prepared: Dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self.is_open = False
-        self.is_unsettled = False  # whether what containers are given may change though the plan stays the same
+        self._is_open = False
         self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
         self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
-        self._wanted: Dict[str, CdiFile] = {}
         self._plan: Optional[Plan] = None
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._swapped: Set[str] = set()  # names of prepared devices whose path another resource has for another device
+        self._followed: Tuple[object, ...] = ()  # what the prepared devices were last derived from
         self._settings = settings
         self._api = api
         self._devices = devices
@@ -5021,40 +4959,49 @@ class Claims:
 
     def open(self) -> None:
         """Take up what CDI files say. Raises OSError."""
-        self._files.remove_leftovers()
         self._change = asyncio.get_running_loop().create_future()
-        self.is_open = True
+        self._is_open = True
         self._take_up()
-        self.sync(True)
+        self.look()
 
     def close(self) -> None:
         """End what waits. From now on, another instance may serve."""
-        if self.is_open:
-            self.is_open = False
+        if self._is_open:
+            self._is_open = False
             self._notify()
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
         """Have containers be given what PLAN, with these SLOTS, has now."""
         self._plan, self._slots = plan, slots
-        if self.is_open:
-            self.sync(True)
+        self.look()
 
-    def sync(self, is_changed: bool = False) -> None:
-        """Put the CDI files right, whoever has changed them. If IS_CHANGED, so is what containers are given."""
-        if is_changed or self.is_unsettled:
-            self.is_unsettled = False
-            for claim in list(self.prepared.values()):
-                try:
-                    self.prepared[claim.uid] = self._refreshed(claim)
-                except AllocationError:
-                    self.is_unsettled = True  # it went just now, which the next plan says
-                # The plan does not change when a device goes that it does not offer.
-                self.is_unsettled |= not all(map(self.slot_of, claim.devices))
-            self._wanted = cdi_files(self.prepared.values(), self._settings.domain)
+    def look(self) -> None:
+        """Have what is prepared follow from the plan and /dev, and the CDI files from that, whoever has changed them.
+
+        /dev is looked at as well, because the plan does not say when a device goes that it does not offer.
+        """
+        if not self._is_open or not self._plan:
+            return
+        problems = [self._follow(device)[1] for claim in self.prepared.values() for device in claim.devices]
+        followed = (self._plan, list(self.prepared), problems)
+        is_changed = followed != self._followed
+        self._followed = followed
+        for uid in list(self.prepared):
+            try:
+                if is_changed:
+                    self.prepared[uid] = self._refreshed(self.prepared[uid])
+                self._write(self.prepared[uid])
+            except AllocationError:
+                self._followed = ()  # it went just now
+            except OSError as error:
+                self._log_not_written(self.prepared[uid], error)
+        if is_changed:
             self._notify()
-        for uid, error in self._files.sync(self._wanted).items():
-            text = f"cannot write {self._files.path(uid)}: {error.strerror}"
-            self.log_problem("cdi-file-not-rewritten", text, self.prepared[uid])
+
+    def lost(self) -> Dict[str, PreparedDevice]:
+        """The prepared devices that are gone and that the plan does not have, by name."""
+        devices = (device for claim in self.prepared.values() for device in claim.devices)
+        return {device.name: device for device in devices if device.is_gone and not self._follow(device)[0]}
 
     async def check(self) -> None:
         """Ask the API server about the claims whose files were found here or cannot be read. Raises ApiError."""
@@ -5065,11 +5012,13 @@ class Claims:
 
     # -- what the kubelet asks for ---------------------------------------------------------------------------------
 
-    async def prepare(self, claim: pb.Claim, end: float) -> PreparedClaim:
+    async def prepare(self, claim: PreparedClaim, end: float) -> PreparedClaim:
         """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
 
         Raises AllocationError, ApiError and OSError.
         """
+        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
+            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
         results: Optional[List[Result]] = None
         checked: Set[str] = set()  # the claims that have its devices
         problem: Union[AllocationError, ApiError] = ApiError("the API server does not answer")
@@ -5080,7 +5029,10 @@ class Claims:
                 if before:
                     return before
                 if results is None:
-                    results = await wait_bounded(self._read_results(claim), end - time.monotonic())
+                    results = await wait_bounded(self._read(claim), end - time.monotonic())
+                if results is None:
+                    text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
+                    raise AllocationError("NOT_FOUND", text)
                 for uid in self._holders(claim.uid, results).keys() - checked:
                     checked.add(uid)
                     with contextlib.suppress(ApiError, asyncio.TimeoutError):
@@ -5088,11 +5040,13 @@ class Claims:
                 return self._prepare(claim, results)
             except asyncio.TimeoutError:
                 raise problem from None
-            except (AllocationError, ApiError) as error:
-                if not may_pass(error) or time.monotonic() >= end:
-                    raise
-                problem = error
-            retry = max(self.RETRY_SECONDS, problem.retry_after) if isinstance(problem, ApiError) else math.inf
+            except AllocationError as error:
+                problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
+            except ApiError as error:
+                may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
+                problem, retry = error, max(self.RETRY_SECONDS, error.retry_after)
+            if not may_pass or time.monotonic() >= end:
+                raise problem
             await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
 
     def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
@@ -5108,94 +5062,82 @@ class Claims:
             return f"cannot remove {self._files.path(uid)}: {error.strerror}"
         if claim or uid in self._unread:
             log_event("unprepared", why, claim=claim.full_name if claim else uid)
-        for memory in (self.prepared, self._wanted, self._unread, self._gone_since, self._logged):
+        for memory in (self.prepared, self._unread, self._gone_since, self._logged):
             memory.pop(uid, None)
         self._unchecked.discard(uid)
         self._notify()
         return ""
 
-    def slot_of(self, device: PreparedDevice) -> Optional[Slot]:
-        """The slot of the plan that DEVICE is."""
-        slot = self._slots.get(device.name)
-        return slot if slot and slot.device is self._device_of(device) else None
-
-    def _device_of(self, device: PreparedDevice) -> Optional[Device]:
-        """The device of the plan that DEVICE is, also if its resource has another name by now."""
-        resource, slot = self._plan and self._plan.resources.get(device.resource), self._slots.get(device.name)
-        for found in resource.devices if resource else ():
-            if device_path(found) == device.path:
-                is_swapped = found.is_gone and slot and slot.device is not found
-                (self._swapped.add if is_swapped else self._swapped.discard)(device.name)
-                return found
-        return slot.device if slot and device.name not in self._swapped else None
-
-    def _problem_of(self, device: PreparedDevice) -> str:
-        """Why no container may start with DEVICE: it or a companion is gone, or another one is in its place. Empty if
-        one may.
-
-        One that is there and that no rule names any more has no problem: the config file has changed, and its pod may
-        go on. So may that of a device that has changed.
-        """
-        found = self._device_of(device)
-        if found:
-            return "" if found.specs else found.problem
-        if device.path.startswith("/dev/") and not os.path.exists(self._settings.dev_dir + device.path[len("/dev") :]):
-            return Reason.GONE.template
-        is_left_out = self._plan and any(device.path == f"/dev/{left.path}" for left in self._plan.left_out)
-        return Reason.SWAPPED.template if is_left_out or device.name in self._swapped else ""
-
-    def log_problem(self, event: str, text: str, claim: Union[pb.Claim, PreparedClaim]) -> None:
+    def log_problem(self, event: str, text: str, claim: PreparedClaim) -> None:
         """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
         if not text:
             self._logged.pop(claim.uid, None)
         elif is_news(self._logged, claim.uid, text):
-            log_event(event, text, logging.WARNING, claim=f"{claim.namespace}/{claim.name}"[:MAX_SHOWN])
+            log_event(event, text, logging.WARNING, claim=claim.full_name[:MAX_SHOWN])
 
     # -- one claim -------------------------------------------------------------------------------------------------
 
-    def _prepare_again(self, claim: pb.Claim) -> Optional[PreparedClaim]:
+    def _prepare_again(self, claim: PreparedClaim) -> Optional[PreparedClaim]:
         """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
         self._take_up()
         if not self._plan:
             raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
         before = self.prepared.get(claim.uid)
-        if not before or before.full_name != f"{claim.namespace}/{claim.name}":
+        if not before or before.full_name != claim.full_name:
             return None
         now = self._refreshed(before)
         self._write(now)
         for device in now.devices:
             if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._problem_of(device)}")
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._follow(device)[1]}")
         return now
 
-    def _prepare(self, claim: Union[pb.Claim, PreparedClaim], results: Sequence[Result]) -> PreparedClaim:
+    def _prepare(self, claim: PreparedClaim, results: Sequence[Result]) -> PreparedClaim:
         """Prepare RESULTS for CLAIM. Raises AllocationError and OSError."""
         self._take_up()
         for problem in self._holders(claim.uid, results).values():
             raise AllocationError("UNAVAILABLE", problem)
-        devices = prepare_devices(results, self._slots, self._devices)
-        prepared = PreparedClaim(claim.uid, claim.namespace, claim.name, devices)
-        if devices:
+        claim = claim._replace(devices=prepare_devices(results, self._slots, self._devices))
+        if claim.devices:
             try:
-                self._write(prepared)
+                self._write(claim)
             except OSError:
                 with contextlib.suppress(OSError):
                     if claim.uid not in self._unread:
                         self._files.remove(claim.uid)
                 raise
             self._unread.pop(claim.uid, None)
-            self.allocations.update(device.resource for device in devices)
-            names = join_names([device.name for device in devices])
-            log_event("prepared", "prepared for a pod", claim=prepared.full_name, devices=names)
-        return prepared
+            self.allocations.update(device.resource for device in claim.devices)
+            names = join_names([device.name for device in claim.devices])
+            log_event("prepared", "prepared for a pod", claim=claim.full_name, devices=names)
+        return claim
 
     def _write(self, claim: PreparedClaim) -> None:
-        """Write the CDI file of CLAIM unless it is there, read it back, and remember the claim. Raises OSError."""
-        file = cdi_files([claim], self._settings.domain)
-        for error in self._files.sync(file).values():
-            raise error
+        """Have the CDI file of CLAIM be there, and remember the claim. Raises OSError."""
+        if self._files.write(claim) and claim.uid in self.prepared:
+            text = "a prepared device, or this file, went, came back or changed"
+            log_event("cdi-file-rewritten", text, claim=claim.full_name)
         self.prepared[claim.uid] = claim
-        self._wanted.update(file)
+
+    def _log_not_written(self, claim: PreparedClaim, error: Union[AllocationError, OSError]) -> None:
+        why = error.strerror if isinstance(error, OSError) else error
+        self.log_problem("cdi-file-not-rewritten", f"cannot write {self._files.path(claim.uid)}: {why}", claim)
+
+    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
+        stays as it was. Raises AllocationError.
+        """
+        now, results = [], []
+        for device in claim.devices:
+            slot, problem = self._follow(device)
+            now.append(device._replace(is_gone=bool(problem)))
+            if slot and slot.healthy:
+                results += [Result(request, device.name, device.is_admin) for request in device.requests]
+        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
+        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
+
+    def _follow(self, device: PreparedDevice) -> Tuple[Optional[Slot], str]:
+        return follow_device(device, self._plan or EMPTY_PLAN, self._slots, self._settings.dev_dir)
 
     def _holders(self, uid: str, results: Iterable[Result]) -> Dict[str, str]:
         """The claims other than UID that have, or may have, devices of RESULTS, with a sentence that says so."""
@@ -5213,43 +5155,24 @@ class Claims:
         found.pop(uid, None)
         return found
 
-    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
-        stays as it was. Raises AllocationError.
+    async def _read(self, claim: PreparedClaim) -> Optional[List[Result]]:
+        """What CLAIM was allocated of this driver; None if the API server says that there is no such claim.
+
+        A load balancer without a backend, and an API server without resource.k8s.io/v1, answer 404 without saying so.
+        Raises AllocationError and ApiError.
         """
-        now = [device._replace(is_gone=bool(self._problem_of(device))) for device in claim.devices]
-        slots = [(device, self.slot_of(device)) for device in now]
-        results = [
-            Result(request, device.name, device.is_admin)
-            for device, slot in slots
-            for request in device.requests
-            if slot and slot.healthy
-        ]
-        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
-        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
 
-    async def _read_results(self, claim: pb.Claim) -> List[Result]:
-        """What CLAIM was allocated of this driver. Raises AllocationError and ApiError."""
-        if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
-            raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
-        found = await self._find(claim)
-        if found is None:
-            text = f"the API server has no claim {claim.namespace}/{claim.name} with the uid {claim.uid}"
-            raise AllocationError("NOT_FOUND", text)
-        return allocated_devices(found, self._settings.domain, self._settings.node)
-
-    async def _find(self, claim: Union[pb.Claim, PreparedClaim]) -> Optional[Document]:
-        """CLAIM on the API server; None if that says that it does not exist, or has another uid. Raises ApiError."""
-
-        def read(document: Document) -> Optional[Document]:
+        def read(document: Document) -> Optional[List[Result]]:
             if document["metadata"]["name"] != claim.name:
                 raise ValueError("this is not the claim")
-            return document if document["metadata"]["uid"] == claim.uid else None
+            is_this = document["metadata"]["uid"] == claim.uid
+            return allocated_devices(document, self._settings.domain, self._settings.node) if is_this else None
 
+        path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
         try:
-            found: Optional[Document] = await self._api.call("get", claim_path(claim.namespace, claim.name), read=read)
+            found: Optional[List[Result]] = await self._api.call("get", path, read=read)
         except ApiError as error:
-            if error.status == 404 and is_missing(error.document, claim.name):
+            if error.missing == f"resourceclaims/{claim.name}":
                 return None
             raise
         return found
@@ -5262,15 +5185,16 @@ class Claims:
         They are looked for again and again, because an instance that does not know yet that this one serves may have
         written one: its device must not be given again.
         """
-        if not self.is_open:
-            raise AllocationError("FAILED_PRECONDITION", NOT_SERVED)
+        if not self._is_open:
+            text = "this instance of the driver has ended; the next one will do it"  # and must know of it
+            raise AllocationError("FAILED_PRECONDITION", text)
         uids = self._files.uids()
         for uid in self._unread.keys() - uids:  # somebody has removed it
             del self._unread[uid]
         for uid in uids - self.prepared.keys():
             try:
                 claim = self._files.read(uid)
-            except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
                     why = error.strerror if isinstance(error, OSError) else error
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
@@ -5280,7 +5204,6 @@ class Claims:
                 self._unread.pop(uid, None)
                 self.prepared[uid] = claim
                 self._unchecked.add(uid)
-                self.is_unsettled = True
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -5291,42 +5214,29 @@ class Claims:
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
             return
-        found = await self._find(claim)
-        if found is None:
-            await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-            self._drop(claim)
-            return
-        self._gone_since.pop(uid, None)
-        self._unchecked.discard(uid)
-        if uid in self._unread:
-            try:
-                results = allocated_devices(found, self._settings.domain, self._settings.node)
+        try:
+            results = await self._read(claim)
+            if results is None:
+                await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
+                since = self._gone_since.setdefault(uid, time.monotonic())
+                if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
+                    problem = self.unprepare(uid, "the API server has no such claim any more")
+                    self.log_problem("cdi-file-not-removed", problem, claim)
+                return
+            self._gone_since.pop(uid, None)
+            self._unchecked.discard(uid)
+            if uid in self._unread:
                 self._unread[uid] = {result.device for result in results if not result.is_admin}
                 self._prepare(claim, results)
                 self._notify()
-            except (AllocationError, OSError) as error:
-                why = error.strerror if isinstance(error, OSError) else error
-                self.log_problem("cdi-file-not-rewritten", f"cannot write {self._files.path(uid)}: {why}", claim)
-
-    def _drop(self, claim: PreparedClaim) -> None:
-        """Forget CLAIM, which is gone, unless it was there GONE_SECONDS ago."""
-        since = self._gone_since.setdefault(claim.uid, time.monotonic())
-        if self.is_open and time.monotonic() - since >= self.GONE_SECONDS:
-            problem = self.unprepare(claim.uid, "the API server has no such claim any more")
-            if problem:
-                self.log_problem("cdi-file-not-removed", problem, claim)
+        except (AllocationError, OSError) as error:
+            if uid in self._unread:
+                self._log_not_written(claim, error)
 
     def _notify(self) -> None:
         """Wake the claims that wait."""
         self._change.set_result(None)
         self._change = self._change.get_loop().create_future()
-
-
-def may_pass(error: Union[AllocationError, ApiError]) -> bool:
-    """Whether ERROR may be over in a moment: a device that is away or taken, or an API server that is not ready."""
-    if isinstance(error, AllocationError):
-        return error.code == "UNAVAILABLE"
-    return not 400 <= error.status < 500 or error.status in (404, 408, 429)
 
 
 # The slices and the classes.
@@ -5336,24 +5246,44 @@ class ApiTask:
     """WORK on the API server that is done every SECONDS, when something has changed, and soon again after a failure."""
 
     def __init__(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
-        self.work = work
-        self.seconds = seconds
         self.problem = ""  # why it failed
-        self.changed = asyncio.Event()
-        self.urgent = asyncio.Event()  # ends the pause after a failure, too
+        self._work = work
+        self._seconds = seconds
+        self._change: Optional[asyncio.Event] = None  # while it runs
 
     def refresh(self) -> None:
-        """Have the work done now."""
-        self.changed.set()
-        self.urgent.set()
+        """Have the work done soon, also after a failure."""
+        if self._change:
+            self._change.set()
+
+    async def run(self) -> None:
+        """Do the work until cancelled."""
+        change = self._change = asyncio.Event()
+        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
+        while True:
+            change.clear()
+            try:
+                await self._work()
+                least, pause, problem = 0.0, self._seconds, ""
+                backoff.reset()
+            except ApiError as error:
+                backoff.fail(time.monotonic())
+                least, pause, problem = error.retry_after, backoff.retry_at - time.monotonic(), str(error)
+            if problem and problem != self.problem:
+                log_event("not-published", f"{problem}; trying again", logging.WARNING)
+            elif self.problem and not problem:
+                log_event("published-again", "publishing works again")
+            self.problem = problem
+            await asyncio.sleep(max(least, MIN_PUBLISH_SECONDS))
+            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
 
 
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
-    The slices share one generation, so either none is written or each one, once. None is where the server has what is
-    wanted, or what it made of what was written last. The classes, and CHECK_CLAIMS, are tasks of their own: with many
-    resources, or where no class can be made, a lost device is tainted all the same.
+    All slices carry one generation, so they are written together or not at all: not if the server already has them, as
+    written or as it changed them. The classes, and CHECK_CLAIMS, are tasks of their own: with many resources, or if no
+    class can be made, a lost device is tainted all the same.
     """
 
     def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[None]]) -> None:
@@ -5371,19 +5301,20 @@ class Publisher:
         self._tasks = (self._slices, self._classes, ApiTask(check_claims, COMPARE_SECONDS))
 
     @property
-    def problems(self) -> List[str]:
-        """Why not everything is published."""
-        return [task.problem for task in self._tasks if task.problem]
+    def problem(self) -> str:
+        """Why not everything is published; empty if it is."""
+        problem = next((task.problem for task in self._tasks if task.problem), "")
+        return f"not published: {problem}" if problem else "" if self.published_at else "not published yet"
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = [(len(group), json.dumps(group)) for group in split_into_slices(devices)]
+        wanted = list(split_into_slices(devices))
         if wanted != self._wanted:
             self._wanted = wanted
-            self._slices.changed.set()
+            self._slices.refresh()
         if resources != self._resources:
             self._resources = resources
-            self._classes.changed.set()
+            self._classes.refresh()
 
     def refresh(self) -> None:
         """Compare with the API server now: a kubelet that has started deleted the slices."""
@@ -5393,64 +5324,34 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish until cancelled."""
-        await asyncio.gather(*map(self._repeat, self._tasks))
-
-    async def _repeat(self, task: ApiTask) -> None:
-        """Do TASK until cancelled."""
-        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
-        while True:
-            if task.urgent.is_set():
-                backoff.reset()
-            task.urgent.clear()
-            task.changed.clear()
-            try:
-                await task.work()
-            except ApiError as error:
-                if str(error) not in self.problems:
-                    log_event("not-published", f"{error}; trying again", logging.WARNING)
-                task.problem = str(error)
-                backoff.fail(time.monotonic())
-                await asyncio.sleep(error.retry_after)
-                await wait_for_event(task.urgent, backoff.retry_at - time.monotonic())
-                continue
-            if task.problem:
-                task.problem = ""
-                if not self.problems:
-                    log_event("published-again", "the API server does what it is asked again")
-            backoff.reset()
-            await wait_for_event(task.urgent, MIN_PUBLISH_SECONDS)
-            await wait_for_event(task.changed, task.seconds)
+        try:
+            await asyncio.gather(*(task.run() for task in self._tasks))
+        finally:
+            self.published, self.published_at = [], 0.0
 
     async def _publish_slices(self) -> None:
         """Make the slices what is wanted. Raises ApiError."""
-        for tries_left in (2, 1, 0):
-            wanted, copies = self._wanted, await self._list_slices()
-            is_ours = copies == self._copies  # nobody else has changed them
-            if not is_ours and self.published_at:
-                self._made.clear()  # the API server may be another one, without classes
-                self._classes.refresh()
-            if not is_ours or wanted != self.published:
-                try:
-                    await self._replace(copies, wanted)
-                except ApiError as error:
-                    # 404 or 409: somebody else has changed, made or deleted one meanwhile
-                    if tries_left and error.status in (404, 409):
-                        continue
-                    raise
-            self.published, self._copies, self.published_at = wanted, copies, time.time()
-            return
+        wanted, copies = self._wanted, await self._list_slices()
+        is_ours = copies == self._copies  # nobody else has changed them
+        if not is_ours and self.published_at:
+            self._made.clear()  # the API server may be another one, without classes
+            self._classes.refresh()
+        if not is_ours or wanted != self.published:
+            await self._replace(copies, wanted)
+        self.published, self._copies, self.published_at = wanted, copies, time.time()
 
     async def _list_slices(self) -> Dict[str, SliceCopy]:
         """The slices that the API server has, read a few at a time. Raises ApiError."""
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={SLICES_AT_ONCE}"
-        path = f"{_API}/resourceslices?{query}"
         read = functools.partial(read_slices, domain=self._domain, node=self._node)
-        copies: Dict[str, SliceCopy]
-        copies, rest = await self._api.call("list", path, read=read)
-        while rest:
-            more, rest = await self._api.call("list", f"{path}&continue={rest}", read=read)
+        copies: Dict[str, SliceCopy] = {}
+        rest = ""
+        while True:
+            path = f"{_API}/resourceslices?{query}" + (f"&continue={rest}" if rest else "")
+            more, rest = await self._api.call("list", path, read=read)
             copies.update(more)
-        return copies
+            if not rest:
+                return copies
 
     async def _replace(self, copies: Dict[str, SliceCopy], wanted: List[SliceGroup]) -> None:
         """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
@@ -5518,216 +5419,44 @@ class DraSettings(NamedTuple):
         return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
 
 
-class DraSide(KubeletSide):
-    """Offers a plan's resources through Dynamic Resource Allocation."""
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
+# their methods with the names of the messages in api.proto.
+PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
+_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
+    PLUGIN_REGISTRATION: {
+        "GetInfo": ("InfoRequest", "PluginInfo"),
+        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
+    },
+    DRA_PLUGIN: {
+        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
+        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
+    },
+}
 
-    def __init__(
-        self,
-        settings: DraSettings,
-        api: ApiServer,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        max_silence: float,
-        watch: Optional[Watch] = None,
-    ) -> None:
-        super().__init__(loop, max_silence)
-        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
-        loop.set_default_executor(daemon_threads())
-        self.settings = settings
-        self.domain = self.full_name = settings.domain
-        self.api = api
-        self.plugin_dir = settings.folder
-        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
-        self.is_standby = False  # another instance serves the driver
+
+class DraPlugin:
+    """The services that the kubelet calls, and whether it has the driver. ON_REGISTRATION is called after each one."""
+
+    def __init__(self, settings: DraSettings, claims: Claims, on_registration: Callable[[], None]) -> None:
+        self.full_name = settings.domain
         self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.restarts = self.prepare_errors = 0
-        self.publisher: Optional[Publisher] = None  # while the driver is served
-        self.claims = Claims(settings, api, devices)
-        self.slots: SlotsOfDra = {}  # those of the plan
-        self._plan = EMPTY_PLAN
-        self._lost_since: Dict[str, float] = {}  # time.monotonic() when a prepared device went that the plan lacks
-        self._grace_end = math.inf  # time.monotonic() when the next device has been gone for too long
-        self._settled: Tuple[object, ...] = ()  # what the slices followed from when they were last made
-        self._watch = watch  # of the CDI files
-        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
-        self._leases = Leases(f"{settings.folder}/driver.lock")
-        self._servers: List[UnixServer] = []
-        self._served_since = 0.0
+        self._settings = settings
+        self._claims = claims
+        self._on_registration = on_registration
+        self._served_since = math.inf
         self._is_registered = False  # says the kubelet, which does not say when it ends
         self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
         self._last_kubelet: Optional[Identity] = None  # the one that answered last
         self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
-        self._publishing: Optional[asyncio.Task[None]] = None
 
     @property
-    def is_answering(self) -> bool:
+    def is_registered(self) -> bool:
         """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
         return self._is_registered and self._registrar in (None, self._kubelet)
 
-    async def run(self) -> None:
-        """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        try:
-            while not self._done.done():
-                self.heartbeat = time.monotonic()
-                self._wake = asyncio.get_running_loop().create_future()
-                if self._watch:
-                    self._watch.ask()  # before the look, so that no change is missed
-                await self._check_sockets()
-                self._check_kubelet()
-                if self.claims.is_open:
-                    was_unsettled = self.claims.is_unsettled
-                    self.claims.sync()
-                    if time.monotonic() >= self._grace_end:
-                        self.apply(self._plan)
-                    elif was_unsettled:
-                        self._settle()
-                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
-                await asyncio.sleep(NEXT_LOOK_SECONDS)
-        finally:
-            if self._watch:
-                self._watch.close()
-            await self._end()
-        self._done.result()
-
-    def look_now(self) -> None:
-        if not self._wake.done():
-            self._wake.set_result(None)
-
-    def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        gone = ((name, slot.device.since) for name, slot in self.slots.items() if slot.device.is_gone)
-        self._lost_since.update(gone)  # it may leave the plan now
-        self._plan, self.slots = plan, slots_by_device_name(plan)
-        end = time.monotonic() - self.settings.gone_grace  # of the grace for those that went before
-        went = [slot.device.since for slot in self.slots.values() if slot.device.is_gone]
-        self._grace_end = min((since for since in went if since > end), default=math.inf) + self.settings.gone_grace
-        self.claims.follow(plan, self.slots)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Publish what is offered, and the prepared devices that are not, once they are gone. If another device has the
-        name of one by now, it must wait."""
-        if self.publisher:
-            now = time.monotonic()
-            end = now - self.settings.gone_grace  # of the grace for those that went before
-            prepared = (device for claim in self.claims.prepared.values() for device in claim.devices)
-            lost = {device.name: device for device in prepared if device.is_gone and not self.claims.slot_of(device)}
-            self._lost_since = {name: self._lost_since.get(name, now) for name in lost}
-            evicted = {name for name, since in self._lost_since.items() if since <= end}
-            settled = (self.publisher, self._plan, self._grace_end, lost.keys(), evicted)
-            if settled == self._settled:
-                return
-            self._settled = settled
-            offered = (
-                slice_device(name, slot, self.domain, slot.device.is_gone and slot.device.since <= end)
-                for name, slot in self.slots.items()
-                if name not in lost
-            )
-            gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
-            self.publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
-
-    @property
-    def obstacle(self) -> str:
-        """Why pods cannot be given every device that is offered; empty where they can."""
-        if not self.is_answering or not self.publisher:
-            return unready_text(self.problem)
-        if self.publisher.problems:
-            return f"not published: {self.publisher.problems[0]}"
-        return "" if self.publisher.published_at else "not published yet"
-
-    def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the resource NAME: the driver is registered for all of them."""
-        return {
-            **NOT_REGISTERED,
-            "ready": not self.obstacle,
-            "served_by_other": self.is_standby,
-            "trouble": self.obstacle,
-            "allocations": self.claims.allocations[name],
-            "registrations": self.registrations,
-        }
-
-    def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
-        api, published = self.api, self.publisher.published if self.publisher else []
-        dra = {
-            "problem": self.obstacle,
-            "registered": self.is_answering,
-            "socket": self.settings.sockets[0],
-            "slices": len(published),
-            "slice_devices": sum(count for count, _ in published),
-            "published_at_seconds": self.publisher.published_at if self.publisher else 0.0,
-            "api_server": api.address.url,
-            "api_reachable": not api.problem,
-            "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(self.claims.prepared),
-            "claims": [
-                {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in self.claims.prepared.values()
-            ],
-            "prepare_errors": self.prepare_errors,
-        }
-        return {
-            "kubelet": {"answering": self.is_answering, "restarts": self.restarts, "plugin_dir": self.plugin_dir},
-            "dra": dra,
-        }
-
-    # -- the sockets -----------------------------------------------------------------------------------------------
-
-    async def _check_sockets(self) -> None:
-        """Serve the driver unless another instance does, and serve it anew when a socket file was replaced."""
-        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
-            self._log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
-            await self._end()
-        if self._servers:
-            is_late = time.monotonic() - self._served_since > REGISTER_SECONDS
-            if is_late and not self._is_registered and not self.problem:  # the kubelet's own reason says more
-                self._log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
-            return
-        problem = f"another instance serves the driver {self.domain}; waiting for its end"
-        try:
-            for path in self.settings.sockets:
-                os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            self.is_standby = not all(map(self._leases.take, self.settings.sockets))
-            if not self.is_standby:
-                await self._serve()
-        except OSError as error:
-            self.is_standby = False
-            problem = f"cannot serve in {error.filename or self.settings.kubelet_dir}: {error.strerror}"
-        if not self._publishing:
-            await self._end()
-            self._log_problem("not-served", problem)
-
-    def _check_kubelet(self) -> None:
-        """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
-        path = self.settings.kubelet_socket
-        try:
-            found = None if is_dead(path) else os.stat(path)
-        except OSError:  # this says nothing about the kubelet
-            return
-        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
-        self._registrar = self._registrar or self._kubelet
-        if self._kubelet and self._kubelet != self._last_kubelet:
-            self.restarts += self._last_kubelet is not None
-            self._last_kubelet = self._kubelet
-        if self.is_answering:
-            self.problem = ""
-        elif self._is_registered:
-            self._log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
-
-    async def _serve(self) -> None:
-        """Listen, take up what is prepared, and publish. Raises OSError."""
-        for path in self.settings.sockets:
-            self._servers.append(UnixServer(path, self._add_services))
-            await self._servers[-1].start()
-        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
-        self.claims.open()
-        self.publisher = Publisher(self.api, self.settings.node, self.domain, self.claims.check)
-        self._settle()
-        self.problem, self._served_since = "", time.monotonic()
-        self._publishing = asyncio.ensure_future(self.publisher.run())
-        self._publishing.add_done_callback(self._fail_with)
-
-    def _add_services(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the services on SERVER."""
         for service, methods in _DRA_SERVICES.items():
             handlers = {
                 method: grpc.unary_unary_rpc_method_handler(
@@ -5737,28 +5466,41 @@ class DraSide(KubeletSide):
             }
             server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
 
-    async def _end(self) -> None:
-        """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
-        self.publisher, self._is_registered = None, False
-        self.claims.close()
-        if self._publishing:
-            self._publishing.cancel()
-            await asyncio.wait([self._publishing])
-        servers, self._servers, self._publishing = self._servers, [], None
-        await asyncio.gather(*(server.stop() for server in reversed(servers)))
-        self._leases.close()
+    def note_sockets(self, are_served: bool) -> None:
+        """From now on, the kubelet finds the sockets, or does not."""
+        self._served_since = time.monotonic() if are_served else math.inf
+        self._is_registered = False
+        if are_served:
+            self.problem = ""
 
-    def _log_problem(self, event: str, problem: str) -> None:
+    def log_problem(self, event: str, problem: str) -> None:
         """Log PROBLEM, unless it was logged last."""
         if problem != self.problem:
             log_event(event, problem, logging.WARNING)
         self.problem = problem
 
-    # -- what the kubelet calls ------------------------------------------------------------------------------------
+    def check_kubelet(self) -> None:
+        """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
+        path = self._settings.kubelet_socket
+        try:
+            found = None if is_dead(path) else os.stat(path)
+        except OSError:  # this says nothing about the kubelet
+            return
+        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        self._registrar = self._registrar or self._kubelet
+        if self._kubelet and self._kubelet != self._last_kubelet:
+            self.restarts += self._last_kubelet is not None
+            self._last_kubelet = self._kubelet
+        if self.is_registered:
+            self.problem = ""
+        elif self._is_registered:
+            self.log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
+        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not self.problem:
+            self.log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.domain, "endpoint": self.settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.full_name, "endpoint": self._settings.sockets[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
@@ -5766,41 +5508,38 @@ class DraSide(KubeletSide):
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
         self._is_registered, self._registrar = request.plugin_registered, None
-        self._check_kubelet()
         if self._is_registered:
             self.registrations += 1
-            self.problem = ""
-            log_event("registered", "registered with the kubelet", driver=self.domain)
+            log_event("registered", "registered with the kubelet", driver=self.full_name)
         else:
-            self._log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
-        if self.publisher:
-            self.publisher.refresh()
+            self.log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+        self.check_kubelet()
+        self._on_registration()
         return pb.RegistrationStatusResponse()
 
     @answered
     async def NodePrepareResources(
         self, request: pb.NodePrepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodePrepareResourcesResponse:
-        end = time.monotonic() + self.claims.PREPARE_SECONDS
-        tasks = [self.claims.prepare(claim, end) for claim in request.claims]
+        end = time.monotonic() + self._claims.PREPARE_SECONDS
+        claims = [PreparedClaim(claim.uid, claim.namespace, claim.name) for claim in request.claims]
+        tasks = [self._claims.prepare(claim, end) for claim in claims]
         response = pb.NodePrepareResourcesResponse()
-        for claim, prepared in zip(request.claims, await asyncio.gather(*tasks, return_exceptions=True)):
+        for claim, prepared in zip(claims, await asyncio.gather(*tasks, return_exceptions=True)):
             entry = response.claims[claim.uid]
-            if isinstance(prepared, (AllocationError, ApiError, OSError)):
-                text = (
-                    f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else str(prepared)
-                )
-                entry.error = printable(f"{self.domain}: {text}")  # protobuf takes no lone surrogate, JSON has them
+            if isinstance(prepared, PreparedClaim):
+                self._claims.log_problem("", "", claim)
+                for device in prepared.devices:
+                    cdi_id = f"{self.full_name}/device={claim.uid}-{device.name}"
+                    names = {"pool_name": self._settings.node, "device_name": device.name}
+                    entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
+            elif isinstance(prepared, (AllocationError, ApiError, OSError)):
+                why = f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else prepared
+                entry.error = printable(f"{self.full_name}: {why}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
-                self.claims.log_problem("refused", f"Prepare refused: {text}", claim)
-                continue
-            if isinstance(prepared, BaseException):
+                self._claims.log_problem("refused", f"Prepare refused: {why}", claim)
+            else:
                 raise prepared
-            self.claims.log_problem("", "", claim)
-            for device in prepared.devices:
-                cdi_id = f"{self.domain}/device={prepared.uid}-{device.name}"
-                names = {"pool_name": self.settings.node, "device_name": device.name}
-                entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
         return response
 
     @answered
@@ -5809,9 +5548,178 @@ class DraSide(KubeletSide):
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
         for claim in request.claims:
-            problem = self.claims.unprepare(claim.uid)
-            response.claims[claim.uid].error = f"{self.domain}: {problem}" if problem else ""
+            problem = self._claims.unprepare(claim.uid)
+            response.claims[claim.uid].error = f"{self.full_name}: {problem}" if problem else ""
         return response
+
+
+class DraSide(KubeletSide):
+    """Offers a plan's resources through Dynamic Resource Allocation: serves the sockets while it has their lease."""
+
+    def __init__(
+        self,
+        settings: DraSettings,
+        api: ApiServer,
+        devices: HostDevices,
+        loop: asyncio.AbstractEventLoop,
+        max_silence: float,
+    ) -> None:
+        super().__init__(loop, max_silence)
+        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
+        self.domain = settings.domain
+        self.plugin_dir = settings.folder
+        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
+        self.slots: SlotsOfDra = {}  # those of the plan
+        self._settings = settings
+        self._api = api
+        self._claims = Claims(settings, api, devices)
+        self._publisher = Publisher(api, settings.node, settings.domain, self._claims.check)
+        self._plugin = DraPlugin(settings, self._claims, self._publisher.refresh)
+        self._plan = EMPTY_PLAN
+        self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
+        self._wanted_from: Tuple[object, ...] = ()  # what the slices were last derived from
+        self._watch = Watch(settings.cdi_dir, with_content=True)
+        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
+        self._is_standby = False  # another instance serves the driver
+        self._leases = Leases(f"{settings.folder}/driver.lock")
+        self._servers: List[UnixServer] = []
+        self._publishing: Optional[asyncio.Task[None]] = None  # while the driver is served
+
+    async def run(self) -> None:
+        """Serve the kubelet and publish until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                self.heartbeat = time.monotonic()
+                self._wake = asyncio.get_running_loop().create_future()
+                self._watch.ask()  # before the look, so that no change is missed
+                await self._check_sockets()
+                self._plugin.check_kubelet()
+                self._claims.look()
+                self._publish()
+                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
+                await asyncio.sleep(NEXT_LOOK_SECONDS)
+        finally:
+            self._watch.close()
+            await self._end()
+        self._done.result()
+
+    def look_now(self) -> None:
+        if not self._wake.done():
+            self._wake.set_result(None)
+
+    def apply(self, plan: Plan) -> None:
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        self._plan, self.slots = plan, slots_by_device_name(plan)
+        self._claims.follow(plan, self.slots)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
+        name of one by now, it must wait."""
+        now, lost = time.monotonic(), self._claims.lost()
+        since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        since_when.update((name, self._gone_since.get(name, now)) for name in lost)
+        self._gone_since = since_when
+        evicted = {name for name, since in since_when.items() if now - since >= self._settings.gone_grace}
+        wanted_from = (self._plan, lost.keys(), evicted)
+        if wanted_from == self._wanted_from:
+            return
+        self._wanted_from = wanted_from
+        offered = (
+            slice_device(name, slot, self.domain, name in evicted)
+            for name, slot in self.slots.items()
+            if name not in lost
+        )
+        gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
+        self._publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
+
+    # -- what the status document says -----------------------------------------------------------------------------
+
+    @property
+    def problem(self) -> str:
+        """Why pods cannot be given every device that is offered; empty if they can."""
+        return self._publisher.problem if self._plugin.is_registered else unready_text(self._plugin.problem)
+
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the resource NAME: the driver is registered for all of them."""
+        return {
+            **NOT_REGISTERED,
+            "ready": not self.problem,
+            "served_by_other": self._is_standby,
+            "trouble": self.problem,
+            "allocations": self._claims.allocations[name],
+            "registrations": self._plugin.registrations,
+        }
+
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
+        api, plugin, publisher = self._api, self._plugin, self._publisher
+        claims = self._claims.prepared.values()
+        dra = {
+            "problem": self.problem,
+            "registered": plugin.is_registered,
+            "socket": self._settings.sockets[0],
+            "slices": len(publisher.published),
+            "slice_devices": sum(count for count, _ in publisher.published),
+            "published_at_seconds": publisher.published_at,
+            "api_server": api.address.url,
+            "api_reachable": not api.problem,
+            "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
+            "claims_prepared": len(claims),
+            "claims": [
+                {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
+                for claim in claims
+            ],
+            "prepare_errors": plugin.prepare_errors,
+        }
+        kubelet = {"answering": plugin.is_registered, "restarts": plugin.restarts, "plugin_dir": self.plugin_dir}
+        return {"kubelet": kubelet, "dra": dra}
+
+    # -- the sockets -----------------------------------------------------------------------------------------------
+
+    async def _check_sockets(self) -> None:
+        """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
+        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
+            self._plugin.log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
+            await self._end()
+        if self._servers:
+            return
+        problem = f"another instance serves the driver {self.domain}; waiting for its end"
+        try:
+            for path in self._settings.sockets:
+                os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            self._is_standby = not all(map(self._leases.take, self._settings.sockets))
+            if not self._is_standby:
+                await self._serve()
+        except OSError as error:
+            self._is_standby = False
+            problem = f"cannot serve in {error.filename or self._settings.kubelet_dir}: {error.strerror}"
+        if not self._publishing:
+            await self._end()
+            self._plugin.log_problem("not-served", problem)
+
+    async def _serve(self) -> None:
+        """Listen, take up what is prepared, and publish. Raises OSError."""
+        for path in self._settings.sockets:
+            self._servers.append(UnixServer(path, self._plugin.add_to))
+            await self._servers[-1].start()
+        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
+        self._claims.open()
+        self._publish()
+        self._plugin.note_sockets(True)
+        self._publishing = asyncio.ensure_future(self._publisher.run())
+        self._publishing.add_done_callback(self._fail_with)
+
+    async def _end(self) -> None:
+        """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
+        self._plugin.note_sockets(False)
+        self._claims.close()
+        if self._publishing:
+            self._publishing.cancel()
+            await asyncio.wait([self._publishing])
+        servers, self._servers, self._publishing = self._servers, [], None
+        await asyncio.gather(*(server.stop() for server in reversed(servers)))
+        self._leases.close()
 
 
 def _inodes(path: str) -> Mapping[str, int]:
@@ -7119,8 +7027,7 @@ class KubeletThread(threading.Thread):
         max_silence = find_max_silence(options.interval)
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            watch = Watch(options.cdi_dir, with_content=True)
-            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence, watch)
+            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
         watch = Watch(options.plugin_dir)
         return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
 

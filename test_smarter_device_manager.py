@@ -8816,20 +8816,11 @@ def test_attributes_are_within_the_limits_of_the_api() -> None:
         assert bad["taints"] == [{"key": f"smarter-devices/{what}", "effect": "NoSchedule"}]
 
 
-@pytest.mark.parametrize(
-    ("tainted", "sizes"),
-    [
-        ((), [128, 128, 44]), ((0,), [64, 128, 108]), ((63,), [64, 128, 108]), ((100,), [100, 64, 128, 8]),
-        (range(300), [64, 64, 64, 64, 44]),
-    ],
-)  # fmt: skip
-def test_slices_are_as_large_as_they_may_be(tainted: Sequence[int], sizes: list[int]) -> None:
-    devices = [{"name": str(number), **({"taints": [1]} if number in tainted else {})} for number in range(300)]
-    slices = list(sdm.split_into_slices(devices))
-    assert [device for group in slices for device in group] == devices
-    for group in slices:
-        assert len(group) <= (64 if any("taints" in device for device in group) else 128)
-    assert list(map(len, slices)) == sizes
+def test_slices_are_as_large_as_they_may_be() -> None:
+    devices = [{"name": str(number)} for number in range(150)]
+    groups = list(sdm.split_into_slices(iter(devices)))
+    assert [count for count, _ in groups] == [64, 64, 22]
+    assert [device for _, group in groups for device in json.loads(group)] == devices
     assert not list(sdm.split_into_slices([]))
 
 
@@ -8874,17 +8865,15 @@ def test_what_a_claim_was_allocated_is_read() -> None:
     assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == found
     with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
         sdm.allocated_devices(claim, "smarter-devices", "node-2")
-    for nonsense in (
-        {}, {"status": None}, {"status": {}}, {"status": {"allocation": None}}, {"status": {"allocation": []}},
-        {"status": {"allocation": {"devices": {"results": None}}}},
-        {"status": {"allocation": {"devices": {"results": [1]}}}},
-        {"status": {"allocation": {"devices": {"results": [{}]}}}},
-        {"status": {"allocation": {"devices": {"results": [{**result_of("a"), "device": 7}]}}}},
-        {"status": {"allocation": {"devices": {"results": [result_of("a", "\ud800")]}}}},
-        {"status": {"allocation": {"devices": {"results": [result_of("\ud800")]}}}},
-    ):  # fmt: skip
+    for empty in ({}, {"status": {}}, {"status": {"allocation": {"devices": {"results": []}}}}):
         with pytest.raises(sdm.AllocationError, match="not allocated"):
-            sdm.allocated_devices(nonsense, "smarter-devices", NODE_NAME)
+            sdm.allocated_devices(empty, "smarter-devices", NODE_NAME)
+    for results in (
+        7, [1], [{}], [{**result_of("a"), "device": 7}], [result_of("a", "\ud800")], [result_of("\ud800")],
+    ):  # fmt: skip
+        with pytest.raises(sdm.UNEXPECTED):
+            claim = {"status": {"allocation": {"devices": {"results": results}}}}
+            sdm.allocated_devices(claim, "smarter-devices", NODE_NAME)
 
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
@@ -8907,7 +8896,7 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         for key in path[:-1]:
             item = item[key]
         item[path[-1]] = value
-        with pytest.raises((LookupError, TypeError, ValueError)):
+        with pytest.raises(sdm.UNEXPECTED):
             sdm.read_cdi_document(broken, "d")
 
 
@@ -8951,32 +8940,40 @@ def read_answer(content: bytes) -> Any:
         reader = asyncio.StreamReader()
         reader.feed_data(content)
         reader.feed_eof()
-        return await sdm.read_api_answer(reader, "url")
+        answer = await sdm.receive_answer(reader, "url")
+        return sdm.read_answer(answer, "list", f"{API}/deviceclasses", lambda document: document["a"])
 
     return asyncio.run(read())
 
 
 def test_answers_of_an_api_server() -> None:
     chunks = b'2;x=y\r\n{"\r\n0006\r\na": 1}\r\n0\r\n\r\n'
-    for content, answer in [
-        (answer_bytes(200, {"a": 1}), (200, {"a": 1}, 0.0)),
-        (answer_bytes(200, b'{"a": 1}{', "content-length: 8"), (200, {"a": 1}, 0.0)),
-        (answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"), (201, {"a": 1}, 0.0)),
-        (answer_bytes(429, {}, "retry-after: 7", "X: y"), (429, {}, 7.0)),
-        (answer_bytes(503, b"<html>", "Retry-After: 999999"), (503, {}, 60.0)),
-        (answer_bytes(429, {}, "Retry-After: soon"), (429, {}, 0.0)),
+    for content in (
+        answer_bytes(200, {"a": 1}),
+        answer_bytes(200, b'{"a": 1}{', "content-length: 8"),
+        answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"),
+    ):
+        assert read_answer(content) == 1
+    for content, status, retry_after in [
+        (answer_bytes(429, {}, "retry-after: 7", "X: y"), 429, 7.0),
+        (answer_bytes(503, b"<html>", "Retry-After: 999999"), 503, 60.0),
+        (answer_bytes(429, {}, "Retry-After: soon"), 429, 0.0),
     ]:
-        assert read_answer(content) == answer
+        with pytest.raises(sdm.ApiError) as raised:
+            read_answer(content)
+        assert (raised.value.status, raised.value.retry_after) == (status, retry_after)
     too_long = sdm.MAX_API_ANSWER + 1
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (b"SSH-2.0 200\r\n\r\n", "speaks no HTTP"),
         (b"x" * (1 << 20), "speaks no HTTP"), (b"HTTP/1.1 200 OK", "hung up"), (b"HTTP/1.1 x\r\n\r\n", "no HTTP"),
-        (answer_bytes(200, b"{"), "no whole JSON object"), (answer_bytes(200, []), "no whole JSON object"),
-        (answer_bytes(200, b"[" * 100_000), "no whole JSON object"), (answer_bytes(200, b"\xff"), "no whole JSON"),
-        (answer_bytes(200, b'{"a": 1}', "Content-Length: 7"), "no whole JSON object"),
-        (answer_bytes(200, b"2\r\n{}\r\n", "Transfer-Encoding: chunked"), "no whole JSON object"),
-        (answer_bytes(200, b"-1\r\n{}\r\n", "Transfer-Encoding: chunked"), "no whole JSON object"),
-        (answer_bytes(200, b"{}", "Transfer-Encoding: chunked"), "no whole JSON object"),
+        *(
+            (answer_bytes(200, body), "answer to list .* is not one; is it an API server")
+            for body in (b"{", [], [1], {}, {"b": 1}, b"[" * 40_000, b"\xff", {"a": [{}] * sdm.MAX_API_OBJECTS})
+        ),
+        (answer_bytes(200, b'{"a": 1}', "Content-Length: 7"), "is not one"),
+        (answer_bytes(200, b"2\r\n{}\r\n", "Transfer-Encoding: chunked"), "is not one"),
+        (answer_bytes(200, b"-1\r\n{}\r\n", "Transfer-Encoding: chunked"), "is not one"),
+        (answer_bytes(200, b"{}", "Transfer-Encoding: chunked"), "is not one"),
         (answer_bytes(200, b" " * too_long), "longer than"),
         (answer_bytes(200, b" " * too_long, "Content-Length: 999999999"), "longer than"),
         (answer_bytes(200, b"fffffff\r\n" + b" " * (too_long + 1), "Transfer-Encoding: chunked"), "longer than"),
@@ -8989,26 +8986,16 @@ def test_answers_of_an_api_server() -> None:
     ("verb", "path", "status", "text"),
     [
         ("list", f"{API}/resourceslices?x=y", 403, 'lacks the right "list" on "resourceslices" (403): why'),
-        (
-            "get",
-            f"{API}/namespaces/nodes/resourceclaims/x",
-            403,
-            'lacks the right "get" on "resourceclaims" (403): why',
-        ),
+        ("get", f"{API}/namespaces/nodes/resourceclaims/x", 403, 'the right "get" on "resourceclaims" (403): why'),
         ("get", "/api/v1/nodes/n", 403, 'lacks the right "get" on "nodes" (403): why'),
-        (
-            "create",
-            f"{API}/deviceclasses",
-            404,
-            "has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why",
-        ),
+        ("create", f"{API}/deviceclasses", 404, "resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why"),
         ("get", f"{API}/deviceclasses/x", 401, "does not accept the token (401) to get deviceclasses: why"),
         ("update", f"{API}/resourceslices/x", 500, "fails (500) to update resourceslices: why"),
     ],
 )
 def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, status, {"message": "why"})
-    long = sdm.api_problem(verb, path, status, {"message": "\n" * 10_000})
+    assert text in sdm.api_problem(verb, path, status, "why")
+    long = sdm.api_problem(verb, path, status, "\n" * 10_000)
     assert len(long) < 400 and "\n" not in long
 
 
@@ -9303,6 +9290,12 @@ class Cluster:
         resources = {device["attributes"]["resource"]["string"] for device in self.api.devices().values()}
         wait_for(lambda: "smarter-devices" in self.kubelet.drivers and len(self.api.classes()) > len(resources))
 
+    def serve(self, start: Starter, *more: str, **constants: float) -> Daemon:
+        """A driver for video0 with two slots, with CONSTANTS of its own; and wait until it is ready."""
+        daemon = start(*self.options(), *more, through=with_constants(**constants) if constants else ())
+        self.ready("video0-0", "video0-1")
+        return daemon
+
 
 def make_certificates(folder: Path) -> Path:
     """Make in FOLDER a CA, another CA, and one between the first and a server; certificates of theirs for a server at
@@ -9347,11 +9340,8 @@ def with_constants(**constants: float) -> list[str]:
     """A command through which a daemon has other values of the script's CONSTANTS, so that a test need not wait."""
     changes = "".join(f"sdm.{name} = {value}; " for name, value in constants.items())
     path = f"sys.argv = sys.argv[2:]; sys.path.insert(0, {str(HERE)!r}); "
-    return [
-        sys.executable,
-        "-c",
-        f"import sys; {path}import smarter_device_manager as sdm; {changes}sys.exit(sdm.main())",
-    ]
+    code = f"import sys; {path}import smarter_device_manager as sdm; {changes}sys.exit(sdm.main())"
+    return [sys.executable, "-c", code]
 
 
 FORGETFUL = {"Claims.GONE_SECONDS": 0.0}  # for tests that need not wait until no pod can have a claim that is gone
@@ -9377,13 +9367,8 @@ def camera(node: Node, cluster: Cluster) -> Cluster:
 @needs_root
 def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: Cluster, start: Starter) -> None:
     tty = node.plug("ttyUSB0")
-    usb = {
-        "idVendor": "10c4",
-        "idProduct": "ea60",
-        "serial": "0001",
-        "manufacturer": "Silicon Labs",
-        "product": "CP2102",
-    }
+    usb = {"idVendor": "10c4", "idProduct": "ea60", "serial": "0001"}
+    usb.update(manufacturer="Silicon Labs", product="CP2102")
     node.sysfs("pci0/usb1", {"idVendor": "1d6b", "serial": "hub"})
     node.sysfs("pci0/usb1/1-1", {**usb, "numa_node": "1"})
     folder = node.sysfs("pci0/usb1/1-1/1-1:1.0/ttyUSB0/tty/ttyUSB0", {}, tty)
@@ -9415,8 +9400,7 @@ def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: C
 
 @needs_root
 def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     wait_for(lambda: len(camera.api.classes()) == 2)
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
@@ -9465,11 +9449,11 @@ def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: 
     node.rules("- devicematch: ^video[0-9]*$\n")
     daemon = start(*cluster.options())
     cluster.wait_for_devices(*(f"video{number}-0" for number in range(150)))
-    assert cluster.api.writes().count(("create", "resourceslices")) == 2
+    assert cluster.api.writes().count(("create", "resourceslices")) == 3
     node.unplug("video0")
     wait_for(lambda: cluster.api.tainted() == {"video0-0"})
     slices = cluster.api.slices()
-    assert sorted(len(item["spec"]["devices"]) for item in slices) == [64, 86]
+    assert sorted(len(item["spec"]["devices"]) for item in slices) == [22, 64, 64]
     assert {item["spec"]["pool"]["generation"] for item in slices} == {2}
     for number in range(1, 100):
         node.unplug(f"video{number}")
@@ -9506,8 +9490,7 @@ def test_stale_slices_of_ours_are_removed_and_no_others(
 @needs_root
 def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
     camera.api.drops_taints = True
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.node.unplug("video0")
     wait_for(lambda: ("update", "resourceslices") in camera.api.writes())
     count = len(camera.api.calls)
@@ -9517,8 +9500,7 @@ def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cl
 
 @needs_root
 def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
     camera.api.remove_slices()  # as the garbage collector does
     camera.wait_for_devices("video0-0", "video0-1")
@@ -9538,8 +9520,7 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
 
 @needs_root
 def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     (info,) = camera.kubelet.infos
     assert (info.type, info.name, list(info.supported_versions)) == ("DRAPlugin", "smarter-devices", ["v1.DRAPlugin"])
     assert info.endpoint == f"{camera.kubelet.folder}/plugins/smarter-devices/dra.sock"
@@ -9568,8 +9549,7 @@ def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, sta
 
 @needs_root
 def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
     camera.gives(first)
     for _ in range(3):
@@ -9583,37 +9563,36 @@ def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> 
 
 @needs_root
 def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
-
-    def error(claim: pb.Claim) -> str:
-        return str(camera.prepare(claim).error)
-
-    assert 'this node offers no device "video7-0"' in error(camera.claim("video7-0"))
-    claim = camera.claim("video0-0")
-    for name in (claim.name, "nothing"):
-        text = f"the API server has no claim default/{name} with the uid other"
-        assert text in error(pb.Claim(namespace="default", name=name, uid="other"))
-    for names in (
-        {"uid": "../../x"},
-        {"uid": ""},
-        {"uid": "a/b"},
-        {"name": "../x"},
-        {"namespace": "a/b"},
-        {"name": "x?y"},
-    ):
-        assert "is not one" in error(
-            pb.Claim(**{"namespace": "default", "name": claim.name, "uid": claim.uid, **names})
-        )
-    camera.api.put(camera.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}})
-    assert "not allocated" in error(claim)
-    gone = camera.claim("video0-0")
+    """What no waiting helps is said at once."""
+    for name in ("a1", "a2"):
+        camera.node.plug(name)
+    camera.node.rules(VIDEO + "- devicematch: ^a\n  resource: a\n  containerpath: /dev/a\n")
+    start(*camera.options(), through=with_constants(**{"Claims.PREPARE_SECONDS": 3.0}))
+    camera.ready("a1-0", "a2-0", "video0-0", "video0-1")
+    unallocated, gone = camera.claim("video0-0"), camera.claim("video0-0")
+    camera.api.put(camera.path(unallocated), {"metadata": {"name": unallocated.name, "uid": unallocated.uid}})
+    names = {"namespace": "default", "name": gone.name, "uid": gone.uid}
+    wrong = [{"uid": "../../x"}, {"uid": ""}, {"uid": "a/b"}, {"name": "../x"}, {"namespace": "a/b"}, {"name": "x?y"}]
+    begin = time.monotonic()
+    for claim, text in [
+        (camera.claim("a1-0", "a2-0"), "would both be /dev/a in the container"),
+        (camera.claim({**result_of("a1-0"), "pool": "node-2"}), "is not of this node"),
+        (unallocated, "not allocated"),
+        (pb.Claim(**{**names, "uid": "other"}), f"the API server has no claim default/{gone.name} with the uid other"),
+        (pb.Claim(**{**names, "name": "no"}), f"the API server has no claim default/no with the uid {gone.uid}"),
+        *((pb.Claim(**{**names, **changes}), "is not one") for changes in wrong),
+    ]:
+        assert text in camera.prepare(claim).error
+    assert time.monotonic() - begin < 3
     camera.node.unplug("video0")
-    assert "/dev/video0: it is gone" in error(gone)
+    for claim, text in [
+        (camera.claim("video7-0"), 'this node offers no device "video7-0"'), (gone, "/dev/video0: it is gone"),
+    ]:  # fmt: skip
+        assert text in camera.prepare(claim).error
+    answer = camera.prepare(camera.claim())
+    assert (answer.error, list(answer.devices)) == ("", []), "it has no results of the driver"
+    camera.unprepare(pb.Claim(uid="../x"))
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
-    assert (
-        camera.kubelet.do(camera.kubelet.unprepare("smarter-devices", pb.Claim(uid="../x"))).claims["../x"].error == ""
-    )
 
 
 @needs_root
@@ -9654,8 +9633,7 @@ def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
 
 @needs_root
 def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
     ids = camera.prepare(claim).devices[0].cdi_device_ids
     camera.prepare(gone)
@@ -9666,7 +9644,8 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     )
     camera.api.put(camera.path(remade), {"metadata": {"name": remade.name, "uid": "another"}})
     del camera.api.objects[camera.path(gone)]
-    files = {".smarter-devices_0123456789abcdef": "half", "foreign.json": "{broken", "other_0000-9.json": "{"}
+    half = camera.cdi / f".smarter-devices_{claim.uid}.new"
+    files = {half.name: "half", "foreign.json": "{broken", "other_0000-9.json": "{"}
     for name, text in files.items():
         (camera.cdi / name).write_text(text)
     camera.api.down()
@@ -9675,18 +9654,16 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     assert camera.file(gone).exists(), "nobody knows yet"
     camera.api.up()
     wait_for(lambda: camera.files() == {camera.file(claim).name, "foreign.json", "other_0000-9.json"})
-    assert not (camera.cdi / ".smarter-devices_0123456789abcdef").exists()
     assert camera.file(claim).stat().st_ino == before.st_ino, "not written again"
     assert camera.prepare(claim).devices[0].cdi_device_ids == ids
     camera.unprepare(claim)
-    assert not camera.file(claim).exists()
+    assert not camera.file(claim).exists() and not half.exists()
 
 
 @needs_root
 def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
     looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05, **FORGETFUL)
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -9704,8 +9681,7 @@ def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(c
 
 @needs_root
 def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -9720,8 +9696,7 @@ def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(came
 @needs_root
 def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
     """It has read the CDI files by then, and would not know of another."""
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     prepared, claim = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(prepared)
 
@@ -9739,8 +9714,7 @@ def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, s
 def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
     camera: Cluster, start: Starter
 ) -> None:
-    start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-1")
     given = camera.gives(claim)
     camera.node.rules("- devicematch: ^video7$\n")
@@ -9929,9 +9903,31 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
 
 
 @needs_root
+@pytest.mark.parametrize("is_away", [False, True])
+def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, cluster: Cluster, start: Starter) -> None:
+    """The stick is the one that the claim was given; the rule asks for another one now."""
+    node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
+    rule = "- {devicematch: ^ttyUSB, resource: a, attributes: {serial: A}}\n"
+    node.rules(rule)
+    options = cluster.options(**{"gone-grace": "0"})
+    daemon = start(*options)
+    cluster.ready("ttyusb0-8acffaea-0")
+    claim = cluster.claim("ttyusb0-8acffaea-0")
+    given = cluster.gives(claim)
+    if is_away:
+        daemon.kill()
+    node.rules(rule.replace("A}", "B}"))
+    if is_away:
+        daemon = start(*options)
+        daemon.says("registered with the kubelet")
+    cluster.wait_for_devices()
+    assert cluster.gives(claim) == given
+    assert not any("NoExecute" in taint for taint in cluster.taints().values())
+
+
+@needs_root
 def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), "--interval", "0.02")
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, "--interval", "0.02")
     began, before = time.monotonic(), len(camera.api.writes())
     for _ in range(10):
         camera.node.unplug("video0")
@@ -10011,8 +10007,7 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
 def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
     damage: Callable[[Path], object], camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
     camera.gives(claim)
     content = camera.file(claim).read_text()
@@ -10033,8 +10028,7 @@ def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
 def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     end: str, camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim, other = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(claim)
     daemon.kill()
@@ -10057,8 +10051,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
 @needs_root
 def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
     """It does not know yet that this one serves."""
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
     camera.gives(claim)
     text = camera.file(claim).read_text().replace(claim.uid, foreign.uid).replace(claim.name, foreign.name)
@@ -10090,32 +10083,27 @@ def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start
 
 
 @needs_root
-def test_a_cdi_file_that_would_not_be_read_again_is_not_written(camera: Cluster, start: Starter) -> None:
+def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     for number in range(100):
         camera.node.plug(f"many/{number}")
-    camera.node.rules("- devicematch: ^many$\n")
+    camera.node.rules(f"{VIDEO}- devicematch: ^many$\n")
     start(*camera.options(), through=with_constants(MAX_FILE_BYTES=8000))
-    camera.ready("many-0")
+    camera.ready("many-0", "video0-0", "video0-1")
     error = camera.prepare(camera.claim("many-0")).error
-    assert re.search(
-        "cannot write a CDI file: it would have [0-9]+ bytes, and more than 8000 are not read again", error
-    )
+    assert re.search("cannot write a CDI file: it would have .* bytes, and more than 8000 are not read again", error)
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
-
-
-@needs_root
-def test_a_claim_without_results_of_the_driver_has_no_file(camera: Cluster, start: Starter) -> None:
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
-    answer = camera.prepare(camera.claim())
-    assert (answer.error, list(answer.devices)) == ("", [])
-    assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
+    if camera.cdi.exists():
+        camera.cdi.rmdir()
+    camera.cdi.write_text("in the way")
+    claim = camera.claim("video0-0")
+    assert camera.prepare(claim).error == "smarter-devices: cannot write a CDI file: File exists"
+    camera.cdi.unlink()
+    assert camera.gives(claim)[0]
 
 
 @needs_root
 def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     watch = {**result_of("video0-0", "watch"), "adminAccess": True}
     before, owner, after = (camera.claim(*names) for names in ([watch], ["video0-0"], [watch]))
     for claim in (before, owner, after):
@@ -10131,8 +10119,7 @@ def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter
 @needs_root
 @pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
 def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0", {**result_of("video0-0", "q"), **more})
     for _ in range(2):
         (device,) = camera.prepare(claim).devices
@@ -10180,30 +10167,11 @@ def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
 
 
 @needs_root
-def test_what_no_waiting_helps_is_said_at_once(camera: Cluster, start: Starter) -> None:
-    for name in ("a1", "a2"):
-        camera.node.plug(name)
-    camera.node.rules("- devicematch: ^a\n  resource: a\n  containerpath: /dev/a\n")
-    start(*camera.options())
-    camera.ready("a1-0", "a2-0")
-    begin = time.monotonic()
-    for claim, text in [
-        (camera.claim("a1-0", "a2-0"), "would both be /dev/a in the container"),
-        (camera.claim({**result_of("a1-0"), "pool": "node-2"}), "is not of this node"),
-        (pb.Claim(namespace="default", name="x", uid="u"), "has no claim default/x with the uid u"),
-        (pb.Claim(namespace="default", name="x", uid="../u"), "is not one"),
-    ]:
-        assert re.search(text, camera.prepare(claim).error), camera.prepare(claim).error
-    assert time.monotonic() - begin < 5
-
-
-@needs_root
 def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ended(
     camera: Cluster, start: Starter
 ) -> None:
     constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
-    daemon = start(*camera.options(), through=with_constants(**constants))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **constants)
     forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
     camera.gives(forced)
     assert "still prepared" in camera.prepare(claim).error
@@ -10217,8 +10185,7 @@ def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ende
 
 @needs_root
 def test_an_api_server_without_slices_does_not_say_that_a_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(**FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0}))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, **FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0})
     holder, claim = camera.claim("video0-0"), camera.claim("video0-0")
     camera.gives(holder)
     camera.api.fault = lambda verb, kind: answer_bytes(404, b"{}") if kind == "resourceslices" else None
@@ -10251,8 +10218,7 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
 def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
     fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
 ) -> None:
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     daemon.kill()
@@ -10265,17 +10231,6 @@ def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
     del camera.api.objects[camera.path(claim)]
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: not camera.file(claim).exists())
-
-
-@needs_root
-def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
-    camera.cdi.write_text("in the way")
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    assert camera.prepare(claim).error == "smarter-devices: cannot write a CDI file: File exists"
-    camera.cdi.unlink()
-    assert camera.gives(claim)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10293,7 +10248,7 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert status.ask("/healthz").status == 200
     camera.api.up()
     camera.ready("video0-0", "video0-1")
-    daemon.says("the API server does what it is asked again")
+    daemon.says("publishing works again")
     claim = camera.claim("video0-0")
     nodes = camera.gives(claim)
     camera.api.down()
@@ -10350,8 +10305,7 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
-    daemon = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start)
     assert camera.gives(camera.claim("video0-0"))
     assert "did not answer" not in daemon.log
 
@@ -10383,7 +10337,7 @@ def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
     daemon = start(*cluster.options(), through=with_constants(COMPARE_SECONDS=0.5))
     wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=200)
     lists = [call for call in cluster.api.calls if call.verb == "list"]
-    pages = math.ceil(235 / sdm.SLICES_AT_ONCE)
+    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.SLICES_AT_ONCE)
     more = len(lists) + 2 * pages
     wait_for(lambda: [call.verb for call in cluster.api.calls].count("list") > more, patience=200)
     assert [call.status for call in cluster.api.calls if call.verb in ("update", "delete")] == []
@@ -10391,9 +10345,8 @@ def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
 
 
 @needs_root
-def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
+    camera.serve(start)
     conflicts = 2
 
     def write_first(target: str) -> None:
@@ -10405,12 +10358,9 @@ def test_a_conflict_is_solved_at_once(camera: Cluster, start: Starter) -> None:
 
     wait_for(lambda: len(camera.api.classes()) == 2)
     camera.api.before_write = write_first
-    unplugged = time.monotonic()
     camera.node.unplug("video0")
     wait_for(lambda: len(camera.api.tainted()) == 2)
     assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
-    last = [call for call in camera.api.calls if call.verb == "update"]
-    assert last[2].when - last[0].when < 1.0, f"{unplugged}"
 
 
 @needs_root
@@ -10424,8 +10374,7 @@ def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluste
         return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(when) == 1 else None
 
     camera.api.fault = fault
-    start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start)
     for kind in ("resourceslices", "deviceclasses"):
         assert times[kind][1] - times[kind][0] > 2.9
 
@@ -10465,8 +10414,7 @@ def slice_with(devices: object) -> dict[str, Any]:
     ids=range(11),
 )
 def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
     camera.api.fault = lambda verb, kind: nonsense
     assert camera.prepare(claim).error
@@ -10485,13 +10433,8 @@ def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) 
 
 @needs_root
 def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Cluster, start: Starter) -> None:
-    daemon = start(
-        *camera.options(),
-        "--listen",
-        "127.0.0.1:0",
-        through=with_constants(API_SECONDS=0.5, **{"Claims.PREPARE_SECONDS": 2.5}),
-    )
-    camera.ready("video0-0", "video0-1")
+    constants = {"API_SECONDS": 0.5, "Claims.PREPARE_SECONDS": 2.5}
+    daemon = camera.serve(start, "--listen", "127.0.0.1:0", **constants)
     claim = camera.claim("video0-0")
     camera.api.fault = lambda verb, kind: 30.0
     begin = time.monotonic()
@@ -10510,30 +10453,8 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
 
 
 @needs_root
-def test_a_name_server_that_does_not_answer_keeps_nobody_from_ending(camera: Cluster, start: Starter) -> None:
-    through = with_constants(API_SECONDS=0.5)
-    through[-1] = f"import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(20); {through[-1]}"
-    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
-    daemon.says("the API server at https://api.example:6443 did not answer within 0 s; trying again")
-    begin = time.monotonic()
-    assert daemon.stop() == 0
-    assert time.monotonic() - begin < 3
-
-
-@needs_root
-def test_where_there_can_be_no_more_threads_the_api_server_is_looked_for_later(camera: Cluster, start: Starter) -> None:
-    through = with_constants(API_SECONDS=0.5)
-    only = "start(self) if self.name != 'resolver' else exec('raise RuntimeError(str())')"
-    through[-1] = f"import threading as t; t.Thread.start = lambda self, start=t.Thread.start: {only}; {through[-1]}"
-    daemon = start(*camera.options(**{"kube-api": "https://api.example:6443"}), through=through)
-    daemon.says("api.example:6443 does not answer: RuntimeError; trying again")
-    assert daemon.stop() == 0
-
-
-@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     camera.api.tokens = {"two"}
     camera.token.write_text("two")
     assert camera.gives(camera.claim("video0-0"))
@@ -10561,13 +10482,13 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
 @pytest.mark.parametrize(
     ("certificate", "ca", "problem"),
     [
-        ("other", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
-        ("wrong", "ca.crt", "has a certificate that .*ca.crt does not vouch for: IP address mismatch"),
-        ("server", "other-ca.crt", "has a certificate that .*other-ca.crt does not vouch for: "),
+        ("other", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
+        ("wrong", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: IP address mismatch"),
+        ("server", "other-ca.crt", "has a certificate that is not signed by a CA in .*other-ca.crt: "),
         ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
         ("server", "fifo", "the CA file .*fifo holds no certificate"),
-        ("below", "ca.crt", "has a certificate that .*ca.crt does not vouch for: "),
+        ("below", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
@@ -10593,10 +10514,8 @@ def test_a_ca_between_is_enough(camera: Cluster, start: Starter) -> None:
 def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
     ca = camera.node.root / "ca.crt"
     ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
-    daemon = start(
-        *camera.options(**{"kube-ca-file": str(ca)}),
-        through=with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05),
-    )
+    hasty = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
+    daemon = start(*camera.options(**{"kube-ca-file": str(ca)}), through=hasty)
     camera.ready("video0-0", "video0-1")
     camera.api.down()
     daemon.says("does not answer")
@@ -10608,22 +10527,15 @@ def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, sta
 
 @needs_root
 def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(**{"node-name": "node-9"})).says(
-        r"there is no Node node-9 \(404\); --node-name names the Node"
-    )
-    camera.api.fault = lambda verb, kind: answer_bytes(404, {"message": "the server could not find it"})
-
-
-@needs_root
-def test_an_api_server_without_dra_is_named(camera: Cluster, start: Starter) -> None:
+    daemon = start(*camera.options(**{"node-name": "node-9"}))
+    daemon.says(r"there is no Node node-9 \(404\); --node-name names the Node")
     camera.api.fault = lambda verb, kind: answer_bytes(404, b"404 page not found")
-    start(*camera.options()).says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
+    daemon.says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
 
 
 @needs_root
 def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
-    start(*camera.options(), through=with_constants(COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05)
     camera.api.remove_slices()
     assert not camera.api.devices()
     camera.wait_for_devices("video0-0", "video0-1")
@@ -10730,8 +10642,7 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     path = Path(camera.kubelet.folder) / which
@@ -10744,8 +10655,7 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
 
 @needs_root
 def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
-    first = start(*camera.options())
-    camera.ready("video0-0", "video0-1")
+    first = camera.serve(start)
     claim = camera.claim("video0-0")
     camera.gives(claim)
     second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
@@ -10765,8 +10675,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
 
 @needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(REGISTER_SECONDS=0.1))
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, "--listen", "127.0.0.1:0", REGISTER_SECONDS=0.1)
     status = Status(daemon)
     status.wait_for("/readyz", 200)
 
@@ -10825,8 +10734,7 @@ def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
 
 @needs_root
 def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
-    daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, "--listen", "127.0.0.1:0")
     response = pb.ListPodResourcesResponse()
     container = response.pod_resources.add(namespace="default", name="camera").containers.add(name="main")
     devices = container.dynamic_resources.add(claim_name="claim-1", claim_namespace="default").claim_resources
@@ -10892,13 +10800,8 @@ def test_options_of_dra_that_will_not_do(options: list[str], text: str | None, n
 
 def test_the_address_of_the_api_server_is_that_of_a_pod(node: Node) -> None:
     node.rules("- devicematch: x\n")
-    environment = {
-        **os.environ,
-        "KUBERNETES_SERVICE_HOST": "fd00::1",
-        "KUBERNETES_SERVICE_PORT": "443",
-        "NODE_NAME": "edge-7",
-    }
-    environment["COLUMNS"] = "1000"
+    service = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
+    environment = {**os.environ, **service, "NODE_NAME": "edge-7", "COLUMNS": "1000"}
     text = node.run("--help", env=environment).stdout
     assert "https://[fd00::1]:443" in text and "edge-7" in text and "/var/run/cdi" in text
 

@@ -202,7 +202,7 @@ class SimulatedApiServer:
 
     def list(self, path: str) -> list[sdm.Document]:
         """The objects of the collection PATH."""
-        return [item for key, item in self.objects.items() if key.rpartition("/")[0] == path]
+        return [item for key, item in list(self.objects.items()) if key.rpartition("/")[0] == path]
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
