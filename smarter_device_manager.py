@@ -1674,6 +1674,7 @@ class _Listing(NamedTuple):
     entries: Mapping[str, Entry] = {}
     subfolders: Sequence[str] = ()  # their paths
     problem: str = ""  # why it could not be listed
+    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
 
 
 def is_settled(time_ns: int) -> bool:
@@ -1684,11 +1685,29 @@ def is_settled(time_ns: int) -> bool:
     return abs(time.time_ns() - time_ns) > FRESH_NS
 
 
+def reuses_inodes(dev_dir: str) -> bool:
+    """Whether a new file in DEV_DIR may get the inode number of one that is gone. devtmpfs and tmpfs, which /dev is on
+    a real node, count on."""
+    try:
+        device = os.stat(dev_dir).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts = [line.partition(" - ") for line in file]
+    except OSError:
+        return True
+    number = f"{os.major(device)}:{os.minor(device)}"
+    types = {ending.split()[0] for beginning, _, ending in mounts if beginning.split()[2] == number}
+    return not types & {"devtmpfs", "tmpfs"}
+
+
 class Scanner:
-    """Looks at /dev again and again, and lists only the folders whose times moved."""
+    """Looks at /dev again and again, and lists only the folders whose times moved.
+
+    Where inode numbers are used again, a node that was made again between two scans is missing in the first one after.
+    """
 
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
+        self._needs_times = reuses_inodes(dev_dir)
         self._listings: Dict[str, _Listing] = {}
         self._snapshot = Snapshot({}, {})
 
@@ -1729,22 +1748,28 @@ class Scanner:
             return old
         settled = is_settled(folder.st_ctime_ns)  # nobody can set it, unlike st_mtime
         try:
-            entries = _read_folder(f"{self._dev_dir}/{path}", folder, root)
+            entries, times = _read_folder(f"{self._dev_dir}/{path}", folder, root)
         except OSError as error:  # too many open files, say: what was seen before still counts
             return old._replace(settled=False, problem=os.strerror(error.errno or 0))
+        if self._needs_times and old.stamp != stamp:  # a touch, as udev does it, leaves the folder's times alone
+            for name in [name for name in times if not {*times[name]} & {*old.times.get(name, times[name])}]:
+                del entries[name], times[name]
+                settled = False
         if entries == old.entries:
-            return old._replace(stamp=stamp, settled=settled, problem="")
+            return old._replace(stamp=stamp, settled=settled, problem="", times=times)
         subfolders = tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER)
-        return _Listing(stamp, settled, entries, subfolders)
+        return _Listing(stamp, settled, entries, subfolders, times=times)
 
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dict[str, Entry]:
-    """The entries of PATH. Raises OSError, too if PATH is not FOLDER any more."""
-    entries = {}
+def _read_folder(
+    path: str, folder: os.stat_result, root: os.stat_result
+) -> Tuple[Dict[str, Entry], Dict[str, Tuple[int, int]]]:
+    """The entries of PATH, and the times of the nodes. Raises OSError, too if PATH is not FOLDER any more."""
+    entries, times = {}, {}
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not os.path.samestat(os.fstat(descriptor), folder):
@@ -1754,14 +1779,16 @@ def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> Dic
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-                    entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
+                    entry = entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
+                    if entry.kind in NODES:
+                        times[item.name] = found.st_mtime_ns, found.st_ctime_ns
                 except OSError as error:
                     if error.errno in SCARCE:
                         raise
                     # It went meanwhile, or it is a mount whose server has ended: the other names count nevertheless.
     finally:
         os.close(descriptor)
-    return entries
+    return entries, times
 
 
 class Sysfs:

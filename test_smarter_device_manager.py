@@ -2684,6 +2684,24 @@ def test_what_is_a_device_to_the_scanner(case: Case, node: Node) -> None:
     check_case(case, outcome(snapshot, case.path, str(node.dev)))
 
 
+@needs_root
+def test_a_node_made_again_with_the_same_inode_is_missing_once(tmp_path: Path) -> None:
+    path = tmp_path / "ttyUSB0"
+    os.mknod(path, stat.S_IFCHR | 0o600, 7)
+    scanner = sdm.Scanner(str(tmp_path))
+    before = scanner.scan().entry("ttyUSB0")
+    wait_for(lambda: scanner.scan() is scanner.scan())
+    path.touch()  # as udev does it
+    assert scanner.scan(full=True).entry("ttyUSB0") == before
+    time.sleep(2 * sdm.FRESH_NS / 1e9)  # a tick of the file system's clock
+    path.unlink()
+    os.mknod(path, stat.S_IFCHR | 0o600, 7)
+    assert scanner.scan().entry("ttyUSB0") != before
+    after = scanner.scan().entry("ttyUSB0")
+    assert after and (after.kind, after.device) == (before.kind, before.device)
+    assert scanner.scan().entry("ttyUSB0") == after
+
+
 @pytest.mark.parametrize("case", real_cases())
 def test_what_is_a_device_to_an_allocate(case: Case, node: Node) -> None:
     build(node.dev, case.tree)
