@@ -5235,19 +5235,19 @@ class CdiFiles:
             raise ValueError("it is the file of another claim")
         return claim
 
-    def sync(self, wanted: Mapping[str, CdiFile], is_thorough: bool = False) -> Dict[str, OSError]:
+    def sync(self, wanted: Mapping[str, CdiFile]) -> Dict[str, OSError]:
         """Write the files that are not as WANTED, and read them back; why that failed, by uid.
 
-        Unless IS_THOROUGH, a file is not read again while nothing says that it has changed.
+        A file that was as wanted is not read again until its times, which the kernel sets, say that it has changed.
         """
         problems = {}
         for uid, file in wanted.items():
             try:
-                if self._holds(uid, file, is_thorough):
+                if self._holds(uid, file):
                     continue
                 is_new = uid not in self._seen
                 self._write(uid, file)
-                if not self._holds(uid, file, True):
+                if not self._holds(uid, file):
                     raise OSError(errno.EIO, "it does not hold what was written just now")
                 if not is_new:
                     text = "a prepared device, or this file, went, came back or changed"
@@ -5271,12 +5271,12 @@ class CdiFiles:
             raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
         return content
 
-    def _holds(self, uid: str, file: CdiFile, is_thorough: bool) -> bool:
+    def _holds(self, uid: str, file: CdiFile) -> bool:
         """Whether FILE is what stands in the folder for UID."""
         try:
             found = os.stat(self.path(uid))
             seen = (file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            is_known = not is_thorough and self._seen.get(uid) == seen
+            is_known = self._seen.get(uid) == seen
             if os.readlink(self._link(uid)) != file.owner or not (is_known or self._content(uid) == file.content):
                 return False
         except (OSError, ValueError):
@@ -5505,7 +5505,7 @@ class Claims:
     def _write(self, claim: PreparedClaim) -> None:
         """Write the CDI file of CLAIM unless it is there, read it back, and remember the claim. Raises OSError."""
         file = cdi_files([claim], self._settings.domain)
-        for error in self._files.sync(file, is_thorough=True).values():
+        for error in self._files.sync(file).values():
             raise error
         self.prepared[claim.uid] = claim
         self._wanted.update(file)
@@ -5998,6 +5998,8 @@ class DraSide(KubeletSide):
             return
         problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
+            for path in self.settings.sockets:
+                os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self.is_standby = not all(map(self._leases.take, self.settings.sockets))
             if not self.is_standby:
                 await self._serve()
@@ -6028,7 +6030,6 @@ class DraSide(KubeletSide):
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
         for path in self.settings.sockets:
-            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self._servers.append(UnixServer(path, self._add_services))
             await self._servers[-1].start()
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
