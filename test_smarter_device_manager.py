@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import base64
 import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import html
 import html.parser
@@ -27,7 +25,6 @@ import os
 import random
 import re
 import resource
-import select
 import shlex
 import shutil
 import signal
@@ -56,34 +53,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
 import support
-from support import (
-    API,
-    HERE,
-    LABEL,
-    NODE_NAME,
-    NODE_PATH,
-    PATIENCE,
-    RIGHTS,
-    SCRIPT,
-    Cluster,
-    Daemon,
-    Kubelet,
-    Node,
-    PodResources,
-    Status,
-    answer_bytes,
-    grpc,
-    holders_message,
-    longest_gap,
-    make_certificates,
-    pb,
-    received,
-    result_of,
-    samples,
-    sdm,
-    wait_for,
-    with_constants,
-)
+
+from support import (  # isort: skip
+    API, ATOMS, CHROMIUM, GROWN_FROM, HERE, LABEL, NODE_NAME, NODE_PATH, PATIENCE, RIGHTS, SCRIPT, SIGNS, WORDS,
+    Chromium, Cluster, Daemon, FullPipe, Kubelet, Manager, Node, PodResources, Status, answer_bytes, cut, grpc,
+    holders_message, longest_gap, make_certificates, nested_expression, obeys_the_law, parse_yaml, pb, received,
+    result_of, samples, sdm, typed, wait_for, with_constants,
+)  # fmt: skip
 
 CONFIG_PAGE = HERE / "docs/config.md"
 Starter = Callable[..., Daemon]
@@ -124,7 +100,8 @@ def kubelet(node: Node) -> Iterator[Kubelet]:
 
 @pytest.fixture
 def start(node: Node) -> Iterator[Starter]:
-    """Starts daemons on the node. At the end each one is stopped, and must not have logged a traceback."""
+    """Starts daemons on the node. At the end each one is stopped, and must not have logged a traceback unless it was
+    given a fault."""
     daemons: list[Daemon] = []
 
     def start(*more: str, **kwargs: Any) -> Daemon:
@@ -134,7 +111,7 @@ def start(node: Node) -> Iterator[Starter]:
     yield start
     for daemon in daemons:
         daemon.stop()
-        assert "Traceback" not in daemon.log, daemon.log
+        assert daemon.fault or "Traceback" not in daemon.log, daemon.log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,65 +151,6 @@ thorough = settings(max_examples=LAW_EXAMPLES, suppress_health_check=list(Health
 MANY_SECONDS = 60.0  # an algorithm that is linear takes 4 s, a quadratic one a day
 
 
-def typed(value: Any) -> Any:
-    """VALUE in a form in which == tells True from 1, and one order of keys from another."""
-    if isinstance(value, dict):
-        return "mapping", [(typed(key), typed(item)) for key, item in value.items()]
-    if isinstance(value, list):
-        return "list", [typed(item) for item in value]
-    return type(value), value
-
-
-def parse_yaml(text: str) -> Any:
-    """What yaml.safe_load() should return for TEXT, by the product's parser."""
-
-    def plain(node: sdm.Node) -> Any:
-        if isinstance(node.value, sdm.Pairs):
-            return {key.value: plain(item) for key, item in node.value}
-        return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
-
-    return plain(sdm.compose_yaml(text))
-
-
-def obeys_the_law(text: str) -> bool:
-    """Check that TEXT is read as PyYAML reads it, or refused at a place in it; whether it was read."""
-    try:
-        found = parse_yaml(text)
-    except sdm.ConfigError as error:
-        lines = text.replace("\r\n", "\n").split("\n")
-        assert 1 <= error.line <= len(lines), (text, str(error))
-        assert 1 <= error.column <= len(lines[error.line - 1]) + 1, (text, str(error))
-        assert re.fullmatch(r"line \d+, column \d+: .{10,}", str(error), re.DOTALL)
-        return False
-    assert typed(found) == typed(yaml.safe_load(text)), text
-    return True
-
-
-def cut(text: str, sign: str | None = None) -> list[str]:
-    """The parts of TEXT between SIGNs, or between blanks."""
-    return text.split(sign)
-
-
-WORDS = cut(r"""a x:y a#b ^video[0-9]*$ /dev/x -a -- é a,b a\b it's 1.2.3 yes No ON y Null NULL null ~ true True FALSE 0
-    7 -1 +5 -0 012 0o7 0x1F 0b1 1_000 1e3 1.5 .5 1. .inf -.INF .nan 12:30 190:20:30.15 = 2001-01-01 2001-12-14t21:59:43Z
-    << 123456789012345678 1234567890123456789 ?x :x - ? : | > %x @x `x &a *a !x !!str""")
-WORDS += ["b c", "\U0001f600", "2001-12-14 21:59:43.10 -5", "9" * 30]
-SIGNS = [*"-?:,[]{}#&*!|>'\"%@`\\ \t\n\r\0\x07\x7f\x85\xa0\u2028\u2029\ufeff\ud800\ufffe\uffff"]
-SIGNS += cut(r"""--- ... '' "a": 'a' [a,] [,] {a} #c \x41 \u00e9 \U0001F600 \ud800 \U00110000""")
-SIGNS += [f"\\{char}" for char in '0abt\tnvfre "\\/N_LPxuU\n']
-SIGNS += cut(
-    "- @: @ #@\n- @\n  @\n    @  @--- @\n---\n@\r\n@a: b@- a\n@\na: @\n  b: @[a, b]@{a: b}@[a: b]@? a@%YAML 1.1\n", "@"
-)
-SIGNS += ["|\n a", ">-\n a", "&a a", "!!int 1", "<<: ", "# c\n"]
-
-GROWN_FROM = [
-    (HERE / "conf.yaml").read_text()[:700],
-    "---\n- devicematch: ^snd$ # sound\n  nummaxdevices: 20\n",
-    '- devicematch: "^ttyUSB[0-9]*$"\n  attributes: {idVendor: \'10c4\', serial: ".*A5\\"XK.*"}\n  with: [a,\n  c]\n',
-    "a:\n  b: [1, 2, {c: d}]\n  'q': \"\\x41\\u00e9\\n\"\ne: ~\nf:\n- 1\n- -2\n",
-    "- - - a\n    - b\n  - c\n-\n  - d: e\n    f:\n    - g\n",
-    "\ufeff# c\r\n---\r\na: b\r\nc:\r\n",
-]
 pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from(SIGNS), st.text(max_size=2))
 
 
@@ -702,14 +620,6 @@ def test_look_around_is_allowed() -> None:
     assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
 
 
-ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\x7f\xa0"]
-ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
-    {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
-    [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
-ATOMS += [f"[[:{hat}{name}:]]" for name in sdm._POSIX_CLASSES for hat in ("", "^")]
-ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
-
-
 def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
     """Check that PATTERN matches NAMES as in RE2, or that one of the two refuses it."""
     re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
@@ -742,24 +652,6 @@ def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
 def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
     pattern += ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
     compare_with_re2(pattern, names)
-
-
-def nested_expression(rng: random.Random, depth: int = 5) -> str:
-    """An expression of nested groups, alternatives and repeats over few characters."""
-    if depth == 0 or rng.random() < 0.3:
-        return rng.choice(NESTED_ATOMS)
-    inner, other = nested_expression(rng, depth - 1), nested_expression(rng, depth - 1)
-    kind = rng.choice(("both", "either", "group", "repeat", "repeat"))
-    if kind == "both":
-        return inner + other
-    if kind == "either":
-        return f"(?:{inner}|{other})"
-    group = f"({inner})" if len(inner) > 1 or kind == "group" else inner
-    return group if kind == "group" else group.replace("(", rng.choice(("(", "(?:")), 1) + rng.choice(NESTED_REPEATS)
-
-
-NESTED_ATOMS = (*"abks^$.", "", *cut(r"\b \B [ab] [^a] \d (?i:k) (?i:[a-s]) (?i:\W) (?i:[[:^lower:]]) (?m:^) (?m:$)"))
-NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} {2,} {0,} {1,}?")
 
 
 @settings(thorough, max_examples=LAW_EXAMPLES * 3 // 2)
@@ -5406,10 +5298,10 @@ def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None
 
 
 @needs_root
-def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet) -> None:
+def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """That of 2,000 resources was cut short after 1.5 s, and 1,029 sockets stayed."""
     names = offer_many(node, 50)
-    daemon = broken_daemon(node, "sdm.RETIRE_PAUSE = 0.6")
+    daemon = start(fault="sdm.RETIRE_PAUSE = 0.6")
     wait_ready(kubelet, names)
     assert daemon.stop() == 0
     assert not sockets(node)
@@ -6142,20 +6034,19 @@ def test_a_start_with_an_id_that_names_no_device_is_refused(
 
 
 @needs_root
-def test_of_many_refusals_only_so_many_are_remembered(board: Board, node: Node, kubelet: Kubelet) -> None:
+def test_of_many_refusals_only_so_many_are_remembered(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
     """Whoever may ask could name any number of IDs."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
-    daemon = broken_daemon(node, "sdm.MAX_REFUSALS = 2")
-    try:
-        kubelet.wait_for("ttyUSB0", Healthy=1)
-        for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
-            assert not may_start(kubelet, "ttyUSB0", slot_id)
-        daemon.says('"c".*\n.*"a"')
-        logged = re.findall('start of a container refused: the container was given the ID "(.)"', daemon.log)
-        assert logged == ["a", "b", "c", "a"]
-    finally:
-        assert daemon.stop() == 0
+    daemon = start(fault="sdm.MAX_REFUSALS = 2")
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
+        assert not may_start(kubelet, "ttyUSB0", slot_id)
+    daemon.says('"c".*\n.*"a"')
+    logged = re.findall('start of a container refused: the container was given the ID "(.)"', daemon.log)
+    assert logged == ["a", "b", "c", "a"]
 
 
 HANGING_SYSFS = """
@@ -6174,7 +6065,7 @@ sdm.read_attribute = hang
 
 @needs_root
 def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices(
-    board: Board, node: Node, kubelet: Kubelet
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
     flag, stuck = node.root / "flag", node.root / "stuck"
     plug_stick(board, "ttyUSB0", "A1")
@@ -6184,109 +6075,97 @@ def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices
         "if os.path.exists", "if '1-1.2' in folder and os.path.exists"
     )
     flag.touch()
-    daemon = broken_daemon(node, patch)
-    try:
-        kubelet.wait_for("sticks", Healthy=1)
-        daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
-        status = Status(daemon)
-        node.plug("null")
-        kubelet.wait_for("null", Healthy=1)
-        assert status.ask("/healthz").status == 200
-        flag.unlink()
-        kubelet.wait_for("sticks", Healthy=2)
-        assert len(stuck.read_text()) == 1  # thread, however often the device side looked
-        flag.touch()
-        daemon.hang_up()
-        wait_for(lambda: len(stuck.read_text()) == 2)
-        node.plug("zero")
-        node.rules(STICK_POOL + "- devicematch: ^(null|zero)$\n")
-        kubelet.wait_for("zero", Healthy=1)
-        assert list(kubelet.health("sticks").values()) == [support.HEALTHY] * 2  # what was known stays
-        assert "Traceback" not in daemon.log
-    finally:
-        flag.unlink(missing_ok=True)
-        assert daemon.stop() == 0
+    daemon = start("--listen", "127.0.0.1:0", fault=patch)
+    kubelet.wait_for("sticks", Healthy=1)
+    daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
+    status = Status(daemon)
+    node.plug("null")
+    kubelet.wait_for("null", Healthy=1)
+    assert status.ask("/healthz").status == 200
+    flag.unlink()
+    kubelet.wait_for("sticks", Healthy=2)
+    assert len(stuck.read_text()) == 1  # thread, however often the device side looked
+    flag.touch()
+    daemon.hang_up()
+    wait_for(lambda: len(stuck.read_text()) == 2)
+    node.plug("zero")
+    node.rules(STICK_POOL + "- devicematch: ^(null|zero)$\n")
+    kubelet.wait_for("zero", Healthy=1)
+    assert list(kubelet.health("sticks").values()) == [support.HEALTHY] * 2  # what was known stays
+    flag.unlink()
 
 
 SLOW_SYSFS = """
 import os, time
 read = sdm.read_attribute
 def slow(folder, name):
-    time.sleep({seconds} if os.path.exists({flag!r}) and name == {name!r} and {where!r} in folder else 0)
+    time.sleep({seconds} if os.path.exists({flag!r}) and name == {name!r} else 0)
     return read(folder, name)
 sdm.read_attribute = slow
 """
 
 
-def slow_daemon(node: Node, name: str, seconds: float, where: str = "") -> Daemon:
-    """A daemon for which reads of the attribute NAME take SECONDS while the file "flag" is there."""
+def slow_sysfs(node: Node, name: str, seconds: float) -> str:
+    """A fault for which reads of the attribute NAME take SECONDS while the file "flag" is there, as it is now."""
     (node.root / "flag").touch()
-    fault = SLOW_SYSFS.format(flag=str(node.root / "flag"), seconds=seconds, name=name, where=where)
-    return broken_daemon(node, fault, SMARTER_DEVICE_MANAGER_INTERVAL="0.2")
+    return SLOW_SYSFS.format(flag=str(node.root / "flag"), seconds=seconds, name=name)
 
 
 @needs_root
 def test_what_sysfs_says_too_late_is_the_answer_to_the_next_question(
-    board: Board, node: Node, kubelet: Kubelet
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
 ) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
-    daemon = slow_daemon(node, "serial", 1.5 * sdm.SYSFS_SECONDS / 7)  # it is read in 7 folders
-    try:
-        kubelet.wait_for("ttyUSB0", Healthy=1)
-        wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
-        assert "sysfs does not answer" in daemon.log
-    finally:
-        assert daemon.stop() == 0
+    daemon = start(fault=slow_sysfs(node, "serial", 1.5 * sdm.SYSFS_SECONDS / 7))  # it is read in 7 folders
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    assert "sysfs does not answer" in daemon.log
 
 
 @needs_root
-def test_many_devices_whose_driver_blocks_readers_delay_nobody(board: Board, node: Node, kubelet: Kubelet) -> None:
+def test_many_devices_whose_driver_blocks_readers_delay_nobody(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
     for number in range(40):
         node.sysfs(f"x{number}", {"index": "1"}, node.plug(f"v{number}"))
     node.plug("null")
     node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^null$\n")
     began = time.monotonic()
-    daemon = slow_daemon(node, "index", 600.0)
-    try:
-        kubelet.wait_for("null", Healthy=1)
-        assert time.monotonic() - began < 5.0
-        assert Status(daemon).ask("/healthz").status == 200
-        threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
-        assert threads < 40 + 12  # one for each that is blocked; the others are those of every daemon
-        daemon.hang_up()
-        node.plug("zero")
-        node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^(null|zero)$\n")
-        kubelet.wait_for("zero", Healthy=1)
-        assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 2
-    finally:
-        assert daemon.stop() == 0
+    daemon = start("--listen", "127.0.0.1:0", fault=slow_sysfs(node, "index", 600.0))
+    kubelet.wait_for("null", Healthy=1)
+    assert time.monotonic() - began < 5.0
+    assert Status(daemon).ask("/healthz").status == 200
+    threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+    assert threads < 40 + 12  # one for each that is blocked; the others are those of every daemon
+    daemon.hang_up()
+    node.plug("zero")
+    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^(null|zero)$\n")
+    kubelet.wait_for("zero", Healthy=1)
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 2
+    assert daemon.stop() == 0
 
 
 @needs_root
-def test_many_starts_of_one_device_wait_for_one_reader(board: Board, node: Node, kubelet: Kubelet) -> None:
+def test_many_starts_of_one_device_wait_for_one_reader(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
     flag, stuck = node.root / "flag", node.root / "stuck"
-    daemon = broken_daemon(
-        node, HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)), SMARTER_DEVICE_MANAGER_INTERVAL="3600"
-    )
-    try:
-        kubelet.wait_for("ttyUSB0", Healthy=1)
-        stuck.write_text("")
-        flag.touch()
-        with plugin_stub(node, "ttyUSB0") as stub:
-            request = pb.PreStartContainerRequest(devices_ids=["0"])
-            # Some of them give up before they are answered.
-            calls = [stub.PreStartContainer.future(request, timeout=PATIENCE if n % 2 else 0.03) for n in range(100)]
-            codes = {call.exception(timeout=PATIENCE).code() for call in calls}
-        assert codes <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED}
-        assert len(stuck.read_text()) <= 2  # one of the starts', one of the device side's
-        flag.unlink()
-        wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
-    finally:
-        flag.unlink(missing_ok=True)
-        assert daemon.stop() == 0
+    start(fault=HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
+    kubelet.wait_for("ttyUSB0", Healthy=1)
+    stuck.write_text("")
+    flag.touch()
+    with plugin_stub(node, "ttyUSB0") as stub:
+        request = pb.PreStartContainerRequest(devices_ids=["0"])
+        # Some of them give up before they are answered.
+        calls = [stub.PreStartContainer.future(request, timeout=PATIENCE if n % 2 else 0.03) for n in range(100)]
+        codes = {call.exception(timeout=PATIENCE).code() for call in calls}
+    assert codes <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert len(stuck.read_text()) <= 2  # one of the starts', one of the device side's
+    flag.unlink()
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
 
 
 @needs_root
@@ -6310,14 +6189,10 @@ def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> No
     before = sysfs.answer(rule.attributes, node)
     assert before.held and sysfs.tegra_gpus() == ["0"]
     board.device("platform/scb/fd500000.pcie/pci0000:00", {"numa_node": "1"})
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
+    with without_descriptors():
         assert not sysfs.ask_again([node.entry.generation])
         gpus = sysfs.tegra_gpus()
         assert sysfs.numa(node) is None
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert sysfs.answer(rule.attributes, node) == before and gpus == ["0"]
     assert sysfs.has_news() and sysfs.numa(node) == 1
     assert not sysfs.has_news()
@@ -6395,45 +6270,41 @@ def test_two_daemons_with_other_rules_keep_their_own_devices(
 
 
 @needs_root
-def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(board: Board, node: Node, kubelet: Kubelet) -> None:
+def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(
+    board: Board, node: Node, kubelet: Kubelet, start: Starter
+) -> None:
     """A driver may keep whoever reads an attribute for ever. One thread may be kept, and no call."""
     flag, stuck = node.root / "flag", node.root / "stuck"
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
     node.plug("null")
     node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMARTER_DEVICE_MANAGER_INTERVAL", "3600")
-        daemon = broken_daemon(node, HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
-    try:
-        wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
-        kubelet.starts("ttyUSB0", "0")
-        threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
-        first_times, later_times = [], []
-        for turn in range(6):
-            stuck.write_text("")
-            flag.touch()
-            with plugin_stub(node, "ttyUSB0") as stub, plugin_stub(node, "sticks") as pool:
-                stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
-                pool.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
-                for number in range(10):
-                    asked, slot_id = (pool, "ttyUSB0:0") if (number + turn) % 2 else (stub, "0")
-                    began = time.monotonic()
-                    with pytest.raises(grpc.RpcError) as caught:
-                        asked.PreStartContainer(pb.PreStartContainerRequest(devices_ids=[slot_id]), timeout=PATIENCE)
-                    (later_times if number else first_times).append(time.monotonic() - began)
-                    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
-            assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 4  # those of grpc come and go
-            assert len(stuck.read_text()) <= 3  # one for each device that the device side reads, and one for the starts
-            flag.unlink()
-            wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
-        assert min(first_times[::2]) < 0.1 and min(first_times[1::2]) < 0.1
-        assert statistics.median(later_times) < 0.05
-        daemon.says("start of a container refused: .*but sysfs does not answer, so its attributes cannot be read. It")
-    finally:
-        flag.unlink(missing_ok=True)
-        assert daemon.stop() == 0
+    daemon = start("--interval", "3600", fault=HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
+    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+    kubelet.starts("ttyUSB0", "0")
+    threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+    first_times, later_times = [], []
+    for turn in range(6):
+        stuck.write_text("")
+        flag.touch()
+        with plugin_stub(node, "ttyUSB0") as stub, plugin_stub(node, "sticks") as pool:
+            stub.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+            pool.GetDevicePluginOptions(pb.Empty(), timeout=PATIENCE)
+            for number in range(10):
+                asked, slot_id = (pool, "ttyUSB0:0") if (number + turn) % 2 else (stub, "0")
+                began = time.monotonic()
+                with pytest.raises(grpc.RpcError) as caught:
+                    asked.PreStartContainer(pb.PreStartContainerRequest(devices_ids=[slot_id]), timeout=PATIENCE)
+                (later_times if number else first_times).append(time.monotonic() - began)
+                assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 4  # those of grpc come and go
+        assert len(stuck.read_text()) <= 3  # one for each device that the device side reads, and one for the starts
+        flag.unlink()
+        wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    assert min(first_times[::2]) < 0.1 and min(first_times[1::2]) < 0.1
+    assert statistics.median(later_times) < 0.05
+    daemon.says("start of a container refused: .*but sysfs does not answer, so its attributes cannot be read. It")
 
 
 @needs_root
@@ -6904,25 +6775,14 @@ def test_a_signal_that_nobody_asked_for_is_a_look_and_no_more(node: Node, kubele
     stops_well(daemon, node)
 
 
-def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, kubelet: Kubelet) -> None:
+def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """Linux without CONFIG_DNOTIFY answers EINVAL; then kubelet.sock is looked at ten times a second."""
     offer(node, *NAMES)
-    driver = node.root / "driver.py"
-    driver.write_text(
-        "import fcntl, sys\nimport smarter_device_manager as sdm\nfcntl.F_NOTIFY = 0x7FFF\nsys.exit(sdm.main())\n"
-    )
-    command = [sys.executable, str(driver), *node.options(), "--interval", "3600", "--log-level", "debug"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    daemon = start("--interval", "3600", fault="import fcntl\nfcntl.F_NOTIFY = 0x7FFF")
     wait_ready(kubelet, NAMES)
-    other = Kubelet(node).up()
-    try:
+    with Kubelet(node) as other:
         wait_ready(other, NAMES, AT_ONCE)
-    finally:
-        other.down()
-        process.terminate()
-        _, told = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0
-    assert "Traceback" not in told
+    assert daemon.stop() == 0 and "Traceback" not in daemon.log
 
 
 def told_registered(log: str) -> list[int]:
@@ -7810,32 +7670,24 @@ CRASHES = {
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
+AFTER_THE_START = """
+start = sdm.KubeletThread.start
+def later(thread):
+    start(thread)
+    {fault}
+sdm.KubeletThread.start = later
+"""
 
 
 @pytest.mark.parametrize("where", CRASHES)
-def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, where: str) -> None:
+def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, start: Starter, where: str) -> None:
     offer(node, "null")
-    driver = node.root / "driver.py"
-    driver.write_text(
-        "import smarter_device_manager as sdm, sys, time\n"
-        "began = time.monotonic()\n"
-        "def fail(*_):\n"
-        "    raise KeyError('nobody foresaw this')\n"
-        "start = sdm.KubeletThread.start\n"
-        f"def later(thread):\n    start(thread)\n    {CRASHES[where]}\n"
-        "sdm.KubeletThread.start = later\n"
-        "code = sdm.main()\n"
-        "sys.exit(code + 10 * sdm.log_counts.internal_errors)\n"
-    )
-    command = [sys.executable, str(driver), *node.options(), "--interval", "0.1"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    daemon = start(fault=AFTER_THE_START.format(fault=CRASHES[where]))
     if where == "device side, later":
         wait_ready(kubelet, ["null"])
-        process.send_signal(signal.SIGHUP)
-    _, message = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 11, message
-    assert message.count("Traceback") == 1 and "nobody foresaw this" in message
+        daemon.hang_up()
+    assert daemon.process.wait(PATIENCE) == 1
+    assert daemon.log.count("Traceback") == 1 and "nobody foresaw this" in daemon.log
     assert not sockets(node)
 
 
@@ -8077,13 +7929,15 @@ UNFORESEEN = {  # a request of each method, and what fails when it is looked at
 
 @needs_root
 @pytest.mark.parametrize("method", UNFORESEEN)
-def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet: Kubelet, method: str) -> None:
+def test_what_nobody_foresaw_is_answered_logged_and_counted(
+    node: Node, kubelet: Kubelet, start: Starter, method: str
+) -> None:
     """The text of the exception is none that gRPC takes, nor one for a terminal; and it is long."""
     node.plug("video0")
     node.rules("- devicematch: video\n  resource: pool\n")
     request, failing = UNFORESEEN[method]
     text = r"nobody \udcff foresaw\x1b[31m\nINFO this" + " \u20ac" * 5000
-    daemon = broken_daemon(node, f"def fail(*_):\n    raise ValueError('{text}')\n{failing} = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault=f"def fail(*_):\n    raise ValueError('{text}')\n{failing} = fail")
     wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
     with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError) as caught:
         list(itertools.chain(getattr(stub, method)(request, timeout=PATIENCE)))
@@ -8104,12 +7958,12 @@ def test_what_nobody_foresaw_is_answered_logged_and_counted(node: Node, kubelet:
 
 
 @needs_root
-def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: Kubelet) -> None:
+def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """grpc says so by an exception of its own, a moment before it cancels the call."""
     node.plug("video0")
     node.rules("- devicematch: video\n  resource: pool\n")
     gone = "from grpc._cython.cygrpc import ExecuteBatchError\ndef fail(*_):\n    raise ExecuteBatchError('gone')\n"
-    daemon = broken_daemon(node, f"{gone}sdm.ListStream.next = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault=f"{gone}sdm.ListStream.next = fail")
     wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
     with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError):
         list(stub.ListAndWatch(pb.Empty(), timeout=0.5))
@@ -8140,34 +7994,6 @@ def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet:
 
 
 # A service manager: systemd starts the daemon before the kubelet, and restarts it if it hangs
-
-
-class Manager:
-    """The socket of a service manager at ADDRESS, which begins with "@" if it is abstract, and what came there."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.heard: list[str] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
-
-    def environment(self, watchdog: str) -> dict[str, str]:
-        return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": watchdog}
-
-    def hear(self, patience: float = PATIENCE) -> str:
-        """The next message; "" if none comes in that time."""
-        self._socket.settimeout(patience)
-        try:
-            self.heard.append(self._socket.recv(1000).decode())
-        except socket.timeout:
-            return ""
-        return self.heard[-1]
-
-    def wait_for_silence(self, seconds: float) -> None:
-        wait_for(lambda: not self.hear(seconds), "silence")
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -8211,21 +8037,19 @@ HANGS = {
 
 
 @pytest.mark.parametrize("side", HANGS)
-def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubelet, side: str) -> None:
+def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubelet, start: Starter, side: str) -> None:
     offer(node, "null")
     manager = Manager(f"@{node.root}")
     hang = "import time\nhang = lambda: time.sleep(3600)\n"
-    daemon = broken_daemon(node, hang + HANGS[side], **manager.environment("100000"))
-    try:
-        wait_ready(kubelet, ["null"])
-        wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
-        if side == "device side":
-            daemon.process.send_signal(sdm.LOOK_SIGNAL)
-        manager.wait_for_silence(1.0)
-        assert daemon.process.poll() is None
-    finally:
-        daemon.kill()
-        manager.close()
+    daemon = start(fault=hang + HANGS[side], env={**os.environ, **manager.environment("100000")})
+    wait_ready(kubelet, ["null"])
+    wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
+    if side == "device side":
+        daemon.process.send_signal(sdm.LOOK_SIGNAL)
+    manager.wait_for_silence(1.0)
+    assert daemon.process.poll() is None
+    daemon.kill()
+    manager.close()
 
 
 @pytest.mark.parametrize(
@@ -11437,20 +11261,10 @@ def test_it_serves_without_needless_modules(folder: Path, kubelet: Kubelet, star
     }
 
 
-def broken_daemon(node: Node, fault: str, **environment: str) -> Daemon:
-    """A daemon with FAULT, a statement that is run before all else; so its log may show a traceback."""
-    driver = node.root / "driver.py"
-    driver.write_text(
-        f"import smarter_device_manager as sdm, sys\ndef fail(*_):\n    raise KeyError('nobody foresaw this')\n"
-        f"{fault}\nsys.exit(sdm.main())\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_smarter_device_manager.SCRIPT", driver)
-        return Daemon(node, "--listen", "127.0.0.1:0", env={**os.environ, "PYTHONPATH": str(HERE), **environment})
-
-
-def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: Path, kubelet: Kubelet) -> None:
-    daemon = broken_daemon(node, "sdm.render_page = fail")
+def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter
+) -> None:
+    daemon = start("--listen", "127.0.0.1:0", fault="sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
     daemon.says("CRITICAL the status page failed; this is a bug.*\n  Traceback")
@@ -11460,9 +11274,9 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(node: Node, folder: P
     assert daemon.stop() == 0
 
 
-def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet) -> None:
+def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
     """Half a daemon is worse than one that its supervisor restarts."""
-    daemon = broken_daemon(node, "sdm.StatusServer._welcome = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault="sdm.StatusServer._welcome = fail")
     status = Status(daemon)
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     with contextlib.suppress(OSError):
@@ -11649,94 +11463,7 @@ def test_the_page_without_a_device_says_so(node: Node, start: Starter) -> None:
 
 # In Chromium
 
-CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
-
-
-class Chromium:
-    """Chromium without a screen, on a profile of its own; a context manager.
-
-    It takes commands of the DevTools protocol as its descriptor 3 and answers on 4, JSON that ends with a NUL.
-    """
-
-    def __init__(self) -> None:
-        quiet = "--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
-        options = [*quiet.split(), "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe"]
-        if os.geteuid() == 0:
-            options.append("--no-sandbox")  # root has to
-        self._profile = tempfile.mkdtemp(prefix="sdm-chromium-")
-        theirs, ours = os.pipe(), os.pipe()  # what they read, what we read
-        code = f"import os, sys; os.dup2({theirs[0]}, 3); os.dup2({ours[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(CHROMIUM), *options, f"--user-data-dir={self._profile}"],
-            pass_fds=(theirs[0], ours[1]),
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs[0])
-        os.close(ours[1])
-        self._commands, self._answers = os.fdopen(theirs[1], "wb", buffering=0), os.fdopen(ours[0], "rb")
-        self._number = 0
-        self._session: dict[str, str] = {}
-        self.complaints: list[Any] = []  # of the page: its console, exceptions, what the policy forbids
-
-    def __enter__(self) -> Chromium:
-        target = self.do("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log"):
-            self.do(f"{domain}.enable")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._commands.close()
-        self._process.terminate()
-        self._process.wait(PATIENCE)
-        self._answers.close()
-        shutil.rmtree(self._profile, ignore_errors=True)  # a process of it may be writing still
-
-    def do(self, method: str, **parameters: Any) -> Any:
-        """Have it do METHOD; the result."""
-        self._number += 1
-        command = {"id": self._number, "method": method, "params": parameters, **self._session}
-        self._commands.write(json.dumps(command).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
-                self.complaints.append(answer["params"])
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def _receive(self) -> Any:
-        data = bytearray()
-        while (byte := self._answers.read(1)) != b"\0":
-            assert byte, "Chromium is gone"
-            data += byte
-        return json.loads(data)
-
-    def show(self, url: str, width: int = 1280, is_dark: bool = False) -> None:
-        """Load a page in a window of WIDTH."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-        self.do("Emulation.setEmulatedMedia", features=[scheme])
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.do("Page.navigate", url=url)
-        wait_for(lambda: self.run("location.href != 'about:blank' && document.readyState == 'complete'"))
-
-    def run(self, code: str) -> Any:
-        """The value of CODE, an expression of JavaScript, or of what it promises."""
-        result = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def text(self) -> str:
-        """What is to be read on the page."""
-        return self.run("document.body.innerText")
-
-    def picture(self, path: Path) -> None:
-        """Write a PNG of the whole page."""
-        size = self.do("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {**size, "scale": 1}
-        shot = self.do("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @pytest.fixture
@@ -12224,49 +11951,6 @@ def test_the_status_has_events_that_the_log_leaves_out(
 
 
 # A log that is not read
-
-
-class FullPipe:
-    """A full pipe for the log of a daemon: a write into it waits until somebody reads."""
-
-    def __init__(self, is_blocking: bool = True) -> None:
-        self.reader, self.writer = os.pipe()
-        self.text = ""  # that was read
-        fcntl.fcntl(self.writer, 1031, 4096)  # F_SETPIPE_SZ, which has no name before Python 3.10
-        os.set_blocking(self.writer, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(self.writer, b"-\n" * 64)
-        os.set_blocking(self.writer, is_blocking)
-
-    def waits(self) -> bool:
-        """Read what there is; whether there was something."""
-        if not select.select([self.reader], [], [], 0.2)[0]:
-            return False
-        data = os.read(self.reader, 1 << 16)
-        self.text += data.decode()
-        return bool(data)
-
-    def read(self) -> bool:
-        """Read what there is; true."""
-        self.waits()
-        return True
-
-    def read_to_the_end(self) -> str:
-        """All that comes until the daemon has ended."""
-        if self.writer >= 0:
-            os.close(self.writer)
-            self.writer = -1
-        wait_for(lambda: not (select.select([self.reader], [], [], PATIENCE)[0] and self.waits()))
-        return self.text
-
-    def __enter__(self) -> FullPipe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in (self.reader, self.writer):
-            if descriptor >= 0:
-                os.close(descriptor)
 
 
 def cpu_time(daemon: Daemon) -> float:

@@ -8,13 +8,18 @@ ApiServer and DraKubelet are these on a thread of the test process, with faults 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import fcntl
 import http.client
 import itertools
 import json
 import math
 import os
+import random
 import re
+import select
+import shutil
 import signal
 import socket
 import ssl
@@ -392,20 +397,42 @@ class Node:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **kwargs)
 
 
+FAULTY = """
+import sys
+sys.path.insert(0, {here!r})
+import smarter_device_manager as sdm
+def fail(*_):
+    raise KeyError('nobody foresaw this')
+{fault}
+sys.exit(sdm.main())
+"""
+
+
 class Daemon:
     """A daemon: a process that runs the script, and its log."""
 
     def __init__(
-        self, node: Node, *more: str, through: Sequence[str] = (), stderr: int | None = None, **kwargs: Any
+        self,
+        node: Node,
+        *more: str,
+        through: Sequence[str] = (),
+        stderr: int | None = None,
+        fault: str = "",
+        **kwargs: Any,
     ) -> None:
         """Start it with the options MORE, through the command THROUGH (setpriv(1), say), with its log on the descriptor
-        STDERR instead of in a file.
+        STDERR instead of in a file. FAULT is statements that are run before all else.
 
         Do not use preexec_fn: this process has grpc's threads, and one child in a hundred crashes before its exec.
         """
         self.node = node
+        self.fault = fault
+        script = SCRIPT
+        if fault:
+            script = node.root / "driver.py"
+            script.write_text(FAULTY.format(here=str(HERE), fault=fault))
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
-        command = [*through, sys.executable, str(SCRIPT), *node.options(), "--interval", "0.1", *more]
+        command = [*through, sys.executable, str(script), *node.options(), "--interval", "0.1", *more]
         with os.fdopen(descriptor, "w") as log:
             self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, **kwargs)
 
@@ -505,6 +532,12 @@ class Kubelet(SimulatedKubelet):
         self.streams: dict[str, list[tuple[float, Client]]] = {}  # per resource: when each one was opened
         self.trapped: list[str] = []  # resources whose older stream ended while a newer one was open
         self.pod_resources = PodResources(node)
+
+    def __enter__(self) -> Kubelet:
+        return self.up()
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
 
     def do(self, work: Any, patience: float = PATIENCE) -> Any:
         """Run the coroutine WORK on the kubelet's loop."""
@@ -1020,3 +1053,250 @@ def samples(text: str) -> dict[Any, float]:
         for sample in family.samples
         for name in [sample.name.replace(sdm.PREFIX, "")]
     }
+
+
+class Manager:
+    """The socket of a service manager at ADDRESS, which begins with "@" if it is abstract, and what came there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def environment(self, watchdog: str) -> dict[str, str]:
+        return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": watchdog}
+
+    def hear(self, patience: float = PATIENCE) -> str:
+        """The next message; "" if none comes in that time."""
+        self._socket.settimeout(patience)
+        try:
+            self.heard.append(self._socket.recv(1000).decode())
+        except socket.timeout:
+            return ""
+        return self.heard[-1]
+
+    def wait_for_silence(self, seconds: float) -> None:
+        wait_for(lambda: not self.hear(seconds), "silence")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class FullPipe:
+    """A full pipe for the log of a daemon: a write into it waits until somebody reads."""
+
+    def __init__(self, is_blocking: bool = True) -> None:
+        self.reader, self.writer = os.pipe()
+        self.text = ""  # that was read
+        fcntl.fcntl(self.writer, 1031, 4096)  # F_SETPIPE_SZ, which has no name before Python 3.10
+        os.set_blocking(self.writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.writer, b"-\n" * 64)
+        os.set_blocking(self.writer, is_blocking)
+
+    def waits(self) -> bool:
+        """Read what there is; whether there was something."""
+        if not select.select([self.reader], [], [], 0.2)[0]:
+            return False
+        data = os.read(self.reader, 1 << 16)
+        self.text += data.decode()
+        return bool(data)
+
+    def read(self) -> bool:
+        """Read what there is; true."""
+        self.waits()
+        return True
+
+    def read_to_the_end(self) -> str:
+        """All that comes until the daemon has ended."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+        wait_for(lambda: not (select.select([self.reader], [], [], PATIENCE)[0] and self.waits()))
+        return self.text
+
+    def __enter__(self) -> FullPipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (self.reader, self.writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+class Chromium:
+    """Chromium without a screen, on a profile of its own; a context manager.
+
+    It takes commands of the DevTools protocol as its descriptor 3 and answers on 4, JSON that ends with a NUL.
+    """
+
+    def __init__(self) -> None:
+        quiet = "--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+        options = [*quiet.split(), "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe"]
+        if os.geteuid() == 0:
+            options.append("--no-sandbox")  # root has to
+        self._profile = tempfile.mkdtemp(prefix="sdm-chromium-")
+        theirs, ours = os.pipe(), os.pipe()  # what they read, what we read
+        code = f"import os, sys; os.dup2({theirs[0]}, 3); os.dup2({ours[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(CHROMIUM), *options, f"--user-data-dir={self._profile}"],
+            pass_fds=(theirs[0], ours[1]),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs[0])
+        os.close(ours[1])
+        self._commands, self._answers = os.fdopen(theirs[1], "wb", buffering=0), os.fdopen(ours[0], "rb")
+        self._number = 0
+        self._session: dict[str, str] = {}
+        self.complaints: list[Any] = []  # of the page: its console, exceptions, what the policy forbids
+
+    def __enter__(self) -> Chromium:
+        target = self.do("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.do(f"{domain}.enable")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._commands.close()
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+        self._answers.close()
+        shutil.rmtree(self._profile, ignore_errors=True)  # a process of it may be writing still
+
+    def do(self, method: str, **parameters: Any) -> Any:
+        """Have it do METHOD; the result."""
+        self._number += 1
+        command = {"id": self._number, "method": method, "params": parameters, **self._session}
+        self._commands.write(json.dumps(command).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
+                self.complaints.append(answer["params"])
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _receive(self) -> Any:
+        data = bytearray()
+        while (byte := self._answers.read(1)) != b"\0":
+            assert byte, "Chromium is gone"
+            data += byte
+        return json.loads(data)
+
+    def show(self, url: str, width: int = 1280, is_dark: bool = False) -> None:
+        """Load a page in a window of WIDTH."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.do("Emulation.setEmulatedMedia", features=[scheme])
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.do("Page.navigate", url=url)
+        wait_for(lambda: self.run("location.href != 'about:blank' && document.readyState == 'complete'"))
+
+    def run(self, code: str) -> Any:
+        """The value of CODE, an expression of JavaScript, or of what it promises."""
+        result = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def text(self) -> str:
+        """What is to be read on the page."""
+        return self.run("document.body.innerText")
+
+    def picture(self, path: Path) -> None:
+        """Write a PNG of the whole page."""
+        size = self.do("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {**size, "scale": 1}
+        shot = self.do("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+def typed(value: Any) -> Any:
+    """VALUE in a form in which == tells True from 1, and one order of keys from another."""
+    if isinstance(value, dict):
+        return "mapping", [(typed(key), typed(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return "list", [typed(item) for item in value]
+    return type(value), value
+
+
+def parse_yaml(text: str) -> Any:
+    """What yaml.safe_load() should return for TEXT, by the product's parser."""
+
+    def plain(node: sdm.Node) -> Any:
+        if isinstance(node.value, sdm.Pairs):
+            return {key.value: plain(item) for key, item in node.value}
+        return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
+
+    return plain(sdm.compose_yaml(text))
+
+
+def obeys_the_law(text: str) -> bool:
+    """Check that TEXT is read as PyYAML reads it, or refused at a place in it; whether it was read."""
+    try:
+        found = parse_yaml(text)
+    except sdm.ConfigError as error:
+        lines = text.replace("\r\n", "\n").split("\n")
+        assert 1 <= error.line <= len(lines), (text, str(error))
+        assert 1 <= error.column <= len(lines[error.line - 1]) + 1, (text, str(error))
+        assert re.fullmatch(r"line \d+, column \d+: .{10,}", str(error), re.DOTALL)
+        return False
+    import yaml
+
+    assert typed(found) == typed(yaml.safe_load(text)), text
+    return True
+
+
+def cut(text: str, sign: str | None = None) -> list[str]:
+    """The parts of TEXT between SIGNs, or between blanks."""
+    return text.split(sign)
+
+
+WORDS = cut(r"""a x:y a#b ^video[0-9]*$ /dev/x -a -- é a,b a\b it's 1.2.3 yes No ON y Null NULL null ~ true True FALSE 0
+    7 -1 +5 -0 012 0o7 0x1F 0b1 1_000 1e3 1.5 .5 1. .inf -.INF .nan 12:30 190:20:30.15 = 2001-01-01 2001-12-14t21:59:43Z
+    << 123456789012345678 1234567890123456789 ?x :x - ? : | > %x @x `x &a *a !x !!str""")
+WORDS += ["b c", "\U0001f600", "2001-12-14 21:59:43.10 -5", "9" * 30]
+SIGNS = [*"-?:,[]{}#&*!|>'\"%@`\\ \t\n\r\0\x07\x7f\x85\xa0\u2028\u2029\ufeff\ud800\ufffe\uffff"]
+SIGNS += cut(r"""--- ... '' "a": 'a' [a,] [,] {a} #c \x41 \u00e9 \U0001F600 \ud800 \U00110000""")
+SIGNS += [f"\\{char}" for char in '0abt\tnvfre "\\/N_LPxuU\n']
+SIGNS += cut(
+    "- @: @ #@\n- @\n  @\n    @  @--- @\n---\n@\r\n@a: b@- a\n@\na: @\n  b: @[a, b]@{a: b}@[a: b]@? a@%YAML 1.1\n", "@"
+)
+SIGNS += ["|\n a", ">-\n a", "&a a", "!!int 1", "<<: ", "# c\n"]
+
+GROWN_FROM = [
+    (HERE / "conf.yaml").read_text()[:700],
+    "---\n- devicematch: ^snd$ # sound\n  nummaxdevices: 20\n",
+    '- devicematch: "^ttyUSB[0-9]*$"\n  attributes: {idVendor: \'10c4\', serial: ".*A5\\"XK.*"}\n  with: [a,\n  c]\n',
+    "a:\n  b: [1, 2, {c: d}]\n  'q': \"\\x41\\u00e9\\n\"\ne: ~\nf:\n- 1\n- -2\n",
+    "- - - a\n    - b\n  - c\n-\n  - d: e\n    f:\n    - g\n",
+    "\ufeff# c\r\n---\r\na: b\r\nc:\r\n",
+]
+
+
+ATOMS = [*"abAkKsS_079-/.^$|()*+?[]{} #~&\néÉ\x7f\xa0"]
+ATOMS += cut(r"""(?: (?i) (?i: (?s) (?m) (?-i) (?i-s: (?P<n> (?<m> (?) *? +? ?? {2} {0} {0,} {1,2} {1,3} {2,} {,2} {01}
+    {1,2 [a-c] [^a] []a] [^]a] [a-] [a--] [a&&b] [a||b] [a~~b] [[a] [[:a] [a-\d] [+-[:digit:]] [\w-] [\d-z] [^\W]
+    [^[:upper:][:digit:]] [[:foo:]] \x41 \x{e9} \x7 \101 \12 \18 \x{110000} \pL""")
+ATOMS += [f"[[:{hat}{name}:]]" for name in sdm._POSIX_CLASSES for hat in ("", "^")]
+ATOMS += [f"\\{char}" for char in "dDwWsSbBAzZantvfr.-_/1078yé"]
+NESTED_ATOMS = (*"abks^$.", "", *cut(r"\b \B [ab] [^a] \d (?i:k) (?i:[a-s]) (?i:\W) (?i:[[:^lower:]]) (?m:^) (?m:$)"))
+NESTED_REPEATS = cut("* + ? *? +? ?? {2} {0} {1} {0,1} {1,2} {1,2}? {0,2} {1,3} {2,} {0,} {1,}?")
+
+
+def nested_expression(rng: random.Random, depth: int = 5) -> str:
+    """An expression of nested groups, alternatives and repeats over few characters."""
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(NESTED_ATOMS)
+    inner, other = nested_expression(rng, depth - 1), nested_expression(rng, depth - 1)
+    kind = rng.choice(("both", "either", "group", "repeat", "repeat"))
+    if kind == "both":
+        return inner + other
+    if kind == "either":
+        return f"(?:{inner}|{other})"
+    group = f"({inner})" if len(inner) > 1 or kind == "group" else inner
+    return group if kind == "group" else group.replace("(", rng.choice(("(", "(?:")), 1) + rng.choice(NESTED_REPEATS)
