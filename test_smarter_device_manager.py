@@ -66,6 +66,82 @@ Starter = Callable[..., Daemon]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
 
+NAMES = ("full", "null", "random", "urandom", "zero")  # that every /dev has: an ordinary user can serve these
+
+
+def offer(node: Node, *names: str, slots: int = 1) -> None:
+    """Have NAMES served: made-up nodes, or for an ordinary user those of the real /dev."""
+    if os.geteuid() == 0:
+        for name in names:
+            node.plug(name)
+    else:
+        node.dev = Path("/dev")
+    node.rules("".join(f"- devicematch: ^{name}$\n  nummaxdevices: {slots}\n" for name in names))
+
+
+def offer_many(node: Node, count: int) -> list[str]:
+    """Have COUNT made-up nodes served: their names."""
+    names = [f"video{number}" for number in range(count)]
+    for name in names:
+        node.plug(name)
+    node.rules("- devicematch: ^video\n")
+    return names
+
+
+def all_ready(kubelet: Kubelet, names: Sequence[str]) -> bool:
+    """Whether kubelet has an open stream of each, with a list."""
+    found = [kubelet.clients.get(kubelet.name(name)) for name in names]
+    return all(client and client.is_open and client.lists for client in found)
+
+
+def wait_ready(kubelet: Kubelet, names: Sequence[str], patience: float = PATIENCE) -> None:
+    wait_for(lambda: all_ready(kubelet, names), f"{len(names)} resources ready", patience)
+
+
+def sockets(node: Node) -> dict[str, int]:
+    """The sockets in the plugin directory but kubelet's, and their inodes."""
+    found = {}
+    for item in os.scandir(node.plugins):
+        with contextlib.suppress(FileNotFoundError):  # the daemon moved it into its place just now
+            if item.name != "kubelet.sock" and stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
+                found[item.name] = item.inode()
+    return found
+
+
+def settle(daemon: Daemon, seconds: float = 0.5) -> None:
+    """Give the daemon the time to do what it should not do: there is no condition to wait for."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        daemon.process.wait(seconds)
+
+
+def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None:
+    """SIGNUM ends the daemon within 2 s, with exit status 0, and its sockets are gone."""
+    began = time.monotonic()
+    daemon.process.send_signal(signum)
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 2.0
+    assert not sockets(node)
+
+
+def descriptors(daemon: Daemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+@contextlib.contextmanager
+def plugin_stub(node: Node, name: str) -> Iterator[Any]:
+    """A client of a plugin's socket that is not kubelet."""
+    window = [("grpc.http2.bdp_probe", 0)]  # else grpc lets more and more be under way, as it finds the line to be fast
+    with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock", window) as channel:
+        yield sdm.rpc.DevicePluginStub(channel)
+
+
+def refusal(kubelet: Kubelet, resource: str, *ids: str) -> tuple[str, str]:
+    """The status and the words with which Allocate of IDS is refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        kubelet.take(resource, *ids)
+    return caught.value.code().name, caught.value.details()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kubelet_loop() -> Iterator[None]:
     loop = Kubelet.loop = asyncio.new_event_loop()
@@ -114,6 +190,19 @@ def start(node: Node) -> Iterator[Starter]:
         assert daemon.fault or "Traceback" not in daemon.log, daemon.log
 
 
+@pytest.fixture
+def serve(node: Node, kubelet: Kubelet, start: Starter) -> Starter:
+    """Starts a daemon that offers NAMES, and waits until the kubelet has them; the options are those of the daemon."""
+
+    def serve(*names: str, slots: int = 1, options: Sequence[str] = (), **kwargs: Any) -> Daemon:
+        offer(node, *names, slots=slots)
+        daemon = start(*options, **kwargs)
+        wait_ready(kubelet, names)
+        return daemon
+
+    return serve
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +218,7 @@ def test_a_device_goes_all_the_way(node: Node, kubelet: Kubelet, start: Starter)
     assert daemon.stop() == 0
 
 
-def test_a_line_that_does_not_come_is_missed_with_the_log_as_it_is_then(node: Node, start: Starter) -> None:
+def test_a_missing_line_is_told_with_the_log_of_then(node: Node, start: Starter) -> None:
     """This file's own helper: the failures of all tests are read by what it shows."""
     node.rules("[]")
     daemon = start()
@@ -676,7 +765,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_search_ends_although_a_finalizer_is_what_the_first_alarm_interrupts() -> None:
+def test_a_search_ends_though_its_alarm_rings_in_a_finalizer() -> None:
     class Referent:
         """Something that a weak reference can refer to."""
 
@@ -859,7 +948,7 @@ def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monke
     assert side.plan.resources["stick0"].devices[0].line == 2
 
 
-def test_literal_names_for_which_another_rule_takes_too_long_are_checked_in_time() -> None:
+def test_literal_names_are_checked_in_time_despite_slow_rules() -> None:
     names = [SLOW_NAME.format(number).replace("serial/by-id", "x") for number in range(20)]
     conf = "".join(
         f"- devicematch: ^{name}$\n- devicematch: a\n  resource: {sdm.resource_name(name)}\n" for name in names
@@ -3688,7 +3777,7 @@ def test_attributes_go_with_list(node: Node) -> None:
     assert done.returncode == 2 and "--attributes goes with --list" in done.stderr
 
 
-def test_attributes_are_shown_by_a_bare_python(node: Node) -> None:
+def test_attributes_are_shown_by_a_bare_python() -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-I", str(SCRIPT), "--list", "--attributes", "/dev/null"],
         check=False,
@@ -5032,9 +5121,7 @@ def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
 
 
 @needs_root
-def test_a_stick_that_comes_back_as_another_is_in_its_pool_and_not_in_its_container(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_stick_that_returns_as_another_is_not_its_containers(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """A Coral USB accelerator is given its firmware at its first use: another idVendor, and the next number."""
     usb = {"idVendor": "1a6e", "idProduct": "089a"}
     node.sysfs("usb2/2-1", usb, node.plug("bus/usb/002/003", major=189, minor=130))
@@ -5111,9 +5198,7 @@ def test_the_reason_of_a_refused_allocate_reaches_the_user(node: Node, kubelet: 
 
 
 @needs_root
-def test_a_device_that_flaps_between_two_polls_is_unhealthy_and_healthy_again(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_device_that_flaps_between_two_polls_is_unhealthy_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
     for name in ("video0", "video1"):
         node.plug(name)
     node.rules("- devicematch: ^video\n")
@@ -5153,9 +5238,7 @@ def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Ku
 
 
 @needs_root
-def test_an_edit_of_the_conf_sends_new_lists_and_registers_only_what_is_new(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_an_edit_of_the_conf_registers_only_what_is_new(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.plug("video0")
     node.rules("- devicematch: ^video\n")
     start()
@@ -5182,27 +5265,6 @@ def test_the_gpus_of_a_tegra_come_and_go_with_a_full_look(node: Node, kubelet: K
     daemon.hang_up()
     kubelet.wait_for("nvidia-gpu1", Healthy=10)
     kubelet.wait_for("nvidia-gpu0", Unhealthy=10)
-
-
-@needs_root
-def test_a_link_planted_after_the_look_is_refused_at_the_allocate(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    build(node.dev, {"by-id/cam": "-> ../video0", "video0": "char", "sda": "block", "pub/x": "char"})
-    node.rules("- devicematch: ^by-id/cam$\n- devicematch: ^pub/x$\n")
-    start("--interval", "3600")
-    kubelet.wait_for("by-id_cam", Healthy=1)
-    kubelet.wait_for("pub_x", Healthy=1)
-    assert kubelet.gives("by-id_cam") == {"/dev/by-id/cam": "/dev/by-id/cam"}
-    (node.dev / "pub").chmod(0o777)
-    node.link("by-id/cam", "../../outside")
-    node.link("pub/x", "../sda")
-    for name, told in (
-        ("by-id_cam", "/dev/by-id/cam: a link that leaves /dev"),
-        ("pub_x", "/dev/pub/x: others than root may write in the folder /dev/pub"),
-    ):
-        with pytest.raises(grpc.RpcError) as caught:
-            kubelet.gives(name)
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert caught.value.details() == f"smarter-devices/{name}: {told}"
 
 
 @needs_root
@@ -5240,61 +5302,8 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
 # Kubelet
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAMES = ("full", "null", "random", "urandom", "zero")  # that every /dev has: an ordinary user can serve these
 
-
-def offer(node: Node, *names: str, slots: int = 1) -> None:
-    """Have NAMES served: made-up nodes, or for an ordinary user those of the real /dev."""
-    if os.geteuid() == 0:
-        for name in names:
-            node.plug(name)
-    else:
-        node.dev = Path("/dev")
-    node.rules("".join(f"- devicematch: ^{name}$\n  nummaxdevices: {slots}\n" for name in names))
-
-
-def offer_many(node: Node, count: int) -> list[str]:
-    """Have COUNT made-up nodes served: their names."""
-    names = [f"video{number}" for number in range(count)]
-    for name in names:
-        node.plug(name)
-    node.rules("- devicematch: ^video\n")
-    return names
-
-
-def all_ready(kubelet: Kubelet, names: Sequence[str]) -> bool:
-    """Whether kubelet has an open stream of each, with a list."""
-    found = [kubelet.clients.get(kubelet.name(name)) for name in names]
-    return all(client and client.is_open and client.lists for client in found)
-
-
-def wait_ready(kubelet: Kubelet, names: Sequence[str], patience: float = PATIENCE) -> None:
-    wait_for(lambda: all_ready(kubelet, names), f"{len(names)} resources ready", patience)
-
-
-def sockets(node: Node) -> dict[str, int]:
-    """The sockets in the plugin directory but kubelet's, and their inodes."""
-    found = {}
-    for item in os.scandir(node.plugins):
-        with contextlib.suppress(FileNotFoundError):  # the daemon moved it into its place just now
-            if item.name != "kubelet.sock" and stat.S_ISSOCK(item.stat(follow_symlinks=False).st_mode):
-                found[item.name] = item.inode()
-    return found
-
-
-def settle(daemon: Daemon, seconds: float = 0.5) -> None:
-    """Give the daemon the time to do what it should not do: there is no condition to wait for."""
-    with pytest.raises(subprocess.TimeoutExpired):
-        daemon.process.wait(seconds)
-
-
-def stops_well(daemon: Daemon, node: Node, signum: int = signal.SIGTERM) -> None:
-    """SIGNUM ends the daemon within 2 s, with exit status 0, and its sockets are gone."""
-    began = time.monotonic()
-    daemon.process.send_signal(signum)
-    assert daemon.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 2.0
-    assert not sockets(node)
+# How it registers
 
 
 @needs_root
@@ -5307,31 +5316,7 @@ def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet, start:
     assert not sockets(node)
 
 
-def descriptors(daemon: Daemon) -> int:
-    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
-
-
-@contextlib.contextmanager
-def plugin_stub(node: Node, name: str) -> Iterator[Any]:
-    """A client of a plugin's socket that is not kubelet."""
-    window = [("grpc.http2.bdp_probe", 0)]  # else grpc lets more and more be under way, as it finds the line to be fast
-    with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock", window) as channel:
-        yield sdm.rpc.DevicePluginStub(channel)
-
-
-def refusal(kubelet: Kubelet, resource: str, *ids: str) -> tuple[str, str]:
-    """The status and the words with which Allocate of IDS is refused."""
-    with pytest.raises(grpc.RpcError) as caught:
-        kubelet.take(resource, *ids)
-    return caught.value.code().name, caught.value.details()
-
-
-# How it registers
-
-
-def test_it_serves_before_it_registers_and_answers_while_it_registers(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_it_answers_before_and_while_it_registers(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     answered = []
 
     async def ask(request: pb.RegisterRequest) -> None:
@@ -5342,46 +5327,35 @@ def test_it_serves_before_it_registers_and_answers_while_it_registers(
             answered.append(await stub.Allocate(one, timeout=PATIENCE))
 
     kubelet.while_registering = ask
-    offer(node, "null")
-    start()
-    kubelet.wait_for("null", Healthy=1)
+    serve("null")
     assert answered[0] == kubelet.client("null").options
     assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
     assert kubelet.count("null") == 1
 
 
-def test_all_register_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_all_register_at_once(kubelet: Kubelet, serve: Starter) -> None:
     kubelet.delay = 1.0
-    offer(node, *NAMES)
-    start()
-    wait_ready(kubelet, NAMES)
+    serve(*NAMES)
     assert kubelet.most_open_calls == len(NAMES)
     assert max(when for when, _ in kubelet.requests) - min(when for when, _ in kubelet.requests) < 0.9
 
 
-def test_what_a_registration_says(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
+def test_what_the_kubelet_is_told(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    offer(node, *NAMES[:4])
+    node.rules(
+        "- devicematch: ^full$\n- {devicematch: ^null$, nummaxdevices: 3}\n"
+        "- {devicematch: ^random$, nummaxdevices: 0}\n- {devicematch: ^urandom$, resource: pool}\n"
+    )
     start()
-    wait_ready(kubelet, ["null", "pool"])
-    for name, prefers in (("null", False), ("pool", True)):
-        request = next(request for _, request in kubelet.requests if request.resource_name == kubelet.name(name))
-        assert request.version == "v1beta1"
-        assert request.endpoint == f"smarter-{name}.sock"
+    lists = {"full": ["0"], "null": ["0", "1", "2"], "random": [], "pool": ["urandom:0"]}
+    wait_ready(kubelet, list(lists))
+    assert {name: list(kubelet.health(name)) for name in lists} == lists
+    requests = {request.resource_name.partition("/")[2]: request for _, request in kubelet.requests}
+    for name, request in requests.items():
+        assert (request.version, request.endpoint) == ("v1beta1", f"smarter-{name}.sock")
         assert request.options == kubelet.client(name).options  # what GetDevicePluginOptions said
-        assert request.options.get_preferred_allocation_available == prefers
+        assert request.options.get_preferred_allocation_available == (name == "pool")
         assert not request.options.pre_start_required
-
-
-def test_the_domain_of_the_resources(node: Node, start: Starter) -> None:
-    kubelet = Kubelet(node, "example.org").up()
-    try:
-        offer(node, "null")
-        start("--domain", "example.org")
-        kubelet.wait_for("null", Healthy=1)
-        assert list(sockets(node)) == ["smarter-null.example.org.sock"]
-    finally:
-        kubelet.down()
 
 
 @pytest.mark.parametrize("domain", ["kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b"])
@@ -5419,19 +5393,6 @@ def test_the_stand_in_refuses_what_kubelet_refuses(node: Node, kubelet: Kubelet,
     assert not kubelet.registrations
 
 
-def test_device_ids_are_0_to_n_less_1(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, *NAMES[:3])
-    node.rules(
-        "- devicematch: ^full$\n- devicematch: ^null$\n  nummaxdevices: 3\n"
-        "- devicematch: ^random$\n  nummaxdevices: 0\n"
-    )
-    start()
-    wait_ready(kubelet, NAMES[:3])
-    assert kubelet.health("full") == {"0": "Healthy"}
-    assert kubelet.health("null") == {"0": "Healthy", "1": "Healthy", "2": "Healthy"}
-    assert kubelet.health("random") == {}
-
-
 def test_sockets_are_for_root_alone_from_their_first_moment_on(node: Node, kubelet: Kubelet, start: Starter) -> None:
     modes: dict[str, set[int]] = {}
     is_over = threading.Event()
@@ -5466,8 +5427,7 @@ def lengthen(node: Node, length: int) -> None:
 @pytest.mark.parametrize("length", [60, 83])
 def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter, length: int) -> None:
     lengthen(node, length)
-    kubelet = Kubelet(node).up()
-    try:
+    with Kubelet(node) as kubelet:
         offer(node, "null", "urandom")
         node.rules("- devicematch: ^null$\n- devicematch: ^urandom$\n  resource: a_name_of_some_length_for_a_device\n")
         start()
@@ -5477,27 +5437,36 @@ def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter,
         assert re.fullmatch(r"smarter-a[a-z_]*-[0-9a-f]{8}\.sock", names[0])
         assert len(f"{node.plugins}/{names[0]}") == 107
         assert kubelet.gives("a_name_of_some_length_for_a_device") == {"/dev/urandom": "/dev/urandom"}
-    finally:
-        kubelet.down()
 
 
-@pytest.mark.parametrize("length", [84, 115])
-def test_a_plugin_directory_too_long_for_any_socket_is_said(node: Node, length: int) -> None:
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("/nowhere", "there is no directory {}.*--dry-run"),
+        ("/a,b", "{} has a comma"),
+        (84, "the path {} is 1 bytes too long"),
+        (115, "the path {} is 32 bytes too long"),
+    ],
+)
+def test_an_impossible_plugin_directory_is_one_sentence(node: Node, where: str | int, problem: str) -> None:
     offer(node, "null")
-    lengthen(node, length)
+    if isinstance(where, int):
+        lengthen(node, where)
+    else:
+        node.plugins = Path(f"{node.root}{where}")
+        if "no directory" not in problem:
+            node.plugins.mkdir()
     done = node.run()
     assert done.returncode == 1
-    assert f"the path {node.plugins} is {length - 83} bytes too long" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert re.search(problem.format(re.escape(str(node.plugins))), done.stderr) and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["a%41", "50%", "a b?c#d", "[@:;&=+$]", "\u00e9", "\udcff"])
+@pytest.mark.parametrize("name", ["a%41 50%b?c#d[@:;&=+$]\u00e9", "\udcff"])
 def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
     """gRPC is given a URI."""
     node.plugins = node.root / name
     node.plugins.mkdir()
-    kubelet = Kubelet(node).up()
-    try:
+    with Kubelet(node) as kubelet:
         offer(node, "null")
         start()
         kubelet.wait_for("null", Healthy=1)
@@ -5510,30 +5479,11 @@ def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: 
             node.plugins / "smarter-null.sock",
         ]
         assert not list(node.root.glob("aA*"))
-    finally:
-        kubelet.down()
 
 
-def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, serve: Starter) -> None:
     """After "unix:" that would be the name of a host."""
-    offer(node, "null")
-    start("--plugin-dir", f"/{node.plugins}")
-    kubelet.wait_for("null", Healthy=1)
-
-
-def test_a_plugin_directory_with_a_comma_is_refused(node: Node) -> None:
-    (node.root / "a,b").mkdir()
-    node.rules("- devicematch: ^a$\n")
-    done = node.run("--plugin-dir", f"{node.root}/a,b")
-    assert done.returncode == 1
-    assert f"{node.root}/a,b has a comma" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_no_plugin_directory_is_an_error_that_names_it(node: Node) -> None:
-    offer(node, "null")
-    done = node.run("--plugin-dir", f"{node.root}/nowhere")
-    assert done.returncode == 1
-    assert f"{node.root}/nowhere" in done.stderr and "--dry-run" in done.stderr
+    serve("null", options=("--plugin-dir", f"/{node.plugins}"))
 
 
 # Allocate
@@ -5556,10 +5506,8 @@ def test_a_node_once_a_container_whatever_its_slots(node: Node, kubelet: Kubelet
     assert [len(one.devices) for one in both] == [1, 1]
 
 
-def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", slots=2)
-    daemon = start()
-    kubelet.wait_for("null", Healthy=2)
+def test_an_unknown_id_is_refused_and_named(kubelet: Kubelet, serve: Starter) -> None:
+    daemon = serve("null", slots=2)
     for wrong in ("2", "00", "-1", "null:0", "", "\u0661", "1\n", "9" * 5000):
         status, words = refusal(kubelet, "null", "0", wrong)
         assert status == "INVALID_ARGUMENT"
@@ -5569,38 +5517,38 @@ def test_an_unknown_id_is_refused_and_named(node: Node, kubelet: Kubelet, start:
 
 
 @needs_root
-def test_a_device_that_is_gone_is_unavailable_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null")
-    start("--interval", "3600")
-    kubelet.wait_for("null", Healthy=1)
-    node.unplug("null")
-    status, words = refusal(kubelet, "null", "0")
-    assert status == "UNAVAILABLE"
-    assert "/dev/null" in words and "gone" in words
-
-
-@needs_root
-def test_links_and_folders_are_given_as_they_are(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """For the runtime resolves what the kubelet keeps, at every start of a container."""
-    node.plug("ttyUSB0")
-    node.plug("ttyUSB1")
-    node.plug("snd/controlC0")
-    node.link("serial/by-id/usb-a", "../../ttyUSB0")
-    node.rules("- devicematch: ^serial/by-id/usb-a$\n- devicematch: ^snd$\n")
-    start("--interval", "3600")
-    kubelet.wait_for("serial_by-id_usb-a", Healthy=1)
-    kubelet.wait_for("snd", Healthy=1)
-    given = {name: kubelet.gives(name) for name in ("serial_by-id_usb-a", "snd")}
-    assert given == {"serial_by-id_usb-a": at("serial/by-id/usb-a"), "snd": at("snd")}
-    node.link("serial/by-id/usb-a", "../../ttyUSB1")
-    assert {name: kubelet.gives(name) for name in given} == given
-    node.unplug("snd/controlC0")
-    node.unplug("ttyUSB1")
-    for name, told in (
-        ("serial_by-id_usb-a", "/dev/serial/by-id/usb-a: a link to /dev/ttyUSB1, which is not there"),
+def test_a_change_since_the_last_look_is_refused_and_named(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Links and folders are given as they are, for the runtime resolves what the kubelet keeps, at every start."""
+    for path in ("video0", "video1", "sda", "pub/x", "snd/a", "snd2/a", "full"):
+        node.plug(path)
+    for name in "abc":
+        node.link(f"by-id/{name}", "../video0")
+    node.rules("- devicematch: ^(by-id/.|pub/x|snd2?|full)$\n")
+    daemon = start("--interval", "3600")
+    paths = {path.replace("/", "_"): path for path in ("by-id/a", "by-id/b", "by-id/c", "pub/x", "snd", "snd2", "full")}
+    wait_ready(kubelet, list(paths))
+    assert {name: kubelet.gives(name) for name in paths} == {name: at(path) for name, path in paths.items()}
+    node.link("by-id/a", "../video1")
+    assert kubelet.gives("by-id_a") == at("by-id/a")
+    node.unplug("video1")
+    node.link("by-id/b", "../../outside")
+    node.link("by-id/c", "gone\udcff\x1b[31m")
+    (node.dev / "pub").chmod(0o777)
+    node.link("pub/x", "../sda")
+    node.unplug("snd/a")
+    node.plug("snd2/b\udcff")
+    node.unplug("full")
+    for name, problem in (
+        ("by-id_a", "/dev/by-id/a: a link to /dev/video1, which is not there"),
+        ("by-id_b", "/dev/by-id/b: a link that leaves /dev"),
+        ("by-id_c", r"/dev/by-id/c: a link to /dev/by-id/gone\udcff\x1b[31m, which is not there"),
+        ("pub_x", "/dev/pub/x: others than root may write in the folder /dev/pub"),
         ("snd", "/dev/snd: a folder that holds no device node"),
+        ("full", "/dev/full: it is gone"),
     ):
-        assert refusal(kubelet, name, "0") == ("UNAVAILABLE", f"smarter-devices/{name}: {told}")
+        assert refusal(kubelet, name, "0") == ("UNAVAILABLE", f"smarter-devices/{name}: {problem}")
+    assert r"the name /dev/snd2/b\udcff is not UTF-8" in refusal(kubelet, "snd2", "0")[1]
+    daemon.says(r"Allocate refused: /dev/by-id/c: a link to /dev/by-id/gone\\udcff\\x1b\[31m, which")
 
 
 @needs_root
@@ -5684,9 +5632,7 @@ def refused_words(resource: str, given: str, problem: str) -> str:
 
 
 @needs_root
-def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_only_rules_by_attributes_check_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.plug("null")
     node.plug("zero")
@@ -5707,9 +5653,7 @@ def test_only_a_rule_by_attributes_has_the_kubelet_ask_before_starts(
 
 
 @needs_root
-def test_a_container_starts_with_the_device_that_it_was_given(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_start_with_the_given_device_is_good(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
     node.plug("null")
     plug_stick(board, "ttyUSB0", "A1")
@@ -5727,34 +5671,39 @@ def test_a_container_starts_with_the_device_that_it_was_given(
 
 
 @needs_root
-def test_a_start_is_refused_when_another_device_stands_there_and_counted_and_logged_once(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_start_with_another_device_is_refused(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """And counted. Each slot and each reason is logged once, until a start has been good."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
+    node.rules(STICKS.replace("}}", "}, nummaxdevices: 2}"))
     daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
-    kubelet.wait_for("ttyUSB0", Healthy=1)
-    kubelet.take("ttyUSB0")
+    kubelet.wait_for("ttyUSB0", Healthy=2)
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "C1", "1-1.2")
     words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
     assert start_refusal(kubelet, "ttyUSB0", "0") == words
-    kubelet.wait_for("ttyUSB0", Unhealthy=1)
-    for _ in range(3):  # the device side has looked by now
+    kubelet.wait_for("ttyUSB0", Unhealthy=2)
+    for _ in range(2):  # the device side has looked by now
         assert start_refusal(kubelet, "ttyUSB0", "0") == words
+        assert not may_start(kubelet, "ttyUSB0", "1")
     status = Status(daemon)
-    assert status.resource("ttyUSB0")["start_refusals"] == 4
-    assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 4
+    assert status.resource("ttyUSB0")["start_refusals"] == 5
+    assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 5
     daemon.says("WARNING start of a container refused: .*its serial is .* resource=smarter-devices/ttyUSB0")
     unplug_stick(board, "ttyUSB0")
     assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', "it is gone")
     daemon.says("start of a container refused: .* it is gone")
-    assert daemon.log.count("start of a container refused") == 2  # a line for each reason
+    plug_stick(board, "ttyUSB0", "A1")
+    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
+    before = daemon.log.count("start of a container refused")
+    assert before <= 4  # it may have been refused while the stick came back
+    unplug_stick(board, "ttyUSB0")
+    assert not may_start(kubelet, "ttyUSB0", "0")
+    wait_for(lambda: daemon.log.count("start of a container refused") == before + 1)
 
 
 @needs_root
 @pytest.mark.parametrize("is_last", [False, True])
-def test_a_stick_that_fits_another_rule_leaves_the_resource_of_the_one_before_there(
+def test_a_stick_of_another_rule_leaves_the_resource_of_the_one_before(
     board: Board, node: Node, kubelet: Kubelet, start: Starter, is_last: bool
 ) -> None:
     """Otherwise the kubelet would say no more than that the endpoint has been stopped."""
@@ -5809,7 +5758,7 @@ def test_a_start_with_a_device_that_has_changed_is_never_refused(
 
 @needs_root
 @pytest.mark.parametrize("what", ["gone", "companion"])
-def test_a_start_is_refused_until_the_right_device_is_back(
+def test_starts_wait_for_the_right_device(
     board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str
 ) -> None:
     """Nobody has to do anything but that."""
@@ -5842,9 +5791,7 @@ def test_a_start_is_refused_until_the_right_device_is_back(
 
 
 @needs_root
-def test_a_start_is_not_refused_while_only_the_plan_is_old(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_an_old_plan_alone_refuses_no_start(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """The right device was pulled and is back, and the device side may have looked at any time meanwhile, or never."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
@@ -5858,9 +5805,7 @@ def test_a_start_is_not_refused_while_only_the_plan_is_old(
 
 
 @needs_root
-def test_another_device_that_fits_the_rule_is_taken_once_the_device_side_has_looked(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_another_fitting_device_is_taken_once_seen(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """The rule asks for no more; only what the plan has is compared, since expressions can take long."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
@@ -5957,9 +5902,7 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
 
 
 @needs_root
-def test_a_kept_device_that_is_gone_leaves_its_name_to_one_that_is_there(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_kept_device_leaves_its_name_to_one_that_is_there(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """A daemon that goes on would keep the name for the device; one that starts offers what works."""
     node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("sticks/0"))
     node.rules("- {devicematch: ^sticks/, attributes: {serial: A1}}\n- devicematch: ^sticks_\n")
@@ -5986,27 +5929,7 @@ def test_a_start_without_devices_is_good_even_without_descriptors(node: Node, ku
 
 
 @needs_root
-def test_a_refused_start_is_logged_again_after_a_good_one_however_long_the_id_is(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
-    path = f"{'d' * 120}/{'e' * 120}"
-    folder = node.sysfs("usb1/stick", {"serial": "A1"}, node.plug(path))
-    node.rules("- {devicematch: ^d+/, resource: sticks, attributes: {serial: A1}}\n")
-    daemon = start()
-    kubelet.wait_for("sticks", Healthy=1)
-    for times in (1, 2):
-        (folder / "serial").write_text("B1\n")
-        for _ in range(2):
-            assert 'its serial is "B1"' in start_refusal(kubelet, "sticks", f"{path}:0")
-        wait_for(lambda times=times: daemon.log.count("start of a container refused") == times)
-        (folder / "serial").write_text("A1\n")
-        wait_for(lambda: may_start(kubelet, "sticks", f"{path}:0"))
-
-
-@needs_root
-def test_a_start_with_an_id_that_names_no_device_is_refused(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
     node.rules(STICKS + STICK_POOL.replace("A.*", "B.*"))
@@ -6034,9 +5957,7 @@ def test_a_start_with_an_id_that_names_no_device_is_refused(
 
 
 @needs_root
-def test_of_many_refusals_only_so_many_are_remembered(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_only_so_many_refusals_are_remembered(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """Whoever may ask could name any number of IDs."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
@@ -6064,9 +5985,7 @@ sdm.read_attribute = hang
 
 
 @needs_root
-def test_a_driver_that_keeps_a_reader_keeps_neither_the_daemon_nor_other_devices(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_driver_that_keeps_a_reader_delays_nobody(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     flag, stuck = node.root / "flag", node.root / "stuck"
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "A2", "1-1.2")
@@ -6112,9 +6031,7 @@ def slow_sysfs(node: Node, name: str, seconds: float) -> str:
 
 
 @needs_root
-def test_what_sysfs_says_too_late_is_the_answer_to_the_next_question(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_late_answer_of_sysfs_is_the_next_one(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
     daemon = start(fault=slow_sysfs(node, "serial", 1.5 * sdm.SYSFS_SECONDS / 7))  # it is read in 7 folders
@@ -6124,9 +6041,7 @@ def test_what_sysfs_says_too_late_is_the_answer_to_the_next_question(
 
 
 @needs_root
-def test_many_devices_whose_driver_blocks_readers_delay_nobody(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_many_blocking_drivers_delay_nobody(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     for number in range(40):
         node.sysfs(f"x{number}", {"index": "1"}, node.plug(f"v{number}"))
     node.plug("null")
@@ -6147,9 +6062,7 @@ def test_many_devices_whose_driver_blocks_readers_delay_nobody(
 
 
 @needs_root
-def test_many_starts_of_one_device_wait_for_one_reader(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_many_starts_wait_for_one_reader(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
     flag, stuck = node.root / "flag", node.root / "stuck"
@@ -6199,14 +6112,14 @@ def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> No
 
 
 @needs_root
-def test_a_resource_that_is_named_by_an_attribute_has_its_starts_checked(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_starts_of_resources_named_by_an_attribute(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """It is the one of the folder that fits the rule, whatever nearer folders have."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules("- {devicematch: ^ttyUSB, resource: 'stick-\\g<attr:serial>'}\n")
+    (node.sys / "dev/char/188:0").resolve().joinpath("serial").write_text("nearer\n")
+    node.rules("- {devicematch: ^ttyUSB, attributes: {idVendor: '10c4'}, resource: 'stick-\\g<attr:serial>'}\n")
     start("--interval", "3600")
     kubelet.wait_for("stick-A1", Healthy=1)
-    kubelet.starts("stick-A1", "ttyUSB0:0")
+    wait_for(lambda: may_start(kubelet, "stick-A1", "ttyUSB0:0"))
     set_serial(board, "ttyUSB0", "C1")
     words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
     assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
@@ -6214,38 +6127,7 @@ def test_a_resource_that_is_named_by_an_attribute_has_its_starts_checked(
 
 
 @needs_root
-def test_a_resource_named_by_an_attribute_of_a_parent_starts_whatever_nearer_folders_have(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    (node.sys / "dev/char/188:0").resolve().joinpath("serial").write_text("nearer\n")
-    rule = "- {devicematch: ^ttyUSB, attributes: {idVendor: '10c4'}, resource: 'stick-\\g<attr:serial>'}\n"
-    node.rules(rule)
-    start()
-    kubelet.wait_for("stick-A1", Healthy=1)
-    wait_for(lambda: may_start(kubelet, "stick-A1", "ttyUSB0:0"))
-
-
-@needs_root
-def test_each_slot_that_is_refused_again_and_again_is_logged_once(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS.replace("}}", "}, nummaxdevices: 2}"))
-    daemon = start()
-    kubelet.wait_for("ttyUSB0", Healthy=2)
-    unplug_stick(board, "ttyUSB0")
-    kubelet.wait_for("ttyUSB0", Unhealthy=2)
-    for _ in range(3):
-        assert not may_start(kubelet, "ttyUSB0", "0") and not may_start(kubelet, "ttyUSB0", "1")
-    assert daemon.stop() == 0
-    assert daemon.log.count("start of a container refused") == 2
-
-
-@needs_root
-def test_two_daemons_with_other_rules_keep_their_own_devices(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_two_daemons_keep_their_own_devices(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """And each writes anew what somebody deleted."""
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
@@ -6270,9 +6152,7 @@ def test_two_daemons_with_other_rules_keep_their_own_devices(
 
 
 @needs_root
-def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_start_is_answered_within_100_ms(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """A driver may keep whoever reads an attribute for ever. One thread may be kept, and no call."""
     flag, stuck = node.root / "flag", node.root / "stuck"
     plug_stick(board, "ttyUSB0", "A1")
@@ -6308,9 +6188,7 @@ def test_a_start_is_answered_within_100_ms_whatever_sysfs_does(
 
 
 @needs_root
-def test_a_conf_that_has_a_rule_ask_for_attributes_has_its_resource_registered_anew(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_new_attributes_of_a_rule_register_it_again(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """For the kubelet hears of the options only then. To be asked in vain is no reason for that."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules("- devicematch: ^ttyUSB\n")
@@ -6335,52 +6213,32 @@ def test_a_conf_that_has_a_rule_ask_for_attributes_has_its_resource_registered_a
 
 
 @needs_root
-def test_gone_is_unhealthy_and_back_is_healthy_without_a_registration(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
-    offer(node, "null", slots=2)
-    start()
-    kubelet.wait_for("null", Healthy=2)
-    node.unplug("null")
-    kubelet.wait_for("null", Unhealthy=2)
-    node.plug("null")
-    kubelet.wait_for("null", Healthy=2)
-    assert kubelet.count("null") == 1
-    assert len(kubelet.client("null").lists) == 3
-
-
-@needs_root
-def test_no_list_is_sent_that_changes_nothing(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    daemon = start()
-    wait_ready(kubelet, ["null", "zero"])
+def test_a_list_is_sent_only_if_something_changed(node: Node, kubelet: Kubelet, serve: Starter) -> None:
+    daemon = serve("null", "zero", slots=2)
     (node.dev / "null").chmod(0o666)
     daemon.hang_up()
-    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n- devicematch: ^full$\n")
+    node.rules(node.conf.read_text() + "- devicematch: ^full$\n")
     node.plug("full")
     wait_ready(kubelet, ["full"])
     node.unplug("zero")
-    kubelet.wait_for("zero", Unhealthy=1)
-    assert len(kubelet.client("null").lists) == 1
-    assert len(kubelet.client("zero").lists) == 2
+    kubelet.wait_for("zero", Unhealthy=2)
+    node.plug("zero")
+    kubelet.wait_for("zero", Healthy=2)
+    assert [len(kubelet.client(name).lists) for name in ("null", "zero", "full")] == [1, 3, 1]
     assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 1, 1]
 
 
-def test_a_device_that_no_rule_names_any_more_is_retired_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    start()
-    wait_ready(kubelet, ["null", "zero"])
+def test_a_device_that_no_rule_names_any_more_is_retired_at_once(node: Node, kubelet: Kubelet, serve: Starter) -> None:
+    serve("null", "zero")
     node.rules("- devicematch: ^null$\n")
     wait_for(lambda: not kubelet.client("zero").is_open)
     wait_for(lambda: list(sockets(node)) == ["smarter-null.sock"])
     assert len(kubelet.client("null").lists) == 1
 
 
-def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """An old server has ended before the next of its name registers, however fast the rules flip."""
-    offer(node, "null", "zero")
-    daemon = start("--interval", "0.01")
-    wait_ready(kubelet, ["null", "zero"])
+    daemon = serve("null", "zero", options=("--interval", "0.01"))
     usual = descriptors(daemon)
     for turn in range(60):
         node.rules("- devicematch: ^null$\n" if turn % 2 else "- devicematch: ^(null|zero)$\n")
@@ -6393,7 +6251,6 @@ def test_named_and_not_named_in_quick_succession(node: Node, kubelet: Kubelet, s
     stops_well(daemon, node)
 
 
-@needs_root
 @needs_root
 def test_a_list_is_never_longer_than_the_kubelet_takes(node: Node, kubelet: Kubelet, start: Starter) -> None:
     """A newcomer that has no room is left out; what was offered stays."""
@@ -6500,36 +6357,24 @@ def test_a_stream_is_sent_what_is_new_to_it() -> None:
 # kubelet comes and goes
 
 
-def test_no_kubelet_is_one_line_and_waiting(node: Node, start: Starter) -> None:
+@pytest.mark.parametrize("problem", ["is not there: no", "does not answer on"])
+def test_without_a_kubelet_it_says_so_once_and_waits(node: Node, start: Starter, problem: str) -> None:
+    if "answer" in problem:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(f"{node.plugins}/kubelet.sock")
     offer(node, *NAMES)
     daemon = start()
     daemon.says("INFO .*offers 5 resources")
-    daemon.says("kubelet is not there: no .*/kubelet.sock; waiting for it")
+    daemon.says(f"kubelet {problem} .*/kubelet.sock; waiting for it")
     settle(daemon)
     assert daemon.log.count("kubelet") == 2  # in one line
-    kubelet = Kubelet(node).up()
-    wait_ready(kubelet, NAMES)
-    kubelet.down()
+    with Kubelet(node) as kubelet:
+        wait_ready(kubelet, NAMES)
+        assert [kubelet.count(name) for name in NAMES] == [1] * 5
 
 
-def test_a_dead_kubelet_sock_is_a_kubelet_that_is_down(node: Node, start: Starter) -> None:
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(f"{node.plugins}/kubelet.sock")
-    offer(node, *NAMES)
-    daemon = start()
-    daemon.says("kubelet does not answer on .*/kubelet.sock; waiting for it")
-    settle(daemon)
-    assert daemon.log.count("kubelet does not answer") == 1
-    kubelet = Kubelet(node).up()
-    wait_ready(kubelet, NAMES)
-    assert [kubelet.count(name) for name in NAMES] == [1] * 5
-    kubelet.down()
-
-
-def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Kubelet, serve: Starter) -> None:
+    daemon = serve(*NAMES)
     before = sockets(node)
     kubelet.down()
     daemon.says("kubelet does not answer")
@@ -6543,11 +6388,9 @@ def test_kubelet_down_tears_nothing_down(node: Node, kubelet: Kubelet, start: St
     assert [kubelet.count(name) for name in NAMES] == [2] * 5
 
 
-def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """The streams are open still: kubelet.sock gone says nothing against them."""
-    offer(node, *NAMES)
-    daemon = start("--log-format", "json")
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES, options=("--log-format", "json"))
     before = sockets(node)
     (node.plugins / "kubelet.sock").rename(node.plugins / "elsewhere")
     daemon.says("kubelet is not there")
@@ -6564,10 +6407,8 @@ def test_kubelet_sock_away_for_a_moment_changes_nothing(node: Node, kubelet: Kub
 
 
 @pytest.mark.parametrize("is_seen_down", [False, True])
-def test_a_new_kubelet_has_everything_at_once(node: Node, kubelet: Kubelet, start: Starter, is_seen_down: bool) -> None:
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+def test_a_new_kubelet_has_everything_at_once(kubelet: Kubelet, serve: Starter, is_seen_down: bool) -> None:
+    daemon = serve(*NAMES)
     kubelet.down()
     if is_seen_down:
         daemon.says("kubelet does not answer")
@@ -6596,11 +6437,9 @@ def test_streams_that_end_with_a_new_kubelet_there_are_no_trouble(node: Node, ku
     assert "ended its stream" not in daemon.log and "refused its registration" not in daemon.log
 
 
-def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """ext4 gives it to the next file at once; then the time tells that it is another kubelet."""
-    offer(node, *NAMES)
-    start()
-    wait_ready(kubelet, NAMES)
+    serve(*NAMES)
     os.utime(node.plugins / "kubelet.sock")
     wait_for(lambda: [kubelet.count(name) for name in NAMES] == [2] * 5)
     wait_ready(kubelet, NAMES)
@@ -6626,12 +6465,9 @@ def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kube
     offer(node, *NAMES)
     start()
     wait_for(lambda: kubelet.open_calls == 5)
-    other = Kubelet(node).up()
-    try:
+    with Kubelet(node) as other:
         wait_ready(other, NAMES, 2.0)
         assert [other.count(name) for name in NAMES] == [1] * 5
-    finally:
-        other.down()
 
 
 # The kernel tells of changes in the plugin directory, and while kubelet answers there are few looks. These tests have
@@ -6678,39 +6514,26 @@ def test_a_calm_daemon_sleeps(node: Node, kubelet: Kubelet, start: Starter) -> N
     assert 1 <= wakes(daemon) - before <= 4
 
 
-def test_a_calm_daemon_meets_a_new_kubelet_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """Another one takes kubelet.sock, and the streams of the first are open still: only the kernel tells of it."""
+def test_a_calm_daemon_sees_each_change_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+    """Of all these only the kernel tells: even when another kubelet comes, the streams of the first are open still."""
     daemon = start_calm(start, node, kubelet)
-    others = [kubelet]
-    try:
-        for _ in range(3):
-            others.append(Kubelet(node).up())
-            wait_ready(others[-1], NAMES, AT_ONCE)
-            wait_calm(daemon)
-    finally:
-        for other in others[1:]:
-            other.down()
-
-
-def test_a_calm_daemon_sees_a_deleted_socket_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    daemon = start_calm(start, node, kubelet)
-    for turn in (2, 3):
+    sock, elsewhere = node.plugins / "kubelet.sock", node.plugins / "elsewhere"
+    for turn in (1, 2):
         (node.plugins / "smarter-null.sock").unlink()
-        wait_for(lambda turn=turn: kubelet.count("null") == turn and len(sockets(node)) == 5, patience=AT_ONCE)
+        wait_for(lambda turn=turn: kubelet.count("null") == turn + 1 and len(sockets(node)) == 5, patience=AT_ONCE)
         wait_ready(kubelet, NAMES)
         wait_calm(daemon)
-
-
-def test_a_calm_daemon_sees_kubelet_sock_come_and_go_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    daemon = start_calm(start, node, kubelet)
-    sock = node.plugins / "kubelet.sock"
-    for turn in (1, 2):
-        sock.rename(node.plugins / "elsewhere")
+        sock.rename(elsewhere)
         wait_for(lambda turn=turn: daemon.log.count("kubelet is not there") == turn, patience=AT_ONCE)
-        (node.plugins / "elsewhere").rename(sock)
+        elsewhere.rename(sock)
         wait_for(lambda turn=turn: daemon.log.count("kubelet answers") == turn + 1, patience=AT_ONCE)
         wait_calm(daemon)
-    assert [kubelet.count(name) for name in NAMES] == [1] * 5
+    assert [kubelet.count(name) for name in NAMES] == [1, 3, 1, 1, 1]
+    with Kubelet(node) as second:
+        wait_ready(second, NAMES, AT_ONCE)
+        wait_calm(daemon)
+        with Kubelet(node) as third:
+            wait_ready(third, NAMES, AT_ONCE)
 
 
 def test_a_calm_daemon_finds_that_its_directory_is_another(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -6718,14 +6541,11 @@ def test_a_calm_daemon_finds_that_its_directory_is_another(node: Node, kubelet: 
     daemon = start_calm(start, node, kubelet)
     node.plugins.rename(node.root / "q")
     node.plugins.mkdir(0o755)
-    other = Kubelet(node).up()
-    try:
+    with Kubelet(node) as other:
         wait_ready(other, NAMES)
         wait_calm(daemon)
         (node.plugins / "smarter-null.sock").unlink()
         wait_for(lambda: other.count("null") == 2, patience=AT_ONCE)
-    finally:
-        other.down()
 
 
 def test_the_end_of_its_streams_is_the_end_of_the_calm(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -6765,21 +6585,22 @@ def test_many_changes_are_few_looks(node: Node, kubelet: Kubelet, start: Starter
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
 
 
-def test_a_signal_that_nobody_asked_for_is_a_look_and_no_more(node: Node, kubelet: Kubelet, start: Starter) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGIO, sdm.FOLDER_SIGNAL])
+def test_a_signal_without_a_change_is_a_look_and_no_more(
+    node: Node, kubelet: Kubelet, start: Starter, signum: int
+) -> None:
     daemon = start_calm(start, node, kubelet)
     before = daemon.log
     for _ in range(100):
-        daemon.process.send_signal(signal.SIGIO)
+        daemon.process.send_signal(signum)
     wait_calm(daemon)
     assert daemon.log == before
     stops_well(daemon, node)
 
 
-def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, serve: Starter) -> None:
     """Linux without CONFIG_DNOTIFY answers EINVAL; then kubelet.sock is looked at ten times a second."""
-    offer(node, *NAMES)
-    daemon = start("--interval", "3600", fault="import fcntl\nfcntl.F_NOTIFY = 0x7FFF")
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES, options=("--interval", "3600"), fault="import fcntl\nfcntl.F_NOTIFY = 0x7FFF")
     with Kubelet(node) as other:
         wait_ready(other, NAMES, AT_ONCE)
     assert daemon.stop() == 0 and "Traceback" not in daemon.log
@@ -6792,7 +6613,7 @@ def told_registered(log: str) -> list[int]:
 
 
 @needs_root
-def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_200_resources_are_few_lines_and_survive_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
     names = offer_many(node, 200)
     daemon = start()
     wait_ready(kubelet, names)
@@ -6808,6 +6629,12 @@ def test_200_resources_that_lose_one_kubelet_are_one_line(node: Node, kubelet: K
     wait_for(lambda: sum(told_registered(daemon.log[before:])) == 200)
     assert daemon.log[before:].count("\n") < 12
     assert len(kubelet.requests) == 400
+    daemon.kill()
+    assert len(sockets(node)) == 200
+    daemon = start()  # over dead sockets
+    wait_for(lambda: len(kubelet.requests) == 600)
+    wait_ready(kubelet, names)
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= 16
     stops_well(daemon, node)
 
 
@@ -6890,7 +6717,7 @@ def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) 
 
 
 @needs_root
-def test_storms_of_changes_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_storms_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
     node.plug("video0")
     node.rules("- {devicematch: '^video', resource: pool}\n")
     daemon = start("--interval", "3600")
@@ -6943,59 +6770,42 @@ def test_folders_beyond_the_limit_are_left_to_the_poll(node: Node, kubelet: Kube
 
 
 @needs_root
-def test_the_watches_take_no_more_than_a_part_of_the_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_the_watches_take_no_more_than_a_part_of_the_descriptors(node: Node, serve: Starter) -> None:
     for number in range(100):
         (node.dev / str(number)).mkdir()
-    offer(node, "null")
-    daemon = start(through=["prlimit", "--nofile=256:256"])
-    kubelet.wait_for("null", Healthy=1)
+    daemon = serve("null", through=["prlimit", "--nofile=256:256"])
     wait_for(lambda: len(watched(daemon)) == 16)
     assert str(node.dev) in watched(daemon)
-
-
-@needs_root
-def test_a_signal_for_dev_that_nobody_asked_for_is_a_look_and_no_more(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
-    daemon = start_calm(start, node, kubelet)
-    before = daemon.log
-    for _ in range(100):
-        daemon.process.send_signal(sdm.FOLDER_SIGNAL)
-    wait_calm(daemon)
-    assert daemon.log == before
-    stops_well(daemon, node)
 
 
 # What goes wrong with one resource
 
 
-@pytest.mark.parametrize("lost", [["null"], list(NAMES)])
-def test_a_deleted_socket_is_put_back_and_registered(
-    node: Node, kubelet: Kubelet, start: Starter, lost: list[str]
+def delete_socket(kubelet: Kubelet, resource: str) -> None:
+    os.unlink(f"{kubelet.folder}/smarter-{resource}.sock")
+
+
+@pytest.mark.parametrize(
+    ("lose", "lost", "problem"),
+    [
+        (delete_socket, ["null"], "its socket file was deleted"),
+        (delete_socket, NAMES, "its socket file was deleted"),
+        (Kubelet.end_stream, ["null"], "the kubelet ended its stream"),
+    ],
+)
+def test_a_resource_that_the_kubelet_has_lost_is_registered_again(
+    node: Node, kubelet: Kubelet, serve: Starter, lose: Any, lost: Sequence[str], problem: str
 ) -> None:
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES)
     for turn in (2, 3):
         streams = [kubelet.client(name) for name in lost]
         for name in lost:
-            (node.plugins / f"smarter-{name}.sock").unlink()
+            lose(kubelet, name)
         wait_for(lambda streams=streams: not any(client.is_open for client in streams))
         wait_ready(kubelet, NAMES)
         assert len(sockets(node)) == 5
         assert [kubelet.count(name) for name in NAMES] == [turn if name in lost else 1 for name in NAMES]
-    daemon.says("its socket file was deleted")
-
-
-def test_a_stream_that_kubelet_ends_is_registered_anew(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
-    kubelet.end_stream("null")
-    wait_ready(kubelet, NAMES)
-    wait_for(lambda: kubelet.count("null") == 2)
-    assert [kubelet.count(name) for name in NAMES] == [1, 2, 1, 1, 1]
-    daemon.says("WARNING smarter-devices/null: the kubelet ended its stream")
+    daemon.says(f"WARNING .*: {problem}")
 
 
 def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -7024,56 +6834,6 @@ def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held() ->
     assert backoff.retry_at == 120.0
     backoff.fail(131.0, at_once=True)
     assert backoff.retry_at == 132.0
-
-
-class AnsweringKubelet:
-    """A kubelet as a registration sees it: one that answers, on a channel, and changes when a test says so."""
-
-    def __init__(self, path: str) -> None:
-        self.identity = (1, 2, 3)
-        self.is_answering = True
-        self.channel = grpc.aio.insecure_channel(f"unix:{path}")
-
-    def check(self) -> None:
-        pass
-
-    def check_answering(self) -> bool:
-        return self.is_answering
-
-
-async def a_registration_alone(plugin_dir: str) -> None:
-    """One registration on this loop, without a side; each step is a condition that is waited for."""
-
-    async def until(condition: Callable[[], Any]) -> None:
-        give_up = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < give_up
-            await asyncio.sleep(0.01)
-
-    kubelet = support.SimulatedKubelet(plugin_dir)
-    await kubelet.start()
-    seen = AnsweringKubelet(f"{plugin_dir}/kubelet.sock")
-    events = sdm.GroupedLog(asyncio.get_running_loop())
-    leases = sdm.Leases(f"{plugin_dir}/lock")
-    context = sdm.RegistrationContext(plugin_dir, "d", "/dev", seen, leases, events)
-    registration = sdm.Registration(sdm.Resource("null", False, ()), context)
-    assert not registration.is_ready
-    running = asyncio.ensure_future(registration.run())
-    await until(lambda: registration.is_ready)
-    registration.check_socket({"smarter-null.d.sock": 1})  # another's
-    await until(lambda: registration.registrations == 2 and registration.is_ready)
-    assert registration.problem == "" and registration.stream_losses == 0
-    inode = os.stat(f"{plugin_dir}/smarter-null.d.sock").st_ino
-    registration.check_socket({"smarter-null.d.sock": inode})
-    registration.wake()
-    seen.identity = (1, 2, 4)  # another kubelet, which is told by wake() alone
-    registration.wake()
-    await until(lambda: registration.registrations == 3 and registration.is_ready)
-    registration.retire()
-    await asyncio.wait_for(running, PATIENCE)
-    assert not registration.is_ready and sorted(os.listdir(plugin_dir)) == ["kubelet.sock", "lock"]
-    await seen.channel.close()
-    await kubelet.stop()
 
 
 async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
@@ -7108,10 +6868,6 @@ def test_a_change_of_the_plugin_directory_that_could_not_be_read_is_read_later(n
     assert inodes.read_changed() is None
 
 
-def test_a_registration_lives_alone(node: Node) -> None:
-    asyncio.run_coroutine_threadsafe(a_registration_alone(str(node.plugins)), Kubelet.loop).result(2 * PATIENCE)
-
-
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
     kubelet.opens_streams = False
     offer(node, "null")
@@ -7124,9 +6880,7 @@ def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet,
     assert daemon.log.count("kubelet opened no stream within 5 s") == 1
 
 
-def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_served(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_refused_registration_is_told_and_tried_again(node: Node, kubelet: Kubelet, start: Starter) -> None:
     kubelet.refused["null"] = "no room\nat the inn"
     offer(node, *NAMES)
     daemon = start()
@@ -7147,11 +6901,9 @@ def test_a_refused_registration_is_told_and_tried_again_and_the_others_are_serve
     wait_ready(kubelet, NAMES, 2.0)
 
 
-def test_a_slow_kubelet_has_no_registration_twice(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_slow_kubelet_has_no_registration_twice(kubelet: Kubelet, serve: Starter) -> None:
     kubelet.delay = 3.0
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES)
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
     assert "WARNING" not in daemon.log
 
@@ -7164,10 +6916,10 @@ def published(node: Node) -> dict[str, int]:
     return {name: inode for name, inode in sockets(node).items() if name.startswith("smarter-")}
 
 
-def test_another_instance_is_left_alone_and_taken_over_from_later(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    first = start()
-    wait_ready(kubelet, ["null", "zero"])
+def test_another_instance_is_left_alone_and_taken_over_from_later(
+    node: Node, kubelet: Kubelet, start: Starter, serve: Starter
+) -> None:
+    first = serve("null", "zero")
     before = published(node)
     second = start()
     second.says(f"INFO 2 resources: {sdm.OTHER_INSTANCE}")
@@ -7186,9 +6938,7 @@ def test_another_instance_is_left_alone_and_taken_over_from_later(node: Node, ku
 
 @needs_root
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_handover_leaves_each_resource_without_a_stream_for_a_moment_only(
-    node: Node, kubelet: Kubelet, start: Starter, signum: int
-) -> None:
+def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
     """.ci/bench measures it for 200 resources, where the goal is 0.3 s; here the machine may be busy."""
     names = offer_many(node, 20)
     first = start()
@@ -7231,9 +6981,7 @@ def test_a_handover_between_other_rules(node: Node, kubelet: Kubelet, start: Sta
     stops_well(second, node)
 
 
-def test_two_instances_of_one_conf_settle_at_once_when_kubelet_restarts(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_two_instances_share_a_new_kubelet_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, *NAMES)
     daemons = [start()]
     wait_ready(kubelet, NAMES)
@@ -7255,11 +7003,9 @@ def test_two_instances_of_one_conf_settle_at_once_when_kubelet_restarts(
     assert not published(node)
 
 
-def test_readyz_counts_what_another_instance_serves(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_readyz_counts_what_another_instance_serves(kubelet: Kubelet, start: Starter, serve: Starter) -> None:
     """Or a roll-out would never end: the old pod is deleted only when the new one is ready."""
-    offer(node, "null", "zero")
-    first = start()
-    wait_ready(kubelet, ["null", "zero"])
+    first = serve("null", "zero")
     status = Status(start("--listen", "127.0.0.1:0"))
     names = ["smarter-devices/null", "smarter-devices/zero"]
     assert status.wait_for("/readyz", 200).body == "".join(
@@ -7362,10 +7108,8 @@ def test_a_server_leaves_the_socket_of_another_alone(node: Node) -> None:
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
 
 
-def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, *NAMES)
-    first = start()
-    wait_ready(kubelet, NAMES)
+def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
+    first = serve(*NAMES)
     first.kill()
     assert len(sockets(node)) == 5
     second = start()
@@ -7451,10 +7195,8 @@ def test_sighup_reads_config_file_and_devices_at_once(node: Node, kubelet: Kubel
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, start: Starter, signum: int) -> None:
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, serve: Starter, signum: int) -> None:
+    daemon = serve(*NAMES)
     is_open = threading.Event()
 
     async def read() -> grpc.StatusCode:
@@ -7472,10 +7214,8 @@ def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, start: Sta
     assert "WARNING" not in daemon.log
 
 
-def test_it_ends_while_kubelet_is_down(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, *NAMES)
-    never_met = start()
-    wait_ready(kubelet, NAMES)
+def test_it_ends_while_kubelet_is_down(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
+    never_met = serve(*NAMES)
     kubelet.down()
     never_met.says("kubelet does not answer")
     stops_well(never_met, node)
@@ -7491,20 +7231,6 @@ def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Kubel
     wait_for(lambda: kubelet.open_calls == 5)
     stops_well(daemon, node)
     wait_for(lambda: kubelet.open_calls == 0)
-
-
-@needs_root
-def test_200_resources_start_over_dead_sockets_and_end(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    names = offer_many(node, 200)
-    crashed = start()
-    wait_ready(kubelet, names)
-    crashed.kill()
-    assert len(sockets(node)) == 200
-    daemon = start()
-    wait_for(lambda: len(kubelet.requests) == 400)
-    wait_ready(kubelet, names)
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= 16
-    stops_well(daemon, node)
 
 
 @needs_root
@@ -7649,15 +7375,13 @@ def test_a_signal_while_it_starts(node: Node, kubelet: Kubelet, start: Starter, 
         assert not sockets(node)
 
 
-def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, serve: Starter) -> None:
     """The writer of a FIFO may never come; a daemon that waits for it would not react to signals."""
     os.mkfifo(node.root / "fifo")
     done = node.run("--conf", str(node.root / "fifo"))
     assert done.returncode == 1
     assert f"{node.root}/fifo:1:1: this is not a plain file" in done.stderr and "Traceback" not in done.stderr
-    offer(node, "null")
-    daemon = start()
-    kubelet.wait_for("null", Healthy=1)
+    daemon = serve("null")
     (node.root / "fifo").rename(node.conf)
     daemon.says("this is not a plain file; .* the last good rules stay in force")
     stops_well(daemon, node)
@@ -7734,11 +7458,9 @@ def test_idle_and_flooding_clients_starve_nobody(node: Node, kubelet: Kubelet, s
         del streams
 
 
-def test_the_stream_of_a_stranger_is_not_kubelets(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_the_stream_of_a_stranger_is_not_kubelets(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """Somebody who listens in must not hide that kubelet's own stream has ended, nor look like it when he leaves."""
-    offer(node, "null")
-    daemon = start()
-    wait_ready(kubelet, ["null"])
+    daemon = serve("null")
     with plugin_stub(node, "null") as stub:
         stranger = stub.ListAndWatch(pb.Empty())
         assert next(stranger).devices
@@ -7755,9 +7477,7 @@ def test_the_stream_of_a_stranger_is_not_kubelets(node: Node, kubelet: Kubelet, 
 METHODS = ("GetDevicePluginOptions", "ListAndWatch", "GetPreferredAllocation", "Allocate", "PreStartContainer")
 
 
-def test_any_bytes_are_an_error_or_an_answer_and_never_a_dead_server(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: Starter) -> None:
     offer(node, "null", "zero")
     node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
     daemon = start()
@@ -7886,9 +7606,7 @@ def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: St
 
 
 @needs_root
-def test_a_request_for_all_slots_of_a_large_pool_keeps_others_waiting_for_a_moment_only(
-    node: Node, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_request_for_all_slots_delays_others_little(node: Node, kubelet: Kubelet, start: Starter) -> None:
     for number in range(200):
         node.plug(f"v{number}")
     node.rules("- {devicematch: ^v, resource: pool, nummaxdevices: 250}\n")
@@ -7929,9 +7647,7 @@ UNFORESEEN = {  # a request of each method, and what fails when it is looked at
 
 @needs_root
 @pytest.mark.parametrize("method", UNFORESEEN)
-def test_what_nobody_foresaw_is_answered_logged_and_counted(
-    node: Node, kubelet: Kubelet, start: Starter, method: str
-) -> None:
+def test_a_bug_is_answered_logged_and_counted(node: Node, kubelet: Kubelet, start: Starter, method: str) -> None:
     """The text of the exception is none that gRPC takes, nor one for a terminal; and it is long."""
     node.plug("video0")
     node.rules("- devicematch: video\n  resource: pool\n")
@@ -7972,37 +7688,17 @@ def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: 
     assert "bug" not in daemon.log and "ERROR" not in daemon.log and "Traceback" not in daemon.log
 
 
-@needs_root
-def test_a_refusal_that_names_what_is_not_utf_8_is_answered(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """A link's target, and a node in a folder, both of which came after the last look."""
-    node.plug("video0")
-    node.plug("snd/a")
-    node.link("cam", "video0")
-    node.rules("- devicematch: ^(cam|snd)$\n")
-    daemon = start("--interval", "3600")
-    wait_ready(kubelet, ["cam", "snd"])
-    node.link("cam", "gone\udcff\x1b[31m")
-    node.plug("snd/b\udcff")
-    assert refusal(kubelet, "cam", "0") == (
-        "UNAVAILABLE",
-        r"smarter-devices/cam: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which is not there",
-    )
-    status, words = refusal(kubelet, "snd", "0")
-    assert status == "UNAVAILABLE"
-    assert r"the name /dev/snd/b\udcff is not UTF-8" in words
-    assert r"Allocate refused: /dev/cam: a link to /dev/gone\udcff\x1b[31m, which" in daemon.log
-
-
 # A service manager: systemd starts the daemon before the kubelet, and restarts it if it hangs
 
 
-@pytest.fixture(params=["path", "abstract"])
+@pytest.fixture
 def manager(request: pytest.FixtureRequest, node: Node) -> Iterator[Manager]:
-    manager = Manager(f"@{node.root}" if request.param == "abstract" else f"{node.root}/notify")
+    manager = Manager(f"{node.root}/notify" if getattr(request, "param", "") == "path" else f"@{node.root}")
     yield manager
     manager.close()
 
 
+@pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
 def test_the_daemon_first_and_kubelet_later(node: Node, start: Starter, manager: Manager) -> None:
     """It is ready without a kubelet, so that systemd starts one; then it registers everything soon."""
     names = offer_many(node, 10) if os.geteuid() == 0 else list(NAMES)
@@ -8037,9 +7733,10 @@ HANGS = {
 
 
 @pytest.mark.parametrize("side", HANGS)
-def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubelet, start: Starter, side: str) -> None:
+def test_a_side_that_hangs_pings_no_watchdog(
+    node: Node, kubelet: Kubelet, start: Starter, manager: Manager, side: str
+) -> None:
     offer(node, "null")
-    manager = Manager(f"@{node.root}")
     hang = "import time\nhang = lambda: time.sleep(3600)\n"
     daemon = start(fault=hang + HANGS[side], env={**os.environ, **manager.environment("100000")})
     wait_ready(kubelet, ["null"])
@@ -8049,7 +7746,6 @@ def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubele
     manager.wait_for_silence(1.0)
     assert daemon.process.poll() is None
     daemon.kill()
-    manager.close()
 
 
 @pytest.mark.parametrize(
@@ -8064,31 +7760,26 @@ def test_the_watchdog_gets_no_ping_when_a_side_hangs(node: Node, kubelet: Kubele
     ],
 )
 def test_invalid_variables_of_a_service_manager_are_ignored(
-    node: Node, kubelet: Kubelet, start: Starter, address: str, watchdog: str
+    node: Node, serve: Starter, address: str, watchdog: str
 ) -> None:
-    offer(node, "null")
-    daemon = start(env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": watchdog})
-    wait_ready(kubelet, ["null"])
+    daemon = serve("null", env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": watchdog})
     settle(daemon)
     stops_well(daemon, node)
 
 
-def test_the_watchdog_of_another_process_is_not_pinged(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_the_watchdog_of_others_is_not_pinged(node: Node, kubelet: Kubelet, start: Starter, manager: Manager) -> None:
     offer(node, "null")
-    manager = Manager(f"@{node.root}")
     start(env={**os.environ, **manager.environment("100000"), "WATCHDOG_PID": "1"})
     assert manager.hear() == "READY=1"
     wait_ready(kubelet, ["null"])
     assert manager.hear(1.0) == ""
-    manager.close()
 
 
-def test_a_service_manager_whose_queue_is_full_is_told_later_that_the_daemon_is_ready(
-    node: Node, kubelet: Kubelet, start: Starter
+def test_a_full_queue_of_the_manager_is_told_later(
+    node: Node, kubelet: Kubelet, start: Starter, manager: Manager
 ) -> None:
     """As while everything starts at boot. Otherwise systemd would end the daemon as one that does not start."""
     offer(node, "null")
-    manager = Manager(f"@{node.root}")
     others = 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
         other.setblocking(False)
@@ -8100,14 +7791,12 @@ def test_a_service_manager_whose_queue_is_full_is_told_later_that_the_daemon_is_
     assert [manager.hear() for _ in range(others)] == ["X"] * others
     assert manager.hear() == "READY=1"
     manager.wait_for_silence(1.0)
-    manager.close()
 
 
-def test_a_ping_that_could_not_be_sent_is_sent_before_the_watchdog_ends_the_daemon(
-    node: Node, kubelet: Kubelet, start: Starter
+def test_a_ping_that_could_not_be_sent_is_sent_soon(
+    node: Node, kubelet: Kubelet, start: Starter, manager: Manager
 ) -> None:
     offer(node, "null")
-    manager = Manager(f"@{node.root}")
     daemon = start("--interval", "3600", env={**os.environ, **manager.environment("6000000")})
     assert [manager.hear(), manager.hear()] == ["READY=1", "WATCHDOG=1"]
     last = time.monotonic()
@@ -8115,7 +7804,6 @@ def test_a_ping_that_could_not_be_sent_is_sent_before_the_watchdog_ends_the_daem
         settle(daemon, 3.3)  # the next ping is due after 3 s
     assert manager.hear() == "WATCHDOG=1"
     assert time.monotonic() - last < 5.0
-    manager.close()
 
 
 # What the node runs out of
@@ -8195,11 +7883,9 @@ def test_a_hard_limit_above_what_the_kernel_allows(node: Node, kubelet: Kubelet,
 
 
 @pytest.mark.parametrize("has_room", [False, True])
-def test_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starter, has_room: bool) -> None:
+def test_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter, has_room: bool) -> None:
     """Full for everything; or with room for as many as it has, so that it gets stuck halfway."""
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES)
     usual = descriptors(daemon)
     with descriptors_limited(daemon, usual - 1 if has_room else 3):
         kubelet.down()
@@ -8214,10 +7900,8 @@ def test_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starte
     assert daemon.log.count("\n") < 20, daemon.log
 
 
-def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null")
-    daemon = start("--interval", "3600")
-    wait_ready(kubelet, ["null"])
+def test_allocate_with_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter) -> None:
+    daemon = serve("null", options=("--interval", "3600"))
     with descriptors_limited(daemon, 3):
         status, words = refusal(kubelet, "null", "0")
     assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
@@ -8225,13 +7909,9 @@ def test_allocate_with_a_full_table_of_descriptors(node: Node, kubelet: Kubelet,
 
 
 @pytest.mark.parametrize("path", ["/status.json", "/metrics"])
-def test_the_status_pages_with_a_full_table_of_descriptors(
-    node: Node, kubelet: Kubelet, start: Starter, path: str
-) -> None:
+def test_status_pages_with_a_full_table_of_descriptors(serve: Starter, path: str) -> None:
     """A client is told so, for what the page says of the process cannot be read."""
-    offer(node, "null")
-    daemon = start("--listen", "127.0.0.1:0")
-    wait_ready(kubelet, ["null"])
+    daemon = serve("null", options=("--listen", "127.0.0.1:0"))
     status = Status(daemon)
     with status.connect() as connection:
         wait_for(lambda: open_sockets(daemon) >= 1)
@@ -8259,22 +7939,17 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet,
     stops_well(daemon, node)
 
 
-def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, serve: Starter) -> None:
     """Kubelet's streams are open still, the kernel tells of nothing, and the next look is some seconds away."""
-    offer(node, *NAMES)
-    daemon = start("--interval", "1")
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES, options=("--interval", "1"))
     settle(daemon, 1.0)
     moved = time.monotonic()
     node.plugins.rename(node.root / "q")
     daemon.says("kubelet is not there")
     assert time.monotonic() - moved < 2.5  # of an --interval and a busy machine; CALM_LOOK_SECONDS are 5
     node.plugins.mkdir(0o755)
-    other = Kubelet(node).up()
-    try:
+    with Kubelet(node) as other:
         wait_ready(other, NAMES)
-    finally:
-        other.down()
 
 
 @needs_root
@@ -8309,9 +7984,7 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
 
 
 @needs_root
-def test_a_full_table_of_descriptors_does_not_mean_that_the_plugin_directory_was_moved(
-    node: Node, kubelet: Kubelet
-) -> None:
+def test_a_full_table_of_descriptors_is_no_moved_directory(node: Node, kubelet: Kubelet) -> None:
     """What is mounted cannot be read then, for longer than a directory may be away."""
     mounted(node, "", "true")  # or skip
     offer(node, "null")
@@ -8333,11 +8006,9 @@ def test_a_full_table_of_descriptors_does_not_mean_that_the_plugin_directory_was
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_plugin_directory_that_vanishes(node: Node, kubelet: Kubelet, start: Starter, comes_back: bool) -> None:
+def test_a_plugin_directory_that_vanishes(node: Node, kubelet: Kubelet, serve: Starter, comes_back: bool) -> None:
     """Away for a while; or gone for good, and a new kubelet makes another."""
-    offer(node, *NAMES)
-    daemon = start()
-    wait_ready(kubelet, NAMES)
+    daemon = serve(*NAMES)
     node.plugins.rename(node.root / "q")
     daemon.says("kubelet is not there")
     settle(daemon, 1.0)
@@ -10132,7 +9803,7 @@ def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, sta
 
 
 @needs_root
-def test_a_dry_run_of_dra_shows_the_whole_way(node: Node, start: Starter) -> None:
+def test_a_dry_run_of_dra_shows_the_whole_way(node: Node) -> None:
     node.plug("video0")
     node.plug("bus/stick")
     node.link("serial/x", "../bus/stick")
@@ -10331,7 +10002,7 @@ def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> No
 HELD = ("nvidia-gpu0", "default/detector-0/main", ["3", "0"])
 
 
-def test_slots_in_use_and_their_holders(node: Node, served: Status, kubelet: Kubelet) -> None:
+def test_slots_in_use_and_their_holders(served: Status, kubelet: Kubelet) -> None:
     assert served.resource("nvidia-gpu0")["in_use"] == 0
     kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
@@ -10388,7 +10059,7 @@ def test_an_invalid_answer_makes_the_use_unknown(node: Node, served: Status, kub
     assert len(ours) == 5, "none of this is worth a line of the log"
 
 
-def test_any_bytes_are_an_answer_or_make_the_use_unknown(node: Node, kubelet: Kubelet) -> None:
+def test_any_bytes_are_an_answer_or_make_the_use_unknown(kubelet: Kubelet) -> None:
     asked = sdm.PodResources(kubelet.pod_resources.path, "smarter-devices")
     good = holders_message(("smarter-devices/a", "default/pod/main", ["0", "1"])).SerializeToString()
     seen = set()
@@ -10407,7 +10078,7 @@ def test_any_bytes_are_an_answer_or_make_the_use_unknown(node: Node, kubelet: Ku
     assert seen == {dict, type(None)}
 
 
-def test_thousands_of_pods_with_long_names_are_shown(node: Node, served: Status, kubelet: Kubelet) -> None:
+def test_thousands_of_pods_with_long_names_are_shown(served: Status, kubelet: Kubelet) -> None:
     long = "x" * 400
     entries = [("nvidia-gpu0", f"default/pod-{number}/main", ["1"]) for number in range(5000)]
     kubelet.hold(*entries, ("nvidia-gpu0", f"{long}/{long}/{long}", ["2"]))
@@ -10457,9 +10128,7 @@ def test_any_server_in_place_of_the_kubelet_makes_the_use_unknown(
         client.close()
 
 
-def test_a_kubelet_that_is_slow_to_list_holders_keeps_no_probe_waiting(
-    node: Node, served: Status, kubelet: Kubelet
-) -> None:
+def test_a_slow_list_of_holders_keeps_no_probe_waiting(served: Status, kubelet: Kubelet) -> None:
     kubelet.pod_resources.delay = PATIENCE
     kubelet.pod_resources.count = 0
     begin = time.monotonic()
@@ -10478,7 +10147,7 @@ def test_a_kubelet_that_is_slow_to_list_holders_keeps_no_probe_waiting(
     assert time.monotonic() - begin < sdm.POD_RESOURCES_SECONDS
 
 
-def test_holders_are_asked_for_only_when_somebody_looks(node: Node, served: Status, kubelet: Kubelet) -> None:
+def test_holders_are_asked_for_only_when_somebody_looks(served: Status, kubelet: Kubelet) -> None:
     begin = time.monotonic()
     wait_for(lambda: time.monotonic() > begin + 1 and served.ask("/healthz").status == 200)  # ten turns
     assert served.ask("/readyz").status == 200
@@ -10556,8 +10225,7 @@ def test_events_are_listed_newest_first_and_at_most_100(node: Node, served: Stat
 def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter) -> None:
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu0"] = "no " * 1000
-    kubelet.up()
-    try:
+    with kubelet:
         status = Status(start("--listen", "127.0.0.1:0"))
 
         def refused() -> list[dict[str, Any]]:
@@ -10566,8 +10234,6 @@ def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter
         message = wait_for(refused)[0]["message"]
         assert "kubelet refused to register it (UNKNOWN): no no no" in message
         assert len(message) == sdm.MAX_TEXT + len("...")
-    finally:
-        kubelet.down()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10575,7 +10241,7 @@ def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_healthz_is_503_while_the_device_side_hangs(served: Status, start: Starter, node: Node) -> None:
+def test_healthz_is_503_while_the_device_side_hangs(served: Status) -> None:
     status, daemon = served, served.daemon
     assert status.wait_for("/healthz", 200).body == "ok\n"
     with Tracer(daemon.process.pid):  # its main thread, and no other
@@ -10613,9 +10279,7 @@ def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
 
 
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0), ("3600", 10.0)])
-def test_a_thread_may_be_silent_for_ten_intervals_but_for_a_second_at_least_and_ten_at_most(
-    folder: Path, start: Starter, interval: str, seconds: float
-) -> None:
+def test_a_thread_may_be_silent_for_ten_intervals(folder: Path, start: Starter, interval: str, seconds: float) -> None:
     status = Status(start("--listen", "127.0.0.1:0", "--interval", interval))
     assert [thread["max_seconds"] for thread in status.document()["threads"]] == [pytest.approx(seconds)] * 2
     assert all(0 <= thread["seconds_since_turn"] < PATIENCE for thread in status.document()["threads"])
@@ -10642,8 +10306,7 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
     assert [line.partition(": ")[0] for line in answer.body.splitlines()] == names
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
-    kubelet.up()
-    try:
+    with kubelet:
         expected = (
             "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
         )
@@ -10657,23 +10320,18 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
         kubelet.refused.clear()
         assert status.wait_for("/readyz", 200).body == "ok\n"
         assert wait_for(lambda: status.document()["ready"])
-    finally:
-        kubelet.down()
     status.wait_for("/readyz", 503)
 
 
 def test_ready_takes_an_open_stream(node: Node, folder: Path, start: Starter) -> None:
     kubelet = Kubelet(node)
     kubelet.opens_streams = False
-    kubelet.up()
-    try:
+    with kubelet:
         status = Status(start("--listen", "127.0.0.1:0"))
         wait_for(lambda: status.metrics()["registrations_total", "smarter-devices/nvidia-gpu0"] >= 1)
         assert status.ask("/readyz").status == 503
         wait_for(lambda: status.metrics()["stream_losses_total", "smarter-devices/nvidia-gpu0"] >= 1)
         assert "opened no stream" in status.ask("/readyz").body
-    finally:
-        kubelet.down()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10715,7 +10373,7 @@ def test_metrics_follow_the_naming_rules() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet, folder: Path) -> None:
+def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet) -> None:
     name = "smarter-devices/nvidia-gpu0"
     first = served.metrics()
     assert first["slots", name] == 4
@@ -10752,7 +10410,7 @@ def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubele
     assert served.metrics()["kubelet_restarts_total"] == 1
 
 
-def test_a_device_that_is_gone_is_absent(node: Node, served: Status, folder: Path, start: Starter) -> None:
+def test_a_device_that_is_gone_is_absent(served: Status, folder: Path) -> None:
     folder.rmdir()
     served.daemon.hang_up()
     name = "smarter-devices/nvidia-gpu0"
@@ -10768,7 +10426,7 @@ def test_a_device_that_is_gone_is_absent(node: Node, served: Status, folder: Pat
     assert '<li><a href="#nvidia-gpu0">nvidia-gpu0</a>: it is gone</li>' in page[: page.index("<h2>Resources</h2>")]
 
 
-def test_process_metrics_are_the_kernels_own(served: Status, start: Starter) -> None:
+def test_process_metrics_are_the_kernels_own(served: Status) -> None:
     process = psutil.Process(served.daemon.process.pid)
     before = process.cpu_times()
     metrics = served.metrics()
@@ -10960,7 +10618,7 @@ def test_any_bytes_are_a_request_or_not(data: bytes) -> None:
     assert request is None or request.path.startswith("/")
 
 
-def test_no_input_makes_it_hang_or_fail(served: Status, kubelet: Kubelet, start: Starter) -> None:
+def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
     pieces = [
         b"GET ",
         b"POST ",
@@ -11010,7 +10668,7 @@ def open_sockets(daemon: Daemon) -> int:
     return len([item for item in psutil.Process(daemon.process.pid).net_connections("tcp") if item.raddr])
 
 
-def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(served: Status, start: Starter) -> None:
+def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(served: Status) -> None:
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CLIENTS)]
@@ -11036,7 +10694,8 @@ def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
 
 
 def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
-    node: Node, served: Status, kubelet: Kubelet, start: Starter
+    served: Status,
+    kubelet: Kubelet,
 ) -> None:
     response = pb.ListPodResourcesResponse()
     pod = response.pod_resources.add(namespace="n" * 300, name="p" * 300)
@@ -11144,9 +10803,7 @@ while True:
 
 
 @pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
-def test_a_thousand_connections_a_second_starve_no_probe(
-    served: Status, kubelet: Kubelet, start: Starter, data: str
-) -> None:
+def test_a_thousand_connections_a_second_starve_no_probe(served: Status, kubelet: Kubelet, data: str) -> None:
     flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
     try:
         wait_for(lambda: open_sockets(served.daemon) > (0 if data else sdm.MAX_CLIENTS / 2))
@@ -11214,9 +10871,7 @@ def test_it_listens_on_the_given_address(folder: Path, start: Starter, address: 
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:{port}", "no.such.host.invalid:8080", "a..b:80", "256.1.1.1:80", "a" * 70 + ":80"]
 )
-def test_an_address_that_cannot_be_had_is_logged_and_the_daemon_goes_on(
-    folder: Path, kubelet: Kubelet, start: Starter, address: str
-) -> None:
+def test_an_address_that_cannot_be_had_is_logged(folder: Path, kubelet: Kubelet, start: Starter, address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = address.format(port=taken.getsockname()[1])
         daemon = start("--listen", address)
@@ -11261,9 +10916,7 @@ def test_it_serves_without_needless_modules(folder: Path, kubelet: Kubelet, star
     }
 
 
-def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(
-    node: Node, folder: Path, kubelet: Kubelet, start: Starter
-) -> None:
+def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(folder: Path, kubelet: Kubelet, start: Starter) -> None:
     daemon = start("--listen", "127.0.0.1:0", fault="sdm.render_page = fail")
     status = Status(daemon)
     assert status.ask("/").status == 500
@@ -11286,7 +10939,7 @@ def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet:
     assert [path.name for path in node.plugins.glob("*.sock")] == ["kubelet.sock"]
 
 
-def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, start: Starter) -> None:
+def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status) -> None:
     daemon = served.daemon
     with served.connect() as idle, served.connect() as partial:
         partial.sendall(GOOD)
@@ -11298,7 +10951,7 @@ def test_sigterm_ends_it_in_good_order_with_clients_connected(served: Status, st
     assert not re.search(r"Traceback|destroyed|never retrieved", daemon.log)
 
 
-def test_no_descriptor_leaks(served: Status, start: Starter) -> None:
+def test_no_descriptor_leaks(served: Status) -> None:
     folder = f"/proc/{served.daemon.process.pid}/fd"
     served.ask("/")
     before = len(os.listdir(folder))
@@ -11514,9 +11167,7 @@ def pull_the_modem(node: Node, status: Status) -> None:
 
 @needs_chromium
 @needs_root
-def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
-    node: Node, greenhouse: Status, chromium: Chromium
-) -> None:
+def test_the_page_shows_what_comes_and_goes(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     text = chromium.text()
     assert "all is well" in text
@@ -11538,9 +11189,7 @@ def test_chromium_shows_a_device_appear_an_unhealthy_one_and_a_used_slot(
 
 @needs_chromium
 @needs_root
-def test_the_page_follows_the_daemon_and_replaces_only_what_changed(
-    node: Node, greenhouse: Status, chromium: Chromium
-) -> None:
+def test_the_page_replaces_only_what_changed(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     chromium.run("document.querySelector('main').firstElementChild.mark = 'the same'")
 
@@ -11698,7 +11347,10 @@ def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: St
 
 
 def test_status_prints_a_running_daemons_state(
-    node: Node, served: Status, folder: Path, kubelet: Kubelet, start: Starter
+    node: Node,
+    served: Status,
+    folder: Path,
+    kubelet: Kubelet,
 ) -> None:
     kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
@@ -11922,8 +11574,7 @@ def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Start
     node.sysfs("gpu.1", {})
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
-    kubelet.up()
-    try:
+    with kubelet:
         daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
         kubelet.wait_for("nvidia-gpu0", Healthy=4)
         with pytest.raises(grpc.RpcError):
@@ -11932,13 +11583,9 @@ def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Start
         daemon.says(r"WARNING smarter-devices/nvidia-gpu1: the kubelet refused to register it .*not on my watch")
         assert daemon.stop() == 0
         assert all("refused" in line for line in daemon.log.splitlines()), daemon.log
-    finally:
-        kubelet.down()
 
 
-def test_the_status_has_events_that_the_log_leaves_out(
-    folder: Path, kubelet: Kubelet, start: Starter, node: Node
-) -> None:
+def test_the_status_has_what_the_log_leaves_out(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
     daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
     listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
 
@@ -12025,9 +11672,7 @@ def test_it_ends_although_nobody_reads_its_log(node: Node, folder: Path, kubelet
         stops_well(daemon, node)
 
 
-def test_the_last_lines_are_written_if_somebody_reads(
-    node: Node, folder: Path, kubelet: Kubelet, start: Starter
-) -> None:
+def test_the_last_lines_reach_a_reader(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
     with FullPipe() as pipe:
         daemon = start(stderr=pipe.writer)
         kubelet.wait_for("nvidia-gpu0", Healthy=4)
