@@ -326,6 +326,25 @@ def wait_for(condition: Callable[[], Any], what: str | Callable[[], str] = "", p
         time.sleep(0.01)
 
 
+AS_A_MODULE = "import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {here!r})\n"
+AS_A_MODULE += "import smarter_device_manager as sdm\n{fault}\nsys.exit(sdm.main())"
+FAIL = "def fail(*_):\n    raise KeyError('nobody foresaw this')\n"  # for a fault such as "sdm.render_page = fail"
+
+
+def script_command(fault: str = "") -> list[str]:
+    """A command that runs the script as a module, because Python keeps what it has compiled of a module, and compiling
+    is most of a start. FAULT is statements that are run before all else."""
+    code = AS_A_MODULE.format(here=str(HERE), fault=FAIL + fault if fault else "")
+    return [sys.executable, "-c", code, str(SCRIPT)]
+
+
+def keeping_byte_code(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """ENVIRONMENT, or that of this process, without what keeps Python from keeping what it has compiled."""
+    found = dict(os.environ if environment is None else environment)
+    found.pop("PYTHONDONTWRITEBYTECODE", None)
+    return found
+
+
 class Node:
     """A made-up node: its /dev, /sys, plugin directory and config file, below a path short enough for sockets."""
 
@@ -393,19 +412,11 @@ class Node:
 
     def run(self, *more: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         """Run the script on this node until it exits."""
-        command = [sys.executable, str(SCRIPT), *self.options(), *more]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **kwargs)
-
-
-FAULTY = """
-import sys
-sys.path.insert(0, {here!r})
-import smarter_device_manager as sdm
-def fail(*_):
-    raise KeyError('nobody foresaw this')
-{fault}
-sys.exit(sdm.main())
-"""
+        command = [*script_command(), *self.options(), *more]
+        environment = keeping_byte_code(kwargs.pop("env", None))
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment, **kwargs
+        )
 
 
 class Daemon:
@@ -427,14 +438,11 @@ class Daemon:
         """
         self.node = node
         self.fault = fault
-        script = SCRIPT
-        if fault:
-            script = node.root / "driver.py"
-            script.write_text(FAULTY.format(here=str(HERE), fault=fault))
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
-        command = [*through, sys.executable, str(script), *node.options(), "--interval", "0.1", *more]
+        command = [*through, *script_command(fault), *node.options(), "--interval", "0.1", *more]
+        environment = keeping_byte_code(kwargs.pop("env", None))
         with os.fdopen(descriptor, "w") as log:
-            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, **kwargs)
+            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, env=environment, **kwargs)
 
     @property
     def log(self) -> str:
@@ -463,12 +471,8 @@ class Daemon:
 def with_constants(**constants: float) -> list[str]:
     """A command through which a daemon has other values of the script's CONSTANTS, so that a test need not wait."""
     changes = "".join(f"sdm.{name} = {value}; " for name, value in constants.items())
-    path = f"sys.argv = sys.argv[2:]; sys.path.insert(0, {str(HERE)!r}); "
-    return [
-        sys.executable,
-        "-c",
-        f"import sys; {path}import smarter_device_manager as sdm; {changes}sys.exit(sdm.main())",
-    ]
+    code = AS_A_MODULE.replace("argv[1:]", "argv[4:]").format(here=str(HERE), fault=changes)  # of the command itself
+    return [sys.executable, "-c", code]
 
 
 def holders_message(*entries: tuple[str, str, Sequence[str]]) -> pb.ListPodResourcesResponse:
