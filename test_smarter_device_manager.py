@@ -6115,11 +6115,13 @@ def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> No
 def test_starts_of_resources_named_by_an_attribute(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     """It is the one of the folder that fits the rule, whatever nearer folders have."""
     plug_stick(board, "ttyUSB0", "A1")
-    (node.sys / "dev/char/188:0").resolve().joinpath("serial").write_text("nearer\n")
+    nearer = (node.sys / "dev/char/188:0").resolve() / "serial"
+    nearer.write_text("nearer\n")
     node.rules("- {devicematch: ^ttyUSB, attributes: {idVendor: '10c4'}, resource: 'stick-\\g<attr:serial>'}\n")
     start("--interval", "3600")
     kubelet.wait_for("stick-A1", Healthy=1)
     wait_for(lambda: may_start(kubelet, "stick-A1", "ttyUSB0:0"))
+    nearer.unlink()
     set_serial(board, "ttyUSB0", "C1")
     words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
     assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
