@@ -905,7 +905,7 @@ def test_names_that_take_too_long_do_not_delay_the_others(node: Node, kubelet: K
     assert sum(process.cpu_times()[:2]) - before < 0.2  # they are not searched again
     done = node.run("--list", "--json")
     assert json.loads(done.stdout)["left_out"] == left_out
-    assert node.run("--check").stdout == f"{node.conf}: good, 3 rules\n"
+    assert node.run("--check").stdout.startswith(f"{node.conf}: good, 3 rules\n")
     assert daemon.log.count("took too long") == 1
 
 
@@ -1616,7 +1616,7 @@ def test_every_option_has_its_place_in_a_manifest_and_in_a_unit(node: Node) -> N
     assert sdm.MANIFEST_OPTIONS.keys() == options.keys() - modes
     for name, way in sdm.MANIFEST_OPTIONS.items():
         if way not in (sdm.ARGUMENT, sdm.PART):
-            given = f"{options[name]}=/x"
+            given = f"{options[name]}={1 if name == 'gone_grace' else '/x'}"
             assert (
                 bare("--manifest", given)
                 .stderr.splitlines()[-1]
@@ -2149,12 +2149,12 @@ def test_a_kept_file_of_any_content_does_not_end_the_start(
     """It is used, or ignored with one line."""
     path = node.plugins / "kept"
     path.write_text(text)
-    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
+    is_used = bool(sdm.KeptDevices(str(path)).read(True).resources) or text == "{}"
     assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
     side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
     side.start()
-    sdm.log_changes(sdm.EMPTY_PLAN, side.plan)
+    sdm.ChangeLog().take(side.plan)
     for found in side.plan.resources.values():
         sdm._list_message(found).SerializeToString()
 
@@ -2175,9 +2175,8 @@ def test_thousands_of_pools_and_devices_are_not_compared_for_long() -> None:
 
 
 def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of (?i)k take re the longest: 0.2 ms each."""
     text = f'- devicematch: "(?i){"k" * 20_000}"\n'
-    monkeypatch.setattr(sdm, "PARSE_SECONDS", 0.5)
+    monkeypatch.setattr(sdm, "PARSE_SECONDS", 0.01)
     with pytest.raises(sdm.ConfigError, match="takes more than 0 s to read; write fewer rules or shorter expressions"):
         sdm.parse_rules(text)
     assert sdm.parse_rules("- devicematch: good\n")
@@ -6886,7 +6885,7 @@ def test_a_refused_registration_is_told_and_tried_again(node: Node, kubelet: Kub
     kubelet.refused["null"] = "no room\nat the inn"
     offer(node, *NAMES)
     daemon = start()
-    wait_ready(kubelet, [name for name in NAMES if name != "null"], 3.0)
+    wait_ready(kubelet, [name for name in NAMES if name != "null"])
     wait_for(lambda: kubelet.count("null") == 3)
     first, second, third = kubelet.times("null")
     assert 0.9 < second - first < third - second  # 1 s, then 2 s, and what a busy machine adds
@@ -7837,16 +7836,16 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     names = sorted(offer_many(node, 120))
     daemon = start("--listen", "127.0.0.1:0", through=limited(256))
     status = Status(daemon)
-    told = daemon.says(r"WARNING (\d+) resources: no file descriptors are left for it: this process may have 256, and")
+    told = daemon.says(r"WARNING (\d+) resources: no file descriptors are left for it; raise the limit of this process")
     count = 120 - int(told[1])
-    assert 50 <= count <= (256 - sdm.RESERVED_DESCRIPTORS) / 2
+    assert count == (256 - sdm.RESERVED_DESCRIPTORS) / 2
     wait_ready(kubelet, names[:count])
     settle(daemon)
     assert sorted(kubelet.clients) == sorted(kubelet.name(name) for name in names[:count])
     assert kubelet.gives(names[count - 1]) == {f"/dev/{names[count - 1]}": f"/dev/{names[count - 1]}"}
     unready = status.wait_for("/readyz", 503).body.splitlines()
     assert [line.partition(": ")[0] for line in unready] == [kubelet.name(name) for name in names[count:]]
-    assert "this process may have 256" in unready[0]
+    assert "no file descriptors are left for it" in unready[0]
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(status.connect()) for _ in range(sdm.MAX_CLIENTS)]
         wait_for(lambda: open_sockets(daemon) >= len(idle))
@@ -9946,7 +9945,12 @@ def test_holders_are_those_of_our_domain() -> None:
 def described(resource: sdm.Resource, *holders: sdm.Holder) -> sdm.Document:
     """RESOURCE as the document has it, while HOLDERS have slots of it."""
     use = sdm.describe_use(resource, {resource.name: holders})
-    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), "ready": False, "trouble": "", **use}
+    return {
+        **sdm.describe_resource(resource, "smarter-devices", 0.0),
+        "ready": False,
+        "trouble": sdm.unready_text(""),
+        **use,
+    }
 
 
 def test_each_slot_in_use_counts_once() -> None:
