@@ -62,6 +62,7 @@ from support import (  # isort: skip
 )  # fmt: skip
 
 CONFIG_PAGE = HERE / "docs/config.md"
+MIB = 1 << 20
 Starter = Callable[..., Daemon]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making device nodes takes root (mknod(2))")
 
@@ -532,7 +533,6 @@ def test_what_some_yaml_reader_does_not_read_as_text_must_be_quoted(word: str) -
     assert parse_yaml(f'a: "{word}"') == {"a": word}
 
 
-MIB = 1 << 20
 HOSTILE = cut(
     "\n@ @#@# c\n@  \n@a@a @:a@a:@ #@\"@\"\\n@'@''@- @-\n@[@{a: @a,@---\n@...\n@\r\n@\r@1@1_@1:@-.@\t@\\@'a@a: b\n@]",
     "@",
@@ -1230,49 +1230,6 @@ def test_check_says_that_a_conf_is_good_on_a_bare_python(node: Node) -> None:
     assert bare(*node.options(), "--check").stdout == f"{node.conf}: good, 2 rules\n"
 
 
-@pytest.mark.parametrize("mode", ["--check", "--list", "--dry-run"])
-def test_a_bad_conf_is_one_line_with_its_place(node: Node, mode: str) -> None:
-    node.rules("# c\n- devicematch: ^a$\n  nummaxdevice: 5\n")
-    done = node.run(mode)
-    message = f'{node.conf}:3:3: unknown key "nummaxdevice"; did you mean nummaxdevices?'
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"smarter_device_manager.py: {message}\n")
-
-
-def test_a_daemon_does_not_start_with_a_bad_conf(node: Node) -> None:
-    node.rules("- devicematch: '('\n")
-    done = node.run()
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert f'{node.conf}:1:16: "(" is not a regular expression' in done.stderr
-
-
-def test_a_path_that_is_not_a_config_file(node: Node) -> None:
-    def says(message: str) -> None:
-        done = bare(*node.options(), "--check")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"smarter_device_manager.py: {message}\n"
-
-    says(f"cannot read the config file {node.conf}: No such file or directory")
-    node.conf.mkdir()
-    says(f"cannot read the config file {node.conf}: Is a directory")
-    node.conf.rmdir()
-    node.conf.symlink_to("conf.yaml")
-    says(f"cannot read the config file {node.conf}: Too many levels of symbolic links")
-    node.conf.unlink()
-    node.conf.write_bytes(b"")
-    says(f"{node.conf}:1:1: the file has no rules; write a list: - devicematch: ^video[0-9]*$")
-    node.conf.write_bytes("- devicematch: a\n# é\xe9\n".encode("latin-1"))
-    says(f"{node.conf}:2:3: this is not UTF-8; save the file as UTF-8")
-    node.conf.write_bytes("- devicematch: a\n".encode("utf-16"))
-    says(f"{node.conf}:1:1: this is not UTF-8; save the file as UTF-8")
-    node.conf.write_bytes(b"- devicematch: a\n" + b"#" * MIB)
-    says(f"{node.conf}:1:1: the file is longer than 1048576 bytes; is it a config file?")
-    node.conf.write_bytes(b"- devicematch: \x1b[31m\n")
-    says(f"{node.conf}:1:16: the character U+001B is not allowed: remove it, save as UTF-8")
-    node.conf.write_bytes(b'- devicematch: a\n  permissions: "\\e[31m"\n')
-    says(f'{node.conf}:2:16: "\\x1b[31m" must be letters of r, w and m, each once')
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_conf_that_may_not_be_read(node: Node) -> None:
     node.rules("- devicematch: a\n")
@@ -1280,6 +1237,76 @@ def test_a_conf_that_may_not_be_read(node: Node) -> None:
     done = node.run("--check")
     assert done.returncode == 1
     assert done.stderr == f"smarter_device_manager.py: cannot read the config file {node.conf}: Permission denied\n"
+
+
+CONFIG_MAP = b"# Rules\napiVersion: v1\nkind: ConfigMap\ndata:\n  conf.yaml: |\n    - devicematch: ^video0$\n"
+A_RULE = b"- devicematch: a\n"
+BAD_KEY = b"# c\n- devicematch: ^a$\n  nummaxdevice: 5\n"
+KEY_PROBLEM = 'unknown key "nummaxdevice"; did you mean nummaxdevices?'
+REFUSED_COMMANDS = [
+    # what stands at the config file's path (None: none is given), arguments, exit status, and the last line of stderr
+    ("nothing", "--check", 1, "cannot read the config file CONF: No such file or directory"),
+    ("folder", "--check", 1, "cannot read the config file CONF: Is a directory"),
+    ("loop", "--check", 1, "cannot read the config file CONF: Too many levels of symbolic links"),
+    (b"", "--check", 1, "CONF:1:1: the file has no rules; write a list: - devicematch: ^video[0-9]*$"),
+    (A_RULE + b"# \xc3\xa9\xe9\n", "--check", 1, "CONF:2:4: this is not UTF-8; save the file as UTF-8"),
+    ("- devicematch: a\n".encode("utf-16"), "--check", 1, "CONF:1:1: this is not UTF-8; save the file as UTF-8"),
+    (A_RULE + b"#" * MIB, "--check", 1, "CONF:1:1: the file is longer than 1048576 bytes; is it a config file?"),
+    (b"- devicematch: \x1b[31m\n", "--check", 1, "CONF:1:16: the character U+001B is not allowed: remove it"),
+    (A_RULE + b'  permissions: "\\e[31m"\n', "--check", 1, r'CONF:2:16: "\x1b[31m" must be letters of r, w and m'),
+    *[(BAD_KEY, mode, 1, f"CONF:3:3: {KEY_PROBLEM}") for mode in ("--check", "--list", "--dry-run", "")],
+    (b"- devicematch: '('\n", "", 1, 'CONF:1:16: "(" is not a regular expression'),
+    (CONFIG_MAP, "--check", 1, "CONF:2:1: this is a Kubernetes manifest; the config file is only the text under its "),
+    (b"---\n" + CONFIG_MAP, "--check", 1, "CONF:3:1: this is a Kubernetes manifest; the config file"),
+    (A_RULE + b"  resource: smarter-devices/zigbee\n", "--check", 1,
+     'CONF:2:13: "smarter-devices/zigbee" must not have the domain, which --domain sets: write zigbee'),
+    (A_RULE + b"  resource: example.com/zigbee\n", "--check", 1, '"example.com/zigbee" must not have the domain'),
+    # Somebody may just have typed --conf, while --plugin-dir has its default; so the config file's error comes first.
+    ("nothing", "--plugin-dir=/nowhere", 1, "cannot read the config file CONF: No such file or directory"),
+    (A_RULE, "--plugin-dir=/nowhere", 1, "there is no directory /nowhere"),
+    (A_RULE, "--plugin-dir=/nowhere", 1, "--dry-run"),
+    (A_RULE, f"--plugin-dir={SCRIPT}", 1, f"{SCRIPT} is not a directory; --plugin-dir names the kubelet's"),
+    (A_RULE, "", 1, "python3-grpcio"),
+    *[(A_RULE, f"--domain={domain}", 2, f'"{domain}" is not a domain that the kubelet accepts')
+      for domain in ("kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b")],
+    *[(None, f"--status={address}", 2, f'"{address}" is not an ADDRESS:PORT, such as')
+      for address in ("", "8080", "node", ":70000", "http://node:8080/")],
+    *[(None, mode, 2, "error: --json goes with --list and --status")
+      for mode in ("--json", "--check --json", "--dry-run --json")],
+    (None, "--systemd-unit --conf=/home/pi/conf.yaml", 1, "/home/pi/conf.yaml is in a home folder"),
+    (None, "--manifest --conf=/nowhere/conf.yaml", 1, "cannot read the config file /nowhere/conf.yaml: No such file"),
+    (None, f"--manifest --conf={HERE}/daemonset.yaml", 1, f"{HERE}/daemonset.yaml:"),
+    (None, "--manifest '--image=my image'", 2, '"my image" is not the name of an image, such as docker.io/'),
+    (None, "--manifest --image=", 2, '"" is not the name of an image'),
+    (None, "--manifest --namespace=Lab", 2, '"Lab" is not a namespace: lower-case letters'),
+    *[(None, arguments, 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest")
+      for arguments in ("--list --namespace=lab", "--image=python", "--pip-ca=/ca.crt")],
+    (None, "--manifest --pip-index=pypi.example.com", 2, '"pypi.example.com" is not a URL of an index that pip trusts'),
+    (None, "--manifest --pip-ca=/nowhere/ca.crt", 1, "cannot read /nowhere/ca.crt: No such file or directory"),
+    (None, f"--manifest --pip-ca={HERE}/conf.yaml", 1, f"{HERE}/conf.yaml has no CA certificate in PEM format"),
+    (None, "--manifest --listen=127.0.0.1:80", 1, "--manifest does not take --listen 127.0.0.1:80: the kubelet probes"),
+    (None, "--manifest --listen=:0", 1, "--manifest does not take --listen :0: the kubelet probes"),
+    (None, "--manifest --node-name=pi", 1, "--manifest does not take --node-name: one manifest is for all nodes, and"),
+    (None, "--manifest --cdi-dir=/c", 1, "--manifest does not take --cdi-dir: it goes with --api dra, which"),
+    (None, "--manifest --list", 2, "not allowed with argument"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("conf", "arguments", "status", "problem"), REFUSED_COMMANDS)
+def test_what_a_person_does_wrong_is_one_sentence(
+    node: Node, conf: str | bytes | None, arguments: str, status: int, problem: str
+) -> None:
+    if isinstance(conf, bytes):
+        node.conf.write_bytes(conf)
+    elif conf == "folder":
+        node.conf.mkdir()
+    elif conf == "loop":
+        node.conf.symlink_to(node.conf.name)
+    done = bare(*(node.options() if conf is not None else ()), *shlex.split(arguments))
+    assert (done.returncode, done.stdout) == (status, "")
+    *usage, last = done.stderr.splitlines()
+    assert last.startswith("smarter_device_manager.py: ") and problem.replace("CONF", str(node.conf)) in last
+    assert bool(usage) == (status == 2), "the usage is shown for wrong options only"
 
 
 def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
@@ -1391,24 +1418,6 @@ def test_version_and_help() -> None:
     assert documented >= {"--log-level", "--check", "--list", "--dry-run", "--version"}
 
 
-def test_without_a_kubelet_the_error_mentions_dry_run(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    shutil.rmtree(node.plugins)
-    done = node.run()
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert str(node.plugins) in done.stderr
-    assert "--dry-run" in done.stderr
-
-
-def test_serving_without_grpc_says_what_to_install(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    done = bare(*node.options())
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "python3-grpcio" in done.stderr
-
-
 def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(4))
@@ -1484,17 +1493,10 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert (unit["Type"], unit["Restart"]) == (["notify"], ["on-failure"])
     assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(" ".join(unit["Before"]).split())
     options = {
-        "--conf": "/etc/sdm.yaml",
-        "--plugin-dir": "/p/50%",
-        "--pod-resources-socket": "/r/kubelet.sock",
-        "--dev-dir": "/d",
-        "--sys-dir": "/s y",
-        "--domain": "lab",
-        "--interval": "0.50",
-        "--log-level": "WARNING",
-        "--log-format": "json",
-        "--listen": ":1",
-    }
+        "--conf": "/etc/sdm.yaml", "--plugin-dir": "/p/50%", "--pod-resources-socket": "/r/kubelet.sock",
+        "--dev-dir": "/d", "--sys-dir": "/s y", "--domain": "lab", "--interval": "0.50", "--log-level": "WARNING",
+        "--log-format": "json", "--listen": ":1",
+    }  # fmt: skip
     unit = systemd_unit(node, *(part for item in options.items() for part in item))
     assert unit["ReadWritePaths"] == ["-/p/50%%"]
     message = unit["ExecStart"][0].partition(" -m smarter_device_manager ")[2]
@@ -1505,15 +1507,8 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
         for action in sdm.build_parser()._actions
         if action.metavar and action.default is not None
     }
-    dra_only = {
-        "--api",
-        "--kubelet-dir",
-        "--cdi-dir",
-        "--gone-grace",
-        "--kube-api",
-        "--kube-token-file",
-        "--kube-ca-file",
-    }
+    dra_only = {"--api", "--kubelet-dir", "--cdi-dir", "--gone-grace"}
+    dra_only |= {"--kube-api", "--kube-token-file", "--kube-ca-file"}
     assert environment - options.keys() - dra_only == {"--node-name"}
 
 
@@ -1547,50 +1542,6 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
 def test_quoting_in_a_unit(text: str, word: str) -> None:
     assert sdm._systemd_argument(text) == word
     assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--systemd-unit", "--conf=/home/pi/conf.yaml"], 1, "/home/pi/conf.yaml is in a home folder"),
-        (
-            ["--manifest", "--conf=/nowhere/conf.yaml"],
-            1,
-            "cannot read the config file /nowhere/conf.yaml: No such file",
-        ),
-        (["--manifest", f"--conf={HERE}/daemonset.yaml"], 1, f"{HERE}/daemonset.yaml:"),
-        (["--manifest", "--image=my image"], 2, '"my image" is not the name of an image, such as docker.io/'),
-        (["--manifest", "--image="], 2, '"" is not the name of an image'),
-        (["--manifest", "--namespace=Lab"], 2, '"Lab" is not a namespace: lower-case letters'),
-        (["--list", "--namespace=lab"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
-        (["--image=python"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
-        (["--pip-ca=/ca.crt"], 2, "--image, --namespace, --pip-index and --pip-ca go with --manifest"),
-        (
-            ["--manifest", "--pip-index=pypi.example.com"],
-            2,
-            '"pypi.example.com" is not a URL of an index that pip trusts',
-        ),
-        (["--manifest", "--pip-ca=/nowhere/ca.crt"], 1, "cannot read /nowhere/ca.crt: No such file or directory"),
-        (["--manifest", f"--pip-ca={HERE}/conf.yaml"], 1, f"{HERE}/conf.yaml has no CA certificate in PEM format"),
-        (
-            ["--manifest", "--listen=127.0.0.1:80"],
-            1,
-            "--manifest does not take --listen 127.0.0.1:80: the kubelet probes",
-        ),
-        (["--manifest", "--listen=:0"], 1, "--manifest does not take --listen :0: the kubelet probes"),
-        (
-            ["--manifest", "--node-name=pi"],
-            1,
-            "--manifest does not take --node-name: one manifest is for all nodes, and",
-        ),
-        (["--manifest", "--cdi-dir=/c"], 1, "--manifest does not take --cdi-dir: it goes with --api dra, which"),
-        (["--manifest", "--list"], 2, "not allowed with argument"),
-    ],
-)
-def test_what_the_printing_modes_refuse(arguments: list[str], status: int, message: str) -> None:
-    done = bare(*arguments)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
@@ -1632,44 +1583,6 @@ def test_a_manifest_takes_options_of_the_environment() -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
-@pytest.mark.parametrize("arguments", [["--json"], ["--check", "--json"], ["--dry-run", "--json"]])
-def test_json_is_for_list_and_status(arguments: list[str]) -> None:
-    done = bare(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.endswith("error: --json goes with --list and --status\n")
-
-
-CONFIG_MAP = """\
-# Rules
-apiVersion: v1
-kind: ConfigMap
-metadata:
-  name: smarter-device-manager
-data:
-  conf.yaml: |
-    - devicematch: ^video0$
-"""
-
-
-@pytest.mark.parametrize(
-    ("conf", "message"),
-    [
-        (CONFIG_MAP, "2:1: this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"),
-        ("---\n" + CONFIG_MAP, "3:1: this is a Kubernetes manifest; the config file"),
-        (
-            "- devicematch: a\n  resource: smarter-devices/zigbee\n",
-            '2:13: "smarter-devices/zigbee" must not have the domain, which --domain sets: write zigbee',
-        ),
-        ("- devicematch: a\n  resource: example.com/zigbee\n", '"example.com/zigbee" must not have the domain'),
-    ],
-)
-def test_a_file_that_is_meant_for_something_else(node: Node, conf: str, message: str) -> None:
-    node.rules(conf)
-    done = bare(*node.options(), "--check")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert message in done.stderr and done.stderr.count("\n") == 1
-
-
 def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
     rules = [
         "devicematch: a\n  resource: My Zigbee!",
@@ -1692,19 +1605,6 @@ def test_check_and_list_say_what_a_good_rule_means(node: Node) -> None:
     json.loads(bare(*node.options(), "--list", "--json").stdout)
     node.rules("- devicematch: ^a$\n")
     assert "without /dev/" not in bare(*node.options(), "--list").stdout
-
-
-def test_an_error_in_the_config_file_comes_before_one_of_the_plugin_directory(node: Node) -> None:
-    """Somebody may just have typed --conf; --plugin-dir has its default."""
-    done = bare(*node.options(), "--conf=/nowhere", "--plugin-dir=/nowhere")
-    assert done.stderr == "smarter_device_manager.py: cannot read the config file /nowhere: No such file or directory\n"
-
-
-def test_a_plugin_directory_that_is_a_file(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    done = bare(*node.options(), f"--plugin-dir={node.conf}")
-    message = f"{node.conf} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-    assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {message}\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may search every directory")
@@ -5357,14 +5257,6 @@ def test_what_the_kubelet_is_told(node: Node, kubelet: Kubelet, start: Starter) 
         assert not request.options.pre_start_required
 
 
-@pytest.mark.parametrize("domain", ["kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b"])
-def test_a_domain_that_kubelet_would_refuse_is_refused_at_once(node: Node, domain: str) -> None:
-    offer(node, "null")
-    done = node.run("--domain", domain)
-    assert done.returncode == 2
-    assert domain in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -5441,7 +5333,6 @@ def test_a_socket_path_is_no_longer_than_unix_has_it(node: Node, start: Starter,
 @pytest.mark.parametrize(
     ("where", "problem"),
     [
-        ("/nowhere", "there is no directory {}.*--dry-run"),
         ("/a,b", "{} has a comma"),
         (84, "the path {} is 1 bytes too long"),
         (115, "the path {} is 32 bytes too long"),
@@ -5453,8 +5344,7 @@ def test_an_impossible_plugin_directory_is_one_sentence(node: Node, where: str |
         lengthen(node, where)
     else:
         node.plugins = Path(f"{node.root}{where}")
-        if "no directory" not in problem:
-            node.plugins.mkdir()
+        node.plugins.mkdir()
     done = node.run()
     assert done.returncode == 1
     assert re.search(problem.format(re.escape(str(node.plugins))), done.stderr) and done.stderr.count("\n") == 1
@@ -10878,7 +10768,8 @@ def test_it_serves_without_needless_modules(folder: Path, kubelet: Kubelet, star
         assert status.ask(path).status == 200
     assert "import 'asyncio'" in daemon.log
     loaded = set(re.findall(r"^import '([\w.]+)'", daemon.log, re.MULTILINE))
-    assert not loaded & set("http.server http.client http urllib.request socketserver html ssl hashlib".split())
+    needless = {"http.server", "http.client", "http", "urllib.request", "socketserver", "html", "ssl", "hashlib"}
+    assert not loaded & needless
 
 
 def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(folder: Path, kubelet: Kubelet, start: Starter) -> None:
@@ -11436,13 +11327,6 @@ def test_a_status_that_does_not_end_is_refused(node: Node) -> None:
     began = time.monotonic()
     assert "no daemon answers" in (text := status_of(node, send_again(b" ", 0.1))) and "(timed out)" in text
     assert time.monotonic() - began < sdm.STATUS_SECONDS + 5.0
-
-
-@pytest.mark.parametrize("address", ["", "8080", "node", ":70000", "http://node:8080/"])
-def test_status_of_no_address_is_a_usage_error(node: Node, address: str) -> None:
-    run = node.run("--status", address)
-    assert run.returncode == 2
-    assert f'"{address}" is not an ADDRESS:PORT, such as' in run.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
