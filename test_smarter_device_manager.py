@@ -6705,7 +6705,7 @@ def test_streams_that_end_again_and_again_have_growing_pauses(node: Node, kubele
     wait_ready(kubelet, ["null", "zero"])
 
 
-def test_pauses_grow_from_1_s_to_30_s_and_begin_anew_once_a_stream_has_held() -> None:
+def test_pauses_grow_to_30_s_and_begin_again_once_a_stream_has_held() -> None:
     backoff = sdm.Backoff()
     pauses = []
     for _ in range(7):
@@ -6742,7 +6742,7 @@ def test_who_waits_for_a_kubelet_is_told_that_it_answers_whoever_found_out(node:
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
 
 
-def test_a_change_of_the_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
+def test_a_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
     (node.plugins / "a.sock").touch()
     os.utime(node.plugins, (1, 1))  # nothing has changed for long
     inodes = sdm.DirectoryInodes(str(node.plugins))
@@ -10532,7 +10532,7 @@ def open_sockets(daemon: Daemon) -> int:
     return len([item for item in psutil.Process(daemon.process.pid).net_connections("tcp") if item.raddr])
 
 
-def test_of_many_connections_the_oldest_go_so_that_idle_ones_keep_nobody_out(served: Status) -> None:
+def test_of_many_connections_the_oldest_go(served: Status) -> None:
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CLIENTS)]
@@ -11372,9 +11372,7 @@ def test_the_log_as_json_is_an_object_per_line(node: Node, folder: Path, kubelet
         ("raise it (LimitNOFILE=, ulimit -n), code = 5", "a", "raise it (LimitNOFILE=, ulimit -n), code = 5 devices=a"),
     ],
 )
-def test_what_comes_from_outside_cannot_pass_for_a_field_or_a_line_of_the_log(
-    told: str, devices: str, wanted: str
-) -> None:
+def test_nothing_from_outside_passes_for_a_field_of_the_log(told: str, devices: str, wanted: str) -> None:
     values = {"levelname": "INFO", "msg": "%s", "args": (told,), "fields": {"devices": devices}}
     line = sdm.TextFormatter().format(sdm.logging.makeLogRecord(values))
     assert line.partition(" INFO ")[2] == wanted
@@ -11458,7 +11456,7 @@ def get(daemon: Daemon, path: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("is_blocking", [True, False])
-def test_nobody_waits_for_a_log_that_is_not_read_and_dropped_lines_are_counted(
+def test_nobody_waits_for_a_log_that_is_not_read(
     node: Node, folder: Path, kubelet: Kubelet, start: Starter, is_blocking: bool
 ) -> None:
     """Also if another process made the pipe non-blocking."""
