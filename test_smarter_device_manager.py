@@ -8850,10 +8850,10 @@ def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Clus
     for number in range(100):
         camera.node.plug(f"many/{number}")
     camera.node.rules(f"{VIDEO}- devicematch: ^many$\n")
-    start(*camera.options(), through=with_constants(MAX_FILE_BYTES=8000))
+    start(*camera.options(), through=with_constants(MAX_FILE_BYTES=6000))
     camera.ready("many-0", "video0-0", "video0-1")
     error = camera.prepare(camera.claim("many-0")).error
-    assert re.search("cannot write a CDI file: it would have .* bytes, and more than 8000 are not read again", error)
+    assert re.search("cannot write a CDI file: it would have .* bytes, and more than 6000 are not read again", error)
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
     if camera.cdi.exists():
         camera.cdi.rmdir()
