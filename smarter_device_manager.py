@@ -1460,7 +1460,7 @@ def _inside(target: str, dev_dir: str) -> Optional[str]:
     """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
     if not target.startswith("/"):
         return target
-    for top in ("/dev", dev_dir):
+    for top in (dev_dir, "/dev"):
         if target.startswith(top + "/"):
             return target[len(top) + 1 :]
     return None
@@ -1702,7 +1702,8 @@ def reuses_inodes(dev_dir: str) -> bool:
 class Scanner:
     """Looks at /dev again and again, and lists only the folders whose times moved.
 
-    Where inode numbers are used again, a node that was made again between two scans is missing in the first one after.
+    A node in whose place another one was made between two scans is missing in the first one after, and there in the
+    next one: so it went and came back for everybody, with new attributes.
     """
 
     def __init__(self, dev_dir: str) -> None:
@@ -1751,14 +1752,22 @@ class Scanner:
             entries, times = _read_folder(f"{self._dev_dir}/{path}", folder, root)
         except OSError as error:  # too many open files, say: what was seen before still counts
             return old._replace(settled=False, problem=os.strerror(error.errno or 0))
-        if self._needs_times and old.stamp != stamp:  # a touch, as udev does it, leaves the folder's times alone
-            for name in [name for name in times if not {*times[name]} & {*old.times.get(name, times[name])}]:
-                del entries[name], times[name]
-                settled = False
+        for name in [name for name in times if self._is_another(name, entries[name], times[name], old, stamp)]:
+            del entries[name], times[name]
+            settled = False
         if entries == old.entries:
             return old._replace(stamp=stamp, settled=settled, problem="", times=times)
         subfolders = tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER)
         return _Listing(stamp, settled, entries, subfolders, times=times)
+
+    def _is_another(
+        self, name: str, entry: Entry, times: Tuple[int, int], old: _Listing, stamp: Tuple[int, ...]
+    ) -> bool:
+        """Whether the node NAME, an ENTRY with these TIMES, is another one than OLD has. Where inode numbers are used
+        again, both of its times are new then, and its folder's; a touch, as udev does it, leaves the folder's alone."""
+        if name not in old.entries or old.entries[name] != entry:
+            return name in old.entries
+        return self._needs_times and old.stamp != stamp and not {*times} & {*old.times.get(name, times)}
 
 
 def _join(folder: str, name: str) -> str:
@@ -4441,7 +4450,7 @@ SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, w
 def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
     """DEVICES in groups, each as large as a slice may be."""
     rest = iter(devices)
-    while group := list(itertools.islice(rest, MAX_SLICE_DEVICES)):
+    for group in iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), []):
         yield len(group), json.dumps(group)
 
 
