@@ -4970,6 +4970,7 @@ class Claims:
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the API server is asked again
+    LOG_SECONDS = 1.0  # between two lines of the log about one CDI file
     # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
     # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
     GONE_SECONDS = 30.0
@@ -4982,6 +4983,8 @@ class Claims:
         self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
         self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
+        self._rewrites: Counter[str] = Counter()  # of CDI files, that are not logged yet
+        self._logged_at: Dict[str, float] = {}  # time.monotonic() when a rewritten file was logged last
         self._plan: Optional[Plan] = None
         self._slots: SlotsOfDra = {}  # those of the plan
         self._followed: Tuple[object, ...] = ()  # what the prepared devices were last derived from
@@ -5098,7 +5101,8 @@ class Claims:
             return f"cannot remove {self._files.path(uid)}: {error.strerror}"
         if claim or uid in self._unread:
             log_event("unprepared", why, claim=claim.full_name if claim else uid)
-        for memory in (self.prepared, self._unread, self._gone_since, self._logged):
+        memories = (self.prepared, self._unread, self._gone_since, self._logged, self._rewrites, self._logged_at)
+        for memory in memories:
             memory.pop(uid, None)
         self._unchecked.discard(uid)
         self._notify()
@@ -5151,8 +5155,13 @@ class Claims:
     def _write(self, claim: PreparedClaim) -> None:
         """Have the CDI file of CLAIM be there, and remember the claim. Raises OSError."""
         if self._files.write(claim) and claim.uid in self.prepared:
-            text = "a prepared device, or this file, went, came back or changed"
-            log_event("cdi-file-rewritten", text, claim=claim.full_name)
+            self._rewrites[claim.uid] += 1
+            if time.monotonic() - self._logged_at.get(claim.uid, -math.inf) >= self.LOG_SECONDS:
+                self._logged_at[claim.uid] = time.monotonic()
+                count = self._rewrites.pop(claim.uid)
+                text = "a prepared device, or this file, went, came back or changed"
+                text += f" ({count} times since its last line)" if count > 1 else ""
+                log_event("cdi-file-rewritten", text, claim=claim.full_name)
         self.prepared[claim.uid] = claim
 
     def _log_not_written(self, claim: PreparedClaim, error: Union[AllocationError, OSError]) -> None:

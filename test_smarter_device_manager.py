@@ -8759,6 +8759,22 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
 
 
 @needs_root
+def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster, start: Starter) -> None:
+    daemon = camera.serve(start)
+    claim = camera.claim("video0-0")
+    camera.gives(claim)
+    began = time.monotonic()
+    for _ in range(30):
+        camera.file(claim).unlink()
+        camera.gives(claim)
+    seconds = time.monotonic() - began
+    daemon.says(
+        r"went, came back or changed \(\d+ times since its last line\)" if seconds > 2.5 else "came back or changed"
+    )
+    assert 1 <= daemon.log.count("went, came back or changed") <= 1 + seconds
+
+
+@needs_root
 @pytest.mark.parametrize(
     "damage",
     [
