@@ -6831,6 +6831,7 @@ def test_two_instances_share_a_new_kubelet_at_once(node: Node, kubelet: Kubelet,
     assert len(kubelet.requests) == 20, logs  # each resource once, by one of them
     assert "cannot listen" not in logs
     daemons[0].kill()
+    wait_for(lambda: len(kubelet.requests) == 25)
     wait_ready(kubelet, NAMES)
     assert daemons[1].stop() == 0
     assert not published(node)
