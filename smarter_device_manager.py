@@ -3021,25 +3021,30 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
-    Whoever starts it has the lease of PATH. Others may delete or replace the socket file at any time; is_lost() tells.
+    start() makes it ready for clients; publish(), by whoever has the lease of PATH, lets them find it. Others may
+    delete or replace the socket file at any time; is_lost() tells.
     """
 
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
+        self._temporary = _temporary_name(path)
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         self._inode = 0  # of our socket file; 0 while it is not there
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve, in place of a socket that a killed instance left. Raises OSError.
+        """Serve under a temporary name: grpc removes what has the name that it knows, even if it is another's.
 
-        The socket gets its name last, because grpc removes what has the name that it knows, even if it is another's.
+        Raises OSError.
         """
-        temporary = _temporary_name(self.path)
-        self._bind(temporary)
+        self._bind(self._temporary)
         await self._server.start()
-        self._inode = os.stat(temporary).st_ino
-        os.rename(temporary, self.path)
+
+    def publish(self) -> None:
+        """Give the socket its name, in place of one that a killed instance left. Raises OSError."""
+        inode = os.stat(self._temporary).st_ino
+        os.rename(self._temporary, self.path)
+        self._inode = inode
 
     def is_lost(self, inodes: Mapping[str, int]) -> bool:
         """Whether the socket file was deleted or replaced, judged by the INODES of the files in its directory."""
@@ -3997,9 +4002,10 @@ class Registration:
         """
         failure: Optional[RegistrationFailure] = None
         try:
+            self._server = UnixServer(self._path, self._add_service)
+            await self._server.start()  # before the lease, so that a hand-over takes no longer than it must
             if await self._wait_for_lease(kubelet):
-                self._server = UnixServer(self._path, self._add_service)
-                await self._server.start()
+                self._server.publish()
                 await self._register(kubelet)
                 await self._watch(kubelet)
         except RegistrationFailure as error:
@@ -5748,6 +5754,7 @@ class DraSide(KubeletSide):
         for path in self._settings.sockets:
             self._servers.append(UnixServer(path, self._plugin.add_to))
             await self._servers[-1].start()
+            self._servers[-1].publish()
         # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
         self._claims.open()
         self._publish()

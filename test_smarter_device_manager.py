@@ -6907,6 +6907,7 @@ async def leases_of_two_instances(folder: str) -> None:
     assert all(map(leases.take, paths))
     server = sdm.UnixServer(paths[2], lambda server: None)  # of an instance that has no leases
     await server.start()
+    server.publish()
     with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
         leases.take(paths[2])
     assert not leases.take(paths[2])
@@ -6926,10 +6927,13 @@ async def servers_of_one_path(path: str) -> None:
     first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
     assert not first.is_lost({})  # it has nothing to lose yet
     await first.start()
+    assert not first.is_lost({})
+    first.publish()
     inode = os.stat(path).st_ino
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
-    await second.start()  # in place of the other's
+    await second.start()
+    second.publish()  # in place of the other's
     assert first.is_lost({os.path.basename(path): os.stat(path).st_ino})
     await first.stop()  # what is at the path is no longer its own
     assert sdm.connect_error(path) == ""
