@@ -4593,7 +4593,7 @@ def follow_device(device: PreparedDevice, plan: Plan, slots: SlotsOfDra, dev_dir
 
     One that is there, and that no rule names or chooses any more, has no problem: the config file has changed, and its
     pod may go on. So may that of a device that has changed, and of one whose resource has another name by now. One that
-    was gone is back only if a rule chooses it, or no rule has anything to do with its path.
+    was gone is back only if a rule chooses it.
     """
     resource, slot = plan.resources.get(device.resource), slots.get(device.name)
     found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
@@ -4604,8 +4604,7 @@ def follow_device(device: PreparedDevice, plan: Plan, slots: SlotsOfDra, dev_dir
         return slot if slot and slot.device is found else None, "" if found.specs else found.problem
     if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
         return None, Reason.GONE.template
-    is_named = slot or any(device.path == f"/dev/{left.path}" for left in plan.left_out)
-    return None, Reason.SWAPPED.template if device.is_gone and is_named else ""
+    return None, Reason.SWAPPED.template if device.is_gone else ""
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
