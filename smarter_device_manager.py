@@ -1264,28 +1264,13 @@ DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" f
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
 NODES = (CHAR, BLOCK)
-_KINDS = {
-    stat.S_IFCHR: CHAR,
-    stat.S_IFBLK: BLOCK,
-    stat.S_IFDIR: FOLDER,
-    stat.S_IFLNK: LINK,
-    stat.S_IFREG: "plain file",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFIFO: "FIFO",
-}
-ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what os.listdir() makes of a byte that is not UTF-8
-MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
-MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
+MAX_VALUE = 200  # characters of an attribute's value in a template, or that is shown to write a rule from
 SYSFS_SECONDS = 0.2  # for one read of what sysfs knows of a device
-MIN_SYSFS_SECONDS = 0.02  # the same, after others took too long
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does not mean that something is not there
 SYSFS_HANGS = "sysfs does not answer"
 NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
-FACTS = ("subsystem", "driver", *USB_FACTS)
 
 
 class Reason(enum.Enum):
@@ -1302,7 +1287,6 @@ class Reason(enum.Enum):
     THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
     UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
     EMPTY_FOLDER = "folder", "a folder that holds no device node"
-    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
     FILE_SYSTEM = "file_system", "another file system"
     MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
     NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
@@ -1340,7 +1324,6 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which users other than root may make names
-    error: str = ""  # why a folder cannot be listed
 
 
 class DeviceNode(NamedTuple):
@@ -1354,7 +1337,7 @@ class DeviceNode(NamedTuple):
 class Tree(Protocol):
     """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
 
-    def entry(self, path: str) -> Optional[Entry]: ...
+    def entry(self, path: str) -> Entry | None: ...
 
     def names(self, path: str) -> Sequence[str]: ...
 
@@ -1366,64 +1349,55 @@ class Snapshot:
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def entry(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Entry | None:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
         return self.folders.get(path, ())
 
 
-def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
+def resolve(tree: Tree, path: str, dev_dir: str) -> list[DeviceNode]:
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder
+    and its subfolders, in which links are not followed.
 
     Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
-    can make PATH lead elsewhere later. Raises NotADevice.
+    can make PATH lead elsewhere later; and the container runtime, which walks the folder by itself, finds no nodes of
+    another file system there. Raises NotADevice.
     """
-    real = _real_path(tree, path, dev_dir)
-    entry = tree.entry(real)
-    if entry is None:
-        raise NotADevice(Reason.GONE)
-    if not real:
+    top = _real_path(tree, path, dev_dir)
+    if not top:
         raise NotADevice(Reason.LINK_TO_DEV)
-    if entry.kind == MOUNT:
-        raise NotADevice(Reason.FILE_SYSTEM)
-    if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
-    nodes = list(_nodes_below(tree, real))
+    nodes, todo = [], [top]
+    while todo:
+        here = todo.pop()
+        entry = tree.entry(here)
+        if entry is None:
+            continue
+        if entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE if here != top else Reason.FILE_SYSTEM, path=here)
+        if entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=here)
+        if entry.kind in NODES:
+            nodes.append(DeviceNode(here, here[len(top) :], entry))
+        elif entry.kind == FOLDER:
+            todo += [f"{here}/{name}" for name in reversed(tree.names(here))]
+        elif here == top:
+            raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     if not nodes:
         raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
-        if _NOT_UTF8.search(name):
+        if re.search("[\ud800-\udfff]", name):  # what os.listdir() makes of a byte that is not UTF-8
             raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
-def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
-
-    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
-    nodes of another file system.
-    """
-    todo = [top]
-    while todo:
-        path = todo.pop()
-        entry = tree.entry(path)
-        if entry and entry.kind in NODES:
-            yield DeviceNode(path, path[len(top) :], entry)
-        elif entry and entry.untrusted:
-            raise NotADevice(Reason.UNTRUSTED, path=path)
-        elif entry and entry.kind == MOUNT:
-            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
-        elif entry and entry.error:
-            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
-        elif entry and entry.kind == FOLDER:
-            todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
+MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 
 
 def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
-    """PATH with its links followed, as path_resolution(7) has it, but inside /dev."""
+    """PATH with its links followed, as path_resolution(7) has it, but inside /dev. Raises NotADevice."""
     todo = path.split("/")[::-1]
-    done: List[str] = []
+    done: list[str] = []
     links = 0
     while todo:
         name = todo.pop()
@@ -1432,8 +1406,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        folder = "/".join(done)
-        here = _join(folder, name)
+        folder, here = "/".join(done), "/".join([*done, name])
         entry = tree.entry(here)
         if entry is None:
             raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
@@ -1448,22 +1421,14 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
         links += 1
         if links > MAX_LINKS:
             raise NotADevice(Reason.LINK_CIRCLE)
-        target, inside = entry.target, _inside(entry.target, dev_dir)
-        if inside is None:
-            raise NotADevice(Reason.LINK_OUT, target=target)
-        done = done if inside == target else []
-        todo += inside.split("/")[::-1]
+        target = entry.target
+        if target.startswith("/"):
+            top = next((top for top in (f"{dev_dir}/", "/dev/") if target.startswith(top)), None)
+            if top is None:
+                raise NotADevice(Reason.LINK_OUT, target=target)
+            target, done = target[len(top) :], []
+        todo += target.split("/")[::-1]
     return "/".join(done)
-
-
-def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
-    if not target.startswith("/"):
-        return target
-    for top in (dev_dir, "/dev"):
-        if target.startswith(top + "/"):
-            return target[len(top) + 1 :]
-    return None
 
 
 # What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
@@ -1475,102 +1440,105 @@ Values = Mapping[str, str]  # of attributes, by name
 class Fit(NamedTuple):
     """How a rule fits a device."""
 
-    held: Mapping[str, str] = {}  # the attributes that it asks for, with their values
+    held: Mapping[str, str] = {}  # of the attributes that it asks for
     values: Mapping[str, str] = {}  # of the attributes in its templates
-    problem: Optional[NotADevice] = None  # why its templates cannot be expanded
+    problem: NotADevice | None = None  # why its templates cannot be expanded
 
 
-def fit(rule: Rule, chain: Optional[Chain]) -> Fit:
-    """How RULE fits the device with CHAIN, which is None while sysfs does not answer.
+def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
+    """How RULE fits a device whose nodes have CHAINS, of which one is None while sysfs does not answer. It is enough if
+    RULE fits one of the nodes.
 
-    The device itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
-    templates are from the same folder, else from the device's own, else from the nearest parent's. Raises NotADevice if
+    The node itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
+    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises NotADevice if
     RULE does not fit.
     """
-    if chain is None and (rule.attributes or rule.values):
-        unknown = NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET)
-        if rule.attributes:
-            raise unknown
-        return Fit(problem=unknown)
-    folders = chain or ()
-    held: Values = {}
-    if rule.attributes:
-        chosen = next((folder for folder in folders if _has_all(folder, rule.attributes)), None)
+    if not rule.attributes and not rule.values:
+        return Fit()
+    fits, problems = [], []
+    for chain in chains:
+        if chain is None:
+            problems.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
+            continue
+        chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
         if chosen is None:
-            raise _mismatch(rule.attributes, folders)
-        held = {attribute.name: chosen[attribute.name] for attribute in rule.attributes}
-        folders = [chosen, *folders]
-    values: Dict[str, str] = {}
-    problems = []
-    for name in rule.values:
-        value = next(iter(values_of(folders, name)), None)
-        if value is None:
-            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
-        elif len(value) > MAX_VALUE:
-            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
-        else:
-            values[name] = value
-    return Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(problems)) if problems else None)
+            problems.append(_describe_misfit(rule.attributes, chain))
+            continue
+        values, missing = {}, []
+        for name in rule.values:
+            values[name] = next(iter(values_of([chosen, *chain], name)), "")
+            if not values_of(chain, name):
+                missing.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+            elif len(values[name]) > MAX_VALUE:
+                missing.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        held = {item.name: chosen[item.name] for item in rule.attributes}
+        if not missing:
+            return Fit(held, values)
+        fits.append(Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(missing))))
+    if not fits and not rule.attributes:
+        fits = [Fit(problem=problem) for problem in problems]
+    if not fits:
+        raise next(iter(problems), NotADevice(Reason.NO_ATTRIBUTES))
+    return fits[0]
 
 
-def _has_all(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> bool:
-    return all(attribute.name in folder and attribute.fits(folder[attribute.name]) for attribute in attributes)
+def _has_all(values: Values, attributes: Iterable[Attribute]) -> bool:
+    return all(item.name in values and item.fits(values[item.name]) for item in attributes)
 
 
-def _mismatch(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
+def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
-    for attribute in attributes:
-        for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
-            slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
-        found = dict.fromkeys(f'"{value}"' for value in values_of(chain, attribute.name))
-        shown = " or ".join(found) or "not there"
-        others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+    for name, match in attributes:
+        values = dict.fromkeys(values_of(chain, name))
+        slow += [
+            f'{TOOK_TOO_LONG} for its {name}, "{value}": {match.pattern}' for value in values if match.was_slow(value)
+        ]
+        shown = " or ".join(f'"{value}"' for value in values) or "not there"
+        others.append(f"its {name} is {shown} (asked for: {match.pattern})")
     return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
-def numa_of(chain: Chain) -> Optional[int]:
+def numa_of(chain: Chain) -> int | None:
     """The NUMA node that the device with CHAIN is close to; None if there is none."""
     known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
-    return next((numa for numa in known if numa <= MAX_NUMA), None)
+    return next((numa for numa in known if numa < 1 << 63), None)  # NUMANode.ID of the device plugin API is an int64
 
 
-def facts_of(chain: Chain) -> Mapping[str, str]:
-    """Of the attributes FACTS, those of the device with CHAIN. Its driver and its USB device are those of the nearest
-    parent that has one."""
+def facts_of(chain: Chain) -> Values:
+    """What DRA publishes of the device with CHAIN. Its driver and its USB device are those of the nearest parent that
+    has one."""
     usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
-    facts = {
-        "subsystem": chain[0].get("subsystem") if chain else None,
-        "driver": next(iter(values_of(chain, "driver")), None),
-        **{name: usb_device.get(name) for name in USB_FACTS},
-    }
+    driver = next(iter(values_of(chain, "driver")), None)
+    facts = {"subsystem": chain[0].get("subsystem") if chain else None, "driver": driver}
+    facts.update((name, usb_device.get(name)) for name in USB_FACTS)
     return {name: value for name, value in facts.items() if value}
 
 
 def find_changes(chain: Chain, before: Values) -> str:
     """What CHAIN has instead of the values that were there BEFORE, in words; empty if it has them all."""
+    nearest = next((folder for folder in chain if not folder.keys().isdisjoint(before)), {})
     return "; ".join(
-        f'{describe_value(name, value)} and was "{before[name]}"'
-        for name, value in nearest_values(chain, before).items()
-        if before[name] not in values_of(chain, name)
+        (f'its {name} is "{nearest[name]}"' if name in nearest else f"its {name} is not there") + f' and was "{value}"'
+        for name, value in before.items()
+        if value not in values_of(chain, name)
     )
 
 
-def nearest_values(chain: Chain, names: Iterable[str]) -> Mapping[str, Optional[str]]:
-    """The values of the attributes NAMES in the first folder of CHAIN that has one of them; None for one that is
-    missing."""
-    nearest = next((folder for folder in chain if not folder.keys().isdisjoint(names)), {})
-    return {name: nearest.get(name) for name in names}
-
-
-def describe_value(name: str, value: Optional[str]) -> str:
-    """The VALUE of the attribute NAME, in words."""
-    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
-
-
-def values_of(chain: Chain, name: str) -> List[str]:
+def values_of(chain: Chain, name: str) -> list[str]:
     """The values that the attribute NAME has in the folders of CHAIN that have it."""
     return [folder[name] for folder in chain if name in folder]
+
+
+_KINDS = {
+    stat.S_IFCHR: CHAR,
+    stat.S_IFBLK: BLOCK,
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFLNK: LINK,
+    stat.S_IFREG: "plain file",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFIFO: "FIFO",
+}
 
 
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
@@ -1595,9 +1563,10 @@ def _acl_lets_write(path: str, root: os.stat_result) -> bool:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
             return False
         raise
-    trusted = {ACL_USER: (0, root.st_uid), ACL_GROUP: (0, root.st_gid)}
+    # linux/posix_acl_xattr.h: entries of a tag (2 names a user, 8 a group), permissions (2 is to write) and an ID
+    trusted = {2: (0, root.st_uid), 8: (0, root.st_gid)}
     return any(
-        permissions & ACL_WRITE and name not in trusted.get(tag, (name,))
+        permissions & 2 and name not in trusted.get(tag, (name,))
         for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
     )
 
@@ -1611,7 +1580,7 @@ class LiveTree:
     """
 
     def __init__(self, dev_dir: str) -> None:
-        self._entries: Dict[str, Optional[Entry]] = {}
+        self._entries: dict[str, Entry | None] = {}
         self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
         self._root = os.fstat(self._folders[""])
         self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
@@ -1623,13 +1592,13 @@ class LiveTree:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def entry(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Entry | None:
         if path not in self._entries:
             parent = self.entry(path.rpartition("/")[0])
             self._entries[path] = self._open(path) if parent and parent.kind == FOLDER else None
         return self._entries[path]
 
-    def _open(self, path: str) -> Optional[Entry]:
+    def _open(self, path: str) -> Entry | None:
         """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
         try:
@@ -1666,17 +1635,6 @@ class LiveTree:
             os.close(descriptor)
 
 
-class _Listing(NamedTuple):
-    """A folder of /dev as it was last listed."""
-
-    stamp: Tuple[int, ...] = ()  # device, inode and times of the folder
-    settled: bool = False  # whether an equal stamp proves that nothing changed
-    entries: Mapping[str, Entry] = {}
-    subfolders: Sequence[str] = ()  # their paths
-    problem: str = ""  # why it could not be listed
-    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
-
-
 def is_settled(time_ns: int) -> bool:
     """Whether a change after this moment must show in the time of a file or folder that has TIME_NS now.
 
@@ -1699,6 +1657,15 @@ def reuses_inodes(dev_dir: str) -> bool:
     return not types & {"devtmpfs", "tmpfs"}
 
 
+class _Listing(NamedTuple):
+    """A folder of /dev as it was last listed."""
+
+    stamp: tuple[int, ...] = ()  # device, inode and times of the folder; () if it could not be listed yet
+    settled: bool = False  # whether an equal stamp proves that nothing changed
+    entries: Mapping[str, Entry] = {}
+    times: Mapping[str, tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
+
+
 class Scanner:
     """Looks at /dev again and again, and lists only the folders whose times moved.
 
@@ -1709,7 +1676,7 @@ class Scanner:
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
         self._needs_times = reuses_inodes(dev_dir)
-        self._listings: Dict[str, _Listing] = {}
+        self._listings: dict[str, _Listing] = {}  # by the path of the folder: "" or "snd/"
         self._snapshot = Snapshot({}, {})
 
     def scan(self, full: bool = False) -> Snapshot:
@@ -1718,26 +1685,26 @@ class Scanner:
         FULL lists every folder, whatever its times say. Raises OSError if /dev itself cannot be seen.
         """
         root = os.stat(self._dev_dir)
-        listings: Dict[str, _Listing] = {}
+        listings: dict[str, _Listing] = {}
         todo = [""]
         while todo:
             path = todo.pop()
             try:
-                found = os.lstat(f"{self._dev_dir}/{path}") if path else root
+                found = os.lstat(f"{self._dev_dir}/{path[:-1]}") if path else root
             except OSError:
                 continue  # it went since its parent was listed, and the parent's time will tell
             if found.st_dev == root.st_dev and stat.S_ISDIR(found.st_mode):
                 listings[path] = self._list(path, found, root, full)
-                todo += listings[path].subfolders
+                todo += [f"{path}{name}/" for name, entry in listings[path].entries.items() if entry.kind == FOLDER]
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
             entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
             for path, listing in listings.items():
-                entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
+                entries.update((path + name, entry) for name, entry in listing.entries.items())
             for path, listing in listings.items():
-                if listing.problem and not listing.entries:
-                    entries[path] = entries[path]._replace(error=listing.problem)
-            folders = {path: sorted(listing.entries) for path, listing in listings.items()}
+                if not listing.stamp:
+                    entries[path[:-1]] = entries[path[:-1]]._replace(kind="folder that cannot be listed")
+            folders = {path[:-1]: sorted(listing.entries) for path, listing in listings.items()}
             self._snapshot = Snapshot(entries, folders)
         return self._snapshot
 
@@ -1749,34 +1716,24 @@ class Scanner:
             return old
         settled = is_settled(folder.st_ctime_ns)  # nobody can set it, unlike st_mtime
         try:
-            entries, times = _read_folder(f"{self._dev_dir}/{path}", folder, root)
-        except OSError as error:  # too many open files, say: what was seen before still counts
-            return old._replace(settled=False, problem=os.strerror(error.errno or 0))
-        for name in [name for name in times if self._is_another(name, entries[name], times[name], old, stamp)]:
-            del entries[name], times[name]
-            settled = False
-        if entries == old.entries:
-            return old._replace(stamp=stamp, settled=settled, problem="", times=times)
-        subfolders = tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER)
-        return _Listing(stamp, settled, entries, subfolders, times=times)
-
-    def _is_another(
-        self, name: str, entry: Entry, times: Tuple[int, int], old: _Listing, stamp: Tuple[int, ...]
-    ) -> bool:
-        """Whether the node NAME, an ENTRY with these TIMES, is another one than OLD has. Where inode numbers are used
-        again, both of its times are new then, and its folder's; a touch, as udev does it, leaves the folder's alone."""
-        if name not in old.entries or old.entries[name] != entry:
-            return name in old.entries
-        return self._needs_times and old.stamp != stamp and not {*times} & {*old.times.get(name, times)}
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+            entries, times = _read_folder(f"{self._dev_dir}/{path[:-1]}", folder, root)
+        except OSError:  # too many open files, say: what was seen before still counts
+            return old._replace(settled=False)
+        for name in old.entries.keys() & times.keys():
+            # Where inode numbers are used again, another node has two new times, and its folder has, too. A touch, as
+            # udev does it, leaves those of the folder alone.
+            is_fresh = (
+                self._needs_times and old.stamp != stamp and not {*times[name]} & {*old.times.get(name, times[name])}
+            )
+            if entries[name] != old.entries[name] or is_fresh:
+                del entries[name], times[name]
+                settled = False
+        return _Listing(stamp, settled, old.entries if entries == old.entries else entries, times)
 
 
 def _read_folder(
     path: str, folder: os.stat_result, root: os.stat_result
-) -> Tuple[Dict[str, Entry], Dict[str, Tuple[int, int]]]:
+) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
     """The entries of PATH, and the times of the nodes. Raises OSError, too if PATH is not FOLDER any more."""
     entries, times = {}, {}
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1788,8 +1745,8 @@ def _read_folder(
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-                    entry = entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
-                    if entry.kind in NODES:
+                    entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
+                    if entries[item.name].kind in NODES:
                         times[item.name] = found.st_mtime_ns, found.st_ctime_ns
                 except OSError as error:
                     if error.errno in SCARCE:
@@ -1805,167 +1762,104 @@ class Sysfs:
 
     A driver may add attributes after the node has appeared, so those of nodes that a rule does not fit are read again
     for ATTRIBUTE_WAIT_SECONDS. A driver that blocks its readers delays refresh() by SYSFS_SECONDS, and many of them by
-    little more than twice as much. Their chains stay as they were, and are read again at the next refresh().
+    little more than twice as much. Their chains stay as they were, and what comes late is taken by a later refresh().
     """
 
     ATTRIBUTE_WAIT_SECONDS = 5.0
+    MIN_SECONDS = 0.02  # for one read, after others took too long
+    MAX_HANGING = 64  # reads, each of which keeps a thread
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
-        self.chains: Dict[Entry, Chain] = {}  # by node; one that is missing has not been answered yet
+        self.chains: dict[Entry, Chain] = {}  # by node; one that is missing has not been answered yet
         self._sys_dir = sys_dir
-        self._always: Names = ("numa_node", *(FACTS if with_facts else ()))
-        self._reader = SysfsReader(sys_dir)
+        self._always: Names = ("numa_node", *(("subsystem", "driver", *USB_FACTS) if with_facts else ()))
         self._wanted: Mapping[Entry, Names] = {}
-        self._appeared: Dict[Entry, float] = {}  # time.monotonic(), of nodes that are new
-        self._unread: Set[Entry] = set()  # nodes that sysfs did not answer for in time
-        self._gpus: List[str] = []
+        self._appeared: dict[Entry, float] = {}  # time.monotonic(), of nodes that are new
+        self._unread: set[Entry] = set()  # nodes that sysfs did not answer for in time
+        self._reads: dict[tuple[Entry, Names], concurrent.futures.Future[Chain]] = {}  # that took too long
 
     def refresh(self, wanted: Mapping[Entry, Names], unfit: Iterable[Entry], everything: bool) -> bool:
         """Read the attributes that are WANTED of nodes: of those not known yet, of UNFIT ones that are new, and of all
         if EVERYTHING. Returns whether a chain has changed."""
         now = time.monotonic()
         if wanted is not self._wanted:
-            self.chains = {
-                node: chain for node, chain in self.chains.items() if wanted.get(node) == self._wanted.get(node)
-            }
+            same = {node for node in self.chains if wanted.get(node) == self._wanted.get(node)}
+            self.chains = {node: chain for node, chain in self.chains.items() if node in same}
+            self._reads = {key: read for key, read in self._reads.items() if not read.done() or key[0] in wanted}
             self._appeared.update(dict.fromkeys(wanted.keys() - self._wanted.keys(), now))
             self._wanted = wanted
-        self._appeared = {
-            node: when
-            for node, when in self._appeared.items()
-            if node in wanted and now - when < self.ATTRIBUTE_WAIT_SECONDS
-        }
+        young = {node: when for node, when in self._appeared.items() if now - when < self.ATTRIBUTE_WAIT_SECONDS}
+        self._appeared = {node: when for node, when in young.items() if node in wanted}
         again = self._unread.union(node for node in unfit if node in self._appeared)
         if not everything and not again and len(self.chains) == len(wanted):
             return False
         has_changed, self._unread = False, set()
         patience = 2 * SYSFS_SECONDS  # for reads that take too long
         for node, names in wanted.items():
-            if node not in self.chains or node in again or (everything and names):
-                began = time.monotonic()
-                try:
-                    chain = self._read(node, (*self._always, *names), max(MIN_SYSFS_SECONDS, patience))
-                except (SysfsTimeout, OSError):
-                    self._unread.add(node)
-                    patience -= time.monotonic() - began
-                else:
-                    has_changed |= chain != self.chains.get(node)
-                    self.chains[node] = chain
+            if node in self.chains and node not in again and not (everything and names):
+                continue
+            began = time.monotonic()
+            chain = self._read(node, (*self._always, *names), min(max(patience, self.MIN_SECONDS), SYSFS_SECONDS))
+            if chain is None:
+                self._unread.add(node)
+                patience -= time.monotonic() - began
+            else:
+                has_changed |= chain != self.chains.get(node)
+                self.chains[node] = chain
         return has_changed
 
-    def _read(self, node: Entry, names: Names, seconds: float) -> Chain:
-        if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
-            return read_chain(self._sys_dir, node, names)
-        read = self._reader.start(node, names)
-        concurrent.futures.wait([read], min(seconds, SYSFS_SECONDS))
-        return self._reader.take(read)
+    def _read(self, node: Entry, names: Names, seconds: float) -> Chain | None:
+        """The chain of NODE's device with the attributes NAMES; None if it does not come within SECONDS, or if there
+        are no more file descriptors, threads or memory for it."""
+        read = self._reads.pop((node, names), None)
+        try:
+            if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
+                return read_chain(self._sys_dir, node, names)
+            if read is None and len(self._reads) < self.MAX_HANGING:
+                read = start_read(lambda: read_chain(self._sys_dir, node, names))
+                concurrent.futures.wait([read], seconds)
+            if read is not None and not read.done():
+                self._reads[node, names] = read
+            return read.result() if read and read.done() else None
+        except (OSError, RuntimeError):
+            return None
 
-    def tegra_gpus(self) -> List[str]:
+    def tegra_gpus(self) -> list[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
-        found = set()
+        found: set[str] = set()
         for folder in ("devices", "devices/platform"):
-            try:
+            with contextlib.suppress(OSError):  # no sysfs here, or not that kind of board
                 names = os.listdir(f"{self._sys_dir}/{folder}")
-            except OSError as error:
-                if error.errno in SCARCE:
-                    return self._gpus
-                continue  # no sysfs here, or not that kind of board
-            found |= {name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name)}
-        self._gpus = sorted(found, key=int)
-        return self._gpus
+                found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
+        return sorted(found, key=int)
 
 
-class SysfsTimeout(Exception):
-    """Sysfs does not answer in time."""
+def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Start JOB, a read from sysfs, on a thread of its own, because a driver can block a reader for ever. Raises
+    RuntimeError if there can be no more threads."""
+    read: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-
-class SysfsRead(concurrent.futures.Future[Any]):
-    """A read from sysfs, on a thread of its own, because a driver can block a reader for ever."""
-
-    def __init__(self, job: Callable[[], Any]) -> None:
-        super().__init__()
-        self.set_running_or_notify_cancel()
-        self.started = time.monotonic()
-        threading.Thread(target=self._run, args=(job,), name="sysfs", daemon=True).start()
-
-    def _run(self, job: Callable[[], Any]) -> None:
+    def run() -> None:
         try:
-            self.set_result(job())
+            read.set_result(job())
         except Exception as error:
-            self.set_exception(error)
+            read.set_exception(error)
 
-
-class SysfsReader:
-    """Reads chains for one thread. What comes too late is the answer when the same is asked again.
-
-    No other read is started of a node for which one hangs, nor any at all while MAX_HANGING of them hang.
-    """
-
-    LATE_SECONDS = 15.0  # since a read began, because the kubelet asks for a start again after 13 s
-    MAX_HANGING = 64
-
-    def __init__(self, sys_dir: str) -> None:
-        self._sys_dir = sys_dir
-        self._reads: Dict[Tuple[Entry, Names], SysfsRead] = {}  # those that nobody has taken
-
-    def start(self, node: Entry, names: Names) -> SysfsRead:
-        """Start to read the chain of NODE's device with the attributes NAMES, unless that is in progress.
-
-        Raises SysfsTimeout if there can be no more reads.
-        """
-        now = time.monotonic()
-        self._reads = {
-            key: read for key, read in self._reads.items() if not read.done() or now - read.started < self.LATE_SECONDS
-        }
-        hanging = [
-            key[0] for key, read in self._reads.items() if not read.done() and now - read.started > SYSFS_SECONDS
-        ]
-        if node in hanging or len(hanging) >= self.MAX_HANGING:
-            raise SysfsTimeout
-        if (node, names) not in self._reads:
-            try:
-                self._reads[node, names] = SysfsRead(functools.partial(read_chain, self._sys_dir, node, names))
-            except RuntimeError:  # there can be no more threads
-                raise SysfsTimeout from None
-        return self._reads[node, names]
-
-    def take(self, read: SysfsRead) -> Chain:
-        """The result of READ, if it has come. Raises SysfsTimeout if it has not, or if nothing can be read for lack of
-        file descriptors or memory."""
-        if not read.done():
-            raise SysfsTimeout
-        self._reads = {key: other for key, other in self._reads.items() if other is not read}
-        try:
-            chain: Chain = read.result()
-        except OSError:
-            raise SysfsTimeout from None
-        return chain
+    read.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="sysfs", daemon=True).start()
+    return read
 
 
 def read_chain(sys_dir: str, node: Entry, names: Iterable[str]) -> Chain:
     """The attributes NAMES of NODE's device. Raises OSError for lack of file descriptors or memory."""
     chain = []
-    for folder in _folders(sys_dir, node):
+    for folder in sysfs_folders(sys_dir, node):
         values = ((name, read_attribute(folder, name)) for name in names)
         chain.append({name: value for name, value in values if value is not None})
     return chain
 
 
-def read_all_attributes(sys_dir: str, node: Entry) -> List[Tuple[str, Dict[str, str]]]:
-    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these: value by name.
-
-    Raises OSError as read_chain() does.
-    """
-    found = []
-    for folder in _folders(sys_dir, node):
-        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-        if usable:
-            found.append((folder, usable))
-    return found
-
-
-def _folders(sys_dir: str, node: Entry) -> Iterator[str]:
+def sysfs_folders(sys_dir: str, node: Entry) -> Iterator[str]:
     """The folders in sysfs of NODE's device and its parents, the device's own first."""
     kind = "char" if node.kind == CHAR else "block"
     top = os.path.realpath(f"{sys_dir}/devices")
@@ -1976,7 +1870,7 @@ def _folders(sys_dir: str, node: Entry) -> Iterator[str]:
         yield folder
 
 
-def read_attribute(folder: str, name: str) -> Optional[str]:
+def read_attribute(folder: str, name: str) -> str | None:
     """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
     subsystem) is the last part of its target, as in udev. Raises OSError for lack of file descriptors or memory."""
     path = f"{folder}/{name}"
@@ -1997,22 +1891,6 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
         return None  # it went meanwhile
 
 
-def _attribute_names(folder: str) -> List[str]:
-    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
-    try:
-        with os.scandir(folder) as items:
-            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
-    except OSError:
-        return []
-    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
-    return sorted({*files, *links} - {"dev", "uevent"})
-
-
-def _is_usable(value: str) -> bool:
-    """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Plan: from rules, the contents of /dev and what sysfs says to resources by name. Immutable data and pure functions.
 # The kubelet side compares two plans. A name, an ID or an order that changes here costs pods.
@@ -2027,7 +1905,7 @@ SLOT_BYTES, NUMA_BYTES = 26, 12  # of a slot in it at most, without its path and
 class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
-    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
+    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path again at every start
     of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
     leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
@@ -2055,18 +1933,17 @@ class Device:
     line: int  # of the rule that it follows
     is_pool: bool  # whether that rule names the resource
     slots: int
-    nodes: Tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
+    nodes: tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
     chosen_by: Values  # the attributes by which the rule chose it, or named its resource; none if its path alone did
     values: Values  # of the attributes in its rule's templates
     since: float  # time.monotonic() since when it is there, or gone, or has a problem
     problem: str = ""  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
     is_gone: bool = False  # no node is at its path, or another one than the rule chose
-    parts: Tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
-    permissions: str = ""
+    parts: tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    numa: Tuple[int, ...] = ()  # the NUMA nodes that it is close to
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
-    specs: Tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
+    numa: tuple[int, ...] = ()  # the NUMA nodes that it is close to
+    facts: Values = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
+    specs: tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
 
     def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
         """Whether NODES are its own, and not others that came to stand at its path."""
@@ -2080,7 +1957,7 @@ class Resource:
 
     name: str  # without the domain
     pool: bool
-    devices: Tuple[Device, ...]
+    devices: tuple[Device, ...]
 
 
 class Slot(NamedTuple):
@@ -2120,8 +1997,8 @@ class Plan:
     """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
-    left_out: Tuple[LeftOut, ...]
-    unused: Tuple[Rule, ...]  # rules that matched nothing
+    left_out: tuple[LeftOut, ...]
+    unused: tuple[Rule, ...]  # rules that matched nothing
 
 
 EMPTY_PLAN = Plan({}, (), ())
@@ -2135,47 +2012,48 @@ class Matcher:
 
     The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
+    MAX_REMEMBERED = 1 << 16
+
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._matches: Dict[Tuple[str, bool], Named] = {}
-        self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
+        self.find = functools.lru_cache(self.MAX_REMEMBERED)(self._find)
+        self._rules: dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
             is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
         }
         self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
 
-    def __call__(self, path: str, is_gpu: bool = False) -> Named:
+    def _find(self, path: str) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
-        key = path, is_gpu
-        if key not in self._matches:
-            pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
-            self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
-        return self._matches[key]
-
-    def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered, except about PATHS."""
-        keep = set(paths)
-        self._matches = {key: named for key, named in self._matches.items() if key[0] in keep}
+        is_gpu = is_tegra_gpu(path)
+        pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
+        return tuple((rule, match) for rule, match in pairs if match)
 
 
-class Found(NamedTuple):
-    """What rules name in /dev, and what they ask sysfs about it."""
+def is_tegra_gpu(path: str) -> bool:
+    """Whether PATH is not one below /dev, but the name of a Tegra's GPU."""
+    return re.fullmatch(f"{TEGRA}[0-9]+", path) is not None
 
-    devices: Mapping[str, Tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
+
+@dataclass(frozen=True)
+class Look:
+    """What rules name in /dev at one moment, and what they ask sysfs about it."""
+
+    snapshot: Snapshot
+    matcher: Matcher
+    dev_dir: str
+    devices: Mapping[str, tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
     problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
     wanted: Mapping[Entry, Names]  # of each node: attributes that rules ask for, or use in templates
 
 
-NOTHING_FOUND = Found({}, {}, {})
-
-
-def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Found:
+def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Look:
     """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
-    devices: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, NotADevice] = {}
-    wanted: Dict[Entry, Set[str]] = {}
+    devices: dict[str, tuple[DeviceNode, ...]] = {}
+    problems: dict[str, NotADevice] = {}
+    wanted: dict[Entry, set[str]] = {}
     for path in snapshot.entries:
-        rules = [rule for rule, _ in matcher(path)] if path else []
-        if not rules:
+        rules = [rule for rule, _ in matcher.find(path)] if path else []
+        if not rules or is_tegra_gpu(path):
             continue
         try:
             devices[path] = tuple(resolve(snapshot, path, dev_dir))
@@ -2185,8 +2063,9 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
         names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
         for node in devices[path]:
             wanted.setdefault(node.entry, set()).update(names)
-    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
-    return Found(devices, problems, {node: tuple(sorted(names)) for node, names in wanted.items()})
+    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.find(name))
+    names_of = {node: tuple(sorted(names)) for node, names in wanted.items()}
+    return Look(snapshot, matcher, dev_dir, devices, problems, names_of)
 
 
 def expiry_times(plan: Plan) -> Iterator[float]:
@@ -2199,188 +2078,106 @@ def devices_of(plan: Plan) -> Iterator[Device]:
     return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What make_plan() goes by, besides the previous plan."""
-
-    found: Found
-    snapshot: Snapshot
-    chains: Mapping[Entry, Chain]  # of the nodes; of one that is missing, sysfs has not said anything yet
-    matcher: Matcher
-    dev_dir: str
-    now: float  # time.monotonic()
+Chains = Mapping[Entry, Chain]  # of nodes; of one that is missing, sysfs has not said anything yet
 
 
-def make_plan(previous: Plan, look: Look) -> Plan:
+def make_plan(previous: Plan, look: Look, chains: Chains, now: float) -> Plan:
     """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
 
     A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. And it stays
     as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
-    has changed so that the rule would no longer choose it.
+    has changed so that the rule would no longer choose it. NOW is time.monotonic().
     """
-    left_out: List[LeftOut] = []
-    offered: Dict[str, Dict[str, Device]] = {}  # by resource and path
-    for path, nodes in look.found.devices.items():
-        for rule, match in look.matcher(path, not nodes):
+    left_out = [LeftOut.of(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
+    offered: dict[str, dict[str, Device]] = {}  # by resource and path
+    for path, nodes in look.devices.items():
+        for rule, match in look.matcher.find(path):
+            found = None
             try:
                 if isinstance(match, SearchTimeout):
-                    why = f"{TOOK_TOO_LONG} in this name: {rule.pattern}"
-                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=why)
-                found = _fit_nodes(rule, nodes, look.chains)
-            except NotADevice as error:
-                left_out.append(LeftOut.of(path, rule.line, error))
-                continue  # an earlier rule may fit
-            try:
-                name, device = _device(path, nodes, rule, match, found, look)
+                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+                found = fit(rule, [chains.get(node.entry) for node in nodes])
+                name, device = make_device(path, nodes, rule, match, found, look, chains, now)
                 offered.setdefault(name, {})[path] = device
             except NotADevice as error:
                 left_out.append(LeftOut.of(path, rule.line, error))
-            break
-    kept = _keep(previous, look, offered)
-    for path, problem in look.found.problems.items():
-        left_out.append(LeftOut.of(path, look.matcher(path)[0][0].line, problem))
+            if found:
+                break  # otherwise, an earlier rule may fit
+    kept = _keep(previous, look, chains, now, offered)
     left_out = [left for left in left_out if left.path not in kept]
-    resources: Dict[str, Resource] = {}
+    resources: dict[str, Resource] = {}
     for name in sorted(offered):
         before = previous.resources.get(name)
-        devices, losers = _choose(name, _dated(offered[name], before, look.now), before)
+        old = {device.path: device for device in before.devices} if before else {}
+        devices = []
+        for path, device in sorted(offered[name].items()):
+            was = old.get(path, device)
+            is_as_it_was = (bool(was.problem), was.is_gone) == (bool(device.problem), device.is_gone)
+            devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else now))
+        winners, losers = choose_devices(name, devices, before)
         left_out += losers
-        if devices:
-            resources[name] = Resource(name, devices[0].is_pool, tuple(devices))
-    named = [look.matcher(path, not nodes) for path, nodes in look.found.devices.items()]
-    named += [look.matcher(device.path, not device.nodes) for device in kept.values()]
-    used = {id(rule) for rules in (*named, *map(look.matcher, look.found.problems)) for rule, _ in rules}
+        if winners:
+            resources[name] = Resource(name, winners[0].is_pool, tuple(winners))
+    used = {id(rule) for path in (*look.devices, *look.problems, *kept) for rule, _ in look.matcher.find(path)}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
-def _keep(previous: Plan, look: Look, offered: Dict[str, Dict[str, Device]]) -> Mapping[str, Device]:
+def _keep(previous: Plan, look: Look, chains: Chains, now: float, offered: dict[str, dict[str, Device]]) -> set[str]:
     """Add to what is OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these
-    by path."""
-    all_kept = {}
-    for name, resource in previous.resources.items():
-        for device in resource.devices:
-            if device.path in offered.get(name, {}):
+    paths."""
+    all_kept = set()
+    for old_name, old in ((name, device) for name, each in previous.resources.items() for device in each.devices):
+        if old.path in offered.get(old_name, {}):
+            continue
+        problem, is_gone = _find_loss(old, look, chains)
+        since = old.since if old.is_gone else now
+        if not problem or (is_gone and now - since >= EXPIRY_SECONDS):
+            continue
+        for rule, match in look.matcher.find(old.path):
+            is_chosen = old.values.keys() >= {*rule.values} and _has_all(old.chosen_by, rule.attributes)
+            if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
-            new_name, kept = _kept(device, look)
-            if kept and device.path not in offered.get(new_name, {}):
-                offered.setdefault(new_name, {})[device.path] = all_kept[device.path] = kept
+            try:
+                found = Fit(old.chosen_by, old.values)
+                name, fresh = make_device(old.path, old.nodes, rule, match, found, look, chains, since)
+            except NotADevice:
+                continue  # the rule was edited, and its path in a container or its resource's name is no longer good
+            specs = () if is_gone else fresh.specs
+            kept = dataclasses.replace(
+                fresh, problem=problem, is_gone=is_gone, specs=specs, numa=old.numa, facts=old.facts
+            )
+            if old.path not in offered.get(name, {}):
+                offered.setdefault(name, {})[old.path] = kept
+                all_kept.add(old.path)
+            break
     return all_kept
 
 
-def _kept(device: Device, look: Look) -> Tuple[str, Optional[Device]]:
-    """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
-    for rule, match in look.matcher(device.path, not device.nodes):
-        if isinstance(match, SearchTimeout) or not _chooses(rule, device):
-            continue
-        problem, is_gone = _find_loss(device, rule, look)
-        since = device.since if device.is_gone else look.now
-        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
-            break
-        try:
-            name, fresh = _device(device.path, device.nodes, rule, match, Fit(device.chosen_by, device.values), look)
-        except NotADevice:
-            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
-        specs = () if is_gone else fresh.specs
-        kept = dataclasses.replace(
-            fresh, problem=problem, is_gone=is_gone, specs=specs, numa=device.numa, facts=device.facts
-        )
-        return name, kept
-    return "", None
-
-
-def _chooses(rule: Rule, device: Device) -> bool:
-    """Whether RULE chooses DEVICE as it was last good."""
-    held = device.chosen_by
-    has_values = device.values.keys() >= {*rule.values}
-    return has_values and all(item.name in held and item.fits(held[item.name]) for item in rule.attributes)
-
-
-def _find_loss(device: Device, rule: Rule, look: Look) -> Tuple[str, bool]:
-    """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
-    alone chose it, and so another rule has it."""
-    nodes = look.found.devices.get(device.path)
+def _find_loss(device: Device, look: Look, chains: Chains) -> tuple[str, bool]:
+    """Why what is at DEVICE's path is not what its rule chose, and whether DEVICE is gone. There is no reason if it is,
+    or if its path alone chose it: then another rule has it."""
+    nodes = look.devices.get(device.path)
     if nodes is None:
-        return str(look.found.problems.get(device.path, NotADevice(Reason.GONE))), True
-    naming = attributes_in(rule.resource)
-    if not rule.attributes and not naming:
+        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
+    if not device.chosen_by:
         return "", False
     is_gone = device.is_gone or not device.has_nodes(nodes)
-    try:
-        found = _fit_nodes(rule, nodes, look.chains)
-        if found.problem:
-            raise found.problem
-    except NotADevice as error:
-        return str(error), is_gone
-    for name in naming:
-        if found.values[name] != device.values[name]:
-            return f'{describe_value(name, found.values[name])} and was "{device.values[name]}"', is_gone
-    return Reason.SWAPPED.template if is_gone else "", is_gone
+    known = [chains.get(node.entry) for node in nodes]
+    changes = [NO_ATTRIBUTES_YET if chain is None else find_changes(chain, device.chosen_by) for chain in known]
+    problem = "" if "" in changes else next(iter(changes), "")
+    return problem or (Reason.SWAPPED.template if is_gone else ""), is_gone
 
 
-def _dated(devices: Mapping[str, Device], previous: Optional[Resource], now: float) -> List[Device]:
-    """The DEVICES of one resource in the order of their paths, each with the time since when it is as it is."""
-    before = {device.path: device for device in previous.devices} if previous else {}
-    dated = []
-    for path, device in sorted(devices.items()):
-        old = before.get(path)
-        is_old = old and (bool(old.problem), old.is_gone) == (bool(device.problem), device.is_gone)
-        dated.append(dataclasses.replace(device, since=old.since if old and is_old else now))
-    return dated
-
-
-def find_overridden(plan: Plan, matcher: Matcher) -> List[Tuple[Rule, Device]]:
-    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
-    sorted order."""
-    found = []
-    for device in devices_of(plan):
-        named = [rule for rule, match in matcher(device.path, not device.nodes) if isinstance(match, re.Match)]
-        lines = [rule.line for rule in named]
-        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
-
-
-class Offer(NamedTuple):
-    """A device as a resource offers it."""
-
-    resource: str  # its name without the domain
-    path: str
-    line: int
-
-
-def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
-    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
-
-    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
-    """
-    offers: Dict[str, List[Offer]] = {}
-    for name, resource in plan.resources.items():
-        for device in resource.devices:
-            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
-            for node, _ in (node for spec in own for node in spec.nodes):
-                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
-    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
-
-
-def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
-    """Sentences on the nodes that are SHARED, each with those that it is about."""
-    nodes: Dict[str, List[str]] = {}
-    for node, offers in shared.items():
-        lines = sorted({offer.line for offer in offers})
-        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
-        sentence = f"several resources offer it ({where}), so several pods can have it at once"
-        nodes.setdefault(sentence, []).append(node)
-    return nodes
-
-
-def _choose(
-    name: str, devices: Sequence[Device], previous: Optional[Resource]
-) -> Tuple[Sequence[Device], List[LeftOut]]:
+def choose_devices(
+    name: str, devices: Sequence[Device], previous: Resource | None
+) -> tuple[Sequence[Device], list[LeftOut]]:
     """The DEVICES, in the order of their paths, that get the name NAME; and what is left out of it. A device that is
     gone is not left out.
 
     A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
-    equals the name, then the first path in sorted order.
+    equals the name, then the first path in sorted order. A pool has each node once, as the first path that leads to it;
+    and no more devices than its list has room for, where those that PREVIOUS has come first.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
     pool = [device for device in devices if device.is_pool]
@@ -2389,70 +2186,44 @@ def _choose(
         key=lambda device: (device.path != holder, device.is_gone, device.path != name, device.path),
     )
     if pool and not (own and own[0].path == holder):
-        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
-        winners, left_out = _choose_for_pool(pool, previous)
-        losers = own
+        winners, taken = pool, NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
     else:
-        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
-        winners, left_out = own[:1], []
-        losers = own[1:] + pool
-    left_out += [LeftOut.of(device.path, device.line, error) for device in losers if not device.is_gone]
-    return winners, left_out
-
-
-def _choose_for_pool(devices: Sequence[Device], previous: Optional[Resource]) -> Tuple[List[Device], List[LeftOut]]:
-    """The DEVICES of a pool, in the order of their paths, without those whose node an earlier one has, and those for
-    which its list has no room; and these, as left out.
-
-    One that is gone has no node. The devices that PREVIOUS has come first to the list, so that a newcomer takes no room
-    from them.
-    """
-    left_out: Dict[str, LeftOut] = {}
-    paths: Dict[str, str] = {}  # of devices, by a node of theirs
-    for device in devices:
+        winners, taken = own[:1], NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
+        pool = []
+    paths = {device.path for device in winners}
+    errors = {device.path: taken for device in devices if device.path not in paths and not device.is_gone}
+    owners: dict[str, str] = {}  # paths of devices, by node
+    for device in pool:
         nodes = [] if device.is_gone else [node.path for node in device.nodes]
-        path = next((paths[node] for node in nodes if node in paths), None)
+        path = next((owners[node] for node in nodes if node in owners), None)
         if path is None:
-            paths.update(dict.fromkeys(nodes, device.path))
+            owners.update(dict.fromkeys(nodes, device.path))
         else:
-            left_out[device.path] = LeftOut.of(device.path, device.line, NotADevice(Reason.SAME_NODE, path=path))
+            errors[device.path] = NotADevice(Reason.SAME_NODE, path=path)
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
-    for device in sorted(devices, key=lambda device: device.path not in offered):
-        if device.path in left_out:
-            continue
-        if list_bytes(device) > room:
-            error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
-            left_out[device.path] = LeftOut.of(device.path, device.line, error)
-        else:
-            room -= list_bytes(device)
-    return [device for device in devices if device.path not in left_out], list(left_out.values())
+    for device in sorted(pool, key=lambda device: device.path not in offered):
+        size = device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
+        if size > room and device.path not in errors:
+            errors[device.path] = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
+        elif device.path not in errors:
+            room -= size
+    left_out = [
+        LeftOut.of(device.path, device.line, errors[device.path]) for device in devices if device.path in errors
+    ]
+    return [device for device in winners if device.path not in errors], left_out
 
 
-def list_bytes(device: Device) -> int:
-    """How many bytes the slots of DEVICE, one of a pool, take in a ListAndWatchResponse at most."""
-    return device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
-
-
-def _fit_nodes(rule: Rule, nodes: Sequence[DeviceNode], chains: Mapping[Entry, Chain]) -> Fit:
-    """How RULE fits the device with NODES: as it fits one of them. Raises NotADevice if it fits none."""
-    if not rule.attributes and not rule.values:
-        return Fit()
-    fits, errors = [], [] if nodes else [NotADevice(Reason.NO_ATTRIBUTES)]
-    for node in nodes:
-        try:
-            fits.append(fit(rule, chains.get(node.entry)))
-        except NotADevice as error:
-            errors.append(error)
-    if not fits and rule.attributes:
-        raise errors[0]
-    fits += [Fit(problem=error) for error in errors]
-    return next((found for found in fits if not found.problem), fits[0])
-
-
-def _device(
-    path: str, nodes: Tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
-) -> Tuple[str, Device]:
+def make_device(
+    path: str,
+    nodes: tuple[DeviceNode, ...],
+    rule: Rule,
+    match: re.Match[str],
+    found: Fit,
+    look: Look,
+    chains: Chains,
+    since: float,
+) -> tuple[str, Device]:
     """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
 
     Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
@@ -2464,8 +2235,8 @@ def _device(
         raise NotADevice(Reason.NO_NAME)
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
-    chains = [look.chains.get(node.entry, ()) for node in nodes]
-    facts, *others = [facts_of(chain) for chain in chains] or [{}]
+    known = [chains.get(node.entry, ()) for node in nodes]
+    facts = [facts_of(chain) for chain in known] or [{}]
     device = Device(
         path=path,
         line=rule.line,
@@ -2474,12 +2245,11 @@ def _device(
         nodes=nodes,
         chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
         values=found.values,
-        since=look.now,
+        since=since,
         parts=tuple(_parts(path, rule, match, found.values)),
-        permissions=rule.permissions,
         env=env,
-        numa=tuple(sorted({numa for numa in map(numa_of, chains) if numa is not None})),
-        facts={name: value for name, value in facts.items() if all(other.get(name) == value for other in others)},
+        numa=tuple(sorted({numa for numa in map(numa_of, known) if numa is not None})),
+        facts={name: value for name, value in facts[0].items() if all(other.get(name) == value for other in facts)},
     )
     try:
         return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
@@ -2492,27 +2262,24 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Itera
     container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    place = _place(container, path)
-    if rule.pattern != TEGRA:
-        yield Part(path, place, False, rule.permissions)
-    for companion in rule.companions:
-        other = expand(companion.template, match, values)
-        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
-        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+    parts = [Part(path, container, False, rule.permissions)]
+    for item in rule.companions:
+        other = expand(item.template, match, values)
+        place = expand(item.containerpath, match, values) or folder or f"/dev/{other}"
+        parts.append(Part(other, place, item.optional, item.permissions or rule.permissions))
+    for part in parts:
+        name = part.path.rpartition("/")[2] if part.container.endswith("/") else ""
+        place = re.sub("/+", "/", part.container + name)
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        if part.path != path or rule.pattern != TEGRA:
+            yield part._replace(container=place)
 
 
-def _place(container: str, path: str) -> str:
-    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
-    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
-    if {"", ".", ".."} & set(place.split("/")[2:]):
-        raise NotADevice(Reason.CONTAINER_PATH, path=place)
-    return place
-
-
-def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
+def specs_of(device: Device, tree: Tree, dev_dir: str) -> list[DeviceSpec]:
     """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
-    specs: List[DeviceSpec] = []
-    given: Dict[str, str] = {}
+    specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -2529,7 +2296,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
     return specs
 
 
-def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
+def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) -> None:
     """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
     Raises NotADevice if two nodes, or two folders, would have the same path in the container.
@@ -2546,11 +2313,37 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     given.update((container, host) for host, container in spec.nodes)
 
 
-def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
-    folder."""
-    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
-    return "" if is_folder or targets[0] == host else targets[0], is_folder
+class Offer(NamedTuple):
+    """A device as a resource offers it."""
+
+    resource: str  # its name without the domain
+    path: str
+    line: int
+
+
+def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
+    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
+
+    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
+    """
+    offers: dict[str, list[Offer]] = {}
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
+            for node, _ in (node for spec in own for node in spec.nodes):
+                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
+
+
+def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that are SHARED, each with those that it is about."""
+    nodes: dict[str, list[str]] = {}
+    for node, offers in shared.items():
+        lines = sorted({offer.line for offer in offers})
+        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
+        sentence = f"several resources offer it ({where}), so several pods can have it at once"
+        nodes.setdefault(sentence, []).append(node)
+    return nodes
 
 
 def device_path(device: Device) -> str:
@@ -2559,12 +2352,12 @@ def device_path(device: Device) -> str:
     return f"/dev/{device.path}" if has_node else device.path
 
 
-def slots_of(resource: Resource) -> Tuple[Slot, ...]:
+def slots_of(resource: Resource) -> tuple[Slot, ...]:
     """Every slot of RESOURCE."""
     return tuple(Slot(resource, device, number) for device in resource.devices for number in range(device.slots))
 
 
-def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Slot]]]:
+def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[tuple[str, Slot | None]]:
     """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none.
 
     The number may be too high by now, because the device had more slots when the ID was allocated.
@@ -2573,7 +2366,7 @@ def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[s
     for slot_id in dict.fromkeys(slot_ids):
         path, _, number = slot_id.rpartition(":")
         slot = None
-        if path in devices and re.fullmatch("0|[1-9][0-9]{0,4}", number):
+        if path in devices and re.fullmatch("[0-9]{1,5}", number):
             slot = Slot(resource, devices[path], int(number))
         yield slot_id, slot if slot and slot.id == slot_id else None
 
@@ -2595,32 +2388,31 @@ class ContainerAllocation(NamedTuple):
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
     """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
-    chosen: Dict[str, Device] = {}
+    chosen: dict[str, Device] = {}
     for slot_id, slot in named_slots(resource, slot_ids):
         if slot is None or slot.number >= slot.device.slots:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[slot.device.path] = slot.device
-    specs: List[DeviceSpec] = []
-    given: Dict[str, str] = {}
-    env: Dict[str, Dict[str, None]] = {}  # values in order, each once
-    for device in (chosen[path] for path in sorted(chosen)):
+    specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
+    env: dict[str, dict[str, None]] = {}  # values in order, each once
+    for path, device in sorted(chosen.items()):
         if device.problem and (device.chosen_by or not device.nodes):
             raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
+        code, place = "UNAVAILABLE", f"/dev/{path}: "
         try:
             found = specs_of(device, tree, dev_dir)
-        except NotADevice as error:
-            raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
-        for spec in found:
-            try:
+            code, place = "FAILED_PRECONDITION", ""  # each could be given alone
+            for spec in found:
                 _add_spec(specs, given, spec)
-            except NotADevice as error:
-                raise AllocationError("FAILED_PRECONDITION", str(error)) from None
+        except NotADevice as error:
+            raise AllocationError(code, f"{place}{error}") from None
         for name, value in device.env.items():
             env.setdefault(name, {})[value] = None
     return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
 
-def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
+def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> list[str]:
     """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
     with the fewest slots in use first."""
     preferred = list(must)
@@ -3510,7 +3302,7 @@ class KubeletSide:
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
+PLAN_SECONDS = 0.5  # for the next plan to know what is at the path of a device, before a start is refused
 LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
@@ -3530,9 +3322,8 @@ class HostDevices:
     LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
     """
 
-    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+    def __init__(self, dev_dir: str, look_again: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
-        self._sysfs = SysfsReader(sys_dir)
         self._look_again = look_again
         self._next_look: Optional[asyncio.TimerHandle] = None
 
@@ -3544,68 +3335,22 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
-        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
-        the same node still is the same device, whatever its attributes are by now.
-
-        The answer comes within about READ_SECONDS, whatever sysfs does.
-        """
-        if not devices:
-            return None
-        chosen = []
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                for device in devices:
-                    if device.problem and not device.nodes:  # a Tegra GPU
-                        return device, device.problem
-                    try:
-                        nodes = self._find_nodes(device, tree)
-                    except NotADevice as error:
-                        return device, str(error)
-                    if device.is_gone or not device.has_nodes(nodes):
-                        chosen.append((device, nodes))
-        except OSError as error:
-            return devices[0], _cannot_look(error)
-        end = time.monotonic() + READ_SECONDS
-        reads: List[Tuple[Device, List[SysfsRead]]] = []
-        try:
-            for device, nodes in chosen:
-                names = tuple(device.chosen_by)
-                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
-            for device, started in reads:
-                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
-                if changes and "" not in changes:
-                    return device, changes[0]
-        except SysfsTimeout:
-            return device, NO_ATTRIBUTES_YET
+    def find_start_problem(self, devices: Iterable[Device]) -> tuple[Device, str, bool] | None:
+        """The first of DEVICES that is no longer the one that its rule chose, what is there instead, and whether the
+        plan may be too old to tell. One that is the same node still is the same device, whatever its attributes are."""
+        for device in devices:
+            try:
+                with LiveTree(self._dev_dir) as tree:
+                    specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
+                    nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else device.nodes
+            except NotADevice as error:
+                return device, str(error), False
+            except OSError as error:
+                return device, _cannot_look(error), False
+            if device.is_gone or not device.has_nodes(nodes):
+                is_old = device.problem in ("", Reason.GONE.template, Reason.SWAPPED.template)
+                return device, device.problem or Reason.SWAPPED.template, is_old and bool(nodes)
         return None
-
-    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
-
-    async def describe(self, path: str, names: Names) -> str:
-        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                entry = resolve(tree, path, self._dev_dir)[0].entry
-            read = self._sysfs.start(entry, names)
-            found = nearest_values(await self._read(read, time.monotonic() + READ_SECONDS), names)
-            values = [describe_value(name, value) for name, value in found.items()]
-        except NotADevice as error:
-            return str(error)
-        except OSError as error:
-            return _cannot_look(error)
-        except SysfsTimeout:
-            values = []
-        return "; ".join(values) or f"a {entry.kind} stands there"
-
-    async def _read(self, read: SysfsRead, end: float) -> Chain:
-        """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
-        with contextlib.suppress(asyncio.TimeoutError, OSError):
-            await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
-        return self._sysfs.take(read)
 
     def look_again(self) -> None:
         """Make the device side look again soon."""
@@ -3793,28 +3538,31 @@ class Plugin:
         The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
-        slot_ids: Dict[str, str] = {}  # by the path of their device
+        slot_ids: dict[str, str] = {}  # by the path of their device
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
-                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
+                await self._refuse_start(slot_id, *self._describe_unknown(slot_id), context)
             slot_ids.setdefault(slot.device.path, slot_id)
-        devices = [device for device in self.resource.devices if device.path in slot_ids]
-        found = await self._devices.find_start_problem(devices)
+        give_up = time.monotonic() + PLAN_SECONDS
+        while True:
+            devices = [device for device in self.resource.devices if device.path in slot_ids]
+            found = self._devices.find_start_problem(devices)
+            if not found or not found[2] or time.monotonic() >= give_up:
+                break
+            await asyncio.sleep(NEXT_LOOK_SECONDS)
         if found:
-            device, problem = found
+            device, problem, _ = found
             await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
         for slot_id in request.devices_ids:
             self._refusals.pop(slot_id[:MAX_SHOWN], None)
         return pb.PreStartContainerResponse()
 
-    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
+    def _describe_unknown(self, slot_id: str) -> tuple[str, str]:
+        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is wrong with it."""
         path = slot_id.rpartition(":")[0] if self.resource.pool else ""
         if not path or not path.isprintable():
             return "", "the resource has no such ID"
-        names = next((device.chosen_by for device in self.resource.devices if device.chosen_by), {})
-        problem = await self._devices.describe(path, tuple(names))
-        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
+        return f"/dev/{path}", "the resource has no device there any more"
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
         """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
@@ -5999,6 +5747,13 @@ def render_list(document: Document) -> str:
     return text + "".join(render_section(*each) for each in _lists(document))
 
 
+def target_of(host: str, targets: Sequence[str]) -> tuple[str, bool]:
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
+    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
+    return "" if is_folder or targets[0] == host else targets[0], is_folder
+
+
 def device_text(device: Document) -> str:
     """The path of DEVICE, where its link leads, its number of nodes, and the path in the container if that differs."""
     text: str = device["path"]
@@ -6803,7 +6558,7 @@ class DeviceSide:
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
         self._matcher = Matcher(())
-        self._found = NOTHING_FOUND
+        self._look = find_devices(self.snapshot, (), self._matcher, dev_dir)
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
@@ -6839,9 +6594,9 @@ class DeviceSide:
         if full:
             has_changed |= self._look_beyond_dev(now)
         if has_changed:
-            self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
+            self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
-        has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
+        has_changed |= self._sysfs.refresh(self._look.wanted, self._unfit, full)
         new = self._make_plan(now) if has_changed else self.plan
         is_new, self.plan = new != self.plan, new
         if self._kept_devices:
@@ -6850,10 +6605,6 @@ class DeviceSide:
             self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
         return self.plan if is_new else None
 
-    def overridden(self) -> List[Tuple[Rule, Device]]:
-        """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._matcher)
-
     def request_full_scan(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_scan = 0.0
@@ -6861,8 +6612,8 @@ class DeviceSide:
     def folders(self) -> List[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
         and the others by their depth."""
-        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
+        named = {*self._look.devices, *(device.path for device in devices_of(self.plan))}
+        paths = [*named, *(node.path for nodes in self._look.devices.values() for node in nodes)]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
         return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
 
@@ -6901,14 +6652,12 @@ class DeviceSide:
     def _look_beyond_dev(self, now: float) -> bool:
         """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
         gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
         return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
 
     def _make_plan(self, now: float) -> Plan:
-        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-        plan = make_plan(self.plan, look)
+        plan = make_plan(self.plan, self._look, self._sysfs.chains, now)
         unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+        self._unfit = [node.entry for path in unfit for node in self._look.devices.get(path, ())]
         return plan
 
 
@@ -7076,7 +6825,7 @@ class KubeletThread(threading.Thread):
 
     def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        devices = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
             return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
         watch = Watch(options.plugin_dir)
@@ -7437,6 +7186,36 @@ def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceS
     return devices
 
 
+def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values]]:
+    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these.
+
+    Raises OSError as read_chain() does.
+    """
+    found = []
+    for folder in sysfs_folders(sys_dir, node):
+        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
+        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+        if usable:
+            found.append((folder, usable))
+    return found
+
+
+def _attribute_names(folder: str) -> list[str]:
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
+    try:
+        with os.scandir(folder) as items:
+            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
+    except OSError:
+        return []
+    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
+    return sorted({*files, *links} - {"dev", "uevent"})
+
+
+def _is_usable(value: str) -> bool:
+    """Whether a rule could ask for VALUE: one short line of text."""
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
+
+
 def show_attributes(options: argparse.Namespace) -> int:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     path = _path_below(options.attributes, options.dev_dir)
@@ -7454,8 +7233,7 @@ def show_attributes(options: argparse.Namespace) -> int:
         paths = ", ".join(f"/dev/{node.path}" for node in nodes)
         raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
     try:
-        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
-        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
+        chain = start_read(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
     if not chain:
@@ -7506,6 +7284,17 @@ def _path_below(text: str, dev_dir: str) -> str:
     return path if path != "." and not path.startswith(("/", "..")) else ""
 
 
+def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
+    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
+    sorted order."""
+    found = []
+    for device in devices_of(plan):
+        named = [rule for rule, match in matcher.find(device.path) if isinstance(match, re.Match)]
+        lines = [rule.line for rule in named]
+        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
+
+
 def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
@@ -7533,7 +7322,8 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
-    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
+    overridden = find_overridden(devices.plan, Matcher(devices.rules))
+    text = render_list(document) + render_overridden(overridden, devices.plan)
     notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
     write_output(text + (f"\n{notes}" if notes else ""))
     return 0
@@ -7609,7 +7399,7 @@ def dry_run(options: argparse.Namespace) -> int:
         write_output(_nothing_found(devices, options))
         return 1
     load_grpc()  # which says what serving needs
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+    host_devices = HostDevices(options.dev_dir, lambda: None)
     slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
