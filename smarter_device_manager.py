@@ -1334,17 +1334,12 @@ class DeviceNode(NamedTuple):
     entry: Entry
 
 
-class Tree(Protocol):
-    """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
-
-    def entry(self, path: str) -> Entry | None: ...
-
-    def names(self, path: str) -> Sequence[str]: ...
+Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one moment: every entry by path, and the sorted names of each folder."""
+    """/dev at one moment: every entry by its path below /dev, and the sorted names of each folder; "" is /dev itself."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
@@ -1530,20 +1525,13 @@ def values_of(chain: Chain, name: str) -> list[str]:
     return [folder[name] for folder in chain if name in folder]
 
 
-_KINDS = {
-    stat.S_IFCHR: CHAR,
-    stat.S_IFBLK: BLOCK,
-    stat.S_IFDIR: FOLDER,
-    stat.S_IFLNK: LINK,
-    stat.S_IFREG: "plain file",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFIFO: "FIFO",
-}
+# By the letter of ls(1).
+_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
 
 
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
     """What stands at PATH, of which lstat(2) FOUND this, as an Entry. ROOT is the status of /dev itself."""
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
+    kind = _KINDS.get(stat.filemode(found.st_mode)[0], "thing")
     untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
@@ -1571,7 +1559,7 @@ def _acl_lets_write(path: str, root: os.stat_result) -> bool:
     )
 
 
-class LiveTree:
+class LiveTree(contextlib.AbstractContextManager["LiveTree"]):
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
@@ -1581,12 +1569,9 @@ class LiveTree:
 
     def __init__(self, dev_dir: str) -> None:
         self._entries: dict[str, Entry | None] = {}
-        self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
+        self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY)}
         self._root = os.fstat(self._folders[""])
         self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
-
-    def __enter__(self) -> LiveTree:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self._folders.values():
@@ -1602,21 +1587,17 @@ class LiveTree:
         """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder(parent))
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._folder(parent))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return None
             raise
-        entry = None
-        try:
-            found = os.fstat(descriptor)
-            target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-            entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
-        finally:
-            if entry and entry.kind == FOLDER:
-                self._folders[path] = descriptor
-            else:
-                os.close(descriptor)
+        self._folders[path] = descriptor
+        found = os.fstat(descriptor)
+        target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+        entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
+        if entry.kind != FOLDER:
+            os.close(self._folders.pop(path))
         return entry
 
     def _folder(self, path: str) -> int:
@@ -1628,11 +1609,7 @@ class LiveTree:
         return self._folders[path]
 
     def names(self, path: str) -> Sequence[str]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder(path))
-        try:
-            return sorted(os.listdir(descriptor))
-        finally:
-            os.close(descriptor)
+        return sorted(os.listdir(f"/proc/self/fd/{self._folder(path)}"))
 
 
 def is_settled(time_ns: int) -> bool:
@@ -1649,12 +1626,10 @@ def reuses_inodes(dev_dir: str) -> bool:
     try:
         device = os.stat(dev_dir).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            mounts = [line.partition(" - ") for line in file]
+            mounts = [line for line in file if f" {os.major(device)}:{os.minor(device)} " in line]
     except OSError:
         return True
-    number = f"{os.major(device)}:{os.minor(device)}"
-    types = {ending.split()[0] for beginning, _, ending in mounts if beginning.split()[2] == number}
-    return not types & {"devtmpfs", "tmpfs"}
+    return not any(re.search(" - (devtmpfs|tmpfs) ", line) for line in mounts)
 
 
 class _Listing(NamedTuple):
@@ -1736,7 +1711,7 @@ def _read_folder(
 ) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
     """The entries of PATH, and the times of the nodes. Raises OSError, too if PATH is not FOLDER any more."""
     entries, times = {}, {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not os.path.samestat(os.fstat(descriptor), folder):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -1774,7 +1749,7 @@ class Sysfs:
         self._sys_dir = sys_dir
         self._always: Names = ("numa_node", *(("subsystem", "driver", *USB_FACTS) if with_facts else ()))
         self._wanted: Mapping[Entry, Names] = {}
-        self._appeared: dict[Entry, float] = {}  # time.monotonic(), of nodes that are new
+        self._appeared: dict[Entry, float] = {}  # time.monotonic() when a node was wanted first
         self._unread: set[Entry] = set()  # nodes that sysfs did not answer for in time
         self._reads: dict[tuple[Entry, Names], concurrent.futures.Future[Chain]] = {}  # that took too long
 
@@ -1786,11 +1761,10 @@ class Sysfs:
             same = {node for node in self.chains if wanted.get(node) == self._wanted.get(node)}
             self.chains = {node: chain for node, chain in self.chains.items() if node in same}
             self._reads = {key: read for key, read in self._reads.items() if not read.done() or key[0] in wanted}
-            self._appeared.update(dict.fromkeys(wanted.keys() - self._wanted.keys(), now))
+            self._appeared = {node: self._appeared.get(node, now) for node in wanted}
             self._wanted = wanted
-        young = {node: when for node, when in self._appeared.items() if now - when < self.ATTRIBUTE_WAIT_SECONDS}
-        self._appeared = {node: when for node, when in young.items() if node in wanted}
-        again = self._unread.union(node for node in unfit if node in self._appeared)
+        again = {node for node in unfit if now - self._appeared.get(node, -math.inf) < self.ATTRIBUTE_WAIT_SECONDS}
+        again |= self._unread
         if not everything and not again and len(self.chains) == len(wanted):
             return False
         has_changed, self._unread = False, set()
@@ -1874,8 +1848,10 @@ def read_attribute(folder: str, name: str) -> str | None:
     """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
     subsystem) is the last part of its target, as in udev. Raises OSError for lack of file descriptors or memory."""
     path = f"{folder}/{name}"
+    with contextlib.suppress(OSError):  # no link, or gone meanwhile
+        return os.path.basename(os.readlink(path))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             return os.read(descriptor, 4096).decode("utf-8", "backslashreplace").rstrip()
         finally:
@@ -1883,12 +1859,7 @@ def read_attribute(folder: str, name: str) -> str | None:
     except OSError as error:
         if error.errno in SCARCE:
             raise
-        if error.errno != errno.ELOOP:
-            return None
-    try:
-        return os.path.basename(os.readlink(path))
-    except OSError:
-        return None  # it went meanwhile
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2017,16 +1988,14 @@ class Matcher:
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
         self.find = functools.lru_cache(self.MAX_REMEMBERED)(self._find)
-        self._rules: dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
-            is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
-        }
-        self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
+        self._last_first = rules[::-1]
+        self._expressions = Expressions(rule.match for rule in self._last_first)
 
     def _find(self, path: str) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
         is_gpu = is_tegra_gpu(path)
-        pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
-        return tuple((rule, match) for rule, match in pairs if match)
+        pairs = zip(self._last_first, self._expressions.search(path))
+        return tuple((rule, match) for rule, match in pairs if match and (rule.pattern == TEGRA or not is_gpu))
 
 
 def is_tegra_gpu(path: str) -> bool:
@@ -2036,7 +2005,7 @@ def is_tegra_gpu(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Look:
-    """What rules name in /dev at one moment, and what they ask sysfs about it."""
+    """What rules name in /dev at one moment, and what sysfs says about it."""
 
     snapshot: Snapshot
     matcher: Matcher
@@ -2044,6 +2013,8 @@ class Look:
     devices: Mapping[str, tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
     problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
     wanted: Mapping[Entry, Names]  # of each node: attributes that rules ask for, or use in templates
+    chains: Mapping[Entry, Chain] = dataclasses.field(default_factory=dict)  # of the nodes, if sysfs has answered yet
+    now: float = 0.0  # time.monotonic() of that
 
 
 def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Look:
@@ -2078,15 +2049,12 @@ def devices_of(plan: Plan) -> Iterator[Device]:
     return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-Chains = Mapping[Entry, Chain]  # of nodes; of one that is missing, sysfs has not said anything yet
-
-
-def make_plan(previous: Plan, look: Look, chains: Chains, now: float) -> Plan:
+def make_plan(previous: Plan, look: Look) -> Plan:
     """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
 
     A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. And it stays
     as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
-    has changed so that the rule would no longer choose it. NOW is time.monotonic().
+    has changed so that the rule would no longer choose it.
     """
     left_out = [LeftOut.of(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
     offered: dict[str, dict[str, Device]] = {}  # by resource and path
@@ -2096,14 +2064,14 @@ def make_plan(previous: Plan, look: Look, chains: Chains, now: float) -> Plan:
             try:
                 if isinstance(match, SearchTimeout):
                     raise NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
-                found = fit(rule, [chains.get(node.entry) for node in nodes])
-                name, device = make_device(path, nodes, rule, match, found, look, chains, now)
+                found = fit(rule, [look.chains.get(node.entry) for node in nodes])
+                name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
             except NotADevice as error:
                 left_out.append(LeftOut.of(path, rule.line, error))
             if found:
                 break  # otherwise, an earlier rule may fit
-    kept = _keep(previous, look, chains, now, offered)
+    kept = _keep(previous, look, offered)
     left_out = [left for left in left_out if left.path not in kept]
     resources: dict[str, Resource] = {}
     for name in sorted(offered):
@@ -2113,7 +2081,7 @@ def make_plan(previous: Plan, look: Look, chains: Chains, now: float) -> Plan:
         for path, device in sorted(offered[name].items()):
             was = old.get(path, device)
             is_as_it_was = (bool(was.problem), was.is_gone) == (bool(device.problem), device.is_gone)
-            devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else now))
+            devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else look.now))
         winners, losers = choose_devices(name, devices, before)
         left_out += losers
         if winners:
@@ -2123,29 +2091,28 @@ def make_plan(previous: Plan, look: Look, chains: Chains, now: float) -> Plan:
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
-def _keep(previous: Plan, look: Look, chains: Chains, now: float, offered: dict[str, dict[str, Device]]) -> set[str]:
+def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> set[str]:
     """Add to what is OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these
     paths."""
     all_kept = set()
     for old_name, old in ((name, device) for name, each in previous.resources.items() for device in each.devices):
         if old.path in offered.get(old_name, {}):
             continue
-        problem, is_gone = _find_loss(old, look, chains)
-        since = old.since if old.is_gone else now
-        if not problem or (is_gone and now - since >= EXPIRY_SECONDS):
+        problem, is_gone = _find_loss(old, look)
+        since = old.since if old.is_gone else look.now
+        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
             continue
         for rule, match in look.matcher.find(old.path):
             is_chosen = old.values.keys() >= {*rule.values} and _has_all(old.chosen_by, rule.attributes)
             if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
             try:
-                found = Fit(old.chosen_by, old.values)
-                name, fresh = make_device(old.path, old.nodes, rule, match, found, look, chains, since)
+                name, new = make_device(old.path, old.nodes, rule, match, Fit(old.chosen_by, old.values), look)
             except NotADevice:
                 continue  # the rule was edited, and its path in a container or its resource's name is no longer good
-            specs = () if is_gone else fresh.specs
+            specs = () if is_gone else new.specs
             kept = dataclasses.replace(
-                fresh, problem=problem, is_gone=is_gone, specs=specs, numa=old.numa, facts=old.facts
+                new, problem=problem, is_gone=is_gone, since=since, specs=specs, numa=old.numa, facts=old.facts
             )
             if old.path not in offered.get(name, {}):
                 offered.setdefault(name, {})[old.path] = kept
@@ -2154,7 +2121,7 @@ def _keep(previous: Plan, look: Look, chains: Chains, now: float, offered: dict[
     return all_kept
 
 
-def _find_loss(device: Device, look: Look, chains: Chains) -> tuple[str, bool]:
+def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
     """Why what is at DEVICE's path is not what its rule chose, and whether DEVICE is gone. There is no reason if it is,
     or if its path alone chose it: then another rule has it."""
     nodes = look.devices.get(device.path)
@@ -2163,7 +2130,7 @@ def _find_loss(device: Device, look: Look, chains: Chains) -> tuple[str, bool]:
     if not device.chosen_by:
         return "", False
     is_gone = device.is_gone or not device.has_nodes(nodes)
-    known = [chains.get(node.entry) for node in nodes]
+    known = [look.chains.get(node.entry) for node in nodes]
     changes = [NO_ATTRIBUTES_YET if chain is None else find_changes(chain, device.chosen_by) for chain in known]
     problem = "" if "" in changes else next(iter(changes), "")
     return problem or (Reason.SWAPPED.template if is_gone else ""), is_gone
@@ -2215,14 +2182,7 @@ def choose_devices(
 
 
 def make_device(
-    path: str,
-    nodes: tuple[DeviceNode, ...],
-    rule: Rule,
-    match: re.Match[str],
-    found: Fit,
-    look: Look,
-    chains: Chains,
-    since: float,
+    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
 ) -> tuple[str, Device]:
     """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
 
@@ -2235,7 +2195,7 @@ def make_device(
         raise NotADevice(Reason.NO_NAME)
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
-    known = [chains.get(node.entry, ()) for node in nodes]
+    known = [look.chains.get(node.entry, ()) for node in nodes]
     facts = [facts_of(chain) for chain in known] or [{}]
     device = Device(
         path=path,
@@ -2245,7 +2205,7 @@ def make_device(
         nodes=nodes,
         chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
         values=found.values,
-        since=since,
+        since=look.now,
         parts=tuple(_parts(path, rule, match, found.values)),
         env=env,
         numa=tuple(sorted({numa for numa in map(numa_of, known) if numa is not None})),
@@ -2348,8 +2308,7 @@ def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Seque
 
 def device_path(device: Device) -> str:
     """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
-    has_node = any(part.path == device.path for part in device.parts)
-    return f"/dev/{device.path}" if has_node else device.path
+    return device.path if is_tegra_gpu(device.path) else f"/dev/{device.path}"
 
 
 def slots_of(resource: Resource) -> tuple[Slot, ...]:
@@ -6655,7 +6614,7 @@ class DeviceSide:
         return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
 
     def _make_plan(self, now: float) -> Plan:
-        plan = make_plan(self.plan, self._look, self._sysfs.chains, now)
+        plan = make_plan(self.plan, dataclasses.replace(self._look, chains=self._sysfs.chains, now=now))
         unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
         self._unfit = [node.entry for path in unfit for node in self._look.devices.get(path, ())]
         return plan

@@ -2892,7 +2892,7 @@ def next_plan(
     look = sdm.find_devices(snapshot, gpus, matcher, "/dev")
     sysfs = sdm.Sysfs(sys_dir)
     sysfs.refresh(look.wanted, [], False)
-    return sdm.make_plan(previous, look, sysfs.chains, now)
+    return sdm.make_plan(previous, dataclasses.replace(look, chains=sysfs.chains, now=now))
 
 
 def granted(resource: sdm.Resource, dev: Path) -> str:
