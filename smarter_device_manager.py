@@ -79,7 +79,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
-    Protocol,
     Sequence,
     Set,
     Tuple,
@@ -1339,7 +1338,7 @@ Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one moment: every entry by its path below /dev, and the sorted names of each folder; "" is /dev itself."""
+    """/dev at one moment: every entry by its path below it, and the sorted names of each folder; its own path is ""."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]

@@ -2201,12 +2201,7 @@ CASES = [
     ),
     Case("a shared folder in a folder", {"d/pub": "shared", "d/n": "char"}, "d", "write in the folder /dev/d/pub"),
     Case("a link to a node in a shared folder", {"a": "-> pub/n", "pub": "shared", "pub/n": "char"}, "a", "/dev/pub"),
-    Case(
-        "a link through a shared folder and back",
-        {"a": "-> pub/../n", "pub": "shared", "n": "char"},
-        "a",
-        {"n": ""},
-    ),
+    Case("a link through a shared folder and back", {"a": "-> pub/../n", "pub": "shared", "n": "char"}, "a", {"n": ""}),
     Case(
         "a planted link",
         {"pub": "shared", "pub/n": "-> ../sda", "sda": "block"},
@@ -3132,8 +3127,7 @@ def usb_serial(
         "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1", {"idVendor": "1d6b", "serial": "x"}
     )
     board.device(
-        usb,
-        {"idVendor": vendor, "idProduct": product, "product": told, "serial": serial, "bcdDevice": "0100"},
+        usb, {"idVendor": vendor, "idProduct": product, "product": told, "serial": serial, "bcdDevice": "0100"}
     )
     is_acm = tty.startswith("ttyACM")
     driver = "cdc_acm" if is_acm else "cp210x"
@@ -3177,11 +3171,7 @@ def test_a_rule_whose_attributes_do_not_hold_leaves_the_device_to_an_earlier_one
     plan = board.plan(conf)
     assert {name: found.devices[0].line for name, found in plan.resources.items()} == {"ttyUSB0": 7, "ttyUSB1": 2}
     assert [(found.path, found.line, found.text) for found in plan.left_out] == [
-        (
-            "ttyUSB1",
-            4,
-            'its idVendor is "1a86" or "1d6b" (asked for: 10c4); its nowhere is not there (asked for: x)',
-        ),
+        ("ttyUSB1", 4, 'its idVendor is "1a86" or "1d6b" (asked for: 10c4); its nowhere is not there (asked for: x)'),
         ("ttyUSB1", 7, 'its idVendor is "1a86" or "1d6b" (asked for: 10c4)'),
     ]
     assert [rule.line for rule in plan.unused] == []
@@ -3730,11 +3720,7 @@ SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "
         ),
         (
             "{devicematch: ^video0$, with: [snd, video0, cam]}",
-            {
-                "/dev/video0": "/dev/video0",
-                "/dev/cam": "/dev/cam",
-                "/dev/snd": "/dev/snd",
-            },
+            {"/dev/video0": "/dev/video0", "/dev/cam": "/dev/cam", "/dev/snd": "/dev/snd"},
             {},
         ),
         (
@@ -4828,7 +4814,7 @@ EXAMPLES: Sequence[tuple[str, Callable[[Board], None], Mapping[str, tuple[int, G
                     "/dev/video1": "/dev/v4l/by-id/usb-046d_HD_Webcam_C270-video-index1 r",
                 },
                 {},
-            ),
+            )
         },
         {},
     ),
