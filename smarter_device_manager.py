@@ -1427,7 +1427,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 # What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
 Chain = Sequence[Mapping[str, str]]
-Names = Tuple[str, ...]  # of attributes
+Names = tuple[str, ...]  # of attributes
 Values = Mapping[str, str]  # of attributes, by name
 
 
@@ -1883,7 +1883,7 @@ class DeviceSpec(NamedTuple):
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
+    nodes: tuple[tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
@@ -1974,7 +1974,7 @@ class Plan:
 EMPTY_PLAN = Plan({}, (), ())
 
 
-Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
+Named = Sequence[tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
@@ -2340,7 +2340,7 @@ class AllocationError(Exception):
 class ContainerAllocation(NamedTuple):
     """What one container is given: ContainerAllocateResponse of the device plugin API."""
 
-    specs: Tuple[DeviceSpec, ...]
+    specs: tuple[DeviceSpec, ...]
     env: Mapping[str, str]
 
 

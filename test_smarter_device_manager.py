@@ -2836,7 +2836,6 @@ KUBELETS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")  # KUBEL
         ("_-_x-_-", "x"),
         ("ä/ß", ""),
         ("été", "t"),
-        ("...", ""),
         ("-", ""),
         ("n" * 63, "n" * 63),
         ("n" * 64, "n" * 54 + "-" + hashlib.sha256(b"n" * 64).hexdigest()[:8]),
@@ -2898,12 +2897,6 @@ def test_rules_on_one_line_are_told_apart() -> None:
 def test_a_rule_that_only_names_what_is_no_device_is_not_unused() -> None:
     plan = offered("- devicematch: ^log$\n", snapshot_of({"log": "socket"}))
     assert plan.unused == () and left(plan) == {"log": "a socket, not a device"}
-
-
-@pytest.mark.parametrize("slots", [0, 1, 10_000])
-def test_slots_are_numbered_from_0(slots: int) -> None:
-    plan = offered(f"- devicematch: a\n  nummaxdevices: {slots}\n", snapshot_of({"a": "char"}))
-    assert [slot.id for slot in sdm.slots_of(plan.resources["a"])] == [str(number) for number in range(slots)]
 
 
 @needs_root
@@ -3192,19 +3185,6 @@ def test_a_lost_device_goes_with_the_rule_that_chose_it(node: Node, monkeypatch:
 
 
 @needs_root
-def test_a_device_that_is_gone_is_not_asked_for_its_attributes(node: Node) -> None:
-    """Another device has its number by now; and it stays Unhealthy for its ten minutes."""
-    node.sysfs("usb1/1-1", {"idVendor": "10c4", "idProduct": "ea60"}, node.plug("stick0", minor=7))
-    side = device_side(node, STICK)
-    side.start()
-    node.unplug("stick0")
-    node.sysfs("usb1/1-2", {"idVendor": "1a86", "idProduct": "7523"}, node.plug("other", minor=7))
-    side.turn()
-    assert side.turn(reread=True) is None
-    assert side.plan.resources["stick0"].devices[0].problem == "it is gone"
-
-
-@needs_root
 def test_late_attributes_are_read_while_other_devices_come_and_go(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as a stick with a loose contact."""
     clock = Clock(monkeypatch)
@@ -3448,7 +3428,6 @@ def test_what_a_container_is_given(rule: str, nodes: Given, env: Given) -> None:
 @pytest.mark.parametrize(
     ("rule", "nodes"),
     [
-        ("devicematch: ^video0$", {"/dev/video0": "/dev/video0"}),
         ("devicematch: ^cam$", {"/dev/cam": "/dev/video0"}),
         ("{devicematch: ^cam$, containerpath: /dev/x/}", {"/dev/x/cam": "/dev/video0"}),
         ("devicematch: ^snd$", at("snd/controlC1", "snd/pcmC1D0c", "snd/timer")),
@@ -3960,15 +3939,11 @@ def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error() -> Non
     ("in_use", "must", "size", "wanted"),
     [
         ([], [], 1, ["a:0"]),
-        ([], [], 2, ["a:0", "b:0"]),
         ([], [], 3, ["a:0", "b:0", "c:0"]),
-        ([], [], 4, ["a:0", "b:0", "c:0", "a:1"]),
         ([], [], 6, ["a:0", "b:0", "c:0", "a:1", "b:1", "c:1"]),
         (["a:0"], [], 1, ["b:0"]),
         (["a:1"], [], 3, ["b:0", "c:0", "a:0"]),
-        (["a:0", "b:1"], [], 2, ["c:0", "a:1"]),
         (["a:0", "a:1"], [], 2, ["b:0", "c:0"]),
-        ([], ["b:1"], 1, ["b:1"]),
         ([], ["b:1"], 2, ["b:1", "a:0"]),
         ([], ["b:1", "b:0"], 3, ["b:1", "b:0", "a:0"]),
         ([], ["a:0"], 4, ["a:0", "b:0", "c:0", "a:1"]),
