@@ -1622,13 +1622,11 @@ def is_settled(time_ns: int) -> bool:
 def reuses_inodes(dev_dir: str) -> bool:
     """Whether a new file in DEV_DIR may get the inode number of one that is gone. devtmpfs and tmpfs, which /dev is on
     a real node, count on."""
-    try:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
         device = os.stat(dev_dir).st_dev
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            mounts = [line for line in file if f" {os.major(device)}:{os.minor(device)} " in line]
-    except OSError:
-        return True
-    return not any(re.search(" - (devtmpfs|tmpfs) ", line) for line in mounts)
+        pattern = f" {os.major(device)}:{os.minor(device)} .* - (devtmpfs|tmpfs) "
+        return re.search(pattern.encode(), file.read()) is None
+    return True
 
 
 class _Listing(NamedTuple):
@@ -1696,13 +1694,11 @@ class Scanner:
         for name in old.entries.keys() & times.keys():
             # Where inode numbers are used again, another node has two new times, and its folder has, too. A touch, as
             # udev does it, leaves those of the folder alone.
-            is_fresh = (
-                self._needs_times and old.stamp != stamp and not {*times[name]} & {*old.times.get(name, times[name])}
-            )
-            if entries[name] != old.entries[name] or is_fresh:
+            is_fresh = not {*times[name]} & {*old.times.get(name, times[name])}
+            if entries[name] != old.entries[name] or (self._needs_times and old.stamp != stamp and is_fresh):
                 del entries[name], times[name]
                 settled = False
-        return _Listing(stamp, settled, old.entries if entries == old.entries else entries, times)
+        return _Listing(stamp, settled, old.entries if old.stamp and entries == old.entries else entries, times)
 
 
 def _read_folder(
