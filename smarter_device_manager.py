@@ -1619,16 +1619,6 @@ def is_settled(time_ns: int) -> bool:
     return abs(time.time_ns() - time_ns) > FRESH_NS
 
 
-def reuses_inodes(dev_dir: str) -> bool:
-    """Whether a new file in DEV_DIR may get the inode number of one that is gone. devtmpfs and tmpfs, which /dev is on
-    a real node, count on."""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
-        device = os.stat(dev_dir).st_dev
-        pattern = f" {os.major(device)}:{os.minor(device)} .* - (devtmpfs|tmpfs) "
-        return re.search(pattern.encode(), file.read()) is None
-    return True
-
-
 class _Listing(NamedTuple):
     """A folder of /dev as it was last listed."""
 
@@ -1647,9 +1637,13 @@ class Scanner:
 
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
-        self._needs_times = reuses_inodes(dev_dir)
+        self._needs_times = True  # because inode numbers are used again, unlike in devtmpfs and tmpfs
         self._listings: dict[str, _Listing] = {}  # by the path of the folder: "" or "snd/"
         self._snapshot = Snapshot({}, {})
+        with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+            device = os.stat(dev_dir).st_dev
+            mount = f" {os.major(device)}:{os.minor(device)} .* - (devtmpfs|tmpfs) "
+            self._needs_times = re.search(mount.encode(), file.read()) is None
 
     def scan(self, full: bool = False) -> Snapshot:
         """What stands below /dev. The same object is returned until something changes.
@@ -2164,11 +2158,12 @@ def choose_devices(
             errors[device.path] = NotADevice(Reason.SAME_NODE, path=path)
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
-    for device in sorted(pool, key=lambda device: device.path not in offered):
+    listed = (device for device in pool if device.path not in errors)
+    for device in sorted(listed, key=lambda device: device.path not in offered):
         size = device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
-        if size > room and device.path not in errors:
+        if size > room:
             errors[device.path] = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
-        elif device.path not in errors:
+        else:
             room -= size
     left_out = [
         LeftOut.of(device.path, device.line, errors[device.path]) for device in devices if device.path in errors
