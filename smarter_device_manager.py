@@ -6575,230 +6575,169 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
-MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-CHANGE_SECONDS = 1.0  # between two lines of the log about one device
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 
 
 class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty.
 
-    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
+    The file always has a whole text. If a new one cannot be kept, the older one stays: its rules were good, too. KIND
+    is a part of the names of events.
     """
 
-    def __init__(self, path: str, what: str, event: str) -> None:
+    NOTHING = "[]"  # a text that needs no file
+
+    def __init__(self, path: str, what: str, kind: str) -> None:
         self.path = path
+        self.text = self.NOTHING  # that was last read or written
         self._what = what
-        self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
+        self._kind = kind
         self._is_failing = False
 
-    def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
-        self._kept = read_conf(self.path), file_stamp(self.path)
-        return self._kept[0], os.stat(self.path).st_mtime
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            self.text = read_conf(self.path)
+            return parse(self.text)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
-
-        Another instance may keep another text in the same file: an older one, too, just before it ends.
-        """
-        with contextlib.suppress(OSError):
-            if (text, file_stamp(self.path)) == self._kept:
-                return
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again."""
+        if not self.path or (text == self.text and (text == self.NOTHING or os.path.lexists(self.path))):
+            return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept, self._is_failing = (text, file_stamp(self.path)), False
+            self.text, self._is_failing = text, False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-                log_event(self._event, sentence, logging.WARNING)
+                log_event(f"{self._kind}-not-kept", sentence, logging.WARNING)
             self._is_failing = True
 
 
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
-    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
 
 
-def kept_path(folder: str, domain: str, ending: str) -> str:
-    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
-
-
-class KeptDevices:
-    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
 
     After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
     device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
     """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
 
-    def __init__(self, path: str) -> None:
-        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
-        self._plan = EMPTY_PLAN  # that _text is from
-        self._text = "[]"
 
-    def read(self) -> Plan:
-        """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
-        their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        resources: Dict[str, Resource] = {}
-        try:
-            for kept in json.loads(self._file.read()[0]):
-                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-                name, path = str(kept["resource"]), str(kept["path"])
-                chosen_by, values = (
-                    {str(attribute): str(value) for attribute, value in dict(kept[key]).items()}
-                    for key in ("attributes", "values")
-                )
-                is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
-                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-                others = resources[name].devices if name in resources else ()
-                resources[name] = Resource(name, True, (*others, device))
-        except FileNotFoundError:
-            return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the devices kept in {self._file.path} are ignored: {why}"
-            log_event("kept-devices-ignored", sentence, logging.WARNING)
-            return EMPTY_PLAN
-        return Plan(resources, (), ())
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
 
-    def keep(self, plan: Plan) -> None:
-        """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
-        if plan is not self._plan:
-            devices = [
-                {
-                    "resource": name,
-                    "path": device.path,
-                    "attributes": device.chosen_by,
-                    "values": device.values,
-                    "boot": self._boot,
-                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
-                }
-                for name, resource in plan.resources.items()
-                for device in resource.devices
-                if device.chosen_by
-            ]
-            self._plan, self._text = plan, json.dumps(devices)
-        if self._text != "[]" or os.path.lexists(self._file.path):
-            self._file.keep(self._text)
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
 
 
 class ConfFile:
-    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good.
 
     If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
     its rules are in force after a start with a broken config file.
     """
 
     def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.rules: tuple[Rule, ...] = ()  # in force
         self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
-        what = f"the last good text of {json.dumps(path)}"
-        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        try:
-            self._read()
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if not self._kept or not self._restore(self._kept):
-                raise Problem(problem) from None
+        problem = self._load(reread=True)
+        if problem:
+            rules = self._kept.read(parse_rules)
+            if not rules:
+                raise Problem(problem)
+            self.rules, self.text, self.read_at = rules, self._kept.text, os.stat(self._kept.path).st_mtime
             self._refuse(problem, f", from {self._kept.path}")
-        self._keep()
+        self._kept.keep(self.text)
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, or if REREAD; whether there are new rules.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
 
-        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
+        An error in it is logged once, and again if REREAD.
         """
-        old_rules = self.rules
-        try:
-            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
-                self._read()
-                if self.error or self.rules is not old_rules:
-                    self.reloads += 1
-                    count = len(self.rules)
-                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
-                self.error = ""
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if reread or problem != self.error:
-                self._refuse(problem)
-        self._keep()
+        old_rules, old_error = self.rules, self.error
+        problem = self._load(reread)
+        if problem and (reread or problem != old_error):
+            self._refuse(problem)
+        elif not problem and (old_error or self.rules is not old_rules):
+            self.error = ""
+            self.reloads += 1
+            count = len(self.rules)
+            log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
         return self.rules is not old_rules
 
-    def _read(self) -> None:
-        """Put the rules of the file in force. Raises ConfigError and OSError."""
-        text, self._stamp = DEFAULT_CONF, ()
-        if self._path:
-            stamp = file_stamp(self._path)
-            is_old = is_settled(max(stamp[-2:]))
-            text = read_conf(self._path)
-            self._stamp = stamp if is_old else ()
-        if text != self.text or not self.rules:
-            self.rules, self.text = parse_rules(text), text
-        self.read_at = time.time()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
+    def _load(self, reread: bool) -> str:
+        """Put the rules of the file in force; what is wrong with it. One that was refused is parsed again if REREAD."""
+        text = None
         try:
-            text, self.read_at = kept.read()
-            self.rules, self.text = parse_rules(text), text
-        except FileNotFoundError:
-            return False
-        except (OSError, ConfigError) as error:
-            problem = error.strerror if isinstance(error, OSError) else error
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                return self.error
+            if text != self.text or self.error or reread:
+                self.rules = self.rules if self.rules and text == self.text else parse_rules(text)
+                self.text, self.read_at, self._refused = text, time.time(), None
+            return ""
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self._refused = text
+        return problem
 
     def _refuse(self, problem: str, source: str = "") -> None:
         self.error = problem
         self.failed_reloads += 1
         log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
 
-    def _keep(self) -> None:
-        if self._kept:
-            self._kept.keep(self.text)
-
-
-def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
-    """What is wrong in the config file PATH and where, or why it cannot be read."""
-    if isinstance(error, ConfigError):
-        return f"{path}:{error.line}:{error.column}: {error.message}"
-    return f"cannot read the config file {path}: {error.strerror}"
-
 
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
-    def __init__(
-        self,
-        conf: str,
-        dev_dir: str,
-        sys_dir: str,
-        kept_path: str = "",
-        kept_devices: Optional[KeptDevices] = None,
-        with_facts: bool = False,
-    ) -> None:
-        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
         self.scan_seconds = 0.0  # taken by the last look at /dev
-        self._conf_name = conf or DEFAULT_CONF_NAME
-        self._conf = ConfFile(conf, kept_path)
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
@@ -6806,14 +6745,12 @@ class DeviceSide:
         self._found = NOTHING_FOUND
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
-        self._kept_devices = kept_devices
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
         self._next_full_scan = 0.0
         self._dev_problem = ""
-
-    @property
-    def rules(self) -> Sequence[Rule]:
-        """The rules in force."""
-        return self._matcher.rules
 
     def start(self) -> None:
         """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
@@ -6822,61 +6759,66 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self._conf.start()
-        self._matcher = Matcher(self._conf.rules)
-        if self._kept_devices:
-            self.plan = self._kept_devices.read()
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Optional[Plan]:
+    def turn(self, reread: bool = False) -> Plan | None:
         """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now = time.monotonic()
+        now, before = time.monotonic(), self.plan
         full = reread or now >= self._next_full_scan
-        has_changed = self._conf.follow(reread)
+        has_changed = self.conf.follow(reread)
         if has_changed:
-            self._matcher = Matcher(self._conf.rules)
+            self._matcher = Matcher(self.conf.rules)
         has_changed |= self._scan(full)
         if full:
-            has_changed |= self._look_beyond_dev(now)
+            has_changed = True  # perhaps: a device that is gone may have to leave
+            self._gpus = self._sysfs.tegra_gpus()
+            self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
         if has_changed:
             self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
         has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
-        new = self._make_plan(now) if has_changed else self.plan
-        is_new, self.plan = new != self.plan, new
-        if self._kept_devices:
-            self._kept_devices.keep(self.plan)
+        if has_changed:
+            look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
+            plan = make_plan(before, look)
+            unfit = {left.path for left in plan.left_out} | {
+                device.path for device in devices_of(plan) if device.problem
+            }
+            self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
         if full:
             self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
-        return self.plan if is_new else None
-
-    def overridden(self) -> List[Tuple[Rule, Device]]:
-        """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._matcher)
+        return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
         """Let the next turn look at everything."""
         self._next_full_scan = 0.0
 
-    def folders(self) -> List[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
         """Its part of the status document, as of the last turn."""
         return {
             "conf": {
-                "path": self._conf_name,
-                "rules": len(self.rules),
-                "error": self._conf.error,
-                "read_at": utc(self._conf.read_at),
-                "read_at_seconds": self._conf.read_at,
-                "reloads": self._conf.reloads,
-                "failed_reloads": self._conf.failed_reloads,
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
             },
             "dev_problem": self._dev_problem,  # why /dev cannot be read
             "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
@@ -6898,41 +6840,39 @@ class DeviceSide:
         self.scan_seconds = time.monotonic() - started
         return self.snapshot is not before
 
-    def _look_beyond_dev(self, now: float) -> bool:
-        """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
-        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
-        return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
 
-    def _make_plan(self, now: float) -> Plan:
-        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-        plan = make_plan(self.plan, look)
-        unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
-        return plan
+_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
 
 
-_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
 
 
 class ChangeLog:
     """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
     has a line per CHANGE_SECONDS, which says how many changes it stands for."""
 
+    CHANGE_SECONDS = 1.0
+
     def __init__(self) -> None:
-        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
-        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
-        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
-        self._shared: Set[Offer] = set()  # of nodes that several resources offer, as logged
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: set[Offer] = set()  # of nodes that several resources offer, as logged
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
         states = {("", left.path, left.line): left.text for left in plan.left_out}
         for name, resource in plan.resources.items():
             states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        keys = states.keys() | self._states.keys()
-        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
-        self._states = states
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
         news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
         self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
         self._shared.update(offer for offers in news.values() for offer in offers)
@@ -6942,56 +6882,51 @@ class ChangeLog:
     @property
     def due(self) -> float:
         """time.monotonic() when there is something to log; infinite if nothing waits."""
-        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
 
     def flush(self, now: float) -> None:
-        """Log what has changed, except about devices that had a line just before NOW."""
-        groups: Dict[Tuple[str, str, int], List[str]] = {}
-        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
-        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
-            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
             if change:
-                event, sentence, level = change
-                sentence += f" ({count} changes since its last line)" if count > 1 else ""
-                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
-                old[key] = now
-        self._logged = old
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
         for (event, sentence, level), paths in groups.items():
             log_event_for_all(event, sentence, level, "devices", paths)
 
 
-def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
-    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
-    if not key[0]:
-        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
-    if state is None:
-        return "retired", "no longer offered", logging.INFO
-    if state:
-        return "unplugged", f"Unhealthy: {state}", logging.WARNING
-    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
-class FolderWatches:
-    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
 
-    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
+    Each of the WATCHES takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
     the poll.
     """
-
-    def __init__(self, dev_dir: str) -> None:
-        self._dev_dir = dev_dir
-        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
-        self._watches: Dict[str, Watch] = {}
-
-    def ask(self, folders: Sequence[str]) -> None:
-        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
-        wanted = folders[: self._limit]
-        for path in self._watches.keys() - set(wanted):
-            self._watches.pop(path).close()
-        for path in wanted:
-            if path not in self._watches:
-                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
-            self._watches[path].ask()
+    paths = paths[: min(64, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7293,11 +7228,8 @@ def serve(options: argparse.Namespace) -> int:
         raise
     raise_limit()
     folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # Instances with other rules have other files.
-    rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
+    kept = kept_path(folder, options.domain, options.conf or "")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
     thread = KubeletThread(options, devices)
@@ -7326,7 +7258,8 @@ def follow_devices(
     devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
 ) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
-    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
+    watches: dict[str, Watch] = {}
+    changes = ChangeLog()
     watched: Optional[Snapshot] = None  # the one whose folders are watched
     unsent: Optional[Plan] = devices.plan
     taken = 0  # the last signal
@@ -7334,7 +7267,7 @@ def follow_devices(
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look, so that no change is missed
+            watch_folders(watches, devices.folders())  # before the look, so that no change is missed
         plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
         if plan:
             changes.take(plan)
@@ -7506,8 +7439,9 @@ def _path_below(text: str, dev_dir: str) -> str:
     return path if path != "." and not path.startswith(("/", "..")) else ""
 
 
-def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+def render_overridden(plan: Plan, rules: Sequence[Rule]) -> str:
+    """What --list prints of the devices that RULES name without effect, and of those that have no effect at all."""
+    overridden = find_overridden(plan, Matcher(rules))
     active = {device.line for resource in plan.resources.values() for device in resource.devices}
     active |= {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
@@ -7533,8 +7467,8 @@ def show_list(options: argparse.Namespace) -> int:
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
         return 0
-    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
-    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
+    text = render_list(document) + render_overridden(devices.plan, devices.conf.rules)
+    notes = "".join(f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain))
     write_output(text + (f"\n{notes}" if notes else ""))
     return 0
 
@@ -7582,9 +7516,12 @@ def _fetch_status(address: Tuple[str, int]) -> bytes:
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = _look_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    notes = [
+        *rule_notes(devices.conf.rules, options.domain),
+        *map(printable, map(_with_names, shared, shared.values())),
+    ]
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
@@ -7652,7 +7589,7 @@ def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
     names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
     lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
-    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
+    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.conf.rules]
     if devices.plan.left_out:
         lines += ["and leaves out"]
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
