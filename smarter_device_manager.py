@@ -6575,6 +6575,7 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
+MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
 FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 
 
@@ -6922,7 +6923,7 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
     Each of the WATCHES takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
     the poll.
     """
-    paths = paths[: min(64, os.sysconf("SC_OPEN_MAX") // 16)]
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
     for path in watches.keys() - set(paths):
         watches.pop(path).close()
     for path in paths:
@@ -6941,7 +6942,6 @@ BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; th
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
 REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
 REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -6952,38 +6952,34 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
     except OSError:  # too many open files, say
         return {}
-    points = ((path, os.path.realpath(path)) for path in folders)
-    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
-    return {path: roots[point] for path, point in escaped if point in roots}
+    points = {path: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(path)) for path in folders}
+    return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: Union[OSError, UnicodeError]) -> str:
+def network_error(error: OSError | UnicodeError) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
     return str(error.strerror or error).partition(" (while attempting ")[0]
 
 
-def address_text(address: Tuple[Any, ...]) -> str:
+def address_text(address: tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
 def open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
+    options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide | DraSide
+) -> StatusServer | None:
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     host = options.listen[0]  # all addresses if it is empty
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    try:  # a probe can wait in a long queue, and must not be dropped
+        listener = socket.create_server(options.listen, family=family, backlog=1024, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
         problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
@@ -7000,22 +6996,24 @@ def open_status(
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
+    EXIT_SECONDS = 4.0  # to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+
     def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = self._make_side(options)
-        self._status = open_status(options, devices, self._side)
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = mount_roots(self._side.folders)
-
-    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        more = host_devices, self._loop
+        self._side: DevicePluginSide | DraSide
         if options.api == "dra":
-            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
-        watch = Watch(options.plugin_dir)
-        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
+            self._side = DraSide(dra_settings(options), api_server(options), *more, max_silence)
+        else:
+            watch = Watch(options.plugin_dir)
+            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, watch, max_silence)
+        self._status = open_status(options, devices, self._side)
+        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7033,33 +7031,29 @@ class KubeletThread(threading.Thread):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for task in done:
-            task.result()
+        await asyncio.gather(*done)
 
-    def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side and the status server."""
-        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+    def send(self, plan: Plan | None, device_side: Document) -> None:
+        """Give PLAN, if it is new, and the part of the device side to the kubelet side and the status server."""
+        if plan:
+            self._loop.call_soon_threadsafe(self._side.deliver, plan)
         if self._status:
-            self._loop.call_soon_threadsafe(self._status.take, plan)
+            self._status.report(device_side)
+            if plan:
+                self._loop.call_soon_threadsafe(self._status.take, plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
         self._loop.call_soon_threadsafe(self._side.look_now)
 
-    def report(self, device_side: Document) -> None:
-        """Give the status server the part of the device side."""
-        if self._status:
-            self._status.report(device_side)
-
-    def is_turning(self) -> bool:
-        """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
-
-    def beat(self) -> float:
-        """Let the status server know that the main thread works; the time by which it must do so again."""
+    def beat(self, manager: ServiceManager) -> float:
+        """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
+        looks at kubelet.sock as often as it should. Returns time.monotonic() by which to do so again."""
+        now = time.monotonic()
         if self._status:
             self._status.beat()
-        return time.monotonic() + self._side.max_silence / 2
+        manager.ping(now - self._side.heartbeat <= self._side.max_silence)
+        return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
@@ -7067,28 +7061,24 @@ class KubeletThread(threading.Thread):
         Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
         invisible here.
         """
-        end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
-            was = self._mounted[folder]
-            if now.endswith("//deleted"):
-                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
-            if now != was:
-                raise Problem(
-                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
-                )
-        try:
+            problem = f"the directory {folder} was deleted, and only this mount keeps it"
+            if not now.endswith("//deleted"):
+                if now == self._mounted[folder]:
+                    continue
+                problem = f"the directory that is mounted at {folder} was moved, from {self._mounted[folder]} to {now}"
+            raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
+        before, self._directory = self._directory, ()
+        with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
-            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
-        except OSError:
-            directory = ()
-        if directory != self._directory:
-            self._directory = directory
+            self._directory = found.st_dev, found.st_ino
+        if self._directory != before:
             self.look()
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self._side.stop)
-        self.join(EXIT_SECONDS)
+        self.join(self.EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
 
@@ -7102,13 +7092,12 @@ class ServiceManager:
     RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
-        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
         self._ping_seconds = math.inf
-        own_pid = str(os.getpid())
+        is_for_us = environment.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
         microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
+        if is_for_us and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
             self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
         self.due = 0.0  # time.monotonic() of the next ping()
 
@@ -7137,30 +7126,27 @@ class ServiceManager:
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem if no plugin can listen in the directory PATH."""
+    problems: dict[type[OSError], str] = {
+        NotADirectoryError: f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins",
+        PermissionError: f"permission denied for {path}: run this as root, who owns the kubelet's directory",
+    }
+    missing = f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
     try:
         os.listdir(f"{path}/.")
-    except NotADirectoryError:
-        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-        raise Problem(problem) from None
-    except PermissionError:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
-    except OSError:
-        raise Problem(
-            f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run works without a kubelet)"
-        ) from None
+    except OSError as error:
+        raise Problem(problems.get(type(error), f"{missing}--dry-run works without a kubelet)")) from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
-    too_long = SHORTEST_NAME - socket_room(path)
+    check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
+
+
+def check_length(path: str, too_long: int, advice: str) -> None:
+    """Raise Problem if the paths of sockets in the directory PATH are TOO_LONG by a byte or more."""
     if too_long > 0:
-        raise _long_path(path, too_long, "make a link to it that has a shorter path")
-
-
-def _long_path(path: str, too_long: int, advice: str) -> Problem:
-    return Problem(
-        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
-    )
+        raise Problem(
+            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+        )
 
 
 def check_dra(options: argparse.Namespace) -> None:
@@ -7173,18 +7159,15 @@ def check_dra(options: argparse.Namespace) -> None:
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
     api_server(options)
-    if not os.path.isdir(options.kubelet_dir):
-        raise Problem(
-            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
-        )
-    settings = dra_settings(options)
+    kubelet_dir, settings = options.kubelet_dir, dra_settings(options)
+    if not os.path.isdir(kubelet_dir):
+        raise Problem(f"there is no directory {kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)")
     try:
         os.makedirs(settings.folder, 0o750, exist_ok=True)
     except OSError as error:
         raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
     longest = max(len(os.fsencode(path)) for path in settings.sockets)
-    if longest > SOCKET_PATH_BYTES:
-        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
+    check_length(kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
@@ -7209,20 +7192,15 @@ def raise_limit() -> None:
     import resource as limits
 
     hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    try:
+    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
         limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
 
 
 def serve(options: argparse.Namespace) -> int:
     """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
     is_dra = options.api == "dra"
     try:
-        if is_dra:
-            check_dra(options)
-        else:
-            check_plugin_dir(options.plugin_dir)
+        check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
@@ -7232,7 +7210,7 @@ def serve(options: argparse.Namespace) -> int:
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options, devices)
+    thread, manager = KubeletThread(options, devices), ServiceManager(os.environ)
     thread.start()
     count = pluralize(len(devices.plan.resources), "resource")
     log_event("started", f"smarter-device-manager {__version__} offers {count}")
@@ -7240,10 +7218,9 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        follow_devices(devices, thread, manager, options)
+        follow_devices(devices, thread, manager, options.interval)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7254,39 +7231,34 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def follow_devices(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
-) -> None:
+def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
     watches: dict[str, Watch] = {}
     changes = ChangeLog()
-    watched: Optional[Snapshot] = None  # the one whose folders are watched
-    unsent: Optional[Plan] = devices.plan
+    watched: Snapshot | None = None  # the one whose folders are watched
+    plan: Plan | None = devices.plan  # to be sent
     taken = 0  # the last signal
-    while True:
+    while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
+        if taken == LOOK_SIGNAL:
+            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watch_folders(watches, devices.folders())  # before the look, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
+        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
-            thread.send(plan)
-            unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.describe())
+        thread.send(plan, devices.describe())
+        plan = None
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + options.interval, changes.due))
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
-        if taken in (signal.SIGTERM, signal.SIGINT):
-            log_event("stopping", f"stopping: {signal.Signals(taken).name}")
-            return
-        if taken == LOOK_SIGNAL:
-            devices.request_full_scan()
+    log_event("stopping", f"stopping: {signal.Signals(taken).name}")
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
@@ -7297,9 +7269,8 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        next_beat = thread.beat()
-        manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
+        until = min(due, thread.beat(manager))
+        taken = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
@@ -7313,10 +7284,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
 
 
 def restart_compiled() -> None:
-    """If this process had to compile the script, replace it by one that is given the byte code.
+    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory.
 
-    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
-    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Compiling takes 15 to 20 MB, which Python does not give back. Flags, options, name and working directory stay.
     Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
@@ -7332,8 +7302,7 @@ def restart_compiled() -> None:
 
         path = os.path.abspath(__file__)
         memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
-        with open(memory, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+        os.write(memory, marshal.dumps(frame.f_code))
         os.lseek(memory, 0, os.SEEK_SET)
         begin = (
             f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
@@ -7379,81 +7348,72 @@ def show_attributes(options: argparse.Namespace) -> int:
     try:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
+        if nodes[0].suffix:
+            paths = ", ".join(f"/dev/{node.path}" for node in nodes)
+            raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
+        kind, device = nodes[0].entry.kind, nodes[0].entry.device
+        chain = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except NotADevice as error:
         raise Problem(f"{shown} is not a device: {error}") from None
-    except OSError as error:
-        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
-    if nodes[0].suffix:
-        paths = ", ".join(f"/dev/{node.path}" for node in nodes)
-        raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
-    try:
-        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
-        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
     except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
+    except OSError as error:
+        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if not chain:
-        number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
-        kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        number = f"{kind} {os.major(device)}:{os.minor(device)}"
+        raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
     if options.json:
-        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-        write_output(json.dumps(blocks, indent=2) + "\n")
+        write_json([{"folder": folder, "attributes": attributes} for folder, attributes in chain])
     else:
         write_output(render_attributes(path, chain))
     return 0
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
+
+    def quoted(literal: str) -> str:
+        """An expression for a rule that matches only LITERAL, written in printable characters, as text in YAML."""
+        escaped = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", literal)
+        return "'" + "".join(c if c.isprintable() else f"\\x{{{ord(c):x}}}" for c in escaped).replace("'", "''") + "'"
+
     lines = [
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
+        f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _literal_expression(text: str) -> str:
-    """An expression for a rule that matches only TEXT, written in printable characters."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(text)
+    path = os.path.normpath(os.path.join(dev_dir, text))
     for top in (dev_dir, "/dev"):
-        if path == top or path.startswith(top + "/"):
+        if path.startswith(f"{top}/"):
             return path[len(top) + 1 :]
-    return path if path != "." and not path.startswith(("/", "..")) else ""
+    return ""
 
 
 def render_overridden(plan: Plan, rules: Sequence[Rule]) -> str:
     """What --list prints of the devices that RULES name without effect, and of those that have no effect at all."""
     overridden = find_overridden(plan, Matcher(rules))
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
+    active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
+    winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
     inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
     title = "Rules that later rules override for every device that they name"
-    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
+    return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
 def show_list(options: argparse.Namespace) -> int:
@@ -7465,11 +7425,11 @@ def show_list(options: argparse.Namespace) -> int:
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
-        write_output(json.dumps(document, indent=2) + "\n")
+        write_json(document)
         return 0
+    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
     text = render_list(document) + render_overridden(devices.plan, devices.conf.rules)
-    notes = "".join(f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain))
-    write_output(text + (f"\n{notes}" if notes else ""))
+    write_output("".join([text, *(["\n"] if notes else []), *notes]))
     return 0
 
 
@@ -7479,26 +7439,26 @@ def show_status(options: argparse.Namespace) -> int:
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch_status(address)
+        document = json.loads(_fetch_status(address))
+        text = render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
-    try:
-        document = json.loads(body)
-        text = render_status(document)
-        text = json.dumps(document, indent=2) + "\n" if options.json else text
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(text)
+    if options.json:
+        write_json(document)
+    else:
+        write_output(text)
     return 0
 
 
-def _fetch_status(address: Tuple[str, int]) -> bytes:
-    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
-    also if that takes longer than STATUS_SECONDS."""
+def _fetch_status(address: tuple[str, int]) -> str:
+    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
+    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
@@ -7506,11 +7466,11 @@ def _fetch_status(address: Tuple[str, int]) -> bytes:
         while len(answer) <= MAX_STATUS_BYTES:
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
-            answer += chunk
             if not chunk:
-                head, _, body = answer.partition(b"\r\n\r\n")
-                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
-    return b""
+                break
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
 def check(options: argparse.Namespace) -> int:
@@ -7518,10 +7478,8 @@ def check(options: argparse.Namespace) -> int:
     devices = _look_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
-    notes = [
-        *rule_notes(devices.conf.rules, options.domain),
-        *map(printable, map(_with_names, shared, shared.values())),
-    ]
+    notes = [*rule_notes(devices.conf.rules, options.domain)]
+    notes += map(printable, map(_with_names, shared, shared.values()))
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
@@ -7546,16 +7504,23 @@ def dry_run(options: argparse.Namespace) -> int:
         write_output(_nothing_found(devices, options))
         return 1
     load_grpc()  # which says what serving needs
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    rows: List[Tuple[object, ...]] = []
+    rows: list[tuple[object, ...]] = []
     has_failed = False
     for name, each in slots.items():
-        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        lines = ["nothing: it has no slot"]
+        if each:
+            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            slot = each[device]
+            lines, is_allocated = _try_slot(slot, options, is_dra)
+            has_failed |= not is_allocated
+            if is_dra:
+                attributes = slice_device(device, slot, options.domain)["attributes"].items()
+                values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+                lines = [f"{device}: {values}", *(f"  {line}" for line in lines)]
         rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
     ending = f"{'not every' if has_failed else 'every'} one could be allocated"
@@ -7563,27 +7528,22 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
-    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
-    if not slots:
-        return ["nothing: it has no slot"], True
-    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
-    lines, is_allocated = [], True
+def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
+    """Lines that say what a container with SLOT is given, and whether all went well."""
     try:
-        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
-        for spec in given.specs:
-            if driver:  # CDI names nodes, no link or folder
-                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
-            else:
-                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
-        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
     except AllocationError as error:
-        lines, is_allocated = [f"nothing: {error}"], False
-    if driver:
-        attributes = slice_device(name, slots[name], driver)["attributes"].items()
-        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
-        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
-    return lines, is_allocated
+        return [f"nothing: {error}"], False
+    lines = []
+    for host, container, permissions, nodes in given.specs:
+        # CDI names nodes, no link or folder.
+        paths = [(place, node, [node]) for node, place in nodes] if is_dra else [(container, host, [*dict(nodes)])]
+        for place, path, targets in paths:
+            link, is_folder = target_of(path, targets)
+            more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
+            lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
 
 
 def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
@@ -7595,13 +7555,6 @@ def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
         lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
     lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
-    link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
-    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -7616,41 +7569,37 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
-    folder, name = os.path.split(os.path.realpath(__file__))
-    for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
+    script = os.path.realpath(__file__)
+    folder, name = os.path.split(script)
+    for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(
-                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
-            )
-    given = {"conf": options.conf or "", **options.given}
-    socket_path = _pod_resources_socket(options)
-    if socket_path != DEFAULT_POD_RESOURCES:
-        given["pod_resources_socket"] = socket_path
+            raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
+    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
+        del given["pod_resources_socket"]
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    write_output(
-        SYSTEMD_UNIT.format(
-            folder=folder.replace("%", "%%"),  # whole, without quotes
-            folder_word=_systemd_word(folder),
-            module=os.path.splitext(name)[0],
-            python=_systemd_word(sys.executable),
-            plugin_dir=_systemd_word(options.plugin_dir),
-            plugin_dir_argument=_systemd_argument(options.plugin_dir),
-            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
-            network=network,
-        )
+    unit = SYSTEMD_UNIT.format(
+        folder=folder.replace("%", "%%"),  # whole, without quotes
+        folder_word=_systemd_word(folder),
+        module=os.path.splitext(name)[0],
+        python=_systemd_word(sys.executable),
+        plugin_dir=_systemd_word(options.plugin_dir),
+        plugin_dir_argument=_systemd_argument(options.plugin_dir),
+        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        network=network,
     )
+    write_output(unit)
     return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
     """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
-    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
-        return str(options.pod_resources_socket)
-    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    beside = f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
 def _systemd_word(text: str) -> str:
@@ -7664,7 +7613,7 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _command_line(values: Mapping[str, str]) -> List[str]:
+def _command_line(values: Mapping[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
 
@@ -7690,29 +7639,31 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {
-        "smarter_device_manager.py": _read_text(path),
-        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
-        "install.py": INSTALL_PACKAGES,
-        "requirements.txt": REQUIREMENTS,
-    }
+    files = {"smarter_device_manager.py": _read_text(path)}
+    files.update((stub, _read_text(f"{folder}/{stub}")) for stub in ("api_pb2.py", "api_pb2_grpc.py"))
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
     values = _manifest_values(options, "".join(files.values()))
+    text = _read_text(f"{folder}/daemonset.yaml")
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            problem = f"is not the one that came with this script: nothing in it matches {pattern}"
+            raise Problem(f"{folder}/daemonset.yaml {problem}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
     conf.start()
+    maps = {"smarter-device-manager": {"conf.yaml": conf.text}, "smarter-device-manager-script": files}
     write_output(
-        MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
-        + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
+        MANIFEST_HEAD + "".join(_config_map(name, values["namespace"], each) for name, each in maps.items()) + text
     )
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
@@ -7727,31 +7678,23 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    quoted = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
     return {
-        "image": json.dumps(image),
-        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
-        "plugin_dir": json.dumps(options.plugin_dir),
-        "pod_resources": json.dumps(socket_folder),
-        "dev_dir": json.dumps(options.dev_dir),
-        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
-        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
+        **{name: json.dumps(value) for name, value in quoted.items()},
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
         "arguments": _list_items(_command_line(arguments)),
         "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
     }
-
-
-def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
-    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
-    text = _read_text(path)
-    for pattern, template in MANIFEST_EDITS.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        if not found:
-            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
-        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
-    return text
 
 
 def _list_items(items: Iterable[object]) -> str:
@@ -7761,11 +7704,11 @@ def _list_items(items: Iterable[object]) -> str:
 
 def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
     """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
-    texts = (
-        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
-        for file, text in files.items()
-    )
-    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
+    text = CONFIG_MAP.format(name=name, namespace=namespace)
+    for file, content in files.items():
+        lines = (f"    {line}\n" if line else "\n" for line in content.rstrip("\n").split("\n"))
+        text += f"  {file}: |2\n" + "".join(lines)
+    return f"{text}---\n"
 
 
 def _read_text(path: str) -> str:
@@ -7777,7 +7720,7 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -7792,10 +7735,7 @@ MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # ---------------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
+DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -7818,7 +7758,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
     add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
     add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
-    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    what = 'a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 characters, not one '
+    domain = option_text(is_domain, f"{what}of kubernetes.io, and not beginning with requests.")
+    add("--domain", "NAME", domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
     add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
     level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
     add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
@@ -7826,7 +7768,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
     add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
-    _add_dra_options(parser)
+    _add_dra_options(functools.partial(add_option, parser.add_argument_group("Dynamic Resource Allocation")))
     return parser
 
 
@@ -7856,13 +7798,11 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
-def _add_dra_options(parser: argparse.ArgumentParser) -> None:
-    """Add --api, and the options that it takes with dra."""
-    group = parser.add_argument_group("Dynamic Resource Allocation")
-    add = functools.partial(add_option, group)
+def _add_dra_options(add: Callable[..., None]) -> None:
+    """ADD --api, and the options that it takes with dra."""
     api = option_text("device-plugin|dra", "an API: device-plugin or dra")
     add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--kubelet-dir", "DIR", option_path, "/var/lib/kubelet", "the kubelet's own directory")
     add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
@@ -7871,17 +7811,17 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
     add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
-    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    ca_help = "the CA certificates of the API server"
-    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+    add("--kube-token-file", "FILE", option_path, f"{account}/token", "the token for the API server")
+    add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
 def add_option(
-    parser: argparse._ActionsContainer,
+    group: argparse._ActionsContainer,
     option: str,
     metavar: str,
     read: Callable[[str], Any],
-    default: Optional[str],
+    default: str | None,
     help_text: str,
     *others: str,
 ) -> None:
@@ -7897,14 +7837,15 @@ def add_option(
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
     shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    group.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
-def option_text(pattern: str, what: str) -> Callable[[str], str]:
-    """A reader of texts that match PATTERN and so are WHAT."""
+def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:
+    """A reader of texts that are WHAT: those that match WANTED, or for which it is true."""
+    is_good = functools.partial(re.fullmatch, wanted) if isinstance(wanted, str) else wanted
 
     def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        if not is_good(text):
             raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
         return text
 
@@ -7925,29 +7866,16 @@ def option_path(text: str) -> str:
 
 def option_seconds(text: str, least: float = 0.01) -> float:
     """The number of seconds TEXT, from LEAST to an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not least <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
-    return seconds
+    with contextlib.suppress(ValueError):
+        if least <= float(text) <= 3600:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
 
 
-def option_domain(text: str) -> str:
-    """The domain TEXT."""
-    if not is_domain(text):
-        raise argparse.ArgumentTypeError(
-            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
-            "characters, not one of kubernetes.io, and not beginning with requests."
-        )
-    return text
-
-
-def option_address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> tuple[str, int]:
     """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or not colon or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
@@ -7957,7 +7885,8 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
-    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    refusals = ("refused", "start-refused")
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
@@ -7977,6 +7906,11 @@ def write_output(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
+def write_json(document: object) -> None:
+    """Print DOCUMENT for programs, as write_output() does."""
+    write_output(json.dumps(document, indent=2) + "\n")
 
 
 def main() -> int:
@@ -8020,8 +7954,7 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes = {**MODES, "status": (show_status, "")}
-    for name, (mode, _) in modes.items():
+    for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
@@ -8217,7 +8150,6 @@ metadata:
   labels:
     app.kubernetes.io/name: smarter-device-manager
 data:
-{files}---
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
