@@ -6590,7 +6590,7 @@ class KeptFile:
 
     def __init__(self, path: str, what: str, kind: str) -> None:
         self.path = path
-        self.text = self.NOTHING  # that was last read or written
+        self._known: tuple[str, object] = (self.NOTHING, None)  # the text that was last read or written, and its stamp
         self._what = what
         self._kind = kind
         self._is_failing = False
@@ -6598,8 +6598,9 @@ class KeptFile:
     def read(self, parse: Callable[[str], T]) -> T | None:
         """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
         try:
-            self.text = read_conf(self.path)
-            return parse(self.text)
+            text = read_conf(self.path)
+            self._known = text, self._stamp()
+            return parse(text)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -6609,17 +6610,27 @@ class KeptFile:
             return None
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again."""
-        if not self.path or (text == self.text and (text == self.NOTHING or os.path.lexists(self.path))):
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
+
+        Another instance may keep another text in the same file: an older one, too, just before it ends.
+        """
+        if not self.path or self._known == (text, self._stamp()):
             return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self.text, self._is_failing = text, False
+            self._known, self._is_failing = (text, self._stamp()), False
         except OSError as error:
             if not self._is_failing:
                 sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
                 log_event(f"{self._kind}-not-kept", sentence, logging.WARNING)
             self._is_failing = True
+
+    def _stamp(self) -> object:
+        """What another file at this path differs in; None if there is none."""
+        with contextlib.suppress(OSError):
+            found = os.stat(self.path)
+            return found.st_ino, found.st_mtime_ns
+        return None
 
 
 def kept_path(folder: str, domain: str, conf: str) -> str:
@@ -6682,10 +6693,10 @@ class ConfFile:
         """Put the first rules in force. Raises Problem if there are no good ones."""
         problem = self._load(reread=True)
         if problem:
-            rules = self._kept.read(parse_rules)
-            if not rules:
+            kept = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            if not kept:
                 raise Problem(problem)
-            self.rules, self.text, self.read_at = rules, self._kept.text, os.stat(self._kept.path).st_mtime
+            self.rules, self.text, self.read_at = kept
             self._refuse(problem, f", from {self._kept.path}")
         self._kept.keep(self.text)
 
@@ -7401,9 +7412,8 @@ def _path_below(text: str, dev_dir: str) -> str:
     return ""
 
 
-def render_overridden(plan: Plan, rules: Sequence[Rule]) -> str:
-    """What --list prints of the devices that RULES name without effect, and of those that have no effect at all."""
-    overridden = find_overridden(plan, Matcher(rules))
+def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
     active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: dict[tuple[int, str], set[int]] = {}
@@ -7428,7 +7438,8 @@ def show_list(options: argparse.Namespace) -> int:
         write_json(document)
         return 0
     notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
-    text = render_list(document) + render_overridden(devices.plan, devices.conf.rules)
+    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+    text = render_list(document) + render_overridden(overridden, devices.plan)
     write_output("".join([text, *(["\n"] if notes else []), *notes]))
     return 0
 
