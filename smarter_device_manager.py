@@ -7048,13 +7048,14 @@ class KubeletThread(threading.Thread):
         Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
         invisible here.
         """
+        end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
-            problem = f"the directory {folder} was deleted, and only this mount keeps it"
-            if not now.endswith("//deleted"):
-                if now == self._mounted[folder]:
-                    continue
-                problem = f"the directory that is mounted at {folder} was moved, from {self._mounted[folder]} to {now}"
-            raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
+            was = self._mounted[folder]
+            if now.endswith("//deleted"):
+                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
+            if now != was:
+                where = f"the directory that is mounted at {folder}"
+                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
         before, self._directory = self._directory, ()
         with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
@@ -7113,15 +7114,13 @@ class ServiceManager:
 
 def check_plugin_dir(path: str) -> None:
     """Raise Problem if no plugin can listen in the directory PATH."""
-    problems: dict[type[OSError], str] = {
-        NotADirectoryError: f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins",
-        PermissionError: f"permission denied for {path}: run this as root, who owns the kubelet's directory",
-    }
-    missing = f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
     try:
         os.listdir(f"{path}/.")
     except OSError as error:
-        raise Problem(problems.get(type(error), f"{missing}--dry-run works without a kubelet)")) from None
+        raise Problem(
+            f"there is no directory {path} to use: {error.strerror}; is this a node with a kubelet, and are you root? "
+            "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
+        ) from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
@@ -7406,18 +7405,21 @@ def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = _look_once(options)
+    _print_list(_look_once(options), options)
+    return 0
+
+
+def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_json(document)
-        return 0
-    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
+        return
     overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
-    text = render_list(document) + render_overridden(overridden, devices.plan)
-    write_output("".join([text, *(["\n"] if notes else []), *notes]))
-    return 0
+    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
+    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
+    write_output("".join(parts))
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -7488,7 +7490,7 @@ def dry_run(options: argparse.Namespace) -> int:
     is_dra = options.api == "dra"
     devices = _look_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        write_output(_nothing_found(devices, options))
+        _print_list(devices, options)
         return 1
     load_grpc()  # which says what serving needs
     slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
@@ -7531,17 +7533,6 @@ def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[li
             more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
             lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
     return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
-
-
-def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
-    names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
-    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.conf.rules]
-    if devices.plan.left_out:
-        lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
-    return "".join(f"{line}\n" for line in lines)
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of

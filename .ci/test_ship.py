@@ -31,6 +31,7 @@ import smarter_device_manager as sdm  # noqa: E402
 CHART = ROOT / "charts/smarter-device-manager"
 NAME = "smarter-device-manager"
 CONF = ROOT / "conf.yaml"
+SCRIPT = ROOT / "smarter_device_manager.py"
 PATHS_OF = {
     "k3s": "/var/lib/kubelet",
     "k0s": "/var/lib/k0s/kubelet",
@@ -85,12 +86,30 @@ def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
     return pick(objects, "DaemonSet")["spec"]["template"]["spec"]
 
 
+def run(*arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script on a Python without packages, in a locale without UTF-8."""
+    command = [sys.executable, "-I", "-S", str(script), *arguments]
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", **environment}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
+
+
+def printed(*arguments: str, script: Path = SCRIPT) -> str:
+    """What the script prints."""
+    done = run(*arguments, script=script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def check(conf: str, folder: Path) -> None:
     """See that the daemon itself finds CONF good."""
     (folder / "conf.yaml").write_text(conf)
-    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--check", "--conf", str(folder / "conf.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    printed("--check", "--conf", str(folder / "conf.yaml"))
+
+
+def takes_options(objects: list[dict[str, Any]]) -> None:
+    """See that the daemon has the options that the pod of OBJECTS gives it."""
+    options = [part for part in container(objects)["args"] if not part.startswith(("--dev-dir", "--sys-dir"))]
+    printed(*options, "--check", "--conf", str(CONF))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,11 +199,8 @@ def test_no_more_of_sys_is_needed(tmp_path: Path) -> None:
     assert "subsystem" in found[0][1]
 
 
-def test_its_options_are_ones_that_the_daemon_has(tmp_path: Path) -> None:
-    options = [part for part in container(manifest())["args"] if not part.startswith(("--dev-dir", "--sys-dir"))]
-    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), *options, "--check", "--conf", str(CONF)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_its_options_are_ones_that_the_daemon_has() -> None:
+    takes_options(manifest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,18 +460,11 @@ def test_a_wrong_value_is_refused_by_the_schema(values: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STUBS = ("api_pb2.py", "api_pb2_grpc.py")
-SCRIPT_NAME = "smarter_device_manager.py"
+SCRIPT_NAME = SCRIPT.name
 
 
-def printed(*arguments: str) -> str:
-    """What the script prints on a Python without packages, in a locale without UTF-8."""
-    command = [sys.executable, "-I", "-S", str(ROOT / SCRIPT_NAME), *arguments]
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
-    return subprocess.run(command, capture_output=True, check=True, env=environment).stdout.decode()
-
-
-def printed_manifest(*arguments: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(printed("--manifest", *arguments)))
+def printed_manifest(*arguments: str, script: Path = SCRIPT) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(printed("--manifest", *arguments, script=script)))
 
 
 def test_the_printed_manifest_is_valid_and_small_enough() -> None:
@@ -543,16 +552,14 @@ def test_the_manifest_mounts_the_folder_of_the_pod_resources_socket(
 def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -> None:
     for name in (SCRIPT_NAME, *STUBS, "daemonset.yaml"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / SCRIPT_NAME).write_text((ROOT / SCRIPT_NAME).read_text() + "# another\n")
+    (tmp_path / SCRIPT_NAME).write_text(SCRIPT.read_text() + "# another\n")
     (tmp_path / "conf.yaml").write_text("- devicematch: ^null$\n")
 
     def template(script: Path, *arguments: str) -> Any:
-        command = [sys.executable, "-I", "-S", str(script), "--manifest", *arguments]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return pick(list(yaml.safe_load_all(text)), "DaemonSet")["spec"]["template"]
+        return pick(printed_manifest(*arguments, script=script), "DaemonSet")["spec"]["template"]
 
-    ours = template(ROOT / SCRIPT_NAME)
-    assert template(ROOT / SCRIPT_NAME, f"--conf={tmp_path}/conf.yaml") == ours
+    ours = template(SCRIPT)
+    assert template(SCRIPT, f"--conf={tmp_path}/conf.yaml") == ours
     assert template(tmp_path / SCRIPT_NAME) != ours
 
 
@@ -593,17 +600,13 @@ class InitContainer:
 
     def start(self, **environment: str) -> subprocess.CompletedProcess[str]:
         variables = {item["name"]: self._moved(item["value"]) for item in self._spec["env"]}
-        env = {
-            "PATH": os.environ["PATH"],
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_RETRIES": "0",
-            **variables,
-            **environment,
-        }
+        env = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
         python, *arguments = self._spec["command"]
         assert (python, self._spec["workingDir"]) == ("python3", "/app")
         command = [sys.executable, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=self.app)
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=self.app, env={**env, **variables, **environment}
+        )
 
 
 def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: Path) -> None:
@@ -637,20 +640,8 @@ def test_the_init_container_installs_once_and_needs_no_internet_then(tmp_path: P
 
 def test_the_init_container_installs_from_a_private_index_with_its_ca(tmp_path: Path) -> None:
     site, key, certificate = (tmp_path / name for name in ("site", "key.pem", "ca.pem"))
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-subj",
-        "/CN=localhost",
-        "-keyout",
-        str(key),
-    ]
-    command += ["-out", str(certificate), "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
@@ -658,10 +649,8 @@ def test_the_init_container_installs_from_a_private_index_with_its_ca(tmp_path: 
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         index = f"https://localhost:{server.server_port}/simple"
-        for number, options in enumerate(
-            ([f"--pip-index={index}", f"--pip-ca={certificate}"], [f"--pip-index={index}"])
-        ):
-            folder = tmp_path / str(number)
+        for options in ([f"--pip-index={index}", f"--pip-ca={certificate}"], [f"--pip-index={index}"]):
+            folder = tmp_path / str(len(options))
             folder.mkdir()
             init = InitContainer(folder, *options)
             for path in init.wheels.iterdir():
@@ -676,15 +665,7 @@ def test_the_pinned_packages_can_be_installed_on_each_platform(tmp_path: Path, m
     """If this fails, a wheel has gone: pin the newest versions, with the hashes that pip download and pip hash give."""
     (tmp_path / "requirements.txt").write_text(sdm.REQUIREMENTS)
     platforms = [f"manylinux2014_{machine}", f"manylinux_2_28_{machine}", f"linux_{machine}"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--require-hashes",
-        "--only-binary=:all:",
-        "--python-version=3.13",
-    ]
+    command = [sys.executable, *"-m pip download --require-hashes --only-binary=:all: --python-version=3.13".split()]
     command += ["--dest", str(tmp_path / "wheels"), "--requirement", str(tmp_path / "requirements.txt")]
     command += [f"--platform={platform}" for platform in platforms]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -693,26 +674,35 @@ def test_the_pinned_packages_can_be_installed_on_each_platform(tmp_path: Path, m
     assert names == {"grpcio", "protobuf", "typing_extensions"}
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+
+
+def verified_unit(folder: Path, text: str) -> Path:
+    """A file in FOLDER with the unit TEXT, which systemd finds good."""
+    unit = folder / f"{NAME}.service"
+    unit.write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return unit
+
+
+@needs_systemd
 @pytest.mark.parametrize(("arguments", "exposure"), [([], 13), (["--listen=127.0.0.1:8080"], 19)])
 def test_the_unit_is_right_and_hardened(tmp_path: Path, arguments: list[str], exposure: int) -> None:
     """EXPOSURE is ten times the figure of systemd-analyze security; 100 is the worst."""
     if sys.executable.startswith(sdm.HOME_FOLDERS) or str(ROOT).startswith(sdm.HOME_FOLDERS):
         pytest.skip("the unit is not for what lies below a home folder")
-    unit = tmp_path / f"{NAME}.service"
-    unit.write_text(printed("--systemd-unit", *arguments))
-    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    unit = verified_unit(tmp_path, printed("--systemd-unit", *arguments))
     command = ["systemd-analyze", "security", "--offline=yes", f"--threshold={exposure}", "--no-pager", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
+@needs_systemd
 def test_a_unit_of_a_folder_with_a_strange_name_is_right(tmp_path: Path) -> None:
     folder = tmp_path / "a b%h$HOME"
     folder.mkdir()
-    shutil.copy(ROOT / SCRIPT_NAME, folder)
+    shutil.copy(SCRIPT, folder)
     (folder / "python3").symlink_to(os.path.realpath(sys.executable))
     command = [folder / "python3", "-I", "-S", folder / SCRIPT_NAME, "--systemd-unit", "--plugin-dir=/var/c d%t$HOME"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -720,10 +710,7 @@ def test_a_unit_of_a_folder_with_a_strange_name_is_right(tmp_path: Path) -> None
     assert f'\nRequiresMountsFor="{tmp_path}/a b%%h$HOME" "/var/c d%%t$HOME"\n' in text
     assert '\nReadWritePaths=-"/var/c d%%t$HOME"\n' in text
     assert '\nExecStartPre=+/bin/mkdir -p -m 0750 "/var/c d%%t$$HOME"\n' in text
-    unit = tmp_path / f"{NAME}.service"
-    unit.write_text(text)
-    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    verified_unit(tmp_path, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -912,10 +899,7 @@ def test_the_claim_of_the_documentation_is_valid_and_asks_for_what_there_is() ->
 
 
 def test_the_options_of_dra_are_ones_that_the_daemon_has() -> None:
-    options = [part for part in container(render({"api": "dra"}))["args"] if not part.startswith(("--dev", "--sys"))]
-    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), *options, "--check", "--conf", str(CONF)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    takes_options(render({"api": "dra"}))
 
 
 def test_slices_and_classes_are_valid_for_the_newest_kubernetes_known() -> None:
@@ -942,20 +926,17 @@ COMMANDS = {
     r"python3 -m venv .*pytest.*": RUN_BY_CI,
     r"python3 smarter_device_manager.py --list": "test_what_the_readme_runs_on_a_bare_python",
     r"python3 smarter_device_manager.py --check --conf conf.yaml": "test_its_rules_are_those_of_conf_yaml",
-    r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0": (
-        "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from"
-    ),
+    r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0":
+        "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from",
     r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
     r"sudo (apt-get install|mkdir|cp|rm|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
-    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*": (
-        "test_the_unit_is_right_and_hardened"
-    ),
-    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --status": (
-        "test_status_prints_a_running_daemons_state"
-    ),
+    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*":
+        "test_the_unit_is_right_and_hardened",
+    r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --status":
+        "test_status_prints_a_running_daemons_state",
     r"journalctl -u smarter-device-manager": CANNOT + "no node",
-    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*": CANNOT
-    + "no cluster; test_the_printed_manifest_is_valid... validates it",
+    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*":
+        CANNOT + "no cluster; test_the_printed_manifest_is_valid... validates it",
     r"docker buildx imagetools .*": CANNOT + "no Docker engine",
     r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
     r"sudo setsebool .*": CANNOT + "no SELinux",
@@ -970,17 +951,15 @@ COMMANDS = {
     r"kubectl delete -f daemonset\.yaml": CANNOT + "no cluster",
     r"kubectl patch node NAME --subresource=status .*": CANNOT + "no cluster",
     r"kubectl -n kube-system exec POD .*": CANNOT + "no cluster; .ci/image runs the same in the image",
-    r"kubectl -n kube-system (edit|get|logs|port-forward) .*": CANNOT
-    + "no cluster; test_the_readmes_names_are_the_manifests checks its names",
-    r"helm install my-smarter-device-manager charts/smarter-device-manager --namespace kube-system": (
-        CANNOT + "no cluster; test_the_default_render... renders the chart with Helm's own code"
-    ),
+    r"kubectl -n kube-system (edit|get|logs|port-forward) .*":
+        CANNOT + "no cluster; test_the_readmes_names_are_the_manifests checks its names",
+    r"helm install my-smarter-device-manager charts/smarter-device-manager --namespace kube-system":
+        CANNOT + "no cluster; test_the_default_render... renders the chart with Helm's own code",
     r"helm delete my-smarter-device-manager --namespace kube-system": CANNOT + "no cluster",
-    r"helm (install|template) .* --set api=dra( \| kubectl apply -f -)?": (
-        CANNOT + "no cluster; test_dra_adds_exactly... renders the chart with Helm's own code"
-    ),
+    r"helm (install|template) .* --set api=dra( \| kubectl apply -f -)?":
+        CANNOT + "no cluster; test_dra_adds_exactly... renders the chart with Helm's own code",
     r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
-}
+}  # fmt: skip
 
 
 def read_page(name: str) -> str:
@@ -1031,9 +1010,7 @@ def test_no_case_is_for_a_command_that_is_gone() -> None:
 
 
 def test_what_the_readme_runs_on_a_bare_python() -> None:
-    command = [sys.executable, "-I", "-S", str(ROOT / "smarter_device_manager.py"), "--list"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "DEVICEMATCH" in result.stdout  # no machine has all that conf.yaml names
+    assert "DEVICEMATCH" in printed("--list")  # no machine has all that conf.yaml names
 
 
 def test_the_readmes_names_are_the_manifests() -> None:
@@ -1067,16 +1044,14 @@ def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
 
 
 def test_a_page_has_every_option() -> None:
-    command = [sys.executable, str(ROOT / "smarter_device_manager.py"), "--help"]
-    wide = {**os.environ, "COLUMNS": "1000"}  # else an option may be broken in two
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+    shown = run("--help", COLUMNS="1000").stdout  # or an option may be broken in two
     documented = set(re.findall(r"--[a-z-]+", (ROOT / "docs/operating.md").read_text()))
     assert set(re.findall(r"--[a-z-]+", shown)) - {"--help", "--version"} <= documented
 
 
 def texts_of_the_script() -> list[str]:
     """All its string literals, with … in place of what an f-string fills in."""
-    tree = ast.parse((ROOT / "smarter_device_manager.py").read_text())
+    tree = ast.parse(SCRIPT.read_text())
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
