@@ -6670,54 +6670,43 @@ class ConfFile:
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        problem = self._load(reread=True)
-        if problem:
-            kept = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
-            if not kept:
-                raise Problem(problem)
-            self.rules, self.text, self.read_at = kept
-            self._refuse(problem, f", from {self._kept.path}")
-        self._kept.keep(self.text)
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
 
     def follow(self, reread: bool = False) -> bool:
         """Put the rules of the file in force if they changed and are good; whether there are new ones.
 
-        An error in it is logged once, and again if REREAD.
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
-        old_rules, old_error = self.rules, self.error
-        problem = self._load(reread)
-        if problem and (reread or problem != old_error):
-            self._refuse(problem)
-        elif not problem and (old_error or self.rules is not old_rules):
-            self.error = ""
-            self.reloads += 1
-            count = len(self.rules)
-            log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
-        self._kept.keep(self.text)
-        return self.rules is not old_rules
-
-    def _load(self, reread: bool) -> str:
-        """Put the rules of the file in force; what is wrong with it. One that was refused is parsed again if REREAD."""
-        text = None
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
         try:
             text = read_conf(self.path) if self.path else DEFAULT_CONF
             if text == self._refused and not reread:
-                return self.error
-            if text != self.text or self.error or reread:
-                self.rules = self.rules if self.rules and text == self.text else parse_rules(text)
-                self.text, self.read_at, self._refused = text, time.time(), None
-            return ""
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
         except ConfigError as error:
             problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
         except OSError as error:
             problem = f"cannot read the config file {self.path}: {error.strerror}"
-        self._refused = text
-        return problem
-
-    def _refuse(self, problem: str, source: str = "") -> None:
-        self.error = problem
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
 
 
 class DeviceSide:
@@ -6850,7 +6839,7 @@ class ChangeLog:
 
     def __init__(self) -> None:
         self._states: dict[_Subject, _LoggedState] = {}
-        self._shared: set[Offer] = set()  # of nodes that several resources offer, as logged
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
@@ -6861,11 +6850,11 @@ class ChangeLog:
             known = self._states.setdefault(subject, _LoggedState())
             known.changes += known.now != states.get(subject)
             known.now = states.get(subject)
-        news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
-        self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
-        self._shared.update(offer for offers in news.values() for offer in offers)
-        for sentence, nodes in describe_shared(news).items():
-            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
 
     @property
     def due(self) -> float:
@@ -7112,8 +7101,8 @@ class ServiceManager:
             self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
-def check_plugin_dir(path: str) -> None:
-    """Raise Problem if no plugin can listen in the directory PATH."""
+def check_plugin_dir(path: str) -> str:
+    """The directory PATH. Raises Problem if no plugin can listen in it."""
     try:
         os.listdir(f"{path}/.")
     except OSError as error:
@@ -7124,6 +7113,7 @@ def check_plugin_dir(path: str) -> None:
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
+    return path
 
 
 def check_length(path: str, too_long: int, advice: str) -> None:
@@ -7135,8 +7125,8 @@ def check_length(path: str, too_long: int, advice: str) -> None:
         )
 
 
-def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem if OPTIONS do not allow a DRA driver."""
+def check_dra(options: argparse.Namespace) -> str:
+    """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
@@ -7154,6 +7144,7 @@ def check_dra(options: argparse.Namespace) -> None:
         raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
     longest = max(len(os.fsencode(path)) for path in settings.sockets)
     check_length(kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
+    return settings.folder
 
 
 def dra_settings(options: argparse.Namespace) -> DraSettings:
@@ -7173,25 +7164,19 @@ def api_server(options: argparse.Namespace) -> ApiServer:
     return ApiServer(address, options.kube_token_file, options.kube_ca_file)
 
 
-def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
-    import resource as limits
-
-    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
-        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
-
-
 def serve(options: argparse.Namespace) -> int:
     """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
+    import resource as limits
+
     is_dra = options.api == "dra"
     try:
-        check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
+        folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
-    raise_limit()
-    folder = dra_settings(options).folder if is_dra else options.plugin_dir
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
+        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))  # it is usually 1024 at first
     kept = kept_path(folder, options.domain, options.conf or "")
     devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
@@ -7349,7 +7334,8 @@ def show_attributes(options: argparse.Namespace) -> int:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
     if options.json:
-        write_json([{"folder": folder, "attributes": attributes} for folder, attributes in chain])
+        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+        write_output(json.dumps(blocks, indent=2) + "\n")
     else:
         write_output(render_attributes(path, chain))
     return 0
@@ -7414,7 +7400,7 @@ def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
-        write_json(document)
+        write_output(json.dumps(document, indent=2) + "\n")
         return
     overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
     notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
@@ -7438,10 +7424,7 @@ def show_status(options: argparse.Namespace) -> int:
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    if options.json:
-        write_json(document)
-    else:
-        write_output(text)
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
@@ -7634,10 +7617,17 @@ def print_manifest(options: argparse.Namespace) -> int:
         text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
     conf.start()
-    maps = {"smarter-device-manager": {"conf.yaml": conf.text}, "smarter-device-manager-script": files}
-    write_output(
-        MANIFEST_HEAD + "".join(_config_map(name, values["namespace"], each) for name, each in maps.items()) + text
-    )
+    maps = MANIFEST_HEAD
+    for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
+        maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
+        for (
+            file,
+            content,
+        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+            lines = content.rstrip("\n").split("\n")
+            maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
+        maps += "---\n"
+    write_output(maps + text)
     return 0
 
 
@@ -7670,23 +7660,9 @@ def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
-        "arguments": _list_items(_command_line(arguments)),
-        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+        "arguments": "".join(f"            - {json.dumps(argument)}\n" for argument in _command_line(arguments)),
+        "pip": "".join(f"            - {{name: {key}, value: {json.dumps(pip[key])}}}\n" for key in pip if pip[key]),
     }
-
-
-def _list_items(items: Iterable[object]) -> str:
-    """ITEMS as lines of a list in YAML, as deep as those of a container."""
-    return "".join(f"            - {json.dumps(item)}\n" for item in items)
-
-
-def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
-    text = CONFIG_MAP.format(name=name, namespace=namespace)
-    for file, content in files.items():
-        lines = (f"    {line}\n" if line else "\n" for line in content.rstrip("\n").split("\n"))
-        text += f"  {file}: |2\n" + "".join(lines)
-    return f"{text}---\n"
 
 
 def _read_text(path: str) -> str:
@@ -7732,8 +7708,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = functools.partial(add_option, parser)
     add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
     add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
-    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, "the kubelet's PodResources socket")
     add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
     add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
     what = 'a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 characters, not one '
@@ -7868,10 +7843,6 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
 
 
-def _problem_line(problem: Problem) -> str:
-    return f"{program_name()}: {printable(str(problem))}"
-
-
 def write_output(text: str) -> None:
     """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
 
@@ -7886,11 +7857,6 @@ def write_output(text: str) -> None:
         raise Problem(f"cannot write the output: {error.strerror}") from None
 
 
-def write_json(document: object) -> None:
-    """Print DOCUMENT for programs, as write_output() does."""
-    write_output(json.dumps(document, indent=2) + "\n")
-
-
 def main() -> int:
     """Run what the command line asks for; the exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -7902,7 +7868,7 @@ def main() -> int:
         finally:
             write_output("")  # flushes what argparse printed
     except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -7943,7 +7909,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.enqueue(_problem_line(error))
+        writer.enqueue(f"{program_name()}: {printable(str(error))}")
         return 1
 
 

@@ -296,25 +296,12 @@ def test_the_go_charts_values_mean_the_same(tmp_path: Path) -> None:
     assert yaml.safe_load(pick(render(values), "ConfigMap")["data"]["conf.yaml"]) == RULES
 
 
-def test_a_node_selector_replaces_the_default_one() -> None:
-    assert pod(render())["nodeSelector"] == {NAME: "enabled"}
-    assert pod(render({"nodeSelector": {"edge": "yes"}}))["nodeSelector"] == {"edge": "yes"}
-    two = {"kubernetes.io/os": "linux", "disk": "ssd"}
-    assert pod(render({"nodeSelector": two}))["nodeSelector"] == two
-
-
 TEXT = "# Two rules\n- devicematch: ^snd$\n  nummaxdevices: 20\n\n- devicematch: 'ü{{x}}'\n"
 
 
 @pytest.mark.parametrize(
     ("config", "conf"),
-    [
-        (TEXT, TEXT),
-        ("\n" + TEXT + "\n\n", TEXT),
-        ([], CONF.read_text()),
-        (None, CONF.read_text()),
-        ("", CONF.read_text()),
-    ],
+    [(TEXT, TEXT), ("\n" + TEXT + "\n\n", TEXT), *((nothing, CONF.read_text()) for nothing in ([], None, ""))],
 )
 def test_config_can_be_a_block_of_text_or_nothing(tmp_path: Path, config: Any, conf: str) -> None:
     objects = render({"config": config})
@@ -422,37 +409,23 @@ def test_without_metrics_there_is_no_port_and_no_probe() -> None:
     assert [item["kind"] for item in objects] == ["ConfigMap", "DaemonSet"]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"config": [{"devicematch": "^a$", "nummaxdevice": 1}]},
-        {"config": [{"nummaxdevices": 1}]},
-        {"config": [{"devicematch": "^a$", "nummaxdevices": 10001}]},
-        {"config": [{"devicematch": "^a$", "attributes": {"idVendor": 1234}}]},
-        {"config": [{"devicematch": "^a$", "nummaxdevices": "10001"}]},
-        {"config": [{"devicematch": "^a$", "nummaxdevices": "1.5"}]},
-        {"config": {"devicematch": "^a$"}},
-        {"enabled": "yes"},
-        {"image": {"tag": "1.0.0@sha256:0a"}},
-        {"kubeletDir": "var/lib/kubelet"},
-        {"kubeletDir": "/var/lib/kubelet/"},
-        {"domain": "Smarter"},
-        {"interval": 0},
-        {"interval": "1s"},
-        {"logLevel": "loud"},
-        {"metrics": {"port": 0}},
-        {"metrics": {"enabled": "yes"}},
-        {"image": {"pullPolicy": "Sometimes"}},
-        {"image": {"tag": 1.0}},
-        {"application": {"appName": "No Name"}},
-        {"replicas": 2},
-        {"resources": {"limit": {}}},
-    ],
-    ids=json.dumps,
-)
-def test_a_wrong_value_is_refused_by_the_schema(values: dict[str, Any]) -> None:
+WRONG_VALUES: list[tuple[str, Any]] = [
+    *(("config", [rule]) for rule in (
+        {"devicematch": "^a$", "nummaxdevice": 1}, {"nummaxdevices": 1}, {"devicematch": "^a$", "nummaxdevices": 10001},
+        {"devicematch": "^a$", "nummaxdevices": "10001"}, {"devicematch": "^a$", "nummaxdevices": "1.5"},
+        {"devicematch": "^a$", "attributes": {"idVendor": 1234}},
+    )),
+    ("config", {"devicematch": "^a$"}), ("enabled", "yes"), ("image.tag", "1.0.0@sha256:0a"), ("image.tag", 1.0),
+    ("image.pullPolicy", "Sometimes"), ("kubeletDir", "var/lib/kubelet"), ("kubeletDir", "/var/lib/kubelet/"),
+    ("domain", "Smarter"), ("interval", 0), ("interval", "1s"), ("logLevel", "loud"), ("metrics.port", 0),
+    ("metrics.enabled", "yes"), ("application.appName", "No Name"), ("replicas", 2), ("resources", {"limit": {}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG_VALUES, ids=json.dumps)
+def test_a_wrong_value_is_refused_by_the_schema(path: str, value: Any) -> None:
     with helm().chart.Chart.load(CHART) as chart, pytest.raises(helm().HelmValuesError, match=f"^{NAME}:"):
-        chart.validate_schema(chart.merge_values(values))
+        chart.validate_schema(chart.merge_values(nested(path, value)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,9 +638,9 @@ def test_the_pinned_packages_can_be_installed_on_each_platform(tmp_path: Path, m
     """If this fails, a wheel has gone: pin the newest versions, with the hashes that pip download and pip hash give."""
     (tmp_path / "requirements.txt").write_text(sdm.REQUIREMENTS)
     platforms = [f"manylinux2014_{machine}", f"manylinux_2_28_{machine}", f"linux_{machine}"]
-    command = [sys.executable, *"-m pip download --require-hashes --only-binary=:all: --python-version=3.13".split()]
+    command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--only-binary=:all:"]
+    command += ["--python-version=3.13", *(f"--platform={platform}" for platform in platforms)]
     command += ["--dest", str(tmp_path / "wheels"), "--requirement", str(tmp_path / "requirements.txt")]
-    command += [f"--platform={platform}" for platform in platforms]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     names = {path.name.partition("-")[0] for path in (tmp_path / "wheels").iterdir()}
@@ -864,17 +837,14 @@ def test_the_daemon_can_make_classes_of_its_own_domain_only(
         item["metadata"]["name"] = name
         if resource:
             item["spec"]["extendedResourceName"] = resource
-    words = {"||": "or", "!has(object.spec.extendedResourceName)": "not has", "endsWith": "endswith"}
-    words["startsWith"] = "startswith"
     asked = SimpleNamespace(metadata=SimpleNamespace(**item["metadata"]), spec=SimpleNamespace(**item["spec"]))
     scope = {"object": asked, "has": hasattr(asked.spec, "extendedResourceName")}
-    results = []
-    for validation in spec["validations"]:
-        expression = validation["expression"]
-        for cel, python in words.items():
-            expression = expression.replace(cel, python)
-        results.append(eval(expression, scope))
-    assert all(results) == allowed
+    expressions = " and ".join(f"({validation['expression']})" for validation in spec["validations"])
+    for cel, python in (
+        ("||", "or"), ("!has(object.spec.extendedResourceName)", "not has"), ("sWith", "swith"),
+    ):  # fmt: skip
+        expressions = expressions.replace(cel, python)
+    assert eval(expressions, scope) == allowed
 
 
 def gone_device() -> dict[str, Any]:
@@ -917,47 +887,27 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "".join(path.read_text() for path in (Path(__file__), ROOT / "test_smarter_device_manager.py"))
 
-# What runs each command of the README and of docs/. CANNOT: no cluster, container engine or registry is here.
+# What runs each command of the README and of docs/: a test, .ci/run, or nothing. CANNOT: no cluster, container engine,
+# registry or node of its own is here. But the manifests are validated, the chart is rendered with Helm's own code,
+# .ci/image builds and runs the image with buildah, and .ci/install installs the unit.
 RUN_BY_CI = "by .ci/run"
 TOOL_OF_CI = "by .ci/run too, in less time"
-CANNOT = "cannot be run here: "
+STEP_OF_CI = "by .ci/run, in its steps for linters and for tests"
+CANNOT = "cannot be run here"
 COMMANDS = {
-    r"python3 -m venv .* --dry-run": RUN_BY_CI,
-    r"python3 -m venv .*pytest.*": RUN_BY_CI,
+    r"python3 -m venv .*( --dry-run|pytest.*)": RUN_BY_CI,
+    r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
+    r"\.venv/bin/(ruff check \..*|pytest -q -(k [a-z]+|n 4))": STEP_OF_CI,
+    r"(docker|helm|journalctl|kubectl|sudo (apt-get install|mkdir|cp|rm|systemctl|setsebool)) .*": CANNOT,
+    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*": CANNOT,
     r"python3 smarter_device_manager.py --list": "test_what_the_readme_runs_on_a_bare_python",
     r"python3 smarter_device_manager.py --check --conf conf.yaml": "test_its_rules_are_those_of_conf_yaml",
     r"python3 smarter_device_manager.py --list --attributes /dev/ttyUSB0":
         "test_the_attributes_of_a_device_are_shown_to_write_a_rule_from",
-    r"(sudo )?\.venv/bin/python \.ci/(bench|chaos|fuzz).*": TOOL_OF_CI,
-    r"sudo (apt-get install|mkdir|cp|rm|systemctl) .*": CANNOT + "no node of its own here; .ci/install does it",
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*":
         "test_the_unit_is_right_and_hardened",
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --status":
         "test_status_prints_a_running_daemons_state",
-    r"journalctl -u smarter-device-manager": CANNOT + "no node",
-    r"python3 smarter_device_manager\.py --manifest (--(conf|image) \S+ )?\| kubectl .*":
-        CANNOT + "no cluster; test_the_printed_manifest_is_valid... validates it",
-    r"docker buildx imagetools .*": CANNOT + "no Docker engine",
-    r"kubectl -n (kube-system|NAMESPACE) (patch|delete) daemonset .*": CANNOT + "no cluster",
-    r"sudo setsebool .*": CANNOT + "no SELinux",
-    r"helm upgrade .*": CANNOT + "no cluster",
-    r"\.venv/bin/ruff check \..*": "by .ci/run, in its step for ruff, mypy and shellcheck",
-    r"\.venv/bin/pytest -q -k [a-z]+": "by .ci/run, which runs them all",
-    r"\.venv/bin/pytest -q -n 4": "by .ci/run, as the second half of the README's command",
-    r"docker (run|buildx create) .*": CANNOT + "no Docker engine",
-    r"docker buildx build .*": CANNOT + "no Docker engine; .ci/image builds the same Dockerfile with buildah",
-    r"kubectl apply -f daemonset\.yaml": CANNOT + "no cluster; test_the_manifest_is_valid... validates the file",
-    r"kubectl (label|describe) node NAME.*": CANNOT + "no cluster",
-    r"kubectl delete -f daemonset\.yaml": CANNOT + "no cluster",
-    r"kubectl patch node NAME --subresource=status .*": CANNOT + "no cluster",
-    r"kubectl -n kube-system exec POD .*": CANNOT + "no cluster; .ci/image runs the same in the image",
-    r"kubectl -n kube-system (edit|get|logs|port-forward) .*":
-        CANNOT + "no cluster; test_the_readmes_names_are_the_manifests checks its names",
-    r"helm install my-smarter-device-manager charts/smarter-device-manager --namespace kube-system":
-        CANNOT + "no cluster; test_the_default_render... renders the chart with Helm's own code",
-    r"helm delete my-smarter-device-manager --namespace kube-system": CANNOT + "no cluster",
-    r"helm (install|template) .* --set api=dra( \| kubectl apply -f -)?":
-        CANNOT + "no cluster; test_dra_adds_exactly... renders the chart with Helm's own code",
     r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
 }  # fmt: skip
 
@@ -985,7 +935,7 @@ def test_every_command_of_the_readme_is_run_or_cannot_be(command: str) -> None:
         assert any(re.match(pattern, command) for pattern in looked_up)
     elif how == TOOL_OF_CI:
         assert re.search(r"\.venv/bin/python \.ci/\w+", command)[0] in (ROOT / ".ci/run").read_text()
-    elif not how.startswith((CANNOT, "by .ci/run, ")):
+    elif how not in (CANNOT, STEP_OF_CI):
         assert f"def {how}(" in TESTS
 
 
