@@ -6564,7 +6564,7 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
+FULL_SCAN_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
 
 
 class KeptFile:
@@ -6770,7 +6770,7 @@ class DeviceSide:
                 self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
         self._kept_devices.keep(self._kept_text)
         if full:
-            self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
         return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
@@ -6911,8 +6911,8 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
 # SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
@@ -6979,7 +6979,7 @@ class KubeletThread(threading.Thread):
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
         max_silence = find_max_silence(options.interval)
-        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
         more = host_devices, self._loop
         self._side: DevicePluginSide | DraSide
         if options.api == "dra":
@@ -7071,25 +7071,23 @@ class ServiceManager:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
-        self._ping_seconds = math.inf
-        is_for_us = environment.get("WATCHDOG_PID", "") in ("", str(os.getpid()))
-        microseconds = environment.get("WATCHDOG_USEC", "")
-        if is_for_us and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        own_pid, microseconds = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
+        is_wanted = environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch(
+            "[1-9][0-9]{0,18}", microseconds
+        )
+        self._ping_seconds = max(int(microseconds) / 2e6, 0.01) if is_wanted else math.inf
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
         """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
-        if not self._address:
-            return True
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto(state.encode(), self._address)
+            if self._address:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+                    sender.sendto(state.encode(), self._address)
+            return True
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
             return False
-        return True
 
     def ping(self, is_alive: bool) -> None:
         """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
@@ -7211,7 +7209,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
     taken = 0  # the last signal
     while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
-        if taken == LOOK_SIGNAL:
+        if taken == SCAN_SIGNAL:
             devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
@@ -7301,7 +7299,7 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
+def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first look, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
@@ -7391,7 +7389,7 @@ def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    _print_list(_look_once(options), options)
+    _print_list(scan_once(options), options)
     return 0
 
 
@@ -7447,7 +7445,7 @@ def _fetch_status(address: tuple[str, int]) -> str:
 
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
-    devices = _look_once(options)
+    devices = scan_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
     notes = [*rule_notes(devices.conf.rules, options.domain)]
@@ -7471,7 +7469,7 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
-    devices = _look_once(options, with_facts=is_dra)
+    devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
         _print_list(devices, options)
         return 1
@@ -7927,8 +7925,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: 
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
 code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 .pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
@@ -8127,12 +8124,8 @@ MANIFEST_EDITS = {
             - {{name: PYTHONPATH, value: /packages}}
             - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
             - {{name: TMPDIR, value: /packages}}
-{pip}          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities: {{drop: [ALL]}}
+{pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
+            readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
           volumeMounts:
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages}}

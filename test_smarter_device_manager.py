@@ -2690,7 +2690,7 @@ def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: 
     side.start()
     time.sleep(2 * sdm.FRESH_NS / 1e9)
     side.turn()
-    assert sdm.FULL_LOOK_SECONDS == 60
+    assert sdm.FULL_SCAN_SECONDS == 60
     for seconds, listed in ((0, []), (59, []), (1, [""]), (0, []), (59.5, []), (1, [""])):
         clock[0] += seconds
         assert calls.of(side.turn) == listed
@@ -3825,12 +3825,12 @@ def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypa
     assert side.turn() is None
     node.sysfs("usb1/1-2", {"serial": "B2"}, sticks[1])
     assert side.turn() is None  # not asked for ever, but at every full look
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert listed(side.plan) == {"sA1": ["stick0"], "sB2": ["stick1"]}
     node.unplug("stick0")
     shutil.rmtree(node.sys / "devices/usb1/1-1")
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
 
@@ -5052,7 +5052,7 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
         side.turn()
         node.unplug(f"bus/{number}")
     assert left(side.plan) == {"bus/199": "a plain file, not a device"}
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert left(side.plan) == {}
     assert len(side._matcher._matches) <= 3 and side._found == sdm.NOTHING_FOUND
@@ -7495,7 +7495,7 @@ def test_a_side_that_hangs_pings_no_watchdog(
     wait_ready(kubelet, ["null"])
     wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
     if side == "device side":
-        daemon.process.send_signal(sdm.LOOK_SIGNAL)
+        daemon.process.send_signal(sdm.SCAN_SIGNAL)
     manager.wait_for_silence(1.0)
     assert daemon.process.poll() is None
     daemon.kill()
@@ -8503,7 +8503,7 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
     rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
     node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
-    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_SCAN_SECONDS=0.2)
     daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
@@ -8530,7 +8530,7 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
 @needs_root
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
     grace = {"gone-grace": "1.5"}
-    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
+    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_SCAN_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
     claim = camera.claim("video0-1")
     camera.gives(claim)
