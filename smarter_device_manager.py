@@ -6564,7 +6564,7 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-FULL_SCAN_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
 
 
 class KeptFile:
@@ -6716,7 +6716,7 @@ class DeviceSide:
         """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last look at /dev
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
         self.conf = ConfFile(conf, kept and f"{kept}.conf")
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
@@ -6774,7 +6774,7 @@ class DeviceSide:
         return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
-        """Let the next turn look at everything."""
+        """Let the next turn scan everything."""
         self._next_full_scan = 0.0
 
     def folders(self) -> list[str]:
@@ -6800,7 +6800,7 @@ class DeviceSide:
                 "failed_reloads": self.conf.failed_reloads,
             },
             "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
         }
 
     def _scan(self, full: bool) -> bool:
@@ -6911,13 +6911,13 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
+SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
 # SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
+REST_SECONDS = 0.05  # at least, between a scan of /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the scan took, so that scans take at most a tenth of a core
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -7213,7 +7213,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
             devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watch_folders(watches, devices.folders())  # before the look, so that no change is missed
+            watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
         plan = devices.turn(reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
@@ -7245,7 +7245,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one scan
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
             # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
@@ -7300,7 +7300,7 @@ def program_name() -> str:
 
 
 def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for modes that need no more. Raises Problem."""
+    """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
