@@ -6752,8 +6752,8 @@ class DeviceSide:
             self._matcher = Matcher(self.conf.rules)
         has_changed |= self._scan(full)
         if full:
-            has_changed = True  # perhaps: a device that is gone may have to leave
-            self._gpus = self._sysfs.tegra_gpus()
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
             self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
         if has_changed:
             self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
