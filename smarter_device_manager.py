@@ -6750,7 +6750,14 @@ class DeviceSide:
         has_changed = self.conf.follow(reread)
         if has_changed:
             self._matcher = Matcher(self.conf.rules)
-        has_changed |= self._scan(full)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
             gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
             has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
@@ -6802,20 +6809,6 @@ class DeviceSide:
             "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
             "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
         }
-
-    def _scan(self, full: bool) -> bool:
-        """Take a new snapshot; whether anything changed."""
-        before = self.snapshot
-        started = time.monotonic()
-        try:
-            self.snapshot = self._scanner.scan(full)
-            problem = ""
-        except OSError as error:
-            self.snapshot = Snapshot({}, {})
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        self.scan_seconds = time.monotonic() - started
-        return self.snapshot is not before
 
 
 _Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
