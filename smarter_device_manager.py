@@ -6568,11 +6568,8 @@ FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders wh
 
 
 class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty.
-
-    The file always has a whole text. If a new one cannot be kept, the older one stays: its rules were good, too. KIND
-    is a part of the names of events.
-    """
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
 
     NOTHING = "[]"  # a text that needs no file
 
@@ -6602,7 +6599,7 @@ class KeptFile:
             kept = read_conf(self.path)
         except (OSError, ConfigError):
             kept = self.NOTHING
-        if not self.path or text == kept:
+        if not self.path or text == kept or len(text) > CONF_BYTES:  # which could not be read again
             return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
@@ -6652,11 +6649,8 @@ def parse_kept_devices(text: str, boot: str) -> Plan:
 
 
 class ConfFile:
-    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good.
-
-    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
-    its rules are in force after a start with a broken config file.
-    """
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
 
     def __init__(self, path: str, kept_path: str = "") -> None:
         self.rules: tuple[Rule, ...] = ()  # in force
@@ -6769,9 +6763,8 @@ class DeviceSide:
         if has_changed:
             look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
             plan = make_plan(before, look)
-            unfit = {left.path for left in plan.left_out} | {
-                device.path for device in devices_of(plan) if device.problem
-            }
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
             self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
             if plan != before:
                 self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
@@ -6888,10 +6881,7 @@ def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int]
 
 def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
     """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
-
-    Each of the WATCHES takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
-    the poll.
-    """
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
     paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
     for path in watches.keys() - set(paths):
         watches.pop(path).close()
@@ -7025,11 +7015,8 @@ class KubeletThread(threading.Thread):
         return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
-
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
-        invisible here.
-        """
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
+        Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
@@ -7054,21 +7041,18 @@ class KubeletThread(threading.Thread):
 
 
 class ServiceManager:
-    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
-
-    Does nothing if the variables of the protocol are not set, or not valid.
-    """
+    """The service manager that started this process, if variables of the ENVIRONMENT say that it wants to be notified,
+    as systemd does with sd_notify(3)."""
 
     RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
-        own_pid, microseconds = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
-        is_wanted = environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch(
-            "[1-9][0-9]{0,18}", microseconds
-        )
-        self._ping_seconds = max(int(microseconds) / 2e6, 0.01) if is_wanted else math.inf
+        own_pid, period = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
+        is_for_us = environment.get("WATCHDOG_PID", own_pid) == own_pid
+        is_wanted = is_for_us and re.fullmatch("[1-9][0-9]{0,18}", period)
+        self._ping_seconds = max(int(period) / 2e6, 0.01) if is_wanted else math.inf
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:

@@ -1489,21 +1489,16 @@ def test_the_unit_finds_pod_resources_and_grants_the_network_it_needs(node: Node
     assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
-        ("100%", "100%%"),
-        ("$HOME", "$$HOME"),
-        ("a b", '"a b"'),
-        ('a"b\\c', r'"a\"b\\c"'),
-        ("it's;", '"it\'s;"'),
-        ("é", '"é"'),
-    ],
-)
-def test_quoting_in_a_unit(text: str, word: str) -> None:
-    assert sdm._systemd_argument(text) == word
-    assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
+WORDS_OF_UNITS = {
+    "/opt/a-b_c.d/@e:f=g,h+1": "/opt/a-b_c.d/@e:f=g,h+1", "100%": "100%%", "$HOME": "$$HOME", "a b": '"a b"',
+    'a"b\\c': r'"a\"b\\c"', "it's;": '"it\'s;"', "é": '"é"',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WORDS_OF_UNITS)
+def test_quoting_in_a_unit(text: str) -> None:
+    assert sdm._systemd_argument(text) == WORDS_OF_UNITS[text]
+    assert sdm._systemd_word(text) == WORDS_OF_UNITS[text].replace("$$", "$")  # a path, in which $ begins no variable
 
 
 def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
@@ -1823,49 +1818,35 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
 
 
-def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
+def test_only_a_kept_conf_that_is_good_is_used_and_not_by_modes(node: Node) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(1))
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 0
     assert not any(node.plugins.iterdir())
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    kept = kept_conf(node)
+    sdm.ConfFile(str(node.conf), str(kept)).start()
+    good = kept.read_bytes()
     node.rules("- devicematch: (\n")
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 1
-
-
-def test_only_a_kept_conf_that_is_good_is_used(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
-    good, kept = kept_conf(node).read_bytes(), kept_conf(node)
-    node.rules("- devicematch: (\n")
-
-    def is_ignored(why: str) -> None:
+    contents: Mapping[str, bytes | Callable[[Path], None]] = {
+        "line 1, column 1: the file has no rules; .*": b"",
+        "line 2, column .*": b"- devicematch: a\n  with",
+        "line 1, column 16: this is not UTF-8; .*": b"- devicematch: \xff",
+        f"line 1, column 1: the file is longer than {MIB} bytes; .*": good + b"#" * MIB,
+        "Is a directory": Path.mkdir,
+        "line 1, column 1: this is not a plain file; .*": os.mkfifo,
+        "": lambda _: None,  # there is none
+    }
+    for problem, content in contents.items():
+        kept.rmdir() if kept.is_dir() else kept.unlink()
+        kept.write_bytes(content) if isinstance(content, bytes) else content(kept)
         done = node.run()
-        assert done.returncode == 1
-        first, second = done.stderr.splitlines()
-        assert re.search(f"WARNING the last good text of .*, kept in {kept}, is ignored: {why}$", first), done.stderr
-        assert f"{node.conf}:1:16: " in second
-
-    for data, why in (
-        (b"", "line 1, column 1: the file has no rules; .*"),
-        (b"- devicematch: a\n  with", "line 2, column .*"),
-        (b"- devicematch: \xff", "line 1, column 16: this is not UTF-8; .*"),
-        (good + b"#" * MIB, f"line 1, column 1: the file is longer than {MIB} bytes; .*"),
-    ):
-        kept.write_bytes(data)
-        is_ignored(why)
-    kept.unlink()
-    kept.mkdir()
-    is_ignored("Is a directory")
-    kept.rmdir()
-    os.mkfifo(kept)
-    is_ignored("line 1, column 1: this is not a plain file; .*")
-    kept.unlink()
-    done = node.run()
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+        *ignored, last = done.stderr.splitlines()
+        assert done.returncode == 1 and f"{node.conf}:1:16: " in last
+        pattern = f"WARNING the last good text of .*, kept in {kept}, is ignored: {problem}$"
+        assert [bool(re.search(pattern, line)) for line in ignored] == [True] * bool(problem), done.stderr
     kept.write_bytes(good)
     conf = sdm.ConfFile(str(node.conf), str(kept))
     conf.start()
