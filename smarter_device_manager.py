@@ -168,14 +168,10 @@ class Node(NamedTuple):
         return ConfigError(message, self.line, self.column)
 
 
-def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes with their places, or raise ConfigError."""
-    return _Parser(text).document()
+class YamlParser:
+    """document() parses a text into nodes with their places, or raises ConfigError.
 
-
-class _Parser:
-    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
-
+    One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
     Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
     after their last character. depth is the level of nesting.
     """
@@ -467,7 +463,6 @@ class _Alarm:
 
 
 ALARM = _Alarm()
-Outcome = Union[re.Match[str], SearchTimeout, None]  # of a search: what it found, or that it took too long
 
 
 class Expression:
@@ -484,7 +479,7 @@ class Expression:
         """Raises ExpressionError."""
         self.pattern = pattern
         try:
-            self.compiled = re.compile(translate(pattern), re.ASCII)
+            self.compiled = re.compile(_Translator(pattern).result(), re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, ValueError, OverflowError, RecursionError) as error:
@@ -492,7 +487,7 @@ class Expression:
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
         self.slow_texts: set[str] = set()  # those in which a search took too long
 
-    def search(self, text: str, whole: bool = False) -> Outcome:
+    def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
         """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
         if text in self.slow_texts:
             return SearchTimeout()
@@ -508,7 +503,7 @@ class Expression:
             return timeout.with_traceback(None)
 
 
-def search_all(expressions: Sequence[Expression], text: str) -> Sequence[Outcome]:
+def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
     """Per expression, what the search in TEXT finds. For the main thread only."""
     if not any(expression.slow_texts for expression in expressions):
         # One limit for all of them, because setting it takes longer than most searches.
@@ -581,12 +576,21 @@ class _Part(NamedTuple):
 
 
 class _Translator:
-    """A recursive descent. Each method translates what begins at self.pos, and leaves self.pos after it."""
+    """Translates a pattern for Go's RE2 to an expression of Python's re that means the same with re.ASCII.
+
+    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
+    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
+    most of what RE2 refuses; re.compile() refuses the rest. This is a recursive descent: each method translates what
+    begins at self.pos, and leaves self.pos after it.
+    """
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.pos = 0
         self.flags: frozenset[str] = frozenset()  # those of i, m and s that are on
+
+    def result(self) -> str:
+        return self.group().text + self.pattern[self.pos :]  # re refuses a ")" too many
 
     def next(self) -> str:
         return self.pattern[self.pos : self.pos + 1]
@@ -697,17 +701,6 @@ class _Translator:
         if "i" in self.flags and not char.isascii():
             raise ExpressionError(f"(?i) works with ASCII only; exclude {_shown(found[0])} from it: (?-i:{found[0]})")
         return re.escape(char)
-
-
-def translate(pattern: str) -> str:
-    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
-
-    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
-    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
-    most of what RE2 refuses; re.compile() refuses the rest.
-    """
-    translator = _Translator(pattern)
-    return translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
@@ -846,12 +839,6 @@ def _check_attribute(name: str, node: Node) -> None:
         raise node.error(f"{_shown(name)} is not an attribute of sysfs")
 
 
-def _below_dev(node: Node, path: str) -> str:
-    if not path or path.startswith("/") or ".." in path.split("/"):
-        raise node.error(f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0")
-    return path
-
-
 class _RuleReader:
     """The readers for one rule, in the order of _KEYS: those of templates need what devicematch has set."""
 
@@ -950,14 +937,16 @@ class _RuleReader:
             return Companion(**self.fields(node, _COMPANION_KEYS, missing))
         if isinstance(node.value, (dict, list)):
             raise _wrong(node, "a path below /dev, or a mapping with it")
-        text = self.template(node)
-        return Companion(_below_dev(node, text.removesuffix("?")), optional=text.endswith("?"))
+        text = _text(node)
+        return Companion(self.path(node._replace(value=text.removesuffix("?"))), optional=text.endswith("?"))
 
     def path(self, node: Node) -> str:
         text = self.template(node)
         if text.endswith("?"):
             raise node.error(f'{_shown(text)}: write optional: true instead of the "?"')
-        return _below_dev(node, text)
+        if text.startswith("/") or ".." in text.split("/"):
+            raise node.error(f"{_shown(text)} must be a path below /dev, such as snd/controlC0")
+        return text
 
     def optional(self, node: Node) -> bool:
         if not isinstance(node.value, bool):
@@ -1005,7 +994,7 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
     if manifest:
         message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
         raise ConfigError(message, text.count("\n", 0, manifest.start()) + 1, 1)
-    document = compose_yaml(text)
+    document = YamlParser(text).document()
     if document.value is None:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):

@@ -1242,7 +1242,7 @@ def parse_yaml(text: str) -> Any:
             return {key: plain(item) for key, (_, item) in node.value.items()}
         return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
-    return plain(sdm.compose_yaml(text))
+    return plain(sdm.YamlParser(text).document())
 
 
 def obeys_the_law(text: str) -> bool:
