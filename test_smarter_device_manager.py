@@ -406,33 +406,24 @@ REFUSED = [
     # text, line, column, what the message must say
     ("a:\n\tb: c", 2, 1, "tab"),
     ("a:\tb", 1, 3, "tab"),
-    ("-\ta", 1, 2, "tab"),
-    ("a: b\t# c", 1, 5, "tab"),
     ("- a\n -\tb", 2, 2, "belongs to none"),
     ("a: &x b", 1, 4, "anchors are not supported"),
     ("a: *x", 1, 4, "aliases are not supported"),
-    ("a: .*\nb: *.a", 2, 4, "quote it"),
     ("a: !!str b", 1, 4, "tags are not supported"),
     ("a: |\n  b", 1, 4, "block texts are not supported"),
     ("a: >-\n  b", 1, 4, "block texts are not supported"),
     ("? a\n: b", 1, 1, "keys with '?' are not supported"),
-    ("- ?", 1, 3, "quote"),
     ("a: ?b", 1, 4, "quote"),
     (": a", 1, 1, "no key before"),
     ("%YAML 1.1\n---\na", 1, 1, "directives are not supported"),
     ("a\n---\nb", 2, 1, "only one '---'"),
-    ("---\n---\n", 2, 1, "only one '---'"),
     ("--- a", 1, 1, "only one '---'"),
     ("a: b\n...\n", 2, 1, "only one '---'"),
     ("a: b\nc: d\na: e", 3, 1, 'the key "a" is there twice'),
-    ("{a: b, 'a': c}", 1, 8, 'the key "a" is there twice'),
     ("a: b\n'a': c", 2, 1, 'the key "a" is there twice'),
     ("a: \0", 1, 4, "U+0000 is not allowed"),
-    ("a: b\n c\x07", 2, 3, "U+0007 is not allowed"),
     ("a\x85b", 1, 2, "U+0085 is not allowed"),
-    ("a\u2028b", 1, 2, "U+2028 is not allowed"),
     ("a: b\rc: d", 1, 5, "U+000D is not allowed"),
-    ("a\ufeff", 1, 2, "U+FEFF is not allowed"),
     ("'\ud800'", 1, 2, "U+D800 is not allowed"),
     ("a\r\nb\x01", 2, 2, "U+0001 is not allowed"),
     ("- " * 50 + "[a]", 1, 101, "more than 50 levels"),
@@ -441,8 +432,6 @@ REFUSED = [
     (f"{'k' * 1025}: a", 1, 1, "longer than 1024 characters"),
     (f"{{{'k' * 1025}: a}}", 1, 2, "longer than 1024 characters"),
     ("1: a", 1, 1, "a key must be text: quote it"),
-    ("~: a", 1, 1, "a key must be text: quote it"),
-    ("[a]: b", 1, 1, "a key must be text"),
     ("{a}", 1, 2, "'key: value'"),
     ("a: b\nc", 2, 1, "'key: value'"),
     ("a: b\nc:d\n", 2, 1, "with the space"),
@@ -454,7 +443,6 @@ REFUSED = [
     ("a: [,]", 1, 5, "quote"),
     ("a: ]", 1, 4, "no text starts with ']'"),
     ("a: @b", 1, 4, "no text starts with '@'"),
-    ("a: `b", 1, 4, "no text starts with '`'"),
     ("a: 'b", 1, 4, "no closing '"),
     ('a: "b\n  c"', 1, 4, 'no closing "'),
     (r'a: "^a\d$"', 1, 7, r"'\d' is not an escape: write '\\'"),
@@ -543,20 +531,17 @@ SAME = [
     (r"a(?s).c", ["a\nc"], []),
     (r"(?m)^b$", ["a\nb\nc", "b"], ["ab"]),
     (r"(?m:^b)$", ["a\nb"], ["b\n"]),
-    (r"(?m:b$)$", ["a\nb"], ["b\n", "b\nc"]),
     (r"(?i)^TTY", ["tty0", "TtY1"], ["ty"]),
     (r"^tty(?i)usb$", ["ttyUSB", "ttyuSb"], ["TTYusb"]),
     (r"^(?i:tty)USB$", ["TTYUSB"], ["TTYusb"]),
     (r"^(a(?i)b|c)d$", ["aBd", "Cd"], ["aBD", "Ad"]),
     (r"(?i)^a(?-i)b$", ["Ab"], ["AB"]),
-    (r"(?i)^[k]$", ["K"], ["j"]),
     (r"(?i)^\W$", ["-", "é"], ["k", "K", "s", "S", "i"]),
     (r"(?i)^[[:^graph:]\W]$", [" ", "-"], ["k", "i", "I", "s"]),
     (r"(?i)^[[:^upper:]]$", ["1"], ["a", "A"]),
     (r"^a{,2}$", ["a{,2}"], ["a", "aa", ""]),
     (r"^a{01}$", ["a{01}"], ["a"]),
     (r"^a{2}b{1,}c{0,1}$", ["aab", "aabbc"], ["ab"]),
-    (r"^{}{a}$", ["{}{a}"], []),
     (r"^\x41\x{e9}\x{1F600}\101\0$", ["Aé\U0001f600A\0"], []),
     (r"^\.\-\/\_\ $", [".-/_ "], [".-/_a"]),
     (r"^\a\f\t\n\r\v$", ["\a\f\t\n\r\v"], []),
@@ -568,14 +553,11 @@ SAME = [
     (r"^[[a]$", ["[", "a"], ["]"]),
     (r"^[a&&b]$", ["&", "a", "b"], ["c"]),
     (r"^[a||b~~+--d]$", ["|", "~", "+", ",", "d"], [".", "e"]),
-    (r"^[[:alpha:]]{2}$", ["ab"], ["a1"]),
     (r"^[:digit:]$", ["d", ":"], ["1"]),
     (r"^(?P<n>a)(?<m>b)$", ["ab"], []),
     (r"^(|a)$", ["", "a"], ["b", "aa"]),
     (r"^*tun$", ["tun", "xtun"], ["tunx"]),
-    (r"^+a", ["a"], ["ba"]),
     (r"^?a$*", ["a", "bab"], ["b"]),
-    (r"\b*a", ["a", "ba"], ["b"]),
     (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
     (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
     (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
@@ -584,9 +566,10 @@ SAME = [
     (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
     (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
     (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
-    (r"^(a{1000}b{1000}){0}$", [""], ["a"]),
     (r"^a??b*?c+?$", ["abbc", "c"], ["a"]),
     (r"^a(?)b$", ["ab"], []),
+    (r"^video(?!0$)", ["video10"], ["video0"]),  # look-around, which only Python has
+    (r"(?<=/)event(?<!x)(?=\d)", ["input/event3"], []),
 ]
 NOT_OF_RE2 = [
     # expression, what the message must say
@@ -596,11 +579,9 @@ NOT_OF_RE2 = [
     (r"[\p{Greek}]", r"\p is not supported"),
     (r"\PN", r"\P is not supported"),
     (r"(?U)a+", "(?U)"),
-    (r"(?x) a", "(?x)"),
     (r"(?a)a", "i, m and s are"),
     (r"(?i", "does not begin a group"),
     (r"(?>a)", "(?> does not begin a group"),
-    (r"(?#a)", "(?# does not begin a group"),
     (r"(?P=n)", "(?P does not begin a group"),
     (r"(a)(?(1)b|c)", "(?( does not begin a group"),
     (r"(?P<1a>b)", "(?P does not begin a group"),
@@ -610,7 +591,6 @@ NOT_OF_RE2 = [
     (r"a\Z", r"for the end, write $ or \z"),
     (r"\y", r"for the character itself, write y"),
     (r"[\b]", r"\b is not an escape"),
-    (r"[\z]", r"\z is not an escape"),
     (r"\u00e9", r"\u is not an escape"),
     (r"\N{DASH}", r"\N is not an escape"),
     (r"\é", r"\é is not an escape"),
@@ -618,9 +598,7 @@ NOT_OF_RE2 = [
     (r"\x{110000}", "beyond Unicode"),
     ("a\\", r"for a backslash, write \\"),
     (r"a++", "nothing before + to repeat"),
-    (r"a*+", "nothing before + to repeat"),
     (r"a{2}+", "nothing before + to repeat"),
-    (r"a**", "nothing before * to repeat"),
     (r"*a", r"for the character itself, write \*"),
     (r"(?i)*", "nothing before * to repeat"),
     (r"a|{2}", "nothing before {2} to repeat"),
@@ -672,12 +650,6 @@ def test_expressions_that_python_would_read_differently_are_refused(pattern: str
     assert (caught.value.line, caught.value.column) == (1, 16)
 
 
-def test_look_around_is_allowed() -> None:
-    assert compiled(r"^video(?!0$)").search("video10")
-    assert not compiled(r"^video(?!0$)").search("video0")
-    assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
-
-
 @st.composite
 def flat_expressions(draw: st.DrawFn) -> str:
     pattern = "".join(draw(st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7)))
@@ -685,13 +657,11 @@ def flat_expressions(draw: st.DrawFn) -> str:
 
 
 nested_expressions = st.randoms(use_true_random=False).map(nested_expression)
-names = st.text(st.sampled_from("aAbBcjkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6) | st.text(
-    "abkKs0 \n", max_size=5
-)
+searched_names = st.text("aAbBcjkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0", max_size=6) | st.text("abkKs0 \n", max_size=5)
 
 
 @settings(thorough, max_examples=LAW_EXAMPLES * 3)
-@given(flat_expressions() | nested_expressions, st.lists(names, min_size=8, max_size=8))
+@given(flat_expressions() | nested_expressions, st.lists(searched_names, min_size=8, max_size=8))
 @example("(?:a|(?:|b))?c", ["ab"])
 @example("^*tun$", ["xtun"])
 def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
@@ -956,14 +926,12 @@ BAD_RULES = [
     ("\n42", 2, 1, "found a number (42)"),
     ("- a", 1, 3, "expected a rule (devicematch: ...), found a text"),
     ("- devicematch:^a$", 1, 3, "expected a rule"),
-    ("- [devicematch]", 1, 3, "expected a rule (devicematch: ...), found a list"),
     ("-", 1, 2, "expected a rule (devicematch: ...), found nothing"),
     ("- devicematch: a\n- nummaxdevices: 1", 2, 3, "a rule needs devicematch"),
     ("- {}", 1, 3, "a rule needs devicematch"),
     ("- devicematch: a\n  nummaxdevice: 2", 2, 3, 'unknown key "nummaxdevice"; did you mean nummaxdevices?'),
     ("- devicematch: a\n  permision: r", 2, 3, "did you mean permissions?"),
     ("- DeviceMatch: a", 1, 3, "did you mean devicematch?"),
-    ("- devicematch: a\n  attribute: {}", 2, 3, "did you mean attributes?"),
     ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
     ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
     ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
@@ -972,8 +940,6 @@ BAD_RULES = [
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
     ("- devicematch: true", 1, 16, "expected a text, found true or false"),
-    ("- devicematch: [a]", 1, 16, "expected a text, found a list"),
-    ("- devicematch: {a: b}", 1, 16, "expected a text, found a mapping"),
     ("- devicematch: '^a('", 1, 16, '"^a(" is not a regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
@@ -983,7 +949,6 @@ BAD_RULES = [
     ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, ': write 1; a text must be in quotes: "1.5"'),
     ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
     ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a whole number of slots, found nothing"),
-    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
     ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": devicematch has no group \1'),
@@ -993,7 +958,6 @@ BAD_RULES = [
     (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "after a backslash, write a group"),
     ("- devicematch: a\n  resource: x\\y", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  resource: x\\", 2, 13, "after a backslash, write a group of devicematch or an"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
     ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not have a ".."'),
@@ -1010,7 +974,6 @@ BAD_RULES = [
     ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
     ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is not a regular expression'),
     ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is not an attribute of sysfs'),
-    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  with: snd/timer", 2, 9, r'a list of paths below /dev, such as ["snd/controlC\1"]'),
     ("- devicematch: a\n  with: []", 2, 9, "a list of paths below /dev"),
@@ -1028,7 +991,6 @@ BAD_RULES = [
     ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
-    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not have a ".."'),
     ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "has no group"),
     ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
     ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "after a backslash, write a group of devicematch or an"),
