@@ -7228,7 +7228,7 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, serve: Starter) ->
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
-    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
+    "kubelet side": "sdm.DevicePluginSide._look = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
