@@ -2853,15 +2853,10 @@ def load_grpc(with_tls: bool = False) -> None:
     Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
-    if with_tls:
-        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
-    with_ssl = "ssl" in sys.modules
-    if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
-    folder = os.path.dirname(os.path.realpath(__file__))
-    if folder not in sys.path:
-        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
+    # An import of a module that is None fails.
+    is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
 
@@ -2876,7 +2871,7 @@ def load_grpc(with_tls: bool = False) -> None:
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
-        if not with_ssl:
+        if is_hidden:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(shorten_decode_error)
@@ -3033,7 +3028,10 @@ class UnixServer:
 
     def is_lost(self) -> bool:
         """Whether the published socket file was deleted or replaced."""
-        return bool(self._inode) and not self._is_ours()
+        try:
+            return bool(self._inode) and os.lstat(self._path).st_ino != self._inode
+        except OSError:
+            return True
 
     async def stop(self) -> None:
         """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
@@ -3041,15 +3039,9 @@ class UnixServer:
         An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
         """
         await self._server.stop(STOP_SECONDS)
-        if self._inode and self._is_ours():
+        if self._inode and not self.is_lost():
             with contextlib.suppress(OSError):  # the kubelet removes it when it starts
                 os.unlink(self._path)
-
-    def _is_ours(self) -> bool:
-        try:
-            return os.lstat(self._path).st_ino == self._inode
-        except OSError:
-            return False
 
 
 class Leases:
@@ -3079,7 +3071,7 @@ class Leases:
         if not is_current:  # the first time, or the directory is another one now
             self.close()
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if not self._lock(self._number(socket_path), fcntl.LOCK_EX):
+        if not self._lock(socket_path, fcntl.LOCK_EX):
             return False
         error = connect_error(socket_path)
         return error is not None and error.errno not in SCARCE
@@ -3088,18 +3080,18 @@ class Leases:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
         self._waiting.pop(socket_path, None)
         if self._file >= 0:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._number(socket_path))
+            self._lock(socket_path, fcntl.LOCK_UN)
 
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock(0, fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        return self._file >= 0 and not self._lock(0, fcntl.LOCK_EX)
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -3122,18 +3114,15 @@ class Leases:
         for each in waiting:
             each()
 
-    def _lock(self, number: int, kind: int) -> bool:
+    def _lock(self, socket_path: str, kind: int) -> bool:
+        """Change the lock of SOCKET_PATH's byte, which follows from a hash of 62 bits, or of the first one."""
+        name = os.path.basename(os.fsencode(socket_path))
+        number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
             fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-    @staticmethod
-    def _number(socket_path: str) -> int:
-        """The byte in the file for SOCKET_PATH: a hash of 62 bits, never 0."""
-        name = os.path.basename(os.fsencode(socket_path))
-        return 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2)
 
 
 class Watch:
@@ -3523,7 +3512,7 @@ class HostDevices:
         self._dev_dir = dev_dir
         self._sysfs = SysfsReader(sys_dir)
         self._look_again = look_again
-        self._next_look: asyncio.TimerHandle | None = None
+        self._next_look = 0.0  # time.monotonic()
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> list[ContainerAllocation]:
         """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
@@ -3576,12 +3565,10 @@ class HostDevices:
 
     def look_again(self) -> None:
         """Make the device side look again soon."""
-        if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(self.LOOK_AGAIN_SECONDS, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._next_look = None
-        self._look_again()
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + self.LOOK_AGAIN_SECONDS
+            asyncio.get_running_loop().call_later(self.LOOK_AGAIN_SECONDS, self._look_again)
 
 
 def _cannot_look(error: OSError) -> str:
@@ -3600,7 +3587,7 @@ def options_of(resource: Resource) -> pb.DevicePluginOptions:
 
 
 class Plugin:
-    """v1beta1.DevicePlugin for one resource. It counts in COUNTS, of which the names are keys of NOT_REGISTERED.
+    """v1beta1.DevicePlugin for one resource.
 
     ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
@@ -3613,7 +3600,7 @@ class Plugin:
         self.resource = resource
         self.full_name = f"{domain}/{resource.name}"
         self.options = options_of(resource)
-        self.allocations = self.start_refusals = 0
+        self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
         self._devices = devices
         self._on_stream = on_stream
         self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
@@ -3695,7 +3682,7 @@ class Plugin:
             answer = response.container_responses.add(envs=found.env)
             for spec in found.specs:
                 answer.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
-        self.allocations += len(allocations)
+        self.counts["allocations"] += len(allocations)
         hosts = join_names([spec.host for found in allocations for spec in found.specs])
         log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
         return response
@@ -3739,7 +3726,7 @@ class Plugin:
             f"the container was given {given}, but {problem}. It starts "
             "once the right device is back; delete the pod to have it given a device anew"
         )
-        self.start_refusals += 1
+        self.counts["start_refusals"] += 1
         self._devices.look_again()
         if is_news(self._refusals, slot_id[:MAX_SHOWN], text):
             log_event(
@@ -3823,7 +3810,6 @@ class Registration:
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
         self.problem = ""  # why it is not ready, as logged last
-        self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
         self._leases = context.leases
@@ -3838,14 +3824,11 @@ class Registration:
         """Its part of the status document."""
         is_standby = self._is_standby and self._kubelet.is_answering
         return {
+            **NOT_REGISTERED,
             "ready": self._is_stream_open,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
             "trouble": "" if self._is_stream_open else self.problem if is_standby else unready_text(self.problem),
-            "allocations": self.plugin.allocations,
-            "registrations": self.registrations,
-            "refusals": self.refusals,
-            "stream_losses": self.stream_losses,
-            "start_refusals": self.plugin.start_refusals,
+            **self.plugin.counts,
         }
 
     def retire(self) -> None:
@@ -3910,8 +3893,8 @@ class Registration:
             self._server = self._stream = None
             self._is_stream_open = False
         if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
-            self.refusals += failure.event == "refused"
-            self.stream_losses += failure.event == "stream-lost" and not is_lost
+            self.plugin.counts["refusals"] += failure.event == "refused"
+            self.plugin.counts["stream_losses"] += failure.event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
             self._log_problem(failure.event, str(failure))
 
@@ -3957,7 +3940,7 @@ class Registration:
         if code is not grpc.StatusCode.OK:
             text = f"the kubelet refused to register it ({code.name}): {await call.details()}"
             raise RegistrationFailure("refused", text)
-        self.registrations += 1
+        self.plugin.counts["registrations"] += 1
         self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
         return True
 
