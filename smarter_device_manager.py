@@ -3187,8 +3187,10 @@ class GroupedLog:
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
+    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
     """
+
+    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
 
     def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
         self.identity: Identity | None = None  # of kubelet.sock; None if there is none
@@ -3197,48 +3199,34 @@ class KubeletConnection:
         self._path = path
         self._events = events
         self._on_change = on_change
-        self._channel: grpc.aio.Channel | None = None
         self._closing: asyncio.Future[None] | None = None  # of the channel before
         self._last_met: Identity | None = None  # the kubelet that answered last
         self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
-        assert self._channel
-        return self._channel
-
-    def check(self) -> None:
-        """Check kubelet.sock, and connect to it if it is not the one seen before."""
-        identity = socket_identity(self._path)
-        if identity != self.identity:
-            self.identity = identity
-            self.is_answering = False
-        if identity is None:
-            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
-        elif not self.is_answering and self.check_answering():
-            self._meet()
-
-    def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
+    def check(self) -> bool:
+        """Whether the kubelet answers at this moment; and notice if it is another one."""
+        was_answering, before = self.is_answering, self.identity
+        self.identity = socket_identity(self._path)
         error = connect_error(self._path)
-        if error:
-            self.is_answering = False
-            if self.identity:
-                reason = error.strerror or str(error)
-                self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return not error
+        self.is_answering = self.identity is not None and not error
+        if not self.identity:
+            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
+        elif error:
+            reason = error.strerror or str(error)
+            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
+        elif not was_answering or self.identity != before:
+            self._meet()
+        return self.is_answering
 
     async def close(self) -> None:
         """End the channel."""
-        if self._channel:
-            await self._channel.close()
+        if self._last_met:
+            await self.channel.close()
 
     def _meet(self) -> None:
-        self.is_answering = True
-        if self._channel:
-            self._closing = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+        if self._last_met:
+            self._closing = asyncio.ensure_future(self.channel.close())
+        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
         is_another = self._last_met not in (None, self.identity)
         self._last_met = self.identity
         self.restarts += is_another
@@ -3859,7 +3847,6 @@ class Registration:
                     self._backoff.reset()
                 pause = self._backoff.retry_at - time.monotonic()
                 await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
-                self._kubelet.check()
                 kubelet = self._kubelet.identity
                 if kubelet and not self._is_retired:
                     await self._live_with(kubelet)
@@ -3892,7 +3879,7 @@ class Registration:
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
             self._server = self._stream = None
             self._is_stream_open = False
-        if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
+        if failure and self._kubelet.check():  # otherwise the kubelet is down, and the next one is awaited
             self.plugin.counts["refusals"] += failure.event == "refused"
             self.plugin.counts["stream_losses"] += failure.event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
@@ -3916,8 +3903,8 @@ class Registration:
                 await self._wake.wait()
         finally:
             self._is_standby = False
-        self._kubelet.check()  # without a stream, nothing else tells that the kubelet went down
-        return not self._is_over(kubelet) and self._kubelet.check_answering()
+        # Without a stream, nothing else tells that the kubelet went down.
+        return self._kubelet.check() and not self._is_over(kubelet)
 
     async def _register(self, kubelet: Identity) -> bool:
         """Register with KUBELET; False if _is_over(KUBELET) before that. Raises RegistrationFailure."""
@@ -3932,17 +3919,16 @@ class Registration:
         await self._until(lambda: call.done() or self._is_over(kubelet))
         call.cancel()  # nothing if it is done
         code = await call.code()
+        if code is grpc.StatusCode.OK:
+            self.plugin.counts["registrations"] += 1
+            self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            return True
         if code is grpc.StatusCode.UNAVAILABLE:
             await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-        self._kubelet.check()
-        if self._is_over(kubelet) or code is grpc.StatusCode.CANCELLED:
+        if not self._kubelet.check() or self._is_over(kubelet) or code is grpc.StatusCode.CANCELLED:
             return False
-        if code is not grpc.StatusCode.OK:
-            text = f"the kubelet refused to register it ({code.name}): {await call.details()}"
-            raise RegistrationFailure("refused", text)
-        self.plugin.counts["registrations"] += 1
-        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
-        return True
+        text = f"the kubelet refused to register it ({code.name}): {await call.details()}"
+        raise RegistrationFailure("refused", text)
 
     async def _watch(self, kubelet: Identity) -> None:
         """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
@@ -3956,13 +3942,14 @@ class Registration:
                 problem = f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
             elif not self._is_stream_open:
                 problem = "the kubelet ended its stream"
-            if problem and self._kubelet.check_answering():
+            if problem and self._kubelet.check():
+                if self._is_over(kubelet):  # the kubelet has ended, and the next one is there already
+                    return
                 if time.monotonic() - began > MAX_BACKOFF_SECONDS:
                     self._backoff.reset()
                 raise RegistrationFailure("stream-lost", problem)
             self._wake.clear()
             await self._wake.wait()
-            self._kubelet.check()  # the end of a stream, or of all sockets, may mean a new kubelet
 
     async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
