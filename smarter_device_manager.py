@@ -2833,8 +2833,7 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
-MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
-MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
+MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
 GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
@@ -3000,7 +2999,7 @@ class UnixServer:
         self._path = path
         self._temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"  # two containers may use the same PID
         self._server = grpc.aio.server(options=self.OPTIONS)
-        self._inode = 0  # of our socket file; 0 while it is not there
+        self._identity: Identity | None = None  # of our socket file, once it has its name
         add_services(self._server)
 
     async def start(self) -> None:
@@ -3022,16 +3021,13 @@ class UnixServer:
 
     def publish(self) -> None:
         """Give the socket its name, in place of one that a killed instance left. Raises OSError."""
-        inode = os.stat(self._temporary).st_ino
+        identity = socket_identity(self._temporary)
         os.rename(self._temporary, self._path)
-        self._inode = inode
+        self._identity = identity
 
     def is_lost(self) -> bool:
         """Whether the published socket file was deleted or replaced."""
-        try:
-            return bool(self._inode) and os.lstat(self._path).st_ino != self._inode
-        except OSError:
-            return True
+        return self._identity not in (None, socket_identity(self._path))
 
     async def stop(self) -> None:
         """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
@@ -3039,7 +3035,7 @@ class UnixServer:
         An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
         """
         await self._server.stop(STOP_SECONDS)
-        if self._inode and not self.is_lost():
+        if self._identity and not self.is_lost():
             with contextlib.suppress(OSError):  # the kubelet removes it when it starts
                 os.unlink(self._path)
 
@@ -3215,25 +3211,22 @@ class KubeletConnection:
             reason = error.strerror or str(error)
             self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
         elif not was_answering or self.identity != before:
-            self._meet()
+            if self._last_met:
+                self._closing = asyncio.ensure_future(self.channel.close())
+            self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+            is_another = self._last_met not in (None, self.identity)
+            self._last_met = self.identity
+            self.restarts += is_another
+            self._last_logged = ""
+            self._events.flush()
+            log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+            self._on_change()
         return self.is_answering
 
     async def close(self) -> None:
         """End the channel."""
         if self._last_met:
             await self.channel.close()
-
-    def _meet(self) -> None:
-        if self._last_met:
-            self._closing = asyncio.ensure_future(self.channel.close())
-        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
-        is_another = self._last_met not in (None, self.identity)
-        self._last_met = self.identity
-        self.restarts += is_another
-        self._last_logged = ""
-        self._events.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-        self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
         """Log SENTENCE, unless it was the last one logged."""
@@ -3352,8 +3345,8 @@ NOT_REGISTERED: Document = {
 
 
 def find_max_silence(interval: float) -> float:
-    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
-    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+    """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
+    return min(10 * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
 
 
 class KubeletSide(abc.ABC):
@@ -3366,12 +3359,7 @@ class KubeletSide(abc.ABC):
     EAGER_LOOK_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        max_silence: float,
-        domain: str,
-        folders: Sequence[str],
-        watch: Watch,
+        self, loop: asyncio.AbstractEventLoop, max_silence: float, domain: str, folders: Sequence[str], watch: Watch
     ) -> None:
         self.domain = domain  # of the resources
         self.plugin_dir = folders[0]
@@ -3782,14 +3770,6 @@ class RegistrationContext(NamedTuple):
     events: GroupedLog
 
 
-class RegistrationFailure(Exception):
-    """Why a resource is not served or registered any more: the event that is logged, and the reason."""
-
-    def __init__(self, event: str, problem: str) -> None:
-        super().__init__(problem)
-        self.event = event
-
-
 class Registration:
     """The life of one resource with the kubelet: run(), until retire()."""
 
@@ -3858,7 +3838,7 @@ class Registration:
 
         The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
         """
-        failure: RegistrationFailure | None = None
+        failure = None  # the event to log, and the problem
         server = self._server = UnixServer(
             self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin)
         )
@@ -3866,24 +3846,21 @@ class Registration:
             await server.start()  # before the lease, so that a hand-over takes no longer than it must
             if await self._wait_for_lease(kubelet):
                 server.publish()
-                if await self._register(kubelet):
-                    await self._watch(kubelet)
-        except RegistrationFailure as error:
-            failure = error
+                failure = await self._register(kubelet) or await self._watch(kubelet)
         except OSError as error:
-            text = f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            failure = RegistrationFailure("not-served", text)
+            failure = "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
         finally:
             is_lost = server.is_lost()
             self.plugin.end_streams()
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
             self._server = self._stream = None
             self._is_stream_open = False
-        if failure and self._kubelet.check():  # otherwise the kubelet is down, and the next one is awaited
-            self.plugin.counts["refusals"] += failure.event == "refused"
-            self.plugin.counts["stream_losses"] += failure.event == "stream-lost" and not is_lost
+        if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
+            event, problem = failure
+            self.plugin.counts["refusals"] += event == "refused"
+            self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            self._log_problem(failure.event, str(failure))
+            self._log_problem(event, problem)
 
     def _is_over(self, kubelet: Identity | None) -> bool:
         """Whether it is retired, or there is another one than KUBELET."""
@@ -3906,8 +3883,8 @@ class Registration:
         # Without a stream, nothing else tells that the kubelet went down.
         return self._kubelet.check() and not self._is_over(kubelet)
 
-    async def _register(self, kubelet: Identity) -> bool:
-        """Register with KUBELET; False if _is_over(KUBELET) before that. Raises RegistrationFailure."""
+    async def _register(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
             endpoint=os.path.basename(self._path),
@@ -3922,16 +3899,13 @@ class Registration:
         if code is grpc.StatusCode.OK:
             self.plugin.counts["registrations"] += 1
             self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
-            return True
+            return None
         if code is grpc.StatusCode.UNAVAILABLE:
             await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-        if not self._kubelet.check() or self._is_over(kubelet) or code is grpc.StatusCode.CANCELLED:
-            return False
-        text = f"the kubelet refused to register it ({code.name}): {await call.details()}"
-        raise RegistrationFailure("refused", text)
+        return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, kubelet: Identity) -> None:
-        """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
+    async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Wait while all is well, or KUBELET is down. The event and the problem; None if _is_over(KUBELET)."""
         began = time.monotonic()
         await self._until(lambda: self._stream or self._is_socket_lost() or self._is_over(kubelet), self.STREAM_SECONDS)
         while not self._is_over(kubelet):
@@ -3943,13 +3917,12 @@ class Registration:
             elif not self._is_stream_open:
                 problem = "the kubelet ended its stream"
             if problem and self._kubelet.check():
-                if self._is_over(kubelet):  # the kubelet has ended, and the next one is there already
-                    return
                 if time.monotonic() - began > MAX_BACKOFF_SECONDS:
                     self._backoff.reset()
-                raise RegistrationFailure("stream-lost", problem)
+                return "stream-lost", problem
             self._wake.clear()
             await self._wake.wait()
+        return None
 
     async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
@@ -3981,12 +3954,7 @@ class DevicePluginSide(KubeletSide):
     """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
 
     def __init__(
-        self,
-        plugin_dir: str,
-        domain: str,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        max_silence: float,
+        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
         super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
         self.registrations: dict[str, Registration] = {}
