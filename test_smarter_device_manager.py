@@ -5694,7 +5694,7 @@ def test_only_so_many_refusals_are_remembered(board: Board, node: Node, kubelet:
     """Whoever may ask could name any number of IDs."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
-    daemon = start(fault="sdm.MAX_REFUSALS = 2")
+    daemon = start(fault="sdm.Problems.MAX_SUBJECTS = 2")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
         assert not may_start(kubelet, "ttyUSB0", slot_id)
