@@ -2891,13 +2891,11 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
 CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
 Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
@@ -3211,32 +3209,6 @@ class Watch:
             self._directory = -1
 
 
-class GroupedLog:
-    """Logs events of resources. Like events of several resources at about the same time become one line."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._names: Dict[Tuple[str, str, int], Set[str]] = {}
-        self._since = 0.0
-        self._timer: Optional[asyncio.TimerHandle] = None
-
-    def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log EVENT of the resource NAME, together with like events of others."""
-        now = self._loop.time()
-        if self._timer:
-            self._timer.cancel()
-        if not self._names:
-            self._since = now
-        self._timer = self._loop.call_at(min(now + GROUP_SECONDS, self._since + MAX_GROUP_SECONDS), self.flush)
-        self._names.setdefault((event, sentence, level), set()).add(name)
-
-    def flush(self) -> None:
-        """Log the collected events now."""
-        for (event, sentence, level), names in self._names.items():
-            log_event_for_all(event, sentence, level, "resources", sorted(names))
-        self._names.clear()
-
-
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
@@ -3245,7 +3217,7 @@ class KubeletConnection:
 
     channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
 
-    def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
+    def __init__(self, path: str, on_change: Callable[[], None]) -> None:
         self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
@@ -3253,42 +3225,39 @@ class KubeletConnection:
         self._on_change = on_change
         self._closing: asyncio.Future[None] | None = None  # of the channel before
         self._last_met: Identity | None = None  # the kubelet that answered last
-        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     def check(self) -> bool:
         """Whether the kubelet answers at this moment; and notice if it is another one."""
-        was_answering, before = self.is_answering, self.identity
-        self.identity = socket_identity(self._path)
+        identity = socket_identity(self._path)
         error = connect_error(self._path)
-        self.is_answering = self.identity is not None and not error
-        if not self.identity:
-            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
+        problem = ""
+        if identity is None:
+            problem = f"the kubelet is not there: no {self._path}; waiting for it"
         elif error:
-            reason = error.strerror or str(error)
-            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        elif not was_answering or self.identity != before:
-            if self._last_met:
-                self._closing = asyncio.ensure_future(self.channel.close())
-            self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
-            is_another = self._last_met not in (None, self.identity)
-            self._last_met = self.identity
-            self.restarts += is_another
-            self._last_logged = ""
-            self._events.flush()
-            log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+            problem = f"the kubelet does not answer on {self._path}; waiting for it"
+        is_met = not problem and not (self.is_answering and identity == self.identity)
+        self.identity, self.is_answering = identity, not problem
+        if is_met or problem != board.get(self._path):
+            board.flush()
+            board.set(self._path, problem, "kubelet-gone", reason=str(error and error.strerror))
+            if is_met:
+                self._connect()
             self._on_change()
         return self.is_answering
+
+    def _connect(self) -> None:
+        is_another = self._last_met not in (None, self.identity)
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+        if self._last_met:
+            self._closing = asyncio.ensure_future(self.channel.close())
+        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+        self._last_met = self.identity
+        self.restarts += is_another
 
     async def close(self) -> None:
         """End the channel."""
         if self._last_met:
             await self.channel.close()
-
-    def _log_gone(self, sentence: str, **fields: str) -> None:
-        if board.set(self._path, sentence):
-            board.flush()
-            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
-            self._on_change()
 
 
 class Holder(NamedTuple):
@@ -3360,16 +3329,6 @@ class PodResources:
             log.debug("the kubelet does not say who holds which slots: %s", error)
             return None
         return holders
-
-
-def is_news(logged: Dict[str, str], key: str, text: str) -> bool:
-    """Whether TEXT is not the last text that was LOGGED of KEY; now it is. What fails is tried again and again."""
-    if logged.get(key) == text:
-        return False
-    while len(logged) >= MAX_REFUSALS:
-        del logged[next(iter(logged))]
-    logged[key] = text
-    return True
 
 
 async def in_slices(items: Iterable[T]) -> list[T]:
@@ -3634,7 +3593,6 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
-        self._refusals: Dict[str, str] = {}  # of starts: the last text logged, by the beginning of the ID
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3828,11 +3786,9 @@ class Registration:
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
-        self.problem = ""  # why it is not ready, as logged last
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
         self._leases = context.leases
-        self._events = context.events
         self._server: UnixServer | None = None
         self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = self._is_standby = self._is_retired = False
@@ -3847,7 +3803,7 @@ class Registration:
             **NOT_REGISTERED,
             "ready": self._is_stream_open,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self._is_stream_open else self.problem if is_standby else unready_text(self.problem),
+            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
             **self.plugin.counts,
         }
 
@@ -3872,6 +3828,7 @@ class Registration:
         """
         if previous:
             await asyncio.wait([previous])
+        board.set(self.plugin.full_name, "")
         kubelet: Identity | None = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
@@ -3906,13 +3863,13 @@ class Registration:
             self.plugin.end_streams()
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
             self._server = self._stream = None
-            self._is_stream_open = False
+            self._is_stream_open = self._is_standby = False
         if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
             event, problem = failure
             self.plugin.counts["refusals"] += event == "refused"
             self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            self._log_problem(event, problem)
+            board.set_of_resource(self.plugin.full_name, problem, event)
 
     def _is_over(self, kubelet: Identity | None) -> bool:
         """Whether it is retired, or there is another one than KUBELET."""
@@ -3923,15 +3880,13 @@ class Registration:
 
     async def _wait_for_lease(self, kubelet: Identity) -> bool:
         """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
-        try:
-            while not self._is_over(kubelet) and not self._leases.take(self._path):
-                self._is_standby = True
-                board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
-                self._leases.wait_for(self._path, self.wake)
-                self._wake.clear()
-                await self._wake.wait()
-        finally:
-            self._is_standby = False
+        while not self._is_over(kubelet) and not self._leases.take(self._path):
+            self._is_standby = True
+            board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
+            self._leases.wait_for(self._path, self.wake)
+            self._wake.clear()
+            await self._wake.wait()
+        self._is_standby = False
         # Without a stream, nothing else tells that the kubelet went down.
         return self._kubelet.check() and not self._is_over(kubelet)
 
@@ -3950,7 +3905,7 @@ class Registration:
         code = await call.code()
         if code is grpc.StatusCode.OK:
             self.plugin.counts["registrations"] += 1
-            self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
             return None
         if code is grpc.StatusCode.UNAVAILABLE:
             await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
@@ -4005,11 +3960,9 @@ class DevicePluginSide(KubeletSide):
         super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
         self.registrations: dict[str, Registration] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
-        self._unserved: set[str] = set()  # names of resources for which there are no file descriptors
-        self._events = GroupedLog(loop)
-        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
+        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases, self._events)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
 
     @property
     def is_answering(self) -> bool:
@@ -4025,7 +3978,7 @@ class DevicePluginSide(KubeletSide):
     def describe_registration(self, name: str) -> Document:
         if name in self.registrations:
             return self.registrations[name].describe()
-        return {**NOT_REGISTERED, "trouble": unready_text(NO_DESCRIPTORS if name in self._unserved else "")}
+        return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
     async def _look(self) -> None:
         """Look at kubelet.sock and our own sockets."""
@@ -4044,7 +3997,7 @@ class DevicePluginSide(KubeletSide):
             await asyncio.sleep(max(0.0, began + number * pause - time.monotonic()))
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._leases.close()
-        self._events.flush()
+        board.flush()
         await self._kubelet.close()
 
     def _kubelet_changed(self) -> None:
@@ -4056,7 +4009,13 @@ class DevicePluginSide(KubeletSide):
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
-        served = self._served_names(plan)
+        import resource as limits
+
+        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
+        served = dict.fromkeys(names[:room])
+        for name in names[room:]:
+            board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
             if name in served and registration.plugin.can_offer(plan.resources[name]):
                 registration.plugin.update(plan.resources[name])
@@ -4068,18 +4027,6 @@ class DevicePluginSide(KubeletSide):
                 registration = self.registrations[name] = Registration(plan.resources[name], self._context)
                 self._tasks[name] = asyncio.ensure_future(registration.run(self._tasks.get(name)))
                 self._tasks[name].add_done_callback(self._fail_with)
-
-    def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors, those that are served already first."""
-        import resource as limits
-
-        limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
-        room = max(0, (limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
-        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
-        for name in {*names[room:]} - self._unserved:
-            board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
-        self._unserved = {*names[room:]}
-        return names[:room]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5478,7 +5425,7 @@ class DraSide(KubeletSide):
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
         if any(server.is_lost() for server in self._servers):
-            self._plugin.log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
+            board.set("driver", "a socket file of the driver was deleted or replaced", "stream-lost")
             await self._end()
         if self._servers:
             return
