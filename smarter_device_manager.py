@@ -3511,40 +3511,32 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Iterable[Device]) -> tuple[Device, str] | None:
+    async def find_start_problem(self, devices: Sequence[Device]) -> tuple[Device, str] | None:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
         end = time.monotonic() + self.READ_SECONDS
-        reads: list[tuple[Device, list[SysfsRead]]] = []
-        for device in devices:
-            try:
-                nodes = self._find_nodes(device)
-                if device.is_gone or not device.has_nodes(nodes):
-                    names = tuple(device.chosen_by)
-                    reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
-            except NotADevice as error:
-                return device, str(error)
-            except OSError as error:
-                return device, _cannot_look(error)
-            except SysfsTimeout:
-                return device, NO_ATTRIBUTES_YET
-        for device, started in reads:
-            try:
-                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
-            except SysfsTimeout:
-                return device, NO_ATTRIBUTES_YET
-            if changes and "" not in changes:
-                return device, changes[0]
-        return None
+        problems = await asyncio.gather(*(self._start_problem(device, end) for device in devices))
+        return next((found for found in zip(devices, problems) if found[1]), None)
 
-    def _find_nodes(self, device: Device) -> list[DeviceNode]:
-        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        with LiveTree(self._dev_dir) as tree:
-            specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
-            return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
+    async def _start_problem(self, device: Device, end: float) -> str:
+        try:
+            with LiveTree(self._dev_dir) as tree:
+                specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)  # is each of its parts there?
+                nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
+            if device.has_nodes(nodes) and not device.is_gone:
+                return ""
+            reads = [self._sysfs.start(node.entry, tuple(device.chosen_by)) for node in nodes]
+            changes = [find_changes(await self._read(read, end), device.chosen_by) for read in reads]
+        except NotADevice as error:
+            return str(error)
+        except OSError as error:
+            return _cannot_look(error)
+        except SysfsTimeout:
+            return NO_ATTRIBUTES_YET
+        return "" if "" in changes or not changes else changes[0]
 
     async def _read(self, read: SysfsRead, end: float) -> Chain:
         """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
@@ -3690,17 +3682,15 @@ class Plugin:
         The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
-        slot_ids: dict[str, str] = {}  # by the path of their device
+        slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
                 await self._refuse_start(slot_id, "", "the resource has no such ID", context)
-            slot_ids.setdefault(slot.device.path, slot_id)
-        found = await self._devices.find_start_problem(
-            device for device in self.resource.devices if device.path in slot_ids
-        )
+            slots.setdefault(slot.device.path, slot)
+        found = await self._devices.find_start_problem([slot.device for slot in slots.values()])
         if found:
             device, problem = found
-            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+            await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
@@ -3712,7 +3702,7 @@ class Plugin:
         given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
         text = (
             f"the container was given {given}, but {problem}. It starts "
-            "once the right device is back; delete the pod to have it given a device anew"
+            "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
         self.counts["start_refusals"] += 1
         self._devices.look_again()

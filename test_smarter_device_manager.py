@@ -5401,7 +5401,7 @@ def is_refused(kubelet: Kubelet, resource: str, problem: str, *ids: str, bad: in
     given = given or f'/dev/{path} (ID "{ids[bad]}")'
     return start_refusal(kubelet, resource, *ids) == (
         f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
-        "device is back; delete the pod to have it given a device anew"
+        "device is back; or delete the pod: its replacement gets a device that is there"
     )
 
 
