@@ -2888,8 +2888,8 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
+CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
+GATHER_SECONDS = 0.02  # after a signal, because changes come in groups
 MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
@@ -3343,9 +3343,9 @@ async def in_slices(items: Iterable[T]) -> list[T]:
     return done
 
 
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+def unready_text(problem: str) -> str:
+    """That a resource is not registered, because of PROBLEM if that is known."""
+    return f"not registered with the kubelet{f': {problem}' if problem else ' yet'}"
 
 
 # What the status document says of the registration of a resource that the kubelet was never offered.
@@ -3359,17 +3359,17 @@ NOT_REGISTERED: Document = {
 
 def find_max_silence(interval: float) -> float:
     """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
-    return min(10 * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+    return min(10 * max(interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)
 
 
 class KubeletSide(abc.ABC):
     """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
 
-    It looks at its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the
-    looks fewer and sooner.
+    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
+    fewer and sooner.
     """
 
-    EAGER_LOOK_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
+    EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, max_silence: float, domain: str, folders: Sequence[str], watch: Watch
@@ -3378,12 +3378,12 @@ class KubeletSide(abc.ABC):
         self.plugin_dir = folders[0]
         self.folders = folders  # that it works in, and others too
         self.slots: SlotsOfDra = {}
-        self.heartbeat = time.monotonic()  # of the last look
+        self.heartbeat = time.monotonic()  # of the last check
         self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
-        self.calm_look = max_silence / 2  # seconds between two looks, at the most
+        self.calm_pause = max_silence / 2  # seconds between two checks, at the most
         self._loop = loop
         self._watch = watch
-        self._change: asyncio.Future[None] = loop.create_future()  # done when there is something to look at
+        self._change: asyncio.Future[None] = loop.create_future()  # done when there is something to check
         self._done: asyncio.Future[None] = loop.create_future()  # its end is that of run()
 
     @abc.abstractmethod
@@ -3404,8 +3404,8 @@ class KubeletSide(abc.ABC):
         """Whether the kubelet answers, so that there is nothing to wait for."""
 
     @abc.abstractmethod
-    async def _look(self) -> None:
-        """Look at the sockets."""
+    async def _check(self) -> None:
+        """Check the sockets."""
 
     @abc.abstractmethod
     async def _end(self) -> None:
@@ -3417,20 +3417,20 @@ class KubeletSide(abc.ABC):
             while not self._done.done():
                 self.heartbeat = time.monotonic()
                 self._change = self._loop.create_future()
-                is_watched = self._watch.ask()  # before the look, so that no change is missed
-                await self._look()
-                pause = self.calm_look if is_watched and self.is_answering else LOOK_SECONDS
+                is_watched = self._watch.ask()  # before the check, so that no change is missed
+                await self._check()
+                pause = self.calm_pause if is_watched and self.is_answering else CHECK_SECONDS
                 await asyncio.wait([self._done, self._change], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
                 if self._change.done() and not self._done.done():
-                    await self._look()
-                    await asyncio.sleep(NEXT_LOOK_SECONDS if self.is_answering else self.EAGER_LOOK_SECONDS)
+                    await self._check()
+                    await asyncio.sleep(GATHER_SECONDS if self.is_answering else self.EAGER_SECONDS)
         finally:
             self._watch.close()
             await self._end()
         self._done.result()
 
-    def look_now(self) -> None:
-        """Have run() look, and soon again. Only then is the next signal requested: many changes make few looks."""
+    def check_now(self) -> None:
+        """Have run() check, and soon again. Only then is the next signal requested: many changes make few checks."""
         if not self._change.done():
             self._change.set_result(None)
 
@@ -3491,17 +3491,17 @@ DEFAULT_DOMAIN = "smarter-devices"
 class HostDevices:
     """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
+    START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
     READ_SECONDS = 0.08  # for reading the sysfs of devices before a start; the whole answer may take 0.1 s
-    LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
+    SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
 
-    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+    def __init__(self, dev_dir: str, sys_dir: str, start_scan: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
         self._sysfs = SysfsReader(sys_dir)
-        self._look_again = look_again
-        self._next_look = 0.0  # time.monotonic()
+        self._start_scan = start_scan
+        self._next_scan = 0.0  # time.monotonic()
 
     def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> list[ContainerAllocation]:
         """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
@@ -3544,12 +3544,12 @@ class HostDevices:
             await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
         return self._sysfs.take(read)
 
-    def look_again(self) -> None:
-        """Make the device side look again soon."""
+    def request_scan(self) -> None:
+        """Make the device side scan soon, since the plan may be outdated."""
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + self.LOOK_AGAIN_SECONDS
-            asyncio.get_running_loop().call_later(self.LOOK_AGAIN_SECONDS, self._look_again)
+        if now >= self._next_scan:
+            self._next_scan = now + self.SCAN_SECONDS
+            asyncio.get_running_loop().call_later(self.SCAN_SECONDS, self._start_scan)
 
 
 def _cannot_look(error: OSError) -> str:
@@ -3696,7 +3696,7 @@ class Plugin:
         return pb.PreStartContainerResponse()
 
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
+        """Count the refusal, log it once, and make the device side scan."""
         shown = f'ID "{slot_id[:MAX_SHOWN]}"'
         given = f"{path} ({shown})" if path else f"the {shown}"
         given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
@@ -3705,7 +3705,7 @@ class Plugin:
             "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
         self.counts["start_refusals"] += 1
-        self._devices.look_again()
+        self._devices.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
@@ -3898,7 +3898,7 @@ class Registration:
             board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
             return None
         if code is grpc.StatusCode.UNAVAILABLE:
-            await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
+            await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
     async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
@@ -3970,8 +3970,8 @@ class DevicePluginSide(KubeletSide):
             return self.registrations[name].describe()
         return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
-    async def _look(self) -> None:
-        """Look at kubelet.sock and our own sockets."""
+    async def _check(self) -> None:
+        """Check kubelet.sock and our own sockets."""
         self._kubelet.check()
         if self.is_answering:
             for registration in self.registrations.values():
@@ -3995,7 +3995,7 @@ class DevicePluginSide(KubeletSide):
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self.look_now()
+            self.check_now()
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
@@ -5317,7 +5317,7 @@ class DraSide(KubeletSide):
     ) -> None:
         folders = [*map(os.path.dirname, settings.sockets), settings.cdi_dir]
         super().__init__(loop, max_silence, settings.domain, folders, Watch(settings.cdi_dir, with_content=True))
-        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
+        self.calm_pause = min(self.calm_pause, SOCKET_LOOK_SECONDS)
         self._settings = settings
         self._api = api
         self._claims = Claims(settings, api, devices)
@@ -5335,8 +5335,8 @@ class DraSide(KubeletSide):
     def is_answering(self) -> bool:
         return True  # nothing waits for a kubelet, which registers the driver by itself
 
-    async def _look(self) -> None:
-        """Look at the driver's sockets, that of the kubelet, and the CDI files."""
+    async def _check(self) -> None:
+        """Check the driver's sockets, that of the kubelet, and the CDI files."""
         await self._check_sockets()
         self._plugin.check_kubelet()
         self._claims.look()
@@ -6778,7 +6778,7 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self._side.look_now)
+        self._loop.call_soon_threadsafe(self._side.check_now)
 
     def report(self, device_side: Document) -> None:
         """Give the status server the part of the device side."""

@@ -6123,7 +6123,7 @@ def wait_calm(daemon: Daemon) -> None:
 
     def is_calm() -> bool:
         before = wakes(daemon)
-        settle(daemon, 5 * sdm.LOOK_SECONDS)
+        settle(daemon, 5 * sdm.CHECK_SECONDS)
         return wakes(daemon) == before
 
     wait_for(is_calm, "a daemon that sleeps")
@@ -6203,7 +6203,7 @@ def test_many_changes_are_few_looks(node: Node, kubelet: Kubelet, start: Starter
     for number in range(4000):
         (node.plugins / f"file{number}").touch()
         (node.plugins / f"file{number}").unlink()
-    looks = (time.monotonic() - began) / sdm.NEXT_LOOK_SECONDS
+    looks = (time.monotonic() - began) / sdm.GATHER_SECONDS
     wait_calm(daemon)
     # A look that comes of a change wakes the main thread and the loop, the one after it the loop again.
     assert 3 <= wakes(daemon) - before < 4 * looks + 20
@@ -6865,7 +6865,7 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, serve: Starter) ->
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
     "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
-    "kubelet side": "sdm.DevicePluginSide._look = fail",
+    "kubelet side": "sdm.DevicePluginSide._check = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
