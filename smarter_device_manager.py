@@ -2898,7 +2898,7 @@ POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
-Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
+Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
 
 
 def load_grpc(with_tls: bool = False) -> None:
@@ -3466,9 +3466,10 @@ class KubeletSide(abc.ABC):
 #
 # DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
 # kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
-# for a kubelet; take the lease of the name, which another instance may have; serve on the socket; register; watch the
-# stream; and when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers
-# the kubelet's calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# for a kubelet; serve under a temporary name; wait for the lease of the socket's name, which another instance may have,
+# and give the socket that name; register; watch the stream; and when the kubelet is another one, or anything went
+# wrong, end the server and begin again. Plugin answers the kubelet's calls: it knows the resource, HostDevices knows
+# what is in /dev at this moment.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
 # so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
