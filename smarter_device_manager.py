@@ -1490,7 +1490,7 @@ class Scanner:
         stamp = (folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns)
         if old.settled and old.stamp == stamp and not full:
             return old
-        # Nobody can set st_ctime, unlike st_mtime. If it is to come, the clock was set back: a change now has another one.
+        # Nobody can set st_ctime, unlike st_mtime. One to come is settled, too: the clock was set back since.
         settled = abs(time.time_ns() - folder.st_ctime_ns) > FRESH_NS
         try:
             entries, times = _read_folder(f"{self._dev_dir}/{path[:-1]}", folder, root)
