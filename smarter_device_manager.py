@@ -3045,7 +3045,7 @@ class HostDevices:
     START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
-    PLAN_SECONDS = 0.5  # for the next plan to know what is at the path of a device, before a start is refused
+    PLAN_SECONDS = 2.0  # for the next plan to know what is at the path of a device, before a start is refused
     SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
 
     def __init__(self, dev_dir: str, start_scan: Callable[[], None]) -> None:
