@@ -472,7 +472,9 @@ class Expression:
     is not tried again with the same text.
     """
 
-    MAX_SLOW_TEXTS = 1000  # that are remembered
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
+    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
+    MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
     MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
 
     def __init__(self, pattern: str) -> None:
@@ -485,7 +487,6 @@ class Expression:
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
-        self.slow_texts: set[str] = set()  # those in which a search took too long
 
     def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
         """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
@@ -496,19 +497,19 @@ class Expression:
         try:
             return ALARM.limit(lambda: find(text), seconds)
         except SearchTimeout as timeout:
-            if len(self.slow_texts) == self.MAX_SLOW_TEXTS:
-                self.slow_texts.pop()
-            self.slow_texts.add(text)
+            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
+            self.slow_texts = frozenset([*others, text])
             time.sleep(seconds)
             return timeout.with_traceback(None)
 
 
 def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
     """Per expression, what the search in TEXT finds. For the main thread only."""
-    if not any(expression.slow_texts for expression in expressions):
-        # One limit for all of them, because setting it takes longer than most searches.
-        with contextlib.suppress(SearchTimeout):
+    if not Expression.were_slow:
+        try:  # one limit for all of them, because setting it takes longer than most searches
             return ALARM.limit(lambda: [each.compiled.search(text) for each in expressions], SEARCH_SECONDS)
+        except SearchTimeout:
+            Expression.were_slow = True
     return [expression.search(text) for expression in expressions]
 
 
@@ -1958,13 +1959,13 @@ class Matcher:
         self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
             is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
         }
+        self._expressions = {is_gpu: [rule.match for rule in rules] for is_gpu, rules in self._rules.items()}
 
     def __call__(self, path: str, is_gpu: bool = False) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
         key = path, is_gpu
         if key not in self._matches:
-            rules = self._rules[is_gpu]
-            pairs = zip(rules, search_all([rule.match for rule in rules], path))
+            pairs = zip(self._rules[is_gpu], search_all(self._expressions[is_gpu], path))
             self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
         return self._matches[key]
 

@@ -738,7 +738,7 @@ def test_slow_searches_get_less_time_and_are_forgotten_some_day(monkeypatch: pyt
             assert isinstance(first, re.Match) and isinstance(third, re.Match)
 
     assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
-    assert len(expressions[1].slow_texts) == 30
+    assert len(expressions[1].slow_texts) == 10
 
 
 def test_an_alarm_interrupts_only_its_own_work() -> None:
