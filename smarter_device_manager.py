@@ -365,8 +365,7 @@ class YamlParser:
         if not match:
             default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
-        text = match.group()
-        self.pos = match.end()
+        text, self.pos = match[0], match.end()
         if text in _CONSTANTS:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
@@ -376,11 +375,9 @@ class YamlParser:
             problem = "a number must be whole, and without zeros before it"
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
-            self.fail(
-                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
-                "otherwise write a decimal number of up to 18 digits, true, false or null",
-                start,
-            )
+            problem = f"is not text to every YAML reader: if it is a text, quote it ({_shown(text)})"
+            remedy = "otherwise write a decimal number of up to 18 digits, true, false or null"
+            self.fail(f"{text[:40]} {problem}; {remedy}", start)
         return self.node(text, start)
 
     def quoted(self, quote: str) -> Node:
@@ -440,7 +437,6 @@ class _Alarm:
     """
 
     RING_SECONDS = 0.01  # between two signals once the time is up: Python drops an exception raised in a finalizer
-
     _due: float | None = None  # time.thread_time() at which the work must be done; 0 if there is none
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
@@ -796,8 +792,7 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
 
 def attributes_in(template: str) -> tuple[str, ...]:
     """The names of the sysfs attributes that TEMPLATE refers to."""
-    names = (reference["attribute"] for reference in _REFERENCE.finditer(template))
-    return tuple(dict.fromkeys(filter(None, names)))
+    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
 
 
 def _group(reference: re.Match[str]) -> int | str:
@@ -866,8 +861,6 @@ class _RuleReader:
         return _text(node)
 
     def slots(self, node: Node) -> int:
-        if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
-            raise node.error(f"{_shown(node.value)} must be a whole number: write {int(node.value)}")
         if type(node.value) is not int:
             raise _wrong(node, "a whole number of slots")
         if not 0 <= node.value <= MAX_SLOTS:
@@ -996,12 +989,10 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
         message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
         raise ConfigError(message, text.count("\n", 0, manifest.start()) + 1, 1)
     document = YamlParser(text).document()
-    if document.value is None:
+    if document.value is None or document.value == []:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    if not document.value:
-        raise document.error("the list has no rules")
     return tuple(_parse_rule(node) for node in document.value)
 
 

@@ -944,7 +944,7 @@ BAD_RULES = [
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
-    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, '"20" must be a whole number: write 20'),
+    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, 'a whole number of slots, found a text ("20")'),
     ("- devicematch: a\n  nummaxdevices: 0020", 2, 18, "0020: a number must be whole, and without zeros before it:"),
     ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, ': write 1; a text must be in quotes: "1.5"'),
     ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
