@@ -366,8 +366,7 @@ class YamlParser:
         if not match:
             default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
-        text = match.group()
-        self.pos = match.end()
+        text, self.pos = match[0], match.end()
         if text in _CONSTANTS:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
@@ -377,11 +376,9 @@ class YamlParser:
             problem = "a number must be whole, and without zeros before it"
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
-            self.fail(
-                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
-                "otherwise write a decimal number of up to 18 digits, true, false or null",
-                start,
-            )
+            problem = f"is not text to every YAML reader: if it is a text, quote it ({_shown(text)})"
+            remedy = "otherwise write a decimal number of up to 18 digits, true, false or null"
+            self.fail(f"{text[:40]} {problem}; {remedy}", start)
         return self.node(text, start)
 
     def quoted(self, quote: str) -> Node:
@@ -441,7 +438,6 @@ class _Alarm:
     """
 
     RING_SECONDS = 0.01  # between two signals once the time is up: Python drops an exception raised in a finalizer
-
     _due: float | None = None  # time.thread_time() at which the work must be done; 0 if there is none
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
@@ -473,7 +469,9 @@ class Expression:
     is not tried again with the same text.
     """
 
-    MAX_SLOW_TEXTS = 1000  # that are remembered
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
+    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
+    MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
     MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
 
     def __init__(self, pattern: str) -> None:
@@ -486,7 +484,6 @@ class Expression:
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
-        self.slow_texts: set[str] = set()  # those in which a search took too long
 
     def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
         """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
@@ -497,19 +494,19 @@ class Expression:
         try:
             return ALARM.limit(lambda: find(text), seconds)
         except SearchTimeout as timeout:
-            if len(self.slow_texts) == self.MAX_SLOW_TEXTS:
-                self.slow_texts.pop()
-            self.slow_texts.add(text)
+            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
+            self.slow_texts = frozenset([*others, text])
             time.sleep(seconds)
             return timeout.with_traceback(None)
 
 
 def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
     """Per expression, what the search in TEXT finds. For the main thread only."""
-    if not any(expression.slow_texts for expression in expressions):
-        # One limit for all of them, because setting it takes longer than most searches.
-        with contextlib.suppress(SearchTimeout):
+    if not Expression.were_slow:
+        try:  # one limit for all of them, because setting it takes longer than most searches
             return ALARM.limit(lambda: [each.compiled.search(text) for each in expressions], SEARCH_SECONDS)
+        except SearchTimeout:
+            Expression.were_slow = True
     return [expression.search(text) for expression in expressions]
 
 
@@ -796,8 +793,7 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
 
 def attributes_in(template: str) -> tuple[str, ...]:
     """The names of the sysfs attributes that TEMPLATE refers to."""
-    names = (reference["attribute"] for reference in _REFERENCE.finditer(template))
-    return tuple(dict.fromkeys(filter(None, names)))
+    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
 
 
 def _group(reference: re.Match[str]) -> int | str:
@@ -866,8 +862,6 @@ class _RuleReader:
         return _text(node)
 
     def slots(self, node: Node) -> int:
-        if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
-            raise node.error(f"{_shown(node.value)} must be a whole number: write {int(node.value)}")
         if type(node.value) is not int:
             raise _wrong(node, "a whole number of slots")
         if not 0 <= node.value <= MAX_SLOTS:
@@ -996,12 +990,10 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
         message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
         raise ConfigError(message, text.count("\n", 0, manifest.start()) + 1, 1)
     document = YamlParser(text).document()
-    if document.value is None:
+    if document.value is None or document.value == []:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    if not document.value:
-        raise document.error("the list has no rules")
     return tuple(_parse_rule(node) for node in document.value)
 
 
