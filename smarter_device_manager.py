@@ -3122,7 +3122,7 @@ class Leases:
         if not is_current:  # the first time, or the directory is another one now
             self.close()
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if not self._lock(socket_path, fcntl.LOCK_EX):
+        if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         error = connect_error(socket_path)
         return error is not None and error.errno not in SCARCE
@@ -3136,13 +3136,13 @@ class Leases:
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock("", fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH | fcntl.LOCK_NB)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX)
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -3170,7 +3170,7 @@ class Leases:
         name = os.path.basename(os.fsencode(socket_path))
         number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
