@@ -3777,7 +3777,9 @@ class Registration:
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
-        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
+        self._path = f"{context.plugin_dir}/{self._socket}"
+        self._inode: int | None = None  # of the file there
         self._kubelet = context.kubelet
         self._leases = context.leases
         self._server: UnixServer | None = None
@@ -3807,9 +3809,12 @@ class Registration:
         """Make run() check again what it waits for."""
         self._wake.set()
 
-    def check_socket(self) -> None:
-        """Wake run() if our socket is lost, or if that of the instance which serves the resource is gone."""
-        if self._is_socket_lost() or (self._is_standby and not os.path.lexists(self._path)):
+    def check_socket(self, inodes: Mapping[str, int]) -> None:
+        """Wake run() if the socket's file, ours or another instance's, is not what it was at the last check. INODES are
+        those of the files in the plugin directory, by name."""
+        inode = inodes.get(self._socket)
+        if inode != self._inode:
+            self._inode = inode
             self.wake()
 
     async def run(self, previous: asyncio.Task[None] | None) -> None:
@@ -3885,7 +3890,7 @@ class Registration:
         """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(self._path),
+            endpoint=self._socket,
             resource_name=self.plugin.full_name,
             options=self.plugin.options,
         )
@@ -3973,10 +3978,11 @@ class DevicePluginSide(KubeletSide):
 
     async def _check(self) -> None:
         """Check kubelet.sock and our own sockets."""
-        self._kubelet.check()
-        if self.is_answering:
-            for registration in self.registrations.values():
-                registration.check_socket()
+        if self._kubelet.check():
+            with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+                for registration in self.registrations.values():
+                    registration.check_socket(inodes)
 
     async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
