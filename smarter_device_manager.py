@@ -3125,7 +3125,10 @@ class Leases:
         if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         error = connect_error(socket_path)
-        return error is not None and error.errno not in SCARCE
+        is_free = error is not None and error.errno not in SCARCE
+        if is_free:
+            self._waiting.pop(socket_path, None)
+        return is_free
 
     def give_back(self, socket_path: str) -> None:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
