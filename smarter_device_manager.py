@@ -2664,10 +2664,13 @@ class Leases:
         if not is_current:  # the first time, or the directory is another one now
             self.close()
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if not self._lock(socket_path, fcntl.LOCK_EX):
+        if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
         error = connect_error(socket_path)
-        return error is not None and error.errno not in SCARCE
+        is_free = error is not None and error.errno not in SCARCE
+        if is_free:
+            self._waiting.pop(socket_path, None)
+        return is_free
 
     def give_back(self, socket_path: str) -> None:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
@@ -2678,13 +2681,13 @@ class Leases:
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock("", fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH | fcntl.LOCK_NB)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX)
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -2712,7 +2715,7 @@ class Leases:
         name = os.path.basename(os.fsencode(socket_path))
         number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
@@ -3309,7 +3312,9 @@ class Registration:
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
-        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
+        self._path = f"{context.plugin_dir}/{self._socket}"
+        self._inode: int | None = None  # of the file there
         self._kubelet = context.kubelet
         self._leases = context.leases
         self._server: UnixServer | None = None
@@ -3339,9 +3344,12 @@ class Registration:
         """Make run() check again what it waits for."""
         self._wake.set()
 
-    def check_socket(self) -> None:
-        """Wake run() if our socket is lost, or if that of the instance which serves the resource is gone."""
-        if self._is_socket_lost() or (self._is_standby and not os.path.lexists(self._path)):
+    def check_socket(self, inodes: Mapping[str, int]) -> None:
+        """Wake run() if the socket's file, ours or another instance's, is not what it was at the last check. INODES are
+        those of the files in the plugin directory, by name."""
+        inode = inodes.get(self._socket)
+        if inode != self._inode:
+            self._inode = inode
             self.wake()
 
     async def run(self, previous: asyncio.Task[None] | None) -> None:
@@ -3417,7 +3425,7 @@ class Registration:
         """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(self._path),
+            endpoint=self._socket,
             resource_name=self.plugin.full_name,
             options=self.plugin.options,
         )
@@ -3505,10 +3513,11 @@ class DevicePluginSide(KubeletSide):
 
     async def _check(self) -> None:
         """Check kubelet.sock and our own sockets."""
-        self._kubelet.check()
-        if self.is_answering:
-            for registration in self.registrations.values():
-                registration.check_socket()
+        if self._kubelet.check():
+            with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+                for registration in self.registrations.values():
+                    registration.check_socket(inodes)
 
     async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource

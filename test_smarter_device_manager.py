@@ -5774,7 +5774,10 @@ async def leases_of_two_instances(folder: str) -> None:
     assert not woken.is_set()
     other.kill()
     await asyncio.wait_for(woken.wait(), PATIENCE)
+    leases.wait_for(paths[1], woken.set)
     assert all(map(leases.take, paths))
+    await asyncio.sleep(2 * leases.RETRY_SECONDS)
+    assert leases._timer is None  # nobody waits any more
     server = sdm.UnixServer(paths[2], lambda server: None)  # of an instance that has no leases
     await server.start()
     server.publish()
