@@ -6595,11 +6595,10 @@ class KeptFile:
 
         Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        try:
-            kept = read_conf(self.path)
-        except (OSError, ConfigError):
-            kept = self.NOTHING
-        if not self.path or text == kept or len(text) > CONF_BYTES:  # which could not be read again
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
             return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
