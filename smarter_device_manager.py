@@ -7662,6 +7662,7 @@ MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
+Reader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
@@ -7743,28 +7744,21 @@ def _add_dra_options(add: Callable[..., None]) -> None:
     add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
-def add_option(
-    group: argparse._ActionsContainer,
-    option: str,
-    metavar: str,
-    read: Callable[[str], Any],
-    default: str | None,
-    help_text: str,
-    *others: str,
-) -> None:
-    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
+def add_option(group: Any, option: str, metavar: str, read: Reader, default: str | None, text: str, *more: str) -> None:
+    """Add OPTION to GROUP, with MORE names, and its variable of the environment. READ makes a value of what is given, and
+    TEXT is its help."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
-    def convert(text: str) -> Any:
+    def convert(value: str) -> Any:
         try:
-            return read(text)
+            return read(value)
         except argparse.ArgumentTypeError as error:
-            source = f" (from {variable})" if text is given else ""
+            source = f" (from {variable})" if value is given else ""
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    group.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    shown = (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    group.add_argument(option, *more, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
 def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:
