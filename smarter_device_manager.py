@@ -7745,7 +7745,7 @@ def _add_dra_options(add: Callable[..., None]) -> None:
 
 
 def add_option(group: Any, option: str, metavar: str, read: Reader, default: str | None, text: str, *more: str) -> None:
-    """Add OPTION to GROUP, with MORE names and a variable of the environment. READ reads its value; TEXT explains it."""
+    """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
