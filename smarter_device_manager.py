@@ -7266,7 +7266,6 @@ def restart_compiled() -> None:
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def program_name() -> str:
@@ -7409,7 +7408,7 @@ def _fetch_status(address: tuple[str, int]) -> str:
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= MAX_STATUS_BYTES:
+        while len(answer) <= 1 << 25:  # which is more than any daemon sends
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
             if not chunk:
