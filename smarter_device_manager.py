@@ -2425,6 +2425,340 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form. Two
+# helpers are of Kubelet: write_file() and Watch.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CONF_NAME = "the built-in default rules"
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
+# default is to be ignored.
+FOLDER_SIGNAL = signal.SIGURG
+MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
+
+
+class KeptFile:
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
+
+    NOTHING = "[]"  # a text that needs no file
+
+    def __init__(self, path: str, what: str, kind: str) -> None:
+        self.path = path
+        self._what = what
+        self._kind = kind
+
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            return parse(read_conf(self.path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
+
+    def keep(self, text: str) -> None:
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
+
+        Another instance may keep another text in the same file: an older one, too, just before it ends.
+        """
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
+            return
+        try:
+            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
+            board.set(self.path, "")
+        except OSError as error:
+            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+            board.set(self.path, sentence, f"{self._kind}-not-kept")
+
+
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
+
+
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
+
+    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
+    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
+    """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
+
+
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
+
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
+
+
+class ConfFile:
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: tuple[Rule, ...] = ()  # in force
+        self.text = ""  # of these
+        self.error = ""  # why the present text of the file is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
+
+    def start(self) -> None:
+        """Put the first rules in force. Raises Problem if there are no good ones."""
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
+
+    def follow(self, reread: bool = False) -> bool:
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
+
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
+        """
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
+        try:
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
+
+
+class DeviceSide:
+    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
+
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
+        self.plan = EMPTY_PLAN
+        self.snapshot = Snapshot({}, {})
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
+        self._dev_dir = dev_dir
+        self._scanner = Scanner(dev_dir)
+        self._sysfs = Sysfs(sys_dir, with_facts)
+        self._matcher = Matcher(())
+        self._look = find_devices(self.snapshot, (), self._matcher, dev_dir)
+        self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
+        self._gpus: Sequence[str] = ()
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
+        self._next_full_scan = 0.0
+
+    def start(self) -> None:
+        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
+        try:
+            os.listdir(self._dev_dir)
+        except OSError as error:
+            problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
+            raise Problem(problem) from None
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
+        self.turn()
+
+    def turn(self, reread: bool = False) -> Plan | None:
+        """Look for changes, everywhere if REREAD; the new plan if there is one."""
+        now, before = time.monotonic(), self.plan
+        full = reread or now >= self._next_full_scan
+        has_changed = self.conf.follow(reread)
+        if has_changed:
+            self._matcher = Matcher(self.conf.rules)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
+        if full:
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
+        if has_changed:
+            self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
+        # At every turn, or a /dev that always changes would keep it waiting.
+        has_changed |= self._sysfs.refresh(self._look.wanted, self._unfit, full)
+        if has_changed:
+            plan = make_plan(before, dataclasses.replace(self._look, chains=self._sysfs.chains, now=now))
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
+            self._unfit = [node.entry for path in unfit for node in self._look.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
+        if full:
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
+        return None if self.plan is before else self.plan
+
+    def request_full_scan(self) -> None:
+        """Let the next turn scan everything."""
+        self._next_full_scan = 0.0
+
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
+        and the others by their depth."""
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
+
+    def describe(self) -> Document:
+        """Its part of the status document, as of the last turn."""
+        return {
+            "conf": {
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
+            },
+            "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
+        }
+
+
+_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    CHANGE_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
+            if change:
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+
+
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
+
+
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
 # delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
 # here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
@@ -5792,340 +6126,6 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
-# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
-# default is to be ignored.
-FOLDER_SIGNAL = signal.SIGURG
-MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
-
-
-class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
-    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
-
-    NOTHING = "[]"  # a text that needs no file
-
-    def __init__(self, path: str, what: str, kind: str) -> None:
-        self.path = path
-        self._what = what
-        self._kind = kind
-
-    def read(self, parse: Callable[[str], T]) -> T | None:
-        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
-        try:
-            return parse(read_conf(self.path))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            problem = getattr(error, "strerror", "") or str(error)
-            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
-            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
-            return None
-
-    def keep(self, text: str) -> None:
-        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
-
-        Another instance may keep another text in the same file: an older one, too, just before it ends.
-        """
-        try:
-            kept = read_conf(self.path)
-        except (OSError, ConfigError):
-            kept = self.NOTHING
-        if not self.path or text == kept or len(text) > CONF_BYTES:  # which could not be read again
-            return
-        try:
-            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            board.set(self.path, "")
-        except OSError as error:
-            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, f"{self._kind}-not-kept")
-
-
-def kept_path(folder: str, domain: str, conf: str) -> str:
-    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
-    kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
-
-
-def format_kept_devices(plan: Plan, boot: str) -> str:
-    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
-
-    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
-    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
-    """
-    rows = []
-    for name, resource in plan.resources.items():
-        for device in resource.devices:
-            if device.chosen_by:
-                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
-                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
-    return json.dumps(rows)
-
-
-def parse_kept_devices(text: str, boot: str) -> Plan:
-    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
-
-    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
-    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
-    """
-    devices: dict[str, list[Device]] = {}
-    for row in json.loads(text):
-        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-        name, path, boot_then, numbers, *held = row
-        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
-        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
-        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-        devices.setdefault(str(name), []).append(device)
-    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
-
-
-class ConfFile:
-    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
-    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
-
-    def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: tuple[Rule, ...] = ()  # in force
-        self.text = ""  # of these
-        self.error = ""  # why the present text of the file is refused
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() when the file was last found good
-        self.path = path
-        self._refused: str | None = None  # the present text of the file, if its rules are not good
-        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
-
-    def start(self) -> None:
-        """Put the first rules in force. Raises Problem if there are no good ones."""
-        self.follow()
-        if not self.rules:
-            raise Problem(self.error)
-
-    def follow(self, reread: bool = False) -> bool:
-        """Put the rules of the file in force if they changed and are good; whether there are new ones.
-
-        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
-        """
-        old_rules, old_error, problem, text = self.rules, self.error, "", None
-        try:
-            text = read_conf(self.path) if self.path else DEFAULT_CONF
-            if text == self._refused and not reread:
-                problem = old_error
-            elif text != self.text or not old_rules:
-                self.rules, self.text = parse_rules(text), text
-        except ConfigError as error:
-            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
-        except OSError as error:
-            problem = f"cannot read the config file {self.path}: {error.strerror}"
-        self.error, self._refused = problem, text if problem else None
-        if problem and not old_rules:  # this is the start
-            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
-            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
-        has_changed = self.rules is not old_rules
-        if problem and self.rules and (reread or problem != old_error):
-            self.failed_reloads += 1
-            source = "" if old_rules else f", from {self._kept.path}"
-            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
-        elif not problem and (reread or old_error or has_changed):
-            self.read_at = time.time()
-            if old_rules and (old_error or has_changed):
-                self.reloads += 1
-                count = len(self.rules)
-                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
-        self._kept.keep(self.text)
-        return has_changed
-
-
-class DeviceSide:
-    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
-
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
-        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
-        self.plan = EMPTY_PLAN
-        self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last scan of /dev
-        self.conf = ConfFile(conf, kept and f"{kept}.conf")
-        self._dev_dir = dev_dir
-        self._scanner = Scanner(dev_dir)
-        self._sysfs = Sysfs(sys_dir, with_facts)
-        self._matcher = Matcher(())
-        self._look = find_devices(self.snapshot, (), self._matcher, dev_dir)
-        self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
-        self._gpus: Sequence[str] = ()
-        what = "the list of devices that rules chose by attributes"
-        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
-        self._kept_text = KeptFile.NOTHING  # of the plan
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
-        self._next_full_scan = 0.0
-
-    def start(self) -> None:
-        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
-        try:
-            os.listdir(self._dev_dir)
-        except OSError as error:
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
-            raise Problem(problem) from None
-        self.conf.start()
-        self._matcher = Matcher(self.conf.rules)
-        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
-        self.turn()
-
-    def turn(self, reread: bool = False) -> Plan | None:
-        """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now, before = time.monotonic(), self.plan
-        full = reread or now >= self._next_full_scan
-        has_changed = self.conf.follow(reread)
-        if has_changed:
-            self._matcher = Matcher(self.conf.rules)
-        began, problem = time.monotonic(), ""
-        try:
-            snapshot = self._scanner.scan(full)
-        except OSError as error:
-            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        has_changed |= snapshot is not self.snapshot
-        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
-        if full:
-            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
-        if has_changed:
-            self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
-        # At every turn, or a /dev that always changes would keep it waiting.
-        has_changed |= self._sysfs.refresh(self._look.wanted, self._unfit, full)
-        if has_changed:
-            plan = make_plan(before, dataclasses.replace(self._look, chains=self._sysfs.chains, now=now))
-            unfit = [left.path for left in plan.left_out]
-            unfit += [device.path for device in devices_of(plan) if device.problem]
-            self._unfit = [node.entry for path in unfit for node in self._look.devices.get(path, ())]
-            if plan != before:
-                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
-        self._kept_devices.keep(self._kept_text)
-        if full:
-            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
-        return None if self.plan is before else self.plan
-
-    def request_full_scan(self) -> None:
-        """Let the next turn scan everything."""
-        self._next_full_scan = 0.0
-
-    def folders(self) -> list[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
-        and the others by their depth."""
-        paths = [
-            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
-        ]
-        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
-        return [f"{self._dev_dir}/{path}" for path in paths]
-
-    def describe(self) -> Document:
-        """Its part of the status document, as of the last turn."""
-        return {
-            "conf": {
-                "path": self.conf.path or DEFAULT_CONF_NAME,
-                "rules": len(self.conf.rules),
-                "error": self.conf.error,
-                "read_at": utc(self.conf.read_at),
-                "read_at_seconds": self.conf.read_at,
-                "reloads": self.conf.reloads,
-                "failed_reloads": self.conf.failed_reloads,
-            },
-            "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
-        }
-
-
-_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
-
-
-@dataclass
-class _LoggedState:
-    """What ChangeLog knows of a subject."""
-
-    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
-    said: str | None = None  # the same, as of its last line
-    changes: int = 0  # since then
-    logged: float = -math.inf  # time.monotonic() of that
-
-
-class ChangeLog:
-    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
-    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
-
-    CHANGE_SECONDS = 1.0
-
-    def __init__(self) -> None:
-        self._states: dict[_Subject, _LoggedState] = {}
-        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
-
-    def take(self, plan: Plan) -> None:
-        """Note what PLAN changes in what is offered and left out."""
-        states = {("", left.path, left.line): left.text for left in plan.left_out}
-        for name, resource in plan.resources.items():
-            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        for subject in states.keys() | self._states.keys():
-            known = self._states.setdefault(subject, _LoggedState())
-            known.changes += known.now != states.get(subject)
-            known.now = states.get(subject)
-        for sentence, nodes in describe_shared(find_shared(plan)).items():
-            news = [node for node in nodes if self._shared.get(node) != sentence]
-            self._shared.update(dict.fromkeys(nodes, sentence))
-            if news:
-                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
-
-    @property
-    def due(self) -> float:
-        """time.monotonic() when there is something to log; infinite if nothing waits."""
-        waiting = (known.logged for known in self._states.values() if known.changes)
-        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
-
-    def flush(self, now: float) -> None:
-        """Log what has changed, except about subjects that had a line just before NOW."""
-        if now < self.due:
-            return
-        groups: dict[tuple[str, str, int], list[str]] = {}
-        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
-        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
-            change = _describe_change(subject[0], known) if known.changes else None
-            if change:
-                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
-                known.logged = now
-            elif known.now is None:
-                del self._states[subject]
-            known.said, known.changes = known.now, 0
-        for (event, sentence, level), paths in groups.items():
-            log_event_for_all(event, sentence, level, "devices", paths)
-
-
-def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
-    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
-    empty; None if there is nothing to say."""
-    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
-    if not resource:
-        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
-    if known.now is None:
-        return "retired", f"no longer offered{count}", logging.INFO
-    if known.now:
-        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
-    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
-
-
-def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
-    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
-    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
-    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
-    for path in watches.keys() - set(paths):
-        watches.pop(path).close()
-    for path in paths:
-        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Daemon: the thread of the kubelet side, and the loop of the main thread, which waits for signals. The kernel signals
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6500,7 +6500,6 @@ def restart_compiled() -> None:
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def program_name() -> str:
@@ -6684,7 +6683,7 @@ def _fetch_status(address: tuple[str, int]) -> str:
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= MAX_STATUS_BYTES:
+        while len(answer) <= 1 << 25:  # which is more than any daemon sends
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
             if not chunk:
@@ -6937,6 +6936,7 @@ MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
+Reader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
@@ -7018,28 +7018,20 @@ def _add_dra_options(add: Callable[..., None]) -> None:
     add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
-def add_option(
-    group: argparse._ActionsContainer,
-    option: str,
-    metavar: str,
-    read: Callable[[str], Any],
-    default: str | None,
-    help_text: str,
-    *others: str,
-) -> None:
-    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
+def add_option(group: Any, option: str, metavar: str, read: Reader, default: str | None, text: str, *more: str) -> None:
+    """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
-    def convert(text: str) -> Any:
+    def convert(value: str) -> Any:
         try:
-            return read(text)
+            return read(value)
         except argparse.ArgumentTypeError as error:
-            source = f" (from {variable})" if text is given else ""
+            source = f" (from {variable})" if value is given else ""
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    group.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    shown = (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    group.add_argument(option, *more, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
 def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:

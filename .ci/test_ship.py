@@ -350,6 +350,8 @@ def test_the_path_of_each_kind_of_kubernetes(kind: str) -> None:
         assert volume["hostPath"]["path"] == f"{PATHS_OF[kind]}/{folder}"
         if kind != "k3s":  # which has the usual one
             assert f"{kind}: {PATHS_OF[kind]}/{folder}" in (ROOT / "daemonset.yaml").read_text()
+            assert f"`{PATHS_OF[kind]}/device-plugins`" in read_page("install")
+            assert f"kubeletDir={PATHS_OF[kind]}`" in read_page("install")
     assert_valid(objects)
 
 
@@ -532,18 +534,18 @@ def test_another_script_is_another_pod_and_another_conf_is_not(tmp_path: Path) -
     assert template(tmp_path / SCRIPT_NAME) != ours
 
 
-def wheel(folder: Path, name: str, files: dict[str, str]) -> str:
-    """Put a wheel of NAME into FOLDER, for pip without an index. Returns its line of requirements."""
+def wheel(folder: Path, name: str, module: str) -> str:
+    """Put a wheel of NAME with an empty MODULE into FOLDER, for pip without an index: its line of requirements."""
     info = f"{name}-99.0.dist-info"
     files = {
-        **files,
+        f"{module}/__init__.py": "",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    record = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD"))
     path = folder / f"{name}-99.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for member, text in {**files, f"{info}/RECORD": record}.items():
+        for member, text in files.items():
             archive.writestr(member, text)
     return f"{name}==99.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
@@ -559,8 +561,7 @@ class InitContainer:
         for name, text in objects[1]["data"].items():
             (self.app / name).write_text(self._moved(text))
         (self.app / SCRIPT_NAME).write_text("def load_grpc():\n    import grpc_x, protobuf_x\n")
-        self.requirements = wheel(self.wheels, "grpcio", {"grpc_x/__init__.py": ""})
-        self.requirements += wheel(self.wheels, "protobuf", {"protobuf_x/__init__.py": ""})
+        self.requirements = wheel(self.wheels, "grpcio", "grpc_x") + wheel(self.wheels, "protobuf", "protobuf_x")
         (self.app / "requirements.txt").write_text(self.requirements)
         (self._spec,) = pod(objects)["initContainers"]
 
@@ -761,9 +762,8 @@ def test_dra_adds_exactly_what_it_needs() -> None:
     assert before.pop("volumeMounts")[1:] == after.pop("volumeMounts")[3:]
     assert before == after
     volumes = now.pop("volumes")
-    assert [volume["hostPath"] for volume in volumes[:3]] == [
-        {"path": path, "type": "DirectoryOrCreate"} for path in folders
-    ]
+    wanted = [{"path": path, "type": "DirectoryOrCreate"} for path in folders]
+    assert [volume["hostPath"] for volume in volumes[:3]] == wanted
     assert was.pop("volumes")[1:] == volumes[3:]
     assert was == now
 
@@ -954,21 +954,16 @@ def readme_pod(name: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "path"), [("camera", "video0"), ("serial", "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0")]
-)
+BY_ID = "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0"
+
+
+@pytest.mark.parametrize(("name", "path"), [("camera", "video0"), ("serial", BY_ID)])
 def test_the_readmes_pods_ask_for_what_is_offered(name: str, path: str) -> None:
     item = readme_pod(name)
     assert_valid([item])
     (asks,) = item["spec"]["containers"]
     assert asks["resources"]["limits"] == {f"smarter-devices/{sdm.resource_name(path)}": 1}
     assert f"/dev/{path}" in json.dumps(asks)
-
-
-def test_the_readmes_paths_of_each_kind_of_kubernetes() -> None:
-    page = (ROOT / "docs/install.md").read_text()
-    for kind, path in PATHS_OF.items():
-        assert kind == "k3s" or (f"`{path}/device-plugins`" in page and f"kubeletDir={path}`" in page)
 
 
 def test_a_page_has_every_option() -> None:
