@@ -49,7 +49,6 @@ import io
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -70,6 +69,7 @@ from typing import (
     Any,
     Awaitable,
     Callable,
+    ClassVar,
     Dict,
     FrozenSet,
     Iterable,
@@ -2741,35 +2741,31 @@ class TextFormatter(logging.Formatter):
     Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        fields = [f"{key}={_quote_value(str(value))}" for key, value in getattr(record, "fields", {}).items()]
         message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quote(text: str) -> str:
+def _quote_value(text: str) -> str:
     return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
-def _traceback_lines(record: logging.LogRecord) -> List[str]:
+def _traceback_lines(record: logging.LogRecord) -> list[str]:
     """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
-    if not record.exc_info:
-        return []
-    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-100:]
-    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
+    text = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+    return [truncate(printable(line), MAX_MESSAGE) for line in text.split("\n")[-100:] if text]
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        document = event_of(record)
-        if record.exc_info:
-            document["traceback"] = "\n".join(_traceback_lines(record))
-        return json.dumps(document)
+        traceback = "\n".join(_traceback_lines(record))
+        return json.dumps({**event_of(record), **({"traceback": traceback} if traceback else {})})
 
 
-def event_of(record: logging.LogRecord) -> Dict[str, Any]:
+def event_of(record: logging.LogRecord) -> Document:
     """RECORD as a JSON document."""
     return {
         "time": utc(record.created),
@@ -2780,7 +2776,7 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
     }
 
 
-class LogWriter(logging.handlers.QueueHandler):
+class LogWriter(logging.Handler):
     """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
 
     Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
@@ -2790,18 +2786,18 @@ class LogWriter(logging.handlers.QueueHandler):
     FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
 
     def __init__(self) -> None:
+        super().__init__()
         self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
-        super().__init__(self._lines)
         self._descriptor = sys.stderr.fileno() if sys.stderr else -1  # if it is closed, another file may be number 2
-        self._reported = 0  # dropped lines that a line has reported
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return self.format(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.put(self.format(record))
 
-    def enqueue(self, record: Any) -> None:
+    def put(self, line: str) -> None:
+        """Have LINE written."""
         try:
-            self._lines.put_nowait(record)
+            self._lines.put_nowait(line)
         except queue.Full:
             log_counts.dropped_lines += 1
 
@@ -2811,13 +2807,18 @@ class LogWriter(logging.handlers.QueueHandler):
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_SECONDS)
 
     def _run(self) -> None:
+        reported = 0
         while True:
             try:
                 self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):
                 log_counts.dropped_lines += 1
             else:
-                self._report_dropped()
+                dropped = log_counts.dropped_lines - reported
+                if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
+                    reported += dropped
+                    sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
+                    log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
             self._lines.task_done()
 
     def _write(self, data: bytes) -> None:
@@ -2827,13 +2828,6 @@ class LogWriter(logging.handlers.QueueHandler):
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._descriptor], [])
-
-    def _report_dropped(self) -> None:
-        dropped = log_counts.dropped_lines - self._reported
-        if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
-            self._reported += dropped
-            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
-            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
 
 def utc(seconds: float) -> str:
@@ -2872,12 +2866,11 @@ class EventRing(logging.Handler):
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = (
-            "a client or the kubelet sent bytes that are not a valid protobuf message: %s",
-            (record.exc_info[1],),
-        )
-        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    error = record.exc_info[1] if record.exc_info else None
+    if type(error).__name__ == "DecodeError":
+        record.msg = "a client or the kubelet sent bytes that are not a valid protobuf message: %s"
+        record.args, record.exc_info = (error,), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
     return True
 
 
@@ -5775,7 +5768,6 @@ def _inodes(path: str) -> Mapping[str, int]:
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVENTS_SHOWN = 10  # by --status
 FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
@@ -5784,17 +5776,14 @@ FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of t
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+
+    def offer(name: str, path: str, line: int) -> Document:
+        return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+
     return {
         "resources": resources,
         "shared": [
-            {
-                "path": node,
-                "offers": [
-                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
-                    for name, path, line in offers
-                ],
-            }
-            for node, offers in find_shared(plan).items()
+            {"path": node, "offers": [offer(*each) for each in offers]} for node, offers in find_shared(plan).items()
         ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
@@ -5810,66 +5799,56 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
         "slots": sum(device.slots for device in resource.devices),
-        "devices": [
-            {
-                "path": device_path(device),
-                "line": device.line,
-                "slots": device.slots,
-                "healthy": not device.problem,
-                "problem": device.problem,
-                **({"gone": device.is_gone} if device.problem else {}),
-                "since": utc(epoch + device.since),
-                "numa": list(device.numa),
-                "nodes": [
-                    {
-                        "host": spec.host,
-                        "container": spec.container,
-                        "permissions": spec.permissions,
-                        "targets": [host for host, _ in spec.nodes],
-                    }
-                    for spec in device.specs
-                ],
-                "env": dict(device.env),
-            }
-            for device in resource.devices
-        ],
+        "devices": [_describe_device(device, epoch) for device in resource.devices],
     }
 
 
-def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
-    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+def _describe_device(device: Device, epoch: float) -> Document:
+    return {
+        "path": device_path(device),
+        "line": device.line,
+        "slots": device.slots,
+        "healthy": not device.problem,
+        "problem": device.problem,
+        **({"gone": device.is_gone} if device.problem else {}),
+        "since": utc(epoch + device.since),
+        "numa": list(device.numa),
+        "nodes": [
+            {
+                "host": spec.host,
+                "container": spec.container,
+                "permissions": spec.permissions,
+                "targets": [host for host, _ in spec.nodes],
+            }
+            for spec in device.specs
+        ],
+        "env": dict(device.env),
+    }
+
+
+def describe_use(resource: Resource, holders: Holders | None) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null if HOLDERS are unknown."""
     if holders is None:
         return {"in_use": None, "holders": None}
-    own = holders.get(resource.name, ())
-    slots = {slot_id: slot for slot_id, slot in named_slots(resource, (holder.slot for holder in own)) if slot}
-    found = {
+    own = set(holders.get(resource.name, ()))
+    slots = dict(named_slots(resource, (holder.slot for holder in own)))
+    found = sorted(
         (slot.device.path, slot.number, holder)
         for holder in own
-        for slot in [slots.get(holder.slot)]
+        for slot in [slots[holder.slot]]
         if slot and slot.number < slot.device.slots
-    }
-    held = [
-        {"slot": holder.slot, "device": device_path(slots[holder.slot].device), **holder._asdict()}
-        for _, _, holder in sorted(found)
-    ]
+    )
+    paths = {device.path: device_path(device) for device in resource.devices}
+    held = [{"slot": holder.slot, "device": paths[path], **holder._asdict()} for path, _, holder in found]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document, problems: FoundProblems) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
-    return {
-        "healthy": not find_hanging(document["threads"]),
-        "ready": not find_unready(document["resources"]),
-        "problems": [_with_names(sentence, names) for sentence, names in problems.items()],
-    }
-
-
-def find_unready(resources: Iterable[Document]) -> List[Document]:
+def find_unready(resources: Iterable[Document]) -> list[Document]:
     """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
     return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
 
 
-def find_hanging(threads: Iterable[Document]) -> List[str]:
+def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
@@ -5880,45 +5859,39 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 def find_problems(document: Document) -> FoundProblems:
     """What is wrong, the worst first."""
-    problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
-
-    def add(sentence: str, *names: str) -> None:
-        problems.setdefault(sentence, []).extend(names)
-
+    found: list[tuple[str, str]] = [(sentence, "") for sentence in find_hanging(document["threads"])]
     if document["dra"]:
-        add(document["dra"]["problem"])
-    elif not document["kubelet"]["answering"]:
-        where = document["kubelet"]["plugin_dir"]
-        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+        found.append((document["dra"]["problem"], ""))
+    elif document["kubelet"]["answering"]:
+        found += [(each["trouble"], each["name"]) for each in document["resources"] if not each["ready"]]
     else:
-        for resource in document["resources"]:
-            if not resource["ready"]:
-                add(resource["trouble"], resource["name"])
-    add(document["dev_problem"])
-    add(conf_problem(document["conf"]))
+        where = document["kubelet"]["plugin_dir"]
+        found.append((f"the kubelet does not answer in {where}: no pod can be given a device until it does", ""))
+    found += [(document["dev_problem"], ""), (conf_problem(document["conf"]), "")]
     for resource in document["resources"]:
-        users = _users_by_device(resource)
-        for device in resource["devices"]:
-            if device["problem"]:
-                found = users.get(device["path"], ())
-                named = _first_names([f"{container} of {namespace}/{pod}" for namespace, pod, container in found])
-                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
-    problems.pop("", None)
+        users = users_by_device(resource)
+        for device in filter(lambda device: device["problem"], resource["devices"]):
+            named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+            found.append((device["problem"] + (f", in use by {named}" if named else ""), device["path"]))
+    problems: dict[str, list[str]] = {sentence: [] for sentence, _ in found if sentence}
+    for sentence, name in found:
+        if sentence and name:
+            problems[sentence].append(name)
     return problems
 
 
 def conf_problem(conf: Document) -> str:
-    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    """Why the config file is refused, and which rules are in force; empty if it is good."""
     if not conf["error"]:
         return ""
     return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str, str], Sequence[str]]]:
-    """Per path of a device of RESOURCE, the slots that each container has, by namespace, pod and container."""
-    users: Dict[str, Dict[Tuple[str, str, str], List[str]]] = {}
+def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
+    """By path of a device of RESOURCE, the slots that each container has, by namespace/pod and container."""
+    users: dict[str, dict[tuple[str, str], list[str]]] = {}
     for holder in resource["holders"] or ():
-        user = holder["namespace"], holder["pod"], holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
         users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
     return users
 
@@ -5946,29 +5919,24 @@ def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
     columns = list(zip(*cells))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
-    lines = (
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
-        for row in cells
-    )
+    kinds = [str.rjust if all(cell.isdecimal() for cell in column[1:]) else str.ljust for column in columns]
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(kinds, row, widths)) for row in cells)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
-    """ROWS as a table below TITLE; nothing where there are none."""
+    """ROWS as a table below TITLE; nothing if there are none."""
     return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
 
 
-def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+def _lists(document: Document) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
-    shared = [
-        (
-            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
-            node["path"],
-            ", ".join(offer["resource"] for offer in node["offers"]),
+    shared = []
+    for node in document["shared"]:
+        lines = sorted({offer["line"] for offer in node["offers"]})
+        shared.append(
+            (", ".join(map(str, lines)), node["path"], ", ".join(each["resource"] for each in node["offers"]))
         )
-        for node in document["shared"]
-    ]
     yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
@@ -6013,26 +5981,19 @@ def dra_text(dra: Document) -> str:
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
-    resources, problems = document["resources"], document["problems"]
+    problems = document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
     lines += [f"  - {problem}" for problem in problems]
     lines += [dra_text(document["dra"])] if document["dra"] else []
-    offered = [
-        (
-            f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
-            resource["name"],
-            "yes" if resource["ready"] else "no",
-            _first_names([_device_cell(device) for device in resource["devices"]]),
-        )
-        for resource in resources
-    ]
-    held = [
-        (_first_names(slots), resource["name"].partition("/")[2], f"{namespace}/{pod}", container)
-        for resource in resources
-        for users in _users_by_device(resource).values()
-        for (namespace, pod, container), slots in users.items()
-    ]
-    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
+    offered, held = [], []
+    for resource in document["resources"]:
+        use = f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}"
+        devices = _first_names([_device_cell(device) for device in resource["devices"]])
+        offered.append((use, resource["name"], "yes" if resource["ready"] else "no", devices))
+        for users in users_by_device(resource).values():
+            name = resource["name"].partition("/")[2]
+            held += [(_first_names(slots), name, pod, container) for (pod, container), slots in users.items()]
+    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:10]]
     return (
         "".join(f"{printable(line)}\n" for line in [*lines, ""])
         + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
@@ -6042,19 +6003,16 @@ def render_status(document: Document) -> str:
     )
 
 
-def event_text(event: Document) -> Tuple[str, str]:
+def event_text(event: Document) -> tuple[str, str]:
     """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
+    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
     sentence = event["message"]
-    others = []
-    for key, value in event.items():
-        if key in ("time", "level", "event", "message"):
-            continue
-        if key not in ("resource", "resources", "devices"):
-            others.append(f"{key} {value}")
-        elif str(value) not in sentence:
-            names = str(value).replace(",", ", ")
+    for key in ("resource", "resources", "devices"):
+        value = fields.pop(key, "")
+        if value not in sentence:
+            names = value.replace(",", ", ")
             sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
-    return sentence, "; ".join(others)
+    return sentence, "; ".join(f"{key} {value}" for key, value in fields.items())
 
 
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
@@ -6067,16 +6025,12 @@ _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 class Family(NamedTuple):
     """A metric: its name without the prefix, its help, and where the document has its values.
 
-    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
+    "resources.KEY" has one per resource if it is known; any other "PART.KEY" has one if the document has PART.
     """
 
     name: str
     help: str
     source: Union[str, Callable[[Document], Samples]]
-
-    @property
-    def kind(self) -> str:
-        return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def full_name(self) -> str:
@@ -6092,47 +6046,46 @@ class Family(NamedTuple):
         return [({}, document[part][key])] if document[part] else []
 
 
-def _build(document: Document) -> Samples:
+def _build_samples(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
-def _slot_holders(document: Document) -> Samples:
-    labels = ("resource", "device", "namespace", "pod", "container")
+def _holder_samples(document: Document) -> Samples:
+    labels = ("device", "namespace", "pod", "container")
     for resource in document["resources"]:
-        for device, users in _users_by_device(resource).items():
-            yield from ((dict(zip(labels, (resource["name"], device, *user))), 1) for user in users)
+        for user in dict.fromkeys(tuple(map(holder.get, labels)) for holder in resource["holders"] or ()):
+            yield {"resource": resource["name"], **dict(zip(labels, user))}, 1
 
 
-def _devices(document: Document) -> Samples:
+def _device_samples(document: Document) -> Samples:
     for resource in document["resources"]:
-        states = _states(resource)
+        states = list(map(_state, resource["devices"]))
         for state in ("present", "absent", "unhealthy"):
             yield {"resource": resource["name"], "state": state}, states.count(state)
 
 
-def _states(resource: Document) -> List[str]:
-    """What the devices of RESOURCE are: present, absent, or there but unhealthy."""
-    devices = resource["devices"]
-    return ["present" if device["healthy"] else "absent" if device["gone"] else "unhealthy" for device in devices]
+def _state(device: Document) -> str:
+    """Whether DEVICE is present, absent, or there but unhealthy."""
+    return "present" if device["healthy"] else "absent" if device["gone"] else "unhealthy"
 
 
-def _left_out(document: Document) -> Samples:
+def _left_out_samples(document: Document) -> Samples:
     labels = [left["label"] for left in document["left_out"]]
     return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
-def _api_requests(document: Document) -> Samples:
+def _request_samples(document: Document) -> Samples:
     for asked in document["dra"]["api_requests"] if document["dra"] else ():
         yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
 FAMILIES = (
-    Family("build_info", "Always 1; the labels have the versions.", _build),
+    Family("build_info", "Always 1; the labels have the versions.", _build_samples),
     Family("slots", "Containers that may have the resource at once.", "resources.slots"),
     Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
-    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
-    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _devices),
+    Family("slot_holder", "1 per container that has a slot.", _holder_samples),
+    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _device_samples),
     Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
     Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
     Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
@@ -6146,8 +6099,8 @@ FAMILIES = (
     Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
     Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
     Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
+    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out_samples),
+    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _request_samples),
     Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
     Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
     Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
@@ -6166,7 +6119,7 @@ def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for family in FAMILIES:
         name = family.full_name
-        yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
+        yield f"# HELP {name} {family.help}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         for labels, value in family.samples(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
@@ -6175,7 +6128,6 @@ def render_metrics(document: Document) -> Iterator[str]:
 
 # The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.
 
-REFRESH_SECONDS = 5  # of the page
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6189,7 +6141,7 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
     count = len(problems)
     values = {
         "nonce": nonce,
-        "refresh": REFRESH_SECONDS,
+        "refresh": 5,  # seconds
         "node": document["node"],
         "version": document["smarter_device_manager"],
         "time": clock(document["time"]),
@@ -6206,23 +6158,26 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
-    troubles = {name: sentence for sentence, names in problems.items() for name in names}
+    by_name = {name: sentence for sentence, names in problems.items() for name in names}
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, troubles.get(resource["name"], ""))
+            yield from _page_resource(resource, by_name.get(resource["name"], ""))
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
-    for title, _, rows in _lists(document):
-        yield from _page_list(title, [(f"line {line}", *texts) for line, *texts in rows])
-    yield from _page_list("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])
+    lists = [(title, [(f"line {line}", *texts) for line, *texts in rows]) for title, _, rows in _lists(document)]
+    lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
+    for title, rows in lists:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        items = [_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows]
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n{"".join(items)}</ul>\n' if items else ""
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    states = [state for resource in resources for state in _states(resource)]
+    states = [_state(device) for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
     slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
     restarts = pluralize(kubelet["restarts"], "restart")
@@ -6235,8 +6190,8 @@ def _facts(document: Document) -> Iterator[str]:
         yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
-    """The rows of RESOURCE, which has TROUBLE if any: one per device, with the containers that use it."""
+def _page_resource(resource: Document, problem: str) -> Iterator[str]:
+    """The rows of RESOURCE, which has PROBLEM if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
     head = _fill(
@@ -6244,93 +6199,56 @@ def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
         rows=len(resource["devices"]),
         domain=domain,
         name=name,
-        trouble=trouble,
+        problem=problem,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
     )
-    users = _users_by_device(resource)
+    users = users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     for device in resource["devices"]:
-        problem, since = device["problem"], clock(device["since"])
+        wrong, since = device["problem"], clock(device["since"])
         yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
         yield _fill(
             _DEVICE,
             line=device["line"],
             since=since,
-            mood="bad" if problem else "good",
-            state="Unhealthy" if problem else "Healthy",
+            mood="bad" if wrong else "good",
+            state="Unhealthy" if wrong else "Healthy",
             text=device_text(device),
-            problem=f"Unhealthy: {problem}" if problem else "",
-            problem_since=f"since {since}" if problem else "",
+            problem=f"Unhealthy: {wrong}" if wrong else "",
+            problem_since=f"since {since}" if wrong else "",
         )
-        for (namespace, pod, container), slots in users.get(device["path"], {}).items():
+        for (pod, container), slots in users.get(device["path"], {}).items():
             held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
-            yield _fill(_USER, container=container, namespace=namespace, pod=pod, slots=held)
+            yield _fill(_USER, container=container, pod=pod, slots=held)
         yield "</td></tr>\n"
         head = ""  # it spans all rows
     yield "</tbody>\n"
-
-
-def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """ROWS as a list below TITLE; nothing where there are none."""
-    if rows:
-        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
-        for key, text, *more in rows:
-            item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-            yield _fill(item, key=key, text=text, more=" ".join(more))
-        yield "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback if descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-MAX_CLIENTS = 64
-HEAD_BYTES = 8192  # of a request
-CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
-ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
-FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
-
 OK = "200 OK"
 UNAVAILABLE = "503 Service Unavailable"
-UNKNOWN_HOST = (
-    "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
-    "of the pod, or the name that --listen has"
-)
-
-_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]\n")
-_HOST = re.compile(r"^host:(.*)", re.IGNORECASE | re.MULTILINE)
+UNKNOWN_HOST = "use an IP address, localhost, the name of the node or of the pod, or the one of --listen as the host"
 
 
-class Request(NamedTuple):
-    """What a client wants; the host is empty if it names none."""
-
-    method: str
-    path: str
-    host: str
-
-
-def parse_request(data: bytes) -> Optional[Request]:
-    """The request at the beginning of DATA; None if it is none that this server understands."""
+def parse_request(data: bytes) -> tuple[str, str, str] | None:
+    """Method, path and host, empty if there is none, of the request in DATA; None if it cannot be parsed."""
     head, end, _ = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")
-    line = _REQUEST_LINE.match(f"{head}\n")
-    if not line or not end:
-        return None
-    host = _HOST.search(head)
-    return Request(line[1], line[2].partition("?")[0], host[1] if host else "")
+    line = re.match(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]$", head, re.MULTILINE)
+    host = re.search(r"^host:(.*)", head, re.IGNORECASE | re.MULTILINE)
+    return (line[1], line[2].partition("?")[0], host[1] if host else "") if line and end else None
 
 
 def is_known_host(host: str, names: FrozenSet[str]) -> bool:
     """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
     here (DNS rebinding), must not be able to read what this server shows."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
-    if name in names:
-        return True
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return bool(socket.inet_pton(family, name.partition("%")[0]))
-    return False
+    return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
 
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
@@ -6357,15 +6275,6 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_head(connection: socket.socket) -> bytes:
-    """What a client sends up to an empty line, its end, or HEAD_BYTES."""
-    data, chunk = b"", b"-"
-    while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
-        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
-        data += chunk
-    return data
-
-
 def describe_process() -> Document:
     """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
@@ -6382,10 +6291,15 @@ def describe_process() -> Document:
 
 @dataclass(eq=False)
 class StatusServer:
-    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report()."""
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
+
+    MAX_CLIENTS: ClassVar = 64
+    HEAD_BYTES: ClassVar = 8192  # of a request
+    CLIENT_SECONDS: ClassVar = 10.0  # for a client to send its request and take the answer
+    FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
-    side: Union[DevicePluginSide, DraSide]
+    side: DevicePluginSide | DraSide
     pod_resources: PodResources
     node: str
     names: FrozenSet[str]  # by which a client may ask, besides IP addresses
@@ -6395,76 +6309,69 @@ class StatusServer:
     def __post_init__(self) -> None:
         self.events = EventRing()
         self._main_heartbeat = time.monotonic()
-        self._clients: Dict[asyncio.Task[None], None] = {}  # the oldest first
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+        self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._views: dict[str, asyncio.Future[bytes]] = {}  # by path
 
-    def take(self, plan: Plan) -> None:
-        """Show PLAN from now on."""
-        self.plan = plan
-
-    def report(self, device_side: Document) -> None:
-        """Show DEVICE_SIDE, which nothing changes. Any thread may call this: nothing wakes up."""
-        self.device_side = device_side
+    def report(self, plan: Plan, device_side: Document) -> None:
+        """Show PLAN and DEVICE_SIDE, which nothing changes. Nothing wakes up."""
+        self.plan, self.device_side = plan, device_side
 
     def beat(self) -> None:
         """The main thread, which calls this, works."""
         self._main_heartbeat = time.monotonic()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. If there are too many clients, the oldest one goes: nobody can keep others out."""
         try:
             while True:
                 try:
                     connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
                 except OSError as error:
                     log.debug("cannot accept a connection to the status page: %s", error.strerror)
-                    await asyncio.sleep(ERROR_PAUSE)
-                else:
-                    self._welcome(connection)
-                    await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
+                    await asyncio.sleep(1.0)  # until there are file descriptors again
+                    continue
+                task = asyncio.ensure_future(self._serve(connection))
+                task.add_done_callback(lambda task: self._clients.pop(task, None))
+                self._clients[task] = None
+                if len(self._clients) > self.MAX_CLIENTS:
+                    oldest = next(iter(self._clients))
+                    del self._clients[oldest]
+                    oldest.cancel()
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self.listener.close()
-            tasks = [*self._clients, *self._made.values()]
-            for task in tasks:
-                task.cancel()
+            tasks: list[asyncio.Future[Any]] = [*self._clients, *self._views.values()]
+            for each in tasks:
+                each.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
-    def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client. If there are too many, the oldest one goes: nobody can keep others out for long."""
-        task = asyncio.ensure_future(self._serve(connection))
-
-        def end(_: object) -> None:
-            connection.close()
-            self._clients.pop(task, None)
-
-        task.add_done_callback(end)
-        self._clients[task] = None
-        if len(self._clients) > MAX_CLIENTS:
-            oldest = next(iter(self._clients))
-            del self._clients[oldest]
-            oldest.cancel()
-
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
-        try:
-            await asyncio.wait_for(self._answer(connection), CLIENT_SECONDS)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went away or was too slow: %s", error)
+        with connection:
+            try:
+                await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
+            except (OSError, asyncio.TimeoutError) as error:
+                log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _answer(self, connection: socket.socket) -> None:
-        request = parse_request(await _read_head(connection))
-        if not request:
+        loop = asyncio.get_running_loop()
+        data, chunk = b"", b"-"
+        while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
+            chunk = await loop.sock_recv(connection, self.HEAD_BYTES - len(data))
+            data += chunk
+        method, path, host = parse_request(data) or ("", "", "")
+        if not method:
             answer = plain("400 Bad Request")
-        elif request.method not in ("GET", "HEAD"):
+        elif method not in ("GET", "HEAD"):
             answer = plain("405 Method Not Allowed")
-        elif not is_known_host(request.host, self.names):
+        elif not is_known_host(host, self.names):
             answer = plain("421 Misdirected Request", [UNKNOWN_HOST])
         else:
-            answer = await self._respond(request.path)
-            if request.method == "HEAD":
-                answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        await asyncio.get_running_loop().sock_sendall(connection, answer)
+            answer = await self._respond(path)
+        if method == "HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        await loop.sock_sendall(connection, answer)
 
     async def _respond(self, path: str) -> bytes:
         try:
@@ -6473,9 +6380,13 @@ class StatusServer:
                 return plain(UNAVAILABLE if hanging else OK, hanging or ["ok"])
             if path == "/readyz":
                 return self._readyz()
-            if path in ("/", "/metrics", "/status.json"):
-                return await self._shared(path, lambda: self._view(path))
-            return plain("404 Not Found")
+            if path not in ("/", "/metrics", "/status.json"):
+                return plain("404 Not Found")
+            if not self._views:
+                asyncio.get_running_loop().call_later(self.FRESH_SECONDS, self._views.clear)
+            if path not in self._views:
+                self._views[path] = asyncio.ensure_future(self._view(path))
+            return await asyncio.shield(self._views[path])
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
@@ -6483,20 +6394,19 @@ class StatusServer:
             log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
-    def _threads(self) -> List[Document]:
+    def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        now = time.monotonic()
         heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
         return [
-            {"name": name, "seconds_since_turn": now - heartbeat, "max_seconds": self.side.max_silence}
-            for name, heartbeat in heartbeats.items()
+            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
+            for name, beat in heartbeats.items()
         ]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
-        side = self.side
         resources = [
-            {"name": f"{side.domain}/{name}", **side.describe_registration(name)} for name in self.plan.resources
+            {"name": f"{self.side.domain}/{name}", **self.side.describe_registration(name)}
+            for name in self.plan.resources
         ]
         unready = find_unready(resources)
         lines = [] if unready else ["ok"]
@@ -6506,27 +6416,23 @@ class StatusServer:
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document, problems = await self._shared("", self._describe)
-        nonce, policy = os.urandom(16).hex(), ""
+        document = await self._describe()
+        if path == "/metrics":
+            text = "".join(await in_slices(render_metrics(document)))
+            return respond(OK, text, "text/plain; version=0.0.4; charset=utf-8")
+        problems = find_problems(document)
         if path == "/":
-            kind, pieces = "text/html; charset=utf-8", render_page(document, problems, nonce)
+            nonce = os.urandom(16).hex()
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-        elif path == "/metrics":
-            kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
-        else:
-            kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
-        return respond(OK, "".join(await in_slices(pieces)), kind, policy)
+            page = "".join(await in_slices(render_page(document, problems, nonce)))
+            return respond(OK, page, "text/html; charset=utf-8", policy)
+        document["healthy"] = not find_hanging(document["threads"])
+        document["ready"] = not find_unready(document["resources"])
+        document["problems"] = [_with_names(sentence, names) for sentence, names in problems.items()]
+        text = "".join(await in_slices(json.JSONEncoder(indent=1).iterencode(document)))
+        return respond(OK, text, "application/json")
 
-    async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
-        if not self._made:
-            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._made.clear)
-        if key not in self._made:
-            self._made[key] = asyncio.ensure_future(make())
-        made: T = await asyncio.shield(self._made[key])
-        return made
-
-    async def _describe(self) -> Tuple[Document, FoundProblems]:
+    async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6537,7 +6443,7 @@ class StatusServer:
             }
             for name, resource in plan.resources.items()
         )
-        document = {
+        return {
             "smarter_device_manager": __version__,
             "node": self.node,
             "domain": side.domain,
@@ -6549,8 +6455,6 @@ class StatusServer:
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
-        problems = find_problems(document)
-        return {**document, **describe_health(document, problems)}, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7085,19 +6989,17 @@ class KubeletThread(threading.Thread):
             task.result()
 
     def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side and the status server."""
+        """Give PLAN to the kubelet side."""
         self._loop.call_soon_threadsafe(self._side.deliver, plan)
-        if self._status:
-            self._loop.call_soon_threadsafe(self._status.take, plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
         self._loop.call_soon_threadsafe(self._side.look_now)
 
-    def report(self, device_side: Document) -> None:
-        """Give the status server the part of the device side."""
+    def report(self, plan: Plan, device_side: Document) -> None:
+        """Give the status server PLAN and the part of the device side."""
         if self._status:
-            self._status.report(device_side)
+            self._status.report(plan, device_side)
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
@@ -7324,7 +7226,7 @@ def follow_devices(
             thread.send(plan)
             unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.describe())
+        thread.report(devices.plan, devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
@@ -8078,7 +7980,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.enqueue(_problem_line(error))
+        writer.put(_problem_line(error))
         return 1
 
 
@@ -8178,14 +8080,14 @@ scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th 
 Used by</th></tr></thead>
 """
 _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
 <td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
 aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
 <td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
