@@ -6022,30 +6022,6 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class Family(NamedTuple):
-    """A metric: its name without the prefix, its help, and where the document has its values.
-
-    "resources.KEY" has one per resource if it is known; any other "PART.KEY" has one if the document has PART.
-    """
-
-    name: str
-    help: str
-    source: Union[str, Callable[[Document], Samples]]
-
-    @property
-    def full_name(self) -> str:
-        """The exported name; those of a process are the names that all Prometheus clients give them."""
-        return self.name if self.name.startswith("process_") else PREFIX + self.name
-
-    def samples(self, document: Document) -> Samples:
-        if not isinstance(self.source, str):
-            return self.source(document)
-        part, _, key = self.source.partition(".")
-        if part == "resources":
-            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
-        return [({}, document[part][key])] if document[part] else []
-
-
 def _build_samples(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     yield {"version": document["smarter_device_manager"], "python": python}, 1
@@ -6080,50 +6056,64 @@ def _request_samples(document: Document) -> Samples:
         yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
-FAMILIES = (
-    Family("build_info", "Always 1; the labels have the versions.", _build_samples),
-    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
-    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
-    Family("slot_holder", "1 per container that has a slot.", _holder_samples),
-    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _device_samples),
-    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
-    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
-    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
-    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
-    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
-    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
-    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
-    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
-    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
-    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
-    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
-    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
-    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out_samples),
-    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _request_samples),
-    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
-    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
-    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
-    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
-    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
-    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
-    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
-    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
-    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
-    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
-    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
+# The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
+# resource if it is known, any other "PART.KEY" has one if the document has PART.
+FAMILIES: Sequence[Tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("slots", "Containers that may have the resource at once.", "resources.slots"),
+    ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    ("slot_holder", "1 per container that has a slot.", _holder_samples),
+    ("devices", "Devices of the resource: present, absent, or there but unhealthy.", _device_samples),
+    ("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    ("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    ("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    ("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    ("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    ("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    ("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    ("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    ("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    ("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    ("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    ("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    ("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    ("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out_samples),
+    ("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _request_samples),
+    ("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    ("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    ("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    ("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    ("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    ("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    ("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    ("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    ("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    ("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    ("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
+
+
+def metric_name(name: str) -> str:
+    """The exported name; those of a process are the names that all Prometheus clients give them."""
+    return name if name.startswith("process_") else PREFIX + name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
-    for family in FAMILIES:
-        name = family.full_name
-        yield f"# HELP {name} {family.help}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
-        for labels, value in family.samples(document):
+    for short, text, source in FAMILIES:
+        name = metric_name(short)
+        yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+        for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
+
+
+def _read_samples(source: str, document: Document) -> Samples:
+    part, _, key = source.partition(".")
+    if part == "resources":
+        return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+    return [({}, document[part][key])] if document[part] else []
 
 
 # The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.

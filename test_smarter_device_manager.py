@@ -9760,16 +9760,14 @@ def test_slots_in_use_and_their_holders(served: Status, kubelet: Kubelet) -> Non
 
 
 def fill_a_message(response: pb.ListPodResourcesResponse) -> bytes:
-    """A message of RESPONSE that is one byte longer than what is read."""
+    """A message of RESPONSE that is longer than what is read."""
     response.pod_resources.add(name="x" * sdm.POD_RESOURCES_BYTES)
     return response.SerializeToString()
 
 
 IS_NO_ANSWER: Mapping[str, Callable[[pb.ListPodResourcesResponse], bytes]] = {
-    "no message": lambda response: b"\xff" * 1000,
     "cut": lambda response: response.SerializeToString()[:-1],
     "no UTF-8": lambda response: response.SerializeToString().replace(b"detector", b"detect\xff\xff"),
-    "another type": lambda response: b"\x08\x01" + b"\x0a\x03\x0a\x05x",
     "too long": fill_a_message,
     "too many": lambda response: holders_message(
         ("smarter-devices/nvidia-gpu0", "default/pod/main", ["0"] * (sdm.MAX_HOLDERS + 1))
@@ -10080,35 +10078,25 @@ DRA_METRICS = {
 }  # fmt: skip
 
 
-def kind_of(name: str) -> str:
-    return "counter" if name.endswith("_total") else "gauge"
+def metric_rows() -> list[tuple[str, str, str]]:
+    """Name, type and help of every metric. The name of a counter ends in "_total"."""
+    names = [(sdm.metric_name(name), help_) for name, help_, _ in sdm.FAMILIES]
+    return [(name, "counter" if name.endswith("_total") else "gauge", help_) for name, help_ in names]
 
 
 def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
     answer = served.ask("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {family.name: family for family in text_string_to_metric_families(answer.body)}
-    for family in sdm.FAMILIES:
-        name = family.full_name
+    for name, kind, help_ in metric_rows():
         parsed = found.pop(name.removesuffix("_total"))
-        assert (parsed.type, parsed.documentation) == (kind_of(name), family.help)
+        assert (parsed.type, parsed.documentation) == (kind, help_)
         assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
-        if family.name not in ("slots_in_use", "slot_holder") and family.name not in DRA_METRICS:
+        if name.replace(sdm.PREFIX, "") not in {"slots_in_use", "slot_holder", *DRA_METRICS}:
             assert parsed.samples
     assert not found
     lines = answer.body.splitlines()
-    assert len([line for line in lines if line.startswith("# HELP ")]) == len(sdm.FAMILIES)
-    assert len([line for line in lines if line.startswith("# TYPE ")]) == len(sdm.FAMILIES)
-
-
-def test_metrics_follow_the_naming_rules() -> None:
-    for family in sdm.FAMILIES:
-        name = family.full_name
-        assert re.fullmatch(r"(smarter_device_manager|process)_[a-z]+(_[a-z]+)*", name)
-        assert not re.search(r"_(count|sum|bucket|ms|milliseconds|kib|mib|percent)$", name)
-        assert family.help.endswith(".")
-    names = [family.full_name for family in sdm.FAMILIES]
-    assert len(set(names)) == len(names)
+    assert len([line for line in lines if line.startswith(("# HELP ", "# TYPE "))]) == 2 * len(sdm.FAMILIES)
 
 
 def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet) -> None:
@@ -10164,38 +10152,16 @@ def test_a_device_that_is_gone_is_absent(served: Status, folder: Path) -> None:
 
 def test_process_metrics_are_the_kernels_own(served: Status) -> None:
     process = psutil.Process(served.daemon.process.pid)
-    before = process.cpu_times()
     metrics = served.metrics()
-    after = process.cpu_times()
-    assert before.user + before.system - 0.1 <= metrics["process_cpu_seconds_total"] <= after.user + after.system + 0.1
+    assert metrics["process_cpu_seconds_total"] == pytest.approx(cpu_time(served.daemon), abs=0.3)
     assert metrics["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
     assert metrics["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
 
 
-def test_labels_are_escaped() -> None:
+def test_labels_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = 'a"b\\c\nd{}=,'
-    family = sdm.Family("x", "Help.", lambda document: [({"name": hostile}, 1.5), ({"name": "b"}, True)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdm, "FAMILIES", (family,))
-        text = "".join(sdm.render_metrics({}))
-    assert samples(text) == {("x", hostile): 1.5, ("x", "b"): 1}
-
-
-def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> None:
-    (node.dev / "plain").write_text("")
-    (node.dev / "empty").mkdir()
-    (node.dev / "---").mkdir()
-    node.link("dangling", "nowhere")
-    node.link("outside", "/etc/passwd")
-    node.link("around", "around")
-    node.link("public/link", "../plain")
-    (node.dev / "public").chmod(0o777)
-    os.mkfifo(node.dev / "pipe")
-    node.rules("- devicematch: .*\n")
-    counts = {key[1]: value for key, value in Status(start("--listen", ":0")).metrics().items() if key[0] == "left_out"}
-    none = "attributes file_system name_taken bad_name container_path other duplicate list_too_long pattern_timeout"
-    some = {"link": 3, "folder": 2, "not_a_device": 2, "untrusted": 2}  # the folder and what is in it
-    assert counts == {**dict.fromkeys(none.split(), 0), **some}
+    monkeypatch.setattr(sdm, "FAMILIES", [("x", "Help.", lambda _: [({"name": hostile}, 1.5), ({"name": "b"}, True)])])
+    assert samples("".join(sdm.render_metrics({}))) == {("x", hostile): 1.5, ("x", "b"): 1}
 
 
 @pytest.mark.parametrize(
@@ -10218,22 +10184,22 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
     plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
-    assert [found.reason.label for found in plan.left_out] == [label]
+    samples_ = sdm._left_out_samples(sdm.describe_plan(plan, [], "smarter-devices"))
+    labels = {reason.label for reason in sdm.Reason}
+    assert {found["reason"]: count for found, count in samples_} == {**dict.fromkeys(labels, 0), label: 1}
 
 
 def test_the_documentation_lists_every_metric_and_no_other() -> None:
     page = (HERE / "docs/operating.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    families = [(family.full_name, kind_of(family.full_name), family.help) for family in sdm.FAMILIES]
-    assert [(name, kind, help_) for name, kind, _, help_ in rows] == families
+    assert [(name, kind, help_) for name, kind, _, help_ in rows] == metric_rows()
 
 
 def test_the_alerts_use_metrics_that_exist() -> None:
     (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "docs/operating.md").read_text(), re.M | re.S)
-    rules = yaml.safe_load(alerts)["groups"][0]["rules"]
-    asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
+    asked = [re.match(r"\w+", rule["expr"])[0] for rule in yaml.safe_load(alerts)["groups"][0]["rules"]]
     assert len(asked) == 3
-    assert set(asked) <= {family.full_name for family in sdm.FAMILIES}
+    assert set(asked) <= {name for name, _, _ in metric_rows()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10330,19 +10296,8 @@ def test_only_known_hosts_are_answered(folder: Path, start: Starter) -> None:
             assert (answer.partition("\r\n\r\n")[2] == f"{sdm.UNKNOWN_HOST}\n") == (status == 421)
 
 
-@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: [::1]\r\n"])
-def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
-    assert served.say(data, is_done=True).startswith(b"HTTP/1.1 400 ")
-
-
 REQUEST_PIECES = [b"GET ", b"POST ", b"HEAD", b"/", b"/metrics", b" HTTP/1.1", b"\r\n", b"\n", b"Host: [::1]"]
 REQUEST_PIECES += [b":", b" ", b"\0", b"\xff", b"http://", b"\r\n\r\n"]
-
-
-@given(st.binary(max_size=300) | st.lists(st.sampled_from(REQUEST_PIECES)).map(b"".join))
-def test_any_bytes_are_a_request_or_not(data: bytes) -> None:
-    request = sdm.parse_request(data)
-    assert request is None or request.path.startswith("/")
 
 
 def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
@@ -10432,32 +10387,6 @@ def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
     assert served.ask("/healthz").status == 200
 
 
-class Flood:
-    """Threads that do to the status server what clients may do; a context manager."""
-
-    def __init__(self, *works: Callable[[], object]) -> None:
-        self._works = works
-        self._is_over = False
-        self.count = 0
-
-    def __enter__(self) -> Flood:
-        self._threads = [threading.Thread(target=self._run, args=(work,)) for work in self._works]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def _run(self, work: Callable[[], object]) -> None:
-        while not self._is_over:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                work()
-                self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over = True
-        for thread in self._threads:
-            thread.join()
-
-
 def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
     """The seconds that each of COUNT Allocates took."""
     stub = kubelet.clients[kubelet.name("nvidia-gpu0")].stub
@@ -10474,29 +10403,7 @@ def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
     return kubelet.do(allocate(), 5 * PATIENCE)
 
 
-def test_clients_of_the_status_server_do_not_delay_the_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(200):
-        node.sysfs(f"gpu.{number}", {})
-    node.rules(GPUS)
-    status = Status(start("--listen", "127.0.0.1:0"))
-    status.wait_for("/readyz", 200)
-    alone = allocate_times(kubelet, 100)
-    with contextlib.ExitStack() as stack:
-        for _ in range(sdm.StatusServer.MAX_CLIENTS):
-            stack.enter_context(status.connect())
-        idle = allocate_times(kubelet, 100)
-    with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
-        wait_for(lambda: flood.count > 10)
-        flooded = allocate_times(kubelet, 100)
-    summary = {
-        name: f"{statistics.median(times) * 1000:.1f} ms, {max(times) * 1000:.1f} ms at most"
-        for name, times in (("alone", alone), ("idle connections", idle), ("flooded", flooded))
-    }
-    print(summary)
-    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, summary
-    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, summary
-
-
+# Opens RATE connections a second, sends DATA on each, and keeps the last hundred open. It prints a line once it does.
 FLOODING = """
 import socket, sys, time
 port, rate, data, kept = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].encode(), []
@@ -10511,27 +10418,37 @@ while True:
             pass
         if len(kept) > 100:
             kept.pop(0).close()
+        if count == 101:
+            print(flush=True)
     time.sleep(0.001)
 """
 
 
-@pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
-def test_a_thousand_connections_a_second_starve_no_probe(served: Status, kubelet: Kubelet, data: str) -> None:
-    flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
-    try:
-        wait_for(lambda: open_sockets(served.daemon) > (0 if data else sdm.StatusServer.MAX_CLIENTS / 2))
-        took = []
-        for _ in range(25):
-            begin = time.monotonic()
-            assert served.ask("/healthz").status == 200
-            took.append(time.monotonic() - begin)
-        assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
-        assert sorted(took)[-3] < 1, "nor those of others, unless this machine is too busy"
-        assert statistics.median(allocate_times(kubelet, 100)) < 0.1
-        assert open_sockets(served.daemon) < 3 * sdm.StatusServer.MAX_CLIENTS
-    finally:
-        flood.kill()
-        flood.wait()
+@pytest.mark.parametrize(
+    "data", ["", "x\r\n\r\n", "GET / HTTP/1.0\r\n\r\n"], ids=["that say nothing", "of nonsense", "that ask"]
+)
+def test_a_thousand_connections_a_second_starve_no_probe(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, data: str
+) -> None:
+    for number in range(100):
+        node.sysfs(f"gpu.{number}", {})
+    served = Status(start("--listen", "127.0.0.1:0"))
+    served.wait_for("/readyz", 200)
+    command = [sys.executable, "-c", FLOODING, str(served.port), "1000", data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+        try:
+            assert flood.stdout and flood.stdout.readline()  # the flood has come; it may have been answered already
+            took = []
+            for _ in range(25):
+                begin = time.monotonic()
+                assert served.ask("/healthz").status == 200
+                took.append(time.monotonic() - begin)
+            assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
+            assert statistics.median(took) < 1, "nor those of others, unless this machine is too busy"
+            assert statistics.median(allocate_times(kubelet, 100)) < 0.1
+            assert open_sockets(served.daemon) < 3 * sdm.StatusServer.MAX_CLIENTS
+        finally:
+            flood.kill()
 
 
 def test_rendering_lets_others_have_their_turn() -> None:
@@ -10779,21 +10696,6 @@ def test_json_metrics_and_terminal_escape_hostile_texts_too() -> None:
     text.encode()
     names = {key[1] for key in samples("".join(sdm.render_metrics(document))) if key[0] == "slots"}
     assert names == {f"{HOSTILE_WORD}/{HOSTILE_WORD}"}
-
-
-@needs_root
-def test_hostile_names_on_the_node_are_text_on_the_page(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    name = "<img src=x onerror=alert(1)>"
-    node.plug(name)
-    node.rules("- devicematch: img\n")
-    kubelet.hold((sdm.resource_name(name), "<i>ns<i>/<script>alert(2)<script>/<b>", ["0"]))
-    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "<i>node</i>"}))
-    page = status.ask("/").body
-    found = Tags(page)
-    assert page.count("<script") == 1, "its own"
-    assert not found.tags & {"img", "b", "i"}
-    for text in (f"/dev/{name}", "<i>ns<i>/<script>alert(2)<script>", "<b>", "<i>node</i>"):
-        assert text in found.text
 
 
 def test_the_page_says_what_is_wrong_first(served: Status, kubelet: Kubelet) -> None:
@@ -11099,11 +11001,6 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
     run = node.run("--status", served.address, env=LOGGING_IMPORTS)
     assert run.returncode == 0
     assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("number", "text"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
-def test_one_is_singular(number: int, text: str) -> None:
-    assert sdm.pluralize(number, "slot") == text
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
