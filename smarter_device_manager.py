@@ -6160,8 +6160,9 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
     lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
     for title, rows in lists:
         item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-        items = [_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows]
-        yield f'<h2>{title}</h2>\n<ul class="card list">\n{"".join(items)}</ul>\n' if items else ""
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n' if rows else ""
+        yield from (_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows)
+        yield "</ul>\n" if rows else ""
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
