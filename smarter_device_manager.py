@@ -6235,7 +6235,7 @@ def parse_request(data: bytes) -> tuple[str, str, str] | None:
     return (line[1], line[2].partition("?")[0], host[1] if host else "") if line and end else None
 
 
-def is_known_host(host: str, names: FrozenSet[str]) -> bool:
+def is_known_host(host: str, names: frozenset[str]) -> bool:
     """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
     here (DNS rebinding), must not be able to read what this server shows."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
@@ -6293,7 +6293,7 @@ class StatusServer:
     side: DevicePluginSide | DraSide
     pod_resources: PodResources
     node: str
-    names: FrozenSet[str]  # by which a client may ask, besides IP addresses
+    names: frozenset[str]  # by which a client may ask, besides IP addresses
     plan: Plan
     device_side: Document  # its part of the document
 
@@ -6395,33 +6395,29 @@ class StatusServer:
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
-        resources = [
-            {"name": f"{self.side.domain}/{name}", **self.side.describe_registration(name)}
-            for name in self.plan.resources
-        ]
-        unready = find_unready(resources)
+        states = {name: self.side.describe_registration(name) for name in self.plan.resources}
+        unready = find_unready(states.values())
         lines = [] if unready else ["ok"]
-        lines += [f"{resource['name']}: {resource['trouble']}" for resource in resources if not resource["ready"]]
+        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if not each["ready"]]
         lines += filter(None, [conf_problem(self.device_side["conf"])])
         return plain(UNAVAILABLE if unready else OK, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document = await self._describe()
+        document, policy = await self._describe(), ""
         if path == "/metrics":
-            text = "".join(await in_slices(render_metrics(document)))
-            return respond(OK, text, "text/plain; version=0.0.4; charset=utf-8")
-        problems = find_problems(document)
-        if path == "/":
+            kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        elif path == "/":
             nonce = os.urandom(16).hex()
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-            page = "".join(await in_slices(render_page(document, problems, nonce)))
-            return respond(OK, page, "text/html; charset=utf-8", policy)
-        document["healthy"] = not find_hanging(document["threads"])
-        document["ready"] = not find_unready(document["resources"])
-        document["problems"] = [_with_names(sentence, names) for sentence, names in problems.items()]
-        text = "".join(await in_slices(json.JSONEncoder(indent=1).iterencode(document)))
-        return respond(OK, text, "application/json")
+            kind, pieces = "text/html; charset=utf-8", render_page(document, find_problems(document), nonce)
+        else:
+            document["healthy"] = not find_hanging(document["threads"])
+            document["ready"] = not find_unready(document["resources"])
+            found = find_problems(document).items()
+            document["problems"] = [_with_names(sentence, names) for sentence, names in found]
+            kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
+        return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
