@@ -7878,26 +7878,15 @@ def test_names_of_devices_are_labels_and_unique(paths: list[str]) -> None:
     assert len(names) == 3 * len(paths)
     for name in names:
         assert re.fullmatch(LABEL, name), name
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("video0", "video0-7"),
-        ("ttyUSB0", "ttyusb0-8acffaea-7"),
-        ("dri/renderD128", "dri-renderd128-78bc635c-7"),
-        (
-            "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0",
-            "serial-by-id-usb-silicon-labs-cp2102-0001-if00-po-338af8d6-7",
-        ),
-    ],
-)
-def test_names_of_devices_are_the_same_tomorrow(path: str, name: str) -> None:
-    assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
-
-
-def test_names_of_devices_are_63_characters_long_at_the_most() -> None:
     assert len(list(sdm.slots_by_device_name(plan_of(device_of_path("a" * 200, slots=10000))))[-1]) == 63
+
+
+def test_names_of_devices_are_the_same_tomorrow() -> None:
+    for path, name in [
+        ("video0", "video0-7"), ("ttyUSB0", "ttyusb0-8acffaea-7"), ("dri/renderD128", "dri-renderd128-78bc635c-7"),
+        ("serial/by-id/usb-Silicon_Labs_CP2102_0001", "serial-by-id-usb-silicon-labs-cp2102-0001-57a571de-7"),
+    ]:  # fmt: skip
+        assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
 
 
 def test_attributes_are_within_the_limits_of_the_api() -> None:
@@ -7921,14 +7910,6 @@ def test_attributes_are_within_the_limits_of_the_api() -> None:
     for is_gone, what in ((True, "gone"), (False, "unhealthy")):
         (bad,) = slice_devices(plan_of(device_of_path("video0", problem="why", is_gone=is_gone)))
         assert bad["taints"] == [{"key": f"smarter-devices/{what}", "effect": "NoSchedule"}]
-
-
-def test_slices_are_as_large_as_they_may_be() -> None:
-    devices = [{"name": str(number)} for number in range(150)]
-    groups = list(sdm.split_into_slices(iter(devices)))
-    assert [count for count, _ in groups] == [64, 64, 22]
-    assert [device for _, group in groups for device in json.loads(group)] == devices
-    assert not list(sdm.split_into_slices([]))
 
 
 def test_names_of_slices_are_names_of_objects_and_unique() -> None:
@@ -7963,31 +7944,35 @@ def test_device_classes_are_as_in_the_facts() -> None:
 def test_what_a_claim_was_allocated_is_read() -> None:
     results = [result_of("a-0"), result_of("gpu-1", driver="gpu.example.com", pool="x"), result_of("b-0", "q/first")]
     results += [{**result_of("a-0", "watch"), "adminAccess": True}]
-    claim = {"status": {"allocation": {"devices": {"results": results}}}}
-    found = [("r", "a-0", False), ("q", "b-0", False), ("watch", "a-0", True)]
-    assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == found
+    claim = sdm.PreparedClaim("0-1", "default", "a")
+
+    def read(results: Any, node: str = NODE_NAME, **metadata: str) -> sdm.PreparedClaim | None:
+        status = {"allocation": {"devices": {"results": results}}} if results is not None else {}
+        document = {"metadata": {"uid": "0-1", "name": "a", **metadata}, "status": status}
+        return sdm.read_claim(document, claim, "smarter-devices", node)
+
+    found = (sdm.ClaimedDevice("a-0", ("r", "watch")), sdm.ClaimedDevice("b-0", ("q",)))
+    assert read(results) == claim._replace(devices=found)
+    assert read(results, uid="0-2") is None
     with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
-        sdm.allocated_devices(claim, "smarter-devices", "node-2")
-    for empty in ({}, {"status": {}}, {"status": {"allocation": {"devices": {"results": []}}}}):
+        read(results, "node-2")
+    for empty in ([], None):
         with pytest.raises(sdm.AllocationError, match="not allocated"):
-            sdm.allocated_devices(empty, "smarter-devices", NODE_NAME)
-    for results in (
-        7, [1], [{}], [{**result_of("a"), "device": 7}], [result_of("a", "\ud800")], [result_of("\ud800")],
-    ):  # fmt: skip
+            read(empty)
+    for wrong, name in ((7, "a"), ([1], "a"), ([{}], "a"), (results, "b")):
         with pytest.raises(sdm.UNEXPECTED):
-            claim = {"status": {"allocation": {"devices": {"results": results}}}}
-            sdm.allocated_devices(claim, "smarter-devices", NODE_NAME)
+            read(wrong, name=name)
 
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
     devices = (
-        sdm.PreparedDevice("video0-0", ("r",), "video0", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
-        sdm.PreparedDevice("b-1", ("q", "s"), "b", "/dev/b", {"env": ["A=b"]}, True, True),
+        sdm.ClaimedDevice("a-0", ("r",), False, "a", "/dev/a", {"deviceNodes": [{"path": "/dev/a"}]}),
+        sdm.ClaimedDevice("b-1", ("q", "s"), True, "b", "/dev/b", {"env": ["A=b"]}, "it is gone"),
     )
     claim = sdm.PreparedClaim("0-1", "default", "claim", devices)
     document = json.loads(json.dumps(sdm.cdi_document(claim, "d")))
     assert sdm.read_cdi_document(document, "d") == claim
-    assert [device["name"] for device in document["devices"]] == ["0-1-video0-0", "0-1-b-1:gone"]
+    assert [device["name"] for device in document["devices"]] == ["0-1-a-0", "0-1-b-1:gone"]
     for path, value in [
         (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
         (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
@@ -8014,32 +7999,34 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         ("http://[::1]:8001", (False, "::1", 8001, "")),
         ("https://[::ffff:10.0.0.1]", (True, "::ffff:10.0.0.1", 443, "")),
         (f"https://{'a' * 63}.example.", (True, f"{'a' * 63}.example.", 443, "")),
-    ],
-)
-def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
-    assert sdm.parse_api_url(url) == (url, *address)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
-        "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
-        "https://a..b", "https://.a", f"https://{'a' * 64}.example", "https://[..]", f"https://[{'a' * 64}]",
+        *((url, "has no TLS") for url in ("http://10.96.0.1:443", "http://x.de", "http://127.0.0.1.example.com")),
+        *((url, "is no URL such as") for url in (
+            "ftp://127.0.0.1", "1.2.3.4:443", "https://", "https://a b", "https://x:99999", "https://x:y", "",
+            "https://x?y", "https://u@x", "https://x/\n", "https://a..b", "https://.a", f"https://{'a' * 64}.example",
+            "https://[..]", f"https://[{'a' * 64}]",
+        )),
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_an_api_server(url: str) -> None:
-    with pytest.raises(ValueError, match=r"no URL such as|has no TLS"):
-        sdm.parse_api_url(url)
+def test_urls_of_an_api_server(url: str, address: tuple[Any, ...] | str) -> None:
+    if isinstance(address, tuple):
+        assert sdm.parse_api_url(url) == address
+    else:
+        with pytest.raises(ValueError, match=address):
+            sdm.parse_api_url(url)
 
 
 def read_answer(content: bytes) -> Any:
+    """What a client reads in CONTENT, with which an API server answers its request."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(content)
+        writer.close()
+
     async def read() -> Any:
-        reader = asyncio.StreamReader()
-        reader.feed_data(content)
-        reader.feed_eof()
-        answer = await sdm.receive_answer(reader, "url")
-        return sdm.read_answer(answer, "list", f"{API}/deviceclasses", lambda document: document["a"])
+        async with await asyncio.start_server(talk, "127.0.0.1") as server:
+            api = sdm.ApiServer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "", "")
+            return await api.call("list", f"{API}/deviceclasses", read=lambda document: document["a"])
 
     return asyncio.run(read())
 
@@ -8052,14 +8039,10 @@ def test_answers_of_an_api_server() -> None:
         answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"),
     ):
         assert read_answer(content) == 1
-    for content, status, retry_after in [
-        (answer_bytes(429, {}, "retry-after: 7", "X: y"), 429, 7.0),
-        (answer_bytes(503, b"<html>", "Retry-After: 999999"), 503, 60.0),
-        (answer_bytes(429, {}, "Retry-After: soon"), 429, 0.0),
-    ]:
+    for status, body in ((429, {}), (503, b"<html>")):
         with pytest.raises(sdm.ApiError) as raised:
-            read_answer(content)
-        assert (raised.value.status, raised.value.retry_after) == (status, retry_after)
+            read_answer(answer_bytes(status, body))
+        assert raised.value.status == status
     too_long = sdm.MAX_API_ANSWER + 1
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (b"SSH-2.0 200\r\n\r\n", "speaks no HTTP"),
@@ -8080,21 +8063,15 @@ def test_answers_of_an_api_server() -> None:
             read_answer(content)
 
 
-@pytest.mark.parametrize(
-    ("verb", "path", "status", "text"),
-    [
-        ("list", f"{API}/resourceslices?x=y", 403, 'lacks the right "list" on "resourceslices" (403): why'),
+def test_what_an_api_server_refuses_is_said_in_words() -> None:
+    for verb, path, status, text in [
         ("get", f"{API}/namespaces/nodes/resourceclaims/x", 403, 'the right "get" on "resourceclaims" (403): why'),
-        ("get", "/api/v1/nodes/n", 403, 'lacks the right "get" on "nodes" (403): why'),
         ("create", f"{API}/deviceclasses", 404, "resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why"),
-        ("get", f"{API}/deviceclasses/x", 401, "does not accept the token (401) to get deviceclasses: why"),
         ("update", f"{API}/resourceslices/x", 500, "fails (500) to update resourceslices: why"),
-    ],
-)
-def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, status, "why")
-    long = sdm.api_problem(verb, path, status, "\n" * 10_000)
-    assert len(long) < 400 and "\n" not in long
+    ]:
+        assert text in sdm.api_problem(verb, path, status, "why")
+        long = sdm.api_problem(verb, path, status, "\n" * 10_000)
+        assert len(long) < 400 and "\n" not in long
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8109,6 +8086,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(node: Node, certificates: Path) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip(needs_root.kwargs["reason"])
     cluster = Cluster(node, certificates)
     yield cluster
     cluster.kubelet.down()
@@ -8135,7 +8114,6 @@ def camera(node: Node, cluster: Cluster) -> Cluster:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: Cluster, start: Starter) -> None:
     tty = node.plug("ttyUSB0")
     usb = {"idVendor": "10c4", "idProduct": "ea60", "serial": "0001"}
@@ -8169,51 +8147,41 @@ def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: C
     assert cluster.api.slices(), "they stay for whoever comes next"
 
 
-@needs_root
 def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    wait_for(lambda: len(camera.api.classes()) == 2)
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
-    daemon = start(*camera.options())
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon)
     wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
     assert daemon.stop() == 0
     assert camera.api.writes() == writes
     assert "published" not in daemon.log
 
 
-@needs_root
-def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) -> None:
-    path = f"{API}/deviceclasses/video0.smarter-devices"
-    before = camera.api.put(path, {"metadata": {"name": "video0.smarter-devices"}, "spec": {"mine": True}})
+@pytest.mark.parametrize("is_made_meanwhile", [False, True])
+def test_classes_of_others_are_left_alone(is_made_meanwhile: bool, camera: Cluster, start: Starter) -> None:
+    """Also those that another node makes at the same time."""
+
+    def make(name: str) -> None:
+        item = {"metadata": {"name": name}, "spec": {"mine": True}}
+        support.SimulatedApiServer.put(camera.api, f"{API}/deviceclasses/{name}", item)
+
+    theirs = "video0.smarter-devices"
+    if is_made_meanwhile:
+        camera.api.before_write = lambda target: make(theirs) if target.endswith("deviceclasses") else None
+    else:
+        make(theirs)
     daemon = start(*camera.options())
     daemon.says("made a DeviceClass name=smarter-devices")
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    wait_for(lambda: ("get", theirs) in [(call.verb, call.name) for call in camera.api.calls])
     camera.node.rules("- devicematch: nothing\n")
     camera.wait_for_devices()
     assert daemon.stop() == 0
-    assert camera.api.objects[path] == before
-    assert "smarter-devices" in camera.api.classes()
-
-
-@needs_root
-def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera: Cluster, start: Starter) -> None:
-    def make_first(target: str) -> None:
-        if target.endswith("deviceclasses"):
-            for name in ("smarter-devices", "video0.smarter-devices"):
-                support.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
-
-    camera.api.before_write = make_first
-    daemon = start(*camera.options())
-    wait_for(lambda: ("create", "deviceclasses") in camera.api.writes())
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
-    assert daemon.stop() == 0
     assert "trying again" not in daemon.log
-    assert [item["spec"] for item in camera.api.classes().values()] == [{}, {}]
+    assert camera.api.classes().keys() == {"smarter-devices", theirs}
+    assert camera.api.classes()[theirs]["spec"] == {"mine": True}
 
 
-@needs_root
 def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(150):
         node.plug(f"video{number}")
@@ -8235,12 +8203,11 @@ def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: 
     assert daemon.stop() == 0
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("name", "generation", "then"),
     [("ours", 41, 42), ("ours", (1 << 63) - 1, 1), (sdm.slice_name(NODE_NAME, "smarter-devices", 0), (1 << 63) - 1, 1)],
 )
-def test_stale_slices_of_ours_are_removed_and_no_others(
+def test_stale_slices_of_ours_alone_are_removed(
     name: str, generation: int, then: int, camera: Cluster, start: Starter
 ) -> None:
     def old(name: str, **changes: Any) -> None:
@@ -8258,7 +8225,6 @@ def test_stale_slices_of_ours_are_removed_and_no_others(
     assert {item["metadata"]["name"] for item in camera.api.slices()} == {"other-node", "other-driver", ours}
 
 
-@needs_root
 def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
     camera.api.drops_taints = True
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
@@ -8269,7 +8235,6 @@ def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cl
     assert camera.api.writes().count(("update", "resourceslices")) == 1
 
 
-@needs_root
 def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
@@ -8289,7 +8254,6 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     (info,) = camera.kubelet.infos
@@ -8318,7 +8282,6 @@ def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, sta
     assert not camera.gives(claim)[1]
 
 
-@needs_root
 def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
@@ -8332,7 +8295,6 @@ def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> 
     camera.unprepare(first)
 
 
-@needs_root
 def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
     """What no waiting helps is said at once."""
     for name in ("a1", "a2"):
@@ -8366,10 +8328,7 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
 
 
-@needs_root
-def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_what_is_given_is_as_with_the_device_plugin(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("bus/ttyUSB7")
     node.link("serial/stick", "../bus/ttyUSB7")
     for name in ("snd/controlC0", "snd/pcmC0D0p", "video0", "media0"):
@@ -8402,7 +8361,6 @@ def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
     assert cluster.edits(apart, second.cdi_device_ids)[1] == ["NVIDIA_VISIBLE_DEVICES=1"]
 
 
-@needs_root
 def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8431,12 +8389,10 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     assert not camera.file(claim).exists() and not half.exists()
 
 
-@needs_root
-def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
+def test_the_cdi_file_of_a_gone_claim_is_removed_when_possible(camera: Cluster, start: Starter) -> None:
     looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05, **FORGETFUL)
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     del camera.api.objects[camera.path(claim)]
     camera.cdi.chmod(0o555)
@@ -8450,21 +8406,6 @@ def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(c
     assert camera.gives(camera.claim("video0-0")), "no dead claim holds it"
 
 
-@needs_root
-def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
-    daemon.kill()
-    camera.api.fault = lambda verb, kind: answer_bytes(200, {"metadata": 7}) if kind == "resourceclaims" else None
-    daemon = start(*camera.options())
-    daemon.says("the API server's answer to get .*/resourceclaims/claim-1 is not one")
-    assert camera.gives(claim), "it is prepared"
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
-
-
-@needs_root
 def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
     """It has read the CDI files by then, and would not know of another."""
     daemon = camera.serve(start)
@@ -8481,10 +8422,7 @@ def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, s
     assert daemon.stop() == 0
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
-    camera: Cluster, start: Starter
-) -> None:
+def test_a_prepared_device_without_a_rule_stays_until_it_is_gone(camera: Cluster, start: Starter) -> None:
     camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-1")
     given = camera.gives(claim)
@@ -8510,8 +8448,7 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
     assert camera.api.tainted() == {"video0-0", "video0-1"}
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_without_a_rule_costs_little(camera: Cluster, start: Starter) -> None:
     """It is looked at every second, as long as its pod runs."""
     many = "- devicematch: ^tty\n  nummaxdevices: 100\n"
     for number in range(40):
@@ -8530,12 +8467,10 @@ def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluste
     assert after.user + after.system - before.user - before.system < 0.15, "3 % of a core"
 
 
-@needs_root
 def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     camera.cdi.chmod(0o555)
     camera.node.unplug("video0")
     daemon.says(f"cannot write {camera.file(claim)}: Permission denied")
@@ -8546,10 +8481,7 @@ def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Clust
     assert daemon.log.count("cannot write") == 1
 
 
-@needs_root
-def test_a_device_that_comes_back_under_another_number_is_given_again(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_a_device_that_comes_back_with_another_number_is_given(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("ttyUSB0")
     node.link("serial/stick", "../ttyUSB0")
     node.rules(SERIAL)
@@ -8581,9 +8513,8 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
 
 
-@needs_root
 @pytest.mark.parametrize("is_for_b", [False, True])
-def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
+def test_another_stick_in_the_place_of_a_prepared_one(
     node: Node, cluster: Cluster, start: Starter, is_for_b: bool
 ) -> None:
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
@@ -8613,13 +8544,11 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
         assert not cluster.taints() and cluster.gives(cluster.claim(name))
 
 
-@needs_root
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
     grace = {"gone-grace": "1.5"}
     start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     camera.node.unplug("video0")
     unplugged = time.monotonic()
     wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoSchedule"))
@@ -8636,7 +8565,6 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
     camera.wait_for_devices()
 
 
-@needs_root
 def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
     """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
     folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
@@ -8674,7 +8602,6 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     assert (cluster.gives(cluster.claim("loop0-0")), cluster.gives(cam)) == given
 
 
-@needs_root
 @pytest.mark.parametrize("is_away", [False, True])
 def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, cluster: Cluster, start: Starter) -> None:
     """The stick is the one that the claim was given; the rule asks for another one now."""
@@ -8697,7 +8624,6 @@ def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, clus
     assert not any("NoExecute" in taint for taint in cluster.taints().values())
 
 
-@needs_root
 def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
     camera.serve(start, "--interval", "0.02")
     began, before = time.monotonic(), len(camera.api.writes())
@@ -8711,8 +8637,7 @@ def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, star
     assert len(camera.api.writes()) - before <= 2 + time.monotonic() - began
 
 
-@needs_root
-def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_that_went_while_the_driver_was_away(camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
@@ -8731,31 +8656,29 @@ def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera
     camera.wait_for_devices()
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_text(""),
-        lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
-        lambda path: path.rename(path.with_name("x")),
-    ],
-    ids=["deleted", "emptied", "changed", "moved"],
-)
+DAMAGES: Mapping[str, Callable[[Path], object]] = {
+    "deleted": lambda path: path.unlink(),
+    "moved": lambda path: path.rename(path.with_name("x")),
+    "emptied": lambda path: path.write_text(""),
+    "changed": lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
+    "no devices": lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
+    "wrong name": lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
+    "a link to itself": lambda path: path.unlink() or path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("damage", ["deleted", "moved", "emptied", "changed"])
 @pytest.mark.parametrize("by", ["signal", "look", "prepare"])
-def test_a_cdi_file_that_somebody_changes_is_put_right(
-    by: str, damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_that_somebody_changes_is_put_right(by: str, damage: str, camera: Cluster, start: Starter) -> None:
     if by != "look":
         camera.cdi.mkdir()  # one that is made later is watched from the next look on
     looks = with_constants(**({} if by == "look" else {"SOCKET_LOOK_SECONDS": 60, "CALM_LOOK_SECONDS": 60}))
     daemon = start(*camera.options(), "--interval", "60", through=looks)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     content = camera.file(claim).read_text()
     for _ in range(2):
-        damage(camera.file(claim))
+        DAMAGES[damage](camera.file(claim))
         if by == "prepare":
             camera.gives(claim)
             assert camera.file(claim).read_text() == content
@@ -8763,11 +8686,9 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
     daemon.says("went, came back or changed|it does not hold what was written just now")
 
 
-@needs_root
 def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     began = time.monotonic()
     for _ in range(30):
         camera.file(claim).unlink()
@@ -8779,43 +8700,25 @@ def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster
     assert 1 <= daemon.log.count("went, came back or changed") <= 1 + seconds
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_text(""),
-        lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
-        lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
-        lambda path: path.write_text(path.read_text() + " " * (1 << 20)),
-        lambda path: path.unlink(),
-        lambda path: path.unlink() or path.symlink_to(path),
-    ],
-    ids=["empty", "no devices", "wrong name", "long", "deleted", "link"],
-)
-def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
-    damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"moved", "changed"}))
+def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(damage: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
     camera.gives(claim)
     content = camera.file(claim).read_text()
     daemon.kill()
-    damage(camera.file(claim))
+    DAMAGES[damage](camera.file(claim))
     camera.api.fault = lambda verb, kind: answer_bytes(503, {}) if (verb, kind) != ("get", "resourceclaims") else None
-    daemon = start(*camera.options(), through=with_constants(COMPARE_SECONDS=3600, **IMPATIENT))
+    daemon = camera.start_again(start, daemon, COMPARE_SECONDS=3600, **IMPATIENT)
     daemon.says("this CDI file cannot be read, so no device is given that its claim may have")
-    daemon.says("registered with the kubelet")
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: "is still prepared for the claim default/claim-1" in camera.prepare(same).error)
     assert camera.file(claim).read_text() == content, "the API server has told whose they are"
     assert camera.gives(other)
 
 
-@needs_root
 @pytest.mark.parametrize("end", ["prepare", "unprepare", "remove"])
-def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
-    end: str, camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_of_an_unknown_claim_keeps_all_devices_taken(end: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(claim)
@@ -8823,8 +8726,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     camera.file(claim).write_text("")
     for link in camera.cdi.glob("*.claim"):
         link.unlink()
-    daemon = start(*camera.options(), through=with_constants(**{"Claims.PREPARE_SECONDS": 2.0}))
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon, **{"Claims.PREPARE_SECONDS": 2.0})
     assert f"{camera.file(claim)} cannot be read, and its claim may have this device" in camera.prepare(other).error
     if end == "prepare":
         camera.gives(claim)
@@ -8836,8 +8738,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     assert daemon.log.count("cannot be read, so") == 1
 
 
-@needs_root
-def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
+def test_a_cdi_file_that_another_instance_has_written_counts(camera: Cluster, start: Starter) -> None:
     """It does not know yet that this one serves."""
     daemon = camera.serve(start, **IMPATIENT)
     claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8851,7 +8752,6 @@ def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(cam
     wait_for(lambda: daemon.log.count("prepared for a pod") == 2)
 
 
-@needs_root
 def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start: Starter) -> None:
     trace = camera.node.root / "trace"
     through = with_constants()
@@ -8863,14 +8763,12 @@ def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start
     )
     start(*camera.options(), through=through)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     before, name, after = (line for line in trace.read_text().splitlines() if str(camera.cdi) in line)
     assert before.startswith(f"sync {camera.cdi}/.smarter-devices_")
     assert (name, after) == (f"rename {camera.file(claim)}", f"sync {camera.cdi}")
 
 
-@needs_root
 def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     for number in range(100):
         camera.node.plug(f"many/{number}")
@@ -8889,7 +8787,6 @@ def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Clus
     assert camera.gives(claim)[0]
 
 
-@needs_root
 def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     watch = {**result_of("video0-0", "watch"), "adminAccess": True}
@@ -8897,14 +8794,12 @@ def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter
     for claim in (before, owner, after):
         assert camera.gives(claim)[0] == {"/dev/video0": "/dev/video0"}
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
-    daemon.kill()
-    start(*camera.options(), through=with_constants(**IMPATIENT)).says("registered with the kubelet")
+    camera.start_again(start, daemon, **IMPATIENT)
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
     camera.unprepare(owner)
     assert camera.gives(camera.claim("video0-0"))
 
 
-@needs_root
 @pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
 def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
@@ -8915,9 +8810,7 @@ def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: 
         names = [item["name"] for item in json.loads(camera.file(claim).read_text())["devices"]]
         assert names == [f"{claim.uid}-video0-0"]
         assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
-        daemon.kill()
-        daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-        daemon.says("registered with the kubelet")
+        daemon = camera.start_again(start, daemon, **IMPATIENT)
 
 
 WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
@@ -8928,14 +8821,12 @@ WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
 }
 
 
-@needs_root
 @pytest.mark.parametrize("what", WAITS)
 def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
-    last = camera.claim("video0-0")
-    camera.gives(last)
+    last = camera.give("video0-0")
     camera.node.unplug("video1")
     wait_for(lambda: camera.api.tainted() == {"video1-0", "video1-1"})
     name, end = WAITS[what]
@@ -8954,33 +8845,25 @@ def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     assert camera.gives(claim)
 
 
-@needs_root
-def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ended(
-    camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("is_away", [False, True])
+def test_the_device_of_a_gone_claim_is_given_after_a_while(is_away: bool, camera: Cluster, start: Starter) -> None:
+    """Also if the claim went while the driver was away, and nobody wants the device."""
     constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
     daemon = camera.serve(start, **constants)
-    forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(forced)
-    assert "still prepared" in camera.prepare(claim).error
+    forced, claim = camera.give("video0-0"), camera.claim("video0-0")
+    if is_away:
+        daemon.kill()
+    else:
+        assert "still prepared" in camera.prepare(claim).error
     camera.api.objects[camera.path(forced)]["metadata"]["uid"] = "another"
     begin = time.monotonic()
+    if is_away:
+        daemon = camera.start_again(start, daemon, **constants)
+        wait_for(lambda: not camera.file(forced).exists())
     wait_for(lambda: not camera.prepare(claim).error)
     assert time.monotonic() - begin > 2, "its containers may still run"
     assert not camera.file(forced).exists()
     daemon.says("the API server has no such claim any more")
-
-
-@needs_root
-def test_an_api_server_without_slices_does_not_say_that_a_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    camera.serve(start, **FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0})
-    holder, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(holder)
-    camera.api.fault = lambda verb, kind: answer_bytes(404, b"{}") if kind == "resourceslices" else None
-    del camera.api.objects[camera.path(holder)]
-    assert "is still prepared" in camera.prepare(claim).error
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
 
 
 def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound") -> bytes:
@@ -8988,7 +8871,6 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     return answer_bytes(404, {"kind": "Status", "status": "Failure", "reason": reason, "details": details, "code": 404})
 
 
-@needs_root
 @pytest.mark.parametrize(
     "fault",
     [
@@ -9003,19 +8885,18 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     ],
     ids=range(8),
 )
-def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
+def test_only_a_404_about_the_claim_says_that_it_is_gone(
     fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
 ) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     camera.api.fault = fault
     count = len(camera.api.calls)
     rounds = with_constants(COMPARE_SECONDS=0.05, MIN_PUBLISH_SECONDS=0.05, MIN_BACKOFF_SECONDS=0.05, **FORGETFUL)
     start(*camera.options(), through=rounds)
     wait_for(lambda: len(camera.api.calls) > count + 8)
-    assert camera.file(claim).exists()
+    assert camera.gives(claim), "it is prepared"
     del camera.api.objects[camera.path(claim)]
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: not camera.file(claim).exists())
@@ -9026,7 +8907,6 @@ def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) -> None:
     camera.api.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -9049,7 +8929,6 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert camera.gives(waiting)
 
 
-@needs_root
 def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()  # a registration would have it tried at once
     camera.api.rights -= {("resourceslices", "create"), ("deviceclasses", "create")}
@@ -9065,18 +8944,6 @@ def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) 
     camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
-def test_a_class_that_cannot_be_made_keeps_no_change_of_the_slices_waiting(camera: Cluster, start: Starter) -> None:
-    camera.api.rights -= {("deviceclasses", "create")}
-    start(*camera.options(), through=with_constants(MIN_BACKOFF_SECONDS=30))
-    wait_for(lambda: [call.status for call in camera.api.calls].count(403) == 2, "one after the registration")
-    begin = time.monotonic()
-    camera.node.unplug("video0")
-    wait_for(lambda: len(camera.api.tainted()) == 2)
-    assert time.monotonic() - begin < 3
-
-
-@needs_root
 def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, start: Starter) -> None:
     for number in range(1, 40):
         camera.node.plug(f"video{number}")
@@ -9089,7 +8956,6 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
     wait_for(lambda: len(camera.api.classes()) == 41)
 
 
-@needs_root
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
@@ -9098,7 +8964,6 @@ def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: 
     assert "did not answer" not in daemon.log
 
 
-@needs_root
 def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster, start: Starter) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as dead, contextlib.ExitStack() as clients:
         for _ in range(3):  # those who wait for accept(); from then on, nobody gets an answer
@@ -9114,25 +8979,21 @@ def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster,
         assert "did not answer" not in daemon.log
 
 
-@needs_root
 @pytest.mark.timeout(300)  # alone on the machine, it takes 15 s
-def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_thirty_thousand_slots_fit_into_the_memory_of_the_chart(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(3):
         node.plug(f"video{number}")
     node.rules(VIDEO.replace("2", "10000"))
     daemon = start(*cluster.options(), through=with_constants(COMPARE_SECONDS=0.5))
     wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=200)
     lists = [call for call in cluster.api.calls if call.verb == "list"]
-    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.SLICES_AT_ONCE)
+    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.Publisher.SLICES_AT_ONCE)
     more = len(lists) + 2 * pages
     wait_for(lambda: [call.verb for call in cluster.api.calls].count("list") > more, patience=200)
     assert [call.status for call in cluster.api.calls if call.verb in ("update", "delete")] == []
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     camera.serve(start)
     conflicts = 2
@@ -9151,22 +9012,6 @@ def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
 
 
-@needs_root
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluster, start: Starter) -> None:
-    times: dict[str, list[float]] = {"resourceslices": [], "deviceclasses": []}
-
-    def fault(verb: str, kind: str) -> bytes | None:
-        when = times.setdefault(kind, [])
-        when.append(time.monotonic())
-        return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(when) == 1 else None
-
-    camera.api.fault = fault
-    camera.serve(start)
-    for kind in ("resourceslices", "deviceclasses"):
-        assert times[kind][1] - times[kind][0] > 2.9
-
-
 MEMORY_LIMIT = 192 << 20  # of charts/smarter-device-manager/values.yaml and daemonset.yaml
 
 
@@ -9176,35 +9021,22 @@ def peak_memory(daemon: Daemon) -> int:
     return int(kilobytes) << 10
 
 
-def slice_with(devices: object) -> dict[str, Any]:
-    """What may be taken for a slice of the driver's, with DEVICES."""
-    return {"metadata": {"name": "x"}, "spec": {"driver": "smarter-devices", "nodeName": NODE_NAME, "devices": devices}}
+NONSENSE: Mapping[str, bytes] = {
+    "no HTTP": b"\0" * 5000,
+    "other types": answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
+    "other items": answer_bytes(200, {"items": [1, {"metadata": {"name": 7}, "spec": []}], "metadata": []}),
+    "cut": answer_bytes(200, b"{" + b'"a": ' * 300_000),
+    "elsewhere": answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
+    "too long": answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
+    "too many": answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
+}
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b"",
-        b"\0" * 5000,
-        answer_bytes(200, b""),
-        answer_bytes(200, [1, 2]),
-        answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
-        answer_bytes(
-            200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
-        ),
-        answer_bytes(200, b"{" + b'"a": ' * 300_000),
-        answer_bytes(200, {"items": [slice_with(json.loads("[" * 600 + "]" * 600))], "metadata": {"uid": "u"}}),
-        answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
-        answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
-        answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
-    ],
-    ids=range(11),
-)
-def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_survived(kind: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
-    camera.api.fault = lambda verb, kind: nonsense
+    camera.api.fault = lambda *_: NONSENSE[kind]
     assert camera.prepare(claim).error
     camera.api.remove_slices()
     count = len(camera.api.calls)
@@ -9219,7 +9051,6 @@ def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) 
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Cluster, start: Starter) -> None:
     constants = {"API_SECONDS": 0.5, "Claims.PREPARE_SECONDS": 2.5}
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", **constants)
@@ -9240,7 +9071,6 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
     assert time.monotonic() - begin < 3.0
 
 
-@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     camera.api.tokens = {"two"}
@@ -9262,43 +9092,35 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
     camera.token.write_text(" \n")
     assert "holds no token" in camera.prepare(camera.claim("video0-1")).error
     camera.token.unlink()
-    assert f"cannot read the token file {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
+    assert f"cannot read {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
     assert daemon.process.poll() is None
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("certificate", "ca", "problem"),
     [
         ("other", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
         ("wrong", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: IP address mismatch"),
         ("server", "other-ca.crt", "has a certificate that is not signed by a CA in .*other-ca.crt: "),
-        ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
+        ("server", "nothing.crt", "cannot read .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
         ("server", "fifo", "the CA file .*fifo holds no certificate"),
         ("below", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
+        ("below", "between.crt", ""),  # some clusters give their pods the certificate of an intermediate CA alone
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
     camera.api.down()
     camera.api.up(certificate)
     daemon = start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/{ca}"}))
-    daemon.says(problem)
-    assert daemon.stop() == 0
-    assert not camera.api.calls, "nobody has seen the token"
+    if problem or sys.version_info < (3, 10):  # which trusts none but root CAs
+        daemon.says(problem or "has a certificate that is not signed")
+        assert daemon.stop() == 0
+        assert not camera.api.calls, "nobody has seen the token"
+    else:
+        camera.ready("video0-0", "video0-1")
 
 
-@needs_root
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 trusts none but root CAs")
-def test_a_ca_between_is_enough(camera: Cluster, start: Starter) -> None:
-    """Some clusters give their pods the certificate of an intermediate CA alone."""
-    camera.api.down()
-    camera.api.up("below")
-    start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/between.crt"}))
-    camera.ready("video0-0", "video0-1")
-
-
-@needs_root
 def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
     ca = camera.node.root / "ca.crt"
     ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
@@ -9310,10 +9132,9 @@ def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, sta
     camera.api.objects = {NODE_PATH: {"metadata": {"name": NODE_NAME, "uid": "another"}}}
     ca.write_bytes((camera.api.folder / "other-ca.crt").read_bytes())
     camera.api.up("other")
-    camera.ready("video0-0", "video0-1")
+    camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
 def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(**{"node-name": "node-9"}))
     daemon.says(r"there is no Node node-9 \(404\); --node-name names the Node")
@@ -9321,7 +9142,6 @@ def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, s
     daemon.says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
 
 
-@needs_root
 def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05)
     camera.api.remove_slices()
@@ -9339,24 +9159,18 @@ def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> 
     assert time.monotonic() - registered < 1.5, "at once"
 
 
-def test_the_looks_at_the_slices_are_often_enough() -> None:
-    assert sdm.COMPARE_SECONDS + 2 * sdm.API_SECONDS <= 60
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the kubelet, other instances, the status, and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
     daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     for count in (2, 3):
         camera.kubelet.down()
         camera.kubelet.up()
@@ -9365,10 +9179,7 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
         assert camera.gives(claim)
 
 
-@needs_root
-def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
-    node: Node, camera: Cluster, start: Starter
-) -> None:
+def test_a_kubelet_that_has_ended_is_missed_and_counted(node: Node, camera: Cluster, start: Starter) -> None:
     pods = PodResources(node)
     camera.kubelet.do(pods.start())
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -9396,7 +9207,6 @@ def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
     camera.kubelet.do(pods.stop())
 
 
-@needs_root
 @pytest.mark.parametrize("folder", ["cdi", "plugins_registry", "plugins/smarter-devices"])
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, folder: str, camera: Cluster) -> None:
@@ -9425,14 +9235,12 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
         daemon.kill()
 
 
-@needs_root
 @pytest.mark.parametrize(
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     path = Path(camera.kubelet.folder) / which
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     daemon.says("a socket file of the driver was deleted or replaced")
@@ -9441,11 +9249,9 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
 
 
-@needs_root
 def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
     first = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
     assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
     second.says("another instance serves the driver smarter-devices; waiting for its end")
@@ -9461,7 +9267,6 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     assert left == []
 
 
-@needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", REGISTER_SECONDS=0.1)
     status = Status(daemon)
@@ -9481,7 +9286,6 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
     assert daemon.log.count("refused the driver") == 1, "once, though the kubelet tries again"
 
 
-@needs_root
 def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
@@ -9490,8 +9294,7 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     assert status.ask("/").body.count("not registered") == 1, "what is true of all is said once"
     camera.kubelet.up()
     status.wait_for("/readyz", 200)
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     assert camera.prepare(camera.claim("video7-0")).error
     found = wait_for(lambda: (metrics := status.metrics())["claims_prepared"] == 1 and metrics)
     assert found["api_reachable"] == found["slices_published"] == found["prepare_errors_total"] == 1
@@ -9520,7 +9323,6 @@ def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
     assert served.document()["dra"] is None
 
 
-@needs_root
 def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0")
     response = pb.ListPodResourcesResponse()
