@@ -6284,227 +6284,153 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-CHANGE_SECONDS = 1.0  # between two lines of the log about one device
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
 
 
 class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
 
-    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
-    """
+    NOTHING = "[]"  # a text that needs no file
 
-    def __init__(self, path: str, what: str, event: str) -> None:
+    def __init__(self, path: str, what: str, kind: str) -> None:
         self.path = path
         self._what = what
-        self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
+        self._kind = kind
 
-    def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
-        self._kept = read_conf(self.path), file_stamp(self.path)
-        return self._kept[0], os.stat(self.path).st_mtime
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            return parse(read_conf(self.path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
 
     def keep(self, text: str) -> None:
         """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
 
         Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        with contextlib.suppress(OSError):
-            if (text, file_stamp(self.path)) == self._kept:
-                return
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
+            return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept = (text, file_stamp(self.path))
             board.set(self.path, "")
         except OSError as error:
             sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, self._event)
+            board.set(self.path, sentence, f"{self._kind}-not-kept")
 
 
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
-    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
 
 
-def kept_path(folder: str, domain: str, ending: str) -> str:
-    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
-
-
-class KeptDevices:
-    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
 
     After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
     device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
     """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
 
-    def __init__(self, path: str) -> None:
-        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
-        self._plan = EMPTY_PLAN  # that _text is from
-        self._text = "[]"
 
-    def read(self) -> Plan:
-        """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
-        their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        resources: Dict[str, Resource] = {}
-        try:
-            for kept in json.loads(self._file.read()[0]):
-                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-                name, path = str(kept["resource"]), str(kept["path"])
-                chosen_by, values = (
-                    {str(attribute): str(value) for attribute, value in dict(kept[key]).items()}
-                    for key in ("attributes", "values")
-                )
-                is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
-                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-                others = resources[name].devices if name in resources else ()
-                resources[name] = Resource(name, True, (*others, device))
-        except FileNotFoundError:
-            return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the devices kept in {self._file.path} are ignored: {why}"
-            log_event("kept-devices-ignored", sentence, logging.WARNING)
-            return EMPTY_PLAN
-        return Plan(resources, (), ())
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
 
-    def keep(self, plan: Plan) -> None:
-        """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
-        if plan is not self._plan:
-            devices = [
-                {
-                    "resource": name,
-                    "path": device.path,
-                    "attributes": device.chosen_by,
-                    "values": device.values,
-                    "boot": self._boot,
-                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
-                }
-                for name, resource in plan.resources.items()
-                for device in resource.devices
-                if device.chosen_by
-            ]
-            self._plan, self._text = plan, json.dumps(devices)
-        if self._text != "[]" or os.path.lexists(self._file.path):
-            self._file.keep(self._text)
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
 
 
 class ConfFile:
-    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
-
-    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
-    its rules are in force after a start with a broken config file.
-    """
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
 
     def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.rules: tuple[Rule, ...] = ()  # in force
         self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
-        what = f"the last good text of {json.dumps(path)}"
-        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        try:
-            self._read()
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if not self._kept or not self._restore(self._kept):
-                raise Problem(problem) from None
-            self._refuse(problem, f", from {self._kept.path}")
-        self._keep()
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, or if REREAD; whether there are new rules.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
 
-        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
-        old_rules = self.rules
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
         try:
-            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
-                self._read()
-                if self.error or self.rules is not old_rules:
-                    self.reloads += 1
-                    count = len(self.rules)
-                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
-                self.error = ""
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if reread or problem != self.error:
-                self._refuse(problem)
-        self._keep()
-        return self.rules is not old_rules
-
-    def _read(self) -> None:
-        """Put the rules of the file in force. Raises ConfigError and OSError."""
-        text, self._stamp = DEFAULT_CONF, ()
-        if self._path:
-            stamp = file_stamp(self._path)
-            is_old = is_settled(max(stamp[-2:]))
-            text = read_conf(self._path)
-            self._stamp = stamp if is_old else ()
-        if text != self.text or not self.rules:
-            self.rules, self.text = parse_rules(text), text
-        self.read_at = time.time()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
-        try:
-            text, self.read_at = kept.read()
-            self.rules, self.text = parse_rules(text), text
-        except FileNotFoundError:
-            return False
-        except (OSError, ConfigError) as error:
-            problem = error.strerror if isinstance(error, OSError) else error
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
-
-    def _refuse(self, problem: str, source: str = "") -> None:
-        self.error = problem
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
-
-    def _keep(self) -> None:
-        if self._kept:
-            self._kept.keep(self.text)
-
-
-def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
-    """What is wrong in the config file PATH and where, or why it cannot be read."""
-    if isinstance(error, ConfigError):
-        return f"{path}:{error.line}:{error.column}: {error.message}"
-    return f"cannot read the config file {path}: {error.strerror}"
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
 
 
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
-    def __init__(
-        self,
-        conf: str,
-        dev_dir: str,
-        sys_dir: str,
-        kept_path: str = "",
-        kept_devices: Optional[KeptDevices] = None,
-        with_facts: bool = False,
-    ) -> None:
-        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last look at /dev
-        self._conf_name = conf or DEFAULT_CONF_NAME
-        self._conf = ConfFile(conf, kept_path)
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
@@ -6512,13 +6438,11 @@ class DeviceSide:
         self._found = NOTHING_FOUND
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
-        self._kept_devices = kept_devices
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
         self._next_full_scan = 0.0
-
-    @property
-    def rules(self) -> Sequence[Rule]:
-        """The rules in force."""
-        return self._matcher.rules
 
     def start(self) -> None:
         """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
@@ -6527,174 +6451,161 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self._conf.start()
-        self._matcher = Matcher(self._conf.rules)
-        if self._kept_devices:
-            self.plan = self._kept_devices.read()
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Optional[Plan]:
+    def turn(self, reread: bool = False) -> Plan | None:
         """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now = time.monotonic()
+        now, before = time.monotonic(), self.plan
         full = reread or now >= self._next_full_scan
-        has_changed = self._conf.follow(reread)
+        has_changed = self.conf.follow(reread)
         if has_changed:
-            self._matcher = Matcher(self._conf.rules)
-        has_changed |= self._scan(full)
+            self._matcher = Matcher(self.conf.rules)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
-            has_changed |= self._look_beyond_dev(now)
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
+            self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
         if has_changed:
             self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
         has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
-        new = self._make_plan(now) if has_changed else self.plan
-        is_new, self.plan = new != self.plan, new
-        if self._kept_devices:
-            self._kept_devices.keep(self.plan)
+        if has_changed:
+            look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
+            plan = make_plan(before, look)
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
+            self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
         if full:
-            self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
-        return self.plan if is_new else None
-
-    def overridden(self) -> List[Tuple[Rule, Device]]:
-        """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._matcher)
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
+        return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
-        """Let the next turn look at everything."""
+        """Let the next turn scan everything."""
         self._next_full_scan = 0.0
 
-    def folders(self) -> List[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
         """Its part of the status document, as of the last turn."""
         return {
             "conf": {
-                "path": self._conf_name,
-                "rules": len(self.rules),
-                "error": self._conf.error,
-                "read_at": utc(self._conf.read_at),
-                "read_at_seconds": self._conf.read_at,
-                "reloads": self._conf.reloads,
-                "failed_reloads": self._conf.failed_reloads,
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
             },
             "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
         }
 
-    def _scan(self, full: bool) -> bool:
-        """Take a new snapshot; whether anything changed."""
-        before = self.snapshot
-        started = time.monotonic()
-        try:
-            self.snapshot = self._scanner.scan(full)
-            problem = ""
-        except OSError as error:
-            self.snapshot = Snapshot({}, {})
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        self.scan_seconds = time.monotonic() - started
-        return self.snapshot is not before
 
-    def _look_beyond_dev(self, now: float) -> bool:
-        """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
-        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
-        return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
-
-    def _make_plan(self, now: float) -> Plan:
-        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-        plan = make_plan(self.plan, look)
-        unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
-        return plan
+_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
 
 
-_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
 
 
 class ChangeLog:
     """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
     has a line per CHANGE_SECONDS, which says how many changes it stands for."""
 
+    CHANGE_SECONDS = 1.0
+
     def __init__(self) -> None:
-        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
-        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
-        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
-        self._shared: Set[Offer] = set()  # of nodes that several resources offer, as logged
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
         states = {("", left.path, left.line): left.text for left in plan.left_out}
         for name, resource in plan.resources.items():
             states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        keys = states.keys() | self._states.keys()
-        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
-        self._states = states
-        news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
-        self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
-        self._shared.update(offer for offers in news.values() for offer in offers)
-        for sentence, nodes in describe_shared(news).items():
-            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
 
     @property
     def due(self) -> float:
         """time.monotonic() when there is something to log; infinite if nothing waits."""
-        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
 
     def flush(self, now: float) -> None:
-        """Log what has changed, except about devices that had a line just before NOW."""
-        groups: Dict[Tuple[str, str, int], List[str]] = {}
-        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
-        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
-            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
             if change:
-                event, sentence, level = change
-                sentence += f" ({count} changes since its last line)" if count > 1 else ""
-                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
-                old[key] = now
-        self._logged = old
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
         for (event, sentence, level), paths in groups.items():
             log_event_for_all(event, sentence, level, "devices", paths)
 
 
-def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
-    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
-    if not key[0]:
-        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
-    if state is None:
-        return "retired", "no longer offered", logging.INFO
-    if state:
-        return "unplugged", f"Unhealthy: {state}", logging.WARNING
-    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
-class FolderWatches:
-    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
-
-    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
-    the poll.
-    """
-
-    def __init__(self, dev_dir: str) -> None:
-        self._dev_dir = dev_dir
-        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
-        self._watches: Dict[str, Watch] = {}
-
-    def ask(self, folders: Sequence[str]) -> None:
-        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
-        wanted = folders[: self._limit]
-        for path in self._watches.keys() - set(wanted):
-            self._watches.pop(path).close()
-        for path in wanted:
-            if path not in self._watches:
-                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
-            self._watches[path].ask()
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6702,14 +6613,13 @@ class FolderWatches:
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
 # SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+REST_SECONDS = 0.05  # at least, between a scan of /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the scan took, so that scans take at most a tenth of a core
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -6720,38 +6630,34 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
     except OSError:  # too many open files, say
         return {}
-    points = ((path, os.path.realpath(path)) for path in folders)
-    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
-    return {path: roots[point] for path, point in escaped if point in roots}
+    points = {path: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(path)) for path in folders}
+    return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: Union[OSError, UnicodeError]) -> str:
+def network_error(error: OSError | UnicodeError) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
     return str(error.strerror or error).partition(" (while attempting ")[0]
 
 
-def address_text(address: Tuple[Any, ...]) -> str:
+def address_text(address: tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
 def open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
+    options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide | DraSide
+) -> StatusServer | None:
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     host = options.listen[0]  # all addresses if it is empty
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    try:  # a probe can wait in a long queue, and must not be dropped
+        listener = socket.create_server(options.listen, family=family, backlog=1024, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
         problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
@@ -6768,22 +6674,24 @@ def open_status(
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
+    EXIT_SECONDS = 4.0  # to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+
     def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = self._make_side(options)
-        self._status = open_status(options, devices, self._side)
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = mount_roots(self._side.folders)
-
-    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        more = host_devices, self._loop
+        self._side: DevicePluginSide | DraSide
         if options.api == "dra":
-            return DraSide(options, devices, self._loop, max_silence)
-        watch = Watch(options.plugin_dir)
-        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
+            self._side = DraSide(options, *more, max_silence)
+        else:
+            watch = Watch(options.plugin_dir)
+            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, watch, max_silence)
+        self._status = open_status(options, devices, self._side)
+        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -6801,95 +6709,79 @@ class KubeletThread(threading.Thread):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for task in done:
-            task.result()
+        await asyncio.gather(*done)
 
-    def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side."""
-        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+    def send(self, plan: Plan | None, devices: DeviceSide) -> None:
+        """Give PLAN, if there is a new one, to the kubelet side, and the state of DEVICES to the status server."""
+        if plan:
+            self._loop.call_soon_threadsafe(self._side.deliver, plan)
+        if self._status:
+            self._status.report(devices.plan, devices.describe())
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
         self._loop.call_soon_threadsafe(self._side.look_now)
 
-    def report(self, plan: Plan, device_side: Document) -> None:
-        """Give the status server PLAN and the part of the device side."""
-        if self._status:
-            self._status.report(plan, device_side)
-
-    def is_turning(self) -> bool:
-        """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
-
-    def beat(self) -> float:
-        """Let the status server know that the main thread works; the time by which it must do so again."""
+    def beat(self, manager: ServiceManager) -> float:
+        """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
+        looks at kubelet.sock as often as it should. Returns time.monotonic() by which to do so again."""
+        now = time.monotonic()
         if self._status:
             self._status.beat()
-        return time.monotonic() + self._side.max_silence / 2
+        manager.ping(now - self._side.heartbeat <= self._side.max_silence)
+        return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
-
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
-        invisible here.
-        """
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
+        Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
             if now != was:
-                raise Problem(
-                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
-                )
-        try:
+                where = f"the directory that is mounted at {folder}"
+                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
+        before, self._directory = self._directory, ()
+        with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
-            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
-        except OSError:
-            directory = ()
-        if directory != self._directory:
-            self._directory = directory
+            self._directory = found.st_dev, found.st_ino
+        if self._directory != before:
             self.look()
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self._side.stop)
-        self.join(EXIT_SECONDS)
+        self.join(self.EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
 
 
 class ServiceManager:
-    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
-
-    Does nothing if the variables of the protocol are not set, or not valid.
-    """
+    """The service manager that started this process, if variables of the ENVIRONMENT say that it wants to be notified,
+    as systemd does with sd_notify(3)."""
 
     RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
-        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
-        self._ping_seconds = math.inf
-        own_pid = str(os.getpid())
-        microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        own_pid, period = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
+        is_for_us = environment.get("WATCHDOG_PID", own_pid) == own_pid
+        is_wanted = is_for_us and re.fullmatch("[1-9][0-9]{0,18}", period)
+        self._ping_seconds = max(int(period) / 2e6, 0.01) if is_wanted else math.inf
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
         """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
-        if not self._address:
-            return True
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto(state.encode(), self._address)
+            if self._address:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+                    sender.sendto(state.encode(), self._address)
+            return True
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
             return False
-        return True
 
     def ping(self, is_alive: bool) -> None:
         """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
@@ -6901,36 +6793,32 @@ class ServiceManager:
             self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
-def check_plugin_dir(path: str) -> None:
-    """Raise Problem if no plugin can listen in the directory PATH."""
+def check_plugin_dir(path: str) -> str:
+    """The directory PATH. Raises Problem if no plugin can listen in it."""
     try:
         os.listdir(f"{path}/.")
-    except NotADirectoryError:
-        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-        raise Problem(problem) from None
-    except PermissionError:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
-    except OSError:
+    except OSError as error:
         raise Problem(
-            f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run works without a kubelet)"
+            f"there is no directory {path} to use: {error.strerror}; is this a node with a kubelet, and are you root? "
+            "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
         ) from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
-    too_long = SHORTEST_NAME - socket_room(path)
+    check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
+    return path
+
+
+def check_length(path: str, too_long: int, advice: str) -> None:
+    """Raise Problem if the paths of sockets in the directory PATH are TOO_LONG by a byte or more."""
     if too_long > 0:
-        raise _long_path(path, too_long, "make a link to it that has a shorter path")
+        raise Problem(
+            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+        )
 
 
-def _long_path(path: str, too_long: int, advice: str) -> Problem:
-    return Problem(
-        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
-    )
-
-
-def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem if OPTIONS do not allow a DRA driver."""
+def check_dra(options: argparse.Namespace) -> str:
+    """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
@@ -6944,52 +6832,37 @@ def check_dra(options: argparse.Namespace) -> None:
         parse_api_url(options.kube_api)
     except ValueError as error:
         raise Problem(f"--kube-api: {error}") from None
-    if not os.path.isdir(options.kubelet_dir):
-        raise Problem(
-            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
-        )
-    folder = os.path.dirname(dra_sockets(options)[0])
+    kubelet_dir, sockets = options.kubelet_dir, dra_sockets(options)
+    if not os.path.isdir(kubelet_dir):
+        raise Problem(f"there is no directory {kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)")
+    folder = os.path.dirname(sockets[0])
     try:
         os.makedirs(folder, 0o750, exist_ok=True)
     except OSError as error:
         raise Problem(f"cannot make the directory {folder}: {error.strerror}") from None
-    longest = max(len(os.fsencode(path)) for path in dra_sockets(options))
-    if longest > SOCKET_PATH_BYTES:
-        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
-
-
-def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
-    import resource as limits
-
-    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    try:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
+    longest = max(len(os.fsencode(path)) for path in sockets)
+    check_length(kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
+    return folder
 
 
 def serve(options: argparse.Namespace) -> int:
     """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
+    import resource as limits
+
     is_dra = options.api == "dra"
     try:
-        if is_dra:
-            check_dra(options)
-        else:
-            check_plugin_dir(options.plugin_dir)
+        folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
-    raise_limit()
-    folder = os.path.dirname(dra_sockets(options)[0]) if is_dra else options.plugin_dir
-    # Instances with other rules have other files.
-    rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
+        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))  # it is usually 1024 at first
+    kept = kept_path(folder, options.domain, options.conf or "")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options, devices)
+    thread, manager = KubeletThread(options, devices), ServiceManager(os.environ)
     thread.start()
     count = pluralize(len(devices.plan.resources), "resource")
     log_event("started", f"smarter-device-manager {__version__} offers {count}")
@@ -6997,10 +6870,9 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        follow_devices(devices, thread, manager, options)
+        follow_devices(devices, thread, manager, options.interval)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7011,38 +6883,34 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def follow_devices(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
-) -> None:
+def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
-    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
-    watched: Optional[Snapshot] = None  # the one whose folders are watched
-    unsent: Optional[Plan] = devices.plan
+    watches: dict[str, Watch] = {}
+    changes = ChangeLog()
+    watched: Snapshot | None = None  # the one whose folders are watched
+    plan: Plan | None = devices.plan  # to be sent
     taken = 0  # the last signal
-    while True:
+    while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
+        if taken == SCAN_SIGNAL:
+            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
+            watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
+        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
-            thread.send(plan)
-            unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.plan, devices.describe())
+        thread.send(plan, devices)
+        plan = None
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + options.interval, changes.due))
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
-        if taken in (signal.SIGTERM, signal.SIGINT):
-            log_event("stopping", f"stopping: {signal.Signals(taken).name}")
-            return
-        if taken == LOOK_SIGNAL:
-            devices.request_full_scan()
+    log_event("stopping", f"stopping: {signal.Signals(taken).name}")
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
@@ -7053,15 +6921,14 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        next_beat = thread.beat()
-        manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
+        until = min(due, thread.beat(manager))
+        taken = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one scan
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
             # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
@@ -7069,10 +6936,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
 
 
 def restart_compiled() -> None:
-    """If this process had to compile the script, replace it by one that is given the byte code.
+    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory.
 
-    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
-    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Compiling takes 15 to 20 MB, which Python does not give back. Flags, options, name and working directory stay.
     Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
@@ -7088,8 +6954,7 @@ def restart_compiled() -> None:
 
         path = os.path.abspath(__file__)
         memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
-        with open(memory, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+        os.write(memory, marshal.dumps(frame.f_code))
         os.lseek(memory, 0, os.SEEK_SET)
         begin = (
             f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
@@ -7108,7 +6973,6 @@ def restart_compiled() -> None:
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def program_name() -> str:
@@ -7117,8 +6981,8 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for modes that need no more. Raises Problem."""
+def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
+    """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
@@ -7135,22 +6999,20 @@ def show_attributes(options: argparse.Namespace) -> int:
     try:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
+        if nodes[0].suffix:
+            paths = ", ".join(f"/dev/{node.path}" for node in nodes)
+            raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
+        kind, device = nodes[0].entry.kind, nodes[0].entry.device
+        chain = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except NotADevice as error:
         raise Problem(f"{shown} is not a device: {error}") from None
-    except OSError as error:
-        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
-    if nodes[0].suffix:
-        paths = ", ".join(f"/dev/{node.path}" for node in nodes)
-        raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
-    try:
-        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
-        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
     except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
+    except OSError as error:
+        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if not chain:
-        number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
-        kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        number = f"{kind} {os.major(device)}:{os.minor(device)}"
+        raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
     if options.json:
         blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
         write_output(json.dumps(blocks, indent=2) + "\n")
@@ -7159,73 +7021,71 @@ def show_attributes(options: argparse.Namespace) -> int:
     return 0
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
+
+    def quoted(literal: str) -> str:
+        """An expression for a rule that matches only LITERAL, written in printable characters, as text in YAML."""
+        escaped = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", literal)
+        return "'" + "".join(c if c.isprintable() else f"\\x{{{ord(c):x}}}" for c in escaped).replace("'", "''") + "'"
+
     lines = [
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
+        f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _literal_expression(text: str) -> str:
-    """An expression for a rule that matches only TEXT, written in printable characters."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(text)
+    path = os.path.normpath(os.path.join(dev_dir, text))
     for top in (dev_dir, "/dev"):
-        if path == top or path.startswith(top + "/"):
+        if path.startswith(f"{top}/"):
             return path[len(top) + 1 :]
-    return path if path != "." and not path.startswith(("/", "..")) else ""
+    return ""
 
 
-def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
+def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
+    active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
+    winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
     inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
     title = "Rules that later rules override for every device that they name"
-    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
+    return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
 def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = _look_once(options)
+    _print_list(scan_once(options), options)
+    return 0
+
+
+def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
-        return 0
-    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
-    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    write_output(text + (f"\n{notes}" if notes else ""))
-    return 0
+        return
+    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
+    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
+    write_output("".join(parts))
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -7234,46 +7094,44 @@ def show_status(options: argparse.Namespace) -> int:
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch_status(address)
+        document = json.loads(_fetch_status(address))
+        text = render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
-    try:
-        document = json.loads(body)
-        text = render_status(document)
-        text = json.dumps(document, indent=2) + "\n" if options.json else text
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(text)
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
-def _fetch_status(address: Tuple[str, int]) -> bytes:
-    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
-    also if that takes longer than STATUS_SECONDS."""
+def _fetch_status(address: tuple[str, int]) -> str:
+    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
+    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= MAX_STATUS_BYTES:
+        while len(answer) <= 1 << 25:  # which is more than any daemon sends
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
-            answer += chunk
             if not chunk:
-                head, _, body = answer.partition(b"\r\n\r\n")
-                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
-    return b""
+                break
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
-    devices = _look_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    devices = scan_once(options)
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    notes = [*rule_notes(devices.conf.rules, options.domain)]
+    notes += map(printable, map(_with_names, shared, shared.values()))
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
@@ -7293,21 +7151,28 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
-    devices = _look_once(options, with_facts=is_dra)
+    devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        write_output(_nothing_found(devices, options))
+        _print_list(devices, options)
         return 1
     load_grpc()  # which says what serving needs
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    rows: List[Tuple[object, ...]] = []
+    rows: list[tuple[object, ...]] = []
     has_failed = False
     for name, each in slots.items():
-        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        lines = ["nothing: it has no slot"]
+        if each:
+            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            slot = each[device]
+            lines, is_allocated = _try_slot(slot, options, is_dra)
+            has_failed |= not is_allocated
+            if is_dra:
+                attributes = slice_device(device, slot, options.domain)["attributes"].items()
+                values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+                lines = [f"{device}: {values}", *(f"  {line}" for line in lines)]
         rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
     ending = f"{'not every' if has_failed else 'every'} one could be allocated"
@@ -7315,45 +7180,22 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
-    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
-    if not slots:
-        return ["nothing: it has no slot"], True
-    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
-    lines, is_allocated = [], True
+def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
+    """Lines that say what a container with SLOT is given, and whether all went well."""
     try:
-        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
-        for spec in given.specs:
-            if driver:  # CDI names nodes, no link or folder
-                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
-            else:
-                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
-        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
     except AllocationError as error:
-        lines, is_allocated = [f"nothing: {error}"], False
-    if driver:
-        attributes = slice_device(name, slots[name], driver)["attributes"].items()
-        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
-        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
-    return lines, is_allocated
-
-
-def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
-    names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
-    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
-    if devices.plan.left_out:
-        lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
-    link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
-    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+        return [f"nothing: {error}"], False
+    lines = []
+    for host, container, permissions, nodes in given.specs:
+        # CDI names nodes, no link or folder.
+        paths = [(place, node, [node]) for node, place in nodes] if is_dra else [(container, host, [*dict(nodes)])]
+        for place, path, targets in paths:
+            link, is_folder = target_of(path, targets)
+            more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
+            lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -7368,41 +7210,37 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
-    folder, name = os.path.split(os.path.realpath(__file__))
-    for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
+    script = os.path.realpath(__file__)
+    folder, name = os.path.split(script)
+    for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(
-                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
-            )
-    given = {"conf": options.conf or "", **options.given}
-    socket_path = _pod_resources_socket(options)
-    if socket_path != DEFAULT_POD_RESOURCES:
-        given["pod_resources_socket"] = socket_path
+            raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
+    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
+        del given["pod_resources_socket"]
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    write_output(
-        SYSTEMD_UNIT.format(
-            folder=folder.replace("%", "%%"),  # whole, without quotes
-            folder_word=_systemd_word(folder),
-            module=os.path.splitext(name)[0],
-            python=_systemd_word(sys.executable),
-            plugin_dir=_systemd_word(options.plugin_dir),
-            plugin_dir_argument=_systemd_argument(options.plugin_dir),
-            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
-            network=network,
-        )
+    unit = SYSTEMD_UNIT.format(
+        folder=folder.replace("%", "%%"),  # whole, without quotes
+        folder_word=_systemd_word(folder),
+        module=os.path.splitext(name)[0],
+        python=_systemd_word(sys.executable),
+        plugin_dir=_systemd_word(options.plugin_dir),
+        plugin_dir_argument=_systemd_argument(options.plugin_dir),
+        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        network=network,
     )
+    write_output(unit)
     return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
     """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
-    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
-        return str(options.pod_resources_socket)
-    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    beside = f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
 def _systemd_word(text: str) -> str:
@@ -7416,7 +7254,7 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _command_line(values: Mapping[str, str]) -> List[str]:
+def _command_line(values: Mapping[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
 
@@ -7442,29 +7280,38 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {
-        "smarter_device_manager.py": _read_text(path),
-        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
-        "install.py": INSTALL_PACKAGES,
-        "requirements.txt": REQUIREMENTS,
-    }
+    files = {"smarter_device_manager.py": _read_text(path)}
+    files.update((stub, _read_text(f"{folder}/{stub}")) for stub in ("api_pb2.py", "api_pb2_grpc.py"))
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
     values = _manifest_values(options, "".join(files.values()))
+    text = _read_text(f"{folder}/daemonset.yaml")
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            problem = f"is not the one that came with this script: nothing in it matches {pattern}"
+            raise Problem(f"{folder}/daemonset.yaml {problem}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
     conf.start()
-    write_output(
-        MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
-        + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
-    )
+    maps = MANIFEST_HEAD
+    for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
+        maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
+        for (
+            file,
+            content,
+        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+            lines = content.rstrip("\n").split("\n")
+            maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
+        maps += "---\n"
+    write_output(maps + text)
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
@@ -7479,45 +7326,23 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    quoted = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
     return {
-        "image": json.dumps(image),
-        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
-        "plugin_dir": json.dumps(options.plugin_dir),
-        "pod_resources": json.dumps(socket_folder),
-        "dev_dir": json.dumps(options.dev_dir),
-        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
-        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
+        **{name: json.dumps(value) for name, value in quoted.items()},
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
-        "arguments": _list_items(_command_line(arguments)),
-        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+        "arguments": "".join(f"            - {json.dumps(argument)}\n" for argument in _command_line(arguments)),
+        "pip": "".join(f"            - {{name: {key}, value: {json.dumps(pip[key])}}}\n" for key in pip if pip[key]),
     }
-
-
-def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
-    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
-    text = _read_text(path)
-    for pattern, template in MANIFEST_EDITS.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        if not found:
-            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
-        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
-    return text
-
-
-def _list_items(items: Iterable[object]) -> str:
-    """ITEMS as lines of a list in YAML, as deep as those of a container."""
-    return "".join(f"            - {json.dumps(item)}\n" for item in items)
-
-
-def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
-    texts = (
-        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
-        for file, text in files.items()
-    )
-    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
 
 
 def _read_text(path: str) -> str:
@@ -7529,7 +7354,7 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -7543,11 +7368,9 @@ MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
+OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
+DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -7566,11 +7389,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = functools.partial(add_option, parser)
     add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
     add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
-    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, "the kubelet's PodResources socket")
     add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
     add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
-    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    what = 'a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 characters, not one '
+    domain = option_text(is_domain, f"{what}of kubernetes.io, and not beginning with requests.")
+    add("--domain", "NAME", domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
     add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
     level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
     add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
@@ -7578,7 +7402,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
     add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
-    _add_dra_options(parser)
+    _add_dra_options(functools.partial(add_option, parser.add_argument_group("Dynamic Resource Allocation")))
     return parser
 
 
@@ -7608,13 +7432,11 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
-def _add_dra_options(parser: argparse.ArgumentParser) -> None:
-    """Add --api, and the options that it takes with dra."""
-    group = parser.add_argument_group("Dynamic Resource Allocation")
-    add = functools.partial(add_option, group)
+def _add_dra_options(add: Callable[..., None]) -> None:
+    """ADD --api, and the options that it takes with dra."""
     api = option_text("device-plugin|dra", "an API: device-plugin or dra")
     add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--kubelet-dir", "DIR", option_path, "/var/lib/kubelet", "the kubelet's own directory")
     add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
@@ -7623,40 +7445,33 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
     add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
-    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    ca_help = "the CA certificates of the API server"
-    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+    add("--kube-token-file", "FILE", option_path, f"{account}/token", "the token for the API server")
+    add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
-def add_option(
-    parser: argparse._ActionsContainer,
-    option: str,
-    metavar: str,
-    read: Callable[[str], Any],
-    default: Optional[str],
-    help_text: str,
-    *others: str,
-) -> None:
-    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
+def add_option(group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str) -> None:
+    """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
-    def convert(text: str) -> Any:
+    def convert(value: str) -> Any:
         try:
-            return read(text)
+            return read(value)
         except argparse.ArgumentTypeError as error:
-            source = f" (from {variable})" if text is given else ""
+            source = f" (from {variable})" if value is given else ""
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    shown = (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    group.add_argument(option, *more, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
-def option_text(pattern: str, what: str) -> Callable[[str], str]:
-    """A reader of texts that match PATTERN and so are WHAT."""
+def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:
+    """A reader of texts that are WHAT: those that match WANTED, or for which it is true."""
+    is_good = functools.partial(re.fullmatch, wanted) if isinstance(wanted, str) else wanted
 
     def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        if not is_good(text):
             raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
         return text
 
@@ -7677,29 +7492,16 @@ def option_path(text: str) -> str:
 
 def option_seconds(text: str, least: float = 0.01) -> float:
     """The number of seconds TEXT, from LEAST to an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not least <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
-    return seconds
+    with contextlib.suppress(ValueError):
+        if least <= float(text) <= 3600:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
 
 
-def option_domain(text: str) -> str:
-    """The domain TEXT."""
-    if not is_domain(text):
-        raise argparse.ArgumentTypeError(
-            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
-            "characters, not one of kubernetes.io, and not beginning with requests."
-        )
-    return text
-
-
-def option_address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> tuple[str, int]:
     """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or not colon or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
@@ -7709,12 +7511,9 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
-    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    refusals = ("refused", "start-refused")
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
-
-
-def _problem_line(problem: Problem) -> str:
-    return f"{program_name()}: {printable(str(problem))}"
 
 
 def write_output(text: str) -> None:
@@ -7742,7 +7541,7 @@ def main() -> int:
         finally:
             write_output("")  # flushes what argparse printed
     except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -7772,8 +7571,7 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes = {**MODES, "status": (show_status, "")}
-    for name, (mode, _) in modes.items():
+    for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
@@ -7784,7 +7582,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.put(_problem_line(error))
+        writer.put(f"{program_name()}: {printable(str(error))}")
         return 1
 
 
@@ -7802,8 +7600,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: 
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
 code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 .pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
@@ -7969,7 +7766,6 @@ metadata:
   labels:
     app.kubernetes.io/name: smarter-device-manager
 data:
-{files}---
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
@@ -8003,12 +7799,8 @@ MANIFEST_EDITS = {
             - {{name: PYTHONPATH, value: /packages}}
             - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
             - {{name: TMPDIR, value: /packages}}
-{pip}          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities: {{drop: [ALL]}}
+{pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
+            readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
           volumeMounts:
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages}}
