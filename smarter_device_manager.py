@@ -7450,7 +7450,9 @@ def _add_dra_options(add: Callable[..., None]) -> None:
     add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
-def add_option(group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str) -> None:
+def add_option(
+    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
+) -> None:
     """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
