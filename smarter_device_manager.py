@@ -63,24 +63,19 @@ import time
 import types
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
-    Awaitable,
-    Callable,
     ClassVar,
     Dict,
     FrozenSet,
-    Iterable,
-    Iterator,
     List,
-    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
     Protocol,
-    Sequence,
     Set,
     Tuple,
     TypeVar,
@@ -129,8 +124,10 @@ def _plain_pattern(stop: str) -> re.Pattern[str]:
 
 _BLOCK_PLAIN = _plain_pattern("")
 _FLOW_PLAIN = _plain_pattern(r",?\[\]{}")
-_SINGLE_QUOTED = re.compile(r"'((?:[^'\n]|'')*)")  # up to the closing quote, if there is one
-_DOUBLE_QUOTED = re.compile(r'"((?:[^"\\\n]|\\[^\n])*)')
+_QUOTED = {  # up to the closing quote, if there is one
+    "'": re.compile(r"'(?:[^'\n]|'')*"),
+    '"': re.compile(r'"(?:[^"\\\n]|\\[^\n])*'),
+}
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
 _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
@@ -167,9 +164,7 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
-        self.message = message
-        self.line = line
-        self.column = column
+        self.message, self.line, self.column = message, line, column
 
     def __str__(self) -> str:
         return f"line {self.line}, column {self.column}: {self.message}"
@@ -178,23 +173,19 @@ class ConfigError(ValueError):
 class Node(NamedTuple):
     """A value and the place where it starts; line and column count from 1."""
 
-    value: Any  # str, int, bool or None; a list of nodes; Pairs
+    value: Any  # str, int, bool or None; a list of nodes; a dict, which has the nodes of key and value by key
     line: int
     column: int
 
-
-class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping. The type tells {} from []."""
-
-
-def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes with their places, or raise ConfigError."""
-    return _Parser(text).document()
+    def error(self, message: str) -> ConfigError:
+        """What is wrong with it."""
+        return ConfigError(message, self.line, self.column)
 
 
-class _Parser:
-    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
+class YamlParser:
+    """document() parses a text into nodes with their places, or raises ConfigError.
 
+    One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
     Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
     after their last character. depth is the level of nesting.
     """
@@ -206,8 +197,7 @@ class _Parser:
         self.pos = 0
         bad = _BAD_CHARACTER.search(self.text, 0, len(self.text) - len(_END))
         if bad:
-            code = f"U+{ord(bad.group()):04X}"
-            self.fail(f"the character {code} is not allowed: remove it, save as UTF-8", bad.start())
+            self.fail(f"the character U+{ord(bad[0]):04X} is not allowed: remove it, save as UTF-8", bad.start())
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -284,11 +274,10 @@ class _Parser:
     def block_mapping(self, depth: int) -> Node:
         start, indent = self.pos, self.indent()
         self.check_depth(depth)
-        pairs = Pairs()
-        seen: set[str] = set()
+        pairs: dict[str, tuple[Node, Node]] = {}
         while self.indent() == indent:
-            key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, seen)
-            pairs.append((key, self.block_value(depth + 1, indent)))
+            key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, pairs)
+            pairs[key.value] = key, self.block_value(depth + 1, indent)
         if self.indent() > indent:
             self.misplaced()
         return self.node(pairs, start)
@@ -323,7 +312,7 @@ class _Parser:
         if depth > _MAX_DEPTH:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
-    def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
+    def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], others: Mapping[str, object]) -> Node:
         """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
@@ -334,9 +323,8 @@ class _Parser:
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
             self.fail(f"a key longer than {_MAX_KEY} characters: shorten it", start)
-        if key in seen:
+        if key in others:
             self.fail(f"the key {_shown(key)} is there twice: remove one of them", start)
-        seen.add(key)
         self.pos = end
         return node
 
@@ -348,11 +336,7 @@ class _Parser:
             return self.flow_list(depth)
         if char == "{":
             return self.flow_mapping(depth)
-        if char == '"':
-            return self.quoted(_DOUBLE_QUOTED)
-        if char == "'":
-            return self.quoted(_SINGLE_QUOTED)
-        return self.plain(plain)
+        return self.quoted(char) if char in "'\"" else self.plain(plain)
 
     def flow_list(self, depth: int) -> Node:
         start = self.pos
@@ -361,13 +345,12 @@ class _Parser:
 
     def flow_mapping(self, depth: int) -> Node:
         start = self.pos
-        pairs = Pairs()
-        seen: set[str] = set()
+        pairs: dict[str, tuple[Node, Node]] = {}
         for _ in self.flow_entries(depth, "}"):
-            key = self.key(depth + 1, _FLOW_PLAIN, _FLOW_COLON, seen)
+            key = self.key(depth + 1, _FLOW_PLAIN, _FLOW_COLON, pairs)
             empty = self.node(None, self.pos)
             self.skip()
-            pairs.append((key, empty if self.char() in (",", "}", _END) else self.flow_node(depth + 1)))
+            pairs[key.value] = key, empty if self.char() in (",", "}", _END) else self.flow_node(depth + 1)
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
@@ -396,8 +379,7 @@ class _Parser:
         if not match:
             default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
-        text = match.group()
-        self.pos = match.end()
+        text, self.pos = match[0], match.end()
         if text in _CONSTANTS:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
@@ -407,39 +389,32 @@ class _Parser:
             problem = "a number must be whole, and without zeros before it"
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
-            self.fail(
-                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
-                "otherwise write a decimal number of up to 18 digits, true, false or null",
-                start,
-            )
+            problem = f"is not text to every YAML reader: if it is a text, quote it ({_shown(text)})"
+            remedy = "otherwise write a decimal number of up to 18 digits, true, false or null"
+            self.fail(f"{text[:40]} {problem}; {remedy}", start)
         return self.node(text, start)
 
-    def quoted(self, pattern: re.Pattern[str]) -> Node:
+    def quoted(self, quote: str) -> Node:
         start = self.pos
-        quote = self.char()
-        self.pos = self.end_of(pattern)
+        self.pos = self.end_of(_QUOTED[quote])
         if self.char() != quote:
             self.fail(f"this text has no closing {quote} on its line: add it", start)
         text = self.text[start + 1 : self.pos]
         self.pos += len(quote)
         if quote == "'":
             return self.node(text.replace("''", "'"), start)
-        return self.node(_ESCAPE.sub(lambda match: self.unescape(match, start + 1), text), start)
+        return self.node(_ESCAPE.sub(lambda match: self.unescape(match, start + 1 + match.start()), text), start)
 
-    def unescape(self, match: re.Match[str], offset: int) -> str:
-        code = match.group(1) or match.group(2) or match.group(3)
-        if code:
-            number = int(code, 16)
-            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
-                self.fail("no character has this number", offset + match.start())
-            return chr(number)
-        char = match.group(4)
-        if char not in _ESCAPES:
-            self.fail(
-                f"'\\{char}' is not an escape: write '\\\\' for a backslash, or use single quotes",
-                offset + match.start(),
-            )
-        return _ESCAPES[char]
+    def unescape(self, match: re.Match[str], pos: int) -> str:
+        code, char = match[1] or match[2] or match[3], match[4]
+        if char and char not in _ESCAPES:
+            self.fail(f"'\\{char}' is not an escape: write '\\\\' for a backslash, or use single quotes", pos)
+        if char:
+            return _ESCAPES[char]
+        number = int(code, 16)
+        if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            self.fail("no character has this number", pos)
+        return chr(number)
 
 
 def _shown(text: str) -> str:
@@ -453,10 +428,7 @@ def _shown(text: str) -> str:
 # without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-RING_AGAIN_SECONDS = 0.01
 SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
-MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
 TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
 
 T = TypeVar("T")
@@ -471,30 +443,23 @@ class SearchTimeout(Exception):
 
 
 class _Alarm:
-    """Interrupts work that takes too long, with an exception that a signal handler raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises. For the main thread only.
 
-    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
-    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
-    long because the machine is busy with something else.
+    Python runs signal handlers in the main thread, between two steps of its own code or of re's; so it must be safe to
+    interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too long
+    because the machine is busy with something else.
     """
 
-    def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
-        self._is_installed = False
+    RING_SECONDS = 0.01  # between two signals once the time is up: Python drops an exception raised in a finalizer
+    _due: float | None = None  # time.thread_time() at which the work must be done; 0 if there is none
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
-
-        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("only the main thread can search within a limit of time")
-        if not self._is_installed:
+        """What WORK, which must not call this, returns. Raises SearchTimeout after SECONDS of CPU time."""
+        if self._due is None:  # this is the first call
             signal.signal(signal.SIGPROF, self._ring)
-            self._is_installed = True
         try:
             self._due = time.thread_time() + seconds
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds, self.RING_SECONDS)
             return work()
         finally:
             # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
@@ -502,15 +467,9 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _ring(self, *_: object) -> None:
-        now = time.thread_time()
-        if not self._due:
-            return
-        if now < self._due:  # the timer counts the clock's ticks, of all threads in the process
-            signal.setitimer(signal.ITIMER_PROF, self._due - now)
-            return
-        self._due = now + RING_AGAIN_SECONDS  # Python drops the exception where it interrupts a finalizer
-        signal.setitimer(signal.ITIMER_PROF, RING_AGAIN_SECONDS)
-        raise SearchTimeout
+        # The timer counts the clock's ticks, of all threads in the process, so it may come early.
+        if self._due and time.thread_time() >= self._due:
+            raise SearchTimeout
 
 
 ALARM = _Alarm()
@@ -519,111 +478,72 @@ ALARM = _Alarm()
 class Expression:
     """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
-    other threads run for as long as it took, and is not tried again with the same text.
+    A search keeps all other threads waiting. One that reaches the limit then lets them run for as long as it took, and
+    is not tried again with the same text.
     """
+
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
+    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
+    MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
+    MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
 
     def __init__(self, pattern: str) -> None:
         """Raises ExpressionError."""
         self.pattern = pattern
         try:
-            self.compiled = re.compile(translate(pattern), re.ASCII)
+            self.compiled = re.compile(_Translator(pattern).result(), re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
-        self._slow_texts: Dict[str, None] = {}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Expression) and self.pattern == other.pattern
-
-    def __hash__(self) -> int:
-        return hash(self.pattern)
-
-    def search(self, text: str, slow_searches: int = 0) -> Optional[re.Match[str]]:
-        """Like re.Pattern.search(). SLOW_SEARCHES is how many of other expressions took too long so far."""
-        return self._find(self.compiled.search, text, slow_searches)
-
-    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """Like re.Pattern.fullmatch()."""
-        return self._find(self.compiled.fullmatch, text, 0)
-
-    def was_slow(self, text: str) -> bool:
-        """Whether a search in TEXT took too long."""
-        return text in self._slow_texts
-
-    def slow_searches(self) -> int:
-        """How many searches took too long so far."""
-        return len(self._slow_texts)
-
-    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str, others: int) -> Optional[re.Match[str]]:
-        if self.was_slow(text):
-            raise SearchTimeout
-        # The more searches took too long, the less time the next one gets: a thousand would take a minute otherwise.
-        seconds = SEARCH_SECONDS / min(1 + self.slow_searches() + others, MAX_FASTER)
+    def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
+        """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
+        if text in self.slow_texts:
+            return SearchTimeout()
+        find = self.compiled.fullmatch if whole else self.compiled.search
+        seconds = SEARCH_SECONDS / min(1 + len(self.slow_texts), self.MAX_FASTER)
         try:
             return ALARM.limit(lambda: find(text), seconds)
-        except SearchTimeout:
-            if len(self._slow_texts) == MAX_SLOW_TEXTS:
-                del self._slow_texts[next(iter(self._slow_texts))]
-            self._slow_texts[text] = None
+        except SearchTimeout as timeout:
+            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
+            self.slow_texts = frozenset([*others, text])
             time.sleep(seconds)
-            raise
+            return timeout.with_traceback(None)
 
 
-class Expressions:
-    """Several expressions that are all searched for in one text. For the main thread only."""
-
-    def __init__(self, expressions: Iterable[Expression]) -> None:
-        self._expressions = tuple(expressions)
-        self._searches = [expression.compiled.search for expression in self._expressions]
-        self._were_slow = False
-
-    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """Per expression, what the search in TEXT found, or that it took too long."""
-        if not self._were_slow:
-            try:  # one limit for all of them, because setting it takes longer than most searches
-                return ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
-            except SearchTimeout:
-                self._were_slow = True
-                time.sleep(SEARCH_SECONDS)
-        slow = sum(expression.slow_searches() for expression in self._expressions)
-        outcomes = []
-        for expression in self._expressions:
-            others = slow - expression.slow_searches()
-            outcomes.append(_outcome(expression, text, others))
-            slow = others + expression.slow_searches()
-        return outcomes
+def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
+    """Per expression, what the search in TEXT finds. For the main thread only."""
+    if not Expression.were_slow:
+        try:  # one limit for all of them, because setting it takes longer than most searches
+            return ALARM.limit(lambda: [each.compiled.search(text) for each in expressions], SEARCH_SECONDS)
+        except SearchTimeout:
+            Expression.were_slow = True
+    return [expression.search(text) for expression in expressions]
 
 
-def _outcome(expression: Expression, text: str, slow_searches: int) -> Union[re.Match[str], SearchTimeout, None]:
-    try:
-        return expression.search(text, slow_searches)
-    except SearchTimeout:
-        return SearchTimeout()  # a new one, without the traceback, because callers keep it
+# The translation. A class is written as in a Python [class].
 
-
-# The translation.
-
-_POSIX_CLASSES = {  # the first and last character of each range, sorted
-    "alnum": "09AZaz",
-    "alpha": "AZaz",
-    "ascii": "\0\x7f",
-    "blank": "\t\t  ",
-    "cntrl": "\0\x1f\x7f\x7f",
-    "digit": "09",
-    "graph": "!~",
-    "lower": "az",
-    "print": " ~",
-    "punct": "!/:@[`{~",
-    "space": "\t\r  ",
-    "upper": "AZ",
-    "word": "09AZ__az",
-    "xdigit": "09AFaf",
+_POSIX_CLASSES = {
+    "alnum": "0-9A-Za-z",
+    "alpha": "A-Za-z",
+    "ascii": r"\x00-\x7f",
+    "blank": r"\t\x20",
+    "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",
+    "graph": "!-~",
+    "lower": "a-z",
+    "print": r"\x20-~",
+    "punct": r"!-/:-@\[-`{-~",
+    "space": r"\t-\r\x20",
+    "upper": "A-Z",
+    "word": "0-9A-Z_a-z",
+    "xdigit": "0-9A-Fa-f",
 }
-_PERL_CLASSES = {r"\d": "09", r"\s": "\t\n\f\r  ", r"\w": "09AZ__az"}  # RE2's \s does not have the vertical tab
-_NAMED_CLASS = re.compile(r"\[:\^?(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
+_PERL_CLASSES = {r"\d": "0-9", r"\s": r"\t\n\f\r\x20", r"\w": "0-9A-Z_a-z"}  # RE2's \s does not have the vertical tab
+_NAMED_CLASS = re.compile(r"\[:(?P<not>\^?)(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
+_RANGE_DASH = re.compile(r"-(?=[^\]])")
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _ASSERTIONS = {"^": r"\A", "$": r"\Z", r"\A": r"\A", r"\z": r"\Z", r"\b": r"\b", r"\B": r"(?!\b)"}  # re's \B has varied
 _CHARACTER = re.compile(
@@ -636,17 +556,26 @@ _CHARACTER = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_REGEX_TOKEN = re.compile(
+_TOKEN = re.compile(
     r"""
       \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] )
     | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<repeat> (?: [*+?] | \{ (?P<count> (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? ) \} ) \?? )
     | (?P<assertion> [\^$] | \\[AzbB] )
-    | (?P<atom> . )
+    | (?P<any> \. )
+    | (?P<bracket> \[\^? )
+    |                       # nothing, if another character comes
     """,
     re.VERBOSE | re.DOTALL,
 )
+_BAD_ESCAPES = {
+    **dict.fromkeys("CQEpP", "is not supported; write the characters themselves or a [class]"),
+    **dict.fromkeys("123456789", "is for templates only; an expression cannot refer to what a group matched"),
+    "": r"is not an escape; for a backslash, write \\",
+    "Z": r"is not an escape; for the end, write $ or \z",
+    "x": r"is not an escape; a character by its number is \x7f or \x{20ac}",
+}
 
 
 class _Part(NamedTuple):
@@ -658,53 +587,58 @@ class _Part(NamedTuple):
 
 
 class _Translator:
-    """A recursive descent over PATTERN. Each method translates what begins at self.pos, and leaves self.pos behind it.
+    """Translates a pattern for Go's RE2 to an expression of Python's re that means the same with re.ASCII.
 
-    self.flags has those of i, m and s that are on.
+    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
+    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
+    most of what RE2 refuses; re.compile() refuses the rest. This is a recursive descent: each method translates what
+    begins at self.pos, and leaves self.pos after it.
     """
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.pos = 0
-        self.flags: FrozenSet[str] = frozenset()
+        self.flags: frozenset[str] = frozenset()  # those of i, m and s that are on
+
+    def result(self) -> str:
+        return self.group().text + self.pattern[self.pos :]  # re refuses a ")" too many
 
     def next(self) -> str:
         return self.pattern[self.pos : self.pos + 1]
 
+    def take(self, token: re.Pattern[str]) -> re.Match[str] | None:
+        found = token.match(self.pattern, self.pos)
+        self.pos = found.end() if found else self.pos
+        return found
+
     def group(self, opening: str = "", is_look_around: bool = False) -> _Part:
         """The alternatives up to the end of a group, whose OPENING is behind. Its flags end with it."""
-        flags, alternatives = self.flags, [self.sequence()]
-        while self.next() == "|":
-            self.pos += 1
-            alternatives.append(self.sequence())
-        closing = self.next() if opening else ""  # re refuses a group that is not closed
-        self.pos += len(closing)
-        self.flags = flags
-        return _Part(
-            opening + "|".join(part.text for part in alternatives) + closing,
-            is_look_around or any(part.may_be_empty for part in alternatives),
-            not is_look_around and any(part.may_take for part in alternatives),
-        )
+        flags, text, may_be_empty, may_take = self.flags, opening, is_look_around, False
+        while True:
+            parts = self.sequence()
+            text += "".join(part.text for part in parts)
+            may_be_empty |= all(part.may_be_empty for part in parts)
+            may_take |= not is_look_around and any(part.may_take for part in parts)
+            end = self.next() if opening or self.next() == "|" else ""  # re refuses a group that is not closed
+            self.pos += len(end)
+            text += end
+            if end != "|":
+                self.flags = flags
+                return _Part(text, may_be_empty, may_take)
 
-    def sequence(self) -> _Part:
-        parts: List[_Part] = []
+    def sequence(self) -> list[_Part]:
+        parts: list[_Part] = []
         is_repeatable = False
         while self.next() not in ("", "|", ")"):
-            token = _REGEX_TOKEN.match(self.pattern, self.pos)
-            assert token  # the last alternative matches any character
+            token = self.take(_TOKEN)
+            assert token  # its last alternative is empty
             if token["foreign"]:
                 begins = "(?:...), (?i:...), (?P<name>...) and (?=...) do"
                 raise ExpressionError(f"{token[0]} does not begin a group; {begins}")
-            if token["repeat"] and not is_repeatable:
-                sign = token[0][0]
-                remedy = rf"for the character itself, write \{sign}"
-                raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
-            is_repeatable = not token["repeat"] and token["scope"] != ")"
-            if token["atom"]:
-                parts.append(_Part(self.atom(), may_be_empty=False, may_take=True))
-                continue
-            self.pos = token.end()
             if token["repeat"]:
+                if not is_repeatable:
+                    remedy = rf"for the character itself, write \{token[0][0]}"
+                    raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
                 parts[-1] = _repeat(parts[-1], token)
             elif token["assertion"]:
                 is_of_lines = "m" in self.flags and token[0] in "^$"
@@ -712,68 +646,64 @@ class _Translator:
             elif token["open"]:
                 opening = f"(?P<{token['name']}>" if token["name"] else token[0]
                 parts.append(self.group(opening, bool(token["look"])))
-            else:
-                before, self.flags = self.flags, _flags(token, self.flags)
+            elif token["scope"]:
+                on, off, before = set(token["on"]), set(token["off"] or ""), self.flags
+                if not on | off <= set("ims"):
+                    raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
+                self.flags = (before | on) - off
                 if token["scope"] == ":":
                     parts.append(self.group("(?:"))
                     self.flags = before
-        return _Part(
-            "".join(part.text for part in parts),
-            all(part.may_be_empty for part in parts),
-            any(part.may_take for part in parts),
-        )
+            else:
+                parts.append(_Part(self.atom(token), may_be_empty=False, may_take=True))
+            is_repeatable = not token["repeat"] and token["scope"] != ")"
+        return parts
 
-    def atom(self) -> str:
+    def atom(self, token: re.Match[str]) -> str:
         """A character, a class of characters, or a "." for any."""
-        named = _NAMED_CLASS.match(self.pattern, self.pos) if self.next() == "\\" else None
-        if self.next() == ".":
-            self.pos += 1
+        if token["any"]:
             return "(?s:.)" if "s" in self.flags else "."
-        if named:
-            text = f"[{self.named_class(named)}]"
+        if token["bracket"]:
+            text = self.char_class(token["bracket"])
         else:
-            text = self.char_class() if self.next() == "[" else self.char()
+            named = self.take(_NAMED_CLASS)
+            text = f"[{self.named_class(named)}]" if named else self.char()
         return f"(?i:{text})" if "i" in self.flags else text
 
-    def char_class(self) -> str:
-        text = "[^" if self.pattern.startswith("[^", self.pos) else "["
-        self.pos = first = self.pos + len(text)
+    def char_class(self, text: str) -> str:
+        first = self.pos
         while self.next() != "]" or self.pos == first:
-            named = _NAMED_CLASS.match(self.pattern, self.pos)
             if not self.next():
                 return text  # re refuses it
+            named = self.take(_NAMED_CLASS)
             text += self.named_class(named) if named else self.char()
-            if not named and self.next() == "-" and self.pattern[self.pos + 1 : self.pos + 2] not in ("", "]"):
-                self.pos += 1
+            if not named and self.take(_RANGE_DASH):
                 text += f"-{self.char()}"
         self.pos += 1
         return f"{text}]"
 
     def named_class(self, named: re.Match[str]) -> str:
-        r"""The ranges of [:alpha:], [:^alpha:], \d or \D, as they are written in a [class]."""
-        self.pos = named.end()
+        r"""What [:alpha:], [:^alpha:], \d or \D is in a [class]."""
         name = named["posix"]
-        is_negated = named[0].isupper() if name is None else named[0].startswith("[:^")
         if "i" in self.flags and name in ("lower", "upper"):
             name = "alpha"
-        bounds = _PERL_CLASSES[named[0].lower()] if name is None else _POSIX_CLASSES.get(name)
-        if bounds is None:
+        ranges = _PERL_CLASSES[named[0].lower()] if name is None else _POSIX_CLASSES.get(name)
+        if ranges is None:
             names = ", ".join(_POSIX_CLASSES)
             raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {names}")
-        codes = [ord(char) for char in bounds]
-        if is_negated:  # the ranges in between
-            codes = [-1, *codes, sys.maxunicode + 1]
-            codes = [code + 1 - 2 * (index % 2) for index, code in enumerate(codes)]
-        ranges = zip(codes[::2], codes[1::2])
-        return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges if low <= high)
+        if not named["not"] and not named[0].isupper():
+            return ranges
+        others = re.findall(f"[^{ranges}]", "".join(map(chr, range(128))))
+        return "".join(map(re.escape, others)) + r"\x80-\U0010ffff"
 
     def char(self) -> str:
         """The one character, written as itself or as an escape."""
-        found = _CHARACTER.match(self.pattern, self.pos)
+        found = self.take(_CHARACTER)
         if not found:
-            raise ExpressionError(_bad_escape(self.pattern[self.pos + 1 : self.pos + 2]))
-        self.pos = found.end()
-        char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
+            char = self.pattern[self.pos + 1 : self.pos + 2]
+            default = f"is not an escape; for the character itself, write {char}"
+            raise ExpressionError(f"\\{char} {_BAD_ESCAPES.get(char, default)}")
+        char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"], "")
         if not char:
             code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
             if code > sys.maxunicode:
@@ -781,18 +711,7 @@ class _Translator:
             char = chr(code)
         if "i" in self.flags and not char.isascii():
             raise ExpressionError(f"(?i) works with ASCII only; exclude {_shown(found[0])} from it: (?-i:{found[0]})")
-        return _literal(char)
-
-
-def translate(pattern: str) -> str:
-    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
-
-    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
-    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
-    most of what RE2 refuses; re.compile() refuses the rest.
-    """
-    translator = _Translator(pattern)
-    return translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
+        return re.escape(char)
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
@@ -808,31 +727,6 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
     return _Part(text + token[0], part.may_be_empty or least == "0", part.may_take)
 
 
-def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
-    on, off = token["on"], token["off"] or ""
-    if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
-    return before.union(on) - set(off)
-
-
-def _bad_escape(char: str) -> str:
-    if char and char in "CQEpP":
-        return f"\\{char} is not supported; write the characters themselves or a [class]"
-    if char and char in "123456789":
-        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
-    hints = {
-        "": r"for a backslash, write \\",
-        "Z": r"for the end, write $ or \z",
-        "x": r"a character by its number is \x7f or \x{20ac}",
-    }
-    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
-
-
-def _literal(char: str) -> str:
-    return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
 # chapters below rely on every Rule being valid: expanding its templates cannot fail.
@@ -841,7 +735,6 @@ def _literal(char: str) -> str:
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
 PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
-MAX_COMPARED_NAMES = 100  # of pools, with devices that other rules name
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -862,18 +755,24 @@ class Attribute(NamedTuple):
 
     def fits(self, value: str) -> bool:
         """Whether VALUE matches. A search that takes too long counts as no."""
-        try:
-            return self.match.fullmatch(value) is not None
-        except SearchTimeout:
-            return False
+        return isinstance(self.match.search(value, whole=True), re.Match)
 
 
-def _compile(node: Node) -> Expression:
-    """The expression in NODE. Raises ConfigError."""
-    try:
-        return Expression(_text(node))
-    except ExpressionError as error:
-        raise ConfigError(str(error), node.line, node.column) from None
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the config file. _KEYS has the key of each field."""
+
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str  # match, as written in the config file
+    slots: int = 1  # how many containers may have the device at once
+    resource: str = ""  # template; empty: the path names the resource
+    containerpath: str = ""  # template; empty: the path itself
+    permissions: str = "rw"
+    attributes: tuple[Attribute, ...] = ()
+    companions: tuple[Companion, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    values: tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 # Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
@@ -905,47 +804,24 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
     return _REFERENCE.sub(replacement, template)
 
 
-def attributes_in(template: str) -> Tuple[str, ...]:
+def attributes_in(template: str) -> tuple[str, ...]:
     """The names of the sysfs attributes that TEMPLATE refers to."""
-    names = (reference["attribute"] for reference in _REFERENCE.finditer(template))
-    return tuple(dict.fromkeys(filter(None, names)))
+    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
 
 
-def _group(reference: re.Match[str]) -> Union[int, str]:
+def _group(reference: re.Match[str]) -> int | str:
     name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: Expression) -> None:
-    for reference in _REFERENCE.finditer(node.value):
-        if reference["wrong"] is not None:
-            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
-        elif reference["attribute"]:
-            if _is_attribute(reference["attribute"]):
-                continue
-            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
-        else:
-            group = _group(reference)
-            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
-                continue
-            problem = f"devicematch has no group {reference[0]}"
-        raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
-
-
-def _is_attribute(name: str) -> bool:
-    """Whether NAME can be the name of a file in a device's folder in sysfs."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
-
-
-# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule or Companion. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
-    kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", type(None): "nothing"}
     value = node.value
-    found = "a mapping" if isinstance(node.value, Pairs) else kinds[type(value)]
+    kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", dict: "a mapping"}
     shown = f" ({value})" if type(value) is int else f" ({_shown(value)})" if isinstance(value, str) else ""
-    return ConfigError(f"expected {expected}, found {found}{shown}", node.line, node.column)
+    return node.error(f"expected {expected}, found {kinds.get(type(value), 'nothing')}{shown}")
 
 
 def _text(node: Node) -> str:
@@ -955,244 +831,191 @@ def _text(node: Node) -> str:
     raise _wrong(node, f"a text{hint}")
 
 
-def _read_slots(node: Node) -> int:
-    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
-        number = int(node.value)
-        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
-    if type(node.value) is not int:
-        raise _wrong(node, "a whole number of slots")
-    if not 0 <= node.value <= MAX_SLOTS:
-        raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
-    return node.value
-
-
-def _read_template(node: Node) -> str:
-    text = _text(node)
-    if not text or "\0" in text:
-        raise _wrong(node, "a text that is not empty")
-    return text
-
-
-def _read_resource(node: Node) -> str:
-    text = _read_template(node)
-    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
-    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
-        raise ConfigError(message, node.line, node.column)
-    return text
-
-
-def _read_containerpath(node: Node) -> str:
-    text = _read_template(node)
-    if not text.startswith("/dev/"):
-        raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
-    if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
-    return text
-
-
-def _read_permissions(node: Node) -> str:
-    text = _text(node)
-    if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
-        raise ConfigError(f"{_shown(text)} must be letters of r, w and m, each once", node.line, node.column)
-    return "".join(letter for letter in "rwm" if letter in text)
-
-
-def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
-    if not isinstance(node.value, Pairs) or not node.value:
+def _expect(node: Node, kind: type, what: str) -> None:
+    if not isinstance(node.value, kind) or not node.value:
         raise _wrong(node, what)
-    pairs: List[Tuple[Node, Node]] = node.value
-    return pairs
 
 
-def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
-    found = []
-    for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, _compile(value)))
-    return tuple(found)
+def _compile(node: Node) -> Expression:
+    try:
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise node.error(str(error)) from None
 
 
-def _read_companions(node: Node) -> Tuple[Companion, ...]:
-    if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
-        raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    return tuple(_read_companion(item) for item in node.value)
+def _check_attribute(name: str, node: Node) -> None:
+    """Raise ConfigError if NAME cannot be the name of a file in a device's folder in sysfs."""
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise node.error(f"{_shown(name)} is not an attribute of sysfs")
 
 
-def _read_companion(node: Node) -> Companion:
-    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
-    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
-        raise _wrong(node, "a path below /dev, or a mapping with it")
-    if not isinstance(node.value, Pairs):
-        template = _read_template(node)
-        is_optional = template.endswith("?")
-        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
-    nodes = _nodes_by_key(node, _COMPANION_KEYS)
-    if "path" not in nodes:
-        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
-    if _read_template(nodes["path"]).endswith("?"):
-        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
-        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
-    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+class _RuleReader:
+    """The readers for one rule, in the order of _KEYS: those of templates need what devicematch has set."""
+
+    match: Expression  # of the rule
+
+    def __init__(self) -> None:
+        self.values: dict[str, None] = {}  # the attributes in its templates
+
+    def fields(self, node: Node, keys: _Keys, missing: str) -> dict[str, Any]:
+        """The fields in the mapping NODE. The first of KEYS is required; MISSING says so."""
+        for key, (place, _) in node.value.items():
+            if key not in keys:
+                import difflib  # needed for this error only
+
+                near = difflib.get_close_matches(key.lower(), keys, 1)
+                advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+                raise place.error(f"unknown key {_shown(key)}; {advice}")
+        if next(iter(keys)) not in node.value:
+            raise node.error(missing)
+        return {field: read(self, node.value[key][1]) for key, (field, read) in keys.items() if key in node.value}
+
+    def devicematch(self, node: Node) -> str:
+        self.match = Expression(f"^{TEGRA}([0-9]+)$") if node.value == TEGRA else _compile(node)
+        return _text(node)
+
+    def slots(self, node: Node) -> int:
+        if type(node.value) is not int:
+            raise _wrong(node, "a whole number of slots")
+        if not 0 <= node.value <= MAX_SLOTS:
+            raise node.error(f"{node.value} slots: must be 0 to {MAX_SLOTS}")
+        return node.value
+
+    def template(self, node: Node) -> str:
+        if not _text(node):
+            raise _wrong(node, "a text that is not empty")
+        return self.any_template(node)
+
+    def any_template(self, node: Node) -> str:
+        """A template that may be empty."""
+        text = _text(node)
+        if "\0" in text:
+            raise _wrong(node, "a text without NUL")
+        groups = {*range(self.match.compiled.groups + 1), *self.match.compiled.groupindex}
+        for reference in _REFERENCE.finditer(text):
+            problem = ""
+            if reference["wrong"] is not None:
+                remedy = r"write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
+                problem = f"after a backslash, {remedy}"
+            elif reference["attribute"]:
+                _check_attribute(reference["attribute"], node)
+                self.values[reference["attribute"]] = None
+            elif _group(reference) not in groups:
+                problem = f"devicematch has no group {reference[0]}"
+            if problem:
+                raise node.error(f"{_shown(text)}: {problem}")
+        return text
+
+    def resource(self, node: Node) -> str:
+        text = self.template(node)
+        domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
+        if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+            name = text[len(domain) + 1 :] or "a name"
+            raise node.error(f"{_shown(text)} must not have the domain, which --domain sets: write {name}")
+        return text
+
+    def containerpath(self, node: Node) -> str:
+        text = self.template(node)
+        if not text.startswith("/dev/"):
+            raise node.error(f"{_shown(text)} must be an absolute path under /dev/")
+        if ".." in text.split("/"):
+            raise node.error(f'{_shown(text)} must not have a ".."')
+        return text
+
+    def permissions(self, node: Node) -> str:
+        text = _text(node)
+        if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
+            raise node.error(f"{_shown(text)} must be letters of r, w and m, each once")
+        return "".join(letter for letter in "rwm" if letter in text)
+
+    def attributes(self, node: Node) -> tuple[Attribute, ...]:
+        _expect(node, dict, 'a mapping of attributes, such as idVendor: "10c4"')
+        for name, (place, _) in node.value.items():
+            _check_attribute(name, place)
+        return tuple(Attribute(name, _compile(value)) for name, (_, value) in node.value.items())
+
+    def companions(self, node: Node) -> tuple[Companion, ...]:
+        _expect(node, list, r'a list of paths below /dev, such as ["snd/controlC\1"]')
+        return tuple(self.companion(item) for item in node.value)
+
+    def companion(self, node: Node) -> Companion:
+        """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
+        if isinstance(node.value, dict) and node.value:
+            missing = "a companion needs a path, such as path: snd/controlC0"
+            return Companion(**self.fields(node, _COMPANION_KEYS, missing))
+        if isinstance(node.value, (dict, list)):
+            raise _wrong(node, "a path below /dev, or a mapping with it")
+        text = _text(node)
+        return Companion(self.path(node._replace(value=text.removesuffix("?"))), optional=text.endswith("?"))
+
+    def path(self, node: Node) -> str:
+        text = self.template(node)
+        if text.endswith("?"):
+            raise node.error(f'{_shown(text)}: write optional: true instead of the "?"')
+        if text.startswith("/") or ".." in text.split("/"):
+            raise node.error(f"{_shown(text)} must be a path below /dev, such as snd/controlC0")
+        return text
+
+    def optional(self, node: Node) -> bool:
+        if not isinstance(node.value, bool):
+            raise _wrong(node, "true or false")
+        return node.value
+
+    def env(self, node: Node) -> tuple[tuple[str, str], ...]:
+        _expect(node, dict, r"a mapping of variables, such as CAMERA: /dev/\g<0>")
+        for name, (place, _) in node.value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise place.error(f"{_shown(name)} is not a name for a variable")
+        return tuple((name, self.any_template(value)) for name, (_, value) in node.value.items())
 
 
-def _read_companion_path(node: Node) -> str:
-    return _check_companion(node, _read_template(node))
-
-
-def _check_companion(node: Node, template: str) -> str:
-    if not template or template.startswith("/") or ".." in template.split("/"):
-        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
-        raise ConfigError(problem, node.line, node.column)
-    return template
-
-
-def _read_optional(node: Node) -> bool:
-    if not isinstance(node.value, bool):
-        raise _wrong(node, "true or false")
-    return node.value
-
-
-_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
-    "path": ("template", _read_companion_path),
-    "containerpath": ("containerpath", _read_containerpath),
-    "optional": ("optional", _read_optional),
-    "permissions": ("permissions", _read_permissions),
+_Keys = Mapping[str, "tuple[str, Callable[[_RuleReader, Node], Any]]"]  # by key: the field, and its reader
+_KEYS: _Keys = {
+    "devicematch": ("pattern", _RuleReader.devicematch),
+    "nummaxdevices": ("slots", _RuleReader.slots),
+    "resource": ("resource", _RuleReader.resource),
+    "containerpath": ("containerpath", _RuleReader.containerpath),
+    "permissions": ("permissions", _RuleReader.permissions),
+    "attributes": ("attributes", _RuleReader.attributes),
+    "with": ("companions", _RuleReader.companions),
+    "env": ("env", _RuleReader.env),
+}
+_COMPANION_KEYS: _Keys = {
+    "path": ("template", _RuleReader.path),
+    "containerpath": ("containerpath", _RuleReader.containerpath),
+    "optional": ("optional", _RuleReader.optional),
+    "permissions": ("permissions", _RuleReader.permissions),
 }
 
 
-def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
-    found = []
-    for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
-        if "\0" in _text(value):
-            raise _wrong(value, "a text without NUL")
-        found.append((name.value, value.value))
-    return tuple(found)
-
-
-def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
-    return dataclasses.field(metadata={"key": name, "read": read}, **default)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule of the config file. A field made by _key() has that key in the file."""
-
-    line: int  # of the config file
-    match: Expression  # searched for in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as written in the config file
-    slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
-    containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
-    permissions: str = _key("permissions", _read_permissions, default="rw")
-    attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
-    companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
-    env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
-
-
-_KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
-
-
-def parse_rules(text: str) -> Tuple[Rule, ...]:
+def parse_rules(text: str) -> tuple[Rule, ...]:
     """The rules in TEXT, that of a config file, in order. For the main thread only. Raises ConfigError."""
     try:
-        rules = ALARM.limit(lambda: _parse_rules(text), PARSE_SECONDS)
+        return ALARM.limit(lambda: _parse_rules(text), PARSE_SECONDS)
     except SearchTimeout:  # re can take a minute to compile an expression of 1 MiB
         message = f"the file takes more than {PARSE_SECONDS:.0f} s to read; write fewer rules or shorter expressions"
         raise ConfigError(message, 1, 1) from None
-    _check_own_names(rules)
-    return rules
 
 
-def _parse_rules(text: str) -> Tuple[Rule, ...]:
+def _parse_rules(text: str) -> tuple[Rule, ...]:
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
-        line = text.count("\n", 0, manifest.start()) + 1
         message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
-        raise ConfigError(message, line, 1)
-    document = compose_yaml(text)
-    if document.value is None:
-        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
-    if isinstance(document.value, Pairs) or not isinstance(document.value, list):
+        raise ConfigError(message, text.count("\n", 0, manifest.start()) + 1, 1)
+    document = YamlParser(text).document()
+    if document.value is None or document.value == []:
+        raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
+    if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    if not document.value:
-        raise ConfigError("the list has no rules", document.line, document.column)
     return tuple(_parse_rule(node) for node in document.value)
 
 
 def _parse_rule(node: Node) -> Rule:
-    if not isinstance(node.value, Pairs):
+    if not isinstance(node.value, dict):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes = _nodes_by_key(node, _KEYS)
-    if "devicematch" not in nodes:
-        raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])
-    if nodes["devicematch"].value == TEGRA:
-        match = Expression(f"^{TEGRA}([0-9]+)$")
-    fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    templates = list(_template_nodes(nodes))
-    for template in templates:
-        _check_template(template, match)
-    values = dict.fromkeys(name for template in templates for name in attributes_in(template.value))
-    return Rule(line=node.line, match=match, values=tuple(values), **fields)
-
-
-def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in keys:
-            import difflib  # needed for this error only
-
-            near = difflib.get_close_matches(key.value.lower(), keys, 1)
-            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-            raise ConfigError(f"unknown key {_shown(key.value)}; {advice}", key.line, key.column)
-        nodes[key.value] = value
-    return nodes
-
-
-def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
-    for key in ("resource", "containerpath"):
-        if key in nodes:
-            yield nodes[key]
-    for item in nodes["with"].value if "with" in nodes else ():
-        if isinstance(item.value, Pairs):
-            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
-        else:
-            yield item
-    if "env" in nodes:
-        yield from (value for _, value in nodes["env"].value)
-
-
-def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
-    exist.
-
-    Of many such rules only the first ones are compared, because each comparison takes as long as a look at a device.
-    A device whose name is taken is left out in any case, once it exists.
-    """
-    pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
-    literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
-    last = {literal[1]: rule for literal, rule in literals if literal and not rule.resource and not rule.attributes}
-    alike = [(path, rule) for path, rule in last.items() if resource_name(path) in pools]
-    expressions = Expressions(rule.match for rule in rules)
-    for path, rule in alike[:MAX_COMPARED_NAMES]:
-        found = expressions.search(path)
-        last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
-        if last_rule and last_rule[0] is rule:
-            raise clash(pools[resource_name(path)], rule, path)
-
-
-def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error that POOL has the same name as the device at PATH, which RULE offers."""
-    name = resource_name(path)
-    message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
-    return ConfigError(message, pool.line, 1)
+    reader = _RuleReader()
+    fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
+    return Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields)
 
 
 def resource_name(text: str) -> str:
@@ -1521,7 +1344,7 @@ def _mismatch(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
     for attribute in attributes:
-        for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+        for value in sorted(attribute.match.slow_texts.intersection(values_of(chain, attribute.name))):
             slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
         found = dict.fromkeys(f'"{value}"' for value in values_of(chain, attribute.name))
         shown = " or ".join(found) or "not there"
@@ -2141,13 +1964,13 @@ class Matcher:
         self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
             is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
         }
-        self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
+        self._expressions = {is_gpu: [rule.match for rule in rules] for is_gpu, rules in self._rules.items()}
 
     def __call__(self, path: str, is_gpu: bool = False) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
         key = path, is_gpu
         if key not in self._matches:
-            pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
+            pairs = zip(self._rules[is_gpu], search_all(self._expressions[is_gpu], path))
             self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
         return self._matches[key]
 

@@ -1251,11 +1251,11 @@ def parse_yaml(text: str) -> Any:
     """What yaml.safe_load() should return for TEXT, by the product's parser."""
 
     def plain(node: sdm.Node) -> Any:
-        if isinstance(node.value, sdm.Pairs):
-            return {key.value: plain(item) for key, item in node.value}
+        if isinstance(node.value, dict):
+            return {key: plain(item) for key, (_, item) in node.value.items()}
         return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
-    return plain(sdm.compose_yaml(text))
+    return plain(sdm.YamlParser(text).document())
 
 
 def obeys_the_law(text: str) -> bool:
