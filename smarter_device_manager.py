@@ -36,6 +36,7 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
     sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
+import abc
 import argparse
 import binascii
 import concurrent.futures
@@ -70,7 +71,6 @@ from typing import (
     Any,
     ClassVar,
     Dict,
-    FrozenSet,
     List,
     NamedTuple,
     NoReturn,
@@ -2703,25 +2703,17 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
-MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
+CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
+GATHER_SECONDS = 0.02  # after a signal, because changes come in groups
+MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
-LEASE_SECONDS = 0.02  # between two tries to take a lease that another instance has
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of long work before the loop serves others
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
+CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
-Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
+Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
 
 
 def load_grpc(with_tls: bool = False) -> None:
@@ -2730,15 +2722,10 @@ def load_grpc(with_tls: bool = False) -> None:
     Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
-    if with_tls:
-        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
-    with_ssl = "ssl" in sys.modules
-    if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
-    folder = os.path.dirname(os.path.realpath(__file__))
-    if folder not in sys.path:
-        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
+    # An import of a module that is None fails.
+    is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
 
@@ -2753,7 +2740,7 @@ def load_grpc(with_tls: bool = False) -> None:
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
-        if not with_ssl:
+        if is_hidden:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(shorten_decode_error)
@@ -2786,9 +2773,10 @@ def answered(method: Method) -> Method:
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
     """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
+    most = 2600  # bytes: a header has 8 KiB at most, and one byte takes up to three
     data = printable(text).encode()
-    if len(data) > MAX_ERROR_BYTES:
-        data = data[:MAX_ERROR_BYTES] + b"..."
+    if len(data) > most:
+        data = data[:most] + b"..."
     await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
     raise AssertionError("abort() of grpc raises an exception, always")
 
@@ -2799,36 +2787,26 @@ def unix_target(path: str) -> str:
     return f"unix:{escaped.decode()}"
 
 
-def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
+def connect_error(path: str) -> OSError | None:
+    """Why nobody answers on the Unix socket PATH; None if somebody does. One of SCARCE says nothing about that."""
     try:
-        _connect_once(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:  # somebody listens, and has many waiting
+        return None
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return error
+    return None
 
 
-def is_dead(path: str) -> bool:
-    """Whether nobody answers on the Unix socket PATH. Raises OSError if there is nothing left to find out with."""
+def socket_identity(path: str) -> Identity | None:
+    """Which file the socket PATH is; None if there is none. An inode number may be used again, so the time counts."""
     try:
-        _connect_once(path)
-    except OSError as error:
-        if error.errno in SCARCE:
-            raise
-        return True
-    return False
-
-
-def _connect_once(path: str) -> None:
-    """Connect to the Unix socket PATH. Raises OSError if nobody answers."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
-        probe.setblocking(False)
-        probe.connect(path)  # which blocks where somebody listens, and has many waiting
-
-
-def _temporary_name(path: str) -> str:
-    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
-    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
@@ -2836,7 +2814,7 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
 
     If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
     """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
@@ -2849,19 +2827,11 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
         os.unlink(temporary)
         raise
     if is_synced:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def descriptor_limit() -> int:
-    """The limit of file descriptors of this process."""
-    import resource as limits
-
-    limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == limits.RLIM_INFINITY else limit
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
@@ -2881,14 +2851,6 @@ async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
         task.cancel()
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
-
-
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
@@ -2896,11 +2858,18 @@ class UnixServer:
     delete or replace the socket file at any time; is_lost() tells.
     """
 
+    OPTIONS = (
+        ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+        # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server: not often.
+        ("grpc.max_connection_idle_ms", 3_600_000),
+    )
+
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
-        self.path = path
-        self._temporary = _temporary_name(path)
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while it is not there
+        self._path = path
+        self._temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"  # two containers may use the same PID
+        self._server = grpc.aio.server(options=self.OPTIONS)
+        self._identity: Identity | None = None  # of our socket file, once it has its name
         add_services(self._server)
 
     async def start(self) -> None:
@@ -2908,18 +2877,27 @@ class UnixServer:
 
         Raises OSError.
         """
-        self._bind(self._temporary)
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(unix_target(self._temporary))
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(self._temporary)  # grpc does not say why it cannot; this does
+            os.unlink(self._temporary)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
         await self._server.start()
 
     def publish(self) -> None:
         """Give the socket its name, in place of one that a killed instance left. Raises OSError."""
-        inode = os.stat(self._temporary).st_ino
-        os.rename(self._temporary, self.path)
-        self._inode = inode
+        identity = socket_identity(self._temporary)
+        os.rename(self._temporary, self._path)
+        self._identity = identity
 
-    def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, judged by the INODES of the files in its directory."""
-        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+    def is_lost(self) -> bool:
+        """Whether the published socket file was deleted or replaced."""
+        return self._identity not in (None, socket_identity(self._path))
 
     async def stop(self) -> None:
         """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
@@ -2927,24 +2905,9 @@ class UnixServer:
         An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
         """
         await self._server.stop(STOP_SECONDS)
-        try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                log.warning("cannot remove %s: %s", self.path, error.strerror)
-
-    def _bind(self, path: str) -> None:
-        mask = os.umask(0o177)
-        try:
-            self._server.add_insecure_port(unix_target(path))
-        except RuntimeError:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.bind(path)  # grpc does not say why it cannot; this does
-            os.unlink(path)
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-        finally:
-            os.umask(mask)
+        if self._identity and not self.is_lost():
+            with contextlib.suppress(OSError):  # the kubelet removes it when it starts
+                os.unlink(self._path)
 
 
 class Leases:
@@ -2954,43 +2917,50 @@ class Leases:
     first byte, so that the other one can hand over its sockets one after another.
     """
 
+    RETRY_SECONDS = 0.02  # between two tries to take a lease that another instance has
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = -1
-        self._waiting: Dict[str, Callable[[], None]] = {}
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._waiting: dict[str, Callable[[], None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def take(self, socket_path: str) -> bool:
         """Take the lease of SOCKET_PATH; False while another instance has it, or one without leases answers there.
 
         Raises OSError.
         """
-        if self._file < 0 or not _leads_to(self._path, self._file):  # the directory is another one now
+        try:
+            is_current = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except OSError:
+            is_current = False
+        if not is_current:  # the first time, or the directory is another one now
             self.close()
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        return self._lock(_lease_number(socket_path), fcntl.LOCK_EX) and is_dead(socket_path)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        error = connect_error(socket_path)
+        is_free = error is not None and error.errno not in SCARCE
+        if is_free:
+            self._waiting.pop(socket_path, None)
+        return is_free
 
     def give_back(self, socket_path: str) -> None:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
         self._waiting.pop(socket_path, None)
         if self._file >= 0:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _lease_number(socket_path))
-            if not self._waiting:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+            self._lock(socket_path, fcntl.LOCK_UN)
 
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock(0, fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH | fcntl.LOCK_NB)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._try_one)
+            self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        if self._file < 0 or not self._lock(0, fcntl.LOCK_EX):
-            return self._file >= 0
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
-        return False
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -3003,38 +2973,25 @@ class Leases:
         self._timer = None
         if not self._waiting:
             return
-        socket_path = next(iter(self._waiting))
-        wake = self._waiting.pop(socket_path)
-        try:
-            is_free = self.take(socket_path)
-        except OSError:
-            is_free = True  # who waits finds out why
-        if is_free:
-            waiting, self._waiting = [wake, *self._waiting.values()], {}
-            for each in waiting:
-                each()
-        else:
-            self.wait_for(socket_path, wake)  # the last in the queue
+        tried = next(iter(self._waiting))
+        wake = self._waiting.pop(tried)
+        with contextlib.suppress(OSError):  # who waits finds out why
+            if not self.take(tried):
+                self.wait_for(tried, wake)  # as the last in the queue
+                return
+        waiting, self._waiting = [wake, *self._waiting.values()], {}
+        for each in waiting:
+            each()
 
-    def _lock(self, number: int, kind: int) -> bool:
+    def _lock(self, socket_path: str, kind: int) -> bool:
+        """Change the lock of SOCKET_PATH's byte, which follows from a hash of 62 bits, or of the first one."""
+        name = os.path.basename(os.fsencode(socket_path))
+        number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-
-def _lease_number(socket_path: str) -> int:
-    """The byte in the file of leases for SOCKET_PATH: a hash of 62 bits, never 0."""
-    name = os.path.basename(os.fsencode(socket_path))
-    return 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2)
-
-
-def _leads_to(path: str, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 class Watch:
@@ -3056,7 +3013,7 @@ class Watch:
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
         except OSError:
@@ -3070,98 +3027,55 @@ class Watch:
             self._directory = -1
 
 
-class DirectoryInodes:
-    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
-
-    def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
-        found = os.stat(self._path)
-        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        if stamp == self._stamp:
-            return None
-        settled = is_settled(found.st_mtime_ns)
-        with os.scandir(self._path) as items:
-            inodes = {item.name: item.inode() for item in items}
-        self._stamp = stamp if settled else ()
-        return inodes
-
-
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
+    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
     """
 
+    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
+
     def __init__(self, path: str, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
+        self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._on_change = on_change
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
-        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._closing: asyncio.Future[None] | None = None  # of the channel before
+        self._last_met: Identity | None = None  # the kubelet that answered last
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
-        assert self._channel
-        return self._channel
-
-    def check(self) -> None:
-        """Check kubelet.sock, and connect to it if it is not the one seen before."""
-        try:
-            found = os.stat(self._path)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self.identity:
-            self.identity = identity
-            self.is_answering = False
+    def check(self) -> bool:
+        """Whether the kubelet answers at this moment; and notice if it is another one."""
+        identity = socket_identity(self._path)
+        error = connect_error(self._path)
+        problem = ""
         if identity is None:
-            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
-        elif not self.is_answering and self.check_answering():
-            self._meet()
+            problem = f"the kubelet is not there: no {self._path}; waiting for it"
+        elif error:
+            problem = f"the kubelet does not answer on {self._path}; waiting for it"
+        is_met = not problem and not (self.is_answering and identity == self.identity)
+        self.identity, self.is_answering = identity, not problem
+        if is_met or problem != board.get(self._path):
+            board.flush()
+            board.set(self._path, problem, "kubelet-gone", reason=str(error and error.strerror))
+            if is_met:
+                self._connect()
+            self._on_change()
+        return self.is_answering
 
-    def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
-        reason = connect_error(self._path)
-        if reason:
-            self.is_answering = False
-        if reason and self.identity:
-            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return not reason
+    def _connect(self) -> None:
+        is_another = self._last_met not in (None, self.identity)
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+        if self._last_met:
+            self._closing = asyncio.ensure_future(self.channel.close())
+        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+        self._last_met = self.identity
+        self.restarts += is_another
 
     async def close(self) -> None:
         """End the channel."""
-        if self._channel:
-            await self._channel.close()
-
-    def _meet(self) -> None:
-        self.is_answering = True
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            unix_target(self._path),
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._last_met not in (None, self.identity)
-        self._last_met = self.identity
-        self.restarts += is_another
-        board.set(self._path, "")
-        board.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-        self._on_change()
-
-    def _log_gone(self, sentence: str, **fields: str) -> None:
-        if board.set(self._path, sentence):
-            board.flush()
-            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
-            self._on_change()
+        if self._last_met:
+            await self.channel.close()
 
 
 class Holder(NamedTuple):
@@ -3179,23 +3093,27 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
-) -> Iterator[List[Tuple[str, Holder]]]:
+) -> Iterator[list[tuple[str, Holder]]]:
     """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
     pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
-        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
         for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            claimed = [device for claim in container.dynamic_resources for device in claim.claim_resources]
-            count += sum(len(item.device_ids) for item in ours) + len(claimed)
+            held = [
+                (item.resource_name[len(domain) + 1 :], slot_id)
+                for item in container.devices
+                if item.resource_name.startswith(f"{domain}/")
+                for slot_id in item.device_ids
+            ]
+            for claim in container.dynamic_resources:
+                ours = [device.device_name for device in claim.claim_resources if device.driver_name == domain]
+                held += [(slots[name].resource.name, slots[name].id) for name in ours if name in slots]
+            count += len(held)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
-            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
-            names_of_ours = [device.device_name for device in claimed if device.driver_name == domain]
-            held += [(slots[name].resource.name, slots[name].id) for name in names_of_ours if name in slots]
-            yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
+            names = [truncate(name, MAX_TEXT) for name in (pod.namespace, pod.name, container.name)]
+            yield [(name, Holder(slot_id, *names)) for name, slot_id in held]
 
 
 class PodResources:
@@ -3209,13 +3127,19 @@ class PodResources:
         self._target = unix_target(path)
         self._domain = domain
 
-    async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
+    async def holders(self, slots: SlotsOfDra) -> Holders | None:
         """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
-        holders: Dict[str, List[Holder]] = {}
+        holders: dict[str, list[Holder]] = {}
+        # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
+        # log bytes that are no message.
+        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
         try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            async with grpc.aio.insecure_channel(self._target, options) as channel:
+                call = channel.unary_unary("/v1.PodResourcesLister/List")
+                answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            response = pb.ListPodResourcesResponse.FromString(answer)
             for pairs in await in_slices(find_holders(response, self._domain, slots)):
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
@@ -3224,80 +3148,109 @@ class PodResources:
             return None
         return holders
 
-    async def _list(self) -> bytes:
-        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
 
-
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
+async def in_slices(items: Iterable[T]) -> list[T]:
+    """list(ITEMS), made in slices of a millisecond so that nobody else on the loop has to wait."""
     done = []
-    end = time.monotonic() + SLICE_SECONDS
+    end = 0.0
     for item in items:
         done.append(item)
         if time.monotonic() >= end:
             await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
+            end = time.monotonic() + 0.001
     return done
 
 
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+def unready_text(problem: str) -> str:
+    """That a resource is not registered, because of PROBLEM if that is known."""
+    return f"not registered with the kubelet{f': {problem}' if problem else ' yet'}"
 
 
-# What the status document says of a resource that the kubelet was never offered.
+# What the status document says of the registration of a resource that the kubelet was never offered.
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
     "trouble": unready_text(""),
-    "allocations": 0,
-    "registrations": 0,
-    "refusals": 0,
-    "stream_losses": 0,
-    "start_refusals": 0,
+    **dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0),
 }
 
 
 def find_max_silence(interval: float) -> float:
-    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
-    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+    """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
+    return min(10 * max(interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)
 
 
-class KubeletSide:
-    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+class KubeletSide(abc.ABC):
+    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
 
-    folders: Tuple[str, ...]  # that it works in, and others too
+    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
+    fewer and sooner.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
+    EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, max_silence: float, domain: str, folders: Sequence[str], watch: Watch
+    ) -> None:
+        self.domain = domain  # of the resources
+        self.plugin_dir = folders[0]
+        self.folders = folders  # that it works in, and others too
+        self.slots: SlotsOfDra = {}
+        self.heartbeat = time.monotonic()  # of the last check
         self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
-        self.calm_look = max_silence / 2  # seconds between two looks, at the most
-        self._done: asyncio.Future[None] = loop.create_future()
+        self.calm_pause = max_silence / 2  # seconds between two checks, at the most
+        self._loop = loop
+        self._watch = watch
+        self._change: asyncio.Future[None] = loop.create_future()  # done when there is something to check
+        self._done: asyncio.Future[None] = loop.create_future()  # its end is that of run()
 
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
+    @abc.abstractmethod
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
 
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
+    @abc.abstractmethod
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the registration of the resource NAME: the keys of NOT_REGISTERED."""
 
-    def _fail_with(self, task: asyncio.Task[None]) -> None:
-        """Let run() raise what TASK has raised, if it has."""
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+    @abc.abstractmethod
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+
+    @property
+    @abc.abstractmethod
+    def is_answering(self) -> bool:
+        """Whether the kubelet answers, so that there is nothing to wait for."""
+
+    @abc.abstractmethod
+    async def _check(self) -> None:
+        """Check the sockets."""
+
+    @abc.abstractmethod
+    async def _end(self) -> None:
+        """End all streams and servers."""
+
+    async def run(self) -> None:
+        """Serve the kubelet until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                self.heartbeat = time.monotonic()
+                self._change = self._loop.create_future()
+                is_watched = self._watch.ask()  # before the check, so that no change is missed
+                await self._check()
+                pause = self.calm_pause if is_watched and self.is_answering else CHECK_SECONDS
+                await asyncio.wait([self._done, self._change], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                if self._change.done() and not self._done.done():
+                    await self._check()
+                    await asyncio.sleep(GATHER_SECONDS if self.is_answering else self.EAGER_SECONDS)
+        finally:
+            self._watch.close()
+            await self._end()
+        self._done.result()
+
+    def check_now(self) -> None:
+        """Have run() check, and soon again. Only then is the next signal requested: many changes make few checks."""
+        if not self._change.done():
+            self._change.set_result(None)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -3305,15 +3258,18 @@ class KubeletSide:
             if not self._done.done():
                 self.apply(plan)
         except Exception as error:
-            self._fail(error)
+            self._done.set_exception(error)
 
-    def apply(self, plan: Plan) -> None:
-        """Make PLAN true."""
-        raise NotImplementedError
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
 
-    def look_now(self) -> None:
-        """Look at the watched directory, where something changed."""
-        raise NotImplementedError
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        """Let run() raise what TASK has raised, if it has."""
+        error = None if task.cancelled() else task.exception()
+        if error and not self._done.done():
+            self._done.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3328,9 +3284,10 @@ class KubeletSide:
 #
 # DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
 # kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
-# for a kubelet; take the lease of the name, which another instance may have; serve on the socket; register; watch the
-# stream; and when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers
-# the kubelet's calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# for a kubelet; serve under a temporary name; wait for the lease of the socket's name, which another instance may have,
+# and give the socket that name; register; watch the stream; and when the kubelet is another one, or anything went
+# wrong, end the server and begin again. Plugin answers the kubelet's calls: it knows the resource, HostDevices knows
+# what is in /dev at this moment.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
 # so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
@@ -3340,11 +3297,6 @@ class KubeletSide:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
-LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
-NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
-EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
 DESCRIPTORS_EACH = 2  # file descriptors per registered resource
@@ -3358,16 +3310,19 @@ DEFAULT_DOMAIN = "smarter-devices"
 class HostDevices:
     """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
+    START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
-    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+    READ_SECONDS = 0.08  # for reading the sysfs of devices before a start; the whole answer may take 0.1 s
+    SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
+
+    def __init__(self, dev_dir: str, sys_dir: str, start_scan: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
         self._sysfs = SysfsReader(sys_dir)
-        self._look_again = look_again
-        self._next_look: Optional[asyncio.TimerHandle] = None
+        self._start_scan = start_scan
+        self._next_scan = 0.0  # time.monotonic()
 
-    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> list[ContainerAllocation]:
         """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
@@ -3375,62 +3330,32 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+    async def find_start_problem(self, devices: Sequence[Device]) -> tuple[Device, str] | None:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
-        if not devices:
-            return None
-        chosen = []
+        end = time.monotonic() + self.READ_SECONDS
+        problems = await asyncio.gather(*(self._start_problem(device, end) for device in devices))
+        return next((found for found in zip(devices, problems) if found[1]), None)
+
+    async def _start_problem(self, device: Device, end: float) -> str:
         try:
             with LiveTree(self._dev_dir) as tree:
-                for device in devices:
-                    if device.problem and not device.nodes:  # a Tegra GPU
-                        return device, device.problem
-                    try:
-                        nodes = self._find_nodes(device, tree)
-                    except NotADevice as error:
-                        return device, str(error)
-                    if device.is_gone or not device.has_nodes(nodes):
-                        chosen.append((device, nodes))
-        except OSError as error:
-            return devices[0], _cannot_look(error)
-        end = time.monotonic() + READ_SECONDS
-        reads: List[Tuple[Device, List[SysfsRead]]] = []
-        try:
-            for device, nodes in chosen:
-                names = tuple(device.chosen_by)
-                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
-            for device, started in reads:
-                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
-                if changes and "" not in changes:
-                    return device, changes[0]
-        except SysfsTimeout:
-            return device, NO_ATTRIBUTES_YET
-        return None
-
-    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
-
-    async def describe(self, path: str, names: Names) -> str:
-        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                entry = resolve(tree, path, self._dev_dir)[0].entry
-            read = self._sysfs.start(entry, names)
-            found = nearest_values(await self._read(read, time.monotonic() + READ_SECONDS), names)
-            values = [describe_value(name, value) for name, value in found.items()]
+                specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)  # is each of its parts there?
+                nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
+            if device.has_nodes(nodes) and not device.is_gone:
+                return ""
+            reads = [self._sysfs.start(node.entry, tuple(device.chosen_by)) for node in nodes]
+            changes = [find_changes(await self._read(read, end), device.chosen_by) for read in reads]
         except NotADevice as error:
             return str(error)
         except OSError as error:
             return _cannot_look(error)
         except SysfsTimeout:
-            values = []
-        return "; ".join(values) or f"a {entry.kind} stands there"
+            return NO_ATTRIBUTES_YET
+        return "" if "" in changes or not changes else changes[0]
 
     async def _read(self, read: SysfsRead, end: float) -> Chain:
         """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
@@ -3438,77 +3363,27 @@ class HostDevices:
             await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
         return self._sysfs.take(read)
 
-    def look_again(self) -> None:
-        """Make the device side look again soon."""
-        if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._next_look = None
-        self._look_again()
+    def request_scan(self) -> None:
+        """Make the device side scan soon, since the plan may be outdated."""
+        now = time.monotonic()
+        if now >= self._next_scan:
+            self._next_scan = now + self.SCAN_SECONDS
+            asyncio.get_running_loop().call_later(self.SCAN_SECONDS, self._start_scan)
 
 
 def _cannot_look(error: OSError) -> str:
     return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
 
 
-class ListStream:
-    """The lists of one resource that a ListAndWatch stream has yet to send.
-
-    The reader may be slow, or not read at all, so only the newest list waits.
-    """
-
-    def __init__(self, resource: Resource) -> None:
-        self._newest = resource
-        self._sent: Optional[ListKey] = None
-        self._is_ended = False
-        self._has_news = asyncio.Event()
-        self._has_news.set()
-
-    def update(self, resource: Resource) -> None:
-        """Send the list of RESOURCE, unless it equals the last one."""
-        self._newest = resource
-        self._has_news.set()
-
-    def end(self) -> None:
-        """Make next() return None, even if a list is waiting."""
-        self._is_ended = True
-        self._has_news.set()
-
-    async def next(self) -> Optional[Resource]:
-        """Wait for the next list to send, and return its resource. None at the end."""
-        while True:
-            await self._has_news.wait()
-            if self._is_ended:
-                return None
-            key = _list_key(self._newest)
-            if key != self._sent:
-                self._sent = key
-                return self._newest
-            self._has_news.clear()
-
-
-ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
-
-
-def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
-    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
-
-
-class PluginOptions(NamedTuple):
-    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
-
-    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
-    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
-
-
-def options_of(resource: Resource) -> PluginOptions:
-    """The options that RESOURCE needs.
+def options_of(resource: Resource) -> pb.DevicePluginOptions:
+    """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered.
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
+    return pb.DevicePluginOptions(
+        get_preferred_allocation_available=resource.pool,
+        pre_start_required=any(device.chosen_by for device in resource.devices),
+    )
 
 
 class Plugin:
@@ -3517,16 +3392,18 @@ class Plugin:
     ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
+    MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+
     def __init__(
-        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, domain: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
-        self.full_name = full_name
-        self.allocations = self.start_refusals = 0
-        self._options = options_of(resource)
+        self.full_name = f"{domain}/{resource.name}"
+        self.options = options_of(resource)
+        self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
         self._devices = devices
         self._on_stream = on_stream
-        self._streams: List[ListStream] = []
+        self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3534,49 +3411,46 @@ class Plugin:
         Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
-        return (
-            needed.has_preference == self._options.has_preference
-            and needed.checks_starts <= self._options.checks_starts
-        )
+        needed.pre_start_required |= self.options.pre_start_required
+        return bool(needed == self.options)
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
-        for stream in self._streams:
-            stream.update(resource)
+        for news in self._streams:
+            news.set()
 
     def end_streams(self) -> None:
         """End every open stream in good order."""
-        for stream in self._streams:
-            stream.end()
+        ended, self._streams = self._streams, set()
+        for news in ended:
+            news.set()
 
     @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        stream = ListStream(self.resource)
-        self._streams.append(stream)
-        self._on_stream(stream, True)
+        """The reader may be slow, or not read at all, so only the newest list waits."""
+        news = asyncio.Event()
+        self._streams.add(news)
+        self._on_stream(news, True)
+        sent = None
         try:
-            while True:
-                resource = await stream.next()
-                if resource is None:
-                    return
-                await context.write(_list_message(resource))
+            while news in self._streams:
+                news.clear()
+                # The list may have 100,000 slots, so only what it is made of is compared.
+                key = [(device.path, device.slots, not device.problem, device.numa) for device in self.resource.devices]
+                if key != sent:
+                    sent = key
+                    await context.write(_list_message(self.resource))
+                await news.wait()
         finally:
-            self._streams.remove(stream)
-            self._on_stream(stream, False)
-
-    def options(self) -> pb.DevicePluginOptions:
-        """The options as a message, for Register and GetDevicePluginOptions."""
-        return pb.DevicePluginOptions(
-            get_preferred_allocation_available=self._options.has_preference,
-            pre_start_required=self._options.checks_starts,
-        )
+            self._streams.discard(news)
+            self._on_stream(news, False)
 
     @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
-        return self.options()
+        return self.options
 
     @answered
     async def GetPreferredAllocation(
@@ -3602,8 +3476,12 @@ class Plugin:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
             await abort(context, error.code, f"{self.full_name}: {error}")
-        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
-        self.allocations += len(allocations)
+        response = pb.AllocateResponse()
+        for found in allocations:
+            answer = response.container_responses.add(envs=found.env)
+            for spec in found.specs:
+                answer.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
+        self.counts["allocations"] += len(allocations)
         hosts = join_names([spec.host for found in allocations for spec in found.specs])
         log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
         return response
@@ -3623,45 +3501,33 @@ class Plugin:
         The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
-        slot_ids: Dict[str, str] = {}  # by the path of their device
+        slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
-                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
-            slot_ids.setdefault(slot.device.path, slot_id)
-        devices = [device for device in self.resource.devices if device.path in slot_ids]
-        found = await self._devices.find_start_problem(devices)
+                await self._refuse_start(slot_id, "", "the resource has no such ID", context)
+            slots.setdefault(slot.device.path, slot)
+        found = await self._devices.find_start_problem([slot.device for slot in slots.values()])
         if found:
             device, problem = found
-            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+            await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
 
-    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
-        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
-        if not path or not path.isprintable():
-            return "", "the resource has no such ID"
-        names = next((device.chosen_by for device in self.resource.devices if device.chosen_by), {})
-        problem = await self._devices.describe(path, tuple(names))
-        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
-
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
-        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        """Count the refusal, log it once, and make the device side scan."""
+        shown = f'ID "{slot_id[:MAX_SHOWN]}"'
+        given = f"{path} ({shown})" if path else f"the {shown}"
+        given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
         text = (
-            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
-            "once the right device is back; delete the pod to have it given a device anew"
+            f"the container was given {given}, but {problem}. It starts "
+            "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
-        self.start_refusals += 1
-        self._devices.look_again()
+        self.counts["start_refusals"] += 1
+        self._devices.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
-
-
-def _shorten_problem(text: str) -> str:
-    return truncate(printable(text), MAX_PROBLEM)
 
 
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
@@ -3670,13 +3536,6 @@ def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
-    return response
-
-
-def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=found.env)
-    for spec in found.specs:
-        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
 
@@ -3706,22 +3565,17 @@ class Backoff:
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
-        self.retry_at = 0.0  # as time.monotonic() has it
-        self._pause = 0.0
+        self.reset()
 
     def reset(self) -> None:
         """Forget the failures."""
-        self.retry_at = self._pause = 0.0
+        self.retry_at = self._pause = 0.0  # retry_at is of time.monotonic()
 
     def fail(self, now: float, at_once: bool = False) -> None:
         """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
-        self.put_off(now + pause)
-
-    def put_off(self, until: float) -> None:
-        """Delay the next try UNTIL that time."""
-        self.retry_at = until
+        self.retry_at = now + pause
 
 
 class RegistrationContext(NamedTuple):
@@ -3734,58 +3588,39 @@ class RegistrationContext(NamedTuple):
     leases: Leases
 
 
-class RegistrationFailure(Exception):
-    """Why a resource is not served or registered any more: the event that is logged, and the reason."""
-
-    def __init__(self, event: str, problem: str) -> None:
-        super().__init__(problem)
-        self.event = event
-
-
 class Registration:
     """The life of one resource with the kubelet: run(), until retire()."""
 
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.registrations = self.refusals = self.stream_losses = 0
-        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
+        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
+        self._path = f"{context.plugin_dir}/{self._socket}"
+        self._inode: int | None = None  # of the file there
         self._kubelet = context.kubelet
         self._leases = context.leases
-        self._server: Optional[UnixServer] = None
-        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
-        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
-        self._is_stream_open = False
-        self._is_registered = self._is_standby = self._is_socket_lost = self._is_retired = False
+        self._server: UnixServer | None = None
+        self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
+        self._is_stream_open = self._is_standby = self._is_retired = False
         self._backoff = Backoff()
         self._wake = asyncio.Event()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is registered and the kubelet's stream is open."""
-        return self._is_registered and self._is_stream_open
 
     def describe(self) -> Document:
         """Its part of the status document."""
         is_standby = self._is_standby and self._kubelet.is_answering
         problem = board.get(self.plugin.full_name)
         return {
-            "ready": self.is_ready,
+            **NOT_REGISTERED,
+            "ready": self._is_stream_open,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self.is_ready else problem if is_standby else unready_text(problem),
-            "allocations": self.plugin.allocations,
-            "registrations": self.registrations,
-            "refusals": self.refusals,
-            "stream_losses": self.stream_losses,
-            "start_refusals": self.plugin.start_refusals,
+            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
+            **self.plugin.counts,
         }
 
     def retire(self) -> None:
         """Make run() end."""
         self._is_retired = True
-        if self._call:
-            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
@@ -3793,14 +3628,14 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
-        if self._server and self._server.is_lost(inodes):
-            self._is_socket_lost = True
-            self.wake()
-        elif self._is_standby and os.path.basename(self._path) not in inodes:
+        """Wake run() if the socket's file, ours or another instance's, is missing, or another one than at the last
+        check. INODES are those of the files in the plugin directory, by name."""
+        inode = inodes.get(self._socket)
+        if inode is None or inode != self._inode:
+            self._inode = inode
             self.wake()
 
-    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+    async def run(self, previous: asyncio.Task[None] | None) -> None:
         """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
         It must not be cancelled, because grpc's servers do not survive that.
@@ -3808,14 +3643,13 @@ class Registration:
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
-        kubelet: Optional[Identity] = None  # the last one that it was to be registered with
+        kubelet: Identity | None = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
                 if self._kubelet.identity != kubelet:
                     self._backoff.reset()
                 pause = self._backoff.retry_at - time.monotonic()
                 await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
-                self._kubelet.check()
                 kubelet = self._kubelet.identity
                 if kubelet and not self._is_retired:
                     await self._live_with(kubelet)
@@ -3827,130 +3661,100 @@ class Registration:
 
         The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
         """
-        failure: Optional[RegistrationFailure] = None
+        failure = None  # the event to log, and the problem
+        server = self._server = UnixServer(
+            self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin)
+        )
         try:
-            self._server = UnixServer(self._path, self._add_service)
-            await self._server.start()  # before the lease, so that a hand-over takes no longer than it must
+            await server.start()  # before the lease, so that a hand-over takes no longer than it must
             if await self._wait_for_lease(kubelet):
-                self._server.publish()
-                await self._register(kubelet)
-                await self._watch(kubelet)
-        except RegistrationFailure as error:
-            failure = error
+                server.publish()
+                failure = await self._register(kubelet) or await self._watch(kubelet)
         except OSError as error:
-            text = f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            failure = RegistrationFailure("not-served", text)
+            failure = "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
         finally:
-            is_lost = self._is_socket_lost
-            await self._end_server()
-        if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
-            self.refusals += failure.event == "refused"
-            self.stream_losses += failure.event == "stream-lost" and not is_lost
+            is_lost = server.is_lost()
+            self.plugin.end_streams()
+            await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
+            self._server = self._stream = None
+            self._is_stream_open = self._is_standby = False
+        if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
+            event, problem = failure
+            self.plugin.counts["refusals"] += event == "refused"
+            self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            board.set_of_resource(self.plugin.full_name, str(failure), failure.event)
+            board.set_of_resource(self.plugin.full_name, problem, event)
 
-    def _add_service(self, server: grpc.aio.Server) -> None:
-        rpc.add_DevicePluginServicer_to_server(self.plugin, server)
-
-    def _is_over(self, kubelet: Optional[Identity]) -> bool:
+    def _is_over(self, kubelet: Identity | None) -> bool:
         """Whether it is retired, or there is another one than KUBELET."""
         return self._is_retired or self._kubelet.identity not in (kubelet, None)
 
+    def _is_socket_lost(self) -> bool:
+        return self._server is not None and self._server.is_lost()
+
     async def _wait_for_lease(self, kubelet: Identity) -> bool:
         """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
-        try:
-            while not self._is_over(kubelet) and not self._leases.take(self._path):
-                self._is_standby = True
-                board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
-                self._leases.wait_for(self._path, self.wake)
-                self._wake.clear()
-                await self._wake.wait()
-        finally:
-            self._is_standby = False
+        while not self._is_over(kubelet) and not self._leases.take(self._path):
+            self._is_standby = True
+            board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
+            self._leases.wait_for(self._path, self.wake)
+            self._wake.clear()
+            await self._wake.wait()
+        self._is_standby = False
         # Without a stream, nothing else tells that the kubelet went down.
-        return not self._is_over(kubelet) and self._kubelet.check_answering()
+        return self._kubelet.check() and not self._is_over(kubelet)
 
-    async def _register(self, kubelet: Identity) -> None:
-        """Register with KUBELET, unless it has gone. Raises RegistrationFailure."""
-        self._kubelet.check()
-        if self._is_retired or self._kubelet.identity != kubelet:
-            return
+    async def _register(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(self._path),
+            endpoint=self._socket,
             resource_name=self.plugin.full_name,
-            options=self.plugin.options(),
+            options=self.plugin.options,
         )
-        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await self._call
-        except asyncio.CancelledError:
-            return  # it is retired, or a new kubelet came and the channel was closed
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-            self._kubelet.check()
-            if self._kubelet.identity != kubelet:
-                return
-            text = f"the kubelet refused to register it ({error.code().name}): {error.details()}"
-            raise RegistrationFailure("refused", text) from None
-        finally:
-            self._call = None
-        self._is_registered = True
-        self.registrations += 1
-        board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+        call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        call.add_done_callback(lambda _: self.wake())
+        await self._until(lambda: call.done() or self._is_over(kubelet))
+        call.cancel()  # nothing if it is done
+        code = await call.code()
+        if code is grpc.StatusCode.OK:
+            self.plugin.counts["registrations"] += 1
+            board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            return None
+        if code is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
+        return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, kubelet: Identity) -> None:
-        """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
-        if not self._is_registered:
-            return
-        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), self.STREAM_SECONDS)
-        opened_at = time.monotonic()
+    async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Wait while all is well, or KUBELET is down. The event and the problem; None if _is_over(KUBELET)."""
+        began = time.monotonic()
+        await self._until(lambda: self._stream or self._is_socket_lost() or self._is_over(kubelet), self.STREAM_SECONDS)
         while not self._is_over(kubelet):
-            if self._is_stream_open and not self._is_socket_lost:
-                await self._until(lambda: not self._is_stream_open or self._is_socket_lost or self._is_over(kubelet))
-            elif not self._kubelet.check_answering():
-                await self._until(lambda: self._kubelet.is_answering or self._is_over(kubelet))
-            else:
-                break
-            self._kubelet.check()  # the end of a stream, or of all sockets, may mean a new kubelet
-        else:
-            return
-        if time.monotonic() - opened_at > MAX_BACKOFF_SECONDS:
-            self._backoff.reset()
-        if self._is_socket_lost:
-            raise RegistrationFailure("stream-lost", "its socket file was deleted")
-        if self._stream:
-            raise RegistrationFailure("stream-lost", "the kubelet ended its stream")
-        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s")
+            problem = ""
+            if self._is_socket_lost():
+                problem = "its socket file was deleted"
+            elif not self._stream:
+                problem = f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
+            elif not self._is_stream_open:
+                problem = "the kubelet ended its stream"
+            if problem and self._kubelet.check():
+                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+                    self._backoff.reset()
+                return "stream-lost", problem
+            self._wake.clear()
+            await self._wake.wait()
+        return None
 
-    async def _until(self, is_so: Callable[[], object], seconds: Optional[float] = None) -> bool:
+    async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
-        end = None if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while not self._is_retired and not is_so():
-            self._wake.clear()
-            if end is None:
-                await self._wake.wait()
-            elif end <= time.monotonic() or not await wait_for_event(self._wake, end - time.monotonic()):
+            if time.monotonic() >= end:
                 return False
-        return not self._is_retired
-
-    async def _end_server(self) -> None:
-        """End the server and its streams.
-
-        The kubelet's stream ends before the socket file goes and before the lease is given back. Another instance
-        registers at once then, and must not do that while the older stream is open.
-        """
-        self._is_registered = False
-        self.plugin.end_streams()
-        give_up = time.monotonic() + STOP_SECONDS
-        while self._is_stream_open and time.monotonic() < give_up:
             self._wake.clear()
-            await wait_for_event(self._wake, STOP_SECONDS)
-        server, self._server = self._server, None
-        if server:
-            await server.stop()
-        self._stream, self._is_stream_open, self._is_socket_lost = None, False, False
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if seconds == math.inf else end - time.monotonic())
+        return not self._is_retired
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
         if is_open and self._stream is None:
@@ -3962,47 +3766,23 @@ class Registration:
 
 
 class DevicePluginSide(KubeletSide):
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
-
-    It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed to
-    look_now()) only makes the looks fewer and sooner.
-    """
-
-    LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
-    HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS = 0.002, 1.0  # per resource that another instance waits for, and for all
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
 
     def __init__(
-        self,
-        plugin_dir: str,
-        domain: str,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        watch: Optional[Watch] = None,
-        max_silence: float = MAX_SILENCE_SECONDS,
+        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.plugin_dir = plugin_dir
-        self.folders = (plugin_dir,)
-        self.domain = domain
-        self.registrations: Dict[str, Registration] = {}
-        self.slots: SlotsOfDra = {}  # without DRA there is none
+        super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
+        self.registrations: dict[str, Registration] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
-        self._leases = Leases(f"{plugin_dir}/{self.LEASES}")
+        self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
         self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
-        self._files = DirectoryInodes(plugin_dir)
-        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
-        self._watch = watch
-        self._next_look: Optional[asyncio.TimerHandle] = None
-        self._unserved: Set[str] = set()  # names of resources for which there are no file descriptors
-        self._loop = loop
 
     @property
     def is_answering(self) -> bool:
-        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         restarts = self._kubelet.restarts
         return {
             "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
@@ -4010,116 +3790,58 @@ class DevicePluginSide(KubeletSide):
         }
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the registration of the resource NAME."""
-        registration = self.registrations.get(name)
-        if registration:
-            return registration.describe()
-        return {**NOT_REGISTERED, "trouble": unready_text(NO_DESCRIPTORS if name in self._unserved else "")}
+        if name in self.registrations:
+            return self.registrations[name].describe()
+        return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
-    async def run(self) -> None:
-        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
-        self.look()
-        try:
-            await self._done
-        finally:
-            await self._retire_all()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-            self._leases.close()
-            board.flush()
-            if self._watch:
-                self._watch.close()
-            await self._kubelet.close()
+    async def _check(self) -> None:
+        """Check kubelet.sock and our own sockets."""
+        if self._kubelet.check():
+            with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+                for registration in self.registrations.values():
+                    registration.check_socket(inodes)
 
-    async def _retire_all(self) -> None:
+    async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
         is without a stream meanwhile, and if all ended at once, the first would wait for the last."""
-        pause = min(self.HAND_OVER_SECONDS, self.MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
-        began, is_awaited = time.monotonic(), self._leases.is_awaited()
+        pause = min(0.002, 1.0 / max(len(self.registrations), 1)) if self._leases.is_awaited() else 0.0
+        began = time.monotonic()
         for number, name in enumerate(list(self.registrations)):
             self.registrations.pop(name).retire()
-            ahead = began + number * pause - time.monotonic()
-            if is_awaited and ahead > 0.0:
-                await asyncio.sleep(ahead)
-
-    def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and schedule the next look."""
-        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
-        self._look()
-        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
-
-    def look_now(self) -> None:
-        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
-        looks."""
-        self._look()
-        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
-
-    def _look(self) -> None:
-        self.heartbeat = time.monotonic()
-        try:
-            self._kubelet.check()
-            self._check_sockets()
-        except Exception as error:
-            self._fail(error)
-
-    def _look_in(self, seconds: float) -> None:
-        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
-        if self._next_look:
-            self._next_look.cancel()
-        if not self._done.done():
-            self._next_look = self._loop.call_later(seconds, self.look)
+            await asyncio.sleep(max(0.0, began + number * pause - time.monotonic()))
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._leases.close()
+        board.flush()
+        await self._kubelet.close()
 
     def _kubelet_changed(self) -> None:
         if self.is_answering:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)
-
-    def _check_sockets(self) -> None:
-        """Pass the files in the plugin directory to the registrations if they have changed."""
-        if not self.is_answering:
-            return
-        try:
-            inodes = self._files.read_changed()
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        if inodes is not None:
-            for registration in self.registrations.values():
-                registration.check_socket(inodes)
+            self.check_now()
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
-        served = self._served_names(plan)
+        import resource as limits
+
+        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
+        served = dict.fromkeys(names[:room])
+        for name in names[room:]:
+            board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
             if name in served and registration.plugin.can_offer(plan.resources[name]):
                 registration.plugin.update(plan.resources[name])
             else:
                 self.registrations.pop(name).retire()
+        self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:
             if name not in self.registrations:
                 registration = self.registrations[name] = Registration(plan.resources[name], self._context)
-                self._start(name, registration)
-
-    def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors, those that are served already first."""
-        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
-        room = max(0, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
-        for name in {*names[room:]} - self._unserved:
-            board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
-        self._unserved = {*names[room:]}
-        return names[:room]
-
-    def _start(self, name: str, registration: Registration) -> None:
-        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
-        self._tasks[name] = task
-
-        def ended(_: object) -> None:
-            if self._tasks.get(name) is task:
-                del self._tasks[name]
-            self._fail_with(task)
-
-        task.add_done_callback(ended)
+                self._tasks[name] = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+                self._tasks[name].add_done_callback(self._fail_with)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5065,7 +4787,8 @@ class Publisher:
             if board.set(subject, problem, "not-published") and not problem:
                 log_event("published-again", "publishing works again")
             await asyncio.sleep(MIN_PUBLISH_SECONDS)
-            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await wait_bounded(change.wait(), pause - MIN_PUBLISH_SECONDS)
 
     async def _publish_slices(self) -> float:
         """Make the slices what is wanted. They are listed a few at a time."""
@@ -5173,11 +4896,10 @@ class DraPlugin:
     def check_kubelet(self) -> None:
         """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
         path = self._options.pod_resources_socket
-        try:
-            found = None if is_dead(path) else os.stat(path)
-        except OSError:  # this says nothing about the kubelet
+        error = connect_error(path)
+        if error and error.errno in SCARCE:  # this says nothing about the kubelet
             return
-        kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        kubelet = None if error else socket_identity(path)
         if kubelet:
             self.restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
@@ -5253,12 +4975,9 @@ class DraSide(KubeletSide):
     def __init__(
         self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
-        self.domain: str = options.domain
-        self.folders = (*map(os.path.dirname, dra_sockets(options)), options.cdi_dir)
-        self.plugin_dir = self.folders[0]
-        self.slots: SlotsOfDra = {}  # those of the plan
+        folders = [*map(os.path.dirname, dra_sockets(options)), options.cdi_dir]
+        super().__init__(loop, max_silence, options.domain, folders, Watch(options.cdi_dir, with_content=True))
+        self.calm_pause = min(self.calm_pause, SOCKET_LOOK_SECONDS)
         self._options = options
         self._api = ApiServer(options.kube_api, options.kube_token_file, options.kube_ca_file)
         self._claims = Claims(options, self._api, host)
@@ -5266,41 +4985,28 @@ class DraSide(KubeletSide):
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
-        self._watch = Watch(options.cdi_dir, with_content=True)
-        self._wake: asyncio.Future[None] = loop.create_future()  # done when there is something to look at
         self._is_standby = False  # another instance serves the driver
         self._leases = Leases(f"{self.plugin_dir}/driver.lock")
         self._servers: list[UnixServer] = []
         self._publishing: asyncio.Task[None] | None = None  # while the driver is served
 
-    async def run(self) -> None:
-        """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        try:
-            while not self._done.done():
-                self.heartbeat = time.monotonic()
-                self._wake = asyncio.get_running_loop().create_future()
-                self._watch.ask()  # before the look, so that no change is missed
-                if self._claims.plan:  # until then, nobody knows what to publish
-                    await self._check_sockets()
-                    self._plugin.check_kubelet()
-                    self._claims.look()
-                    self._publish()
-                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
-                await asyncio.sleep(NEXT_LOOK_SECONDS)
-        finally:
-            self._watch.close()
-            await self._end()
-        self._done.result()
+    @property
+    def is_answering(self) -> bool:
+        return True  # nothing waits for a kubelet, which registers the driver by itself
 
-    def look_now(self) -> None:
-        if not self._wake.done():
-            self._wake.set_result(None)
+    async def _check(self) -> None:
+        """Check the driver's sockets, that of the kubelet, and the CDI files."""
+        if self._claims.plan:  # until then, nobody knows what to publish
+            await self._check_sockets()
+            self._plugin.check_kubelet()
+            self._claims.look()
+            self._publish()
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
         self.slots = slots_by_device_name(plan)
         self._claims.follow(plan, self.slots)
-        self.look_now()
+        self.check_now()
 
     def _publish(self) -> None:
         """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
@@ -5364,7 +5070,7 @@ class DraSide(KubeletSide):
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
-        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
+        if any(server.is_lost() for server in self._servers):
             board.set("driver", "a socket file of the driver was deleted or replaced", "stream-lost")
             await self._end()
         if self._servers:
@@ -5404,14 +5110,6 @@ class DraSide(KubeletSide):
         servers, self._servers, self._publishing = self._servers, [], None
         await asyncio.gather(*(server.stop() for server in reversed(servers)))
         self._leases.close()
-
-
-def _inodes(path: str) -> Mapping[str, int]:
-    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
-    try:
-        return {os.path.basename(path): os.lstat(path).st_ino}
-    except OSError:
-        return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5942,7 +5640,7 @@ class StatusServer:
     FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
-    side: DevicePluginSide | DraSide
+    side: KubeletSide
     pod_resources: PodResources
     node: str
     names: frozenset[str]  # by which a client may ask, besides IP addresses
@@ -6470,9 +6168,7 @@ def address_text(address: tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: DevicePluginSide | DraSide
-) -> StatusServer | None:
+BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
@@ -6506,12 +6202,11 @@ class KubeletThread(threading.Thread):
         max_silence = find_max_silence(options.interval)
         host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
         more = host_devices, self._loop
-        self._side: DevicePluginSide | DraSide
+        self._side: KubeletSide
         if options.api == "dra":
             self._side = DraSide(options, *more, max_silence)
         else:
-            watch = Watch(options.plugin_dir)
-            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, watch, max_silence)
+            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, max_silence)
         self._status = open_status(options, devices, self._side)
         self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
         self._mounted = mount_roots(self._side.folders)
@@ -6543,7 +6238,7 @@ class KubeletThread(threading.Thread):
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self._side.look_now)
+        self._loop.call_soon_threadsafe(self._side.check_now)
 
     def beat(self, manager: ServiceManager) -> float:
         """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
