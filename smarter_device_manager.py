@@ -6168,7 +6168,7 @@ def address_text(address: tuple[Any, ...]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
+def open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> StatusServer | None:
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
