@@ -3311,7 +3311,8 @@ class HostDevices:
                 return device, str(error), False
             except OSError as error:
                 return device, _cannot_look(error), False
-            if device.is_gone or not device.has_nodes(nodes):
+            is_other = device.is_gone or not device.has_nodes(nodes)
+            if is_other and (device.chosen_by or not device.nodes):  # whatever is there is right if its path chose it
                 is_old = device.problem in ("", Reason.GONE.template, Reason.SWAPPED.template)
                 return device, device.problem or Reason.SWAPPED.template, is_old and bool(nodes)
         return None
