@@ -1972,7 +1972,7 @@ class Matcher:
 
     The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
-    MAX_REMEMBERED = 1 << 16
+    MAX_REMEMBERED = 1 << 14  # names
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
