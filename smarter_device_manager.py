@@ -3266,7 +3266,7 @@ class KubeletSide:
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-PLAN_SECONDS = 0.5  # for the next plan to know what is at the path of a device, before a start is refused
+PLAN_SECONDS = 2.0  # for the next plan to know what is at the path of a device, before a start is refused
 LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
 NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
 EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens

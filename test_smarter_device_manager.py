@@ -5332,7 +5332,7 @@ def slow_sysfs(node: Node, name: str, seconds: float) -> str:
 def test_a_late_answer_of_sysfs_is_the_next_one(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
-    daemon = start(fault=slow_sysfs(node, "serial", 1.5 * sdm.SYSFS_SECONDS / 7))  # it is read in 7 folders
+    daemon = start(fault=slow_sysfs(node, "serial", 5 * sdm.SYSFS_SECONDS / 7))  # it is read in 7 folders
     kubelet.wait_for("ttyUSB0", Healthy=1)
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
     assert "sysfs does not answer" in daemon.log
