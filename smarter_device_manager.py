@@ -49,7 +49,6 @@ import io
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -66,7 +65,21 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, NoReturn, Optional, Protocol, Set, Tuple, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Dict,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -2550,35 +2563,31 @@ class TextFormatter(logging.Formatter):
     Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        fields = [f"{key}={_quote_value(str(value))}" for key, value in getattr(record, "fields", {}).items()]
         message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quote(text: str) -> str:
+def _quote_value(text: str) -> str:
     return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
-def _traceback_lines(record: logging.LogRecord) -> List[str]:
+def _traceback_lines(record: logging.LogRecord) -> list[str]:
     """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
-    if not record.exc_info:
-        return []
-    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-100:]
-    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
+    text = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+    return [truncate(printable(line), MAX_MESSAGE) for line in text.split("\n")[-100:] if text]
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        document = event_of(record)
-        if record.exc_info:
-            document["traceback"] = "\n".join(_traceback_lines(record))
-        return json.dumps(document)
+        traceback = "\n".join(_traceback_lines(record))
+        return json.dumps({**event_of(record), **({"traceback": traceback} if traceback else {})})
 
 
-def event_of(record: logging.LogRecord) -> Dict[str, Any]:
+def event_of(record: logging.LogRecord) -> Document:
     """RECORD as a JSON document."""
     return {
         "time": utc(record.created),
@@ -2589,7 +2598,7 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
     }
 
 
-class LogWriter(logging.handlers.QueueHandler):
+class LogWriter(logging.Handler):
     """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
 
     Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
@@ -2599,18 +2608,18 @@ class LogWriter(logging.handlers.QueueHandler):
     FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
 
     def __init__(self) -> None:
+        super().__init__()
         self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
-        super().__init__(self._lines)
         self._descriptor = sys.stderr.fileno() if sys.stderr else -1  # if it is closed, another file may be number 2
-        self._reported = 0  # dropped lines that a line has reported
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return self.format(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.put(self.format(record))
 
-    def enqueue(self, record: Any) -> None:
+    def put(self, line: str) -> None:
+        """Have LINE written."""
         try:
-            self._lines.put_nowait(record)
+            self._lines.put_nowait(line)
         except queue.Full:
             log_counts.dropped_lines += 1
 
@@ -2620,13 +2629,18 @@ class LogWriter(logging.handlers.QueueHandler):
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_SECONDS)
 
     def _run(self) -> None:
+        reported = 0
         while True:
             try:
                 self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):
                 log_counts.dropped_lines += 1
             else:
-                self._report_dropped()
+                dropped = log_counts.dropped_lines - reported
+                if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
+                    reported += dropped
+                    sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
+                    log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
             self._lines.task_done()
 
     def _write(self, data: bytes) -> None:
@@ -2636,13 +2650,6 @@ class LogWriter(logging.handlers.QueueHandler):
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._descriptor], [])
-
-    def _report_dropped(self) -> None:
-        dropped = log_counts.dropped_lines - self._reported
-        if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
-            self._reported += dropped
-            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
-            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
 
 def utc(seconds: float) -> str:
@@ -2681,12 +2688,11 @@ class EventRing(logging.Handler):
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = (
-            "a client or the kubelet sent bytes that are not a valid protobuf message: %s",
-            (record.exc_info[1],),
-        )
-        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    error = record.exc_info[1] if record.exc_info else None
+    if type(error).__name__ == "DecodeError":
+        record.msg = "a client or the kubelet sent bytes that are not a valid protobuf message: %s"
+        record.args, record.exc_info = (error,), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
     return True
 
 
@@ -4140,49 +4146,34 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next three are limits of it
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next two are limits of it
 MAX_ATTRIBUTE_BYTES = 64
-MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
-SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
-MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
-MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
-CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
-MAX_API_BACKOFF_SECONDS = 60.0
 SOCKET_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
 _API = "/apis/resource.k8s.io/v1"
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
 _LABEL = re.compile("[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # of a device or a request, as the API server takes them
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
-# What reading JSON raises if it is not as expected.
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # of reading JSON that is another
 
 
-class Result(NamedTuple):
-    """A result of a claim's allocation that is for this driver."""
-
-    request: str
-    device: str  # its name in the slices
-    is_admin: bool = False  # adminAccess: it takes the device from nobody
-
-
-class PreparedDevice(NamedTuple):
-    """A slot that was prepared for a claim."""
+class ClaimedDevice(NamedTuple):
+    """A device (slot) of a claim: as allocated, and once it is prepared, with what containers are given."""
 
     name: str  # in the slices
-    requests: Tuple[str, ...]  # of the claim
-    resource: str
-    path: str  # as people know it: /dev/video0
-    edits: Document  # containerEdits of CDI
-    is_gone: bool = False  # then no container may start with it: another device may be in its place
-    is_admin: bool = False  # all of its requests have adminAccess
+    requests: tuple[str, ...]  # of the claim
+    is_admin: bool = False  # all of them have adminAccess: it takes the device from nobody
+    resource: str = ""
+    path: str = ""  # as people know it: /dev/video0
+    edits: Document | None = None  # containerEdits of CDI
+    problem: str = ""  # why no container may start with it: it is gone, say, and another may be in its place
 
 
 class PreparedClaim(NamedTuple):
@@ -4191,11 +4182,16 @@ class PreparedClaim(NamedTuple):
     uid: str
     namespace: str
     name: str
-    devices: Tuple[PreparedDevice, ...] = ()
+    devices: tuple[ClaimedDevice, ...] = ()
 
     @property
     def full_name(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+    @property
+    def taken(self) -> set[str]:
+        """The devices that no other claim may have."""
+        return {device.name for device in self.devices if not device.is_admin}
 
 
 # What is published.
@@ -4219,9 +4215,9 @@ def short_hash(text: str) -> str:
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
     """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
     have the path, it is the slot of the device that is there."""
-    slots: Dict[str, Slot] = {}
+    slots: dict[str, Slot] = {}
     for resource in plan.resources.values():
-        labels = {device.path: dns_label(device.path, MAX_DEVICE_NAME - len("-9999")) for device in resource.devices}
+        labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
         for slot in slots_of(resource):
             name = f"{labels[slot.device.path]}-{slot.number}"
             if slot.healthy or name not in slots:
@@ -4229,27 +4225,19 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
     return slots
 
 
-def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Document:
-    """SLOT as the device NAME of a ResourceSlice. If it is Unhealthy, no new pod gets it, and it EVICTS those that have
-    it."""
-    resource, device = slot.resource, slot.device
-    values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
-    values.update(device.facts)
-    if resource.pool:
-        values["pool"] = resource.name
-    if len(device.numa) == 1:
-        values["numaNode"] = device.numa[0]
-    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
-    return _slice_device(name, values, domain, taint, evicts)
-
-
-def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
-    """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
-    resource."""
-    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
-
-
-def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
+def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: bool = False) -> Document:
+    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan. One
+    that is Unhealthy is given to no new pod; if it EVICTS, it also costs the pods that have it."""
+    if isinstance(device, Slot):
+        resource, found = device.resource, device.device
+        values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
+        if resource.pool:
+            values["pool"] = resource.name
+        if len(found.numa) == 1:
+            values["numaNode"] = found.numa[0]
+        taint = "" if not found.problem else "gone" if found.is_gone else "unhealthy"
+    else:  # DeviceClasses select by its resource
+        values, taint = {"resource": device.resource, "path": device.path}, "gone"
     attributes: Document = {}
     for key, value in values.items():
         if isinstance(value, int):
@@ -4270,7 +4258,7 @@ def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
     """DEVICES in groups, each as large as a slice may be."""
     rest = iter(devices)
     for group in iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), []):
-        yield len(group), json.dumps(group)
+        yield len(group), json.dumps(group, sort_keys=True)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -4303,8 +4291,7 @@ def device_class(domain: str, resource: str = "") -> Document:
 
 
 def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Document:
-    labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
-    metadata.update(name=name, labels=labels)
+    metadata.update(name=name, labels={"app.kubernetes.io/managed-by": "smarter-device-manager"})
     return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
@@ -4313,26 +4300,20 @@ class SliceCopy(NamedTuple):
 
     version: str
     generation: int
-    digest: int  # of what is to be as wanted
+    digest: int  # of what is to be as wanted: hash() of the number of slices and of its devices as JSON
 
 
 def read_slice(item: Document) -> SliceCopy:
-    """What is kept of the slice ITEM. The API server adds the times of taints."""
-    metadata, pool = item["metadata"], item["spec"]["pool"]
-    devices = [
-        [
-            device["name"],
-            device.get("attributes"),
-            [(taint["key"], taint["effect"]) for taint in device.get("taints", ())],
-        ]
-        for device in item["spec"]["devices"]
-    ]
-    owners = [owner["uid"] for owner in metadata.get("ownerReferences", ())]
-    text = json.dumps([pool["name"], pool["resourceSliceCount"], devices, owners], sort_keys=True)
-    return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), hash(text))
+    """What is kept of the slice ITEM, of which the times of the taints go: the API server adds them."""
+    metadata, pool, devices = item["metadata"], item["spec"]["pool"], item["spec"].get("devices", [])
+    for device in devices:
+        for taint in device.get("taints", ()):
+            taint.pop("timeAdded", None)
+    digest = hash((pool["resourceSliceCount"], json.dumps(devices, sort_keys=True)))
+    return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), digest)
 
 
-def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, SliceCopy], str]:
+def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
     items = [
         item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
@@ -4343,81 +4324,78 @@ def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, Sli
 # What is prepared.
 
 
-def allocated_devices(claim: Document, domain: str, node: str) -> List[Result]:
-    """The results of CLAIM's allocation that are for the driver DOMAIN on NODE.
+def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
+    """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
+    None if DOCUMENT is another claim of its name.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError, and one of UNEXPECTED for what is no claim.
     """
-    found = []
-    results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results")
+    if document["metadata"]["name"] != claim.name:
+        raise ValueError("this is not the claim")
+    if document["metadata"]["uid"] != claim.uid:
+        return None
+    results = document.get("status", {}).get("allocation", {}).get("devices", {}).get("results")
     if not results:
         raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
+    found: dict[str, ClaimedDevice] = {}
     for result in results:
-        request, device = result["request"].partition("/")[0], result["device"]
-        if not _LABEL.fullmatch(request) or not _LABEL.fullmatch(device):
-            raise ValueError("no name of a request or a device")
+        request, name = result["request"].partition("/")[0], result["device"]
         if result["driver"] == domain:
             if result["pool"] != node:
-                raise AllocationError("NOT_FOUND", f"the claim's device {device} is not of this node")
-            found.append(Result(request, device, result.get("adminAccess") is True))
-    return found
+                raise AllocationError("NOT_FOUND", f"the claim's device {name} is not of this node")
+            before = found.get(name, ClaimedDevice(name, (), is_admin=True))
+            requests = tuple(dict.fromkeys((*before.requests, request)))
+            found[name] = ClaimedDevice(name, requests, before.is_admin and result.get("adminAccess") is True)
+    return claim._replace(devices=tuple(found.values()))
 
 
-def prepare_devices(results: Sequence[Result], slots: SlotsOfDra, devices: HostDevices) -> Tuple[PreparedDevice, ...]:
-    """What containers are given for RESULTS: each device once, whatever the number of requests that it is for.
+def prepare_devices(
+    devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
+) -> tuple[ClaimedDevice, ...]:
+    """DEVICES with what containers are given for them now.
 
     A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
     one Allocate. Raises AllocationError.
     """
-    by_device: Dict[str, List[Result]] = {}
-    for result in results:
-        if result.device not in slots:
-            raise AllocationError("UNAVAILABLE", f'this node offers no device "{result.device}"')
-        by_device.setdefault(result.device, []).append(result)
+    for device in devices:
+        if device.name not in slots:
+            raise AllocationError("UNAVAILABLE", f'this node offers no device "{device.name}"')
     prepared = []
-    for name, own in by_device.items():
-        slot = slots[name]
-        requests = tuple(dict.fromkeys(result.request for result in own))
-        beside = [slots[result.device] for result in results if result.request in requests]
+    for device in devices:
+        slot = slots[device.name]
+        beside = [slots[other.name] for other in devices if not set(device.requests).isdisjoint(other.requests)]
         ids = [other.id for other in beside if other.resource.name == slot.resource.name]
-        together, alone = devices.allocate(slot.resource, [ids, [slot.id]])
-        edits = container_edits(alone.specs, together.env)
-        is_admin = all(result.is_admin for result in own)
+        together, alone = host.allocate(slot.resource, [ids, [slot.id]])
+        nodes = {  # of CDI, which names no link or folder
+            path: {"path": path, "hostPath": host, "permissions": spec.permissions}
+            for spec in alone.specs
+            for host, path in spec.nodes
+        }
+        env = [f"{key}={value}" for key, value in sorted(together.env.items())]
+        edits = {key: value for key, value in (("env", env), ("deviceNodes", list(nodes.values()))) if value}
         path = device_path(slot.device)
-        prepared.append(PreparedDevice(name, requests, slot.resource.name, path, edits, is_admin=is_admin))
+        prepared.append(device._replace(resource=slot.resource.name, path=path, edits=edits, problem=""))
     return tuple(prepared)
 
 
-def container_edits(specs: Iterable[DeviceSpec], env: Mapping[str, str]) -> Document:
-    """SPECS and ENV as containerEdits of CDI, which may name only nodes, no link or folder."""
-    nodes = {
-        container: {"path": container, "hostPath": host, "permissions": spec.permissions}
-        for spec in specs
-        for host, container in spec.nodes
-    }
-    edits = {"env": [f"{name}={value}" for name, value in sorted(env.items())], "deviceNodes": list(nodes.values())}
-    return {key: value for key, value in edits.items() if value}
-
-
-def follow_device(device: PreparedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> Tuple[Optional[Slot], str]:
+def follow_device(device: ClaimedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> tuple[Slot | None, str]:
     """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
     it or a companion is gone, or another one is in its place. Empty if one may.
 
-    One that is there, and that no rule names or chooses any more, has no problem: the config file has changed, and its
-    pod may go on. So may that of a device that has changed, and of one whose resource has another name by now. One that
-    was gone is back only if a rule chooses it.
+    One that is there, and that no rule names or chooses any more, has no problem. Nor has one that has changed, or
+    whose resource has another name by now. One that was gone is back only if a rule chooses it.
     """
     resource, slot = plan.resources.get(device.resource), slots.get(device.name)
     found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
     # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
-    if not found and slot and not (device.is_gone and slot.device.chosen_by):
+    if not found and slot and not (device.problem and slot.device.chosen_by):
         found = slot.device
     if found:
         return slot if slot and slot.device is found else None, "" if found.specs else found.problem
     if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
         return None, Reason.GONE.template
-    return None, Reason.SWAPPED.template if device.is_gone else ""
+    return None, Reason.SWAPPED.template if device.problem else ""
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -4425,11 +4403,10 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     devices = []
     for device in claim.devices:
         notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
-        if device.is_admin:
-            notes["admin-access"] = "true"
+        notes.update({"admin-access": "true"} if device.is_admin else {})
         devices.append(
             {
-                "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
+                "name": f"{claim.uid}-{device.name}" + (GONE if device.problem else ""),
                 "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
                 "containerEdits": device.edits,
             }
@@ -4445,15 +4422,15 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         raise ValueError("no claim with devices")
     devices = []
     for item in document["devices"]:
-        request, resource, path = (item["annotations"][f"{domain}/{key}"] for key in ("request", "resource", "path"))
+        notes = item["annotations"]
+        request, resource, path = (str(notes[f"{domain}/{key}"]) for key in ("request", "resource", "path"))
+        match = re.fullmatch(f"{re.escape(uid)}-({_LABEL.pattern})({GONE})?", item["name"])
         requests = tuple(request.split(","))
-        prefix, _, label = item["name"].partition(f"{uid}-")
-        is_gone, label = label.endswith(GONE), label.removesuffix(GONE)
-        edits = dict(item["containerEdits"].items())
-        if prefix or not all(map(_LABEL.fullmatch, (label, *requests))):
+        if not match or not all(map(_LABEL.fullmatch, requests)):
             raise ValueError("no device of this claim")
-        is_admin = f"{domain}/admin-access" in item["annotations"]
-        devices.append(PreparedDevice(label, requests, resource, path, edits, is_gone, is_admin))
+        is_admin, edits = f"{domain}/admin-access" in notes, dict(item["containerEdits"].items())
+        problem = Reason.GONE.template if match[2] else ""
+        devices.append(ClaimedDevice(match[1], requests, is_admin, resource, path, edits, problem))
     return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
@@ -4461,113 +4438,66 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
 
 
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), how many seconds to wait, and
-    what the API server says that it does not have (resourceclaims/NAME), if it does."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and what the API server says
+    that it does not have (resourceclaims/NAME), if it does."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0, missing: str = "") -> None:
+    def __init__(self, text: str, status: int = 0, missing: str = "") -> None:
         super().__init__(text)
-        self.status = status
-        self.retry_after = retry_after
-        self.missing = missing
+        self.status, self.missing = status, missing
 
 
-class ApiAddress(NamedTuple):
-    """The address of the API server."""
-
-    url: str
-    is_tls: bool
-    host: str
-    port: int
-    prefix: str  # of every path
-
-
-def parse_api_url(url: str) -> ApiAddress:
-    """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
+def parse_api_url(url: str) -> tuple[bool, str, int, str]:
+    """Whether URL has TLS, its host, its port, and the prefix of each path. Raises ValueError for anything else, and
+    for http:// to any host but a loopback address."""
     # Python raises UnicodeError for a host with an empty label or one of more than 63 characters.
     hosts = r"\[([0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3})\]|([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?)"
     match = re.fullmatch(rf"(https?)://(?:{hosts})(?::([0-9]{{1,5}}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
-    host = match[2] or match[3]
-    is_tls = match[1] == "https"
-    if not is_tls and not (host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host)):
+    is_tls, host = match[1] == "https", match[2] or match[3]
+    if not is_tls and not re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", host):
         raise ValueError(f'"{url}" has no TLS: write https://; http:// is for a loopback address only')
-    return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
+    return is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/")
 
 
-class ApiAnswer(NamedTuple):
-    """An answer of the API server. A body that does not come as its head says is empty."""
-
-    status: int
-    body: bytes
-    retry_after: float  # seconds
+ApiAnswer = Tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
+Reader = Callable[[Document], Any]  # of such JSON
 
 
 async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
-    """The answer that the API server at URL sends to READER. Raises ApiError if it is not one, or too long."""
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-        status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.") else 0
-    except (EOFError, LookupError, ValueError, asyncio.LimitOverrunError):
-        status = 0
-    if not status:
+    """The answer that READER gets from the API server at URL. Raises ApiError if it is no HTTP, or too long."""
+    head, body, size = b"", bytearray(), 1
+    with contextlib.suppress(EOFError, asyncio.LimitOverrunError):
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    match = re.match(rb"http/1\.[0-9] ([0-9]{3})\s", head)
+    if not match:
         raise ApiError(f"what answers at {url} hung up, or speaks no HTTP")
+    headers = dict(re.findall(rb"\r\n([a-z-]+): *([^\s;,]*)", head))
     try:
-        body = await _receive_body(reader, head)
-    except (EOFError, ValueError, asyncio.LimitOverrunError):
-        body = b""
+        if headers.get(b"transfer-encoding") != b"chunked":
+            length = int(headers.get(b"content-length", sys.maxsize))
+            body += await reader.readexactly(min(length, MAX_API_ANSWER + 1))
+        else:
+            while size and len(body) <= MAX_API_ANSWER:
+                size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
+                body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
+    except asyncio.IncompleteReadError as error:
+        body += error.partial  # JSON says itself whether it is whole
+    except (ValueError, asyncio.LimitOverrunError):
+        body.clear()
     if len(body) > MAX_API_ANSWER:
         raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
-    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head, re.IGNORECASE)
-    return ApiAnswer(status, body, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
-
-
-async def _receive_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
-    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection;
-    of one that is too long, a part that is too long. Raises EOFError, ValueError or LimitOverrunError if it is not as
-    HEAD says."""
-    if re.search(rb"\r\nTransfer-Encoding: *chunked\s", head, re.IGNORECASE):
-        body, size = bytearray(), 1
-        while size and len(body) <= MAX_API_ANSWER:
-            size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
-            body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
-        return bytes(body)
-    length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
-    try:
-        return await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
-    except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
-        return error.partial
-
-
-def read_answer(answer: ApiAnswer, verb: str, path: str, read: Callable[[Document], T]) -> T:
-    """What READ reads in ANSWER, to VERB on PATH. Raises ApiError.
-
-    The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because the
-    answer is another one becomes an ApiError.
-    """
-    is_good = 200 <= answer.status < 300
-    message = missing = ""
-    try:
-        if answer.body.count(b"{") + answer.body.count(b"[") > MAX_API_OBJECTS:
-            raise ValueError("more than any answer has")
-        document = json.loads(answer.body)
-        if is_good:
-            return read(document)
-        message = str(document["message"])
-        if (answer.status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
-            missing = f"{document['details']['kind']}/{document['details']['name']}"
-    except UNEXPECTED:
-        if is_good:
-            text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
-            raise ApiError(text, answer.status) from None
-    raise ApiError(api_problem(verb, path, answer.status, message), answer.status, answer.retry_after, missing)
+    document = None
+    with contextlib.suppress(ValueError, RecursionError):
+        document = json.loads(body) if body.count(b"{") + body.count(b"[") <= MAX_API_OBJECTS else None
+    return int(match[1]), document
 
 
 def api_problem(verb: str, path: str, status: int, message: str) -> str:
     """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
     match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
     kind = match[1] if match else path
-    ending = f": {printable(message)[:MAX_API_TEXT]}" if message else ""
+    ending = f": {printable(message)[:MAX_SHOWN]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
     if status == 404 and kind == "nodes":
@@ -4579,113 +4509,117 @@ def api_problem(verb: str, path: str, status: int, message: str) -> str:
 
 
 class ApiServer:
-    """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
-
-    Requests are few, so each has its own connection.
-    """
+    """A client of the API server at URL. TLS is verified with the CA file, always; token and CA file are read per
+    request. Requests are few, so each has its own connection. Raises ValueError for what is no URL of one."""
 
     NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
     METHODS: Mapping[str, str] = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 
-    def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
-        self.address = address
-        self.requests: Counter[Tuple[str, str]] = Counter()  # by verb and code
+    def __init__(self, url: str, token_file: str, ca_file: str) -> None:
+        self.url = url
+        self.requests: Counter[tuple[str, str]] = Counter()  # by verb and code
         self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
+        self._is_tls, self._host, self._port, self._prefix = parse_api_url(url)
         self._token_file = token_file
         self._ca_file = ca_file
 
     async def call(
-        self,
-        verb: str,
-        path: str,
-        body: Optional[Document] = None,
-        read: Callable[[Document], Any] = lambda document: document,
-        absent: int = 0,
+        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, absent: int = 0
     ) -> Any:
-        """What READ reads in the answer to VERB on PATH, see read_answer(), within 2 * API_SECONDS; None if the status
-        is ABSENT. Raises ApiError."""
-        answer = await self._send(verb, path, body)
-        if answer.status == 401:  # the token was replaced while the request was on its way
-            answer = await self._send(verb, path, body)
-        return None if answer.status == absent else read_answer(answer, verb, path, read)
+        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS; None
+        if its status is ABSENT.
 
-    async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
+        the answer is another one becomes an ApiError. Raises ApiError.
+        """
+        status, document = await self._send(verb, path, body)
+        if status == 401:  # the token was replaced while the request was on its way
+            status, document = await self._send(verb, path, body)
+        if status == absent:
+            return None
+        is_good, message, missing = 200 <= status < 300, "", ""
+        try:
+            if is_good:
+                return read(document) if read else document["metadata"]
+            message = str(document["message"])
+            if (status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
+                missing = f"{document['details']['kind']}/{document['details']['name']}"
+        except UNEXPECTED:
+            if is_good:
+                text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
+                raise ApiError(text, status) from None
+        raise ApiError(api_problem(verb, path, status, message), status, missing)
+
+    async def _send(self, verb: str, path: str, body: Document | None) -> ApiAnswer:
         """Send one request, and count it. Raises ApiError."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(self.METHODS[verb], path, body), API_SECONDS)
-            code, self.problem = str(answer.status), ""
+            code, self.problem = str(answer[0]), ""
             return answer
         except asyncio.TimeoutError:
-            self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
+            self.problem = f"the API server at {self.url} did not answer within {API_SECONDS:.0f} s"
         except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
-            self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
+            self.problem = f"the API server at {self.url} {_connection_problem(error, self._ca_file)}"
         except ApiError as error:
             self.problem = str(error)
         finally:
             self.requests[verb, code] += 1
         raise ApiError(self.problem)
 
-    async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
+    async def _exchange(self, method: str, path: str, body: Document | None) -> ApiAnswer:
         """One request and its answer. Raises ApiError and OSError."""
-        address = self.address
         data = b"" if body is None else json.dumps(body).encode()
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}"]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        head = [f"{method} {self._prefix}{path} HTTP/1.1", f"Host: {host}:{self._port}"]
         head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
         head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}"]
         tls = None
-        if address.is_tls:
-            tls = self._tls()
-            head.append(self._authorization())  # never without TLS: any process may listen on a loopback address
+        if self._is_tls:
+            tls, authorization = self._read_credentials()
+            head.append(authorization)  # never without TLS: any process may listen on a loopback address
         reader, writer = await asyncio.open_connection(
-            address.host, address.port, ssl=tls, happy_eyeballs_delay=self.NEXT_ADDRESS_SECONDS
+            self._host, self._port, ssl=tls, happy_eyeballs_delay=self.NEXT_ADDRESS_SECONDS
         )
         try:
             writer.write("\r\n".join([*head, "", ""]).encode() + data)
-            return await receive_answer(reader, address.url)
+            return await receive_answer(reader, self.url)
         finally:
             writer.transport.abort()
 
-    def _tls(self) -> ssl.SSLContext:
+    def _read_credentials(self) -> tuple[ssl.SSLContext, str]:
+        """What verifies the server, and the header with the token. Raises ApiError."""
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the certificate and the host's name
         # As a Go client does, take an intermediate CA alone for the CA that it is; Python knows the flag since 3.10.
         context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0)
         try:
-            context.load_verify_locations(cadata=_read_file("CA file", self._ca_file).decode("ascii", "ignore"))
+            context.load_verify_locations(cadata=_read_file(self._ca_file).decode("ascii", "ignore"))
+            token = _read_file(self._token_file).strip()
         except (ssl.SSLError, ValueError):
             raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
-        return context
-
-    def _authorization(self) -> str:
-        """The header with the token."""
-        token = _read_file("token file", self._token_file).strip()
+        except OSError as error:
+            raise ApiError(f"cannot read {error.filename}: {error.strerror}") from None
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
-        return f"Authorization: Bearer {token.decode()}"
+        return context, f"Authorization: Bearer {token.decode()}"
 
 
-def _read_file(kind: str, path: str) -> bytes:
-    """The content of the file of this KIND at PATH. Raises ApiError."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
-    except OSError as error:
-        raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
+def _read_file(path: str) -> bytes:
+    """The content of the file at PATH, up to MAX_FILE_BYTES. Raises OSError."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
 
 
-def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> str:
+def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
     """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
-    reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
-    number = getattr(error, "errno", None) or 0
-    if not reason and number > 0:
-        reason = os.strerror(number)  # error.strerror is a text of asyncio's
-    return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
+    number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
+    reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
+    return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
 
 
 # The claims.
@@ -4702,22 +4636,24 @@ class CdiFiles:
         self._folder = folder
         self._domain = domain
 
-    def path(self, uid: str) -> str:
-        """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
-        return f"{self._folder}/{self._domain}_{uid}.json"
+    def paths(self, uid: str) -> tuple[str, str, str]:
+        """The paths of the file of the claim UID, of the link beside it, and of the file while it is written. No domain
+        has an underscore, so they are no other driver's."""
+        name = f"{self._domain}_{uid}"
+        return f"{self._folder}/{name}.json", f"{self._folder}/.{name}.claim", f"{self._folder}/.{name}.new"
 
-    def uids(self) -> Set[str]:
+    def uids(self) -> set[str]:
         """The claims of which there is a file or a link. Raises OSError."""
-        domain, uid, names = re.escape(self._domain), _UID.pattern, []
+        names: list[str] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # write() makes the folder, or says why not
             names = os.listdir(self._folder)
-        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in names)
-        return {match[1] or match[2] for match in found if match}
+        pattern = rf"(\.)?{re.escape(self._domain)}_({_UID.pattern})\.(?(1)claim|json)"
+        return {match[2] for match in (re.fullmatch(pattern, name) for name in names) if match}
 
-    def owner(self, uid: str) -> Optional[PreparedClaim]:
+    def owner(self, uid: str) -> PreparedClaim | None:
         """The claim UID without its devices, as the link names it."""
         try:
-            namespace, _, name = os.readlink(self._link(uid)).partition("/")
+            namespace, _, name = os.readlink(self.paths(uid)[1]).partition("/")
         except OSError:
             return None
         is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
@@ -4725,7 +4661,7 @@ class CdiFiles:
 
     def read(self, uid: str) -> PreparedClaim:
         """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""
-        claim = read_cdi_document(json.loads(self._content(uid)), self._domain)
+        claim = read_cdi_document(json.loads(_read_file(self.paths(uid)[0])), self._domain)
         if claim.uid != uid:
             raise ValueError("it is the file of another claim")
         return claim
@@ -4742,45 +4678,36 @@ class CdiFiles:
             text = f"it would have {len(content)} bytes, and more than {MAX_FILE_BYTES} are not read again"
             raise OSError(errno.EFBIG, text)
         os.makedirs(self._folder, 0o755, exist_ok=True)
-        for path in (self._link(claim.uid), self._temporary(claim.uid)):  # of a crash, too
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        os.symlink(claim.full_name, self._link(claim.uid))
-        write_file(self.path(claim.uid), self._temporary(claim.uid), content, 0o644, is_synced=True)
+        path, link, temporary = self.paths(claim.uid)
+        _unlink(temporary)  # of a crash
+        write_file(path, temporary, content, 0o644, is_synced=True)
+        _unlink(link)
+        os.symlink(claim.full_name, link)
         if not self._holds(claim, content):
             raise OSError(errno.EIO, "it does not hold what was written just now")
         return True
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
-        for path in (self._link(uid), self._temporary(uid), self.path(uid)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-    def _link(self, uid: str) -> str:
-        return f"{self._folder}/.{self._domain}_{uid}.claim"
-
-    def _temporary(self, uid: str) -> str:
-        return f"{self._folder}/.{self._domain}_{uid}.new"
-
-    def _content(self, uid: str) -> bytes:
-        """The content of the file of UID. Raises OSError, and ValueError if it is too long."""
-        with open(self.path(uid), "rb", opener=_open_at_once) as file:
-            content = file.read(MAX_FILE_BYTES + 1) or b""  # None: a FIFO whose writer has written nothing
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
-        return content
+        for path in reversed(self.paths(uid)):  # the file, which says all, goes last
+            _unlink(path)
 
     def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
         """Whether file and link of CLAIM are there, the file with this CONTENT."""
+        path, link, _ = self.paths(claim.uid)
         try:
-            return os.readlink(self._link(claim.uid)) == claim.full_name and self._content(claim.uid) == content
-        except (OSError, ValueError):
+            return os.readlink(link) == claim.full_name and _read_file(path) == content
+        except OSError:
             return False
 
 
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 class Claims:
-    """The claims that are prepared on the node of SETTINGS: prepares them, unprepares them, and keeps their CDI files.
+    """The claims that are prepared on this node: prepares them, unprepares them, and keeps their CDI files.
 
     Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
     loop.
@@ -4788,37 +4715,38 @@ class Claims:
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the API server is asked again
-    LOG_SECONDS = 1.0  # between two lines of the log about one CDI file
+    LOG_SECONDS = 1.0  # between two groups of lines about CDI files that were written again
     # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
     # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
     GONE_SECONDS = 30.0
 
-    def __init__(self, settings: DraSettings, api: ApiServer, devices: HostDevices) -> None:
-        self.prepared: Dict[str, PreparedClaim] = {}  # by uid, as all of these are
+    def __init__(self, options: argparse.Namespace, api: ApiServer, host: HostDevices) -> None:
+        self.prepared: dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self._is_open = False
-        self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
-        self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
-        self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
-        self._rewrites: Counter[str] = Counter()  # of CDI files, that are not logged yet
-        self._logged_at: Dict[str, float] = {}  # time.monotonic() when a rewritten file was logged last
-        self._plan: Optional[Plan] = None
+        self.plan: Plan | None = None
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._followed: Tuple[object, ...] = ()  # what the prepared devices were last derived from
-        self._settings = settings
+        self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
+        self._is_open = False
+        self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
+        # Claims that the API server may not have: time.monotonic() when it first said so, None: it has not.
+        self._doubts: dict[str, float | None] = {}
+        self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
+        self._logged_at = -math.inf  # time.monotonic() when such were logged last
+        self._followed: Plan | None = None  # from which what is prepared was last derived
+        self._options = options
         self._api = api
-        self._devices = devices
-        self._files = CdiFiles(settings.cdi_dir, settings.domain)
+        self._host = host
+        self._files = CdiFiles(options.cdi_dir, options.domain)
         self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
 
     # -- the life of the driver ------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Take up what CDI files say. Raises OSError."""
+        """Take up what CDI files say, which another instance may have changed. Raises OSError."""
         self._change = asyncio.get_running_loop().create_future()
-        self._is_open = True
+        self._is_open, self._followed = True, None
+        self.prepared, self._unread, self._doubts = {}, {}, {}
         self._take_up()
-        self.look()
 
     def close(self) -> None:
         """End what waits. From now on, another instance may serve."""
@@ -4827,80 +4755,81 @@ class Claims:
             self._notify()
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
-        """Have containers be given what PLAN, with these SLOTS, has now."""
-        self._plan, self._slots = plan, slots
-        self.look()
+        """Have containers be given what PLAN, with these SLOTS, has from the next look on."""
+        self.plan, self._slots = plan, slots
 
     def look(self) -> None:
         """Have what is prepared follow from the plan and /dev, and the CDI files from that, whoever has changed them.
 
         /dev is looked at as well, because the plan does not say when a device goes that it does not offer.
         """
-        if not self._is_open or not self._plan:
+        if not self._is_open:
             return
-        problems = [self._follow(device)[1] for claim in self.prepared.values() for device in claim.devices]
-        followed = (self._plan, list(self.prepared), problems)
-        is_changed = followed != self._followed
-        self._followed = followed
-        for uid in list(self.prepared):
+        is_changed, self._followed, self.lost = self._followed is not self.plan, self.plan, {}
+        for claim in list(self.prepared.values()):
+            followed = [(device, *self._follow(device)) for device in claim.devices]
+            self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
+            is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
-                if is_changed:
-                    self.prepared[uid] = self._refreshed(self.prepared[uid])
-                self._write(self.prepared[uid])
+                self._rewrite(self._refreshed(claim) if is_changed else claim)
             except AllocationError:
-                self._followed = ()  # it went just now
+                self._followed = None  # it went just now
             except OSError as error:
-                self._log_not_written(self.prepared[uid], error)
+                self._log_not_written(claim, error)
+        if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            for name, count in self._rewrites.items():
+                text = "a prepared device, or this file, went, came back or changed"
+                text += f" ({count} times since its last line)" if count > 1 else ""
+                log_event("cdi-file-rewritten", text, claim=name)
+            self._rewrites.clear()
         if is_changed:
             self._notify()
 
-    def lost(self) -> Dict[str, PreparedDevice]:
-        """The prepared devices that are gone and that the plan does not have, by name."""
-        devices = (device for claim in self.prepared.values() for device in claim.devices)
-        return {device.name: device for device in devices if device.is_gone and not self._follow(device)[0]}
-
-    async def check(self) -> None:
-        """Ask the API server about the claims whose files were found here or cannot be read. Raises ApiError."""
+    async def check(self) -> float:
+        """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
+        ApiError."""
         with contextlib.suppress(OSError):  # there will be another check
             self._take_up()
-        for uid in [*self._unread, *self._unchecked]:
+        for uid in list(self._doubts):
             await self._check(uid)
+        ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
+        return min(end for end in (*ends, COMPARE_SECONDS) if end > 0)
 
     # -- what the kubelet asks for ---------------------------------------------------------------------------------
 
     async def prepare(self, claim: PreparedClaim, end: float) -> PreparedClaim:
         """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
-
-        Raises AllocationError, ApiError and OSError.
-        """
+        Raises AllocationError, ApiError and OSError."""
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
             raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
-        results: Optional[List[Result]] = None
-        checked: Set[str] = set()  # the claims that have its devices
-        problem: Union[AllocationError, ApiError] = ApiError("the API server does not answer")
+        allocated: PreparedClaim | None = None
+        checked: set[str] = set()  # the claims that have its devices
+        problem: AllocationError | ApiError = ApiError("the API server does not answer")
         while True:
             change = self._change
             try:
-                before = self._prepare_again(claim)
+                self._take_up()
+                before = self.prepared.get(claim.uid)
                 if before:
-                    return before
-                if results is None:
-                    results = await wait_bounded(self._read(claim), end - time.monotonic())
-                if results is None:
+                    return self._prepare_again(before)
+                if not allocated:
+                    allocated = await wait_bounded(self._read(claim), end - time.monotonic())
+                if not allocated:
                     text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
                     raise AllocationError("NOT_FOUND", text)
-                for uid in self._holders(claim.uid, results).keys() - checked:
+                for uid in self._holders(allocated).keys() - checked:
                     checked.add(uid)
                     with contextlib.suppress(ApiError, asyncio.TimeoutError):
                         await wait_bounded(self._check(uid), end - time.monotonic())
-                return self._prepare(claim, results)
+                return self._prepare(allocated)
             except asyncio.TimeoutError:
                 raise problem from None
             except AllocationError as error:
                 problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
             except ApiError as error:
                 may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
-                problem, retry = error, max(self.RETRY_SECONDS, error.retry_after)
+                problem, retry = error, self.RETRY_SECONDS
             if not may_pass or time.monotonic() >= end:
                 raise problem
             await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
@@ -4912,125 +4841,97 @@ class Claims:
             claim = self.prepared.get(uid)
             if claim or uid in self._unread:
                 self._files.remove(uid)
+                log_event("unprepared", why, claim=claim.full_name if claim else uid)
         except AllocationError as error:
             return str(error)
         except OSError as error:
-            return f"cannot remove {self._files.path(uid)}: {error.strerror}"
-        if claim or uid in self._unread:
-            log_event("unprepared", why, claim=claim.full_name if claim else uid)
+            return f"cannot remove {self._files.paths(uid)[0]}: {error.strerror}"
         board.set(uid, "")
-        for memory in (self.prepared, self._unread, self._gone_since, self._rewrites, self._logged_at):
+        for memory in (self.prepared, self._unread, self._doubts):
             memory.pop(uid, None)
-        self._unchecked.discard(uid)
         self._notify()
         return ""
 
     # -- one claim -------------------------------------------------------------------------------------------------
 
-    def _prepare_again(self, claim: PreparedClaim) -> Optional[PreparedClaim]:
-        """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
-        self._take_up()
-        if not self._plan:
-            raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
-        before = self.prepared.get(claim.uid)
-        if not before or before.full_name != claim.full_name:
-            return None
-        now = self._refreshed(before)
-        self._write(now)
-        for device in now.devices:
-            if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._follow(device)[1]}")
-        return now
+    def _prepare_again(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM, which is prepared, with what a container is given now. Raises AllocationError and OSError."""
+        claim = self._refreshed(claim)
+        self._rewrite(claim)
+        for device in claim.devices:
+            if device.problem:
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+        return claim
 
-    def _prepare(self, claim: PreparedClaim, results: Sequence[Result]) -> PreparedClaim:
-        """Prepare RESULTS for CLAIM. Raises AllocationError and OSError."""
+    def _prepare(self, claim: PreparedClaim) -> PreparedClaim:
+        """Prepare CLAIM, as it was allocated. Raises AllocationError and OSError."""
         self._take_up()
-        for problem in self._holders(claim.uid, results).values():
+        for problem in self._holders(claim).values():
             raise AllocationError("UNAVAILABLE", problem)
-        claim = claim._replace(devices=prepare_devices(results, self._slots, self._devices))
+        claim = claim._replace(devices=prepare_devices(claim.devices, self._slots, self._host))
         if claim.devices:
-            try:
-                self._write(claim)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    if claim.uid not in self._unread:
-                        self._files.remove(claim.uid)
-                raise
+            self._files.write(claim)
+            self.prepared[claim.uid] = claim
             self._unread.pop(claim.uid, None)
             self.allocations.update(device.resource for device in claim.devices)
             names = join_names([device.name for device in claim.devices])
             log_event("prepared", "prepared for a pod", claim=claim.full_name, devices=names)
         return claim
 
-    def _write(self, claim: PreparedClaim) -> None:
-        """Have the CDI file of CLAIM be there, and remember the claim. Raises OSError."""
-        if self._files.write(claim) and claim.uid in self.prepared:
-            self._rewrites[claim.uid] += 1
-            if time.monotonic() - self._logged_at.get(claim.uid, -math.inf) >= self.LOG_SECONDS:
-                self._logged_at[claim.uid] = time.monotonic()
-                count = self._rewrites.pop(claim.uid)
-                text = "a prepared device, or this file, went, came back or changed"
-                text += f" ({count} times since its last line)" if count > 1 else ""
-                log_event("cdi-file-rewritten", text, claim=claim.full_name)
+    def _rewrite(self, claim: PreparedClaim) -> None:
+        """Remember CLAIM, which is prepared, as it is now, and have its CDI file be so. Raises OSError."""
         self.prepared[claim.uid] = claim
+        if self._files.write(claim):
+            self._rewrites[claim.full_name] += 1
 
-    def _log_not_written(self, claim: PreparedClaim, error: Union[AllocationError, OSError]) -> None:
+    def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
         why = error.strerror if isinstance(error, OSError) else error
-        text = f"cannot write {self._files.path(claim.uid)}: {why}"
+        text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
         """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
-        stays as it was. Raises AllocationError.
-        """
-        now, results = [], []
+        stays as it was. Raises AllocationError."""
+        now, offered = [], []
         for device in claim.devices:
             slot, problem = self._follow(device)
-            now.append(device._replace(is_gone=bool(problem)))
+            now.append(device._replace(problem=problem))
             if slot and slot.healthy:
-                results += [Result(request, device.name, device.is_admin) for request in device.requests]
-        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
+                offered.append(device)
+        fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
         return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
 
-    def _follow(self, device: PreparedDevice) -> Tuple[Optional[Slot], str]:
-        return follow_device(device, self._plan or EMPTY_PLAN, self._slots, self._settings.dev_dir)
+    def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
+        return follow_device(device, self.plan or EMPTY_PLAN, self._slots, self._options.dev_dir)
 
-    def _holders(self, uid: str, results: Iterable[Result]) -> Dict[str, str]:
-        """The claims other than UID that have, or may have, devices of RESULTS, with a sentence that says so."""
-        wanted = {result.device for result in results if not result.is_admin}
+    def _holders(self, claim: PreparedClaim) -> dict[str, str]:
+        """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
         found = {}
-        for claim in self.prepared.values():
-            for device in claim.devices:
-                if device.name in wanted and not device.is_admin:
-                    text = f"{device.name} is still prepared for the claim {claim.full_name} (uid {claim.uid})"
-                    found[claim.uid] = text
-        for other, names in self._unread.items():
-            if wanted and (names is None or names & wanted):
-                path = self._files.path(other)
-                found[other] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
-        found.pop(uid, None)
+        for other in self.prepared.values():
+            for name in claim.taken & other.taken:
+                found[other.uid] = f"{name} is still prepared for the claim {other.full_name} (uid {other.uid})"
+        for uid, taken in self._unread.items():
+            if claim.taken if taken is None else claim.taken & taken:
+                path = self._files.paths(uid)[0]
+                found[uid] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
+        found.pop(claim.uid, None)
         return found
 
-    async def _read(self, claim: PreparedClaim) -> Optional[List[Result]]:
-        """What CLAIM was allocated of this driver; None if the API server says that there is no such claim.
+    async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
+        """CLAIM with the devices of this driver that it was allocated; None if the API server says that there is no
+        such claim. Raises ApiError and AllocationError.
 
         A load balancer without a backend, and an API server without resource.k8s.io/v1, answer 404 without saying so.
-        Raises AllocationError and ApiError.
         """
-
-        def read(document: Document) -> Optional[List[Result]]:
-            if document["metadata"]["name"] != claim.name:
-                raise ValueError("this is not the claim")
-            is_this = document["metadata"]["uid"] == claim.uid
-            return allocated_devices(document, self._settings.domain, self._settings.node) if is_this else None
-
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+        node = self._options.node_name
+        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=node)
+        found: PreparedClaim | None = None
         try:
-            found: Optional[List[Result]] = await self._api.call("get", path, read=read)
+            found = await self._api.call("get", path, read=read)
         except ApiError as error:
-            if error.missing == f"resourceclaims/{claim.name}":
-                return None
-            raise
+            if error.missing != f"resourceclaims/{claim.name}":
+                raise
         return found
 
     # -- all claims ------------------------------------------------------------------------------------------------
@@ -5048,18 +4949,16 @@ class Claims:
         for uid in self._unread.keys() - uids:  # somebody has removed it
             del self._unread[uid]
         for uid in uids - self.prepared.keys():
+            self._doubts.setdefault(uid, None)
             try:
-                claim = self._files.read(uid)
+                self.prepared[uid] = self._files.read(uid)
+                self._unread.pop(uid, None)
             except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
                     why = error.strerror if isinstance(error, OSError) else error
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
-                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.path(uid))
+                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.paths(uid)[0])
                 self._unread.setdefault(uid, None)
-            else:
-                self._unread.pop(uid, None)
-                self.prepared[uid] = claim
-                self._unchecked.add(uid)
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -5069,22 +4968,24 @@ class Claims:
         """
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
+            self._doubts.pop(uid, None)
             return
         try:
-            results = await self._read(claim)
-            if results is None:
+            allocated = await self._read(claim)
+            if allocated is None:
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                since = self._gone_since.setdefault(uid, time.monotonic())
+                since = self._doubts.get(uid) or time.monotonic()
+                self._doubts[uid] = since
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
                     board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
                 return
-            self._gone_since.pop(uid, None)
-            self._unchecked.discard(uid)
+            self._doubts[uid] = None
             if uid in self._unread:
-                self._unread[uid] = {result.device for result in results if not result.is_admin}
-                self._prepare(claim, results)
+                self._unread[uid] = allocated.taken
+                self._prepare(allocated)
                 self._notify()
+            del self._doubts[uid]
         except (AllocationError, OSError) as error:
             if uid in self._unread:
                 self._log_not_written(claim, error)
@@ -5098,39 +4999,6 @@ class Claims:
 # The slices and the classes.
 
 
-class ApiTask:
-    """WORK on the API server that is done every SECONDS, when something has changed, and soon again after a failure."""
-
-    def __init__(self, subject: str, work: Callable[[], Awaitable[None]], seconds: float) -> None:
-        self.subject = subject  # of the problem, if it failed
-        self._work = work
-        self._seconds = seconds
-        self._change: Optional[asyncio.Event] = None  # while it runs
-
-    def refresh(self) -> None:
-        """Have the work done soon, also after a failure."""
-        if self._change:
-            self._change.set()
-
-    async def run(self) -> None:
-        """Do the work until cancelled."""
-        change = self._change = asyncio.Event()
-        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
-        while True:
-            change.clear()
-            try:
-                await self._work()
-                least, pause, problem = 0.0, self._seconds, ""
-                backoff.reset()
-            except ApiError as error:
-                backoff.fail(time.monotonic())
-                least, pause, problem = error.retry_after, backoff.retry_at - time.monotonic(), f"{error}; trying again"
-            if board.set(self.subject, problem, "not-published") and not problem:
-                log_event("published-again", "publishing works again")
-            await asyncio.sleep(max(least, MIN_PUBLISH_SECONDS))
-            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
-
-
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
@@ -5139,91 +5007,96 @@ class Publisher:
     class can be made, a lost device is tainted all the same.
     """
 
-    def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[None]]) -> None:
-        self.published: List[SliceGroup] = []  # as they were wanted
+    SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
+    MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
+    CLASS_SECONDS = 600.0  # between two looks at a DeviceClass
+    MAX_BACKOFF_SECONDS = 60.0
+
+    def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[float]]) -> None:
+        self.published: list[SliceGroup] = []  # as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
-        self._wanted: List[SliceGroup] = []
+        self._wanted: list[SliceGroup] = []
         self._resources: Sequence[str] = ()
-        self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
-        self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
-        self._slices = ApiTask("slices", self._publish_slices, COMPARE_SECONDS)
-        self._classes = ApiTask("classes", self._make_classes, CLASS_SECONDS)
-        self._tasks = (self._slices, self._classes, ApiTask("claims", check_claims, COMPARE_SECONDS))
+        self._copies: dict[str, SliceCopy] = {}  # what was published, by name
+        self._made: dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
+        # By subject: each does its work, and returns after how many seconds to do it again. Raises ApiError.
+        self._work = {"slices": self._publish_slices, "classes": self._make_classes, "claims": check_claims}
+        self._changes: dict[str, asyncio.Event] = {}  # by subject, while it runs: there is work to do
 
     @property
     def problem(self) -> str:
         """Why not everything is published; empty if it is."""
-        problem = next(filter(None, (board.get(task.subject) for task in self._tasks)), "")
+        problem = next(filter(None, map(board.get, self._work)), "")
         return f"not published: {problem}" if problem else "" if self.published_at else "not published yet"
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = list(split_into_slices(devices))
-        if wanted != self._wanted:
-            self._wanted = wanted
-            self._slices.refresh()
-        if resources != self._resources:
-            self._resources = resources
-            self._classes.refresh()
+        self._wanted, self._resources = list(split_into_slices(devices)), resources
+        self.refresh()
 
     def refresh(self) -> None:
-        """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._made.clear()
-        for task in self._tasks:
-            task.refresh()
+        """Compare with the API server now, also after a failure: a kubelet that has started deleted the slices."""
+        for change in self._changes.values():
+            change.set()
 
     async def run(self) -> None:
         """Publish until cancelled."""
+        self._changes = {subject: asyncio.Event() for subject in self._work}
         try:
-            await asyncio.gather(*(task.run() for task in self._tasks))
+            await asyncio.gather(*map(self._repeat, self._work))
         finally:
             self.published, self.published_at = [], 0.0
 
-    async def _publish_slices(self) -> None:
-        """Make the slices what is wanted. Raises ApiError."""
-        wanted, copies = self._wanted, await self._list_slices()
-        is_ours = copies == self._copies  # nobody else has changed them
-        if not is_ours and self.published_at:
-            self._made.clear()  # the API server may be another one, without classes
-            self._classes.refresh()
-        if not is_ours or wanted != self.published:
+    async def _repeat(self, subject: str) -> None:
+        """Do the work of SUBJECT again and again, and soon again after a failure."""
+        change, backoff = self._changes[subject], Backoff(self.MAX_BACKOFF_SECONDS)
+        while True:
+            change.clear()
+            try:
+                pause, problem = await self._work[subject](), ""
+                backoff.reset()
+            except ApiError as error:
+                backoff.fail(time.monotonic())
+                pause, problem = backoff.retry_at - time.monotonic(), f"{error}; trying again"
+            if board.set(subject, problem, "not-published") and not problem:
+                log_event("published-again", "publishing works again")
+            await asyncio.sleep(MIN_PUBLISH_SECONDS)
+            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
+
+    async def _publish_slices(self) -> float:
+        """Make the slices what is wanted. They are listed a few at a time."""
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={self.SLICES_AT_ONCE}"
+        read = functools.partial(read_slices, domain=self._domain, node=self._node)
+        wanted, copies, rest, is_first = self._wanted, {}, "", True
+        while rest or is_first:
+            more, rest = await self._api.call("list", f"{_API}/resourceslices?{query}&continue={rest}", read=read)
+            copies.update(more)
+            is_first = False
+        if copies != self._copies or wanted != self.published:  # if the former, somebody else has changed them
             await self._replace(copies, wanted)
         self.published, self._copies, self.published_at = wanted, copies, time.time()
+        return COMPARE_SECONDS
 
-    async def _list_slices(self) -> Dict[str, SliceCopy]:
-        """The slices that the API server has, read a few at a time. Raises ApiError."""
-        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={SLICES_AT_ONCE}"
-        read = functools.partial(read_slices, domain=self._domain, node=self._node)
-        copies: Dict[str, SliceCopy] = {}
-        rest = ""
-        while True:
-            path = f"{_API}/resourceslices?{query}" + (f"&continue={rest}" if rest else "")
-            more, rest = await self._api.call("list", path, read=read)
-            copies.update(more)
-            if not rest:
-                return copies
-
-    async def _replace(self, copies: Dict[str, SliceCopy], wanted: List[SliceGroup]) -> None:
-        """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        node = f"/api/v1/nodes/{self._node}"
-        node_uid = await self._api.call("get", node, read=lambda document: document["metadata"]["uid"])
+    async def _replace(self, copies: dict[str, SliceCopy], wanted: list[SliceGroup]) -> None:
+        """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others. COPIES is
+        brought up to date."""
+        names = [slice_name(self._node, self._domain, index) for index in range(len(wanted))]
+        digests = {name: hash((len(wanted), devices)) for name, (_, devices) in zip(names, wanted)}
         generations = {copy.generation for copy in copies.values()}
-        generation = 1 + max(generations, default=0)
-        bodies = resource_slices(self._domain, self._node, node_uid, generation, wanted)
-        digests = dict(await in_slices((body["metadata"]["name"], read_slice(body).digest) for body in bodies))
         if len(generations) <= 1 and {name: copy.digest for name, copy in copies.items()} == digests:
             return
-        path = f"{_API}/resourceslices"
-        surplus = copies.keys() - digests.keys()
-        if generation > MAX_GENERATION:  # one of somebody else, say
+        generation = 1 + max(generations, default=0)
+        path, surplus = f"{_API}/resourceslices", copies.keys() - digests.keys()
+        if generation > self.MAX_GENERATION:  # one of somebody else, say
             generation, surplus = 1, set(copies)
+        node = await self._api.call("get", f"/api/v1/nodes/{self._node}")
         for name in surplus:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
-        for body in resource_slices(self._domain, self._node, node_uid, generation, wanted):
+        for body in resource_slices(self._domain, self._node, node["uid"], generation, wanted):
             name = body["metadata"]["name"]
             if name in copies:
                 body["metadata"]["resourceVersion"] = copies[name].version
@@ -5234,127 +5107,100 @@ class Publisher:
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
-    async def _make_classes(self) -> None:
-        """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
+    async def _make_classes(self) -> float:
+        """Make the missing DeviceClasses. Others use them too, so none is changed."""
         path = f"{_API}/deviceclasses"
         for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
             name = body["metadata"]["name"]
-            if time.monotonic() - self._made.get(name, -math.inf) < CLASS_SECONDS:
+            if time.monotonic() - self._made.get(name, -math.inf) < self.CLASS_SECONDS:
                 continue
             is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
             if is_missing and await self._api.call("create", path, body, absent=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
             self._made[name] = time.monotonic()
+        return self.CLASS_SECONDS
 
 
 # The driver.
 
 
-class DraSettings(NamedTuple):
-    """The driver's name (DOMAIN), its node, and the folders that it works in."""
-
-    kubelet_dir: str
-    cdi_dir: str
-    dev_dir: str
-    node: str
-    domain: str
-    gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
-    kubelet_socket: str  # where the kubelet serves the PodResources API
-
-    @property
-    def folder(self) -> str:
-        """The driver's own folder."""
-        return f"{self.kubelet_dir}/plugins/{self.domain}"
-
-    @property
-    def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's own socket and of the one through which the kubelet registers it."""
-        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
+def dra_sockets(options: argparse.Namespace) -> tuple[str, str]:
+    """The paths of the driver's own socket, in its own folder, and of the one by which the kubelet registers it."""
+    folder, name = options.kubelet_dir, options.domain  # which is the driver's name
+    return f"{folder}/plugins/{name}/dra.sock", f"{folder}/plugins_registry/{name}-reg.sock"
 
 
-# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
-# their methods with the names of the messages in api.proto.
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1): each
+# method with its service and the names of its messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
-_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
-    PLUGIN_REGISTRATION: {
-        "GetInfo": ("InfoRequest", "PluginInfo"),
-        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
-    },
-    DRA_PLUGIN: {
-        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
-        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
-    },
+DRA_METHODS: Mapping[str, tuple[str, str, str]] = {
+    "GetInfo": (PLUGIN_REGISTRATION, "InfoRequest", "PluginInfo"),
+    "NotifyRegistrationStatus": (PLUGIN_REGISTRATION, "RegistrationStatus", "RegistrationStatusResponse"),
+    "NodePrepareResources": (DRA_PLUGIN, "NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
+    "NodeUnprepareResources": (DRA_PLUGIN, "NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
 }
 
 
 class DraPlugin:
     """The services that the kubelet calls, and whether it has the driver. ON_REGISTRATION is called after each one."""
 
-    def __init__(self, settings: DraSettings, claims: Claims, on_registration: Callable[[], None]) -> None:
-        self.full_name = settings.domain
+    def __init__(self, options: argparse.Namespace, claims: Claims, on_registration: Callable[[], None]) -> None:
+        self.full_name: str = options.domain
+        self.is_registered = False  # says the kubelet, and it has not ended since
         self.registrations = self.restarts = self.prepare_errors = 0
-        self._settings = settings
+        self._options = options
         self._claims = claims
         self._on_registration = on_registration
         self._served_since = math.inf
-        self._is_registered = False  # says the kubelet, which does not say when it ends
-        self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
-        self._last_kubelet: Optional[Identity] = None  # the one that answered last
-        self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
-        return self._is_registered and self._registrar in (None, self._kubelet)
+        self._kubelet: Identity | None = None  # of the socket of the kubelet that answered last
+        self._registrar: Identity | None = None  # the same of the one that registered the driver, once it answers
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve the services on SERVER."""
-        for service, methods in _DRA_SERVICES.items():
-            handlers = {
-                method: grpc.unary_unary_rpc_method_handler(
-                    getattr(self, method), getattr(pb, request).FromString, getattr(pb, response).SerializeToString
-                )
-                for method, (request, response) in methods.items()
-            }
-            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+        for method, (service, request, response) in DRA_METHODS.items():
+            read, write = getattr(pb, request).FromString, getattr(pb, response).SerializeToString
+            handler = grpc.unary_unary_rpc_method_handler(getattr(self, method), read, write)
+            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
 
     def note_sockets(self, are_served: bool) -> None:
         """From now on, the kubelet finds the sockets, or does not."""
         self._served_since = time.monotonic() if are_served else math.inf
-        self._is_registered = False
+        self.is_registered = False
         if are_served:
             board.set("driver", "")
 
     def check_kubelet(self) -> None:
         """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
-        path = self._settings.kubelet_socket
+        path = self._options.pod_resources_socket
         try:
             found = None if is_dead(path) else os.stat(path)
         except OSError:  # this says nothing about the kubelet
             return
-        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
-        self._registrar = self._registrar or self._kubelet
-        if self._kubelet and self._kubelet != self._last_kubelet:
-            self.restarts += self._last_kubelet is not None
-            self._last_kubelet = self._kubelet
-        if self.is_registered:
+        kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        if kubelet:
+            self.restarts += self._kubelet not in (None, kubelet)
+            self._kubelet = kubelet
+        if not self.is_registered:
+            if time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+                board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
+        elif self._registrar in (None, kubelet):  # one that never answered on its socket may be there
+            self._registrar = kubelet
             board.set("driver", "")
-        elif self._is_registered:
+        else:
+            self.is_registered = False
             board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
-        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
-            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.full_name, "endpoint": self._settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.full_name, "endpoint": dra_sockets(self._options)[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self._is_registered, self._registrar = request.plugin_registered, None
-        if self._is_registered:
+        self.is_registered, self._registrar = request.plugin_registered, None
+        if self.is_registered:
             self.registrations += 1
             log_event("registered", "registered with the kubelet", driver=self.full_name)
         else:
@@ -5377,7 +5223,7 @@ class DraPlugin:
                 board.set(claim.uid, "")
                 for device in prepared.devices:
                     cdi_id = f"{self.full_name}/device={claim.uid}-{device.name}"
-                    names = {"pool_name": self._settings.node, "device_name": device.name}
+                    names = {"pool_name": self._options.node_name, "device_name": device.name}
                     entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
             elif isinstance(prepared, (AllocationError, ApiError, OSError)):
                 why = f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else prepared
@@ -5404,33 +5250,27 @@ class DraSide(KubeletSide):
     """Offers a plan's resources through Dynamic Resource Allocation: serves the sockets while it has their lease."""
 
     def __init__(
-        self,
-        settings: DraSettings,
-        api: ApiServer,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        max_silence: float,
+        self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
         super().__init__(loop, max_silence)
         self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
-        self.domain = settings.domain
-        self.plugin_dir = settings.folder
-        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
+        self.domain: str = options.domain
+        self.folders = (*map(os.path.dirname, dra_sockets(options)), options.cdi_dir)
+        self.plugin_dir = self.folders[0]
         self.slots: SlotsOfDra = {}  # those of the plan
-        self._settings = settings
-        self._api = api
-        self._claims = Claims(settings, api, devices)
-        self._publisher = Publisher(api, settings.node, settings.domain, self._claims.check)
-        self._plugin = DraPlugin(settings, self._claims, self._publisher.refresh)
-        self._plan = EMPTY_PLAN
+        self._options = options
+        self._api = ApiServer(options.kube_api, options.kube_token_file, options.kube_ca_file)
+        self._claims = Claims(options, self._api, host)
+        self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
+        self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
-        self._wanted_from: Tuple[object, ...] = ()  # what the slices were last derived from
-        self._watch = Watch(settings.cdi_dir, with_content=True)
-        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
+        self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
+        self._watch = Watch(options.cdi_dir, with_content=True)
+        self._wake: asyncio.Future[None] = loop.create_future()  # done when there is something to look at
         self._is_standby = False  # another instance serves the driver
-        self._leases = Leases(f"{settings.folder}/driver.lock")
-        self._servers: List[UnixServer] = []
-        self._publishing: Optional[asyncio.Task[None]] = None  # while the driver is served
+        self._leases = Leases(f"{self.plugin_dir}/driver.lock")
+        self._servers: list[UnixServer] = []
+        self._publishing: asyncio.Task[None] | None = None  # while the driver is served
 
     async def run(self) -> None:
         """Serve the kubelet and publish until stop(). Raises what went wrong."""
@@ -5439,10 +5279,11 @@ class DraSide(KubeletSide):
                 self.heartbeat = time.monotonic()
                 self._wake = asyncio.get_running_loop().create_future()
                 self._watch.ask()  # before the look, so that no change is missed
-                await self._check_sockets()
-                self._plugin.check_kubelet()
-                self._claims.look()
-                self._publish()
+                if self._claims.plan:  # until then, nobody knows what to publish
+                    await self._check_sockets()
+                    self._plugin.check_kubelet()
+                    self._claims.look()
+                    self._publish()
                 await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
                 await asyncio.sleep(NEXT_LOOK_SECONDS)
         finally:
@@ -5456,29 +5297,25 @@ class DraSide(KubeletSide):
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        self._plan, self.slots = plan, slots_by_device_name(plan)
+        self.slots = slots_by_device_name(plan)
         self._claims.follow(plan, self.slots)
-        self._publish()
+        self.look_now()
 
     def _publish(self) -> None:
         """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
         name of one by now, it must wait."""
-        now, lost = time.monotonic(), self._claims.lost()
+        now, plan, lost = time.monotonic(), self._claims.plan, self._claims.lost
         since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
         since_when.update((name, self._gone_since.get(name, now)) for name in lost)
         self._gone_since = since_when
-        evicted = {name for name, since in since_when.items() if now - since >= self._settings.gone_grace}
-        wanted_from = (self._plan, lost.keys(), evicted)
+        evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
+        wanted_from = (plan, lost.keys(), evicted)
         if wanted_from == self._wanted_from:
             return
         self._wanted_from = wanted_from
-        offered = (
-            slice_device(name, slot, self.domain, name in evicted)
-            for name, slot in self.slots.items()
-            if name not in lost
-        )
-        gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
-        self._publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
+        wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
+        devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
+        self._publisher.want(devices, list(plan.resources if plan else ()))
 
     # -- what the status document says -----------------------------------------------------------------------------
 
@@ -5505,11 +5342,11 @@ class DraSide(KubeletSide):
         dra = {
             "problem": self.problem,
             "registered": plugin.is_registered,
-            "socket": self._settings.sockets[0],
+            "socket": dra_sockets(self._options)[0],
             "slices": len(publisher.published),
             "slice_devices": sum(count for count, _ in publisher.published),
             "published_at_seconds": publisher.published_at,
-            "api_server": api.address.url,
+            "api_server": api.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
             "claims_prepared": len(claims),
@@ -5531,29 +5368,27 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             return
-        problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            for path in self._settings.sockets:
+            for path in dra_sockets(self._options):
                 os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            self._is_standby = not all(map(self._leases.take, self._settings.sockets))
+            self._is_standby = not all(map(self._leases.take, dra_sockets(self._options)))
             if not self._is_standby:
-                await self._serve()
+                return await self._serve()
+            problem = f"another instance serves the driver {self.domain}; waiting for its end"
         except OSError as error:
             self._is_standby = False
-            problem = f"cannot serve in {error.filename or self._settings.kubelet_dir}: {error.strerror}"
-        if not self._publishing:
-            await self._end()
-            board.set("driver", problem, "not-served")
+            problem = f"cannot serve in {error.filename or self._options.kubelet_dir}: {error.strerror}"
+        await self._end()
+        board.set("driver", problem, "not-served")
 
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
-        for path in self._settings.sockets:
+        for path in dra_sockets(self._options):
             self._servers.append(UnixServer(path, self._plugin.add_to))
             await self._servers[-1].start()
             self._servers[-1].publish()
-        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
+        # Nothing is awaited from here on until run() has looked at all, and only then are the kubelet's calls answered.
         self._claims.open()
-        self._publish()
         self._plugin.note_sockets(True)
         self._publishing = asyncio.ensure_future(self._publisher.run())
         self._publishing.add_done_callback(self._fail_with)
@@ -5584,7 +5419,6 @@ def _inodes(path: str) -> Mapping[str, int]:
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVENTS_SHOWN = 10  # by --status
 FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
@@ -5593,17 +5427,14 @@ FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of t
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+
+    def offer(name: str, path: str, line: int) -> Document:
+        return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+
     return {
         "resources": resources,
         "shared": [
-            {
-                "path": node,
-                "offers": [
-                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
-                    for name, path, line in offers
-                ],
-            }
-            for node, offers in find_shared(plan).items()
+            {"path": node, "offers": [offer(*each) for each in offers]} for node, offers in find_shared(plan).items()
         ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
@@ -5619,66 +5450,56 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
         "slots": sum(device.slots for device in resource.devices),
-        "devices": [
-            {
-                "path": device_path(device),
-                "line": device.line,
-                "slots": device.slots,
-                "healthy": not device.problem,
-                "problem": device.problem,
-                **({"gone": device.is_gone} if device.problem else {}),
-                "since": utc(epoch + device.since),
-                "numa": list(device.numa),
-                "nodes": [
-                    {
-                        "host": spec.host,
-                        "container": spec.container,
-                        "permissions": spec.permissions,
-                        "targets": [host for host, _ in spec.nodes],
-                    }
-                    for spec in device.specs
-                ],
-                "env": dict(device.env),
-            }
-            for device in resource.devices
-        ],
+        "devices": [_describe_device(device, epoch) for device in resource.devices],
     }
 
 
-def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
-    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+def _describe_device(device: Device, epoch: float) -> Document:
+    return {
+        "path": device_path(device),
+        "line": device.line,
+        "slots": device.slots,
+        "healthy": not device.problem,
+        "problem": device.problem,
+        **({"gone": device.is_gone} if device.problem else {}),
+        "since": utc(epoch + device.since),
+        "numa": list(device.numa),
+        "nodes": [
+            {
+                "host": spec.host,
+                "container": spec.container,
+                "permissions": spec.permissions,
+                "targets": [host for host, _ in spec.nodes],
+            }
+            for spec in device.specs
+        ],
+        "env": dict(device.env),
+    }
+
+
+def describe_use(resource: Resource, holders: Holders | None) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null if HOLDERS are unknown."""
     if holders is None:
         return {"in_use": None, "holders": None}
-    own = holders.get(resource.name, ())
-    slots = {slot_id: slot for slot_id, slot in named_slots(resource, (holder.slot for holder in own)) if slot}
-    found = {
+    own = set(holders.get(resource.name, ()))
+    slots = dict(named_slots(resource, (holder.slot for holder in own)))
+    found = sorted(
         (slot.device.path, slot.number, holder)
         for holder in own
-        for slot in [slots.get(holder.slot)]
+        for slot in [slots[holder.slot]]
         if slot and slot.number < slot.device.slots
-    }
-    held = [
-        {"slot": holder.slot, "device": device_path(slots[holder.slot].device), **holder._asdict()}
-        for _, _, holder in sorted(found)
-    ]
+    )
+    paths = {device.path: device_path(device) for device in resource.devices}
+    held = [{"slot": holder.slot, "device": paths[path], **holder._asdict()} for path, _, holder in found]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document, problems: FoundProblems) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
-    return {
-        "healthy": not find_hanging(document["threads"]),
-        "ready": not find_unready(document["resources"]),
-        "problems": [_with_names(sentence, names) for sentence, names in problems.items()],
-    }
-
-
-def find_unready(resources: Iterable[Document]) -> List[Document]:
+def find_unready(resources: Iterable[Document]) -> list[Document]:
     """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
     return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
 
 
-def find_hanging(threads: Iterable[Document]) -> List[str]:
+def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
@@ -5689,45 +5510,39 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 def find_problems(document: Document) -> FoundProblems:
     """What is wrong, the worst first."""
-    problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
-
-    def add(sentence: str, *names: str) -> None:
-        problems.setdefault(sentence, []).extend(names)
-
+    found: list[tuple[str, str]] = [(sentence, "") for sentence in find_hanging(document["threads"])]
     if document["dra"]:
-        add(document["dra"]["problem"])
-    elif not document["kubelet"]["answering"]:
-        where = document["kubelet"]["plugin_dir"]
-        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+        found.append((document["dra"]["problem"], ""))
+    elif document["kubelet"]["answering"]:
+        found += [(each["trouble"], each["name"]) for each in document["resources"] if not each["ready"]]
     else:
-        for resource in document["resources"]:
-            if not resource["ready"]:
-                add(resource["trouble"], resource["name"])
-    add(document["dev_problem"])
-    add(conf_problem(document["conf"]))
+        where = document["kubelet"]["plugin_dir"]
+        found.append((f"the kubelet does not answer in {where}: no pod can be given a device until it does", ""))
+    found += [(document["dev_problem"], ""), (conf_problem(document["conf"]), "")]
     for resource in document["resources"]:
-        users = _users_by_device(resource)
-        for device in resource["devices"]:
-            if device["problem"]:
-                found = users.get(device["path"], ())
-                named = _first_names([f"{container} of {namespace}/{pod}" for namespace, pod, container in found])
-                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
-    problems.pop("", None)
+        users = users_by_device(resource)
+        for device in filter(lambda device: device["problem"], resource["devices"]):
+            named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+            found.append((device["problem"] + (f", in use by {named}" if named else ""), device["path"]))
+    problems: dict[str, list[str]] = {sentence: [] for sentence, _ in found if sentence}
+    for sentence, name in found:
+        if sentence and name:
+            problems[sentence].append(name)
     return problems
 
 
 def conf_problem(conf: Document) -> str:
-    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    """Why the config file is refused, and which rules are in force; empty if it is good."""
     if not conf["error"]:
         return ""
     return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str, str], Sequence[str]]]:
-    """Per path of a device of RESOURCE, the slots that each container has, by namespace, pod and container."""
-    users: Dict[str, Dict[Tuple[str, str, str], List[str]]] = {}
+def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
+    """By path of a device of RESOURCE, the slots that each container has, by namespace/pod and container."""
+    users: dict[str, dict[tuple[str, str], list[str]]] = {}
     for holder in resource["holders"] or ():
-        user = holder["namespace"], holder["pod"], holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
         users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
     return users
 
@@ -5755,29 +5570,24 @@ def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
     columns = list(zip(*cells))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
-    lines = (
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
-        for row in cells
-    )
+    kinds = [str.rjust if all(cell.isdecimal() for cell in column[1:]) else str.ljust for column in columns]
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(kinds, row, widths)) for row in cells)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
-    """ROWS as a table below TITLE; nothing where there are none."""
+    """ROWS as a table below TITLE; nothing if there are none."""
     return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
 
 
-def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+def _lists(document: Document) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
-    shared = [
-        (
-            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
-            node["path"],
-            ", ".join(offer["resource"] for offer in node["offers"]),
+    shared = []
+    for node in document["shared"]:
+        lines = sorted({offer["line"] for offer in node["offers"]})
+        shared.append(
+            (", ".join(map(str, lines)), node["path"], ", ".join(each["resource"] for each in node["offers"]))
         )
-        for node in document["shared"]
-    ]
     yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
@@ -5822,26 +5632,19 @@ def dra_text(dra: Document) -> str:
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
-    resources, problems = document["resources"], document["problems"]
+    problems = document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
     lines += [f"  - {problem}" for problem in problems]
     lines += [dra_text(document["dra"])] if document["dra"] else []
-    offered = [
-        (
-            f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
-            resource["name"],
-            "yes" if resource["ready"] else "no",
-            _first_names([_device_cell(device) for device in resource["devices"]]),
-        )
-        for resource in resources
-    ]
-    held = [
-        (_first_names(slots), resource["name"].partition("/")[2], f"{namespace}/{pod}", container)
-        for resource in resources
-        for users in _users_by_device(resource).values()
-        for (namespace, pod, container), slots in users.items()
-    ]
-    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
+    offered, held = [], []
+    for resource in document["resources"]:
+        use = f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}"
+        devices = _first_names([_device_cell(device) for device in resource["devices"]])
+        offered.append((use, resource["name"], "yes" if resource["ready"] else "no", devices))
+        for users in users_by_device(resource).values():
+            name = resource["name"].partition("/")[2]
+            held += [(_first_names(slots), name, pod, container) for (pod, container), slots in users.items()]
+    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:10]]
     return (
         "".join(f"{printable(line)}\n" for line in [*lines, ""])
         + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
@@ -5851,19 +5654,16 @@ def render_status(document: Document) -> str:
     )
 
 
-def event_text(event: Document) -> Tuple[str, str]:
+def event_text(event: Document) -> tuple[str, str]:
     """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
+    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
     sentence = event["message"]
-    others = []
-    for key, value in event.items():
-        if key in ("time", "level", "event", "message"):
-            continue
-        if key not in ("resource", "resources", "devices"):
-            others.append(f"{key} {value}")
-        elif str(value) not in sentence:
-            names = str(value).replace(",", ", ")
+    for key in ("resource", "resources", "devices"):
+        value = fields.pop(key, "")
+        if value not in sentence:
+            names = value.replace(",", ", ")
             sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
-    return sentence, "; ".join(others)
+    return sentence, "; ".join(f"{key} {value}" for key, value in fields.items())
 
 
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
@@ -5873,118 +5673,102 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class Family(NamedTuple):
-    """A metric: its name without the prefix, its help, and where the document has its values.
-
-    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
-    """
-
-    name: str
-    help: str
-    source: Union[str, Callable[[Document], Samples]]
-
-    @property
-    def kind(self) -> str:
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-    @property
-    def full_name(self) -> str:
-        """The exported name; those of a process are the names that all Prometheus clients give them."""
-        return self.name if self.name.startswith("process_") else PREFIX + self.name
-
-    def samples(self, document: Document) -> Samples:
-        if not isinstance(self.source, str):
-            return self.source(document)
-        part, _, key = self.source.partition(".")
-        if part == "resources":
-            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
-        return [({}, document[part][key])] if document[part] else []
-
-
-def _build(document: Document) -> Samples:
+def _build_samples(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
-def _slot_holders(document: Document) -> Samples:
-    labels = ("resource", "device", "namespace", "pod", "container")
+def _holder_samples(document: Document) -> Samples:
+    labels = ("device", "namespace", "pod", "container")
     for resource in document["resources"]:
-        for device, users in _users_by_device(resource).items():
-            yield from ((dict(zip(labels, (resource["name"], device, *user))), 1) for user in users)
+        for user in dict.fromkeys(tuple(map(holder.get, labels)) for holder in resource["holders"] or ()):
+            yield {"resource": resource["name"], **dict(zip(labels, user))}, 1
 
 
-def _devices(document: Document) -> Samples:
+def _device_samples(document: Document) -> Samples:
     for resource in document["resources"]:
-        states = _states(resource)
+        states = list(map(_state, resource["devices"]))
         for state in ("present", "absent", "unhealthy"):
             yield {"resource": resource["name"], "state": state}, states.count(state)
 
 
-def _states(resource: Document) -> List[str]:
-    """What the devices of RESOURCE are: present, absent, or there but unhealthy."""
-    devices = resource["devices"]
-    return ["present" if device["healthy"] else "absent" if device["gone"] else "unhealthy" for device in devices]
+def _state(device: Document) -> str:
+    """Whether DEVICE is present, absent, or there but unhealthy."""
+    return "present" if device["healthy"] else "absent" if device["gone"] else "unhealthy"
 
 
-def _left_out(document: Document) -> Samples:
+def _left_out_samples(document: Document) -> Samples:
     labels = [left["label"] for left in document["left_out"]]
     return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
-def _api_requests(document: Document) -> Samples:
+def _request_samples(document: Document) -> Samples:
     for asked in document["dra"]["api_requests"] if document["dra"] else ():
         yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
-FAMILIES = (
-    Family("build_info", "Always 1; the labels have the versions.", _build),
-    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
-    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
-    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
-    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _devices),
-    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
-    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
-    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
-    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
-    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
-    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
-    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
-    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
-    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
-    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
-    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
-    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
-    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
-    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
-    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
-    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
-    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
-    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
-    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
-    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
-    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
-    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
-    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
-    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
+# The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
+# resource if it is known, any other "PART.KEY" has one if the document has PART.
+FAMILIES: Sequence[Tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("slots", "Containers that may have the resource at once.", "resources.slots"),
+    ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    ("slot_holder", "1 per container that has a slot.", _holder_samples),
+    ("devices", "Devices of the resource: present, absent, or there but unhealthy.", _device_samples),
+    ("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    ("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    ("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    ("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    ("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    ("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    ("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    ("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    ("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    ("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    ("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    ("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    ("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    ("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out_samples),
+    ("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _request_samples),
+    ("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    ("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    ("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    ("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    ("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    ("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    ("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    ("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    ("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    ("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    ("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
+
+
+def metric_name(name: str) -> str:
+    """The exported name; those of a process are the names that all Prometheus clients give them."""
+    return name if name.startswith("process_") else PREFIX + name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
-    for family in FAMILIES:
-        name = family.full_name
-        yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.samples(document):
+    for short, text, source in FAMILIES:
+        name = metric_name(short)
+        yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+        for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
+def _read_samples(source: str, document: Document) -> Samples:
+    part, _, key = source.partition(".")
+    if part == "resources":
+        return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+    return [({}, document[part][key])] if document[part] else []
+
+
 # The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.
 
-REFRESH_SECONDS = 5  # of the page
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -5998,7 +5782,7 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
     count = len(problems)
     values = {
         "nonce": nonce,
-        "refresh": REFRESH_SECONDS,
+        "refresh": 5,  # seconds
         "node": document["node"],
         "version": document["smarter_device_manager"],
         "time": clock(document["time"]),
@@ -6015,23 +5799,27 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
-    troubles = {name: sentence for sentence, names in problems.items() for name in names}
+    by_name = {name: sentence for sentence, names in problems.items() for name in names}
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, troubles.get(resource["name"], ""))
+            yield from _page_resource(resource, by_name.get(resource["name"], ""))
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
-    for title, _, rows in _lists(document):
-        yield from _page_list(title, [(f"line {line}", *texts) for line, *texts in rows])
-    yield from _page_list("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])
+    lists = [(title, [(f"line {line}", *texts) for line, *texts in rows]) for title, _, rows in _lists(document)]
+    lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
+    for title, rows in lists:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n' if rows else ""
+        yield from (_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows)
+        yield "</ul>\n" if rows else ""
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    states = [state for resource in resources for state in _states(resource)]
+    states = [_state(device) for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
     slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
     restarts = pluralize(kubelet["restarts"], "restart")
@@ -6044,8 +5832,8 @@ def _facts(document: Document) -> Iterator[str]:
         yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
-    """The rows of RESOURCE, which has TROUBLE if any: one per device, with the containers that use it."""
+def _page_resource(resource: Document, problem: str) -> Iterator[str]:
+    """The rows of RESOURCE, which has PROBLEM if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
     head = _fill(
@@ -6053,93 +5841,56 @@ def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
         rows=len(resource["devices"]),
         domain=domain,
         name=name,
-        trouble=trouble,
+        problem=problem,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
     )
-    users = _users_by_device(resource)
+    users = users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     for device in resource["devices"]:
-        problem, since = device["problem"], clock(device["since"])
+        wrong, since = device["problem"], clock(device["since"])
         yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
         yield _fill(
             _DEVICE,
             line=device["line"],
             since=since,
-            mood="bad" if problem else "good",
-            state="Unhealthy" if problem else "Healthy",
+            mood="bad" if wrong else "good",
+            state="Unhealthy" if wrong else "Healthy",
             text=device_text(device),
-            problem=f"Unhealthy: {problem}" if problem else "",
-            problem_since=f"since {since}" if problem else "",
+            problem=f"Unhealthy: {wrong}" if wrong else "",
+            problem_since=f"since {since}" if wrong else "",
         )
-        for (namespace, pod, container), slots in users.get(device["path"], {}).items():
+        for (pod, container), slots in users.get(device["path"], {}).items():
             held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
-            yield _fill(_USER, container=container, namespace=namespace, pod=pod, slots=held)
+            yield _fill(_USER, container=container, pod=pod, slots=held)
         yield "</td></tr>\n"
         head = ""  # it spans all rows
     yield "</tbody>\n"
-
-
-def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """ROWS as a list below TITLE; nothing where there are none."""
-    if rows:
-        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
-        for key, text, *more in rows:
-            item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-            yield _fill(item, key=key, text=text, more=" ".join(more))
-        yield "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback if descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-MAX_CLIENTS = 64
-HEAD_BYTES = 8192  # of a request
-CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
-ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
-FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
-
 OK = "200 OK"
 UNAVAILABLE = "503 Service Unavailable"
-UNKNOWN_HOST = (
-    "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
-    "of the pod, or the name that --listen has"
-)
-
-_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]\n")
-_HOST = re.compile(r"^host:(.*)", re.IGNORECASE | re.MULTILINE)
+UNKNOWN_HOST = "use an IP address, localhost, the name of the node or of the pod, or the one of --listen as the host"
 
 
-class Request(NamedTuple):
-    """What a client wants; the host is empty if it names none."""
-
-    method: str
-    path: str
-    host: str
-
-
-def parse_request(data: bytes) -> Optional[Request]:
-    """The request at the beginning of DATA; None if it is none that this server understands."""
+def parse_request(data: bytes) -> tuple[str, str, str] | None:
+    """Method, path and host, empty if there is none, of the request in DATA; None if it cannot be parsed."""
     head, end, _ = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")
-    line = _REQUEST_LINE.match(f"{head}\n")
-    if not line or not end:
-        return None
-    host = _HOST.search(head)
-    return Request(line[1], line[2].partition("?")[0], host[1] if host else "")
+    line = re.match(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]$", head, re.MULTILINE)
+    host = re.search(r"^host:(.*)", head, re.IGNORECASE | re.MULTILINE)
+    return (line[1], line[2].partition("?")[0], host[1] if host else "") if line and end else None
 
 
 def is_known_host(host: str, names: frozenset[str]) -> bool:
     """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
     here (DNS rebinding), must not be able to read what this server shows."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
-    if name in names:
-        return True
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return bool(socket.inet_pton(family, name.partition("%")[0]))
-    return False
+    return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
 
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
@@ -6166,15 +5917,6 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_head(connection: socket.socket) -> bytes:
-    """What a client sends up to an empty line, its end, or HEAD_BYTES."""
-    data, chunk = b"", b"-"
-    while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
-        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
-        data += chunk
-    return data
-
-
 def describe_process() -> Document:
     """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
@@ -6191,10 +5933,15 @@ def describe_process() -> Document:
 
 @dataclass(eq=False)
 class StatusServer:
-    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report()."""
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
+
+    MAX_CLIENTS: ClassVar = 64
+    HEAD_BYTES: ClassVar = 8192  # of a request
+    CLIENT_SECONDS: ClassVar = 10.0  # for a client to send its request and take the answer
+    FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
-    side: Union[DevicePluginSide, DraSide]
+    side: DevicePluginSide | DraSide
     pod_resources: PodResources
     node: str
     names: frozenset[str]  # by which a client may ask, besides IP addresses
@@ -6204,76 +5951,69 @@ class StatusServer:
     def __post_init__(self) -> None:
         self.events = EventRing()
         self._main_heartbeat = time.monotonic()
-        self._clients: Dict[asyncio.Task[None], None] = {}  # the oldest first
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+        self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._views: dict[str, asyncio.Future[bytes]] = {}  # by path
 
-    def take(self, plan: Plan) -> None:
-        """Show PLAN from now on."""
-        self.plan = plan
-
-    def report(self, device_side: Document) -> None:
-        """Show DEVICE_SIDE, which nothing changes. Any thread may call this: nothing wakes up."""
-        self.device_side = device_side
+    def report(self, plan: Plan, device_side: Document) -> None:
+        """Show PLAN and DEVICE_SIDE, which nothing changes. Nothing wakes up."""
+        self.plan, self.device_side = plan, device_side
 
     def beat(self) -> None:
         """The main thread, which calls this, works."""
         self._main_heartbeat = time.monotonic()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. If there are too many clients, the oldest one goes: nobody can keep others out."""
         try:
             while True:
                 try:
                     connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
                 except OSError as error:
                     log.debug("cannot accept a connection to the status page: %s", error.strerror)
-                    await asyncio.sleep(ERROR_PAUSE)
-                else:
-                    self._welcome(connection)
-                    await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
+                    await asyncio.sleep(1.0)  # until there are file descriptors again
+                    continue
+                task = asyncio.ensure_future(self._serve(connection))
+                task.add_done_callback(lambda task: self._clients.pop(task, None))
+                self._clients[task] = None
+                if len(self._clients) > self.MAX_CLIENTS:
+                    oldest = next(iter(self._clients))
+                    del self._clients[oldest]
+                    oldest.cancel()
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self.listener.close()
-            tasks = [*self._clients, *self._made.values()]
-            for task in tasks:
-                task.cancel()
+            tasks: list[asyncio.Future[Any]] = [*self._clients, *self._views.values()]
+            for each in tasks:
+                each.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
-    def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client. If there are too many, the oldest one goes: nobody can keep others out for long."""
-        task = asyncio.ensure_future(self._serve(connection))
-
-        def end(_: object) -> None:
-            connection.close()
-            self._clients.pop(task, None)
-
-        task.add_done_callback(end)
-        self._clients[task] = None
-        if len(self._clients) > MAX_CLIENTS:
-            oldest = next(iter(self._clients))
-            del self._clients[oldest]
-            oldest.cancel()
-
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
-        try:
-            await asyncio.wait_for(self._answer(connection), CLIENT_SECONDS)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went away or was too slow: %s", error)
+        with connection:
+            try:
+                await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
+            except (OSError, asyncio.TimeoutError) as error:
+                log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _answer(self, connection: socket.socket) -> None:
-        request = parse_request(await _read_head(connection))
-        if not request:
+        loop = asyncio.get_running_loop()
+        data, chunk = b"", b"-"
+        while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
+            chunk = await loop.sock_recv(connection, self.HEAD_BYTES - len(data))
+            data += chunk
+        method, path, host = parse_request(data) or ("", "", "")
+        if not method:
             answer = plain("400 Bad Request")
-        elif request.method not in ("GET", "HEAD"):
+        elif method not in ("GET", "HEAD"):
             answer = plain("405 Method Not Allowed")
-        elif not is_known_host(request.host, self.names):
+        elif not is_known_host(host, self.names):
             answer = plain("421 Misdirected Request", [UNKNOWN_HOST])
         else:
-            answer = await self._respond(request.path)
-            if request.method == "HEAD":
-                answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        await asyncio.get_running_loop().sock_sendall(connection, answer)
+            answer = await self._respond(path)
+        if method == "HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        await loop.sock_sendall(connection, answer)
 
     async def _respond(self, path: str) -> bytes:
         try:
@@ -6282,9 +6022,13 @@ class StatusServer:
                 return plain(UNAVAILABLE if hanging else OK, hanging or ["ok"])
             if path == "/readyz":
                 return self._readyz()
-            if path in ("/", "/metrics", "/status.json"):
-                return await self._shared(path, lambda: self._view(path))
-            return plain("404 Not Found")
+            if path not in ("/", "/metrics", "/status.json"):
+                return plain("404 Not Found")
+            if not self._views:
+                asyncio.get_running_loop().call_later(self.FRESH_SECONDS, self._views.clear)
+            if path not in self._views:
+                self._views[path] = asyncio.ensure_future(self._view(path))
+            return await asyncio.shield(self._views[path])
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
@@ -6292,50 +6036,41 @@ class StatusServer:
             log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
-    def _threads(self) -> List[Document]:
+    def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        now = time.monotonic()
         heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
         return [
-            {"name": name, "seconds_since_turn": now - heartbeat, "max_seconds": self.side.max_silence}
-            for name, heartbeat in heartbeats.items()
+            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
+            for name, beat in heartbeats.items()
         ]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
-        side = self.side
-        resources = [
-            {"name": f"{side.domain}/{name}", **side.describe_registration(name)} for name in self.plan.resources
-        ]
-        unready = find_unready(resources)
+        states = {name: self.side.describe_registration(name) for name in self.plan.resources}
+        unready = find_unready(states.values())
         lines = [] if unready else ["ok"]
-        lines += [f"{resource['name']}: {resource['trouble']}" for resource in resources if not resource["ready"]]
+        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if not each["ready"]]
         lines += filter(None, [conf_problem(self.device_side["conf"])])
         return plain(UNAVAILABLE if unready else OK, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document, problems = await self._shared("", self._describe)
-        nonce, policy = os.urandom(16).hex(), ""
-        if path == "/":
-            kind, pieces = "text/html; charset=utf-8", render_page(document, problems, nonce)
-            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-        elif path == "/metrics":
+        document, policy = await self._describe(), ""
+        if path == "/metrics":
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        elif path == "/":
+            nonce = os.urandom(16).hex()
+            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+            kind, pieces = "text/html; charset=utf-8", render_page(document, find_problems(document), nonce)
         else:
+            document["healthy"] = not find_hanging(document["threads"])
+            document["ready"] = not find_unready(document["resources"])
+            found = find_problems(document).items()
+            document["problems"] = [_with_names(sentence, names) for sentence, names in found]
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
-    async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
-        if not self._made:
-            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._made.clear)
-        if key not in self._made:
-            self._made[key] = asyncio.ensure_future(make())
-        made: T = await asyncio.shield(self._made[key])
-        return made
-
-    async def _describe(self) -> Tuple[Document, FoundProblems]:
+    async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6346,7 +6081,7 @@ class StatusServer:
             }
             for name, resource in plan.resources.items()
         )
-        document = {
+        return {
             "smarter_device_manager": __version__,
             "node": self.node,
             "domain": side.domain,
@@ -6358,8 +6093,6 @@ class StatusServer:
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
-        problems = find_problems(document)
-        return {**document, **describe_health(document, problems)}, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6870,7 +6603,7 @@ class KubeletThread(threading.Thread):
         max_silence = find_max_silence(options.interval)
         devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
         if options.api == "dra":
-            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
+            return DraSide(options, devices, self._loop, max_silence)
         watch = Watch(options.plugin_dir)
         return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
 
@@ -6894,19 +6627,17 @@ class KubeletThread(threading.Thread):
             task.result()
 
     def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side and the status server."""
+        """Give PLAN to the kubelet side."""
         self._loop.call_soon_threadsafe(self._side.deliver, plan)
-        if self._status:
-            self._loop.call_soon_threadsafe(self._status.take, plan)
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
         self._loop.call_soon_threadsafe(self._side.look_now)
 
-    def report(self, device_side: Document) -> None:
-        """Give the status server the part of the device side."""
+    def report(self, plan: Plan, device_side: Document) -> None:
+        """Give the status server PLAN and the part of the device side."""
         if self._status:
-            self._status.report(device_side)
+            self._status.report(plan, device_side)
 
     def is_turning(self) -> bool:
         """Whether the kubelet side looks at kubelet.sock as often as it should."""
@@ -7029,36 +6760,24 @@ def check_dra(options: argparse.Namespace) -> None:
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
-    api_server(options)
+    if not options.kube_api:
+        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
+    try:
+        parse_api_url(options.kube_api)
+    except ValueError as error:
+        raise Problem(f"--kube-api: {error}") from None
     if not os.path.isdir(options.kubelet_dir):
         raise Problem(
             f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
         )
-    settings = dra_settings(options)
+    folder = os.path.dirname(dra_sockets(options)[0])
     try:
-        os.makedirs(settings.folder, 0o750, exist_ok=True)
+        os.makedirs(folder, 0o750, exist_ok=True)
     except OSError as error:
-        raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
-    longest = max(len(os.fsencode(path)) for path in settings.sockets)
+        raise Problem(f"cannot make the directory {folder}: {error.strerror}") from None
+    longest = max(len(os.fsencode(path)) for path in dra_sockets(options))
     if longest > SOCKET_PATH_BYTES:
         raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
-
-
-def dra_settings(options: argparse.Namespace) -> DraSettings:
-    """The settings of the DRA driver from OPTIONS."""
-    folders = options.kubelet_dir, options.cdi_dir, options.dev_dir
-    return DraSettings(*folders, options.node_name, options.domain, options.gone_grace, options.pod_resources_socket)
-
-
-def api_server(options: argparse.Namespace) -> ApiServer:
-    """The API server from OPTIONS. Raises Problem."""
-    if not options.kube_api:
-        raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
-    try:
-        address = parse_api_url(options.kube_api)
-    except ValueError as error:
-        raise Problem(f"--kube-api: {error}") from None
-    return ApiServer(address, options.kube_token_file, options.kube_ca_file)
 
 
 def raise_limit() -> None:
@@ -7084,7 +6803,7 @@ def serve(options: argparse.Namespace) -> int:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
     raise_limit()
-    folder = dra_settings(options).folder if is_dra else options.plugin_dir
+    folder = os.path.dirname(dra_sockets(options)[0]) if is_dra else options.plugin_dir
     # Instances with other rules have other files.
     rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
     kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
@@ -7133,7 +6852,7 @@ def follow_devices(
             thread.send(plan)
             unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.describe())
+        thread.report(devices.plan, devices.describe())
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
@@ -7887,7 +7606,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.enqueue(_problem_line(error))
+        writer.put(_problem_line(error))
         return 1
 
 
@@ -7987,14 +7706,14 @@ scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th 
 Used by</th></tr></thead>
 """
 _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
 <td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
 aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
 <td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>

@@ -7507,7 +7507,7 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     assert [line.partition(": ")[0] for line in unready] == [kubelet.name(name) for name in names[count:]]
     assert "no file descriptors are left for it" in unready[0]
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(status.connect()) for _ in range(sdm.MAX_CLIENTS)]
+        idle = [stack.enter_context(status.connect()) for _ in range(sdm.StatusServer.MAX_CLIENTS)]
         wait_for(lambda: open_sockets(daemon) >= len(idle))
         assert kubelet.gives(names[0]) == {f"/dev/{names[0]}": f"/dev/{names[0]}"}
         assert status.ask("/healthz").status == 200
@@ -7700,26 +7700,15 @@ def test_names_of_devices_are_labels_and_unique(paths: list[str]) -> None:
     assert len(names) == 3 * len(paths)
     for name in names:
         assert re.fullmatch(LABEL, name), name
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("video0", "video0-7"),
-        ("ttyUSB0", "ttyusb0-8acffaea-7"),
-        ("dri/renderD128", "dri-renderd128-78bc635c-7"),
-        (
-            "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0",
-            "serial-by-id-usb-silicon-labs-cp2102-0001-if00-po-338af8d6-7",
-        ),
-    ],
-)
-def test_names_of_devices_are_the_same_tomorrow(path: str, name: str) -> None:
-    assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
-
-
-def test_names_of_devices_are_63_characters_long_at_the_most() -> None:
     assert len(list(sdm.slots_by_device_name(plan_of(device_of_path("a" * 200, slots=10000))))[-1]) == 63
+
+
+def test_names_of_devices_are_the_same_tomorrow() -> None:
+    for path, name in [
+        ("video0", "video0-7"), ("ttyUSB0", "ttyusb0-8acffaea-7"), ("dri/renderD128", "dri-renderd128-78bc635c-7"),
+        ("serial/by-id/usb-Silicon_Labs_CP2102_0001", "serial-by-id-usb-silicon-labs-cp2102-0001-57a571de-7"),
+    ]:  # fmt: skip
+        assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
 
 
 def test_attributes_are_within_the_limits_of_the_api() -> None:
@@ -7743,14 +7732,6 @@ def test_attributes_are_within_the_limits_of_the_api() -> None:
     for is_gone, what in ((True, "gone"), (False, "unhealthy")):
         (bad,) = slice_devices(plan_of(device_of_path("video0", problem="why", is_gone=is_gone)))
         assert bad["taints"] == [{"key": f"smarter-devices/{what}", "effect": "NoSchedule"}]
-
-
-def test_slices_are_as_large_as_they_may_be() -> None:
-    devices = [{"name": str(number)} for number in range(150)]
-    groups = list(sdm.split_into_slices(iter(devices)))
-    assert [count for count, _ in groups] == [64, 64, 22]
-    assert [device for _, group in groups for device in json.loads(group)] == devices
-    assert not list(sdm.split_into_slices([]))
 
 
 def test_names_of_slices_are_names_of_objects_and_unique() -> None:
@@ -7785,31 +7766,35 @@ def test_device_classes_are_as_in_the_facts() -> None:
 def test_what_a_claim_was_allocated_is_read() -> None:
     results = [result_of("a-0"), result_of("gpu-1", driver="gpu.example.com", pool="x"), result_of("b-0", "q/first")]
     results += [{**result_of("a-0", "watch"), "adminAccess": True}]
-    claim = {"status": {"allocation": {"devices": {"results": results}}}}
-    found = [("r", "a-0", False), ("q", "b-0", False), ("watch", "a-0", True)]
-    assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == found
+    claim = sdm.PreparedClaim("0-1", "default", "a")
+
+    def read(results: Any, node: str = NODE_NAME, **metadata: str) -> sdm.PreparedClaim | None:
+        status = {"allocation": {"devices": {"results": results}}} if results is not None else {}
+        document = {"metadata": {"uid": "0-1", "name": "a", **metadata}, "status": status}
+        return sdm.read_claim(document, claim, "smarter-devices", node)
+
+    found = (sdm.ClaimedDevice("a-0", ("r", "watch")), sdm.ClaimedDevice("b-0", ("q",)))
+    assert read(results) == claim._replace(devices=found)
+    assert read(results, uid="0-2") is None
     with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
-        sdm.allocated_devices(claim, "smarter-devices", "node-2")
-    for empty in ({}, {"status": {}}, {"status": {"allocation": {"devices": {"results": []}}}}):
+        read(results, "node-2")
+    for empty in ([], None):
         with pytest.raises(sdm.AllocationError, match="not allocated"):
-            sdm.allocated_devices(empty, "smarter-devices", NODE_NAME)
-    for results in (
-        7, [1], [{}], [{**result_of("a"), "device": 7}], [result_of("a", "\ud800")], [result_of("\ud800")],
-    ):  # fmt: skip
+            read(empty)
+    for wrong, name in ((7, "a"), ([1], "a"), ([{}], "a"), (results, "b")):
         with pytest.raises(sdm.UNEXPECTED):
-            claim = {"status": {"allocation": {"devices": {"results": results}}}}
-            sdm.allocated_devices(claim, "smarter-devices", NODE_NAME)
+            read(wrong, name=name)
 
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
     devices = (
-        sdm.PreparedDevice("video0-0", ("r",), "video0", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
-        sdm.PreparedDevice("b-1", ("q", "s"), "b", "/dev/b", {"env": ["A=b"]}, True, True),
+        sdm.ClaimedDevice("a-0", ("r",), False, "a", "/dev/a", {"deviceNodes": [{"path": "/dev/a"}]}),
+        sdm.ClaimedDevice("b-1", ("q", "s"), True, "b", "/dev/b", {"env": ["A=b"]}, "it is gone"),
     )
     claim = sdm.PreparedClaim("0-1", "default", "claim", devices)
     document = json.loads(json.dumps(sdm.cdi_document(claim, "d")))
     assert sdm.read_cdi_document(document, "d") == claim
-    assert [device["name"] for device in document["devices"]] == ["0-1-video0-0", "0-1-b-1:gone"]
+    assert [device["name"] for device in document["devices"]] == ["0-1-a-0", "0-1-b-1:gone"]
     for path, value in [
         (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
         (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
@@ -7836,32 +7821,34 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         ("http://[::1]:8001", (False, "::1", 8001, "")),
         ("https://[::ffff:10.0.0.1]", (True, "::ffff:10.0.0.1", 443, "")),
         (f"https://{'a' * 63}.example.", (True, f"{'a' * 63}.example.", 443, "")),
-    ],
-)
-def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
-    assert sdm.parse_api_url(url) == (url, *address)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
-        "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
-        "https://a..b", "https://.a", f"https://{'a' * 64}.example", "https://[..]", f"https://[{'a' * 64}]",
+        *((url, "has no TLS") for url in ("http://10.96.0.1:443", "http://x.de", "http://127.0.0.1.example.com")),
+        *((url, "is no URL such as") for url in (
+            "ftp://127.0.0.1", "1.2.3.4:443", "https://", "https://a b", "https://x:99999", "https://x:y", "",
+            "https://x?y", "https://u@x", "https://x/\n", "https://a..b", "https://.a", f"https://{'a' * 64}.example",
+            "https://[..]", f"https://[{'a' * 64}]",
+        )),
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_an_api_server(url: str) -> None:
-    with pytest.raises(ValueError, match=r"no URL such as|has no TLS"):
-        sdm.parse_api_url(url)
+def test_urls_of_an_api_server(url: str, address: tuple[Any, ...] | str) -> None:
+    if isinstance(address, tuple):
+        assert sdm.parse_api_url(url) == address
+    else:
+        with pytest.raises(ValueError, match=address):
+            sdm.parse_api_url(url)
 
 
 def read_answer(content: bytes) -> Any:
+    """What a client reads in CONTENT, with which an API server answers its request."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(content)
+        writer.close()
+
     async def read() -> Any:
-        reader = asyncio.StreamReader()
-        reader.feed_data(content)
-        reader.feed_eof()
-        answer = await sdm.receive_answer(reader, "url")
-        return sdm.read_answer(answer, "list", f"{API}/deviceclasses", lambda document: document["a"])
+        async with await asyncio.start_server(talk, "127.0.0.1") as server:
+            api = sdm.ApiServer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "", "")
+            return await api.call("list", f"{API}/deviceclasses", read=lambda document: document["a"])
 
     return asyncio.run(read())
 
@@ -7874,14 +7861,10 @@ def test_answers_of_an_api_server() -> None:
         answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"),
     ):
         assert read_answer(content) == 1
-    for content, status, retry_after in [
-        (answer_bytes(429, {}, "retry-after: 7", "X: y"), 429, 7.0),
-        (answer_bytes(503, b"<html>", "Retry-After: 999999"), 503, 60.0),
-        (answer_bytes(429, {}, "Retry-After: soon"), 429, 0.0),
-    ]:
+    for status, body in ((429, {}), (503, b"<html>")):
         with pytest.raises(sdm.ApiError) as raised:
-            read_answer(content)
-        assert (raised.value.status, raised.value.retry_after) == (status, retry_after)
+            read_answer(answer_bytes(status, body))
+        assert raised.value.status == status
     too_long = sdm.MAX_API_ANSWER + 1
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (b"SSH-2.0 200\r\n\r\n", "speaks no HTTP"),
@@ -7902,21 +7885,15 @@ def test_answers_of_an_api_server() -> None:
             read_answer(content)
 
 
-@pytest.mark.parametrize(
-    ("verb", "path", "status", "text"),
-    [
-        ("list", f"{API}/resourceslices?x=y", 403, 'lacks the right "list" on "resourceslices" (403): why'),
+def test_what_an_api_server_refuses_is_said_in_words() -> None:
+    for verb, path, status, text in [
         ("get", f"{API}/namespaces/nodes/resourceclaims/x", 403, 'the right "get" on "resourceclaims" (403): why'),
-        ("get", "/api/v1/nodes/n", 403, 'lacks the right "get" on "nodes" (403): why'),
         ("create", f"{API}/deviceclasses", 404, "resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why"),
-        ("get", f"{API}/deviceclasses/x", 401, "does not accept the token (401) to get deviceclasses: why"),
         ("update", f"{API}/resourceslices/x", 500, "fails (500) to update resourceslices: why"),
-    ],
-)
-def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, status, "why")
-    long = sdm.api_problem(verb, path, status, "\n" * 10_000)
-    assert len(long) < 400 and "\n" not in long
+    ]:
+        assert text in sdm.api_problem(verb, path, status, "why")
+        long = sdm.api_problem(verb, path, status, "\n" * 10_000)
+        assert len(long) < 400 and "\n" not in long
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7931,6 +7908,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(node: Node, certificates: Path) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip(needs_root.kwargs["reason"])
     cluster = Cluster(node, certificates)
     yield cluster
     cluster.kubelet.down()
@@ -7957,7 +7936,6 @@ def camera(node: Node, cluster: Cluster) -> Cluster:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: Cluster, start: Starter) -> None:
     tty = node.plug("ttyUSB0")
     usb = {"idVendor": "10c4", "idProduct": "ea60", "serial": "0001"}
@@ -7991,51 +7969,41 @@ def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: C
     assert cluster.api.slices(), "they stay for whoever comes next"
 
 
-@needs_root
 def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    wait_for(lambda: len(camera.api.classes()) == 2)
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
-    daemon = start(*camera.options())
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon)
     wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
     assert daemon.stop() == 0
     assert camera.api.writes() == writes
     assert "published" not in daemon.log
 
 
-@needs_root
-def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) -> None:
-    path = f"{API}/deviceclasses/video0.smarter-devices"
-    before = camera.api.put(path, {"metadata": {"name": "video0.smarter-devices"}, "spec": {"mine": True}})
+@pytest.mark.parametrize("is_made_meanwhile", [False, True])
+def test_classes_of_others_are_left_alone(is_made_meanwhile: bool, camera: Cluster, start: Starter) -> None:
+    """Also those that another node makes at the same time."""
+
+    def make(name: str) -> None:
+        item = {"metadata": {"name": name}, "spec": {"mine": True}}
+        support.SimulatedApiServer.put(camera.api, f"{API}/deviceclasses/{name}", item)
+
+    theirs = "video0.smarter-devices"
+    if is_made_meanwhile:
+        camera.api.before_write = lambda target: make(theirs) if target.endswith("deviceclasses") else None
+    else:
+        make(theirs)
     daemon = start(*camera.options())
     daemon.says("made a DeviceClass name=smarter-devices")
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    wait_for(lambda: ("get", theirs) in [(call.verb, call.name) for call in camera.api.calls])
     camera.node.rules("- devicematch: nothing\n")
     camera.wait_for_devices()
     assert daemon.stop() == 0
-    assert camera.api.objects[path] == before
-    assert "smarter-devices" in camera.api.classes()
-
-
-@needs_root
-def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera: Cluster, start: Starter) -> None:
-    def make_first(target: str) -> None:
-        if target.endswith("deviceclasses"):
-            for name in ("smarter-devices", "video0.smarter-devices"):
-                support.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
-
-    camera.api.before_write = make_first
-    daemon = start(*camera.options())
-    wait_for(lambda: ("create", "deviceclasses") in camera.api.writes())
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
-    assert daemon.stop() == 0
     assert "trying again" not in daemon.log
-    assert [item["spec"] for item in camera.api.classes().values()] == [{}, {}]
+    assert camera.api.classes().keys() == {"smarter-devices", theirs}
+    assert camera.api.classes()[theirs]["spec"] == {"mine": True}
 
 
-@needs_root
 def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(150):
         node.plug(f"video{number}")
@@ -8057,12 +8025,11 @@ def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: 
     assert daemon.stop() == 0
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("name", "generation", "then"),
     [("ours", 41, 42), ("ours", (1 << 63) - 1, 1), (sdm.slice_name(NODE_NAME, "smarter-devices", 0), (1 << 63) - 1, 1)],
 )
-def test_stale_slices_of_ours_are_removed_and_no_others(
+def test_stale_slices_of_ours_alone_are_removed(
     name: str, generation: int, then: int, camera: Cluster, start: Starter
 ) -> None:
     def old(name: str, **changes: Any) -> None:
@@ -8080,7 +8047,6 @@ def test_stale_slices_of_ours_are_removed_and_no_others(
     assert {item["metadata"]["name"] for item in camera.api.slices()} == {"other-node", "other-driver", ours}
 
 
-@needs_root
 def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
     camera.api.drops_taints = True
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
@@ -8091,7 +8057,6 @@ def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cl
     assert camera.api.writes().count(("update", "resourceslices")) == 1
 
 
-@needs_root
 def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
@@ -8111,7 +8076,6 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     (info,) = camera.kubelet.infos
@@ -8140,7 +8104,6 @@ def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, sta
     assert not camera.gives(claim)[1]
 
 
-@needs_root
 def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
@@ -8154,7 +8117,6 @@ def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> 
     camera.unprepare(first)
 
 
-@needs_root
 def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
     """What no waiting helps is said at once."""
     for name in ("a1", "a2"):
@@ -8188,10 +8150,7 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
 
 
-@needs_root
-def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_what_is_given_is_as_with_the_device_plugin(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("bus/ttyUSB7")
     node.link("serial/stick", "../bus/ttyUSB7")
     for name in ("snd/controlC0", "snd/pcmC0D0p", "video0", "media0"):
@@ -8224,7 +8183,6 @@ def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
     assert cluster.edits(apart, second.cdi_device_ids)[1] == ["NVIDIA_VISIBLE_DEVICES=1"]
 
 
-@needs_root
 def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8253,12 +8211,10 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     assert not camera.file(claim).exists() and not half.exists()
 
 
-@needs_root
-def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
+def test_the_cdi_file_of_a_gone_claim_is_removed_when_possible(camera: Cluster, start: Starter) -> None:
     looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05, **FORGETFUL)
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     del camera.api.objects[camera.path(claim)]
     camera.cdi.chmod(0o555)
@@ -8272,21 +8228,6 @@ def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(c
     assert camera.gives(camera.claim("video0-0")), "no dead claim holds it"
 
 
-@needs_root
-def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
-    daemon.kill()
-    camera.api.fault = lambda verb, kind: answer_bytes(200, {"metadata": 7}) if kind == "resourceclaims" else None
-    daemon = start(*camera.options())
-    daemon.says("the API server's answer to get .*/resourceclaims/claim-1 is not one")
-    assert camera.gives(claim), "it is prepared"
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
-
-
-@needs_root
 def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
     """It has read the CDI files by then, and would not know of another."""
     daemon = camera.serve(start)
@@ -8303,10 +8244,7 @@ def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, s
     assert daemon.stop() == 0
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
-    camera: Cluster, start: Starter
-) -> None:
+def test_a_prepared_device_without_a_rule_stays_until_it_is_gone(camera: Cluster, start: Starter) -> None:
     camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-1")
     given = camera.gives(claim)
@@ -8332,8 +8270,7 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
     assert camera.api.tainted() == {"video0-0", "video0-1"}
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_without_a_rule_costs_little(camera: Cluster, start: Starter) -> None:
     """It is looked at every second, as long as its pod runs."""
     many = "- devicematch: ^tty\n  nummaxdevices: 100\n"
     for number in range(40):
@@ -8352,12 +8289,10 @@ def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluste
     assert after.user + after.system - before.user - before.system < 0.15, "3 % of a core"
 
 
-@needs_root
 def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     camera.cdi.chmod(0o555)
     camera.node.unplug("video0")
     daemon.says(f"cannot write {camera.file(claim)}: Permission denied")
@@ -8368,10 +8303,7 @@ def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Clust
     assert daemon.log.count("cannot write") == 1
 
 
-@needs_root
-def test_a_device_that_comes_back_under_another_number_is_given_again(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_a_device_that_comes_back_with_another_number_is_given(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("ttyUSB0")
     node.link("serial/stick", "../ttyUSB0")
     node.rules(SERIAL)
@@ -8403,9 +8335,8 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
 
 
-@needs_root
 @pytest.mark.parametrize("is_for_b", [False, True])
-def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
+def test_another_stick_in_the_place_of_a_prepared_one(
     node: Node, cluster: Cluster, start: Starter, is_for_b: bool
 ) -> None:
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
@@ -8435,13 +8366,11 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
         assert not cluster.taints() and cluster.gives(cluster.claim(name))
 
 
-@needs_root
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
     grace = {"gone-grace": "1.5"}
     start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     camera.node.unplug("video0")
     unplugged = time.monotonic()
     wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoSchedule"))
@@ -8458,7 +8387,6 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
     camera.wait_for_devices()
 
 
-@needs_root
 def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
     """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
     folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
@@ -8496,7 +8424,6 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     assert (cluster.gives(cluster.claim("loop0-0")), cluster.gives(cam)) == given
 
 
-@needs_root
 @pytest.mark.parametrize("is_away", [False, True])
 def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, cluster: Cluster, start: Starter) -> None:
     """The stick is the one that the claim was given; the rule asks for another one now."""
@@ -8519,7 +8446,6 @@ def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, clus
     assert not any("NoExecute" in taint for taint in cluster.taints().values())
 
 
-@needs_root
 def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
     camera.serve(start, "--interval", "0.02")
     began, before = time.monotonic(), len(camera.api.writes())
@@ -8533,8 +8459,7 @@ def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, star
     assert len(camera.api.writes()) - before <= 2 + time.monotonic() - began
 
 
-@needs_root
-def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_that_went_while_the_driver_was_away(camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
@@ -8553,31 +8478,29 @@ def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera
     camera.wait_for_devices()
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_text(""),
-        lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
-        lambda path: path.rename(path.with_name("x")),
-    ],
-    ids=["deleted", "emptied", "changed", "moved"],
-)
+DAMAGES: Mapping[str, Callable[[Path], object]] = {
+    "deleted": lambda path: path.unlink(),
+    "moved": lambda path: path.rename(path.with_name("x")),
+    "emptied": lambda path: path.write_text(""),
+    "changed": lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
+    "no devices": lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
+    "wrong name": lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
+    "a link to itself": lambda path: path.unlink() or path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("damage", ["deleted", "moved", "emptied", "changed"])
 @pytest.mark.parametrize("by", ["signal", "look", "prepare"])
-def test_a_cdi_file_that_somebody_changes_is_put_right(
-    by: str, damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_that_somebody_changes_is_put_right(by: str, damage: str, camera: Cluster, start: Starter) -> None:
     if by != "look":
         camera.cdi.mkdir()  # one that is made later is watched from the next look on
     looks = with_constants(**({} if by == "look" else {"SOCKET_LOOK_SECONDS": 60, "CALM_LOOK_SECONDS": 60}))
     daemon = start(*camera.options(), "--interval", "60", through=looks)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     content = camera.file(claim).read_text()
     for _ in range(2):
-        damage(camera.file(claim))
+        DAMAGES[damage](camera.file(claim))
         if by == "prepare":
             camera.gives(claim)
             assert camera.file(claim).read_text() == content
@@ -8585,11 +8508,9 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
     daemon.says("went, came back or changed|it does not hold what was written just now")
 
 
-@needs_root
 def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     began = time.monotonic()
     for _ in range(30):
         camera.file(claim).unlink()
@@ -8601,43 +8522,25 @@ def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster
     assert 1 <= daemon.log.count("went, came back or changed") <= 1 + seconds
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_text(""),
-        lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
-        lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
-        lambda path: path.write_text(path.read_text() + " " * (1 << 20)),
-        lambda path: path.unlink(),
-        lambda path: path.unlink() or path.symlink_to(path),
-    ],
-    ids=["empty", "no devices", "wrong name", "long", "deleted", "link"],
-)
-def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
-    damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"moved", "changed"}))
+def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(damage: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
     camera.gives(claim)
     content = camera.file(claim).read_text()
     daemon.kill()
-    damage(camera.file(claim))
+    DAMAGES[damage](camera.file(claim))
     camera.api.fault = lambda verb, kind: answer_bytes(503, {}) if (verb, kind) != ("get", "resourceclaims") else None
-    daemon = start(*camera.options(), through=with_constants(COMPARE_SECONDS=3600, **IMPATIENT))
+    daemon = camera.start_again(start, daemon, COMPARE_SECONDS=3600, **IMPATIENT)
     daemon.says("this CDI file cannot be read, so no device is given that its claim may have")
-    daemon.says("registered with the kubelet")
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: "is still prepared for the claim default/claim-1" in camera.prepare(same).error)
     assert camera.file(claim).read_text() == content, "the API server has told whose they are"
     assert camera.gives(other)
 
 
-@needs_root
 @pytest.mark.parametrize("end", ["prepare", "unprepare", "remove"])
-def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
-    end: str, camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_of_an_unknown_claim_keeps_all_devices_taken(end: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(claim)
@@ -8645,8 +8548,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     camera.file(claim).write_text("")
     for link in camera.cdi.glob("*.claim"):
         link.unlink()
-    daemon = start(*camera.options(), through=with_constants(**{"Claims.PREPARE_SECONDS": 2.0}))
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon, **{"Claims.PREPARE_SECONDS": 2.0})
     assert f"{camera.file(claim)} cannot be read, and its claim may have this device" in camera.prepare(other).error
     if end == "prepare":
         camera.gives(claim)
@@ -8658,8 +8560,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     assert daemon.log.count("cannot be read, so") == 1
 
 
-@needs_root
-def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
+def test_a_cdi_file_that_another_instance_has_written_counts(camera: Cluster, start: Starter) -> None:
     """It does not know yet that this one serves."""
     daemon = camera.serve(start, **IMPATIENT)
     claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8673,7 +8574,6 @@ def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(cam
     wait_for(lambda: daemon.log.count("prepared for a pod") == 2)
 
 
-@needs_root
 def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start: Starter) -> None:
     trace = camera.node.root / "trace"
     through = with_constants()
@@ -8685,14 +8585,12 @@ def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start
     )
     start(*camera.options(), through=through)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     before, name, after = (line for line in trace.read_text().splitlines() if str(camera.cdi) in line)
     assert before.startswith(f"sync {camera.cdi}/.smarter-devices_")
     assert (name, after) == (f"rename {camera.file(claim)}", f"sync {camera.cdi}")
 
 
-@needs_root
 def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     for number in range(100):
         camera.node.plug(f"many/{number}")
@@ -8711,7 +8609,6 @@ def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Clus
     assert camera.gives(claim)[0]
 
 
-@needs_root
 def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     watch = {**result_of("video0-0", "watch"), "adminAccess": True}
@@ -8719,14 +8616,12 @@ def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter
     for claim in (before, owner, after):
         assert camera.gives(claim)[0] == {"/dev/video0": "/dev/video0"}
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
-    daemon.kill()
-    start(*camera.options(), through=with_constants(**IMPATIENT)).says("registered with the kubelet")
+    camera.start_again(start, daemon, **IMPATIENT)
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
     camera.unprepare(owner)
     assert camera.gives(camera.claim("video0-0"))
 
 
-@needs_root
 @pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
 def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
@@ -8737,9 +8632,7 @@ def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: 
         names = [item["name"] for item in json.loads(camera.file(claim).read_text())["devices"]]
         assert names == [f"{claim.uid}-video0-0"]
         assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
-        daemon.kill()
-        daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-        daemon.says("registered with the kubelet")
+        daemon = camera.start_again(start, daemon, **IMPATIENT)
 
 
 WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
@@ -8750,14 +8643,12 @@ WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
 }
 
 
-@needs_root
 @pytest.mark.parametrize("what", WAITS)
 def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
-    last = camera.claim("video0-0")
-    camera.gives(last)
+    last = camera.give("video0-0")
     camera.node.unplug("video1")
     wait_for(lambda: camera.api.tainted() == {"video1-0", "video1-1"})
     name, end = WAITS[what]
@@ -8776,33 +8667,25 @@ def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     assert camera.gives(claim)
 
 
-@needs_root
-def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ended(
-    camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("is_away", [False, True])
+def test_the_device_of_a_gone_claim_is_given_after_a_while(is_away: bool, camera: Cluster, start: Starter) -> None:
+    """Also if the claim went while the driver was away, and nobody wants the device."""
     constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
     daemon = camera.serve(start, **constants)
-    forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(forced)
-    assert "still prepared" in camera.prepare(claim).error
+    forced, claim = camera.give("video0-0"), camera.claim("video0-0")
+    if is_away:
+        daemon.kill()
+    else:
+        assert "still prepared" in camera.prepare(claim).error
     camera.api.objects[camera.path(forced)]["metadata"]["uid"] = "another"
     begin = time.monotonic()
+    if is_away:
+        daemon = camera.start_again(start, daemon, **constants)
+        wait_for(lambda: not camera.file(forced).exists())
     wait_for(lambda: not camera.prepare(claim).error)
     assert time.monotonic() - begin > 2, "its containers may still run"
     assert not camera.file(forced).exists()
     daemon.says("the API server has no such claim any more")
-
-
-@needs_root
-def test_an_api_server_without_slices_does_not_say_that_a_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    camera.serve(start, **FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0})
-    holder, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(holder)
-    camera.api.fault = lambda verb, kind: answer_bytes(404, b"{}") if kind == "resourceslices" else None
-    del camera.api.objects[camera.path(holder)]
-    assert "is still prepared" in camera.prepare(claim).error
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
 
 
 def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound") -> bytes:
@@ -8810,7 +8693,6 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     return answer_bytes(404, {"kind": "Status", "status": "Failure", "reason": reason, "details": details, "code": 404})
 
 
-@needs_root
 @pytest.mark.parametrize(
     "fault",
     [
@@ -8825,19 +8707,18 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     ],
     ids=range(8),
 )
-def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
+def test_only_a_404_about_the_claim_says_that_it_is_gone(
     fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
 ) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     camera.api.fault = fault
     count = len(camera.api.calls)
     rounds = with_constants(COMPARE_SECONDS=0.05, MIN_PUBLISH_SECONDS=0.05, MIN_BACKOFF_SECONDS=0.05, **FORGETFUL)
     start(*camera.options(), through=rounds)
     wait_for(lambda: len(camera.api.calls) > count + 8)
-    assert camera.file(claim).exists()
+    assert camera.gives(claim), "it is prepared"
     del camera.api.objects[camera.path(claim)]
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: not camera.file(claim).exists())
@@ -8848,7 +8729,6 @@ def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) -> None:
     camera.api.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -8871,7 +8751,6 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert camera.gives(waiting)
 
 
-@needs_root
 def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()  # a registration would have it tried at once
     camera.api.rights -= {("resourceslices", "create"), ("deviceclasses", "create")}
@@ -8887,18 +8766,6 @@ def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) 
     camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
-def test_a_class_that_cannot_be_made_keeps_no_change_of_the_slices_waiting(camera: Cluster, start: Starter) -> None:
-    camera.api.rights -= {("deviceclasses", "create")}
-    start(*camera.options(), through=with_constants(MIN_BACKOFF_SECONDS=30))
-    wait_for(lambda: [call.status for call in camera.api.calls].count(403) == 2, "one after the registration")
-    begin = time.monotonic()
-    camera.node.unplug("video0")
-    wait_for(lambda: len(camera.api.tainted()) == 2)
-    assert time.monotonic() - begin < 3
-
-
-@needs_root
 def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, start: Starter) -> None:
     for number in range(1, 40):
         camera.node.plug(f"video{number}")
@@ -8911,7 +8778,6 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
     wait_for(lambda: len(camera.api.classes()) == 41)
 
 
-@needs_root
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
@@ -8920,7 +8786,6 @@ def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: 
     assert "did not answer" not in daemon.log
 
 
-@needs_root
 def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster, start: Starter) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as dead, contextlib.ExitStack() as clients:
         for _ in range(3):  # those who wait for accept(); from then on, nobody gets an answer
@@ -8936,25 +8801,21 @@ def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster,
         assert "did not answer" not in daemon.log
 
 
-@needs_root
 @pytest.mark.timeout(300)  # alone on the machine, it takes 15 s
-def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_thirty_thousand_slots_fit_into_the_memory_of_the_chart(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(3):
         node.plug(f"video{number}")
     node.rules(VIDEO.replace("2", "10000"))
     daemon = start(*cluster.options(), through=with_constants(COMPARE_SECONDS=0.5))
     wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=200)
     lists = [call for call in cluster.api.calls if call.verb == "list"]
-    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.SLICES_AT_ONCE)
+    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.Publisher.SLICES_AT_ONCE)
     more = len(lists) + 2 * pages
     wait_for(lambda: [call.verb for call in cluster.api.calls].count("list") > more, patience=200)
     assert [call.status for call in cluster.api.calls if call.verb in ("update", "delete")] == []
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     camera.serve(start)
     conflicts = 2
@@ -8973,22 +8834,6 @@ def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
 
 
-@needs_root
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluster, start: Starter) -> None:
-    times: dict[str, list[float]] = {"resourceslices": [], "deviceclasses": []}
-
-    def fault(verb: str, kind: str) -> bytes | None:
-        when = times.setdefault(kind, [])
-        when.append(time.monotonic())
-        return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(when) == 1 else None
-
-    camera.api.fault = fault
-    camera.serve(start)
-    for kind in ("resourceslices", "deviceclasses"):
-        assert times[kind][1] - times[kind][0] > 2.9
-
-
 MEMORY_LIMIT = 192 << 20  # of charts/smarter-device-manager/values.yaml and daemonset.yaml
 
 
@@ -8998,35 +8843,22 @@ def peak_memory(daemon: Daemon) -> int:
     return int(kilobytes) << 10
 
 
-def slice_with(devices: object) -> dict[str, Any]:
-    """What may be taken for a slice of the driver's, with DEVICES."""
-    return {"metadata": {"name": "x"}, "spec": {"driver": "smarter-devices", "nodeName": NODE_NAME, "devices": devices}}
+NONSENSE: Mapping[str, bytes] = {
+    "no HTTP": b"\0" * 5000,
+    "other types": answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
+    "other items": answer_bytes(200, {"items": [1, {"metadata": {"name": 7}, "spec": []}], "metadata": []}),
+    "cut": answer_bytes(200, b"{" + b'"a": ' * 300_000),
+    "elsewhere": answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
+    "too long": answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
+    "too many": answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
+}
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b"",
-        b"\0" * 5000,
-        answer_bytes(200, b""),
-        answer_bytes(200, [1, 2]),
-        answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
-        answer_bytes(
-            200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
-        ),
-        answer_bytes(200, b"{" + b'"a": ' * 300_000),
-        answer_bytes(200, {"items": [slice_with(json.loads("[" * 600 + "]" * 600))], "metadata": {"uid": "u"}}),
-        answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
-        answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
-        answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
-    ],
-    ids=range(11),
-)
-def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_survived(kind: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
-    camera.api.fault = lambda verb, kind: nonsense
+    camera.api.fault = lambda *_: NONSENSE[kind]
     assert camera.prepare(claim).error
     camera.api.remove_slices()
     count = len(camera.api.calls)
@@ -9041,7 +8873,6 @@ def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) 
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Cluster, start: Starter) -> None:
     constants = {"API_SECONDS": 0.5, "Claims.PREPARE_SECONDS": 2.5}
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", **constants)
@@ -9062,7 +8893,6 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
     assert time.monotonic() - begin < 3.0
 
 
-@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     camera.api.tokens = {"two"}
@@ -9084,43 +8914,35 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
     camera.token.write_text(" \n")
     assert "holds no token" in camera.prepare(camera.claim("video0-1")).error
     camera.token.unlink()
-    assert f"cannot read the token file {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
+    assert f"cannot read {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
     assert daemon.process.poll() is None
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("certificate", "ca", "problem"),
     [
         ("other", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
         ("wrong", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: IP address mismatch"),
         ("server", "other-ca.crt", "has a certificate that is not signed by a CA in .*other-ca.crt: "),
-        ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
+        ("server", "nothing.crt", "cannot read .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
         ("server", "fifo", "the CA file .*fifo holds no certificate"),
         ("below", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
+        ("below", "between.crt", ""),  # some clusters give their pods the certificate of an intermediate CA alone
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
     camera.api.down()
     camera.api.up(certificate)
     daemon = start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/{ca}"}))
-    daemon.says(problem)
-    assert daemon.stop() == 0
-    assert not camera.api.calls, "nobody has seen the token"
+    if problem or sys.version_info < (3, 10):  # which trusts none but root CAs
+        daemon.says(problem or "has a certificate that is not signed")
+        assert daemon.stop() == 0
+        assert not camera.api.calls, "nobody has seen the token"
+    else:
+        camera.ready("video0-0", "video0-1")
 
 
-@needs_root
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 trusts none but root CAs")
-def test_a_ca_between_is_enough(camera: Cluster, start: Starter) -> None:
-    """Some clusters give their pods the certificate of an intermediate CA alone."""
-    camera.api.down()
-    camera.api.up("below")
-    start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/between.crt"}))
-    camera.ready("video0-0", "video0-1")
-
-
-@needs_root
 def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
     ca = camera.node.root / "ca.crt"
     ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
@@ -9132,10 +8954,9 @@ def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, sta
     camera.api.objects = {NODE_PATH: {"metadata": {"name": NODE_NAME, "uid": "another"}}}
     ca.write_bytes((camera.api.folder / "other-ca.crt").read_bytes())
     camera.api.up("other")
-    camera.ready("video0-0", "video0-1")
+    camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
 def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(**{"node-name": "node-9"}))
     daemon.says(r"there is no Node node-9 \(404\); --node-name names the Node")
@@ -9143,7 +8964,6 @@ def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, s
     daemon.says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
 
 
-@needs_root
 def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05)
     camera.api.remove_slices()
@@ -9161,24 +8981,18 @@ def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> 
     assert time.monotonic() - registered < 1.5, "at once"
 
 
-def test_the_looks_at_the_slices_are_often_enough() -> None:
-    assert sdm.COMPARE_SECONDS + 2 * sdm.API_SECONDS <= 60
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the kubelet, other instances, the status, and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
     daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     for count in (2, 3):
         camera.kubelet.down()
         camera.kubelet.up()
@@ -9187,10 +9001,7 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
         assert camera.gives(claim)
 
 
-@needs_root
-def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
-    node: Node, camera: Cluster, start: Starter
-) -> None:
+def test_a_kubelet_that_has_ended_is_missed_and_counted(node: Node, camera: Cluster, start: Starter) -> None:
     pods = PodResources(node)
     camera.kubelet.do(pods.start())
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -9218,7 +9029,6 @@ def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
     camera.kubelet.do(pods.stop())
 
 
-@needs_root
 @pytest.mark.parametrize("folder", ["cdi", "plugins_registry", "plugins/smarter-devices"])
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, folder: str, camera: Cluster) -> None:
@@ -9247,14 +9057,12 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
         daemon.kill()
 
 
-@needs_root
 @pytest.mark.parametrize(
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     path = Path(camera.kubelet.folder) / which
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     daemon.says("a socket file of the driver was deleted or replaced")
@@ -9263,11 +9071,9 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
 
 
-@needs_root
 def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
     first = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
     assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
     second.says("another instance serves the driver smarter-devices; waiting for its end")
@@ -9283,7 +9089,6 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     assert left == []
 
 
-@needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", REGISTER_SECONDS=0.1)
     status = Status(daemon)
@@ -9303,7 +9108,6 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
     assert daemon.log.count("refused the driver") == 1, "once, though the kubelet tries again"
 
 
-@needs_root
 def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
@@ -9312,8 +9116,7 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     assert status.ask("/").body.count("not registered") == 1, "what is true of all is said once"
     camera.kubelet.up()
     status.wait_for("/readyz", 200)
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     assert camera.prepare(camera.claim("video7-0")).error
     found = wait_for(lambda: (metrics := status.metrics())["claims_prepared"] == 1 and metrics)
     assert found["api_reachable"] == found["slices_published"] == found["prepare_errors_total"] == 1
@@ -9342,7 +9145,6 @@ def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
     assert served.document()["dra"] is None
 
 
-@needs_root
 def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0")
     response = pb.ListPodResourcesResponse()
@@ -9495,49 +9297,45 @@ def test_holders_are_those_of_our_domain() -> None:
     assert holders_of(pb.ListPodResourcesResponse()) == []
 
 
-def described(resource: sdm.Resource, *holders: sdm.Holder) -> sdm.Document:
-    """RESOURCE as the document has it, while HOLDERS have slots of it."""
-    use = sdm.describe_use(resource, {resource.name: holders})
-    return {
-        **sdm.describe_resource(resource, "smarter-devices", 0.0),
-        "ready": False,
-        "trouble": sdm.unready_text(""),
-        **use,
-    }
+def described(resource: sdm.Resource, *slots: str) -> sdm.Document:
+    """RESOURCE as the document has it, while a container has SLOTS of it."""
+    use = sdm.describe_use(resource, {resource.name: [sdm.Holder(slot, "default", "pod", "main") for slot in slots]})
+    state = {"ready": False, "trouble": sdm.unready_text("")}
+    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), **state, **use}
 
 
 def test_each_slot_in_use_counts_once() -> None:
     """An init container and the main container of one pod share a slot, and a pod that ended may be listed still."""
-    (video,) = offered(
-        "- devicematch: video\n  nummaxdevices: 12\n", snapshot_of({"video0": "char"})
-    ).resources.values()
-    holders = [
-        sdm.Holder(*words.split())
-        for words in ("10 default pod main", "2 default pod main", "2 default pod init", "2 default old main")
-    ]
-    document = described(video, *holders, holders[0])
+    conf = "- devicematch: video\n  nummaxdevices: 12\n"
+    (video,) = offered(conf, snapshot_of({"video0": "char"})).resources.values()
+    words = ("10 default pod main", "2 default pod main", "2 default pod init", "2 default old main")
+    holders = [sdm.Holder(*each.split()) for each in words]
+    document = sdm.describe_use(video, {video.name: [*holders, holders[0]]})
     held = [(holder["slot"], holder["pod"], holder["container"]) for holder in document["holders"]]
     assert held == [("2", "old", "main"), ("2", "pod", "init"), ("2", "pod", "main"), ("10", "pod", "main")]
     assert document["in_use"] == 2
     assert list(document["holders"][0]) == ["slot", "device", "namespace", "pod", "container"]
-    assert document["holders"][0]["device"] == "/dev/video0"
 
 
-@pytest.mark.parametrize("slot_id", ["3", "03", "-1", "", "x", ":0", "/dev/video0:0", "video0:0", "9" * 5000, "\u0660"])
-def test_what_is_no_slot_now_is_not_in_use(slot_id: str) -> None:
-    (video,) = offered("- devicematch: video\n  nummaxdevices: 3\n", snapshot_of({"video0": "char"})).resources.values()
-    document = described(video, sdm.Holder(slot_id, "default", "pod", "main"))
-    assert (document["in_use"], document["holders"]) == (0, [])
-
-
-def test_holders_of_a_pool_name_the_device() -> None:
-    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 2\n"
-    (pool,) = offered(conf, snapshot_of({"video0": "char", "video1": "char"})).resources.values()
-    held = [
-        sdm.Holder(slot, "default", "pod", "main") for slot in ("video1:1", "video1:0", "video2:0", "0", "video0:2")
-    ]
-    found = [(holder["slot"], holder["device"]) for holder in described(pool, *held)["holders"]]
-    assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
+@pytest.mark.parametrize(
+    ("more", "slots", "held"),
+    [
+        ("", ["3", "03", "-1", "", "x", ":0", "/dev/video0:0", "video0:0", "9" * 5000, "\u0660"], []),
+        ("", ["2", "0"], [("0", "/dev/video0"), ("2", "/dev/video0")]),
+        (
+            "  resource: cameras\n",
+            ["video1:1", "video1:0", "video2:0", "0", "video0:3"],
+            [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")],
+        ),
+    ],
+    ids=["no slots now", "slots", "of a pool"],
+)
+def test_holders_have_slots_that_are_there_now(more: str, slots: list[str], held: list[tuple[str, str]]) -> None:
+    conf = f"- devicematch: video\n  nummaxdevices: 3\n{more}"
+    resource = next(iter(offered(conf, snapshot_of({"video0": "char", "video1": "char"})).resources.values()))
+    document = described(resource, *slots)
+    assert [(holder["slot"], holder["device"]) for holder in document["holders"]] == held
+    assert document["in_use"] == len(held)
 
 
 def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
@@ -9546,9 +9344,10 @@ def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> No
     (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
     gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
     held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
+    use = sdm.describe_use(gone, {gone.name: held})
     document = {
         "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "", "dra": None,
-        "resources": [described(gone, *held)],
+        "resources": [{**described(gone), **use}],
     }  # fmt: skip
     begin = time.process_time()
     (problem, *others) = sdm.find_problems(document).items()
@@ -9582,16 +9381,14 @@ def test_slots_in_use_and_their_holders(served: Status, kubelet: Kubelet) -> Non
 
 
 def fill_a_message(response: pb.ListPodResourcesResponse) -> bytes:
-    """A message of RESPONSE that is one byte longer than what is read."""
+    """A message of RESPONSE that is longer than what is read."""
     response.pod_resources.add(name="x" * sdm.POD_RESOURCES_BYTES)
     return response.SerializeToString()
 
 
 IS_NO_ANSWER: Mapping[str, Callable[[pb.ListPodResourcesResponse], bytes]] = {
-    "no message": lambda response: b"\xff" * 1000,
     "cut": lambda response: response.SerializeToString()[:-1],
     "no UTF-8": lambda response: response.SerializeToString().replace(b"detector", b"detect\xff\xff"),
-    "another type": lambda response: b"\x08\x01" + b"\x0a\x03\x0a\x05x",
     "too long": fill_a_message,
     "too many": lambda response: holders_message(
         ("smarter-devices/nvidia-gpu0", "default/pod/main", ["0"] * (sdm.MAX_HOLDERS + 1))
@@ -9647,44 +9444,15 @@ def test_thousands_of_pods_with_long_names_are_shown(served: Status, kubelet: Ku
     kubelet.take("nvidia-gpu0", "0")
 
 
-def hostile_server(path: Path, work: Callable[[socket.socket], object]) -> contextlib.closing[socket.socket]:
-    """A Unix socket at PATH that does WORK with every client until it is closed."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen()
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                work(client)
-
-    threading.Thread(target=serve, daemon=True).start()
-    return contextlib.closing(listener)
-
-
-KEPT: list[socket.socket] = []  # connections that nobody closes
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda client: client.close(),
-        KEPT.append,
-        lambda client: (client.sendall(b"nonsense\r\n" * 1000), client.close()),
-    ],
-    ids=["closes", "says nothing", "speaks something else"],
-)
-def test_any_server_in_place_of_the_kubelet_makes_the_use_unknown(
-    node: Node, folder: Path, start: Starter, work: Callable[[socket.socket], object]
+def test_a_silent_server_in_place_of_the_kubelet_makes_the_use_unknown(
+    node: Node, folder: Path, start: Starter
 ) -> None:
-    with hostile_server(node.pod_resources, work):
+    node.pod_resources.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(node.pod_resources))
+        listener.listen()
         status = Status(start("--listen", "127.0.0.1:0"))
         assert status.resource("nvidia-gpu0")["in_use"] is None
-        assert status.resource("nvidia-gpu0")["in_use"] is None
-    for client in KEPT:
-        client.close()
 
 
 def test_a_slow_list_of_holders_keeps_no_probe_waiting(served: Status, kubelet: Kubelet) -> None:
@@ -9699,7 +9467,7 @@ def test_a_slow_list_of_holders_keeps_no_probe_waiting(served: Status, kubelet: 
             assert served.ask(path).status == 200
             assert time.monotonic() - asked < sdm.POD_RESOURCES_SECONDS / 2
         assert [document.result()["in_use"] for document in documents] == [None] * 8
-    assert time.monotonic() - begin < 2 * sdm.POD_RESOURCES_SECONDS + sdm.FRESH_SECONDS
+    assert time.monotonic() - begin < 2 * sdm.POD_RESOURCES_SECONDS + sdm.StatusServer.FRESH_SECONDS
     assert kubelet.pod_resources.count <= 2, "those who look at once share an answer"
     begin = time.monotonic()
     kubelet.take("nvidia-gpu0", "0")
@@ -9779,20 +9547,6 @@ def test_events_are_listed_newest_first_and_at_most_100(node: Node, served: Stat
     assert times == sorted(times, reverse=True)
 
 
-def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter) -> None:
-    kubelet = Kubelet(node)
-    kubelet.refused["nvidia-gpu0"] = "no " * 1000
-    with kubelet:
-        status = Status(start("--listen", "127.0.0.1:0"))
-
-        def refused() -> list[dict[str, Any]]:
-            return [event for event in status.document()["events"] if event["event"] == "refused"]
-
-        message = wait_for(refused)[0]["message"]
-        assert "kubelet refused to register it (UNKNOWN): no no no" in message
-        assert len(message) == sdm.MAX_TEXT + len("...")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Health and readiness
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9823,18 +9577,6 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
     wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > heartbeat)
 
 
-def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
-    def hanging(device_side: float, kubelet_side: float) -> list[str]:
-        ages = {"device side": device_side, "kubelet side": kubelet_side}
-        return sdm.find_hanging(
-            {"name": name, "seconds_since_turn": age, "max_seconds": 10.0} for name, age in ages.items()
-        )
-
-    assert hanging(10.0, 5.0) == []
-    assert hanging(10.1, 5.1) == ["the device side hangs: its last turn was 10.1 s ago"]
-    assert len(hanging(16.0, 11.0)) == 2
-
-
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0), ("3600", 10.0)])
 def test_a_thread_may_be_silent_for_ten_intervals(folder: Path, start: Starter, interval: str, seconds: float) -> None:
     status = Status(start("--listen", "127.0.0.1:0", "--interval", interval))
@@ -9862,11 +9604,9 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
     names = ["smarter-devices/nvidia-gpu0", "smarter-devices/nvidia-gpu1"]
     assert [line.partition(": ")[0] for line in answer.body.splitlines()] == names
     kubelet = Kubelet(node)
-    kubelet.refused["nvidia-gpu1"] = "not on my watch"
+    kubelet.refused["nvidia-gpu1"] = "no " * 1000 + "not on my watch"
     with kubelet:
-        expected = (
-            "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
-        )
+        expected = f"{names[1]}: not registered with the kubelet: the kubelet refused .*not on my watch\n"
         wait_for(lambda: re.fullmatch(expected, status.ask("/readyz").body))
         assert status.ask("/readyz").status == 503
         wait_for(lambda: re.search(r"nvidia-gpu1: not registered.*not on my watch", status.document()["problems"][0]))
@@ -9874,6 +9614,8 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
         assert metrics["registered", names[0]] == 1
         assert metrics["registered", names[1]] == 0
         assert metrics["registrations_refused_total", names[1]] >= 1
+        (event, *_) = wait_for(lambda: [each for each in status.document()["events"] if each["event"] == "refused"])
+        assert len(event["message"]) == sdm.MAX_TEXT + len("..."), "a long text from outside is cut"
         kubelet.refused.clear()
         assert status.wait_for("/readyz", 200).body == "ok\n"
         assert wait_for(lambda: status.document()["ready"])
@@ -9902,32 +9644,25 @@ DRA_METRICS = {
 }  # fmt: skip
 
 
+def metric_rows() -> list[tuple[str, str, str]]:
+    """Name, type and help of every metric. The name of a counter ends in "_total"."""
+    names = [(sdm.metric_name(name), help_) for name, help_, _ in sdm.FAMILIES]
+    return [(name, "counter" if name.endswith("_total") else "gauge", help_) for name, help_ in names]
+
+
 def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
     answer = served.ask("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {family.name: family for family in text_string_to_metric_families(answer.body)}
-    for family in sdm.FAMILIES:
-        name = family.full_name
-        parsed = found.pop(name.removesuffix("_total") if family.kind == "counter" else name)
-        assert (parsed.type, parsed.documentation) == (family.kind, family.help)
+    for name, kind, help_ in metric_rows():
+        parsed = found.pop(name.removesuffix("_total"))
+        assert (parsed.type, parsed.documentation) == (kind, help_)
         assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
-        if family.name not in ("slots_in_use", "slot_holder") and family.name not in DRA_METRICS:
+        if name.replace(sdm.PREFIX, "") not in {"slots_in_use", "slot_holder", *DRA_METRICS}:
             assert parsed.samples
     assert not found
     lines = answer.body.splitlines()
-    assert len([line for line in lines if line.startswith("# HELP ")]) == len(sdm.FAMILIES)
-    assert len([line for line in lines if line.startswith("# TYPE ")]) == len(sdm.FAMILIES)
-
-
-def test_metrics_follow_the_naming_rules() -> None:
-    for family in sdm.FAMILIES:
-        name = family.full_name
-        assert re.fullmatch(r"(smarter_device_manager|process)_[a-z]+(_[a-z]+)*", name)
-        assert (family.kind == "counter") == name.endswith("_total")
-        assert not re.search(r"_(count|sum|bucket|ms|milliseconds|kib|mib|percent)$", name)
-        assert family.help.endswith(".")
-    names = [family.full_name for family in sdm.FAMILIES]
-    assert len(set(names)) == len(names)
+    assert len([line for line in lines if line.startswith(("# HELP ", "# TYPE "))]) == 2 * len(sdm.FAMILIES)
 
 
 def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet) -> None:
@@ -9983,38 +9718,16 @@ def test_a_device_that_is_gone_is_absent(served: Status, folder: Path) -> None:
 
 def test_process_metrics_are_the_kernels_own(served: Status) -> None:
     process = psutil.Process(served.daemon.process.pid)
-    before = process.cpu_times()
     metrics = served.metrics()
-    after = process.cpu_times()
-    assert before.user + before.system - 0.1 <= metrics["process_cpu_seconds_total"] <= after.user + after.system + 0.1
+    assert metrics["process_cpu_seconds_total"] == pytest.approx(cpu_time(served.daemon), abs=0.3)
     assert metrics["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
     assert metrics["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
 
 
-def test_labels_are_escaped() -> None:
+def test_labels_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = 'a"b\\c\nd{}=,'
-    family = sdm.Family("x", "Help.", lambda document: [({"name": hostile}, 1.5), ({"name": "b"}, True)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdm, "FAMILIES", (family,))
-        text = "".join(sdm.render_metrics({}))
-    assert samples(text) == {("x", hostile): 1.5, ("x", "b"): 1}
-
-
-def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> None:
-    (node.dev / "plain").write_text("")
-    (node.dev / "empty").mkdir()
-    (node.dev / "---").mkdir()
-    node.link("dangling", "nowhere")
-    node.link("outside", "/etc/passwd")
-    node.link("around", "around")
-    node.link("public/link", "../plain")
-    (node.dev / "public").chmod(0o777)
-    os.mkfifo(node.dev / "pipe")
-    node.rules("- devicematch: .*\n")
-    counts = {key[1]: value for key, value in Status(start("--listen", ":0")).metrics().items() if key[0] == "left_out"}
-    none = "attributes file_system name_taken bad_name container_path other duplicate list_too_long pattern_timeout"
-    some = {"link": 3, "folder": 2, "not_a_device": 2, "untrusted": 2}  # the folder and what is in it
-    assert counts == {**dict.fromkeys(none.split(), 0), **some}
+    monkeypatch.setattr(sdm, "FAMILIES", [("x", "Help.", lambda _: [({"name": hostile}, 1.5), ({"name": "b"}, True)])])
+    assert samples("".join(sdm.render_metrics({}))) == {("x", hostile): 1.5, ("x", "b"): 1}
 
 
 @pytest.mark.parametrize(
@@ -10037,22 +9750,22 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
     plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
-    assert [found.reason.label for found in plan.left_out] == [label]
+    samples_ = sdm._left_out_samples(sdm.describe_plan(plan, [], "smarter-devices"))
+    labels = {reason.label for reason in sdm.Reason}
+    assert {found["reason"]: count for found, count in samples_} == {**dict.fromkeys(labels, 0), label: 1}
 
 
 def test_the_documentation_lists_every_metric_and_no_other() -> None:
     page = (HERE / "docs/operating.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    families = [(family.full_name, family.kind, family.help) for family in sdm.FAMILIES]
-    assert [(name, kind, help_) for name, kind, _, help_ in rows] == families
+    assert [(name, kind, help_) for name, kind, _, help_ in rows] == metric_rows()
 
 
 def test_the_alerts_use_metrics_that_exist() -> None:
     (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "docs/operating.md").read_text(), re.M | re.S)
-    rules = yaml.safe_load(alerts)["groups"][0]["rules"]
-    asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
+    asked = [re.match(r"\w+", rule["expr"])[0] for rule in yaml.safe_load(alerts)["groups"][0]["rules"]]
     assert len(asked) == 3
-    assert set(asked) <= {family.full_name for family in sdm.FAMILIES}
+    assert set(asked) <= {name for name, _, _ in metric_rows()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10102,25 +9815,19 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n"
         (GOOD + b"Content-Length: 100000\r\n\r\n" + b"z" * 50_000, 200),
         (GOOD + b"\r\n" + GOOD + b"\r\n", 200),  # a second request is not answered
         (b"GET /nothing HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
-        (b"GET /healthz/ HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"GET //healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"GET /../etc/passwd HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 3\r\n\r\nabc", 405),
-        (b"OPTIONS / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
-        (b"DELETE / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
         (b"get / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
-        (b"CONNECT x:443 HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET http://localhost/ HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET / x HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
-        (b"GET / HTTPS/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET / HTTP/2.0\r\nHost: [::1]\r\n\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-        (b" GET / HTTP/1.1\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
         (b"GET /" + b"x" * 8187, 400),
-        ((GOOD + b"X: " + b"y" * sdm.HEAD_BYTES)[: sdm.HEAD_BYTES], 400),
+        ((GOOD + b"X: " + b"y" * sdm.StatusServer.HEAD_BYTES)[: sdm.StatusServer.HEAD_BYTES], 400),
     ],
 )
 def test_each_request_gets_its_status(served: Status, data: bytes, status: int) -> None:
@@ -10135,7 +9842,7 @@ def test_each_request_gets_its_status(served: Status, data: bytes, status: int) 
 
 HOSTS = {
     200: "10.1.2.3 10.1.2.3:8080 [::1] [fe80::1%25eth0]:80 localhost:9 :80 Node-1.Example:80 node-1.example. 127.1:80",
-    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 127.2 0x7f000001 \xff",
+    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 0x7f000001 \xff",
 }
 
 
@@ -10149,19 +9856,8 @@ def test_only_known_hosts_are_answered(folder: Path, start: Starter) -> None:
             assert (answer.partition("\r\n\r\n")[2] == f"{sdm.UNKNOWN_HOST}\n") == (status == 421)
 
 
-@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: [::1]\r\n"])
-def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
-    assert served.say(data, is_done=True).startswith(b"HTTP/1.1 400 ")
-
-
 REQUEST_PIECES = [b"GET ", b"POST ", b"HEAD", b"/", b"/metrics", b" HTTP/1.1", b"\r\n", b"\n", b"Host: [::1]"]
 REQUEST_PIECES += [b":", b" ", b"\0", b"\xff", b"http://", b"\r\n\r\n"]
-
-
-@given(st.binary(max_size=300) | st.lists(st.sampled_from(REQUEST_PIECES)).map(b"".join))
-def test_any_bytes_are_a_request_or_not(data: bytes) -> None:
-    request = sdm.parse_request(data)
-    assert request is None or request.path.startswith("/")
 
 
 def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
@@ -10177,7 +9873,7 @@ def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
 
 
 def test_a_client_has_a_limited_time_for_its_request(folder: Path, start: Starter) -> None:
-    served = Status(start("--listen", "127.0.0.1:0", through=with_constants(CLIENT_SECONDS=1.0)))
+    served = Status(start("--listen", "127.0.0.1:0", through=with_constants(**{"StatusServer.CLIENT_SECONDS": 1.0})))
     idle, partial, dripping = (served.connect() for _ in range(3))
     with idle, partial, dripping:
         partial.sendall(GOOD)
@@ -10203,10 +9899,10 @@ def open_sockets(daemon: Daemon) -> int:
 def test_of_many_connections_the_oldest_go(served: Status) -> None:
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CLIENTS)]
-        wait_for(lambda: open_sockets(daemon) >= sdm.MAX_CLIENTS)
+        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.StatusServer.MAX_CLIENTS)]
+        wait_for(lambda: open_sockets(daemon) >= sdm.StatusServer.MAX_CLIENTS)
         assert served.ask("/healthz").status == 200
-        wait_for(lambda: open_sockets(daemon) <= sdm.MAX_CLIENTS)
+        wait_for(lambda: open_sockets(daemon) <= sdm.StatusServer.MAX_CLIENTS)
         assert received(idle[0]) == b""
         newest = idle[-1]
         newest.sendall(GOOD + b"\r\n")
@@ -10218,17 +9914,14 @@ def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
     process.send_signal(signal.SIGSTOP)
     wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.MAX_CLIENTS)]
+        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.StatusServer.MAX_CLIENTS)]
         for client in clients:
             client.sendall(GOOD + b"\r\n")
         process.send_signal(signal.SIGCONT)
         assert [received(client)[:12] for client in clients] == [b"HTTP/1.1 200"] * len(clients)
 
 
-def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
-    served: Status,
-    kubelet: Kubelet,
-) -> None:
+def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(served: Status, kubelet: Kubelet) -> None:
     response = pb.ListPodResourcesResponse()
     pod = response.pod_resources.add(namespace="n" * 300, name="p" * 300)
     for number in range(sdm.MAX_HOLDERS):
@@ -10246,35 +9939,9 @@ def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
         wait_for(lambda: open_sockets(daemon) >= 8)
         begin = time.monotonic()
         assert served.ask("/healthz").status == 200
-        assert time.monotonic() - begin < sdm.CLIENT_SECONDS
+        assert time.monotonic() - begin < sdm.StatusServer.CLIENT_SECONDS
         wait_for(lambda: open_sockets(daemon) == 0)
     assert served.ask("/healthz").status == 200
-
-
-class Flood:
-    """Threads that do to the status server what clients may do; a context manager."""
-
-    def __init__(self, *works: Callable[[], object]) -> None:
-        self._works = works
-        self._is_over = False
-        self.count = 0
-
-    def __enter__(self) -> Flood:
-        self._threads = [threading.Thread(target=self._run, args=(work,)) for work in self._works]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def _run(self, work: Callable[[], object]) -> None:
-        while not self._is_over:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                work()
-                self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over = True
-        for thread in self._threads:
-            thread.join()
 
 
 def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
@@ -10293,29 +9960,7 @@ def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
     return kubelet.do(allocate(), 5 * PATIENCE)
 
 
-def test_clients_of_the_status_server_do_not_delay_the_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(200):
-        node.sysfs(f"gpu.{number}", {})
-    node.rules(GPUS)
-    status = Status(start("--listen", "127.0.0.1:0"))
-    status.wait_for("/readyz", 200)
-    alone = allocate_times(kubelet, 100)
-    with contextlib.ExitStack() as stack:
-        for _ in range(sdm.MAX_CLIENTS):
-            stack.enter_context(status.connect())
-        idle = allocate_times(kubelet, 100)
-    with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
-        wait_for(lambda: flood.count > 10)
-        flooded = allocate_times(kubelet, 100)
-    summary = {
-        name: f"{statistics.median(times) * 1000:.1f} ms, {max(times) * 1000:.1f} ms at most"
-        for name, times in (("alone", alone), ("idle connections", idle), ("flooded", flooded))
-    }
-    print(summary)
-    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, summary
-    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, summary
-
-
+# Opens RATE connections a second, sends DATA on each, and keeps the last hundred open. It prints a line once it does.
 FLOODING = """
 import socket, sys, time
 port, rate, data, kept = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].encode(), []
@@ -10330,27 +9975,37 @@ while True:
             pass
         if len(kept) > 100:
             kept.pop(0).close()
+        if count == 101:
+            print(flush=True)
     time.sleep(0.001)
 """
 
 
-@pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
-def test_a_thousand_connections_a_second_starve_no_probe(served: Status, kubelet: Kubelet, data: str) -> None:
-    flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
-    try:
-        wait_for(lambda: open_sockets(served.daemon) > (0 if data else sdm.MAX_CLIENTS / 2))
-        took = []
-        for _ in range(25):
-            begin = time.monotonic()
-            assert served.ask("/healthz").status == 200
-            took.append(time.monotonic() - begin)
-        assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
-        assert sorted(took)[-3] < 1, "nor those of others, unless this machine is too busy"
-        assert statistics.median(allocate_times(kubelet, 100)) < 0.1
-        assert open_sockets(served.daemon) < 3 * sdm.MAX_CLIENTS
-    finally:
-        flood.kill()
-        flood.wait()
+@pytest.mark.parametrize(
+    "data", ["", "x\r\n\r\n", "GET / HTTP/1.0\r\n\r\n"], ids=["that say nothing", "of nonsense", "that ask"]
+)
+def test_a_thousand_connections_a_second_starve_no_probe(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, data: str
+) -> None:
+    for number in range(100):
+        node.sysfs(f"gpu.{number}", {})
+    served = Status(start("--listen", "127.0.0.1:0"))
+    served.wait_for("/readyz", 200)
+    command = [sys.executable, "-c", FLOODING, str(served.port), "1000", data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+        try:
+            assert flood.stdout and flood.stdout.readline()  # the flood has come; it may have been answered already
+            took = []
+            for _ in range(25):
+                begin = time.monotonic()
+                assert served.ask("/healthz").status == 200
+                took.append(time.monotonic() - begin)
+            assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
+            assert statistics.median(took) < 1, "nor those of others, unless this machine is too busy"
+            assert statistics.median(allocate_times(kubelet, 100)) < 0.1
+            assert open_sockets(served.daemon) < 3 * sdm.StatusServer.MAX_CLIENTS
+        finally:
+            flood.kill()
 
 
 def test_rendering_lets_others_have_their_turn() -> None:
@@ -10453,7 +10108,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(folder: Path, kubelet
 
 def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
     """Half a daemon is worse than one that its supervisor restarts."""
-    daemon = start("--listen", "127.0.0.1:0", fault="sdm.StatusServer._welcome = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault="sdm.StatusServer.MAX_CLIENTS = None")
     status = Status(daemon)
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     with contextlib.suppress(OSError):
@@ -10512,54 +10167,37 @@ class Tags(html.parser.HTMLParser):
 
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
-    device = sdm.Device(
-        HOSTILE_WORD, 1, True, 2, nodes=(), chosen_by={}, values={}, since=1.0,
-        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
-    )  # fmt: skip
-    gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
-    plan = sdm.Plan(
-        {HOSTILE_WORD: sdm.Resource(HOSTILE_WORD, True, (device, gone))},
-        (sdm.LeftOut(HOSTILE_WORD, 1, sdm.Reason.GONE, HOSTILE_WORD),),
-        (sdm.Rule(1, re.compile(""), HOSTILE_WORD),),
+    word = HOSTILE_WORD
+    spec = sdm.DeviceSpec(word, word, "rw", ((word, word),) * 2)
+    device = sdm.Device(word, 1, True, 2, nodes=(), chosen_by={}, values={}, since=1.0, specs=(spec,))
+    resource = sdm.Resource(word, True, (device, sdm.dataclasses.replace(device, problem=word)))
+    left_out = sdm.LeftOut(word, 1, sdm.Reason.GONE, word)
+    plan = sdm.Plan({word: resource}, (left_out,), (sdm.Rule(1, re.compile(""), word),))
+    use = sdm.describe_use(resource, {word: [sdm.Holder(f"{word}:{slot}", word, word, word) for slot in range(3)]})
+    state = {**sdm.NOT_REGISTERED, "trouble": word}
+    stamp = {"time": sdm.utc(1e9), "level": "info"}
+    dra = dict.fromkeys(
+        ("slices", "slice_devices", "published_at_seconds", "api_reachable", "claims_prepared", "prepare_errors"), 1
     )
-    conf = {
-        "path": HOSTILE_WORD, "rules": 1, "error": HOSTILE_WORD, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
-        "reloads": 1, "failed_reloads": 1,
-    }  # fmt: skip
-    holders = {HOSTILE_WORD: [sdm.Holder(f"{HOSTILE_WORD}:{slot}", *[HOSTILE_WORD] * 3) for slot in range(3)]}
-    state = {
-        "ready": False, "served_by_other": False, "trouble": HOSTILE_WORD, "allocations": 1, "registrations": 1,
-        "refusals": 1, "stream_losses": 1, "start_refusals": 0,
-    }  # fmt: skip
-    dra = {
-        "problem": HOSTILE_WORD, "slices": 1, "slice_devices": 1, "published_at_seconds": 1.0, "api_reachable": True,
-        "api_requests": [{"verb": HOSTILE_WORD, "code": HOSTILE_WORD, "count": 1}], "claims_prepared": 1,
-        "prepare_errors": 1,
-    }  # fmt: skip
-    document = {
-        **dict.fromkeys(("smarter_device_manager", "node", "domain"), HOSTILE_WORD),
-        "time": sdm.utc(1e9),
-        "threads": [{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "max_seconds": 1.0}],
-        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
-        "dra": dra,
+    return {
+        **dict.fromkeys(("smarter_device_manager", "node", "domain", "dev_problem"), word),
+        **stamp,
+        "threads": [{"name": word, "seconds_since_turn": 100.0, "max_seconds": 1.0}],
+        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": word},
+        "dra": {**dra, "problem": word, "api_requests": [{"verb": word, "code": word, "count": 1}]},
         "process": sdm.describe_process(),
         "events": [
-            {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "resource", "more"), "")},
-            {"time": sdm.utc(1e9), "level": "info", "event": "e", "message": HOSTILE_WORD, "more": HOSTILE_WORD + "!"},
+            {**stamp, **dict.fromkeys(("event", "message", "resource", "more"), "")},
+            {**stamp, "event": "e", "message": word, "more": word + "!"},
         ],
-        "conf": conf,
-        "dev_problem": HOSTILE_WORD,
+        "conf": {
+            "path": word, "rules": 1, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
+            "reloads": 1, "failed_reloads": 1,
+        },
         "scan_seconds": 0.1,
-        **sdm.describe_plan(
-            plan,
-            [
-                {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
-                for resource in plan.resources.values()
-            ],
-            HOSTILE_WORD,
-        ),
-    }
-    return {**document, **sdm.describe_health(document, sdm.find_problems(document))}
+        "problems": [word],
+        **sdm.describe_plan(plan, [{**sdm.describe_resource(resource, word, 1e9), **state, **use}], word),
+    }  # fmt: skip
 
 
 def page_of(document: dict[str, Any]) -> str:
@@ -10600,21 +10238,6 @@ def test_json_metrics_and_terminal_escape_hostile_texts_too() -> None:
     assert names == {f"{HOSTILE_WORD}/{HOSTILE_WORD}"}
 
 
-@needs_root
-def test_hostile_names_on_the_node_are_text_on_the_page(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    name = "<img src=x onerror=alert(1)>"
-    node.plug(name)
-    node.rules("- devicematch: img\n")
-    kubelet.hold((sdm.resource_name(name), "<i>ns<i>/<script>alert(2)<script>/<b>", ["0"]))
-    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "<i>node</i>"}))
-    page = status.ask("/").body
-    found = Tags(page)
-    assert page.count("<script") == 1, "its own"
-    assert not found.tags & {"img", "b", "i"}
-    for text in (f"/dev/{name}", "<i>ns<i>/<script>alert(2)<script>", "<b>", "<i>node</i>"):
-        assert text in found.text
-
-
 def test_the_page_says_what_is_wrong_first(served: Status, kubelet: Kubelet) -> None:
     assert "all is well" in served.ask("/").body
     kubelet.down()
@@ -10633,7 +10256,11 @@ def test_the_page_without_a_device_says_so(node: Node, start: Starter) -> None:
 
 # In Chromium
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+
+def in_chromium(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that plugs in devices, and looks at the page."""
+    needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+    return needs_chromium(needs_root(test))
 
 
 @pytest.fixture
@@ -10682,8 +10309,7 @@ def pull_the_modem(node: Node, status: Status) -> None:
     wait_for(lambda: "is wrong" in status.ask("/").body)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_shows_what_comes_and_goes(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     text = chromium.text()
@@ -10699,13 +10325,14 @@ def test_the_page_shows_what_comes_and_goes(node: Node, greenhouse: Status, chro
     pull_the_modem(node, greenhouse)
     chromium.run("refresh()")
     text = chromium.text()
+    chromium.run("document.querySelector('.wrong a').click()")
+    assert "/dev/ttyACM0" in chromium.run("document.querySelector('tr:target').textContent"), "it leads to its row"
     assert "1 thing is wrong" in text
     assert "/dev/ttyACM0: it is gone, in use by sensors of climate/climate-6b7f9c4d8-k5wtz" in text
     assert re.search(r"Unhealthy: it is gone\nsince \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", text)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_replaces_only_what_changed(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     chromium.run("document.querySelector('main').firstElementChild.mark = 'the same'")
@@ -10743,8 +10370,7 @@ def test_the_page_replaces_only_what_changed(node: Node, greenhouse: Status, chr
     )
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_a_page_whose_daemon_is_gone_says_so(greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     greenhouse.daemon.stop()
@@ -10755,18 +10381,7 @@ def test_a_page_whose_daemon_is_gone_says_so(greenhouse: Status, chromium: Chrom
     chromium.complaints.clear()
 
 
-@needs_chromium
-@needs_root
-def test_a_problem_leads_to_its_row(node: Node, greenhouse: Status, chromium: Chromium) -> None:
-    pull_the_modem(node, greenhouse)
-    chromium.show(url_of(greenhouse))
-    chromium.run("document.querySelector('.wrong a').click()")
-    assert "/dev/ttyACM0" in chromium.run("document.querySelector(':target').textContent")
-    assert chromium.run("document.querySelector(':target').tagName") == "TR"
-
-
-@needs_chromium
-@needs_root
+@in_chromium
 def test_without_scripts_the_page_is_whole_and_loads_itself_again(greenhouse: Status, chromium: Chromium) -> None:
     chromium.do("Emulation.setScriptExecutionDisabled", value=True)
     chromium.show(url_of(greenhouse))
@@ -10778,8 +10393,7 @@ def test_without_scripts_the_page_is_whole_and_loads_itself_again(greenhouse: St
     wait_for(lambda: chromium.run("document.getElementById('time')?.textContent") not in (first, None))
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_fits_each_screen(node: Node, greenhouse: Status, chromium: Chromium, tmp_path: Path) -> None:
     """The pictures of README.md are made by this: STATUS_PICTURES=docs pytest -k fits_each_screen."""
     pull_the_modem(node, greenhouse)
@@ -10819,8 +10433,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         return file.read().decode()
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_axe_finds_no_violation(node: Node, greenhouse: Status, kubelet: Kubelet, chromium: Chromium, axe: str) -> None:
     def check(*sizes: int) -> None:
         for width, is_dark in itertools.product(sizes, (False, True)):
@@ -10843,8 +10456,7 @@ def test_axe_finds_no_violation(node: Node, greenhouse: Status, kubelet: Kubelet
     check(1280, 390)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: Starter, chromium: Chromium) -> None:
     node.plug("<img src=x onerror=document.title='taken'>")
     node.rules("- devicematch: img\n")
@@ -10863,12 +10475,7 @@ def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: St
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_status_prints_a_running_daemons_state(
-    node: Node,
-    served: Status,
-    folder: Path,
-    kubelet: Kubelet,
-) -> None:
+def test_status_prints_a_daemons_state(node: Node, served: Status, folder: Path, kubelet: Kubelet) -> None:
     kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     run = node.run("--status", served.address)
@@ -10918,11 +10525,6 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
     run = node.run("--status", served.address, env=LOGGING_IMPORTS)
     assert run.returncode == 0
     assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("number", "text"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
-def test_one_is_singular(number: int, text: str) -> None:
-    assert sdm.pluralize(number, "slot") == text
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
@@ -11051,10 +10653,7 @@ def test_nothing_from_outside_passes_for_a_field_of_the_log(told: str, devices: 
     ("fields", "wanted"),
     [
         ({"resource": "d/video0", "ids": "0"}, ("d/video0: allocated", "ids 0")),
-        (
-            {"resource": "d/video0", "ids": "0", "devices": "/dev/a,/dev/b"},
-            ("d/video0: allocated (/dev/a, /dev/b)", "ids 0"),
-        ),
+        ({"resource": "d/video0", "devices": "/dev/a,/dev/b"}, ("d/video0: allocated (/dev/a, /dev/b)", "")),
         ({"resources": "all", "rules": 1}, ("allocated", "rules 1")),
     ],
 )
@@ -11077,7 +10676,7 @@ def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kub
         assert re.fullmatch(rf'{stamp} (INFO|WARNING) [^=]+( [a-z]+=(\S*|"[^"]*"))*', line)
 
 
-def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Starter) -> None:
+def test_at_any_level_refusals_are_logged_and_the_status_has_all(node: Node, folder: Path, start: Starter) -> None:
     node.sysfs("gpu.1", {})
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
@@ -11088,20 +10687,10 @@ def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Start
             kubelet.take("nvidia-gpu0", "99")
         daemon.says(r'WARNING Allocate refused: no device ID "99"')
         daemon.says(r"WARNING smarter-devices/nvidia-gpu1: the kubelet refused to register it .*not on my watch")
+        document = json.loads(get(daemon, "/status.json")[1])
+        assert {"registered", "plugged", "started"} <= {event["event"] for event in document["events"]}
         assert daemon.stop() == 0
         assert all("refused" in line for line in daemon.log.splitlines()), daemon.log
-
-
-def test_the_status_has_what_the_log_leaves_out(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
-    daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
-    listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
-
-    def events() -> set[str]:
-        run = node.run("--status", f"127.0.0.1:{listening[0].laddr.port}", "--json")
-        return {event["event"] for event in json.loads(run.stdout)["events"]}
-
-    wait_for(lambda: {"registered", "plugged", "started"} <= events())
-    assert daemon.log == ""
 
 
 # A log that is not read

@@ -892,7 +892,8 @@ def test_the_daemon_can_make_classes_of_its_own_domain_only(
 
 def gone_device() -> dict[str, Any]:
     """A device in a slice that is gone, but prepared."""
-    return sdm.lost_device(sdm.PreparedDevice("video0-0", "camera", "video0", "/dev/video0", {}), "smarter-devices")
+    device = sdm.ClaimedDevice("video0-0", ("camera",), False, "video0", "/dev/video0")
+    return sdm.slice_device("video0-0", device, "smarter-devices")
 
 
 def test_the_claim_of_the_documentation_is_valid_and_asks_for_what_there_is() -> None:
