@@ -36,6 +36,7 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
     sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
+import abc
 import argparse
 import binascii
 import concurrent.futures
@@ -2702,25 +2703,17 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
-MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
+CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
+GATHER_SECONDS = 0.02  # after a signal, because changes come in groups
+MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
-LEASE_SECONDS = 0.02  # between two tries to take a lease that another instance has
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of long work before the loop serves others
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
+CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
-Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
+Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
 
 
 def load_grpc(with_tls: bool = False) -> None:
@@ -2729,15 +2722,10 @@ def load_grpc(with_tls: bool = False) -> None:
     Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
-    if with_tls:
-        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
-    with_ssl = "ssl" in sys.modules
-    if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
-    folder = os.path.dirname(os.path.realpath(__file__))
-    if folder not in sys.path:
-        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
+    # An import of a module that is None fails.
+    is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
 
@@ -2752,7 +2740,7 @@ def load_grpc(with_tls: bool = False) -> None:
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
-        if not with_ssl:
+        if is_hidden:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(shorten_decode_error)
@@ -2785,9 +2773,10 @@ def answered(method: Method) -> Method:
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
     """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
+    most = 2600  # bytes: a header has 8 KiB at most, and one byte takes up to three
     data = printable(text).encode()
-    if len(data) > MAX_ERROR_BYTES:
-        data = data[:MAX_ERROR_BYTES] + b"..."
+    if len(data) > most:
+        data = data[:most] + b"..."
     await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
     raise AssertionError("abort() of grpc raises an exception, always")
 
@@ -2798,36 +2787,26 @@ def unix_target(path: str) -> str:
     return f"unix:{escaped.decode()}"
 
 
-def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
+def connect_error(path: str) -> OSError | None:
+    """Why nobody answers on the Unix socket PATH; None if somebody does. One of SCARCE says nothing about that."""
     try:
-        _connect_once(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:  # somebody listens, and has many waiting
+        return None
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return error
+    return None
 
 
-def is_dead(path: str) -> bool:
-    """Whether nobody answers on the Unix socket PATH. Raises OSError if there is nothing left to find out with."""
+def socket_identity(path: str) -> Identity | None:
+    """Which file the socket PATH is; None if there is none. An inode number may be used again, so the time counts."""
     try:
-        _connect_once(path)
-    except OSError as error:
-        if error.errno in SCARCE:
-            raise
-        return True
-    return False
-
-
-def _connect_once(path: str) -> None:
-    """Connect to the Unix socket PATH. Raises OSError if nobody answers."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
-        probe.setblocking(False)
-        probe.connect(path)  # which blocks where somebody listens, and has many waiting
-
-
-def _temporary_name(path: str) -> str:
-    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
-    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
@@ -2835,7 +2814,7 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
 
     If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
     """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
@@ -2848,19 +2827,11 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
         os.unlink(temporary)
         raise
     if is_synced:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def descriptor_limit() -> int:
-    """The limit of file descriptors of this process."""
-    import resource as limits
-
-    limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == limits.RLIM_INFINITY else limit
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
@@ -2880,14 +2851,6 @@ async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
         task.cancel()
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
-
-
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
@@ -2895,11 +2858,18 @@ class UnixServer:
     delete or replace the socket file at any time; is_lost() tells.
     """
 
+    OPTIONS = (
+        ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+        # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server: not often.
+        ("grpc.max_connection_idle_ms", 3_600_000),
+    )
+
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
-        self.path = path
-        self._temporary = _temporary_name(path)
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while it is not there
+        self._path = path
+        self._temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"  # two containers may use the same PID
+        self._server = grpc.aio.server(options=self.OPTIONS)
+        self._identity: Identity | None = None  # of our socket file, once it has its name
         add_services(self._server)
 
     async def start(self) -> None:
@@ -2907,18 +2877,27 @@ class UnixServer:
 
         Raises OSError.
         """
-        self._bind(self._temporary)
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(unix_target(self._temporary))
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(self._temporary)  # grpc does not say why it cannot; this does
+            os.unlink(self._temporary)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
         await self._server.start()
 
     def publish(self) -> None:
         """Give the socket its name, in place of one that a killed instance left. Raises OSError."""
-        inode = os.stat(self._temporary).st_ino
-        os.rename(self._temporary, self.path)
-        self._inode = inode
+        identity = socket_identity(self._temporary)
+        os.rename(self._temporary, self._path)
+        self._identity = identity
 
-    def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, judged by the INODES of the files in its directory."""
-        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+    def is_lost(self) -> bool:
+        """Whether the published socket file was deleted or replaced."""
+        return self._identity not in (None, socket_identity(self._path))
 
     async def stop(self) -> None:
         """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
@@ -2926,24 +2905,9 @@ class UnixServer:
         An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
         """
         await self._server.stop(STOP_SECONDS)
-        try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                log.warning("cannot remove %s: %s", self.path, error.strerror)
-
-    def _bind(self, path: str) -> None:
-        mask = os.umask(0o177)
-        try:
-            self._server.add_insecure_port(unix_target(path))
-        except RuntimeError:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.bind(path)  # grpc does not say why it cannot; this does
-            os.unlink(path)
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-        finally:
-            os.umask(mask)
+        if self._identity and not self.is_lost():
+            with contextlib.suppress(OSError):  # the kubelet removes it when it starts
+                os.unlink(self._path)
 
 
 class Leases:
@@ -2953,43 +2917,50 @@ class Leases:
     first byte, so that the other one can hand over its sockets one after another.
     """
 
+    RETRY_SECONDS = 0.02  # between two tries to take a lease that another instance has
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = -1
-        self._waiting: Dict[str, Callable[[], None]] = {}
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._waiting: dict[str, Callable[[], None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def take(self, socket_path: str) -> bool:
         """Take the lease of SOCKET_PATH; False while another instance has it, or one without leases answers there.
 
         Raises OSError.
         """
-        if self._file < 0 or not _leads_to(self._path, self._file):  # the directory is another one now
+        try:
+            is_current = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except OSError:
+            is_current = False
+        if not is_current:  # the first time, or the directory is another one now
             self.close()
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        return self._lock(_lease_number(socket_path), fcntl.LOCK_EX) and is_dead(socket_path)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        error = connect_error(socket_path)
+        is_free = error is not None and error.errno not in SCARCE
+        if is_free:
+            self._waiting.pop(socket_path, None)
+        return is_free
 
     def give_back(self, socket_path: str) -> None:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
         self._waiting.pop(socket_path, None)
         if self._file >= 0:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _lease_number(socket_path))
-            if not self._waiting:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+            self._lock(socket_path, fcntl.LOCK_UN)
 
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock(0, fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH | fcntl.LOCK_NB)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._try_one)
+            self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        if self._file < 0 or not self._lock(0, fcntl.LOCK_EX):
-            return self._file >= 0
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
-        return False
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -3002,38 +2973,25 @@ class Leases:
         self._timer = None
         if not self._waiting:
             return
-        socket_path = next(iter(self._waiting))
-        wake = self._waiting.pop(socket_path)
-        try:
-            is_free = self.take(socket_path)
-        except OSError:
-            is_free = True  # who waits finds out why
-        if is_free:
-            waiting, self._waiting = [wake, *self._waiting.values()], {}
-            for each in waiting:
-                each()
-        else:
-            self.wait_for(socket_path, wake)  # the last in the queue
+        tried = next(iter(self._waiting))
+        wake = self._waiting.pop(tried)
+        with contextlib.suppress(OSError):  # who waits finds out why
+            if not self.take(tried):
+                self.wait_for(tried, wake)  # as the last in the queue
+                return
+        waiting, self._waiting = [wake, *self._waiting.values()], {}
+        for each in waiting:
+            each()
 
-    def _lock(self, number: int, kind: int) -> bool:
+    def _lock(self, socket_path: str, kind: int) -> bool:
+        """Change the lock of SOCKET_PATH's byte, which follows from a hash of 62 bits, or of the first one."""
+        name = os.path.basename(os.fsencode(socket_path))
+        number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-
-def _lease_number(socket_path: str) -> int:
-    """The byte in the file of leases for SOCKET_PATH: a hash of 62 bits, never 0."""
-    name = os.path.basename(os.fsencode(socket_path))
-    return 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2)
-
-
-def _leads_to(path: str, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 class Watch:
@@ -3055,7 +3013,7 @@ class Watch:
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
         except OSError:
@@ -3069,98 +3027,55 @@ class Watch:
             self._directory = -1
 
 
-class DirectoryInodes:
-    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
-
-    def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
-        found = os.stat(self._path)
-        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        if stamp == self._stamp:
-            return None
-        settled = is_settled(found.st_mtime_ns)
-        with os.scandir(self._path) as items:
-            inodes = {item.name: item.inode() for item in items}
-        self._stamp = stamp if settled else ()
-        return inodes
-
-
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
+    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
     """
 
+    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
+
     def __init__(self, path: str, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
+        self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._on_change = on_change
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
-        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._closing: asyncio.Future[None] | None = None  # of the channel before
+        self._last_met: Identity | None = None  # the kubelet that answered last
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
-        assert self._channel
-        return self._channel
-
-    def check(self) -> None:
-        """Check kubelet.sock, and connect to it if it is not the one seen before."""
-        try:
-            found = os.stat(self._path)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self.identity:
-            self.identity = identity
-            self.is_answering = False
+    def check(self) -> bool:
+        """Whether the kubelet answers at this moment; and notice if it is another one."""
+        identity = socket_identity(self._path)
+        error = connect_error(self._path)
+        problem = ""
         if identity is None:
-            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
-        elif not self.is_answering and self.check_answering():
-            self._meet()
+            problem = f"the kubelet is not there: no {self._path}; waiting for it"
+        elif error:
+            problem = f"the kubelet does not answer on {self._path}; waiting for it"
+        is_met = not problem and not (self.is_answering and identity == self.identity)
+        self.identity, self.is_answering = identity, not problem
+        if is_met or problem != board.get(self._path):
+            board.flush()
+            board.set(self._path, problem, "kubelet-gone", reason=str(error and error.strerror))
+            if is_met:
+                self._connect()
+            self._on_change()
+        return self.is_answering
 
-    def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
-        reason = connect_error(self._path)
-        if reason:
-            self.is_answering = False
-        if reason and self.identity:
-            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return not reason
+    def _connect(self) -> None:
+        is_another = self._last_met not in (None, self.identity)
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+        if self._last_met:
+            self._closing = asyncio.ensure_future(self.channel.close())
+        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+        self._last_met = self.identity
+        self.restarts += is_another
 
     async def close(self) -> None:
         """End the channel."""
-        if self._channel:
-            await self._channel.close()
-
-    def _meet(self) -> None:
-        self.is_answering = True
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            unix_target(self._path),
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._last_met not in (None, self.identity)
-        self._last_met = self.identity
-        self.restarts += is_another
-        board.set(self._path, "")
-        board.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-        self._on_change()
-
-    def _log_gone(self, sentence: str, **fields: str) -> None:
-        if board.set(self._path, sentence):
-            board.flush()
-            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
-            self._on_change()
+        if self._last_met:
+            await self.channel.close()
 
 
 class Holder(NamedTuple):
@@ -3178,23 +3093,27 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
-) -> Iterator[List[Tuple[str, Holder]]]:
+) -> Iterator[list[tuple[str, Holder]]]:
     """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
     pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
-        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
         for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            claimed = [device for claim in container.dynamic_resources for device in claim.claim_resources]
-            count += sum(len(item.device_ids) for item in ours) + len(claimed)
+            held = [
+                (item.resource_name[len(domain) + 1 :], slot_id)
+                for item in container.devices
+                if item.resource_name.startswith(f"{domain}/")
+                for slot_id in item.device_ids
+            ]
+            for claim in container.dynamic_resources:
+                ours = [device.device_name for device in claim.claim_resources if device.driver_name == domain]
+                held += [(slots[name].resource.name, slots[name].id) for name in ours if name in slots]
+            count += len(held)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
-            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
-            names_of_ours = [device.device_name for device in claimed if device.driver_name == domain]
-            held += [(slots[name].resource.name, slots[name].id) for name in names_of_ours if name in slots]
-            yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
+            names = [truncate(name, MAX_TEXT) for name in (pod.namespace, pod.name, container.name)]
+            yield [(name, Holder(slot_id, *names)) for name, slot_id in held]
 
 
 class PodResources:
@@ -3208,13 +3127,19 @@ class PodResources:
         self._target = unix_target(path)
         self._domain = domain
 
-    async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
+    async def holders(self, slots: SlotsOfDra) -> Holders | None:
         """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
-        holders: Dict[str, List[Holder]] = {}
+        holders: dict[str, list[Holder]] = {}
+        # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
+        # log bytes that are no message.
+        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
         try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            async with grpc.aio.insecure_channel(self._target, options) as channel:
+                call = channel.unary_unary("/v1.PodResourcesLister/List")
+                answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            response = pb.ListPodResourcesResponse.FromString(answer)
             for pairs in await in_slices(find_holders(response, self._domain, slots)):
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
@@ -3223,80 +3148,109 @@ class PodResources:
             return None
         return holders
 
-    async def _list(self) -> bytes:
-        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
 
-
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
+async def in_slices(items: Iterable[T]) -> list[T]:
+    """list(ITEMS), made in slices of a millisecond so that nobody else on the loop has to wait."""
     done = []
-    end = time.monotonic() + SLICE_SECONDS
+    end = 0.0
     for item in items:
         done.append(item)
         if time.monotonic() >= end:
             await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
+            end = time.monotonic() + 0.001
     return done
 
 
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+def unready_text(problem: str) -> str:
+    """That a resource is not registered, because of PROBLEM if that is known."""
+    return f"not registered with the kubelet{f': {problem}' if problem else ' yet'}"
 
 
-# What the status document says of a resource that the kubelet was never offered.
+# What the status document says of the registration of a resource that the kubelet was never offered.
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
     "trouble": unready_text(""),
-    "allocations": 0,
-    "registrations": 0,
-    "refusals": 0,
-    "stream_losses": 0,
-    "start_refusals": 0,
+    **dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0),
 }
 
 
 def find_max_silence(interval: float) -> float:
-    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
-    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+    """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
+    return min(10 * max(interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)
 
 
-class KubeletSide:
-    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+class KubeletSide(abc.ABC):
+    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
 
-    folders: Tuple[str, ...]  # that it works in, and others too
+    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
+    fewer and sooner.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
+    EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, max_silence: float, domain: str, folders: Sequence[str], watch: Watch
+    ) -> None:
+        self.domain = domain  # of the resources
+        self.plugin_dir = folders[0]
+        self.folders = folders  # that it works in, and others too
+        self.slots: SlotsOfDra = {}
+        self.heartbeat = time.monotonic()  # of the last check
         self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
-        self.calm_look = max_silence / 2  # seconds between two looks, at the most
-        self._done: asyncio.Future[None] = loop.create_future()
+        self.calm_pause = max_silence / 2  # seconds between two checks, at the most
+        self._loop = loop
+        self._watch = watch
+        self._change: asyncio.Future[None] = loop.create_future()  # done when there is something to check
+        self._done: asyncio.Future[None] = loop.create_future()  # its end is that of run()
 
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
+    @abc.abstractmethod
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
 
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
+    @abc.abstractmethod
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the registration of the resource NAME: the keys of NOT_REGISTERED."""
 
-    def _fail_with(self, task: asyncio.Task[None]) -> None:
-        """Let run() raise what TASK has raised, if it has."""
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+    @abc.abstractmethod
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+
+    @property
+    @abc.abstractmethod
+    def is_answering(self) -> bool:
+        """Whether the kubelet answers, so that there is nothing to wait for."""
+
+    @abc.abstractmethod
+    async def _check(self) -> None:
+        """Check the sockets."""
+
+    @abc.abstractmethod
+    async def _end(self) -> None:
+        """End all streams and servers."""
+
+    async def run(self) -> None:
+        """Serve the kubelet until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                self.heartbeat = time.monotonic()
+                self._change = self._loop.create_future()
+                is_watched = self._watch.ask()  # before the check, so that no change is missed
+                await self._check()
+                pause = self.calm_pause if is_watched and self.is_answering else CHECK_SECONDS
+                await asyncio.wait([self._done, self._change], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                if self._change.done() and not self._done.done():
+                    await self._check()
+                    await asyncio.sleep(GATHER_SECONDS if self.is_answering else self.EAGER_SECONDS)
+        finally:
+            self._watch.close()
+            await self._end()
+        self._done.result()
+
+    def check_now(self) -> None:
+        """Have run() check, and soon again. Only then is the next signal requested: many changes make few checks."""
+        if not self._change.done():
+            self._change.set_result(None)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -3304,15 +3258,18 @@ class KubeletSide:
             if not self._done.done():
                 self.apply(plan)
         except Exception as error:
-            self._fail(error)
+            self._done.set_exception(error)
 
-    def apply(self, plan: Plan) -> None:
-        """Make PLAN true."""
-        raise NotImplementedError
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
 
-    def look_now(self) -> None:
-        """Look at the watched directory, where something changed."""
-        raise NotImplementedError
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        """Let run() raise what TASK has raised, if it has."""
+        error = None if task.cancelled() else task.exception()
+        if error and not self._done.done():
+            self._done.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3327,9 +3284,10 @@ class KubeletSide:
 #
 # DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
 # kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
-# for a kubelet; take the lease of the name, which another instance may have; serve on the socket; register; watch the
-# stream; and when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers
-# the kubelet's calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# for a kubelet; serve under a temporary name; wait for the lease of the socket's name, which another instance may have,
+# and give the socket that name; register; watch the stream; and when the kubelet is another one, or anything went
+# wrong, end the server and begin again. Plugin answers the kubelet's calls: it knows the resource, HostDevices knows
+# what is in /dev at this moment.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
 # so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
@@ -3339,11 +3297,6 @@ class KubeletSide:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
-LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
-NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
-EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
 DESCRIPTORS_EACH = 2  # file descriptors per registered resource
@@ -3357,16 +3310,19 @@ DEFAULT_DOMAIN = "smarter-devices"
 class HostDevices:
     """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
+    START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
-    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+    READ_SECONDS = 0.08  # for reading the sysfs of devices before a start; the whole answer may take 0.1 s
+    SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
+
+    def __init__(self, dev_dir: str, sys_dir: str, start_scan: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
         self._sysfs = SysfsReader(sys_dir)
-        self._look_again = look_again
-        self._next_look: Optional[asyncio.TimerHandle] = None
+        self._start_scan = start_scan
+        self._next_scan = 0.0  # time.monotonic()
 
-    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> list[ContainerAllocation]:
         """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
@@ -3374,62 +3330,32 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+    async def find_start_problem(self, devices: Sequence[Device]) -> tuple[Device, str] | None:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
-        if not devices:
-            return None
-        chosen = []
+        end = time.monotonic() + self.READ_SECONDS
+        problems = await asyncio.gather(*(self._start_problem(device, end) for device in devices))
+        return next((found for found in zip(devices, problems) if found[1]), None)
+
+    async def _start_problem(self, device: Device, end: float) -> str:
         try:
             with LiveTree(self._dev_dir) as tree:
-                for device in devices:
-                    if device.problem and not device.nodes:  # a Tegra GPU
-                        return device, device.problem
-                    try:
-                        nodes = self._find_nodes(device, tree)
-                    except NotADevice as error:
-                        return device, str(error)
-                    if device.is_gone or not device.has_nodes(nodes):
-                        chosen.append((device, nodes))
-        except OSError as error:
-            return devices[0], _cannot_look(error)
-        end = time.monotonic() + READ_SECONDS
-        reads: List[Tuple[Device, List[SysfsRead]]] = []
-        try:
-            for device, nodes in chosen:
-                names = tuple(device.chosen_by)
-                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
-            for device, started in reads:
-                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
-                if changes and "" not in changes:
-                    return device, changes[0]
-        except SysfsTimeout:
-            return device, NO_ATTRIBUTES_YET
-        return None
-
-    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
-
-    async def describe(self, path: str, names: Names) -> str:
-        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                entry = resolve(tree, path, self._dev_dir)[0].entry
-            read = self._sysfs.start(entry, names)
-            found = nearest_values(await self._read(read, time.monotonic() + READ_SECONDS), names)
-            values = [describe_value(name, value) for name, value in found.items()]
+                specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)  # is each of its parts there?
+                nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
+            if device.has_nodes(nodes) and not device.is_gone:
+                return ""
+            reads = [self._sysfs.start(node.entry, tuple(device.chosen_by)) for node in nodes]
+            changes = [find_changes(await self._read(read, end), device.chosen_by) for read in reads]
         except NotADevice as error:
             return str(error)
         except OSError as error:
             return _cannot_look(error)
         except SysfsTimeout:
-            values = []
-        return "; ".join(values) or f"a {entry.kind} stands there"
+            return NO_ATTRIBUTES_YET
+        return "" if "" in changes or not changes else changes[0]
 
     async def _read(self, read: SysfsRead, end: float) -> Chain:
         """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
@@ -3437,77 +3363,27 @@ class HostDevices:
             await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
         return self._sysfs.take(read)
 
-    def look_again(self) -> None:
-        """Make the device side look again soon."""
-        if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._next_look = None
-        self._look_again()
+    def request_scan(self) -> None:
+        """Make the device side scan soon, since the plan may be outdated."""
+        now = time.monotonic()
+        if now >= self._next_scan:
+            self._next_scan = now + self.SCAN_SECONDS
+            asyncio.get_running_loop().call_later(self.SCAN_SECONDS, self._start_scan)
 
 
 def _cannot_look(error: OSError) -> str:
     return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
 
 
-class ListStream:
-    """The lists of one resource that a ListAndWatch stream has yet to send.
-
-    The reader may be slow, or not read at all, so only the newest list waits.
-    """
-
-    def __init__(self, resource: Resource) -> None:
-        self._newest = resource
-        self._sent: Optional[ListKey] = None
-        self._is_ended = False
-        self._has_news = asyncio.Event()
-        self._has_news.set()
-
-    def update(self, resource: Resource) -> None:
-        """Send the list of RESOURCE, unless it equals the last one."""
-        self._newest = resource
-        self._has_news.set()
-
-    def end(self) -> None:
-        """Make next() return None, even if a list is waiting."""
-        self._is_ended = True
-        self._has_news.set()
-
-    async def next(self) -> Optional[Resource]:
-        """Wait for the next list to send, and return its resource. None at the end."""
-        while True:
-            await self._has_news.wait()
-            if self._is_ended:
-                return None
-            key = _list_key(self._newest)
-            if key != self._sent:
-                self._sent = key
-                return self._newest
-            self._has_news.clear()
-
-
-ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
-
-
-def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
-    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
-
-
-class PluginOptions(NamedTuple):
-    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
-
-    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
-    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
-
-
-def options_of(resource: Resource) -> PluginOptions:
-    """The options that RESOURCE needs.
+def options_of(resource: Resource) -> pb.DevicePluginOptions:
+    """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered.
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
+    return pb.DevicePluginOptions(
+        get_preferred_allocation_available=resource.pool,
+        pre_start_required=any(device.chosen_by for device in resource.devices),
+    )
 
 
 class Plugin:
@@ -3516,16 +3392,18 @@ class Plugin:
     ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
+    MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+
     def __init__(
-        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, domain: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
-        self.full_name = full_name
-        self.allocations = self.start_refusals = 0
-        self._options = options_of(resource)
+        self.full_name = f"{domain}/{resource.name}"
+        self.options = options_of(resource)
+        self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
         self._devices = devices
         self._on_stream = on_stream
-        self._streams: List[ListStream] = []
+        self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3533,49 +3411,46 @@ class Plugin:
         Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
-        return (
-            needed.has_preference == self._options.has_preference
-            and needed.checks_starts <= self._options.checks_starts
-        )
+        needed.pre_start_required |= self.options.pre_start_required
+        return bool(needed == self.options)
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
-        for stream in self._streams:
-            stream.update(resource)
+        for news in self._streams:
+            news.set()
 
     def end_streams(self) -> None:
         """End every open stream in good order."""
-        for stream in self._streams:
-            stream.end()
+        ended, self._streams = self._streams, set()
+        for news in ended:
+            news.set()
 
     @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        stream = ListStream(self.resource)
-        self._streams.append(stream)
-        self._on_stream(stream, True)
+        """The reader may be slow, or not read at all, so only the newest list waits."""
+        news = asyncio.Event()
+        self._streams.add(news)
+        self._on_stream(news, True)
+        sent = None
         try:
-            while True:
-                resource = await stream.next()
-                if resource is None:
-                    return
-                await context.write(_list_message(resource))
+            while news in self._streams:
+                news.clear()
+                # The list may have 100,000 slots, so only what it is made of is compared.
+                key = [(device.path, device.slots, not device.problem, device.numa) for device in self.resource.devices]
+                if key != sent:
+                    sent = key
+                    await context.write(_list_message(self.resource))
+                await news.wait()
         finally:
-            self._streams.remove(stream)
-            self._on_stream(stream, False)
-
-    def options(self) -> pb.DevicePluginOptions:
-        """The options as a message, for Register and GetDevicePluginOptions."""
-        return pb.DevicePluginOptions(
-            get_preferred_allocation_available=self._options.has_preference,
-            pre_start_required=self._options.checks_starts,
-        )
+            self._streams.discard(news)
+            self._on_stream(news, False)
 
     @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
-        return self.options()
+        return self.options
 
     @answered
     async def GetPreferredAllocation(
@@ -3601,8 +3476,12 @@ class Plugin:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
             await abort(context, error.code, f"{self.full_name}: {error}")
-        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
-        self.allocations += len(allocations)
+        response = pb.AllocateResponse()
+        for found in allocations:
+            answer = response.container_responses.add(envs=found.env)
+            for spec in found.specs:
+                answer.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
+        self.counts["allocations"] += len(allocations)
         hosts = join_names([spec.host for found in allocations for spec in found.specs])
         log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
         return response
@@ -3622,45 +3501,33 @@ class Plugin:
         The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
-        slot_ids: Dict[str, str] = {}  # by the path of their device
+        slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
-                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
-            slot_ids.setdefault(slot.device.path, slot_id)
-        devices = [device for device in self.resource.devices if device.path in slot_ids]
-        found = await self._devices.find_start_problem(devices)
+                await self._refuse_start(slot_id, "", "the resource has no such ID", context)
+            slots.setdefault(slot.device.path, slot)
+        found = await self._devices.find_start_problem([slot.device for slot in slots.values()])
         if found:
             device, problem = found
-            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+            await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
 
-    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
-        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
-        if not path or not path.isprintable():
-            return "", "the resource has no such ID"
-        names = next((device.chosen_by for device in self.resource.devices if device.chosen_by), {})
-        problem = await self._devices.describe(path, tuple(names))
-        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
-
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
-        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        """Count the refusal, log it once, and make the device side scan."""
+        shown = f'ID "{slot_id[:MAX_SHOWN]}"'
+        given = f"{path} ({shown})" if path else f"the {shown}"
+        given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
         text = (
-            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
-            "once the right device is back; delete the pod to have it given a device anew"
+            f"the container was given {given}, but {problem}. It starts "
+            "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
-        self.start_refusals += 1
-        self._devices.look_again()
+        self.counts["start_refusals"] += 1
+        self._devices.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
-
-
-def _shorten_problem(text: str) -> str:
-    return truncate(printable(text), MAX_PROBLEM)
 
 
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
@@ -3669,13 +3536,6 @@ def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
-    return response
-
-
-def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=found.env)
-    for spec in found.specs:
-        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
 
@@ -3705,22 +3565,17 @@ class Backoff:
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
-        self.retry_at = 0.0  # as time.monotonic() has it
-        self._pause = 0.0
+        self.reset()
 
     def reset(self) -> None:
         """Forget the failures."""
-        self.retry_at = self._pause = 0.0
+        self.retry_at = self._pause = 0.0  # retry_at is of time.monotonic()
 
     def fail(self, now: float, at_once: bool = False) -> None:
         """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
-        self.put_off(now + pause)
-
-    def put_off(self, until: float) -> None:
-        """Delay the next try UNTIL that time."""
-        self.retry_at = until
+        self.retry_at = now + pause
 
 
 class RegistrationContext(NamedTuple):
@@ -3733,58 +3588,39 @@ class RegistrationContext(NamedTuple):
     leases: Leases
 
 
-class RegistrationFailure(Exception):
-    """Why a resource is not served or registered any more: the event that is logged, and the reason."""
-
-    def __init__(self, event: str, problem: str) -> None:
-        super().__init__(problem)
-        self.event = event
-
-
 class Registration:
     """The life of one resource with the kubelet: run(), until retire()."""
 
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.registrations = self.refusals = self.stream_losses = 0
-        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
+        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
+        self._path = f"{context.plugin_dir}/{self._socket}"
+        self._inode: int | None = None  # of the file there
         self._kubelet = context.kubelet
         self._leases = context.leases
-        self._server: Optional[UnixServer] = None
-        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
-        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
-        self._is_stream_open = False
-        self._is_registered = self._is_standby = self._is_socket_lost = self._is_retired = False
+        self._server: UnixServer | None = None
+        self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
+        self._is_stream_open = self._is_standby = self._is_retired = False
         self._backoff = Backoff()
         self._wake = asyncio.Event()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is registered and the kubelet's stream is open."""
-        return self._is_registered and self._is_stream_open
 
     def describe(self) -> Document:
         """Its part of the status document."""
         is_standby = self._is_standby and self._kubelet.is_answering
         problem = board.get(self.plugin.full_name)
         return {
-            "ready": self.is_ready,
+            **NOT_REGISTERED,
+            "ready": self._is_stream_open,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self.is_ready else problem if is_standby else unready_text(problem),
-            "allocations": self.plugin.allocations,
-            "registrations": self.registrations,
-            "refusals": self.refusals,
-            "stream_losses": self.stream_losses,
-            "start_refusals": self.plugin.start_refusals,
+            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
+            **self.plugin.counts,
         }
 
     def retire(self) -> None:
         """Make run() end."""
         self._is_retired = True
-        if self._call:
-            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
@@ -3792,14 +3628,14 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
-        if self._server and self._server.is_lost(inodes):
-            self._is_socket_lost = True
-            self.wake()
-        elif self._is_standby and os.path.basename(self._path) not in inodes:
+        """Wake run() if the socket's file, ours or another instance's, is missing, or another one than at the last
+        check. INODES are those of the files in the plugin directory, by name."""
+        inode = inodes.get(self._socket)
+        if inode is None or inode != self._inode:
+            self._inode = inode
             self.wake()
 
-    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+    async def run(self, previous: asyncio.Task[None] | None) -> None:
         """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
         It must not be cancelled, because grpc's servers do not survive that.
@@ -3807,14 +3643,13 @@ class Registration:
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
-        kubelet: Optional[Identity] = None  # the last one that it was to be registered with
+        kubelet: Identity | None = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
                 if self._kubelet.identity != kubelet:
                     self._backoff.reset()
                 pause = self._backoff.retry_at - time.monotonic()
                 await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
-                self._kubelet.check()
                 kubelet = self._kubelet.identity
                 if kubelet and not self._is_retired:
                     await self._live_with(kubelet)
@@ -3826,130 +3661,100 @@ class Registration:
 
         The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
         """
-        failure: Optional[RegistrationFailure] = None
+        failure = None  # the event to log, and the problem
+        server = self._server = UnixServer(
+            self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin)
+        )
         try:
-            self._server = UnixServer(self._path, self._add_service)
-            await self._server.start()  # before the lease, so that a hand-over takes no longer than it must
+            await server.start()  # before the lease, so that a hand-over takes no longer than it must
             if await self._wait_for_lease(kubelet):
-                self._server.publish()
-                await self._register(kubelet)
-                await self._watch(kubelet)
-        except RegistrationFailure as error:
-            failure = error
+                server.publish()
+                failure = await self._register(kubelet) or await self._watch(kubelet)
         except OSError as error:
-            text = f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            failure = RegistrationFailure("not-served", text)
+            failure = "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
         finally:
-            is_lost = self._is_socket_lost
-            await self._end_server()
-        if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
-            self.refusals += failure.event == "refused"
-            self.stream_losses += failure.event == "stream-lost" and not is_lost
+            is_lost = server.is_lost()
+            self.plugin.end_streams()
+            await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
+            self._server = self._stream = None
+            self._is_stream_open = self._is_standby = False
+        if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
+            event, problem = failure
+            self.plugin.counts["refusals"] += event == "refused"
+            self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            board.set_of_resource(self.plugin.full_name, str(failure), failure.event)
+            board.set_of_resource(self.plugin.full_name, problem, event)
 
-    def _add_service(self, server: grpc.aio.Server) -> None:
-        rpc.add_DevicePluginServicer_to_server(self.plugin, server)
-
-    def _is_over(self, kubelet: Optional[Identity]) -> bool:
+    def _is_over(self, kubelet: Identity | None) -> bool:
         """Whether it is retired, or there is another one than KUBELET."""
         return self._is_retired or self._kubelet.identity not in (kubelet, None)
 
+    def _is_socket_lost(self) -> bool:
+        return self._server is not None and self._server.is_lost()
+
     async def _wait_for_lease(self, kubelet: Identity) -> bool:
         """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
-        try:
-            while not self._is_over(kubelet) and not self._leases.take(self._path):
-                self._is_standby = True
-                board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
-                self._leases.wait_for(self._path, self.wake)
-                self._wake.clear()
-                await self._wake.wait()
-        finally:
-            self._is_standby = False
+        while not self._is_over(kubelet) and not self._leases.take(self._path):
+            self._is_standby = True
+            board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
+            self._leases.wait_for(self._path, self.wake)
+            self._wake.clear()
+            await self._wake.wait()
+        self._is_standby = False
         # Without a stream, nothing else tells that the kubelet went down.
-        return not self._is_over(kubelet) and self._kubelet.check_answering()
+        return self._kubelet.check() and not self._is_over(kubelet)
 
-    async def _register(self, kubelet: Identity) -> None:
-        """Register with KUBELET, unless it has gone. Raises RegistrationFailure."""
-        self._kubelet.check()
-        if self._is_retired or self._kubelet.identity != kubelet:
-            return
+    async def _register(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(self._path),
+            endpoint=self._socket,
             resource_name=self.plugin.full_name,
-            options=self.plugin.options(),
+            options=self.plugin.options,
         )
-        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await self._call
-        except asyncio.CancelledError:
-            return  # it is retired, or a new kubelet came and the channel was closed
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-            self._kubelet.check()
-            if self._kubelet.identity != kubelet:
-                return
-            text = f"the kubelet refused to register it ({error.code().name}): {error.details()}"
-            raise RegistrationFailure("refused", text) from None
-        finally:
-            self._call = None
-        self._is_registered = True
-        self.registrations += 1
-        board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+        call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        call.add_done_callback(lambda _: self.wake())
+        await self._until(lambda: call.done() or self._is_over(kubelet))
+        call.cancel()  # nothing if it is done
+        code = await call.code()
+        if code is grpc.StatusCode.OK:
+            self.plugin.counts["registrations"] += 1
+            board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            return None
+        if code is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
+        return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, kubelet: Identity) -> None:
-        """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
-        if not self._is_registered:
-            return
-        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), self.STREAM_SECONDS)
-        opened_at = time.monotonic()
+    async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Wait while all is well, or KUBELET is down. The event and the problem; None if _is_over(KUBELET)."""
+        began = time.monotonic()
+        await self._until(lambda: self._stream or self._is_socket_lost() or self._is_over(kubelet), self.STREAM_SECONDS)
         while not self._is_over(kubelet):
-            if self._is_stream_open and not self._is_socket_lost:
-                await self._until(lambda: not self._is_stream_open or self._is_socket_lost or self._is_over(kubelet))
-            elif not self._kubelet.check_answering():
-                await self._until(lambda: self._kubelet.is_answering or self._is_over(kubelet))
-            else:
-                break
-            self._kubelet.check()  # the end of a stream, or of all sockets, may mean a new kubelet
-        else:
-            return
-        if time.monotonic() - opened_at > MAX_BACKOFF_SECONDS:
-            self._backoff.reset()
-        if self._is_socket_lost:
-            raise RegistrationFailure("stream-lost", "its socket file was deleted")
-        if self._stream:
-            raise RegistrationFailure("stream-lost", "the kubelet ended its stream")
-        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s")
+            problem = ""
+            if self._is_socket_lost():
+                problem = "its socket file was deleted"
+            elif not self._stream:
+                problem = f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
+            elif not self._is_stream_open:
+                problem = "the kubelet ended its stream"
+            if problem and self._kubelet.check():
+                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+                    self._backoff.reset()
+                return "stream-lost", problem
+            self._wake.clear()
+            await self._wake.wait()
+        return None
 
-    async def _until(self, is_so: Callable[[], object], seconds: Optional[float] = None) -> bool:
+    async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
-        end = None if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while not self._is_retired and not is_so():
-            self._wake.clear()
-            if end is None:
-                await self._wake.wait()
-            elif end <= time.monotonic() or not await wait_for_event(self._wake, end - time.monotonic()):
+            if time.monotonic() >= end:
                 return False
-        return not self._is_retired
-
-    async def _end_server(self) -> None:
-        """End the server and its streams.
-
-        The kubelet's stream ends before the socket file goes and before the lease is given back. Another instance
-        registers at once then, and must not do that while the older stream is open.
-        """
-        self._is_registered = False
-        self.plugin.end_streams()
-        give_up = time.monotonic() + STOP_SECONDS
-        while self._is_stream_open and time.monotonic() < give_up:
             self._wake.clear()
-            await wait_for_event(self._wake, STOP_SECONDS)
-        server, self._server = self._server, None
-        if server:
-            await server.stop()
-        self._stream, self._is_stream_open, self._is_socket_lost = None, False, False
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if seconds == math.inf else end - time.monotonic())
+        return not self._is_retired
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
         if is_open and self._stream is None:
@@ -3961,47 +3766,23 @@ class Registration:
 
 
 class DevicePluginSide(KubeletSide):
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
-
-    It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed to
-    look_now()) only makes the looks fewer and sooner.
-    """
-
-    LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
-    HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS = 0.002, 1.0  # per resource that another instance waits for, and for all
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
 
     def __init__(
-        self,
-        plugin_dir: str,
-        domain: str,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        watch: Optional[Watch] = None,
-        max_silence: float = MAX_SILENCE_SECONDS,
+        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.plugin_dir = plugin_dir
-        self.folders = (plugin_dir,)
-        self.domain = domain
-        self.registrations: Dict[str, Registration] = {}
-        self.slots: SlotsOfDra = {}  # without DRA there is none
+        super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
+        self.registrations: dict[str, Registration] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
-        self._leases = Leases(f"{plugin_dir}/{self.LEASES}")
+        self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
         self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
-        self._files = DirectoryInodes(plugin_dir)
-        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
-        self._watch = watch
-        self._next_look: Optional[asyncio.TimerHandle] = None
-        self._unserved: Set[str] = set()  # names of resources for which there are no file descriptors
-        self._loop = loop
 
     @property
     def is_answering(self) -> bool:
-        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         restarts = self._kubelet.restarts
         return {
             "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
@@ -4009,116 +3790,58 @@ class DevicePluginSide(KubeletSide):
         }
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the registration of the resource NAME."""
-        registration = self.registrations.get(name)
-        if registration:
-            return registration.describe()
-        return {**NOT_REGISTERED, "trouble": unready_text(NO_DESCRIPTORS if name in self._unserved else "")}
+        if name in self.registrations:
+            return self.registrations[name].describe()
+        return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
-    async def run(self) -> None:
-        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
-        self.look()
-        try:
-            await self._done
-        finally:
-            await self._retire_all()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-            self._leases.close()
-            board.flush()
-            if self._watch:
-                self._watch.close()
-            await self._kubelet.close()
+    async def _check(self) -> None:
+        """Check kubelet.sock and our own sockets."""
+        if self._kubelet.check():
+            with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+                for registration in self.registrations.values():
+                    registration.check_socket(inodes)
 
-    async def _retire_all(self) -> None:
+    async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
         is without a stream meanwhile, and if all ended at once, the first would wait for the last."""
-        pause = min(self.HAND_OVER_SECONDS, self.MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
-        began, is_awaited = time.monotonic(), self._leases.is_awaited()
+        pause = min(0.002, 1.0 / max(len(self.registrations), 1)) if self._leases.is_awaited() else 0.0
+        began = time.monotonic()
         for number, name in enumerate(list(self.registrations)):
             self.registrations.pop(name).retire()
-            ahead = began + number * pause - time.monotonic()
-            if is_awaited and ahead > 0.0:
-                await asyncio.sleep(ahead)
-
-    def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and schedule the next look."""
-        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
-        self._look()
-        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
-
-    def look_now(self) -> None:
-        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
-        looks."""
-        self._look()
-        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
-
-    def _look(self) -> None:
-        self.heartbeat = time.monotonic()
-        try:
-            self._kubelet.check()
-            self._check_sockets()
-        except Exception as error:
-            self._fail(error)
-
-    def _look_in(self, seconds: float) -> None:
-        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
-        if self._next_look:
-            self._next_look.cancel()
-        if not self._done.done():
-            self._next_look = self._loop.call_later(seconds, self.look)
+            await asyncio.sleep(max(0.0, began + number * pause - time.monotonic()))
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._leases.close()
+        board.flush()
+        await self._kubelet.close()
 
     def _kubelet_changed(self) -> None:
         if self.is_answering:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)
-
-    def _check_sockets(self) -> None:
-        """Pass the files in the plugin directory to the registrations if they have changed."""
-        if not self.is_answering:
-            return
-        try:
-            inodes = self._files.read_changed()
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        if inodes is not None:
-            for registration in self.registrations.values():
-                registration.check_socket(inodes)
+            self.check_now()
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
-        served = self._served_names(plan)
+        import resource as limits
+
+        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
+        served = dict.fromkeys(names[:room])
+        for name in names[room:]:
+            board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
             if name in served and registration.plugin.can_offer(plan.resources[name]):
                 registration.plugin.update(plan.resources[name])
             else:
                 self.registrations.pop(name).retire()
+        self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:
             if name not in self.registrations:
                 registration = self.registrations[name] = Registration(plan.resources[name], self._context)
-                self._start(name, registration)
-
-    def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors, those that are served already first."""
-        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
-        room = max(0, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
-        for name in {*names[room:]} - self._unserved:
-            board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
-        self._unserved = {*names[room:]}
-        return names[:room]
-
-    def _start(self, name: str, registration: Registration) -> None:
-        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
-        self._tasks[name] = task
-
-        def ended(_: object) -> None:
-            if self._tasks.get(name) is task:
-                del self._tasks[name]
-            self._fail_with(task)
-
-        task.add_done_callback(ended)
+                self._tasks[name] = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+                self._tasks[name].add_done_callback(self._fail_with)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5064,7 +4787,8 @@ class Publisher:
             if board.set(subject, problem, "not-published") and not problem:
                 log_event("published-again", "publishing works again")
             await asyncio.sleep(MIN_PUBLISH_SECONDS)
-            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await wait_bounded(change.wait(), pause - MIN_PUBLISH_SECONDS)
 
     async def _publish_slices(self) -> float:
         """Make the slices what is wanted. They are listed a few at a time."""
@@ -5172,11 +4896,10 @@ class DraPlugin:
     def check_kubelet(self) -> None:
         """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
         path = self._options.pod_resources_socket
-        try:
-            found = None if is_dead(path) else os.stat(path)
-        except OSError:  # this says nothing about the kubelet
+        error = connect_error(path)
+        if error and error.errno in SCARCE:  # this says nothing about the kubelet
             return
-        kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
+        kubelet = None if error else socket_identity(path)
         if kubelet:
             self.restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
@@ -5252,12 +4975,9 @@ class DraSide(KubeletSide):
     def __init__(
         self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
-        self.domain: str = options.domain
-        self.folders = (*map(os.path.dirname, dra_sockets(options)), options.cdi_dir)
-        self.plugin_dir = self.folders[0]
-        self.slots: SlotsOfDra = {}  # those of the plan
+        folders = [*map(os.path.dirname, dra_sockets(options)), options.cdi_dir]
+        super().__init__(loop, max_silence, options.domain, folders, Watch(options.cdi_dir, with_content=True))
+        self.calm_pause = min(self.calm_pause, SOCKET_LOOK_SECONDS)
         self._options = options
         self._api = ApiServer(options.kube_api, options.kube_token_file, options.kube_ca_file)
         self._claims = Claims(options, self._api, host)
@@ -5265,41 +4985,28 @@ class DraSide(KubeletSide):
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
-        self._watch = Watch(options.cdi_dir, with_content=True)
-        self._wake: asyncio.Future[None] = loop.create_future()  # done when there is something to look at
         self._is_standby = False  # another instance serves the driver
         self._leases = Leases(f"{self.plugin_dir}/driver.lock")
         self._servers: list[UnixServer] = []
         self._publishing: asyncio.Task[None] | None = None  # while the driver is served
 
-    async def run(self) -> None:
-        """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        try:
-            while not self._done.done():
-                self.heartbeat = time.monotonic()
-                self._wake = asyncio.get_running_loop().create_future()
-                self._watch.ask()  # before the look, so that no change is missed
-                if self._claims.plan:  # until then, nobody knows what to publish
-                    await self._check_sockets()
-                    self._plugin.check_kubelet()
-                    self._claims.look()
-                    self._publish()
-                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
-                await asyncio.sleep(NEXT_LOOK_SECONDS)
-        finally:
-            self._watch.close()
-            await self._end()
-        self._done.result()
+    @property
+    def is_answering(self) -> bool:
+        return True  # nothing waits for a kubelet, which registers the driver by itself
 
-    def look_now(self) -> None:
-        if not self._wake.done():
-            self._wake.set_result(None)
+    async def _check(self) -> None:
+        """Check the driver's sockets, that of the kubelet, and the CDI files."""
+        if self._claims.plan:  # until then, nobody knows what to publish
+            await self._check_sockets()
+            self._plugin.check_kubelet()
+            self._claims.look()
+            self._publish()
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
         self.slots = slots_by_device_name(plan)
         self._claims.follow(plan, self.slots)
-        self.look_now()
+        self.check_now()
 
     def _publish(self) -> None:
         """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
@@ -5363,7 +5070,7 @@ class DraSide(KubeletSide):
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
-        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
+        if any(server.is_lost() for server in self._servers):
             board.set("driver", "a socket file of the driver was deleted or replaced", "stream-lost")
             await self._end()
         if self._servers:
@@ -5403,14 +5110,6 @@ class DraSide(KubeletSide):
         servers, self._servers, self._publishing = self._servers, [], None
         await asyncio.gather(*(server.stop() for server in reversed(servers)))
         self._leases.close()
-
-
-def _inodes(path: str) -> Mapping[str, int]:
-    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
-    try:
-        return {os.path.basename(path): os.lstat(path).st_ino}
-    except OSError:
-        return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5941,7 +5640,7 @@ class StatusServer:
     FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
-    side: DevicePluginSide | DraSide
+    side: KubeletSide
     pod_resources: PodResources
     node: str
     names: frozenset[str]  # by which a client may ask, besides IP addresses
@@ -6106,227 +5805,153 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-CHANGE_SECONDS = 1.0  # between two lines of the log about one device
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
 
 
 class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
 
-    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
-    """
+    NOTHING = "[]"  # a text that needs no file
 
-    def __init__(self, path: str, what: str, event: str) -> None:
+    def __init__(self, path: str, what: str, kind: str) -> None:
         self.path = path
         self._what = what
-        self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
+        self._kind = kind
 
-    def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
-        self._kept = read_conf(self.path), file_stamp(self.path)
-        return self._kept[0], os.stat(self.path).st_mtime
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            return parse(read_conf(self.path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
 
     def keep(self, text: str) -> None:
         """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
 
         Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        with contextlib.suppress(OSError):
-            if (text, file_stamp(self.path)) == self._kept:
-                return
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
+            return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept = (text, file_stamp(self.path))
             board.set(self.path, "")
         except OSError as error:
             sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, self._event)
+            board.set(self.path, sentence, f"{self._kind}-not-kept")
 
 
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
-    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
 
 
-def kept_path(folder: str, domain: str, ending: str) -> str:
-    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
-
-
-class KeptDevices:
-    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
 
     After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
     device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
     """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
 
-    def __init__(self, path: str) -> None:
-        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
-        self._plan = EMPTY_PLAN  # that _text is from
-        self._text = "[]"
 
-    def read(self) -> Plan:
-        """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
-        their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        resources: Dict[str, Resource] = {}
-        try:
-            for kept in json.loads(self._file.read()[0]):
-                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-                name, path = str(kept["resource"]), str(kept["path"])
-                chosen_by, values = (
-                    {str(attribute): str(value) for attribute, value in dict(kept[key]).items()}
-                    for key in ("attributes", "values")
-                )
-                is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
-                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-                others = resources[name].devices if name in resources else ()
-                resources[name] = Resource(name, True, (*others, device))
-        except FileNotFoundError:
-            return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the devices kept in {self._file.path} are ignored: {why}"
-            log_event("kept-devices-ignored", sentence, logging.WARNING)
-            return EMPTY_PLAN
-        return Plan(resources, (), ())
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
 
-    def keep(self, plan: Plan) -> None:
-        """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
-        if plan is not self._plan:
-            devices = [
-                {
-                    "resource": name,
-                    "path": device.path,
-                    "attributes": device.chosen_by,
-                    "values": device.values,
-                    "boot": self._boot,
-                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
-                }
-                for name, resource in plan.resources.items()
-                for device in resource.devices
-                if device.chosen_by
-            ]
-            self._plan, self._text = plan, json.dumps(devices)
-        if self._text != "[]" or os.path.lexists(self._file.path):
-            self._file.keep(self._text)
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
 
 
 class ConfFile:
-    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
-
-    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
-    its rules are in force after a start with a broken config file.
-    """
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
 
     def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.rules: tuple[Rule, ...] = ()  # in force
         self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
-        what = f"the last good text of {json.dumps(path)}"
-        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        try:
-            self._read()
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if not self._kept or not self._restore(self._kept):
-                raise Problem(problem) from None
-            self._refuse(problem, f", from {self._kept.path}")
-        self._keep()
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, or if REREAD; whether there are new rules.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
 
-        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
-        old_rules = self.rules
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
         try:
-            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
-                self._read()
-                if self.error or self.rules is not old_rules:
-                    self.reloads += 1
-                    count = len(self.rules)
-                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
-                self.error = ""
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if reread or problem != self.error:
-                self._refuse(problem)
-        self._keep()
-        return self.rules is not old_rules
-
-    def _read(self) -> None:
-        """Put the rules of the file in force. Raises ConfigError and OSError."""
-        text, self._stamp = DEFAULT_CONF, ()
-        if self._path:
-            stamp = file_stamp(self._path)
-            is_old = is_settled(max(stamp[-2:]))
-            text = read_conf(self._path)
-            self._stamp = stamp if is_old else ()
-        if text != self.text or not self.rules:
-            self.rules, self.text = parse_rules(text), text
-        self.read_at = time.time()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
-        try:
-            text, self.read_at = kept.read()
-            self.rules, self.text = parse_rules(text), text
-        except FileNotFoundError:
-            return False
-        except (OSError, ConfigError) as error:
-            problem = error.strerror if isinstance(error, OSError) else error
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
-
-    def _refuse(self, problem: str, source: str = "") -> None:
-        self.error = problem
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
-
-    def _keep(self) -> None:
-        if self._kept:
-            self._kept.keep(self.text)
-
-
-def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
-    """What is wrong in the config file PATH and where, or why it cannot be read."""
-    if isinstance(error, ConfigError):
-        return f"{path}:{error.line}:{error.column}: {error.message}"
-    return f"cannot read the config file {path}: {error.strerror}"
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
 
 
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
-    def __init__(
-        self,
-        conf: str,
-        dev_dir: str,
-        sys_dir: str,
-        kept_path: str = "",
-        kept_devices: Optional[KeptDevices] = None,
-        with_facts: bool = False,
-    ) -> None:
-        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last look at /dev
-        self._conf_name = conf or DEFAULT_CONF_NAME
-        self._conf = ConfFile(conf, kept_path)
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
@@ -6334,13 +5959,11 @@ class DeviceSide:
         self._found = NOTHING_FOUND
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
-        self._kept_devices = kept_devices
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
         self._next_full_scan = 0.0
-
-    @property
-    def rules(self) -> Sequence[Rule]:
-        """The rules in force."""
-        return self._matcher.rules
 
     def start(self) -> None:
         """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
@@ -6349,174 +5972,161 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self._conf.start()
-        self._matcher = Matcher(self._conf.rules)
-        if self._kept_devices:
-            self.plan = self._kept_devices.read()
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Optional[Plan]:
+    def turn(self, reread: bool = False) -> Plan | None:
         """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now = time.monotonic()
+        now, before = time.monotonic(), self.plan
         full = reread or now >= self._next_full_scan
-        has_changed = self._conf.follow(reread)
+        has_changed = self.conf.follow(reread)
         if has_changed:
-            self._matcher = Matcher(self._conf.rules)
-        has_changed |= self._scan(full)
+            self._matcher = Matcher(self.conf.rules)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
-            has_changed |= self._look_beyond_dev(now)
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
+            self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
         if has_changed:
             self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
         has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
-        new = self._make_plan(now) if has_changed else self.plan
-        is_new, self.plan = new != self.plan, new
-        if self._kept_devices:
-            self._kept_devices.keep(self.plan)
+        if has_changed:
+            look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
+            plan = make_plan(before, look)
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
+            self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
         if full:
-            self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
-        return self.plan if is_new else None
-
-    def overridden(self) -> List[Tuple[Rule, Device]]:
-        """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._matcher)
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
+        return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
-        """Let the next turn look at everything."""
+        """Let the next turn scan everything."""
         self._next_full_scan = 0.0
 
-    def folders(self) -> List[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
         """Its part of the status document, as of the last turn."""
         return {
             "conf": {
-                "path": self._conf_name,
-                "rules": len(self.rules),
-                "error": self._conf.error,
-                "read_at": utc(self._conf.read_at),
-                "read_at_seconds": self._conf.read_at,
-                "reloads": self._conf.reloads,
-                "failed_reloads": self._conf.failed_reloads,
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
             },
             "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
         }
 
-    def _scan(self, full: bool) -> bool:
-        """Take a new snapshot; whether anything changed."""
-        before = self.snapshot
-        started = time.monotonic()
-        try:
-            self.snapshot = self._scanner.scan(full)
-            problem = ""
-        except OSError as error:
-            self.snapshot = Snapshot({}, {})
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        self.scan_seconds = time.monotonic() - started
-        return self.snapshot is not before
 
-    def _look_beyond_dev(self, now: float) -> bool:
-        """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
-        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
-        return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
-
-    def _make_plan(self, now: float) -> Plan:
-        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-        plan = make_plan(self.plan, look)
-        unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
-        return plan
+_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
 
 
-_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
 
 
 class ChangeLog:
     """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
     has a line per CHANGE_SECONDS, which says how many changes it stands for."""
 
+    CHANGE_SECONDS = 1.0
+
     def __init__(self) -> None:
-        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
-        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
-        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
-        self._shared: Set[Offer] = set()  # of nodes that several resources offer, as logged
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
         states = {("", left.path, left.line): left.text for left in plan.left_out}
         for name, resource in plan.resources.items():
             states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        keys = states.keys() | self._states.keys()
-        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
-        self._states = states
-        news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
-        self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
-        self._shared.update(offer for offers in news.values() for offer in offers)
-        for sentence, nodes in describe_shared(news).items():
-            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
 
     @property
     def due(self) -> float:
         """time.monotonic() when there is something to log; infinite if nothing waits."""
-        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
 
     def flush(self, now: float) -> None:
-        """Log what has changed, except about devices that had a line just before NOW."""
-        groups: Dict[Tuple[str, str, int], List[str]] = {}
-        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
-        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
-            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
             if change:
-                event, sentence, level = change
-                sentence += f" ({count} changes since its last line)" if count > 1 else ""
-                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
-                old[key] = now
-        self._logged = old
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
         for (event, sentence, level), paths in groups.items():
             log_event_for_all(event, sentence, level, "devices", paths)
 
 
-def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
-    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
-    if not key[0]:
-        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
-    if state is None:
-        return "retired", "no longer offered", logging.INFO
-    if state:
-        return "unplugged", f"Unhealthy: {state}", logging.WARNING
-    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
-class FolderWatches:
-    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
-
-    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
-    the poll.
-    """
-
-    def __init__(self, dev_dir: str) -> None:
-        self._dev_dir = dev_dir
-        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
-        self._watches: Dict[str, Watch] = {}
-
-    def ask(self, folders: Sequence[str]) -> None:
-        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
-        wanted = folders[: self._limit]
-        for path in self._watches.keys() - set(wanted):
-            self._watches.pop(path).close()
-        for path in wanted:
-            if path not in self._watches:
-                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
-            self._watches[path].ask()
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6524,14 +6134,13 @@ class FolderWatches:
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
 # SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+REST_SECONDS = 0.05  # at least, between a scan of /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the scan took, so that scans take at most a tenth of a core
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -6542,38 +6151,32 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
     except OSError:  # too many open files, say
         return {}
-    points = ((path, os.path.realpath(path)) for path in folders)
-    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
-    return {path: roots[point] for path, point in escaped if point in roots}
+    points = {path: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(path)) for path in folders}
+    return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: Union[OSError, UnicodeError]) -> str:
+def network_error(error: OSError | UnicodeError) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
     return str(error.strerror or error).partition(" (while attempting ")[0]
 
 
-def address_text(address: Tuple[Any, ...]) -> str:
+def address_text(address: tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
-def open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
+def open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> StatusServer | None:
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     host = options.listen[0]  # all addresses if it is empty
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    try:  # a probe can wait in a long queue, and must not be dropped
+        listener = socket.create_server(options.listen, family=family, backlog=1024, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
         problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
@@ -6590,22 +6193,23 @@ def open_status(
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
+    EXIT_SECONDS = 4.0  # to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+
     def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = self._make_side(options)
-        self._status = open_status(options, devices, self._side)
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = mount_roots(self._side.folders)
-
-    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        more = host_devices, self._loop
+        self._side: KubeletSide
         if options.api == "dra":
-            return DraSide(options, devices, self._loop, max_silence)
-        watch = Watch(options.plugin_dir)
-        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
+            self._side = DraSide(options, *more, max_silence)
+        else:
+            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, max_silence)
+        self._status = open_status(options, devices, self._side)
+        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -6623,95 +6227,79 @@ class KubeletThread(threading.Thread):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for task in done:
-            task.result()
+        await asyncio.gather(*done)
 
-    def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side."""
-        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+    def send(self, plan: Plan | None, devices: DeviceSide) -> None:
+        """Give PLAN, if there is a new one, to the kubelet side, and the state of DEVICES to the status server."""
+        if plan:
+            self._loop.call_soon_threadsafe(self._side.deliver, plan)
+        if self._status:
+            self._status.report(devices.plan, devices.describe())
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self._side.look_now)
+        self._loop.call_soon_threadsafe(self._side.check_now)
 
-    def report(self, plan: Plan, device_side: Document) -> None:
-        """Give the status server PLAN and the part of the device side."""
-        if self._status:
-            self._status.report(plan, device_side)
-
-    def is_turning(self) -> bool:
-        """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
-
-    def beat(self) -> float:
-        """Let the status server know that the main thread works; the time by which it must do so again."""
+    def beat(self, manager: ServiceManager) -> float:
+        """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
+        looks at kubelet.sock as often as it should. Returns time.monotonic() by which to do so again."""
+        now = time.monotonic()
         if self._status:
             self._status.beat()
-        return time.monotonic() + self._side.max_silence / 2
+        manager.ping(now - self._side.heartbeat <= self._side.max_silence)
+        return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
-
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
-        invisible here.
-        """
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
+        Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
             if now != was:
-                raise Problem(
-                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
-                )
-        try:
+                where = f"the directory that is mounted at {folder}"
+                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
+        before, self._directory = self._directory, ()
+        with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
-            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
-        except OSError:
-            directory = ()
-        if directory != self._directory:
-            self._directory = directory
+            self._directory = found.st_dev, found.st_ino
+        if self._directory != before:
             self.look()
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self._side.stop)
-        self.join(EXIT_SECONDS)
+        self.join(self.EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
 
 
 class ServiceManager:
-    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
-
-    Does nothing if the variables of the protocol are not set, or not valid.
-    """
+    """The service manager that started this process, if variables of the ENVIRONMENT say that it wants to be notified,
+    as systemd does with sd_notify(3)."""
 
     RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
-        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
-        self._ping_seconds = math.inf
-        own_pid = str(os.getpid())
-        microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        own_pid, period = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
+        is_for_us = environment.get("WATCHDOG_PID", own_pid) == own_pid
+        is_wanted = is_for_us and re.fullmatch("[1-9][0-9]{0,18}", period)
+        self._ping_seconds = max(int(period) / 2e6, 0.01) if is_wanted else math.inf
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
         """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
-        if not self._address:
-            return True
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto(state.encode(), self._address)
+            if self._address:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+                    sender.sendto(state.encode(), self._address)
+            return True
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
             return False
-        return True
 
     def ping(self, is_alive: bool) -> None:
         """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
@@ -6723,36 +6311,32 @@ class ServiceManager:
             self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
-def check_plugin_dir(path: str) -> None:
-    """Raise Problem if no plugin can listen in the directory PATH."""
+def check_plugin_dir(path: str) -> str:
+    """The directory PATH. Raises Problem if no plugin can listen in it."""
     try:
         os.listdir(f"{path}/.")
-    except NotADirectoryError:
-        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-        raise Problem(problem) from None
-    except PermissionError:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
-    except OSError:
+    except OSError as error:
         raise Problem(
-            f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run works without a kubelet)"
+            f"there is no directory {path} to use: {error.strerror}; is this a node with a kubelet, and are you root? "
+            "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
         ) from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
-    too_long = SHORTEST_NAME - socket_room(path)
+    check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
+    return path
+
+
+def check_length(path: str, too_long: int, advice: str) -> None:
+    """Raise Problem if the paths of sockets in the directory PATH are TOO_LONG by a byte or more."""
     if too_long > 0:
-        raise _long_path(path, too_long, "make a link to it that has a shorter path")
+        raise Problem(
+            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+        )
 
 
-def _long_path(path: str, too_long: int, advice: str) -> Problem:
-    return Problem(
-        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
-    )
-
-
-def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem if OPTIONS do not allow a DRA driver."""
+def check_dra(options: argparse.Namespace) -> str:
+    """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
@@ -6766,52 +6350,37 @@ def check_dra(options: argparse.Namespace) -> None:
         parse_api_url(options.kube_api)
     except ValueError as error:
         raise Problem(f"--kube-api: {error}") from None
-    if not os.path.isdir(options.kubelet_dir):
-        raise Problem(
-            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
-        )
-    folder = os.path.dirname(dra_sockets(options)[0])
+    kubelet_dir, sockets = options.kubelet_dir, dra_sockets(options)
+    if not os.path.isdir(kubelet_dir):
+        raise Problem(f"there is no directory {kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)")
+    folder = os.path.dirname(sockets[0])
     try:
         os.makedirs(folder, 0o750, exist_ok=True)
     except OSError as error:
         raise Problem(f"cannot make the directory {folder}: {error.strerror}") from None
-    longest = max(len(os.fsencode(path)) for path in dra_sockets(options))
-    if longest > SOCKET_PATH_BYTES:
-        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
-
-
-def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
-    import resource as limits
-
-    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
-    try:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
+    longest = max(len(os.fsencode(path)) for path in sockets)
+    check_length(kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
+    return folder
 
 
 def serve(options: argparse.Namespace) -> int:
     """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
+    import resource as limits
+
     is_dra = options.api == "dra"
     try:
-        if is_dra:
-            check_dra(options)
-        else:
-            check_plugin_dir(options.plugin_dir)
+        folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
-    raise_limit()
-    folder = os.path.dirname(dra_sockets(options)[0]) if is_dra else options.plugin_dir
-    # Instances with other rules have other files.
-    rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
+        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))  # it is usually 1024 at first
+    kept = kept_path(folder, options.domain, options.conf or "")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options, devices)
+    thread, manager = KubeletThread(options, devices), ServiceManager(os.environ)
     thread.start()
     count = pluralize(len(devices.plan.resources), "resource")
     log_event("started", f"smarter-device-manager {__version__} offers {count}")
@@ -6819,10 +6388,9 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        follow_devices(devices, thread, manager, options)
+        follow_devices(devices, thread, manager, options.interval)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -6833,38 +6401,34 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def follow_devices(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
-) -> None:
+def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
-    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
-    watched: Optional[Snapshot] = None  # the one whose folders are watched
-    unsent: Optional[Plan] = devices.plan
+    watches: dict[str, Watch] = {}
+    changes = ChangeLog()
+    watched: Snapshot | None = None  # the one whose folders are watched
+    plan: Plan | None = devices.plan  # to be sent
     taken = 0  # the last signal
-    while True:
+    while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
+        if taken == SCAN_SIGNAL:
+            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
+            watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
+        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
-            thread.send(plan)
-            unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.plan, devices.describe())
+        thread.send(plan, devices)
+        plan = None
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + options.interval, changes.due))
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
-        if taken in (signal.SIGTERM, signal.SIGINT):
-            log_event("stopping", f"stopping: {signal.Signals(taken).name}")
-            return
-        if taken == LOOK_SIGNAL:
-            devices.request_full_scan()
+    log_event("stopping", f"stopping: {signal.Signals(taken).name}")
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
@@ -6875,15 +6439,14 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        next_beat = thread.beat()
-        manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
+        until = min(due, thread.beat(manager))
+        taken = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one scan
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
             # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
@@ -6891,10 +6454,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
 
 
 def restart_compiled() -> None:
-    """If this process had to compile the script, replace it by one that is given the byte code.
+    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory.
 
-    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
-    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Compiling takes 15 to 20 MB, which Python does not give back. Flags, options, name and working directory stay.
     Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
@@ -6910,8 +6472,7 @@ def restart_compiled() -> None:
 
         path = os.path.abspath(__file__)
         memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
-        with open(memory, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+        os.write(memory, marshal.dumps(frame.f_code))
         os.lseek(memory, 0, os.SEEK_SET)
         begin = (
             f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
@@ -6930,7 +6491,6 @@ def restart_compiled() -> None:
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def program_name() -> str:
@@ -6939,8 +6499,8 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for modes that need no more. Raises Problem."""
+def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
+    """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
@@ -6957,22 +6517,20 @@ def show_attributes(options: argparse.Namespace) -> int:
     try:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
+        if nodes[0].suffix:
+            paths = ", ".join(f"/dev/{node.path}" for node in nodes)
+            raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
+        kind, device = nodes[0].entry.kind, nodes[0].entry.device
+        chain = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except NotADevice as error:
         raise Problem(f"{shown} is not a device: {error}") from None
-    except OSError as error:
-        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
-    if nodes[0].suffix:
-        paths = ", ".join(f"/dev/{node.path}" for node in nodes)
-        raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
-    try:
-        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
-        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
     except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
+    except OSError as error:
+        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if not chain:
-        number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
-        kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        number = f"{kind} {os.major(device)}:{os.minor(device)}"
+        raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
     if options.json:
         blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
         write_output(json.dumps(blocks, indent=2) + "\n")
@@ -6981,73 +6539,71 @@ def show_attributes(options: argparse.Namespace) -> int:
     return 0
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
+
+    def quoted(literal: str) -> str:
+        """An expression for a rule that matches only LITERAL, written in printable characters, as text in YAML."""
+        escaped = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", literal)
+        return "'" + "".join(c if c.isprintable() else f"\\x{{{ord(c):x}}}" for c in escaped).replace("'", "''") + "'"
+
     lines = [
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
+        f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _literal_expression(text: str) -> str:
-    """An expression for a rule that matches only TEXT, written in printable characters."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(text)
+    path = os.path.normpath(os.path.join(dev_dir, text))
     for top in (dev_dir, "/dev"):
-        if path == top or path.startswith(top + "/"):
+        if path.startswith(f"{top}/"):
             return path[len(top) + 1 :]
-    return path if path != "." and not path.startswith(("/", "..")) else ""
+    return ""
 
 
-def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
+def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
+    active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
+    winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
     inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
     title = "Rules that later rules override for every device that they name"
-    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
+    return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
 def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = _look_once(options)
+    _print_list(scan_once(options), options)
+    return 0
+
+
+def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
-        return 0
-    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
-    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    write_output(text + (f"\n{notes}" if notes else ""))
-    return 0
+        return
+    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
+    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
+    write_output("".join(parts))
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -7056,46 +6612,44 @@ def show_status(options: argparse.Namespace) -> int:
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch_status(address)
+        document = json.loads(_fetch_status(address))
+        text = render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
-    try:
-        document = json.loads(body)
-        text = render_status(document)
-        text = json.dumps(document, indent=2) + "\n" if options.json else text
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(text)
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
-def _fetch_status(address: Tuple[str, int]) -> bytes:
-    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
-    also if that takes longer than STATUS_SECONDS."""
+def _fetch_status(address: tuple[str, int]) -> str:
+    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
+    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= MAX_STATUS_BYTES:
+        while len(answer) <= 1 << 25:  # which is more than any daemon sends
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
-            answer += chunk
             if not chunk:
-                head, _, body = answer.partition(b"\r\n\r\n")
-                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
-    return b""
+                break
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
-    devices = _look_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    devices = scan_once(options)
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    notes = [*rule_notes(devices.conf.rules, options.domain)]
+    notes += map(printable, map(_with_names, shared, shared.values()))
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
@@ -7115,21 +6669,28 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
-    devices = _look_once(options, with_facts=is_dra)
+    devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        write_output(_nothing_found(devices, options))
+        _print_list(devices, options)
         return 1
     load_grpc()  # which says what serving needs
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    rows: List[Tuple[object, ...]] = []
+    rows: list[tuple[object, ...]] = []
     has_failed = False
     for name, each in slots.items():
-        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        lines = ["nothing: it has no slot"]
+        if each:
+            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            slot = each[device]
+            lines, is_allocated = _try_slot(slot, options, is_dra)
+            has_failed |= not is_allocated
+            if is_dra:
+                attributes = slice_device(device, slot, options.domain)["attributes"].items()
+                values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+                lines = [f"{device}: {values}", *(f"  {line}" for line in lines)]
         rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
     ending = f"{'not every' if has_failed else 'every'} one could be allocated"
@@ -7137,45 +6698,22 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
-    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
-    if not slots:
-        return ["nothing: it has no slot"], True
-    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
-    lines, is_allocated = [], True
+def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
+    """Lines that say what a container with SLOT is given, and whether all went well."""
     try:
-        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
-        for spec in given.specs:
-            if driver:  # CDI names nodes, no link or folder
-                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
-            else:
-                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
-        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
     except AllocationError as error:
-        lines, is_allocated = [f"nothing: {error}"], False
-    if driver:
-        attributes = slice_device(name, slots[name], driver)["attributes"].items()
-        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
-        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
-    return lines, is_allocated
-
-
-def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
-    names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
-    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
-    if devices.plan.left_out:
-        lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
-    link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
-    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+        return [f"nothing: {error}"], False
+    lines = []
+    for host, container, permissions, nodes in given.specs:
+        # CDI names nodes, no link or folder.
+        paths = [(place, node, [node]) for node, place in nodes] if is_dra else [(container, host, [*dict(nodes)])]
+        for place, path, targets in paths:
+            link, is_folder = target_of(path, targets)
+            more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
+            lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -7190,41 +6728,37 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
-    folder, name = os.path.split(os.path.realpath(__file__))
-    for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
+    script = os.path.realpath(__file__)
+    folder, name = os.path.split(script)
+    for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(
-                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
-            )
-    given = {"conf": options.conf or "", **options.given}
-    socket_path = _pod_resources_socket(options)
-    if socket_path != DEFAULT_POD_RESOURCES:
-        given["pod_resources_socket"] = socket_path
+            raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
+    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
+        del given["pod_resources_socket"]
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    write_output(
-        SYSTEMD_UNIT.format(
-            folder=folder.replace("%", "%%"),  # whole, without quotes
-            folder_word=_systemd_word(folder),
-            module=os.path.splitext(name)[0],
-            python=_systemd_word(sys.executable),
-            plugin_dir=_systemd_word(options.plugin_dir),
-            plugin_dir_argument=_systemd_argument(options.plugin_dir),
-            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
-            network=network,
-        )
+    unit = SYSTEMD_UNIT.format(
+        folder=folder.replace("%", "%%"),  # whole, without quotes
+        folder_word=_systemd_word(folder),
+        module=os.path.splitext(name)[0],
+        python=_systemd_word(sys.executable),
+        plugin_dir=_systemd_word(options.plugin_dir),
+        plugin_dir_argument=_systemd_argument(options.plugin_dir),
+        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        network=network,
     )
+    write_output(unit)
     return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
     """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
-    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
-        return str(options.pod_resources_socket)
-    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    beside = f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
 def _systemd_word(text: str) -> str:
@@ -7238,7 +6772,7 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _command_line(values: Mapping[str, str]) -> List[str]:
+def _command_line(values: Mapping[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
 
@@ -7264,29 +6798,38 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {
-        "smarter_device_manager.py": _read_text(path),
-        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
-        "install.py": INSTALL_PACKAGES,
-        "requirements.txt": REQUIREMENTS,
-    }
+    files = {"smarter_device_manager.py": _read_text(path)}
+    files.update((stub, _read_text(f"{folder}/{stub}")) for stub in ("api_pb2.py", "api_pb2_grpc.py"))
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
     values = _manifest_values(options, "".join(files.values()))
+    text = _read_text(f"{folder}/daemonset.yaml")
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            problem = f"is not the one that came with this script: nothing in it matches {pattern}"
+            raise Problem(f"{folder}/daemonset.yaml {problem}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
     conf.start()
-    write_output(
-        MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
-        + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
-    )
+    maps = MANIFEST_HEAD
+    for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
+        maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
+        for (
+            file,
+            content,
+        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+            lines = content.rstrip("\n").split("\n")
+            maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
+        maps += "---\n"
+    write_output(maps + text)
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
@@ -7301,45 +6844,23 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    quoted = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
     return {
-        "image": json.dumps(image),
-        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
-        "plugin_dir": json.dumps(options.plugin_dir),
-        "pod_resources": json.dumps(socket_folder),
-        "dev_dir": json.dumps(options.dev_dir),
-        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
-        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
+        **{name: json.dumps(value) for name, value in quoted.items()},
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
-        "arguments": _list_items(_command_line(arguments)),
-        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+        "arguments": "".join(f"            - {json.dumps(argument)}\n" for argument in _command_line(arguments)),
+        "pip": "".join(f"            - {{name: {key}, value: {json.dumps(pip[key])}}}\n" for key in pip if pip[key]),
     }
-
-
-def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
-    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
-    text = _read_text(path)
-    for pattern, template in MANIFEST_EDITS.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        if not found:
-            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
-        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
-    return text
-
-
-def _list_items(items: Iterable[object]) -> str:
-    """ITEMS as lines of a list in YAML, as deep as those of a container."""
-    return "".join(f"            - {json.dumps(item)}\n" for item in items)
-
-
-def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
-    texts = (
-        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
-        for file, text in files.items()
-    )
-    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
 
 
 def _read_text(path: str) -> str:
@@ -7351,7 +6872,7 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -7365,11 +6886,9 @@ MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
+OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
+DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -7388,11 +6907,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = functools.partial(add_option, parser)
     add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
     add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
-    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, "the kubelet's PodResources socket")
     add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
     add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
-    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    what = 'a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 characters, not one '
+    domain = option_text(is_domain, f"{what}of kubernetes.io, and not beginning with requests.")
+    add("--domain", "NAME", domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
     add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
     level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
     add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
@@ -7400,7 +6920,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
     add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
-    _add_dra_options(parser)
+    _add_dra_options(functools.partial(add_option, parser.add_argument_group("Dynamic Resource Allocation")))
     return parser
 
 
@@ -7430,13 +6950,11 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
-def _add_dra_options(parser: argparse.ArgumentParser) -> None:
-    """Add --api, and the options that it takes with dra."""
-    group = parser.add_argument_group("Dynamic Resource Allocation")
-    add = functools.partial(add_option, group)
+def _add_dra_options(add: Callable[..., None]) -> None:
+    """ADD --api, and the options that it takes with dra."""
     api = option_text("device-plugin|dra", "an API: device-plugin or dra")
     add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--kubelet-dir", "DIR", option_path, "/var/lib/kubelet", "the kubelet's own directory")
     add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
@@ -7445,40 +6963,35 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
     add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
-    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    ca_help = "the CA certificates of the API server"
-    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+    add("--kube-token-file", "FILE", option_path, f"{account}/token", "the token for the API server")
+    add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
 def add_option(
-    parser: argparse._ActionsContainer,
-    option: str,
-    metavar: str,
-    read: Callable[[str], Any],
-    default: Optional[str],
-    help_text: str,
-    *others: str,
+    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
 ) -> None:
-    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
+    """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
-    def convert(text: str) -> Any:
+    def convert(value: str) -> Any:
         try:
-            return read(text)
+            return read(value)
         except argparse.ArgumentTypeError as error:
-            source = f" (from {variable})" if text is given else ""
+            source = f" (from {variable})" if value is given else ""
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    shown = (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    group.add_argument(option, *more, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
-def option_text(pattern: str, what: str) -> Callable[[str], str]:
-    """A reader of texts that match PATTERN and so are WHAT."""
+def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:
+    """A reader of texts that are WHAT: those that match WANTED, or for which it is true."""
+    is_good = functools.partial(re.fullmatch, wanted) if isinstance(wanted, str) else wanted
 
     def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        if not is_good(text):
             raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
         return text
 
@@ -7499,29 +7012,16 @@ def option_path(text: str) -> str:
 
 def option_seconds(text: str, least: float = 0.01) -> float:
     """The number of seconds TEXT, from LEAST to an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not least <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
-    return seconds
+    with contextlib.suppress(ValueError):
+        if least <= float(text) <= 3600:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
 
 
-def option_domain(text: str) -> str:
-    """The domain TEXT."""
-    if not is_domain(text):
-        raise argparse.ArgumentTypeError(
-            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
-            "characters, not one of kubernetes.io, and not beginning with requests."
-        )
-    return text
-
-
-def option_address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> tuple[str, int]:
     """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or not colon or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
@@ -7531,12 +7031,9 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
-    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    refusals = ("refused", "start-refused")
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
-
-
-def _problem_line(problem: Problem) -> str:
-    return f"{program_name()}: {printable(str(problem))}"
 
 
 def write_output(text: str) -> None:
@@ -7564,7 +7061,7 @@ def main() -> int:
         finally:
             write_output("")  # flushes what argparse printed
     except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -7594,8 +7091,7 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes = {**MODES, "status": (show_status, "")}
-    for name, (mode, _) in modes.items():
+    for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
@@ -7606,7 +7102,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.put(_problem_line(error))
+        writer.put(f"{program_name()}: {printable(str(error))}")
         return 1
 
 
@@ -7624,8 +7120,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: 
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
 code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 .pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
@@ -7791,7 +7286,6 @@ metadata:
   labels:
     app.kubernetes.io/name: smarter-device-manager
 data:
-{files}---
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
@@ -7825,12 +7319,8 @@ MANIFEST_EDITS = {
             - {{name: PYTHONPATH, value: /packages}}
             - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
             - {{name: TMPDIR, value: /packages}}
-{pip}          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities: {{drop: [ALL]}}
+{pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
+            readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
           volumeMounts:
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages}}

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import html
 import html.parser
@@ -1059,19 +1060,18 @@ def test_many_rules_are_read_in_time() -> None:
 GPU_RULE = "- devicematch: nvidia-gpu\n  nummaxdevices: {}\n"  # the one device that a test can make without root
 
 
-def bare(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def bare(*arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script on a Python without site-packages, in 80 columns."""
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *arguments]
+    command = [sys.executable, "-I", "-S", str(script), *arguments]
     env = {"PATH": os.environ["PATH"], "COLUMNS": "80", **environment}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_check_says_that_a_conf_is_good_on_a_bare_python(node: Node) -> None:
-    node.rules("- devicematch: a\n")
-    done = bare(*node.options(), "--check")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{node.conf}: good, 1 rule\n", "")
-    node.rules("- devicematch: a\n- devicematch: b\n")
-    assert bare(*node.options(), "--check").stdout == f"{node.conf}: good, 2 rules\n"
+    for rules, count in (("- devicematch: a\n", "1 rule"), ("- devicematch: a\n- devicematch: b\n", "2 rules")):
+        node.rules(rules)
+        done = bare(*node.options(), "--check")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{node.conf}: good, {count}\n", "")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -1109,10 +1109,8 @@ REFUSED_COMMANDS = [
     ("nothing", "--plugin-dir=/nowhere", 1, "cannot read the config file CONF: No such file or directory"),
     (A_RULE, "--plugin-dir=/nowhere", 1, "there is no directory /nowhere"),
     (A_RULE, "--plugin-dir=/nowhere", 1, "--dry-run"),
-    (A_RULE, f"--plugin-dir={SCRIPT}", 1, f"{SCRIPT} is not a directory; --plugin-dir names the kubelet's"),
+    (A_RULE, f"--plugin-dir={SCRIPT}", 1, f"there is no directory {SCRIPT} to use: Not a directory; is this a node"),
     (A_RULE, "", 1, "python3-grpcio"),
-    *[(A_RULE, f"--domain={domain}", 2, f'"{domain}" is not a domain that the kubelet accepts')
-      for domain in ("kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b")],
     *[(None, f"--status={address}", 2, f'"{address}" is not an ADDRESS:PORT, such as')
       for address in ("", "8080", "node", ":70000", "http://node:8080/")],
     *[(None, mode, 2, "error: --json goes with --list and --status")
@@ -1157,16 +1155,10 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     """Without a config file, the script says that it uses the built-in rules, which are those of conf.yaml."""
     rules = [(rule["devicematch"], rule["nummaxdevices"]) for rule in yaml.safe_load((HERE / "conf.yaml").read_text())]
     assert tuple(rules) == sdm.DEFAULT_RULES
-    alone = node.root / "alone.py"
-    shutil.copy(SCRIPT, alone)
+    alone = Path(shutil.copy(SCRIPT, node.root / "alone.py"))
     node.sysfs("gpu.0", {})
-    options = node.options()[2:]
+    run = functools.partial(bare, *node.options()[2:], script=alone)
     message = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-
     done = run("--check")
     assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
     assert done.stderr == message
@@ -1180,10 +1172,8 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
 def test_usage_and_errors_begin_with_the_name_of_the_program(node: Node) -> None:
     called = node.root / "sdm"
     called.symlink_to(SCRIPT)
-    assert os.access(SCRIPT, os.X_OK)
-    for arguments in (["--no-such-option"], [*node.options(), "--check"]):
-        done = subprocess.run([sys.executable, called, *arguments], check=False, capture_output=True, text=True)
-        assert done.stderr.splitlines()[-1].startswith("sdm: ")
+    assert bare(*node.options(), "--check", script=called).stderr.startswith("sdm: ")
+    assert bare("--no-such-option", script=called).stderr.splitlines()[-1].startswith("sdm: ")
     assert "usage: sdm " in subprocess.run([called, "--help"], check=True, capture_output=True, text=True).stdout
 
 
@@ -1225,13 +1215,6 @@ def test_list_shows_what_is_offered_and_what_is_left_out_and_why(node: Node) -> 
     assert "^video" not in done.stdout
 
 
-def test_list_says_so_when_there_is_nothing(node: Node) -> None:
-    node.rules("- devicematch: ^nothing$\n")
-    done = bare(*node.options(), "--list")
-    assert done.returncode == 0
-    assert "^nothing$" in done.stdout
-
-
 def test_dry_run_on_a_node_with_a_device(node: Node) -> None:
     node.sysfs("platform/gpu.7", {})
     node.rules(GPU_RULE.format(2))
@@ -1242,12 +1225,12 @@ def test_dry_run_on_a_node_with_a_device(node: Node) -> None:
     assert "NVIDIA_VISIBLE_DEVICES=7" in done.stdout
 
 
-def test_dry_run_on_a_node_without_a_device(node: Node) -> None:
+@pytest.mark.parametrize(("mode", "status"), [("--list", 0), ("--dry-run", 1)])
+def test_list_and_dry_run_say_so_when_there_is_nothing(node: Node, mode: str, status: int) -> None:
     node.rules("- devicematch: ^video\n- devicematch: ^snd$\n")
-    (node.dev / "something").write_text("")
-    done = node.run("--dry-run")
-    assert (done.returncode, done.stderr) == (1, "")
-    for message in ("No device found", "line 1: ^video", "line 2: ^snd$", "something"):
+    done = bare(*node.options(), mode)
+    assert (done.returncode, done.stderr) == (status, "")
+    for message in ("No device would be offered", "^video", "^snd$"):
         assert message in done.stdout
 
 
@@ -1279,38 +1262,28 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
     assert bare("--check", **{**environment, "SMARTER_DEVICE_MANAGER_DOMAIN": ""}).returncode == 0  # as if not set
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("interval", "abc", '"abc" is not a number of seconds from 0.01 to 3600'),
-        ("interval", "0", '"0" is not a number of seconds'),
-        ("interval", "nan", '"nan" is not a number of seconds'),
-        ("interval", "-1", '"-1" is not a number of seconds'),
-        ("domain", "Bad_Domain", '"Bad_Domain" is not a domain that the kubelet accepts'),
-        ("domain", "x.kubernetes.io", '"x.kubernetes.io" is not a domain that the kubelet accepts'),
-        ("plugin-dir", "", '"" is not a path'),
-        ("dev-dir", "", '"" is not a path'),
-        ("sys-dir", "", '"" is not a path'),
-        ("pod-resources-socket", "", '"" is not a path'),
-        ("conf", "", '"" is not a path'),
-        ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
-    ],
-)
+WRONG_VALUES = [
+    *[("interval", value, f'"{value}" is not a number of seconds from 0.01 to 3600')
+      for value in ("abc", "0", "nan", "-1", "3601")],
+    *[("domain", value, f'"{value}" is not a domain that the kubelet accepts')
+      for value in ("Bad_Domain", "x.kubernetes.io", "kubernetes.io", "requests.example.org", "a" * 245)],
+    *[(option, "", '"" is not a path')
+      for option in ("plugin-dir", "dev-dir", "sys-dir", "pod-resources-socket", "conf")],
+    ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "message"), WRONG_VALUES)
 def test_a_wrong_value_is_one_sentence(option: str, value: str, message: str) -> None:
+    """It names the variable of the environment if the value is from there. An empty one counts as not set."""
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
-    done = bare("--check", f"--{option}={value}")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 3  # two of usage
-    last = done.stderr.splitlines()[-1]
-    assert re.search(f"argument --{option}(/--config)?: {re.escape(message)}", last)
-    assert variable not in last
-    if not value:
-        return  # as if it were not set
-    done = bare("--check", **{variable: value})
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {message}" in last
-    assert last.endswith(f"(from {variable})")
+    for arguments, environment in (([f"--{option}={value}"], {}), ([], {variable: value} if value else None)):
+        if environment is not None:
+            done = bare("--check", *arguments, **environment)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 3)  # two lines of usage
+            last = done.stderr.splitlines()[-1]
+            assert re.search(f"argument --{option}(/--config)?: {re.escape(message)}", last)
+            assert last.endswith(f"(from {variable})") == bool(environment)
 
 
 def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
@@ -1356,13 +1329,9 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert environment - options.keys() - dra_only == {"--node-name"}
 
 
-def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
+def test_the_unit_finds_pod_resources_and_grants_the_network_it_needs(node: Node) -> None:
     unit = systemd_unit(node, "--plugin-dir=/var/lib/k0s/kubelet/device-plugins")
     assert unit["ExecStart"][0].endswith(" --pod-resources-socket=/var/lib/k0s/kubelet/pod-resources/kubelet.sock")
-
-
-def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
-    unit = systemd_unit(node)
     assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
     unit = systemd_unit(node, "--listen=127.0.0.1:8080")
     assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
@@ -1371,29 +1340,23 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
     assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
-        ("100%", "100%%"),
-        ("$HOME", "$$HOME"),
-        ("a b", '"a b"'),
-        ('a"b\\c', r'"a\"b\\c"'),
-        ("it's;", '"it\'s;"'),
-        ("é", '"é"'),
-    ],
-)
-def test_quoting_in_a_unit(text: str, word: str) -> None:
-    assert sdm._systemd_argument(text) == word
-    assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
+WORDS_OF_UNITS = {
+    "/opt/a-b_c.d/@e:f=g,h+1": "/opt/a-b_c.d/@e:f=g,h+1", "100%": "100%%", "$HOME": "$$HOME", "a b": '"a b"',
+    'a"b\\c': r'"a\"b\\c"', "it's;": '"it\'s;"', "é": '"é"',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WORDS_OF_UNITS)
+def test_quoting_in_a_unit(text: str) -> None:
+    assert sdm._systemd_argument(text) == WORDS_OF_UNITS[text]
+    assert sdm._systemd_word(text) == WORDS_OF_UNITS[text].replace("$$", "$")  # a path, in which $ begins no variable
 
 
 def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
-    shutil.copy(SCRIPT, node.root)
+    script = Path(shutil.copy(SCRIPT, node.root))
 
     def fault() -> str:
-        command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        done = bare("--manifest", script=script)
         assert (done.returncode, done.stdout) == (1, "")
         return done.stderr.splitlines()[-1].partition(": ")[2]
 
@@ -1412,11 +1375,8 @@ def test_every_option_has_its_place_in_a_manifest_and_in_a_unit(node: Node) -> N
     for name, way in sdm.MANIFEST_OPTIONS.items():
         if way not in (sdm.ARGUMENT, sdm.PART):
             given = f"{options[name]}={1 if name == 'gone_grace' else '/x'}"
-            assert (
-                bare("--manifest", given)
-                .stderr.splitlines()[-1]
-                .endswith(f"--manifest does not take {options[name]}: {way}")
-            )
+            refusal = bare("--manifest", given).stderr.splitlines()[-1]
+            assert refusal.endswith(f"--manifest does not take {options[name]}: {way}")
             assert systemd_unit(node, given)["ExecStart"][0].endswith(f" {given}")
 
 
@@ -1458,37 +1418,31 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0)
     for path in (node.plugins, node.plugins / "below"):
         done = bare(*node.options(), f"--plugin-dir={path}")
-        message = f"permission denied for {path}: run this as root, who owns the kubelet's directory"
-        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {message}\n")
+        message = f"smarter_device_manager.py: there is no directory {path} to use: Permission denied; "
+        assert done.returncode == 1 and done.stderr.startswith(message) and "are you root?" in done.stderr
     node.plugins.chmod(0o700)
 
 
-WITH_OUTPUT = [["--list"], ["--list", "--json"], ["--check"], ["--manifest"], ["--help"], ["--version"]]
-
-
-@pytest.mark.parametrize("arguments", WITH_OUTPUT)
-def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
+@pytest.mark.parametrize("mode", ["--list", "--list --json", "--check", "--manifest", "--help", "--version"])
+@pytest.mark.parametrize("where", ["a reader that has gone", "a full disk", "nowhere"])
+def test_output_that_cannot_be_written(node: Node, mode: str, where: str) -> None:
+    """A reader goes when it has seen enough (head); a full disk is an error; a closed stdout is what somebody wants."""
     node.rules(GPU_RULE.format(1))
-    reader, writer = os.pipe()
-    os.close(reader)  # as head does when it has seen enough
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *mode.split()]
+    writer = os.open("/dev/full", os.O_WRONLY)
+    if where == "a reader that has gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+    elif where == "nowhere":
+        command = ["sh", "-c", '"$@" >&-', "sh", *command]
     done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
-
-
-@pytest.mark.parametrize("arguments", WITH_OUTPUT)
-def test_output_that_cannot_be_written_is_one_line(node: Node, arguments: list[str]) -> None:
-    """A full disk is an error; a closed stdout is what somebody asked for."""
-    node.rules(GPU_RULE.format(1))
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    message = "smarter_device_manager.py: cannot write the output: No space left on device\n"
-    assert (done.returncode, done.stderr) == (1, message)
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], check=False, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 0
-    assert b"Traceback" not in done.stderr
+    full = "smarter_device_manager.py: cannot write the output: No space left on device\n"
+    if where == "nowhere":
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+    else:
+        wanted = (1, full) if where == "a full disk" else (128 + signal.SIGPIPE, "")
+        assert (done.returncode, done.stderr) == wanted
 
 
 def test_a_relative_path_in_a_working_directory_that_is_gone(node: Node) -> None:
@@ -1557,52 +1511,17 @@ def gpu_daemon(node: Node, kubelet: Kubelet, start: Starter) -> Daemon:
 
 
 def test_a_conf_edited_in_place_or_replaced_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    """Also if neither its size nor its times tell."""
     node.conf.write_text(GPU_RULE.format(20))
     kubelet.wait_for("nvidia-gpu0", Healthy=20)
     node.rules(GPU_RULE.format(3))
     kubelet.wait_for("nvidia-gpu0", Healthy=3)
-    for slots in range(4, 10):  # as fast as can be: of one size, at times within one tick of the clock
+    before = node.conf.stat()
+    for slots in range(4, 10):  # as fast as can be
         node.conf.write_text(GPU_RULE.format(slots))
+        os.utime(node.conf, ns=(before.st_atime_ns, before.st_mtime_ns))
         kubelet.wait_for("nvidia-gpu0", Healthy=slots)
     assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
-
-
-def test_an_edit_that_keeps_size_and_time_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
-    turns(gpu_daemon, 5)
-    before = node.conf.stat()
-    node.conf.write_text(GPU_RULE.format(7))
-    os.utime(node.conf, ns=(before.st_atime_ns, before.st_mtime_ns))
-    after = node.conf.stat()
-    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-    kubelet.wait_for("nvidia-gpu0", Healthy=7)
-
-
-def alike(path: Path) -> tuple[int, int, int]:
-    """What two files must have in common to differ only in their identity."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def test_a_swap_to_a_file_of_the_same_size_and_times_is_followed(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.sysfs("gpu.0", {})
-    files = [node.root / "old.yaml", node.root / "new.yaml"]
-    for _ in range(500):
-        for slots, path in enumerate(files, 1):
-            path.write_text(GPU_RULE.format(slots))
-        for path in files:
-            os.utime(path, (1e9, 1e9))
-        if alike(files[0]) == alike(files[1]):
-            break
-    else:
-        pytest.skip("the times of this file system tell any two files apart")
-    node.conf.symlink_to("old.yaml")
-    daemon = start()
-    kubelet.wait_for("nvidia-gpu0", Healthy=1)
-    turns(daemon, 5)
-    link = node.root / "link"
-    link.symlink_to("new.yaml")
-    link.rename(node.conf)
-    kubelet.wait_for("nvidia-gpu0", Healthy=2)
 
 
 def test_a_configmap_is_followed_by_its_link_swap(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -1677,37 +1596,32 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
     assert conf.error == f'{node.conf}:10001:16: "(" is not a regular expression: missing ), unterminated subpattern'
-    time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
-    conf.follow()
-    assert cpu_seconds(conf.follow) < parsing / 200  # not even read
+    assert cpu_seconds(conf.follow) < parsing / 200
     assert cpu_seconds(lambda: conf.follow(reread=True)) > parsing / 3
     assert (conf.failed_reloads, conf.reloads, len(conf.rules)) == (2, 0, 1)
-    for number, text in enumerate((bad[:-2] + ")\n", bad[:-2] + "[\n")):  # within one tick of the clock, of one size
-        node.conf.write_text(text)
+
+    def is_refused(count: int, words: str) -> None:
         conf.follow()
-        assert conf.failed_reloads == 3 + number
-    node.conf.unlink()
-    conf.follow()
-    assert "No such file" in conf.error
-    node.conf.write_text(text)
-    conf.follow()
-    assert ":10001:16: " in conf.error
+        assert conf.failed_reloads == count and words in conf.error
+
+    away = node.root / "away"
+    node.conf.write_text(bad[:-2] + ")\n")
+    is_refused(3, ":10001:16: ")
+    node.conf.write_text(bad[:-2] + "[\n")
+    is_refused(4, ":10001:16: ")
+    node.conf.rename(away)
+    is_refused(5, "No such file")
+    away.rename(node.conf)
+    is_refused(6, ":10001:16: ")
     node.conf.write_text(good)
     assert not conf.follow()  # these rules are in force
-    away = node.root / "away"
-    time.sleep(2 * sdm.FRESH_NS / 1e9)
-    conf.follow()
     node.conf.rename(away)
-    conf.follow()
+    is_refused(7, "No such file")
     away.rename(node.conf)
-    assert "No such file" in conf.error
     conf.follow()
     assert (conf.error, conf.reloads) == ("", 2)
     node.conf.write_bytes(b"\xff" * 900_000)
-    conf.follow()
-    assert ":1:1: this is not UTF-8" in conf.error
-    time.sleep(2 * sdm.FRESH_NS / 1e9)
-    conf.follow()
+    is_refused(8, ":1:1: this is not UTF-8")
     assert cpu_seconds(conf.follow) < parsing / 200
 
 
@@ -1755,49 +1669,35 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
 
 
-def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
+def test_only_a_kept_conf_that_is_good_is_used_and_not_by_modes(node: Node) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(1))
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 0
     assert not any(node.plugins.iterdir())
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    kept = kept_conf(node)
+    sdm.ConfFile(str(node.conf), str(kept)).start()
+    good = kept.read_bytes()
     node.rules("- devicematch: (\n")
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 1
-
-
-def test_only_a_kept_conf_that_is_good_is_used(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
-    good, kept = kept_conf(node).read_bytes(), kept_conf(node)
-    node.rules("- devicematch: (\n")
-
-    def is_ignored(why: str) -> None:
+    contents: Mapping[str, bytes | Callable[[Path], None]] = {
+        "line 1, column 1: the file has no rules; .*": b"",
+        "line 2, column .*": b"- devicematch: a\n  with",
+        "line 1, column 16: this is not UTF-8; .*": b"- devicematch: \xff",
+        f"line 1, column 1: the file is longer than {MIB} bytes; .*": good + b"#" * MIB,
+        "Is a directory": Path.mkdir,
+        "line 1, column 1: this is not a plain file; .*": os.mkfifo,
+        "": lambda _: None,  # there is none
+    }
+    for problem, content in contents.items():
+        kept.rmdir() if kept.is_dir() else kept.unlink()
+        kept.write_bytes(content) if isinstance(content, bytes) else content(kept)
         done = node.run()
-        assert done.returncode == 1
-        first, second = done.stderr.splitlines()
-        assert re.search(f"WARNING the kept copy of the config file, {kept}, is ignored: {why}$", first), done.stderr
-        assert f"{node.conf}:1:16: " in second
-
-    for data, why in (
-        (b"", "line 1, column 1: the file has no rules; .*"),
-        (b"- devicematch: a\n  with", "line 2, column .*"),
-        (b"- devicematch: \xff", "line 1, column 16: this is not UTF-8; .*"),
-        (good + b"#" * MIB, f"line 1, column 1: the file is longer than {MIB} bytes; .*"),
-    ):
-        kept.write_bytes(data)
-        is_ignored(why)
-    kept.unlink()
-    kept.mkdir()
-    is_ignored("Is a directory")
-    kept.rmdir()
-    os.mkfifo(kept)
-    is_ignored("line 1, column 1: this is not a plain file; .*")
-    kept.unlink()
-    done = node.run()
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+        *ignored, last = done.stderr.splitlines()
+        assert done.returncode == 1 and f"{node.conf}:1:16: " in last
+        pattern = f"WARNING the last good text of .*, kept in {kept}, is ignored: {problem}$"
+        assert [bool(re.search(pattern, line)) for line in ignored] == [True] * bool(problem), done.stderr
     kept.write_bytes(good)
     conf = sdm.ConfFile(str(node.conf), str(kept))
     conf.start()
@@ -1851,46 +1751,40 @@ def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("is_used", "text"),
     [
-        "",
-        "nothing",
-        "7",
-        "null",
-        '"text"',
-        "{}",
-        "[7]",
-        '["x"]',
-        "[{}]",
-        "[" * 100_000,
-        '[{"resource": "r", "path": "p", "attributes": 7, "values": []}]',
-        '[{"resource": "r", "path": "p", "attributes": [["a"]], "values": []}]',
-        '[{"resource": "r", "path": "p", "attributes": [[1, 2, 3]], "values": []}]',
-        '[{"resource": "r", "path": "p\\ud800", "attributes": [["serial", "1"]], "values": []}]',
-        '[{"resource": [], "path": null, "attributes": [[7, {}]], "values": [["serial", 7.5]]}]',
-        '[{"resource": "r", "path": "ttyUSB0", "attributes": [["serial", {"a": []}]], "values": {"ab": 1}}]',
+        *((False, text) for text in ("", "nothing", "7", "null", '"text"', '{"a": 1}', "[7]", '["x"]', "[{}]")),
+        (False, "[" * 100_000),
+        (False, '[{"resource": "r", "path": "p", "attributes": {}, "values": {}, "nodes": []}]'),  # of version 1.0.0
+        (False, '[["r", "p", "b", [], 7, []]]'),
+        (False, '[["r", "p", "b", [], [["a"]], []]]'),
+        (False, '[["r", "p", "b", [], [[1, 2, 3]], []]]'),
+        (False, '[["r", "p\\ud800", "b", [], [["serial", "1"]], []]]'),
+        (True, '[[[], null, 8, 9, [[7, {}]], [["serial", 7.5]]]]'),
+        (True, '[["r", "ttyUSB0", "b", [], {"serial": {"a": []}}, {"ab": 1}]]'),
+        (True, "{}"),
     ],
 )
 def test_a_kept_file_of_any_content_does_not_end_the_start(
-    node: Node, caplog: pytest.LogCaptureFixture, text: str
+    node: Node, caplog: pytest.LogCaptureFixture, is_used: bool, text: str
 ) -> None:
     """It is used, or ignored with one line."""
-    path = node.plugins / "kept"
-    path.write_text(text)
-    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
-    assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
+    (node.plugins / "kept.devices").write_text(text)
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
-    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), str(node.plugins / "kept"))
     side.start()
-    sdm.ChangeLog().take(side.plan)
+    assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
+    changes = sdm.ChangeLog()
+    changes.take(side.plan)
+    changes.flush(time.monotonic())
     for found in side.plan.resources.values():
         sdm._list_message(found).SerializeToString()
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
-    paths = {sdm.kept_path("/p", "a" * 240 + letter, "01234567.devices.0123456789abcdef.new") for letter in "bc"}
+    paths = {sdm.kept_path("/p", "a" * 240 + letter, "/conf") for letter in "bc"}
     assert len(paths) == 2
-    assert all(len(os.path.basename(path)) < 250 for path in paths)
+    assert all(len(os.path.basename(path)) < 220 for path in paths)
 
 
 def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2412,8 +2306,9 @@ def test_a_poll_is_a_stat_of_each_folder(node: Node) -> None:
     for turn in turns[:-1]:
         asked = sorted(re.findall(r'stat[a-z0-9]*\((?:AT_FDCWD, )?"([^"]*)"', turn))
         folders = [str(node.dev), *(f"{node.dev}/bus{rest}" for rest in ("", "/0", "/1", "/2"))]
-        assert asked == sorted([str(node.conf), *folders])
-        assert not re.search(r"\b(open|openat|getdents64|read|readlink)\(", turn)
+        assert asked == sorted(folders)
+        assert re.findall(r'\b(?:open|openat)\((?:AT_FDCWD, )?"([^"]*)"', turn) == [str(node.conf)]
+        assert not re.search(r"\b(getdents64|readlink)\(", turn)
 
 
 TICK_NS = 10_000_000  # of a kernel with CONFIG_HZ=100
@@ -2607,7 +2502,7 @@ def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: 
     side.start()
     time.sleep(2 * sdm.FRESH_NS / 1e9)
     side.turn()
-    assert sdm.FULL_LOOK_SECONDS == 60
+    assert sdm.FULL_SCAN_SECONDS == 60
     for seconds, listed in ((0, []), (59, []), (1, [""]), (0, []), (59.5, []), (1, [""])):
         clock[0] += seconds
         assert calls.of(side.turn) == listed
@@ -3742,12 +3637,12 @@ def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypa
     assert side.turn() is None
     node.sysfs("usb1/1-2", {"serial": "B2"}, sticks[1])
     assert side.turn() is None  # not asked for ever, but at every full look
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert listed(side.plan) == {"sA1": ["stick0"], "sB2": ["stick1"]}
     node.unplug("stick0")
     shutil.rmtree(node.sys / "devices/usb1/1-1")
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
 
@@ -4789,26 +4684,6 @@ def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
 
 
 @needs_root
-def test_a_stick_that_returns_as_another_is_not_its_containers(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """A Coral USB accelerator is given its firmware at its first use: another idVendor, and the next number."""
-    usb = {"idVendor": "1a6e", "idProduct": "089a"}
-    node.sysfs("usb2/2-1", usb, node.plug("bus/usb/002/003", major=189, minor=130))
-    node.rules(page_conf("coral"))
-    start()
-    kubelet.wait_for("coral-usb", Healthy=1)
-    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/003": "/dev/bus/usb/002/003"}
-    kubelet.starts("coral-usb", "bus/usb/002/003:0")
-    node.unplug("bus/usb/002/003")
-    (node.sys / "dev/char/189:130").unlink()
-    node.sysfs("usb2/2-1", {"idVendor": "18d1", "idProduct": "9302"}, node.plug("bus/usb/002/004", 189, 131))
-    kubelet.wait_for("coral-usb", Healthy=1, Unhealthy=1)
-    with pytest.raises(grpc.RpcError, match="was given /dev/bus/usb/002/003"):
-        kubelet.starts("coral-usb", "bus/usb/002/003:0")
-    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/004": "/dev/bus/usb/002/004"}
-    kubelet.starts("coral-usb", "bus/usb/002/004:0")
-
-
-@needs_root
 def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> None:
     for number in (0, 1):
         node.sysfs(f"pci/gpu{number}", {"numa_node": str(number), "vendor": "0x10de"}, node.plug(f"nvidia{number}"))
@@ -4848,21 +4723,6 @@ def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> Non
     start()
     kubelet.wait_for("gpu", Healthy=4)
     assert set(kubelet.health("gpu")) == set(topology)
-
-
-@needs_root
-def test_the_reason_of_a_refused_allocate_reaches_the_user(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for name in ("ttyUSB0", "ttyUSB1"):
-        node.plug(name)
-    node.rules("- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee}\n")
-    daemon = start()
-    kubelet.wait_for("zigbee", Healthy=2)
-    with pytest.raises(grpc.RpcError) as caught:
-        kubelet.take("zigbee", "ttyUSB0:0", "ttyUSB1:0")
-    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == f"smarter-devices/zigbee: {told}"
-    daemon.says(f"Allocate refused: {told}")
 
 
 @needs_root
@@ -4960,7 +4820,7 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
         side.turn()
         node.unplug(f"bus/{number}")
     assert left(side.plan) == {"bus/199": "a plain file, not a device"}
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert left(side.plan) == {}
     assert len(side._matcher._matches) <= 3 and side._found == sdm.NOTHING_FOUND
@@ -4972,16 +4832,6 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
 
 
 # How it registers
-
-
-@needs_root
-def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """That of 2,000 resources was cut short after 1.5 s, and 1,029 sockets stayed."""
-    names = offer_many(node, 50)
-    daemon = start(fault="sdm.RETIRE_PAUSE = 0.6")
-    wait_ready(kubelet, names)
-    assert daemon.stop() == 0
-    assert not sockets(node)
 
 
 def test_it_answers_before_and_while_it_registers(node: Node, kubelet: Kubelet, serve: Starter) -> None:
@@ -4999,13 +4849,6 @@ def test_it_answers_before_and_while_it_registers(node: Node, kubelet: Kubelet, 
     assert answered[0] == kubelet.client("null").options
     assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
     assert kubelet.count("null") == 1
-
-
-def test_all_register_at_once(kubelet: Kubelet, serve: Starter) -> None:
-    kubelet.delay = 1.0
-    serve(*NAMES)
-    assert kubelet.most_open_calls == len(NAMES)
-    assert max(when for when, _ in kubelet.requests) - min(when for when, _ in kubelet.requests) < 0.9
 
 
 def test_what_the_kubelet_is_told(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -5121,12 +4964,12 @@ def test_an_impossible_plugin_directory_is_one_sentence(node: Node, where: str |
 
 @pytest.mark.parametrize("name", ["a%41 50%b?c#d[@:;&=+$]\u00e9", "\udcff"])
 def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
-    """gRPC is given a URI."""
+    """gRPC is given a URI, in which two slashes at the beginning would be followed by the name of a host."""
     node.plugins = node.root / name
     node.plugins.mkdir()
     with Kubelet(node) as kubelet:
         offer(node, "null")
-        start()
+        start("--plugin-dir", f"/{node.plugins}")
         kubelet.wait_for("null", Healthy=1)
         assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
         kubelet.down()
@@ -5134,11 +4977,6 @@ def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: 
         wait_for(lambda: kubelet.count("null") == 2)
         assert {path.name for path in node.plugins.glob("*.sock")} == {"kubelet.sock", "smarter-null.sock"}
         assert not list(node.root.glob("aA*"))
-
-
-def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, serve: Starter) -> None:
-    """After "unix:" that would be the name of a host."""
-    serve("null", options=("--plugin-dir", f"/{node.plugins}"))
 
 
 # Allocate
@@ -5236,6 +5074,8 @@ def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: K
 
 STICKS = '- {devicematch: ^ttyUSB, attributes: {idVendor: "10c4", serial: "A.*"}}\n'
 STICK_POOL = STICKS.replace("^ttyUSB,", "^ttyUSB, resource: sticks,")
+CHANGED = 'its serial is "C1" and was "A1"'
+NO_SUCH_ID = "the resource has no such ID"
 
 
 def plug_stick(board: Board, tty: str, serial: str, port: str = "1-1.1", vendor: str = "10c4") -> None:
@@ -5271,6 +5111,17 @@ def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
     return caught.value.details()
 
 
+def is_refused(kubelet: Kubelet, resource: str, problem: str, *ids: str, bad: int = 0, given: str = "") -> bool:
+    """Whether the start of a container with IDS is refused for PROBLEM of the device of the one with the index BAD.
+    GIVEN says which device that is, unless it is the one of this ID."""
+    path = ids[bad].rpartition(":")[0] or resource
+    given = given or f'/dev/{path} (ID "{ids[bad]}")'
+    return start_refusal(kubelet, resource, *ids) == (
+        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
+        "device is back; or delete the pod: its replacement gets a device that is there"
+    )
+
+
 def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
     try:
         kubelet.starts(resource, *ids)
@@ -5280,47 +5131,27 @@ def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
     return True
 
 
-def refused_words(resource: str, given: str, problem: str) -> str:
-    return (
-        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
-        "device is back; delete the pod to have it given a device anew"
-    )
-
-
 @needs_root
 def test_only_rules_by_attributes_check_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    node.plug("null")
-    node.plug("zero")
+    """And the given device is good, whether it is the only one of its name or one of a pool."""
+    for name in ("null", "zero", "lp0"):
+        node.plug(name)
+    for tty, serial, port in (("ttyUSB0", "A1", "1-1.1"), ("ttyUSB1", "B1", "1-1.2"), ("ttyUSB2", "B2", "1-1.3")):
+        plug_stick(board, tty, serial, port)
     plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
-    node.plug("lp0")
-    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
     node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*") + "- {devicematch: ^lp0$, resource: sticks}\n")
-    start()
-    wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
     wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
+    wait_ready(kubelet, list(wanted))
     for name, (has_preference, checks_starts) in wanted.items():
         options = pb.DevicePluginOptions(
             get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
         )
         requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
-        assert [request.options for request in requests] == [options], name
-        assert kubelet.client(name).options == options, name
-
-
-@needs_root
-def test_a_start_with_the_given_device_is_good(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
-    node.plug("null")
-    plug_stick(board, "ttyUSB0", "A1")
-    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
-    plug_stick(board, "ttyUSB2", "B2", "1-1.3")
-    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
-    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
-    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+        assert [request.options for request in requests] == [kubelet.client(name).options] == [options], name
     kubelet.starts("ttyUSB0", "0")
-    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0")
-    with plugin_stub(node, "null") as stub:
+    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0", "lp0:0")
+    with plugin_stub(node, "null") as stub:  # nobody has to ask
         stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=["0"]), timeout=PATIENCE)
     assert Status(daemon).metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 0
     assert "refused" not in daemon.log
@@ -5335,18 +5166,17 @@ def test_a_start_with_another_device_is_refused(board: Board, node: Node, kubele
     kubelet.wait_for("ttyUSB0", Healthy=2)
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "C1", "1-1.2")
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", CHANGED, "0")
     kubelet.wait_for("ttyUSB0", Unhealthy=2)
     for _ in range(2):  # the device side has looked by now
-        assert start_refusal(kubelet, "ttyUSB0", "0") == words
+        assert is_refused(kubelet, "ttyUSB0", CHANGED, "0")
         assert not may_start(kubelet, "ttyUSB0", "1")
     status = Status(daemon)
     assert status.resource("ttyUSB0")["start_refusals"] == 5
     assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 5
     daemon.says("WARNING start of a container refused: .*its serial is .* resource=smarter-devices/ttyUSB0")
     unplug_stick(board, "ttyUSB0")
-    assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', "it is gone")
+    assert is_refused(kubelet, "ttyUSB0", "it is gone", "0")
     daemon.says("start of a container refused: .* it is gone")
     plug_stick(board, "ttyUSB0", "A1")
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
@@ -5373,8 +5203,7 @@ def test_a_stick_of_another_rule_leaves_the_resource_of_the_one_before(
     plug_stick(board, "ttyUSB0", "B1", "1-1.2")
     kubelet.wait_for("others", Healthy=1)
     kubelet.wait_for("sticks", Unhealthy=1)
-    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "B1" and was "A1"')
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "sticks", 'its serial is "B1" and was "A1"', "ttyUSB0:0")
     kubelet.starts("others", "ttyUSB0:0")
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "A1", "1-1.3")
@@ -5408,8 +5237,7 @@ def test_a_start_with_a_device_that_has_changed_is_never_refused(
         kubelet.take("sticks", "ttyUSB0:0")
     node.unplug("ttyUSB0")
     build(node.dev, {"ttyUSB0": "char 188:0"})
-    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "sticks", CHANGED, "ttyUSB0:0")
 
 
 @needs_root
@@ -5421,7 +5249,7 @@ def test_starts_wait_for_the_right_device(
     plug_stick(board, "ttyUSB0", "A1")
     node.plug("lock")
     node.rules(STICKS.replace("}}", "}, with: [lock]}"))
-    daemon = start("--interval", "3600")
+    start("--interval", "3600")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     if what == "gone":
         unplug_stick(board, "ttyUSB0")
@@ -5429,8 +5257,7 @@ def test_starts_wait_for_the_right_device(
     else:
         node.unplug("lock")
         problem = "it goes with /dev/lock: it is gone"
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', problem)
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", problem, "0")
     kubelet.wait_for("ttyUSB0", Unhealthy=1)
     assert not may_start(kubelet, "ttyUSB0", "0")
     if what == "gone":
@@ -5440,10 +5267,6 @@ def test_starts_wait_for_the_right_device(
     kubelet.starts("ttyUSB0", "0")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     assert kubelet.count("ttyUSB0") == 1
-    refused = daemon.log.count("start of a container refused")
-    unplug_stick(board, "ttyUSB0")
-    assert not may_start(kubelet, "ttyUSB0", "0")
-    wait_for(lambda: daemon.log.count("start of a container refused") == refused + 1)  # told anew
 
 
 @needs_root
@@ -5468,8 +5291,7 @@ def test_another_fitting_device_is_taken_once_seen(board: Board, node: Node, kub
     start("--interval", "3600")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     swap_stick(board, "ttyUSB0", "A2")
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "A2" and was "A1"')
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", 'its serial is "A2" and was "A1"', "0")
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
     assert kubelet.count("ttyUSB0") == 1
 
@@ -5502,14 +5324,12 @@ def test_starts_are_checked_right_after_a_restart_of_the_daemon(
     plug_stick(board, "ttyUSB0", "C1", "1-1.3")
     again = start()
     kubelet.wait_for("sticks", **({"Healthy": 1} if damage else {"Healthy": 1, "Unhealthy": 1}))
-    given = '/dev/ttyUSB0 (ID "ttyUSB0:0")'
-    no_more = "the resource has no device there any more: " if damage else ""
-    problem = 'its idVendor is "10c4"; its serial is "C1"' if damage else 'its serial is "C1" and was "A1"'
-    for ids in (["ttyUSB0:0"], ["ttyUSB1:0", "ttyUSB0:0"]):
-        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, no_more + problem)
+    problem, given = (NO_SUCH_ID, 'the ID "ttyUSB0:0"') if damage else (CHANGED, "")
+    assert is_refused(kubelet, "sticks", problem, "ttyUSB0:0", given=given)
+    assert is_refused(kubelet, "sticks", problem, "ttyUSB1:0", "ttyUSB0:0", bad=1, given=given)
     kubelet.starts("sticks", "ttyUSB1:0")
     unplug_stick(board, "ttyUSB0")
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, f"{no_more}it is gone")
+    assert is_refused(kubelet, "sticks", problem if damage else "it is gone", "ttyUSB0:0", given=given)
     plug_stick(board, "ttyUSB0", "A1", "1-1.3")
     wait_for(lambda: may_start(kubelet, "sticks", "ttyUSB0:0", "ttyUSB1:0"))
     assert "Traceback" not in again.log
@@ -5528,7 +5348,6 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
     node.rules(rules + "- devicematch: ^null$\n")
     daemon = start()
     kubelet.wait_for("ttyUSB0", Healthy=1)
-    given = '/dev/ttyUSB0 (ID "0")'
     for turn in range(2):
         daemon.kill()
         if not turn:
@@ -5539,8 +5358,7 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
         wait_for(lambda turn=turn: kubelet.count("ttyUSB0") == turn + 2)
         wait_ready(kubelet, ["null", "ttyUSB0"])
         kubelet.wait_for("ttyUSB0", Unhealthy=1)
-        problem = 'its serial is "C1" and was "A1"' if what == "another" else "it is gone"
-        assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", given, problem)
+        assert is_refused(kubelet, "ttyUSB0", CHANGED if what == "another" else "it is gone", "0")
         with pytest.raises(grpc.RpcError):  # the kubelet would not ask for it, but may have asked just before
             kubelet.take("ttyUSB0", "0")
     if what == "another":
@@ -5572,18 +5390,6 @@ def test_a_kept_device_leaves_its_name_to_one_that_is_there(node: Node, kubelet:
 
 
 @needs_root
-def test_a_start_without_devices_is_good_even_without_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("stick0"))
-    node.rules("- {devicematch: ^stick0$, attributes: {serial: A1}}\n")
-    daemon = start()
-    kubelet.wait_for("stick0", Healthy=1)
-    with descriptors_limited(daemon, 3):
-        kubelet.starts("stick0")
-        assert start_refusal(kubelet, "stick0", "0").startswith("smarter-devices/stick0: the container was given")
-    kubelet.starts("stick0", "0")
-
-
-@needs_root
 def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
@@ -5592,19 +5398,8 @@ def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet
     wait_ready(kubelet, ["ttyUSB0", "sticks"])
     for wrong in ("x", "00", "", "ttyUSB0:0", "\u0661", "a\n:0", "9" * 5000):
         given = f'the ID "{sdm.printable(wrong[:200])}"'
-        words = refused_words("ttyUSB0", given, "the resource has no such ID")
-        assert start_refusal(kubelet, "ttyUSB0", wrong) == words
-        if ":" not in wrong or "\n" in wrong:
-            words = refused_words("sticks", given, "the resource has no such ID")
-            assert start_refusal(kubelet, "sticks", "ttyUSB1:0", wrong) == words
-    for wrong, there in (
-        ("../sys:0", "a link that leaves /dev"),
-        ("x" * 5000 + ":0", "it is gone"),
-        ("ttyUSB0:0", 'its idVendor is "10c4"; its serial is "A1"'),
-    ):
-        words = start_refusal(kubelet, "sticks", wrong)
-        assert f"the resource has no device there any more: {there}. It starts once" in words
-        assert len(words) < 1000
+        assert is_refused(kubelet, "ttyUSB0", NO_SUCH_ID, wrong, given=given)
+        assert is_refused(kubelet, "sticks", NO_SUCH_ID, "ttyUSB1:0", wrong, bad=1, given=given)
     kubelet.starts("sticks", "ttyUSB1:0")
     kubelet.starts("ttyUSB0", "0")
     kubelet.starts("sticks", "ttyUSB1:7")  # it may have had more slots when the container was given this one
@@ -5695,60 +5490,6 @@ def test_a_late_answer_of_sysfs_is_the_next_one(board: Board, node: Node, kubele
     assert "sysfs does not answer" in daemon.log
 
 
-@needs_root
-def test_many_blocking_drivers_delay_nobody(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(40):
-        node.sysfs(f"x{number}", {"index": "1"}, node.plug(f"v{number}"))
-    node.plug("null")
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^null$\n")
-    began = time.monotonic()
-    daemon = start("--listen", "127.0.0.1:0", fault=slow_sysfs(node, "index", 600.0))
-    kubelet.wait_for("null", Healthy=1)
-    assert time.monotonic() - began < 5.0
-    assert Status(daemon).ask("/healthz").status == 200
-    threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
-    assert threads < 40 + 12  # one for each that is blocked; the others are those of every daemon
-    daemon.hang_up()
-    node.plug("zero")
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^(null|zero)$\n")
-    kubelet.wait_for("zero", Healthy=1)
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 2
-    assert daemon.stop() == 0
-
-
-@needs_root
-def test_many_starts_wait_for_one_reader(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
-    flag, stuck = node.root / "flag", node.root / "stuck"
-    start(fault=HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
-    kubelet.wait_for("ttyUSB0", Healthy=1)
-    stuck.write_text("")
-    flag.touch()
-    node.unplug("ttyUSB0")
-    build(node.dev, {"ttyUSB0": "char 188:0"})
-    with plugin_stub(node, "ttyUSB0") as stub:
-        request = pb.PreStartContainerRequest(devices_ids=["0"])
-        # Some of them give up before they are answered.
-        calls = [stub.PreStartContainer.future(request, timeout=PATIENCE if n % 2 else 0.03) for n in range(100)]
-        codes = {call.exception(timeout=PATIENCE).code() for call in calls}
-    assert codes <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert len(stuck.read_text()) <= 4  # of the starts, and of the device side: each node, also the one before
-    flag.unlink()
-    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
-
-
-@needs_root
-def test_a_container_with_many_devices_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    names = [f"v{number}" for number in range(100)]
-    for name in names:
-        node.sysfs(name, {"index": "1"}, node.plug(name))
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n")
-    start()
-    kubelet.wait_for("pool", Healthy=100)
-    wait_for(lambda: may_start(kubelet, "pool", *(f"{name}:0" for name in names)))
-
-
 def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> None:
     """That none is left says nothing about a device."""
     usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "A1")
@@ -5780,8 +5521,7 @@ def test_starts_of_resources_named_by_an_attribute(board: Board, node: Node, kub
     kubelet.wait_for("stick-A1", Healthy=1)
     kubelet.starts("stick-A1", "ttyUSB0:0")
     swap_stick(board, "ttyUSB0", "C1")
-    words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "stick-A1", CHANGED, "ttyUSB0:0")
     kubelet.wait_for("stick-C1", Healthy=1)
 
 
@@ -5806,8 +5546,7 @@ def test_two_daemons_keep_their_own_devices(board: Board, node: Node, kubelet: K
     wait_for(lambda: (kubelet.count("ttyUSB0"), kubelet.count("ttyUSB1")) == (2, 2))
     wait_ready(kubelet, ["ttyUSB0", "ttyUSB1"])
     kubelet.wait_for("ttyUSB0", Unhealthy=1)
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
-    wait_for(lambda: start_refusal(kubelet, "ttyUSB0", "0") == words)
+    wait_for(lambda: is_refused(kubelet, "ttyUSB0", CHANGED, "0"))
 
 
 @needs_root
@@ -5969,46 +5708,6 @@ def test_of_a_stream_that_is_not_read_only_the_newest_list_waits(node: Node, kub
     assert len(kubelet.client("pool").lists) >= 9
 
 
-def test_a_stream_is_sent_what_is_new_to_it() -> None:
-    """The same list is not sent twice, and of those that wait only the newest; and it ends."""
-    plan = offered("- {devicematch: '^[abc]$', resource: pool}\n", snapshot_of(dict.fromkeys("abc", "char")))
-    whole = plan.resources["pool"]
-
-    def without(*letters: str) -> sdm.Resource:
-        devices = (
-            dataclasses.replace(device, problem="gone") if device.path in letters else device
-            for device in whole.devices
-        )
-        return dataclasses.replace(whole, devices=tuple(devices))
-
-    async def check() -> None:
-        stream = sdm.ListStream(without("c"))
-
-        async def sent() -> str | None:
-            """The Healthy devices of the next list; None if there is none yet."""
-            try:
-                found = await asyncio.wait_for(stream.next(), 0.05)
-            except asyncio.TimeoutError:
-                return None
-            return "".join(slot.id[0] for slot in sdm.slots_of(found) if slot.healthy) if found else "the end"
-
-        assert [await sent(), await sent()] == ["ab", None]
-        for news, wanted in (
-            (["c"], None),
-            (["ac", "c", "a", ""], "abc"),
-            (["b", "a"], "bc"),
-            (["", "a"], None),
-        ):
-            for letters in news:
-                stream.update(without(*letters))
-            assert [await sent(), await sent()] == [wanted, None]
-        stream.update(whole)
-        stream.end()
-        assert await sent() == "the end"
-
-    asyncio.run(check())
-
-
 # kubelet comes and goes
 
 
@@ -6100,29 +5799,22 @@ def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: K
     wait_ready(kubelet, NAMES)
 
 
-def test_kubelet_crashes_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
+@pytest.mark.parametrize("is_seen_down", [True, False])
+def test_kubelet_is_replaced_while_it_registers(
+    node: Node, kubelet: Kubelet, start: Starter, is_seen_down: bool
+) -> None:
+    """The new kubelet.sock counts at once, even if calls to the old kubelet are open still."""
     kubelet.delay = 60.0
     offer(node, *NAMES)
     daemon = start()
     wait_for(lambda: kubelet.open_calls == 5)
-    kubelet.down()
-    daemon.says("kubelet does not answer")
-    kubelet.delay = 0.0
-    kubelet.up()
-    wait_ready(kubelet, NAMES, 2.0)
-    assert [kubelet.count(name) for name in NAMES] == [2] * 5
-    assert "refused its registration" not in daemon.log
-
-
-def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The new kubelet.sock counts at once, though calls to the old kubelet are open still."""
-    kubelet.delay = 60.0
-    offer(node, *NAMES)
-    start()
-    wait_for(lambda: kubelet.open_calls == 5)
+    if is_seen_down:
+        kubelet.down()
+        daemon.says("kubelet does not answer")
     with Kubelet(node) as other:
         wait_ready(other, NAMES, 2.0)
         assert [other.count(name) for name in NAMES] == [1] * 5
+    assert "refused to register" not in daemon.log
 
 
 # The kernel tells of changes in the plugin directory, and while kubelet answers there are few looks. These tests have
@@ -6148,7 +5840,7 @@ def wait_calm(daemon: Daemon) -> None:
 
     def is_calm() -> bool:
         before = wakes(daemon)
-        settle(daemon, 5 * sdm.LOOK_SECONDS)
+        settle(daemon, 5 * sdm.CHECK_SECONDS)
         return wakes(daemon) == before
 
     wait_for(is_calm, "a daemon that sleeps")
@@ -6191,26 +5883,21 @@ def test_a_calm_daemon_sees_each_change_at_once(node: Node, kubelet: Kubelet, st
             wait_ready(third, NAMES, AT_ONCE)
 
 
-def test_a_calm_daemon_finds_that_its_directory_is_another(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """No change in either of them tells of that; but then the new one is watched."""
+@pytest.mark.parametrize("is_old_up", [True, False])
+def test_a_calm_daemon_finds_that_its_directory_is_another(
+    node: Node, kubelet: Kubelet, start: Starter, is_old_up: bool
+) -> None:
+    """No change in either of them tells of that; at most the streams end. But then the new one is watched."""
     daemon = start_calm(start, node, kubelet)
     node.plugins.rename(node.root / "q")
+    if not is_old_up:
+        kubelet.down()
     node.plugins.mkdir(0o755)
     with Kubelet(node) as other:
-        wait_ready(other, NAMES)
+        wait_ready(other, NAMES, PATIENCE if is_old_up else AT_ONCE)
         wait_calm(daemon)
         (node.plugins / "smarter-null.sock").unlink()
         wait_for(lambda: other.count("null") == 2, patience=AT_ONCE)
-
-
-def test_the_end_of_its_streams_is_the_end_of_the_calm(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The plugin directory is another one, too; only the streams tell that something happened."""
-    start_calm(start, node, kubelet)
-    node.plugins.rename(node.root / "q")
-    kubelet.down()
-    node.plugins.mkdir(0o755)
-    kubelet.up()
-    wait_ready(kubelet, NAMES, AT_ONCE)
 
 
 def test_a_kubelet_that_does_not_answer_is_looked_at_again_soon(node: Node, start: Starter) -> None:
@@ -6233,24 +5920,11 @@ def test_many_changes_are_few_looks(node: Node, kubelet: Kubelet, start: Starter
     for number in range(4000):
         (node.plugins / f"file{number}").touch()
         (node.plugins / f"file{number}").unlink()
-    looks = (time.monotonic() - began) / sdm.NEXT_LOOK_SECONDS
+    looks = (time.monotonic() - began) / sdm.GATHER_SECONDS
     wait_calm(daemon)
     # A look that comes of a change wakes the main thread and the loop, the one after it the loop again.
     assert 3 <= wakes(daemon) - before < 4 * looks + 20
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
-
-
-@pytest.mark.parametrize("signum", [signal.SIGIO, sdm.FOLDER_SIGNAL])
-def test_a_signal_without_a_change_is_a_look_and_no_more(
-    node: Node, kubelet: Kubelet, start: Starter, signum: int
-) -> None:
-    daemon = start_calm(start, node, kubelet)
-    before = daemon.log
-    for _ in range(100):
-        daemon.process.send_signal(signum)
-    wait_calm(daemon)
-    assert daemon.log == before
-    stops_well(daemon, node)
 
 
 def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, serve: Starter) -> None:
@@ -6326,21 +6000,6 @@ def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
     assert kubelet.count("pool") == 1
     assert daemon.stop() == 0
-
-
-@needs_root
-def test_a_change_that_is_undone_at_once_does_not_end_the_watch(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.plug("video0")
-    node.rules("- {devicematch: '^video', resource: pool}\n")
-    daemon = start("--interval", "3600")
-    kubelet.wait_for("pool", Healthy=1)
-    for number in (1, 2):
-        wait_calm(daemon)
-        (node.dev / "temporary").touch()
-        (node.dev / "temporary").unlink()
-        wait_calm(daemon)
-        node.plug(f"video{number}")
-        kubelet.wait_for("pool", Healthy=1 + number)
 
 
 @needs_root
@@ -6491,37 +6150,6 @@ def test_pauses_grow_to_30_s_and_begin_again_once_a_stream_has_held() -> None:
     assert backoff.retry_at == 132.0
 
 
-async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
-    kubelet = support.SimulatedKubelet(plugin_dir)
-    await kubelet.start()
-    told: list[bool] = []
-    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", lambda: told.append(seen.is_answering))
-    seen.check()
-    with without_descriptors():
-        assert not seen.check_answering()  # one registration finds it gone, and waits for it
-    assert seen.check_answering()  # another one, which was busy meanwhile, finds it there
-    assert told == [True, False]
-    seen.check()
-    assert told == [True, False, True]  # so the first one goes on
-    await seen.close()
-    await kubelet.stop()
-
-
-def test_who_waits_for_a_kubelet_is_told_that_it_answers_whoever_found_out(node: Node) -> None:
-    work = a_kubelet_out_of_reach_for_a_moment(str(node.plugins))
-    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
-
-
-def test_a_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
-    (node.plugins / "a.sock").touch()
-    os.utime(node.plugins, (1, 1))  # nothing has changed for long
-    inodes = sdm.DirectoryInodes(str(node.plugins))
-    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
-        inodes.read_changed()
-    assert inodes.read_changed() == {"a.sock": (node.plugins / "a.sock").stat().st_ino}
-    assert inodes.read_changed() is None
-
-
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
     kubelet.opens_streams = False
     offer(node, "null")
@@ -6555,39 +6183,12 @@ def test_a_refused_registration_is_told_and_tried_again(node: Node, kubelet: Kub
     wait_ready(kubelet, NAMES, 2.0)
 
 
-def test_a_slow_kubelet_has_no_registration_twice(kubelet: Kubelet, serve: Starter) -> None:
-    kubelet.delay = 3.0
-    daemon = serve(*NAMES)
-    assert [kubelet.count(name) for name in NAMES] == [1] * 5
-    assert "WARNING" not in daemon.log
-
-
 # Other instances
 
 
 def published(node: Node) -> dict[str, int]:
     """The sockets under the names that kubelet is given, and their inodes."""
     return {name: inode for name, inode in sockets(node).items() if name.startswith("smarter-")}
-
-
-def test_another_instance_is_left_alone_and_taken_over_from_later(
-    node: Node, kubelet: Kubelet, start: Starter, serve: Starter
-) -> None:
-    first = serve("null", "zero")
-    before = published(node)
-    second = start()
-    second.says(f"INFO 2 resources: {sdm.OTHER_INSTANCE}")
-    settle(second)
-    assert published(node) == before
-    assert len(kubelet.requests) == 2
-    assert second.log.count("another instance") == 1
-    stopping = time.monotonic()
-    assert first.stop() == 0
-    wait_for(lambda: len(kubelet.requests) == 4)
-    wait_ready(kubelet, ["null", "zero"])
-    assert time.monotonic() - stopping < 3.0
-    assert second.log.count("another instance") == 1
-    stops_well(second, node)
 
 
 @needs_root
@@ -6598,8 +6199,10 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     first = start()
     wait_ready(kubelet, names)
     second = start()
-    second.says(f"20 resources: {sdm.OTHER_INSTANCE}")
+    second.says(f"INFO 20 resources: {sdm.OTHER_INSTANCE}")
+    before = published(node)
     settle(second)
+    assert published(node) == before and len(kubelet.requests) == 20  # the other one is left alone
     first.process.send_signal(signum)
     wait_for(lambda: len(kubelet.requests) == 40)
     wait_ready(kubelet, names)
@@ -6612,26 +6215,7 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     print(f"longest without a stream: {max(gaps):.3f} s")
     assert 0 < max(gaps) < 1.5
     assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
-    assert "WARNING" not in second.log
-    stops_well(second, node)
-
-
-def test_a_handover_between_other_rules(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """What only the old one has ends with it, what only the new one has starts at once; the slots are the new one's."""
-    offer(node, "null", "zero", "full")
-    node.rules("- devicematch: ^(null|zero)$\n")
-    first = start()
-    wait_ready(kubelet, ["null", "zero"])
-    other = node.root / "other.yaml"
-    other.write_text("- devicematch: ^(zero|full)$\n  nummaxdevices: 3\n")
-    second = start("--conf", str(other))
-    kubelet.wait_for("full", Healthy=3)
-    kubelet.wait_for("zero", Healthy=1)
-    assert first.stop() == 0
-    kubelet.wait_for("zero", Healthy=3)
-    kubelet.wait_for("null", Healthy=0, Unhealthy=1)
-    assert sorted(published(node)) == ["smarter-full.sock", "smarter-zero.sock"]
-    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 2, 1]
+    assert "WARNING" not in second.log and second.log.count("another instance") == 1
     stops_well(second, node)
 
 
@@ -6677,24 +6261,25 @@ def test_readyz_counts_what_another_instance_serves(kubelet: Kubelet, start: Sta
 
 
 def test_an_instance_takes_over_from_each_of_several_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """As when a roll-out overtakes another: the third instance waits for two."""
-    offer(node, "null", "zero")
-    rules = node.conf.read_text()
-    one = node.root / "one.yaml"
+    """As when a roll-out overtakes another: the third instance waits for two, and has other rules."""
+    offer(node, "null", "zero", "full")
+    node.rules("- devicematch: ^(null|zero)$\n")
+    one, three = node.root / "one.yaml", node.root / "three.yaml"
     one.write_text("- devicematch: ^null$\n")
+    three.write_text("- {devicematch: ^(null|full)$, nummaxdevices: 3}\n")
     first = start("--conf", str(one))
     wait_ready(kubelet, ["null"])
     second = start()
     wait_ready(kubelet, ["null", "zero"])
-    node.rules(rules)
-    third = start()
-    third.says("2 resources: another instance")
+    third = start("--conf", str(three))
+    kubelet.wait_for("full", Healthy=3)
+    third.says("smarter-devices/null: another instance")
     second.kill()
-    wait_for(lambda: kubelet.count("zero") == 2)
+    kubelet.wait_for("zero", Unhealthy=1)
     assert kubelet.count("null") == 1
     assert first.stop() == 0
-    wait_for(lambda: kubelet.count("null") == 2)
-    wait_ready(kubelet, ["null", "zero"])
+    kubelet.wait_for("null", Healthy=3)
+    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [2, 1, 1]
     assert third.stop() == 0
 
 
@@ -6725,12 +6310,15 @@ async def leases_of_two_instances(folder: str) -> None:
     assert not woken.is_set()
     other.kill()
     await asyncio.wait_for(woken.wait(), PATIENCE)
+    leases.wait_for(paths[1], woken.set)
     assert all(map(leases.take, paths))
+    await asyncio.sleep(2 * leases.RETRY_SECONDS)
+    assert leases._timer is None  # nobody waits any more
     server = sdm.UnixServer(paths[2], lambda server: None)  # of an instance that has no leases
     await server.start()
     server.publish()
-    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
-        leases.take(paths[2])
+    with without_descriptors():
+        assert not leases.take(paths[2])
     assert not leases.take(paths[2])
     await server.stop()
     assert leases.take(paths[2])
@@ -6746,18 +6334,18 @@ def test_leases_of_two_instances(node: Node) -> None:
 
 async def servers_of_one_path(path: str) -> None:
     first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
-    assert not first.is_lost({})  # it has nothing to lose yet
     await first.start()
-    assert not first.is_lost({})
+    assert not first.is_lost()  # it has nothing to lose yet
     first.publish()
-    inode = os.stat(path).st_ino
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
+    assert not first.is_lost()
     await second.start()
     second.publish()  # in place of the other's
-    assert first.is_lost({os.path.basename(path): os.stat(path).st_ino})
+    assert first.is_lost() and not second.is_lost()
     await first.stop()  # what is at the path is no longer its own
-    assert sdm.connect_error(path) == ""
+    assert sdm.connect_error(path) is None and not second.is_lost()
+    os.unlink(path)
+    assert second.is_lost()
     await second.stop()
     assert os.listdir(os.path.dirname(path)) == []
 
@@ -6765,17 +6353,6 @@ async def servers_of_one_path(path: str) -> None:
 def test_a_server_leaves_the_socket_of_another_alone(node: Node) -> None:
     work = servers_of_one_path(f"{node.plugins}/some.sock")
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
-
-
-def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
-    first = serve(*NAMES)
-    first.kill()
-    assert len(sockets(node)) == 5
-    second = start()
-    wait_for(lambda: len(kubelet.requests) == 10)
-    wait_ready(kubelet, NAMES)
-    assert "another instance" not in second.log
-    stops_well(second, node)
 
 
 def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -6796,39 +6373,6 @@ def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet:
     assert first.stop() == second.stop() == 0
     assert list(sockets(node)) == ["smarter-null.example.org.sock"]
     assert third.stop() == 0
-    assert not sockets(node)
-
-
-@needs_root
-def test_instances_in_containers_of_their_own_share_a_node(node: Node, kubelet: Kubelet) -> None:
-    """Each is process 1 there. They see one kubelet restart at one moment, and must not take each other's sockets."""
-    alone = ["unshare", "--pid", "--fork", "--kill-child"]
-    if subprocess.run([*alone, "true"], check=False).returncode:
-        pytest.skip("unshare(1) may not make a PID namespace here")
-    offer_many(node, 30)
-    domains = ("a", "b", "c")
-    parents = []
-    try:
-        for domain in domains:
-            command = [*alone, sys.executable, str(SCRIPT), *node.options(), "--domain", domain]
-            with (node.root / domain).open("w") as log:
-                parents.append(subprocess.Popen(command, stderr=log))
-        for turn in (1, 2, 3):
-            wait_for(lambda turn=turn: len(kubelet.requests) == 90 * turn)
-            wait_for(lambda: all(client.is_open and client.lists for client in kubelet.clients.values()))
-            assert len(sockets(node)) == 90
-            kubelet.down()
-            kubelet.up()
-        for parent in parents:  # unshare(1) passes no signal on
-            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-            os.kill(int(children), signal.SIGTERM)
-            assert parent.wait(PATIENCE) == 0
-    finally:
-        for parent in parents:
-            parent.kill()
-            parent.wait(PATIENCE)
-    logs = "".join((node.root / domain).read_text() for domain in domains)
-    assert "cannot listen" not in logs and "was deleted" not in logs
     assert not sockets(node)
 
 
@@ -6873,31 +6417,23 @@ def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, serve: Sta
     assert "WARNING" not in daemon.log
 
 
-def test_it_ends_while_kubelet_is_down(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
-    never_met = serve(*NAMES)
-    kubelet.down()
-    never_met.says("kubelet does not answer")
-    stops_well(never_met, node)
-    early = start()
-    early.says("kubelet does not answer")
-    stops_well(early, node)
-
-
-def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    kubelet.delay = 60.0
+@pytest.mark.parametrize("when", ["before kubelet", "kubelet registers slowly", "after kubelet"])
+def test_it_ends_whatever_kubelet_does(node: Node, kubelet: Kubelet, start: Starter, when: str) -> None:
     offer(node, *NAMES)
+    if when == "before kubelet":
+        kubelet.down()
+    elif when == "kubelet registers slowly":
+        kubelet.delay = 60.0
     daemon = start()
-    wait_for(lambda: kubelet.open_calls == 5)
+    if when == "kubelet registers slowly":
+        wait_for(lambda: kubelet.open_calls == 5)
+    elif when == "after kubelet":
+        wait_ready(kubelet, NAMES)
+        kubelet.down()
+    if when != "kubelet registers slowly":
+        daemon.says("kubelet does not answer")
     stops_well(daemon, node)
     wait_for(lambda: kubelet.open_calls == 0)
-
-
-@needs_root
-def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    names = offer_many(node, 40)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    start(through=["prlimit", f"--nofile=64:{most}"])
-    wait_ready(kubelet, names)
 
 
 APP = "app/smarter_device_manager.py"
@@ -7048,8 +6584,8 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, serve: Starter) ->
 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
-    "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
-    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
+    "device side, later": "sdm.Sysfs.tegra_gpus = fail",
+    "kubelet side": "sdm.DevicePluginSide._check = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
@@ -7146,8 +6682,7 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
     seeds = [good.SerializeToString(), b"\n\x0a\n\x03abc\x12\x03abc\x18\xff\xff\xff\xff\x07", b""]
     statuses = set()
     for name in ("null", "pool"):
-        path = f"{node.plugins}/smarter-{name}.sock"
-        with grpc.insecure_channel(f"unix:{path}") as channel:
+        with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock") as channel:
             for turn in range(300):
                 data = bytearray(rng.choice(seeds) if turn % 3 else rng.randbytes(rng.randrange(40)))
                 for _ in range(rng.randrange(4)):
@@ -7159,11 +6694,6 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
                     answers.cancel()
                 except grpc.RpcError as error:
                     statuses.add(error.code().name)
-        for turn in range(50):
-            with socket.socket(socket.AF_UNIX) as raw:
-                raw.connect(path)
-                with contextlib.suppress(OSError):
-                    raw.sendall((b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if turn % 2 else b"") + rng.randbytes(200))
     assert "DEADLINE_EXCEEDED" not in statuses and "INVALID_ARGUMENT" in statuses
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
     assert kubelet.gives("pool", "zero:0") == {"/dev/zero": "/dev/zero"}
@@ -7172,28 +6702,19 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
     assert "Traceback" not in daemon.log
 
 
-def test_hostile_requests_for_a_preference(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    node.rules("- devicematch: ^(null|zero)$\n  nummaxdevices: 3\n  resource: pool\n")
-    start()
-    wait_ready(kubelet, ["pool"])
-    with plugin_stub(node, "pool") as stub:
-
-        def preferred_allocation(available: list[str], must: list[str], size: int) -> list[str]:
-            asked = pb.PreferredAllocationRequest()
-            asked.container_requests.add(
-                available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
-            )
-            return list(stub.GetPreferredAllocation(asked, timeout=PATIENCE).container_responses[0].deviceIDs)
-
-        assert sorted(preferred_allocation(["null:0", "null:1", "zero:0"], [], 2)) == ["null:0", "zero:0"]
-        assert preferred_allocation([], [], 2**31 - 1) == []
-        assert preferred_allocation(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
-        assert preferred_allocation(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
-        three = ["null:0", "null:1", "zero:2"]
-        assert sorted(preferred_allocation(three * 100_000, [], 9)) == three
-        kept = [f"nobody:{number}" for number in range(100_000)]
-        assert preferred_allocation(kept, kept, 2) == kept
+@pytest.mark.parametrize(
+    ("available", "must", "size", "wanted"),
+    [
+        ([], [], 2**31 - 1, []),
+        (["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31), ["null:0"]),
+        (["null:0", "null:9", "x" * 100_000], [], 5, ["null:0"]),
+        (["null:0", "null:1", "zero:2"] * 100_000, [], 9, ["null:0", "null:1", "zero:2"]),
+    ],
+)
+def test_hostile_requests_for_a_preference(available: list[str], must: list[str], size: int, wanted: list[str]) -> None:
+    conf = "- {devicematch: ^, nummaxdevices: 3, resource: pool}\n"
+    found = offered(conf, snapshot_of({"null": "char", "zero": "char"})).resources["pool"]
+    assert sorted(sdm.preferred_allocation(found, available, must, size)) == wanted
 
 
 def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -7220,62 +6741,22 @@ def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet
     assert len(daemon.log) < 10_000
 
 
-@pytest.mark.parametrize("answer", [b"\xff\xff\xff", b"not gRPC at all", b""])
+@pytest.mark.parametrize("answer", [b"not gRPC at all", b""])
 def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: Starter, answer: bytes) -> None:
-    """Bytes that are no message, a listener that is no gRPC server, one that hangs up at once."""
+    """A listener that is no gRPC server, or one that hangs up at once."""
     kubelet.down()
     (node.plugins / "kubelet.sock").unlink()
-
-    async def register(request: bytes, context: Any) -> bytes:
-        return answer
-
-    async def up() -> Any:
-        server = grpc.aio.server()
-        handler = grpc.method_handlers_generic_handler(
-            "v1beta1.Registration", {"Register": grpc.unary_unary_rpc_method_handler(register)}
-        )
-        server.add_generic_rpc_handlers((handler,))
-        server.add_insecure_port(f"unix:{node.plugins}/kubelet.sock")
-        await server.start()
-        return server
 
     async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
         writer.close()
 
-    if answer.startswith(b"\xff"):
-        server = kubelet.do(up())
-    else:
-        server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
+    server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
     offer(node, "null", "zero")
-    daemon = start()
-    if answer.startswith(b"\xff"):
-        daemon.says("WARNING a client or the kubelet sent bytes that are not a valid protobuf message")
-    else:
-        daemon.says("WARNING 2 resources: the kubelet refused to register it")
-    if answer.startswith(b"\xff"):
-        kubelet.do(server.stop(None))
-    else:
-        kubelet.loop.call_soon_threadsafe(server.close)
+    start().says("WARNING 2 resources: the kubelet refused to register it")
+    kubelet.loop.call_soon_threadsafe(server.close)
     kubelet.up()
     wait_ready(kubelet, ["null", "zero"], 3.0)
-
-
-@needs_root
-def test_a_request_for_all_slots_delays_others_little(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(200):
-        node.plug(f"v{number}")
-    node.rules("- {devicematch: ^v, resource: pool, nummaxdevices: 250}\n")
-    start()
-    kubelet.wait_for("pool", Healthy=50_000)
-    ids = [f"v{number}:{slot}" for slot in range(250) for number in range(200)]
-    assert cpu_seconds(lambda: list(sdm.named_slots(pool_of(200), ids))) < 1.0
-    assert len(kubelet.take("pool", *ids).devices) == 200
-
-
-def pool_of(devices: int) -> sdm.Resource:
-    found = tuple(device_of_path(f"v{number}", slots=250) for number in range(devices))
-    return sdm.Resource("pool", True, found)
 
 
 # Every call is answered
@@ -7288,7 +6769,7 @@ def test_every_method_of_the_service_is_one_that_answers() -> None:
 
 
 UNFORESEEN = {  # a request of each method, and what fails when it is looked at
-    "ListAndWatch": (pb.Empty(), "sdm.ListStream.next"),
+    "ListAndWatch": (pb.Empty(), "sdm._list_message"),
     "GetPreferredAllocation": (
         pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()]),
         "sdm.preferred_allocation",
@@ -7340,7 +6821,7 @@ def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: 
     node.plug("video0")
     node.rules("- devicematch: video\n  resource: pool\n")
     gone = "from grpc._cython.cygrpc import ExecuteBatchError\ndef fail(*_):\n    raise ExecuteBatchError('gone')\n"
-    daemon = start("--listen", "127.0.0.1:0", fault=f"{gone}sdm.ListStream.next = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault=f"{gone}sdm._list_message = fail")
     wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
     with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError):
         list(stub.ListAndWatch(pb.Empty(), timeout=0.5))
@@ -7403,7 +6884,7 @@ def test_a_side_that_hangs_pings_no_watchdog(
     wait_ready(kubelet, ["null"])
     wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
     if side == "device side":
-        daemon.process.send_signal(sdm.LOOK_SIGNAL)
+        daemon.process.send_signal(sdm.SCAN_SIGNAL)
     manager.wait_for_silence(1.0)
     assert daemon.process.poll() is None
     daemon.kill()
@@ -7454,19 +6935,6 @@ def test_a_full_queue_of_the_manager_is_told_later(
     manager.wait_for_silence(1.0)
 
 
-def test_a_ping_that_could_not_be_sent_is_sent_soon(
-    node: Node, kubelet: Kubelet, start: Starter, manager: Manager
-) -> None:
-    offer(node, "null")
-    daemon = start("--interval", "3600", env={**os.environ, **manager.environment("6000000")})
-    assert [manager.hear(), manager.hear()] == ["READY=1", "WATCHDOG=1"]
-    last = time.monotonic()
-    with descriptors_limited(daemon, 3):
-        settle(daemon, 3.3)  # the next ping is due after 3 s
-    assert manager.hear() == "WATCHDOG=1"
-    assert time.monotonic() - last < 5.0
-
-
 # What the node runs out of
 
 
@@ -7485,16 +6953,11 @@ def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
-def limited(count: int) -> list[str]:
-    """A command that lets another have COUNT descriptors, which it cannot raise."""
-    return ["prlimit", f"--nofile={count}:{count}"]
-
-
 @needs_root
 def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The first ones by name; the rest is named, with the limit. Allocate and the status server have their reserve."""
+    """Up to the hard limit. The first ones by name; the rest is named. Allocate and status server have a reserve."""
     names = sorted(offer_many(node, 120))
-    daemon = start("--listen", "127.0.0.1:0", through=limited(256))
+    daemon = start("--listen", "127.0.0.1:0", through=["prlimit", "--nofile=64:256"])
     status = Status(daemon)
     told = daemon.says(r"WARNING (\d+) resources: no file descriptors are left for it; raise the limit of this process")
     count = 120 - int(told[1])
@@ -7517,10 +6980,7 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     node.rules(f"- devicematch: ^({'|'.join(names[3 : count + 3])})$\n")  # three go, and three may have their place
     wait_ready(kubelet, names[3 : count + 3])
     status.wait_for("/readyz", 200)
-    for name in names[:2]:
-        node.unplug(name)
     node.rules("- devicematch: ^video\n")  # the first ones come back too late
-    daemon.says(f"{120 - 2 - count} resources: no file descriptors")
     settle(daemon)
     assert all_ready(kubelet, names[3 : count + 3])
 
@@ -7541,14 +7001,6 @@ def test_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter, has_room:
     wait_for(lambda: descriptors(daemon) <= usual)
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
     assert daemon.log.count("\n") < 20, daemon.log
-
-
-def test_allocate_with_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter) -> None:
-    daemon = serve("null", options=("--interval", "3600"))
-    with descriptors_limited(daemon, 3):
-        status, words = refusal(kubelet, "null", "0")
-    assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
-    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
 
 
 @pytest.mark.parametrize("path", ["/status.json", "/metrics"])
@@ -7582,23 +7034,22 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet,
     stops_well(daemon, node)
 
 
-def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, serve: Starter) -> None:
-    """Kubelet's streams are open still, the kernel tells of nothing, and the next look is some seconds away."""
-    daemon = serve(*NAMES, options=("--interval", "1"))
-    settle(daemon, 1.0)
-    moved = time.monotonic()
-    node.plugins.rename(node.root / "q")
-    daemon.says("kubelet is not there")
-    assert time.monotonic() - moved < 2.5  # of an --interval and a busy machine; CALM_LOOK_SECONDS are 5
-    node.plugins.mkdir(0o755)
-    with Kubelet(node) as other:
-        wait_ready(other, NAMES)
-
-
 @needs_root
-@pytest.mark.parametrize("how", ["deleted", "moved"])
-def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node, kubelet: Kubelet, how: str) -> None:
-    """As in a container: the host makes another directory, and the mount is of the old one for ever."""
+@pytest.mark.parametrize(
+    ("how", "log"),
+    [
+        (
+            ["sh", "-c", "until rm -r p; do :; done"],
+            "the directory .*mounted was deleted, and only this mount keeps it; exiting",
+        ),
+        (["mv", "p", "away"], "the directory that is mounted at .*mounted was moved, from .*/p to .*/away; exiting"),
+    ],
+)
+def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(
+    node: Node, kubelet: Kubelet, how: list[str], log: str
+) -> None:
+    """As in a container: the host makes another directory, and the mount is of the old one for ever. A full table of
+    descriptors, with which nobody can read what is mounted, is no such thing."""
     mounted(node, "", "true")  # or skip
     offer(node, "null")
     there = node.root / "mounted"
@@ -7607,39 +7058,14 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
     daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
     try:
         wait_ready(kubelet, ["null"])
-        if how == "deleted":
-            shutil.rmtree(node.plugins)
-        else:
-            node.plugins.rename(node.root / "away")
+        with descriptors_limited(daemon, 3):
+            settle(daemon, 1.0)
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        subprocess.run(how, cwd=node.root, check=True)
         node.plugins.mkdir()
         assert daemon.process.wait(PATIENCE) == 1
-        if how == "deleted":
-            daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it; exiting")
-        else:
-            daemon.says(f"ERROR the directory that is mounted at {there} was moved, from .*/p to .*/away; exiting")
+        daemon.says(f"ERROR {log}")
         assert "Traceback" not in daemon.log
-    finally:
-        daemon.kill()
-
-
-@needs_root
-def test_a_full_table_of_descriptors_is_no_moved_directory(node: Node, kubelet: Kubelet) -> None:
-    """What is mounted cannot be read then."""
-    mounted(node, "", "true")  # or skip
-    offer(node, "null")
-    there = node.root / "mounted"
-    there.mkdir()
-    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
-    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
-    try:
-        wait_ready(kubelet, ["null"])
-        with contextlib.suppress(ProcessLookupError), descriptors_limited(daemon, 3):
-            settle(daemon, 2.0)
-        assert daemon.process.poll() is None, daemon.log
-        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
-        node.plugins.rename(node.root / "away")  # and then it is missed as before
-        assert daemon.process.wait(PATIENCE) == 1
-        daemon.says("was moved, from .*/p to .*/away; exiting")
     finally:
         daemon.kill()
 
@@ -8342,7 +7768,7 @@ def test_another_stick_in_the_place_of_a_prepared_one(
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
     rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
     node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
-    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_SCAN_SECONDS=0.2)
     daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
@@ -8368,7 +7794,7 @@ def test_another_stick_in_the_place_of_a_prepared_one(
 
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
     grace = {"gone-grace": "1.5"}
-    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
+    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_SCAN_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
     claim = camera.give("video0-1")
     camera.node.unplug("video0")
