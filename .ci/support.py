@@ -1023,7 +1023,7 @@ class Status:
     def say(self, data: bytes, is_done: bool = False) -> bytes:
         """Send DATA, and the end of it where IS_DONE; all that comes back until the server closes."""
         with self.connect() as connection:
-            with contextlib.suppress(ConnectionError):  # it may have had enough before the last byte
+            with contextlib.suppress(OSError):  # it may have had enough before the last byte
                 connection.sendall(data)
                 if is_done:
                     connection.shutdown(socket.SHUT_WR)
