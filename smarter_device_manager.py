@@ -2638,8 +2638,8 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log: one line per event, as text or as JSON. Programs rely on the names of events and fields, which must stay; the
-# sentences may be improved at any time. Whoever logs never waits for a reader of the log.
+# Log and problems: one line per event, as text or as JSON; and what is wrong now. Programs rely on the names of events
+# and fields, which must stay; the sentences may be improved at any time. Whoever logs never waits for a reader.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_NAMES = 8  # of devices or resources in one line
@@ -2671,6 +2671,63 @@ def log_internal_error(sentence: str) -> None:
     """Log and count an unexpected exception, the one being handled; SENTENCE says what failed."""
     log_counts.internal_errors += 1
     log.critical("%s; this is a bug", sentence, exc_info=True, extra={"event": "internal-error"})
+
+
+class Problems:
+    """What is wrong now, by subject: each change is logged once, and the document of Status shows it.
+
+    A subject is one thread's. Resources are the gRPC thread's; equal events of several of them are logged as one.
+    """
+
+    GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of equal events, they are logged
+    MAX_SUBJECTS = 5_000  # of more, the oldest are forgotten; the kubelet names some
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+        self._groups: dict[tuple[str, str, int], set[str]] = {}  # resources by event, sentence and level
+        self._due = 0.0  # when the groups are logged, at the latest
+        self._timer: asyncio.TimerHandle | None = None
+
+    def get(self, subject: str) -> str:
+        """What is wrong with SUBJECT; empty if nothing is."""
+        return self._texts.get(subject, "")
+
+    def set(self, subject: str, text: str, event: str = "", level: int = logging.WARNING, **fields: str) -> bool:
+        """From now on, TEXT is wrong with SUBJECT, or nothing if it is empty. Whether that is a change; a change for
+        the worse is logged as EVENT, if one is given."""
+        has_changed = self._texts.pop(subject, "") != text
+        if text:
+            self._texts[subject] = text
+        if len(self._texts) > self.MAX_SUBJECTS:
+            oldest, *_ = self._texts
+            self._texts.pop(oldest, None)  # the other thread may have done so
+        if has_changed and text and event:
+            log_event(event, text, level, **fields)
+        return has_changed
+
+    def set_of_resource(self, name: str, text: str, event: str, level: int = logging.WARNING) -> None:
+        """From now on, TEXT is wrong with the resource NAME. A change is logged as EVENT, with equal ones of others."""
+        if self.set(name, text):
+            self.log_soon(event, text, level, name)
+
+    def log_soon(self, event: str, sentence: str, level: int, name: str) -> None:
+        """Log EVENT of the resource NAME, together with equal events of others at about the same time."""
+        loop = asyncio.get_running_loop()
+        if self._timer:
+            self._timer.cancel()
+        if not self._groups:
+            self._due = loop.time() + self.MAX_GROUP_SECONDS
+        self._timer = loop.call_at(min(loop.time() + self.GROUP_SECONDS, self._due), self.flush)
+        self._groups.setdefault((event, sentence, level), set()).add(name)
+
+    def flush(self) -> None:
+        """Log the events that are still waiting for equal ones."""
+        for (event, sentence, level), names in self._groups.items():
+            log_event_for_all(event, sentence, level, "resources", sorted(names))
+        self._groups.clear()
+
+
+board = Problems()
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -2833,7 +2890,6 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
 MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
 MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
-GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of like events, they are logged as one
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
 LEASE_SECONDS = 0.02  # between two tries to take a lease that another instance has
@@ -2842,7 +2898,6 @@ POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing m
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 SLICE_SECONDS = 0.001  # of long work before the loop serves others
-MAX_REFUSALS = 1000  # refusals that are remembered so that each is logged once
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
@@ -3219,49 +3274,21 @@ class DirectoryInodes:
         return inodes
 
 
-class GroupedLog:
-    """Logs events of resources. Like events of several resources at about the same time become one line."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._names: Dict[Tuple[str, str, int], Set[str]] = {}
-        self._since = 0.0
-        self._timer: Optional[asyncio.TimerHandle] = None
-
-    def add(self, event: str, sentence: str, level: int, name: str) -> None:
-        """Log EVENT of the resource NAME, together with like events of others."""
-        now = self._loop.time()
-        if self._timer:
-            self._timer.cancel()
-        if not self._names:
-            self._since = now
-        self._timer = self._loop.call_at(min(now + GROUP_SECONDS, self._since + MAX_GROUP_SECONDS), self.flush)
-        self._names.setdefault((event, sentence, level), set()).add(name)
-
-    def flush(self) -> None:
-        """Log the collected events now."""
-        for (event, sentence, level), names in self._names.items():
-            log_event_for_all(event, sentence, level, "resources", sorted(names))
-        self._names.clear()
-
-
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
     ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
     """
 
-    def __init__(self, path: str, events: GroupedLog, on_change: Callable[[], None]) -> None:
+    def __init__(self, path: str, on_change: Callable[[], None]) -> None:
         self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
-        self._events = events
         self._on_change = on_change
         self._channel: Optional[grpc.aio.Channel] = None
         self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
         self._last_met: Optional[Identity] = None  # the kubelet that answered last
-        self._last_logged = ""  # the last sentence about a kubelet that does not answer
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -3309,16 +3336,14 @@ class KubeletConnection:
         is_another = self._last_met not in (None, self.identity)
         self._last_met = self.identity
         self.restarts += is_another
-        self._last_logged = ""
-        self._events.flush()
+        board.set(self._path, "")
+        board.flush()
         log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
         self._on_change()
 
     def _log_gone(self, sentence: str, **fields: str) -> None:
-        """Log SENTENCE, unless it was the last one logged."""
-        if sentence != self._last_logged:
-            self._last_logged = sentence
-            self._events.flush()
+        if board.set(self._path, sentence):
+            board.flush()
             log_event("kubelet-gone", sentence, logging.WARNING, **fields)
             self._on_change()
 
@@ -3394,16 +3419,6 @@ class PodResources:
             call = channel.unary_unary("/v1.PodResourcesLister/List")
             answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
             return answer
-
-
-def is_news(logged: Dict[str, str], key: str, text: str) -> bool:
-    """Whether TEXT is not the last text that was LOGGED of KEY; now it is. What fails is tried again and again."""
-    if logged.get(key) == text:
-        return False
-    while len(logged) >= MAX_REFUSALS:
-        del logged[next(iter(logged))]
-    logged[key] = text
-    return True
 
 
 async def in_slices(items: Iterable[T]) -> List[T]:
@@ -3696,7 +3711,6 @@ class Plugin:
         self._devices = devices
         self._on_stream = on_stream
         self._streams: List[ListStream] = []
-        self._refusals: Dict[str, str] = {}  # of starts: the last text logged, by the beginning of the ID
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3804,7 +3818,7 @@ class Plugin:
             device, problem = found
             await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
         for slot_id in request.devices_ids:
-            self._refusals.pop(slot_id[:MAX_SHOWN], None)
+            board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
 
     async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
@@ -3825,10 +3839,8 @@ class Plugin:
         )
         self.start_refusals += 1
         self._devices.look_again()
-        if is_news(self._refusals, slot_id[:MAX_SHOWN], text):
-            log_event(
-                "start-refused", f"start of a container refused: {text}", logging.WARNING, resource=self.full_name
-            )
+        sentence = f"start of a container refused: {text}"
+        board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
 
 
@@ -3904,7 +3916,6 @@ class RegistrationContext(NamedTuple):
     devices: HostDevices
     kubelet: KubeletConnection
     leases: Leases
-    events: GroupedLog
 
 
 class RegistrationFailure(Exception):
@@ -3922,12 +3933,10 @@ class Registration:
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
         self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.problem = ""  # why it is not ready, as logged last
         self.registrations = self.refusals = self.stream_losses = 0
         self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
         self._kubelet = context.kubelet
         self._leases = context.leases
-        self._events = context.events
         self._server: Optional[UnixServer] = None
         self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
         self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
@@ -3944,10 +3953,11 @@ class Registration:
     def describe(self) -> Document:
         """Its part of the status document."""
         is_standby = self._is_standby and self._kubelet.is_answering
+        problem = board.get(self.plugin.full_name)
         return {
             "ready": self.is_ready,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self.is_ready else self.problem if is_standby else unready_text(self.problem),
+            "trouble": "" if self.is_ready else problem if is_standby else unready_text(problem),
             "allocations": self.plugin.allocations,
             "registrations": self.registrations,
             "refusals": self.refusals,
@@ -3981,6 +3991,7 @@ class Registration:
         """
         if previous:
             await asyncio.wait([previous])
+        board.set(self.plugin.full_name, "")
         kubelet: Optional[Identity] = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
@@ -4020,7 +4031,7 @@ class Registration:
             self.refusals += failure.event == "refused"
             self.stream_losses += failure.event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            self._log_problem(failure.event, str(failure))
+            board.set_of_resource(self.plugin.full_name, str(failure), failure.event)
 
     def _add_service(self, server: grpc.aio.Server) -> None:
         rpc.add_DevicePluginServicer_to_server(self.plugin, server)
@@ -4034,7 +4045,7 @@ class Registration:
         try:
             while not self._is_over(kubelet) and not self._leases.take(self._path):
                 self._is_standby = True
-                self._log_problem("not-served", OTHER_INSTANCE, logging.INFO)
+                board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
                 self._leases.wait_for(self._path, self.wake)
                 self._wake.clear()
                 await self._wake.wait()
@@ -4071,7 +4082,7 @@ class Registration:
             self._call = None
         self._is_registered = True
         self.registrations += 1
-        self._events.add("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+        board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
 
     async def _watch(self, kubelet: Identity) -> None:
         """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
@@ -4128,16 +4139,10 @@ class Registration:
     def _stream_changed(self, stream: object, is_open: bool) -> None:
         if is_open and self._stream is None:
             self._stream = stream
-            self.problem = ""
+            board.set(self.plugin.full_name, "")
         if stream is self._stream:
             self._is_stream_open = is_open
             self.wake()
-
-    def _log_problem(self, event: str, problem: str, level: int = logging.WARNING) -> None:
-        """Log PROBLEM, unless it was the last one logged."""
-        if problem != self.problem:
-            self.problem = problem
-            self._events.add(event, problem, level, self.plugin.full_name)
 
 
 class DevicePluginSide(KubeletSide):
@@ -4165,10 +4170,9 @@ class DevicePluginSide(KubeletSide):
         self.domain = domain
         self.registrations: Dict[str, Registration] = {}
         self.slots: SlotsOfDra = {}  # without DRA there is none
-        self._events = GroupedLog(loop)
-        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._events, self._kubelet_changed)
+        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/{self.LEASES}")
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases, self._events)
+        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
         self._files = DirectoryInodes(plugin_dir)
         self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._watch = watch
@@ -4205,7 +4209,7 @@ class DevicePluginSide(KubeletSide):
             await self._retire_all()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             self._leases.close()
-            self._events.flush()
+            board.flush()
             if self._watch:
                 self._watch.close()
             await self._kubelet.close()
@@ -4286,7 +4290,7 @@ class DevicePluginSide(KubeletSide):
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
         room = max(0, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
         for name in {*names[room:]} - self._unserved:
-            self._events.add("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
+            board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
         self._unserved = {*names[room:]}
         return names[:room]
 
@@ -4987,7 +4991,6 @@ class Claims:
         self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
         self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
         self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
-        self._logged: Dict[str, str] = {}  # the problem of a claim that was logged last
         self._rewrites: Counter[str] = Counter()  # of CDI files, that are not logged yet
         self._logged_at: Dict[str, float] = {}  # time.monotonic() when a rewritten file was logged last
         self._plan: Optional[Plan] = None
@@ -5106,19 +5109,12 @@ class Claims:
             return f"cannot remove {self._files.path(uid)}: {error.strerror}"
         if claim or uid in self._unread:
             log_event("unprepared", why, claim=claim.full_name if claim else uid)
-        memories = (self.prepared, self._unread, self._gone_since, self._logged, self._rewrites, self._logged_at)
-        for memory in memories:
+        board.set(uid, "")
+        for memory in (self.prepared, self._unread, self._gone_since, self._rewrites, self._logged_at):
             memory.pop(uid, None)
         self._unchecked.discard(uid)
         self._notify()
         return ""
-
-    def log_problem(self, event: str, text: str, claim: PreparedClaim) -> None:
-        """Log TEXT unless it is what was logged last of CLAIM. An empty one says that all is well again."""
-        if not text:
-            self._logged.pop(claim.uid, None)
-        elif is_news(self._logged, claim.uid, text):
-            log_event(event, text, logging.WARNING, claim=claim.full_name[:MAX_SHOWN])
 
     # -- one claim -------------------------------------------------------------------------------------------------
 
@@ -5171,7 +5167,8 @@ class Claims:
 
     def _log_not_written(self, claim: PreparedClaim, error: Union[AllocationError, OSError]) -> None:
         why = error.strerror if isinstance(error, OSError) else error
-        self.log_problem("cdi-file-not-rewritten", f"cannot write {self._files.path(claim.uid)}: {why}", claim)
+        text = f"cannot write {self._files.path(claim.uid)}: {why}"
+        board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
         """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
@@ -5271,7 +5268,7 @@ class Claims:
                 since = self._gone_since.setdefault(uid, time.monotonic())
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
-                    self.log_problem("cdi-file-not-removed", problem, claim)
+                    board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
                 return
             self._gone_since.pop(uid, None)
             self._unchecked.discard(uid)
@@ -5295,8 +5292,8 @@ class Claims:
 class ApiTask:
     """WORK on the API server that is done every SECONDS, when something has changed, and soon again after a failure."""
 
-    def __init__(self, work: Callable[[], Awaitable[None]], seconds: float) -> None:
-        self.problem = ""  # why it failed
+    def __init__(self, subject: str, work: Callable[[], Awaitable[None]], seconds: float) -> None:
+        self.subject = subject  # of the problem, if it failed
         self._work = work
         self._seconds = seconds
         self._change: Optional[asyncio.Event] = None  # while it runs
@@ -5318,12 +5315,9 @@ class ApiTask:
                 backoff.reset()
             except ApiError as error:
                 backoff.fail(time.monotonic())
-                least, pause, problem = error.retry_after, backoff.retry_at - time.monotonic(), str(error)
-            if problem and problem != self.problem:
-                log_event("not-published", f"{problem}; trying again", logging.WARNING)
-            elif self.problem and not problem:
+                least, pause, problem = error.retry_after, backoff.retry_at - time.monotonic(), f"{error}; trying again"
+            if board.set(self.subject, problem, "not-published") and not problem:
                 log_event("published-again", "publishing works again")
-            self.problem = problem
             await asyncio.sleep(max(least, MIN_PUBLISH_SECONDS))
             await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
 
@@ -5346,14 +5340,14 @@ class Publisher:
         self._resources: Sequence[str] = ()
         self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
         self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
-        self._slices = ApiTask(self._publish_slices, COMPARE_SECONDS)
-        self._classes = ApiTask(self._make_classes, CLASS_SECONDS)
-        self._tasks = (self._slices, self._classes, ApiTask(check_claims, COMPARE_SECONDS))
+        self._slices = ApiTask("slices", self._publish_slices, COMPARE_SECONDS)
+        self._classes = ApiTask("classes", self._make_classes, CLASS_SECONDS)
+        self._tasks = (self._slices, self._classes, ApiTask("claims", check_claims, COMPARE_SECONDS))
 
     @property
     def problem(self) -> str:
         """Why not everything is published; empty if it is."""
-        problem = next((task.problem for task in self._tasks if task.problem), "")
+        problem = next(filter(None, (board.get(task.subject) for task in self._tasks)), "")
         return f"not published: {problem}" if problem else "" if self.published_at else "not published yet"
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
@@ -5489,7 +5483,6 @@ class DraPlugin:
 
     def __init__(self, settings: DraSettings, claims: Claims, on_registration: Callable[[], None]) -> None:
         self.full_name = settings.domain
-        self.problem = ""  # why the kubelet does not have the driver
         self.registrations = self.restarts = self.prepare_errors = 0
         self._settings = settings
         self._claims = claims
@@ -5521,13 +5514,7 @@ class DraPlugin:
         self._served_since = time.monotonic() if are_served else math.inf
         self._is_registered = False
         if are_served:
-            self.problem = ""
-
-    def log_problem(self, event: str, problem: str) -> None:
-        """Log PROBLEM, unless it was logged last."""
-        if problem != self.problem:
-            log_event(event, problem, logging.WARNING)
-        self.problem = problem
+            board.set("driver", "")
 
     def check_kubelet(self) -> None:
         """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
@@ -5542,11 +5529,11 @@ class DraPlugin:
             self.restarts += self._last_kubelet is not None
             self._last_kubelet = self._kubelet
         if self.is_registered:
-            self.problem = ""
+            board.set("driver", "")
         elif self._is_registered:
-            self.log_problem("kubelet-gone", f"the kubelet no longer answers on {path}; waiting for it")
-        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not self.problem:
-            self.log_problem("kubelet-gone", "the kubelet has not registered the driver; waiting for it")
+            board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
+        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
@@ -5562,7 +5549,7 @@ class DraPlugin:
             self.registrations += 1
             log_event("registered", "registered with the kubelet", driver=self.full_name)
         else:
-            self.log_problem("refused", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}")
+            board.set("driver", f"the kubelet refused the driver: {request.error[:MAX_SHOWN]}", "refused")
         self.check_kubelet()
         self._on_registration()
         return pb.RegistrationStatusResponse()
@@ -5578,7 +5565,7 @@ class DraPlugin:
         for claim, prepared in zip(claims, await asyncio.gather(*tasks, return_exceptions=True)):
             entry = response.claims[claim.uid]
             if isinstance(prepared, PreparedClaim):
-                self._claims.log_problem("", "", claim)
+                board.set(claim.uid, "")
                 for device in prepared.devices:
                     cdi_id = f"{self.full_name}/device={claim.uid}-{device.name}"
                     names = {"pool_name": self._settings.node, "device_name": device.name}
@@ -5587,7 +5574,8 @@ class DraPlugin:
                 why = f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else prepared
                 entry.error = printable(f"{self.full_name}: {why}")  # protobuf takes no lone surrogate, JSON has them
                 self.prepare_errors += 1
-                self._claims.log_problem("refused", f"Prepare refused: {why}", claim)
+                name = claim.full_name[:MAX_SHOWN]
+                board.set(claim.uid[:MAX_SHOWN], f"Prepare refused: {why}", "refused", claim=name)
             else:
                 raise prepared
         return response
@@ -5688,7 +5676,7 @@ class DraSide(KubeletSide):
     @property
     def problem(self) -> str:
         """Why pods cannot be given every device that is offered; empty if they can."""
-        return self._publisher.problem if self._plugin.is_registered else unready_text(self._plugin.problem)
+        return self._publisher.problem if self._plugin.is_registered else unready_text(board.get("driver"))
 
     def describe_registration(self, name: str) -> Document:
         """The part of the status document about the resource NAME: the driver is registered for all of them."""
@@ -5730,7 +5718,7 @@ class DraSide(KubeletSide):
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
         if any(server.is_lost(_inodes(server.path)) for server in self._servers):
-            self._plugin.log_problem("stream-lost", "a socket file of the driver was deleted or replaced")
+            board.set("driver", "a socket file of the driver was deleted or replaced", "stream-lost")
             await self._end()
         if self._servers:
             return
@@ -5746,7 +5734,7 @@ class DraSide(KubeletSide):
             problem = f"cannot serve in {error.filename or self._settings.kubelet_dir}: {error.strerror}"
         if not self._publishing:
             await self._end()
-            self._plugin.log_problem("not-served", problem)
+            board.set("driver", problem, "not-served")
 
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
@@ -5788,7 +5776,7 @@ def _inodes(path: str) -> Mapping[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVENTS_SHOWN = 10  # by --status
-Problems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
+FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
 # The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
@@ -5867,7 +5855,7 @@ def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document, problems: Problems) -> Document:
+def describe_health(document: Document, problems: FoundProblems) -> Document:
     """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
     return {
         "healthy": not find_hanging(document["threads"]),
@@ -5890,7 +5878,7 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
     ]
 
 
-def find_problems(document: Document) -> Problems:
+def find_problems(document: Document) -> FoundProblems:
     """What is wrong, the worst first."""
     problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
 
@@ -6196,7 +6184,7 @@ def _fill(template: str, **values: object) -> str:
     return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
 
 
-def render_page(document: Document, problems: Problems, nonce: str) -> Iterator[str]:
+def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iterator[str]:
     """DOCUMENT as an HTML page, piece by piece, PROBLEMS first; only a style and a script with NONCE are in force."""
     count = len(problems)
     values = {
@@ -6538,7 +6526,7 @@ class StatusServer:
         made: T = await asyncio.shield(self._made[key])
         return made
 
-    async def _describe(self) -> Tuple[Document, Problems]:
+    async def _describe(self) -> Tuple[Document, FoundProblems]:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6591,7 +6579,6 @@ class KeptFile:
         self._what = what
         self._event = event
         self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
-        self._is_failing = False
 
     def read(self) -> Tuple[str, float]:
         """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
@@ -6608,12 +6595,11 @@ class KeptFile:
                 return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept, self._is_failing = (text, file_stamp(self.path)), False
+            self._kept = (text, file_stamp(self.path))
+            board.set(self.path, "")
         except OSError as error:
-            if not self._is_failing:
-                sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-                log_event(self._event, sentence, logging.WARNING)
-            self._is_failing = True
+            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+            board.set(self.path, sentence, self._event)
 
 
 def file_stamp(path: str) -> Tuple[int, ...]:
@@ -6808,7 +6794,6 @@ class DeviceSide:
         self._gpus: Sequence[str] = ()
         self._kept_devices = kept_devices
         self._next_full_scan = 0.0
-        self._dev_problem = ""
 
     @property
     def rules(self) -> Sequence[Rule]:
@@ -6878,7 +6863,7 @@ class DeviceSide:
                 "reloads": self._conf.reloads,
                 "failed_reloads": self._conf.failed_reloads,
             },
-            "dev_problem": self._dev_problem,  # why /dev cannot be read
+            "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
             "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
         }
 
@@ -6892,9 +6877,7 @@ class DeviceSide:
         except OSError as error:
             self.snapshot = Snapshot({}, {})
             problem = f"cannot look at {self._dev_dir}: {error.strerror}"
-        if problem and problem != self._dev_problem:
-            log_event("dev-lost", problem, logging.ERROR)
-        self._dev_problem = problem
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
         self.scan_seconds = time.monotonic() - started
         return self.snapshot is not before
 

@@ -5794,7 +5794,7 @@ def test_only_so_many_refusals_are_remembered(board: Board, node: Node, kubelet:
     """Whoever may ask could name any number of IDs."""
     plug_stick(board, "ttyUSB0", "A1")
     node.rules(STICKS)
-    daemon = start(fault="sdm.MAX_REFUSALS = 2")
+    daemon = start(fault="sdm.Problems.MAX_SUBJECTS = 2")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
         assert not may_start(kubelet, "ttyUSB0", slot_id)
@@ -6673,8 +6673,7 @@ async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
     kubelet = support.SimulatedKubelet(plugin_dir)
     await kubelet.start()
     told: list[bool] = []
-    events = sdm.GroupedLog(asyncio.get_running_loop())
-    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", events, lambda: told.append(seen.is_answering))
+    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", lambda: told.append(seen.is_answering))
     seen.check()
     with without_descriptors():
         assert not seen.check_answering()  # one registration finds it gone, and waits for it
