@@ -4286,9 +4286,10 @@ class DevicePluginSide(KubeletSide):
                 self._start(name, registration)
 
     def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors, those that are served already first."""
+        """The resources of PLAN for which there are file descriptors; none that is served already ends for the others."""
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
-        room = max(0, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        served = len(self.registrations.keys() & plan.resources.keys())
+        room = max(served, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
         for name in {*names[room:]} - self._unserved:
             board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
         self._unserved = {*names[room:]}
