@@ -4286,7 +4286,7 @@ class DevicePluginSide(KubeletSide):
                 self._start(name, registration)
 
     def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors; none that is served already ends for the others."""
+        """The resources of PLAN for which there are file descriptors; none that is served ends for others."""
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
         served = len(self.registrations.keys() & plan.resources.keys())
         room = max(served, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
