@@ -36,6 +36,7 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036 (before imports that an older one does not have)
     sys.exit("smarter-device-manager needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
+import abc
 import argparse
 import binascii
 import concurrent.futures
@@ -49,7 +50,6 @@ import io
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -64,23 +64,18 @@ import time
 import types
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
-    Awaitable,
-    Callable,
+    ClassVar,
     Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
     List,
-    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
     Protocol,
-    Sequence,
     Set,
     Tuple,
     TypeVar,
@@ -129,8 +124,10 @@ def _plain_pattern(stop: str) -> re.Pattern[str]:
 
 _BLOCK_PLAIN = _plain_pattern("")
 _FLOW_PLAIN = _plain_pattern(r",?\[\]{}")
-_SINGLE_QUOTED = re.compile(r"'((?:[^'\n]|'')*)")  # up to the closing quote, if there is one
-_DOUBLE_QUOTED = re.compile(r'"((?:[^"\\\n]|\\[^\n])*)')
+_QUOTED = {  # up to the closing quote, if there is one
+    "'": re.compile(r"'(?:[^'\n]|'')*"),
+    '"': re.compile(r'"(?:[^"\\\n]|\\[^\n])*'),
+}
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
 _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
@@ -167,9 +164,7 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str, line: int, column: int) -> None:
         super().__init__(message, line, column)
-        self.message = message
-        self.line = line
-        self.column = column
+        self.message, self.line, self.column = message, line, column
 
     def __str__(self) -> str:
         return f"line {self.line}, column {self.column}: {self.message}"
@@ -178,23 +173,19 @@ class ConfigError(ValueError):
 class Node(NamedTuple):
     """A value and the place where it starts; line and column count from 1."""
 
-    value: Any  # str, int, bool or None; a list of nodes; Pairs
+    value: Any  # str, int, bool or None; a list of nodes; a dict, which has the nodes of key and value by key
     line: int
     column: int
 
-
-class Pairs(list["tuple[Node, Node]"]):
-    """The keys and values of a mapping. The type tells {} from []."""
-
-
-def compose_yaml(text: str) -> Node:
-    """Parse a text into nodes with their places, or raise ConfigError."""
-    return _Parser(text).document()
+    def error(self, message: str) -> ConfigError:
+        """What is wrong with it."""
+        return ConfigError(message, self.line, self.column)
 
 
-class _Parser:
-    """One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
+class YamlParser:
+    """document() parses a text into nodes with their places, or raises ConfigError.
 
+    One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
     Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
     after their last character. depth is the level of nesting.
     """
@@ -206,8 +197,7 @@ class _Parser:
         self.pos = 0
         bad = _BAD_CHARACTER.search(self.text, 0, len(self.text) - len(_END))
         if bad:
-            code = f"U+{ord(bad.group()):04X}"
-            self.fail(f"the character {code} is not allowed: remove it, save as UTF-8", bad.start())
+            self.fail(f"the character U+{ord(bad[0]):04X} is not allowed: remove it, save as UTF-8", bad.start())
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -284,11 +274,10 @@ class _Parser:
     def block_mapping(self, depth: int) -> Node:
         start, indent = self.pos, self.indent()
         self.check_depth(depth)
-        pairs = Pairs()
-        seen: set[str] = set()
+        pairs: dict[str, tuple[Node, Node]] = {}
         while self.indent() == indent:
-            key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, seen)
-            pairs.append((key, self.block_value(depth + 1, indent)))
+            key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, pairs)
+            pairs[key.value] = key, self.block_value(depth + 1, indent)
         if self.indent() > indent:
             self.misplaced()
         return self.node(pairs, start)
@@ -323,7 +312,7 @@ class _Parser:
         if depth > _MAX_DEPTH:
             self.fail(f"more than {_MAX_DEPTH} levels of nesting: make it flatter")
 
-    def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], seen: set[str]) -> Node:
+    def key(self, depth: int, plain: re.Pattern[str], colon: re.Pattern[str], others: Mapping[str, object]) -> Node:
         """A key and its ':', in either style; PLAIN and COLON are the patterns of the style."""
         start = self.pos
         node = self.flow_node(depth, plain)
@@ -334,9 +323,8 @@ class _Parser:
             self.fail("a key must be text: quote it", start)
         if end - 1 - start > _MAX_KEY:
             self.fail(f"a key longer than {_MAX_KEY} characters: shorten it", start)
-        if key in seen:
+        if key in others:
             self.fail(f"the key {_shown(key)} is there twice: remove one of them", start)
-        seen.add(key)
         self.pos = end
         return node
 
@@ -348,11 +336,7 @@ class _Parser:
             return self.flow_list(depth)
         if char == "{":
             return self.flow_mapping(depth)
-        if char == '"':
-            return self.quoted(_DOUBLE_QUOTED)
-        if char == "'":
-            return self.quoted(_SINGLE_QUOTED)
-        return self.plain(plain)
+        return self.quoted(char) if char in "'\"" else self.plain(plain)
 
     def flow_list(self, depth: int) -> Node:
         start = self.pos
@@ -361,13 +345,12 @@ class _Parser:
 
     def flow_mapping(self, depth: int) -> Node:
         start = self.pos
-        pairs = Pairs()
-        seen: set[str] = set()
+        pairs: dict[str, tuple[Node, Node]] = {}
         for _ in self.flow_entries(depth, "}"):
-            key = self.key(depth + 1, _FLOW_PLAIN, _FLOW_COLON, seen)
+            key = self.key(depth + 1, _FLOW_PLAIN, _FLOW_COLON, pairs)
             empty = self.node(None, self.pos)
             self.skip()
-            pairs.append((key, empty if self.char() in (",", "}", _END) else self.flow_node(depth + 1)))
+            pairs[key.value] = key, empty if self.char() in (",", "}", _END) else self.flow_node(depth + 1)
         return self.node(pairs, start)
 
     def flow_entries(self, depth: int, closer: str) -> Iterator[None]:
@@ -396,8 +379,7 @@ class _Parser:
         if not match:
             default = f"no text starts with '{self.char()}': quote it, or add what is missing before it"
             self.fail(_HINTS.get(self.char(), default))
-        text = match.group()
-        self.pos = match.end()
+        text, self.pos = match[0], match.end()
         if text in _CONSTANTS:
             return self.node(_CONSTANTS[text], start)
         if _INTEGER.fullmatch(text):
@@ -407,39 +389,32 @@ class _Parser:
             problem = "a number must be whole, and without zeros before it"
             self.fail(f"{text[:40]}: {problem}: write {number[1]}; a text must be in quotes: {_shown(text)}", start)
         if _NOT_PLAIN_TEXT.fullmatch(text):
-            self.fail(
-                f"{text[:40]} is not text to every YAML reader: if it is a text, quote it ({_shown(text)}); "
-                "otherwise write a decimal number of up to 18 digits, true, false or null",
-                start,
-            )
+            problem = f"is not text to every YAML reader: if it is a text, quote it ({_shown(text)})"
+            remedy = "otherwise write a decimal number of up to 18 digits, true, false or null"
+            self.fail(f"{text[:40]} {problem}; {remedy}", start)
         return self.node(text, start)
 
-    def quoted(self, pattern: re.Pattern[str]) -> Node:
+    def quoted(self, quote: str) -> Node:
         start = self.pos
-        quote = self.char()
-        self.pos = self.end_of(pattern)
+        self.pos = self.end_of(_QUOTED[quote])
         if self.char() != quote:
             self.fail(f"this text has no closing {quote} on its line: add it", start)
         text = self.text[start + 1 : self.pos]
         self.pos += len(quote)
         if quote == "'":
             return self.node(text.replace("''", "'"), start)
-        return self.node(_ESCAPE.sub(lambda match: self.unescape(match, start + 1), text), start)
+        return self.node(_ESCAPE.sub(lambda match: self.unescape(match, start + 1 + match.start()), text), start)
 
-    def unescape(self, match: re.Match[str], offset: int) -> str:
-        code = match.group(1) or match.group(2) or match.group(3)
-        if code:
-            number = int(code, 16)
-            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
-                self.fail("no character has this number", offset + match.start())
-            return chr(number)
-        char = match.group(4)
-        if char not in _ESCAPES:
-            self.fail(
-                f"'\\{char}' is not an escape: write '\\\\' for a backslash, or use single quotes",
-                offset + match.start(),
-            )
-        return _ESCAPES[char]
+    def unescape(self, match: re.Match[str], pos: int) -> str:
+        code, char = match[1] or match[2] or match[3], match[4]
+        if char and char not in _ESCAPES:
+            self.fail(f"'\\{char}' is not an escape: write '\\\\' for a backslash, or use single quotes", pos)
+        if char:
+            return _ESCAPES[char]
+        number = int(code, 16)
+        if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+            self.fail("no character has this number", pos)
+        return chr(number)
 
 
 def _shown(text: str) -> str:
@@ -453,10 +428,7 @@ def _shown(text: str) -> str:
 # without a warning; what cannot be translated is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
-RING_AGAIN_SECONDS = 0.01
 SEARCH_SECONDS = 0.05  # of CPU time that a search may take; most take a microsecond
-MAX_FASTER = 20  # the limit of an expression that keeps taking too long is divided by up to this
-MAX_SLOW_TEXTS = 1000  # that an expression remembers, so as not to search them again
 TOOK_TOO_LONG = "the expression took too long"  # the beginning of a reason
 
 T = TypeVar("T")
@@ -471,30 +443,23 @@ class SearchTimeout(Exception):
 
 
 class _Alarm:
-    """Interrupts work that takes too long, with an exception that a signal handler raises.
+    """Interrupts work that takes too long, with an exception that a signal handler raises. For the main thread only.
 
-    Python runs signal handlers in the main thread only, between two steps of its own code or of re's; so it must be
-    safe to interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too
-    long because the machine is busy with something else.
+    Python runs signal handlers in the main thread, between two steps of its own code or of re's; so it must be safe to
+    interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too long
+    because the machine is busy with something else.
     """
 
-    def __init__(self) -> None:
-        self._due = 0.0  # time.thread_time() at which the work must be done; 0 when there is none
-        self._is_installed = False
+    RING_SECONDS = 0.01  # between two signals once the time is up: Python drops an exception raised in a finalizer
+    _due: float | None = None  # time.thread_time() at which the work must be done; 0 if there is none
 
     def limit(self, work: Callable[[], T], seconds: float) -> T:
-        """What WORK returns. Raises SearchTimeout if it takes more than SECONDS of CPU time.
-
-        Raises RuntimeError in a thread other than the main one. WORK must not call this method.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("only the main thread can search within a limit of time")
-        if not self._is_installed:
+        """What WORK, which must not call this, returns. Raises SearchTimeout after SECONDS of CPU time."""
+        if self._due is None:  # this is the first call
             signal.signal(signal.SIGPROF, self._ring)
-            self._is_installed = True
         try:
             self._due = time.thread_time() + seconds
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds, self.RING_SECONDS)
             return work()
         finally:
             # If the signal comes before the next line takes effect, it interrupts this method as it would the work.
@@ -502,15 +467,9 @@ class _Alarm:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _ring(self, *_: object) -> None:
-        now = time.thread_time()
-        if not self._due:
-            return
-        if now < self._due:  # the timer counts the clock's ticks, of all threads in the process
-            signal.setitimer(signal.ITIMER_PROF, self._due - now)
-            return
-        self._due = now + RING_AGAIN_SECONDS  # Python drops the exception where it interrupts a finalizer
-        signal.setitimer(signal.ITIMER_PROF, RING_AGAIN_SECONDS)
-        raise SearchTimeout
+        # The timer counts the clock's ticks, of all threads in the process, so it may come early.
+        if self._due and time.thread_time() >= self._due:
+            raise SearchTimeout
 
 
 ALARM = _Alarm()
@@ -519,111 +478,72 @@ ALARM = _Alarm()
 class Expression:
     """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
-    A search keeps all other threads waiting. One that reaches the limit raises SearchTimeout, after it has let the
-    other threads run for as long as it took, and is not tried again with the same text.
+    A search keeps all other threads waiting. One that reaches the limit then lets them run for as long as it took, and
+    is not tried again with the same text.
     """
+
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
+    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
+    MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
+    MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
 
     def __init__(self, pattern: str) -> None:
         """Raises ExpressionError."""
         self.pattern = pattern
         try:
-            self.compiled = re.compile(translate(pattern), re.ASCII)
+            self.compiled = re.compile(_Translator(pattern).result(), re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
-        self._slow_texts: Dict[str, None] = {}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Expression) and self.pattern == other.pattern
-
-    def __hash__(self) -> int:
-        return hash(self.pattern)
-
-    def search(self, text: str, slow_searches: int = 0) -> Optional[re.Match[str]]:
-        """Like re.Pattern.search(). SLOW_SEARCHES is how many of other expressions took too long so far."""
-        return self._find(self.compiled.search, text, slow_searches)
-
-    def fullmatch(self, text: str) -> Optional[re.Match[str]]:
-        """Like re.Pattern.fullmatch()."""
-        return self._find(self.compiled.fullmatch, text, 0)
-
-    def was_slow(self, text: str) -> bool:
-        """Whether a search in TEXT took too long."""
-        return text in self._slow_texts
-
-    def slow_searches(self) -> int:
-        """How many searches took too long so far."""
-        return len(self._slow_texts)
-
-    def _find(self, find: Callable[[str], Optional[re.Match[str]]], text: str, others: int) -> Optional[re.Match[str]]:
-        if self.was_slow(text):
-            raise SearchTimeout
-        # The more searches took too long, the less time the next one gets: a thousand would take a minute otherwise.
-        seconds = SEARCH_SECONDS / min(1 + self.slow_searches() + others, MAX_FASTER)
+    def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
+        """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
+        if text in self.slow_texts:
+            return SearchTimeout()
+        find = self.compiled.fullmatch if whole else self.compiled.search
+        seconds = SEARCH_SECONDS / min(1 + len(self.slow_texts), self.MAX_FASTER)
         try:
             return ALARM.limit(lambda: find(text), seconds)
-        except SearchTimeout:
-            if len(self._slow_texts) == MAX_SLOW_TEXTS:
-                del self._slow_texts[next(iter(self._slow_texts))]
-            self._slow_texts[text] = None
+        except SearchTimeout as timeout:
+            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
+            self.slow_texts = frozenset([*others, text])
             time.sleep(seconds)
-            raise
+            return timeout.with_traceback(None)
 
 
-class Expressions:
-    """Several expressions that are all searched for in one text. For the main thread only."""
-
-    def __init__(self, expressions: Iterable[Expression]) -> None:
-        self._expressions = tuple(expressions)
-        self._searches = [expression.compiled.search for expression in self._expressions]
-        self._were_slow = False
-
-    def search(self, text: str) -> Sequence[Union[re.Match[str], SearchTimeout, None]]:
-        """Per expression, what the search in TEXT found, or that it took too long."""
-        if not self._were_slow:
-            try:  # one limit for all of them, because setting it takes longer than most searches
-                return ALARM.limit(lambda: [search(text) for search in self._searches], SEARCH_SECONDS)
-            except SearchTimeout:
-                self._were_slow = True
-                time.sleep(SEARCH_SECONDS)
-        slow = sum(expression.slow_searches() for expression in self._expressions)
-        outcomes = []
-        for expression in self._expressions:
-            others = slow - expression.slow_searches()
-            outcomes.append(_outcome(expression, text, others))
-            slow = others + expression.slow_searches()
-        return outcomes
+def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
+    """Per expression, what the search in TEXT finds. For the main thread only."""
+    if not Expression.were_slow:
+        try:  # one limit for all of them, because setting it takes longer than most searches
+            return ALARM.limit(lambda: [each.compiled.search(text) for each in expressions], SEARCH_SECONDS)
+        except SearchTimeout:
+            Expression.were_slow = True
+    return [expression.search(text) for expression in expressions]
 
 
-def _outcome(expression: Expression, text: str, slow_searches: int) -> Union[re.Match[str], SearchTimeout, None]:
-    try:
-        return expression.search(text, slow_searches)
-    except SearchTimeout:
-        return SearchTimeout()  # a new one, without the traceback, because callers keep it
+# The translation. A class is written as in a Python [class].
 
-
-# The translation.
-
-_POSIX_CLASSES = {  # the first and last character of each range, sorted
-    "alnum": "09AZaz",
-    "alpha": "AZaz",
-    "ascii": "\0\x7f",
-    "blank": "\t\t  ",
-    "cntrl": "\0\x1f\x7f\x7f",
-    "digit": "09",
-    "graph": "!~",
-    "lower": "az",
-    "print": " ~",
-    "punct": "!/:@[`{~",
-    "space": "\t\r  ",
-    "upper": "AZ",
-    "word": "09AZ__az",
-    "xdigit": "09AFaf",
+_POSIX_CLASSES = {
+    "alnum": "0-9A-Za-z",
+    "alpha": "A-Za-z",
+    "ascii": r"\x00-\x7f",
+    "blank": r"\t\x20",
+    "cntrl": r"\x00-\x1f\x7f",
+    "digit": "0-9",
+    "graph": "!-~",
+    "lower": "a-z",
+    "print": r"\x20-~",
+    "punct": r"!-/:-@\[-`{-~",
+    "space": r"\t-\r\x20",
+    "upper": "A-Z",
+    "word": "0-9A-Z_a-z",
+    "xdigit": "0-9A-Fa-f",
 }
-_PERL_CLASSES = {r"\d": "09", r"\s": "\t\n\f\r  ", r"\w": "09AZ__az"}  # RE2's \s does not have the vertical tab
-_NAMED_CLASS = re.compile(r"\[:\^?(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
+_PERL_CLASSES = {r"\d": "0-9", r"\s": r"\t\n\f\r\x20", r"\w": "0-9A-Z_a-z"}  # RE2's \s does not have the vertical tab
+_NAMED_CLASS = re.compile(r"\[:(?P<not>\^?)(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
+_RANGE_DASH = re.compile(r"-(?=[^\]])")
 _CONTROLS = dict(zip("aftnrv", "\a\f\t\n\r\v"))
 _ASSERTIONS = {"^": r"\A", "$": r"\Z", r"\A": r"\A", r"\z": r"\Z", r"\b": r"\b", r"\B": r"(?!\b)"}  # re's \B has varied
 _CHARACTER = re.compile(
@@ -636,17 +556,26 @@ _CHARACTER = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_REGEX_TOKEN = re.compile(
+_TOKEN = re.compile(
     r"""
       \( \? (?P<on> [A-Za-z]* ) (?: - (?P<off> [A-Za-z]+ ) )? (?P<scope> [:)] )
     | (?P<open> \( (?: \? (?: P?< (?P<name> [A-Za-z_][A-Za-z0-9_]* ) > | (?P<look> <?[=!] ) ) | (?!\?) ) )
     | (?P<foreign> \( \? .? )
     | (?P<repeat> (?: [*+?] | \{ (?P<count> (?:0|[1-9][0-9]*) (?: , (?:0|[1-9][0-9]*)? )? ) \} ) \?? )
     | (?P<assertion> [\^$] | \\[AzbB] )
-    | (?P<atom> . )
+    | (?P<any> \. )
+    | (?P<bracket> \[\^? )
+    |                       # nothing, if another character comes
     """,
     re.VERBOSE | re.DOTALL,
 )
+_BAD_ESCAPES = {
+    **dict.fromkeys("CQEpP", "is not supported; write the characters themselves or a [class]"),
+    **dict.fromkeys("123456789", "is for templates only; an expression cannot refer to what a group matched"),
+    "": r"is not an escape; for a backslash, write \\",
+    "Z": r"is not an escape; for the end, write $ or \z",
+    "x": r"is not an escape; a character by its number is \x7f or \x{20ac}",
+}
 
 
 class _Part(NamedTuple):
@@ -658,53 +587,58 @@ class _Part(NamedTuple):
 
 
 class _Translator:
-    """A recursive descent over PATTERN. Each method translates what begins at self.pos, and leaves self.pos behind it.
+    """Translates a pattern for Go's RE2 to an expression of Python's re that means the same with re.ASCII.
 
-    self.flags has those of i, m and s that are on.
+    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
+    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
+    most of what RE2 refuses; re.compile() refuses the rest. This is a recursive descent: each method translates what
+    begins at self.pos, and leaves self.pos after it.
     """
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.pos = 0
-        self.flags: FrozenSet[str] = frozenset()
+        self.flags: frozenset[str] = frozenset()  # those of i, m and s that are on
+
+    def result(self) -> str:
+        return self.group().text + self.pattern[self.pos :]  # re refuses a ")" too many
 
     def next(self) -> str:
         return self.pattern[self.pos : self.pos + 1]
 
+    def take(self, token: re.Pattern[str]) -> re.Match[str] | None:
+        found = token.match(self.pattern, self.pos)
+        self.pos = found.end() if found else self.pos
+        return found
+
     def group(self, opening: str = "", is_look_around: bool = False) -> _Part:
         """The alternatives up to the end of a group, whose OPENING is behind. Its flags end with it."""
-        flags, alternatives = self.flags, [self.sequence()]
-        while self.next() == "|":
-            self.pos += 1
-            alternatives.append(self.sequence())
-        closing = self.next() if opening else ""  # re refuses a group that is not closed
-        self.pos += len(closing)
-        self.flags = flags
-        return _Part(
-            opening + "|".join(part.text for part in alternatives) + closing,
-            is_look_around or any(part.may_be_empty for part in alternatives),
-            not is_look_around and any(part.may_take for part in alternatives),
-        )
+        flags, text, may_be_empty, may_take = self.flags, opening, is_look_around, False
+        while True:
+            parts = self.sequence()
+            text += "".join(part.text for part in parts)
+            may_be_empty |= all(part.may_be_empty for part in parts)
+            may_take |= not is_look_around and any(part.may_take for part in parts)
+            end = self.next() if opening or self.next() == "|" else ""  # re refuses a group that is not closed
+            self.pos += len(end)
+            text += end
+            if end != "|":
+                self.flags = flags
+                return _Part(text, may_be_empty, may_take)
 
-    def sequence(self) -> _Part:
-        parts: List[_Part] = []
+    def sequence(self) -> list[_Part]:
+        parts: list[_Part] = []
         is_repeatable = False
         while self.next() not in ("", "|", ")"):
-            token = _REGEX_TOKEN.match(self.pattern, self.pos)
-            assert token  # the last alternative matches any character
+            token = self.take(_TOKEN)
+            assert token  # its last alternative is empty
             if token["foreign"]:
                 begins = "(?:...), (?i:...), (?P<name>...) and (?=...) do"
                 raise ExpressionError(f"{token[0]} does not begin a group; {begins}")
-            if token["repeat"] and not is_repeatable:
-                sign = token[0][0]
-                remedy = rf"for the character itself, write \{sign}"
-                raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
-            is_repeatable = not token["repeat"] and token["scope"] != ")"
-            if token["atom"]:
-                parts.append(_Part(self.atom(), may_be_empty=False, may_take=True))
-                continue
-            self.pos = token.end()
             if token["repeat"]:
+                if not is_repeatable:
+                    remedy = rf"for the character itself, write \{token[0][0]}"
+                    raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
                 parts[-1] = _repeat(parts[-1], token)
             elif token["assertion"]:
                 is_of_lines = "m" in self.flags and token[0] in "^$"
@@ -712,68 +646,64 @@ class _Translator:
             elif token["open"]:
                 opening = f"(?P<{token['name']}>" if token["name"] else token[0]
                 parts.append(self.group(opening, bool(token["look"])))
-            else:
-                before, self.flags = self.flags, _flags(token, self.flags)
+            elif token["scope"]:
+                on, off, before = set(token["on"]), set(token["off"] or ""), self.flags
+                if not on | off <= set("ims"):
+                    raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
+                self.flags = (before | on) - off
                 if token["scope"] == ":":
                     parts.append(self.group("(?:"))
                     self.flags = before
-        return _Part(
-            "".join(part.text for part in parts),
-            all(part.may_be_empty for part in parts),
-            any(part.may_take for part in parts),
-        )
+            else:
+                parts.append(_Part(self.atom(token), may_be_empty=False, may_take=True))
+            is_repeatable = not token["repeat"] and token["scope"] != ")"
+        return parts
 
-    def atom(self) -> str:
+    def atom(self, token: re.Match[str]) -> str:
         """A character, a class of characters, or a "." for any."""
-        named = _NAMED_CLASS.match(self.pattern, self.pos) if self.next() == "\\" else None
-        if self.next() == ".":
-            self.pos += 1
+        if token["any"]:
             return "(?s:.)" if "s" in self.flags else "."
-        if named:
-            text = f"[{self.named_class(named)}]"
+        if token["bracket"]:
+            text = self.char_class(token["bracket"])
         else:
-            text = self.char_class() if self.next() == "[" else self.char()
+            named = self.take(_NAMED_CLASS)
+            text = f"[{self.named_class(named)}]" if named else self.char()
         return f"(?i:{text})" if "i" in self.flags else text
 
-    def char_class(self) -> str:
-        text = "[^" if self.pattern.startswith("[^", self.pos) else "["
-        self.pos = first = self.pos + len(text)
+    def char_class(self, text: str) -> str:
+        first = self.pos
         while self.next() != "]" or self.pos == first:
-            named = _NAMED_CLASS.match(self.pattern, self.pos)
             if not self.next():
                 return text  # re refuses it
+            named = self.take(_NAMED_CLASS)
             text += self.named_class(named) if named else self.char()
-            if not named and self.next() == "-" and self.pattern[self.pos + 1 : self.pos + 2] not in ("", "]"):
-                self.pos += 1
+            if not named and self.take(_RANGE_DASH):
                 text += f"-{self.char()}"
         self.pos += 1
         return f"{text}]"
 
     def named_class(self, named: re.Match[str]) -> str:
-        r"""The ranges of [:alpha:], [:^alpha:], \d or \D, as they are written in a [class]."""
-        self.pos = named.end()
+        r"""What [:alpha:], [:^alpha:], \d or \D is in a [class]."""
         name = named["posix"]
-        is_negated = named[0].isupper() if name is None else named[0].startswith("[:^")
         if "i" in self.flags and name in ("lower", "upper"):
             name = "alpha"
-        bounds = _PERL_CLASSES[named[0].lower()] if name is None else _POSIX_CLASSES.get(name)
-        if bounds is None:
+        ranges = _PERL_CLASSES[named[0].lower()] if name is None else _POSIX_CLASSES.get(name)
+        if ranges is None:
             names = ", ".join(_POSIX_CLASSES)
             raise ExpressionError(f"{_shown(named[0])} is not a character class; the names are {names}")
-        codes = [ord(char) for char in bounds]
-        if is_negated:  # the ranges in between
-            codes = [-1, *codes, sys.maxunicode + 1]
-            codes = [code + 1 - 2 * (index % 2) for index, code in enumerate(codes)]
-        ranges = zip(codes[::2], codes[1::2])
-        return "".join(f"{_literal(chr(low))}-{_literal(chr(high))}" for low, high in ranges if low <= high)
+        if not named["not"] and not named[0].isupper():
+            return ranges
+        others = re.findall(f"[^{ranges}]", "".join(map(chr, range(128))))
+        return "".join(map(re.escape, others)) + r"\x80-\U0010ffff"
 
     def char(self) -> str:
         """The one character, written as itself or as an escape."""
-        found = _CHARACTER.match(self.pattern, self.pos)
+        found = self.take(_CHARACTER)
         if not found:
-            raise ExpressionError(_bad_escape(self.pattern[self.pos + 1 : self.pos + 2]))
-        self.pos = found.end()
-        char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"])
+            char = self.pattern[self.pos + 1 : self.pos + 2]
+            default = f"is not an escape; for the character itself, write {char}"
+            raise ExpressionError(f"\\{char} {_BAD_ESCAPES.get(char, default)}")
+        char = found["plain"] or found["sign"] or _CONTROLS.get(found["control"], "")
         if not char:
             code = int(found["octal"], 8) if found["octal"] else int(found["wide"] or found["hex"], 16)
             if code > sys.maxunicode:
@@ -781,18 +711,7 @@ class _Translator:
             char = chr(code)
         if "i" in self.flags and not char.isascii():
             raise ExpressionError(f"(?i) works with ASCII only; exclude {_shown(found[0])} from it: (?-i:{found[0]})")
-        return _literal(char)
-
-
-def translate(pattern: str) -> str:
-    """Translate PATTERN, written for Go's RE2, to an expression of Python's re that means the same with re.ASCII.
-
-    Look-around, which only Python has, is allowed, and so is what is too large for Go. Under (?i), k and s do not match
-    the kelvin sign and the long s, as they do in RE2. Raises ExpressionError for what Python cannot express, and for
-    most of what RE2 refuses; re.compile() refuses the rest.
-    """
-    translator = _Translator(pattern)
-    return translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
+        return re.escape(char)
 
 
 def _repeat(part: _Part, token: re.Match[str]) -> _Part:
@@ -808,31 +727,6 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
     return _Part(text + token[0], part.may_be_empty or least == "0", part.may_take)
 
 
-def _flags(token: re.Match[str], before: FrozenSet[str]) -> FrozenSet[str]:
-    """The flags after TOKEN, such as (?i) or (?s-m:, where there were those in BEFORE."""
-    on, off = token["on"], token["off"] or ""
-    if not set(on + off) <= set("ims"):
-        raise ExpressionError(f"the flags of {_shown(token[0])} are not supported; i, m and s are")
-    return before.union(on) - set(off)
-
-
-def _bad_escape(char: str) -> str:
-    if char and char in "CQEpP":
-        return f"\\{char} is not supported; write the characters themselves or a [class]"
-    if char and char in "123456789":
-        return f"\\{char} is for templates only; an expression cannot refer to what a group matched"
-    hints = {
-        "": r"for a backslash, write \\",
-        "Z": r"for the end, write $ or \z",
-        "x": r"a character by its number is \x7f or \x{20ac}",
-    }
-    return f"\\{char} is not an escape; " + hints.get(char, f"for the character itself, write {char}")
-
-
-def _literal(char: str) -> str:
-    return char if char.isalnum() or char == "_" else f"\\x{ord(char):02x}" if char < "\x7f" else char
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
 # chapters below rely on every Rule being valid: expanding its templates cannot fail.
@@ -841,7 +735,6 @@ def _literal(char: str) -> str:
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
 MAX_SLOTS = 10_000
 PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
-MAX_COMPARED_NAMES = 100  # of pools, with devices that other rules name
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
 
 
@@ -862,18 +755,24 @@ class Attribute(NamedTuple):
 
     def fits(self, value: str) -> bool:
         """Whether VALUE matches. A search that takes too long counts as no."""
-        try:
-            return self.match.fullmatch(value) is not None
-        except SearchTimeout:
-            return False
+        return isinstance(self.match.search(value, whole=True), re.Match)
 
 
-def _compile(node: Node) -> Expression:
-    """The expression in NODE. Raises ConfigError."""
-    try:
-        return Expression(_text(node))
-    except ExpressionError as error:
-        raise ConfigError(str(error), node.line, node.column) from None
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the config file. _KEYS has the key of each field."""
+
+    line: int  # of the config file
+    match: Expression  # searched for in a path below /dev
+    pattern: str  # match, as written in the config file
+    slots: int = 1  # how many containers may have the device at once
+    resource: str = ""  # template; empty: the path names the resource
+    containerpath: str = ""  # template; empty: the path itself
+    permissions: str = "rw"
+    attributes: tuple[Attribute, ...] = ()
+    companions: tuple[Companion, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    values: tuple[str, ...] = ()  # names of the attributes whose values its templates use
 
 
 # Templates: texts in which \1, \g<name> and \g<0> stand for what devicematch matched, and \g<attr:NAME> for the value
@@ -905,47 +804,24 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
     return _REFERENCE.sub(replacement, template)
 
 
-def attributes_in(template: str) -> Tuple[str, ...]:
+def attributes_in(template: str) -> tuple[str, ...]:
     """The names of the sysfs attributes that TEMPLATE refers to."""
-    names = (reference["attribute"] for reference in _REFERENCE.finditer(template))
-    return tuple(dict.fromkeys(filter(None, names)))
+    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
 
 
-def _group(reference: re.Match[str]) -> Union[int, str]:
+def _group(reference: re.Match[str]) -> int | str:
     name = reference["number"] or reference["group"]
     return int(name) if name.isdecimal() else name
 
 
-def _check_template(node: Node, pattern: Expression) -> None:
-    for reference in _REFERENCE.finditer(node.value):
-        if reference["wrong"] is not None:
-            problem = r"after a backslash, write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
-        elif reference["attribute"]:
-            if _is_attribute(reference["attribute"]):
-                continue
-            problem = f"{_shown(reference['attribute'])} is not an attribute of sysfs"
-        else:
-            group = _group(reference)
-            if group in pattern.compiled.groupindex or (isinstance(group, int) and group <= pattern.compiled.groups):
-                continue
-            problem = f"devicematch has no group {reference[0]}"
-        raise ConfigError(f"{_shown(node.value)}: {problem}", node.line, node.column)
-
-
-def _is_attribute(name: str) -> bool:
-    """Whether NAME can be the name of a file in a device's folder in sysfs."""
-    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
-
-
-# Readers: from a node of the config file to a field of Rule. Each raises ConfigError at the node's place.
+# Readers: from a node of the config file to a field of Rule or Companion. Each raises ConfigError at the node's place.
 
 
 def _wrong(node: Node, expected: str) -> ConfigError:
-    kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", type(None): "nothing"}
     value = node.value
-    found = "a mapping" if isinstance(node.value, Pairs) else kinds[type(value)]
+    kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", dict: "a mapping"}
     shown = f" ({value})" if type(value) is int else f" ({_shown(value)})" if isinstance(value, str) else ""
-    return ConfigError(f"expected {expected}, found {found}{shown}", node.line, node.column)
+    return node.error(f"expected {expected}, found {kinds.get(type(value), 'nothing')}{shown}")
 
 
 def _text(node: Node) -> str:
@@ -955,244 +831,191 @@ def _text(node: Node) -> str:
     raise _wrong(node, f"a text{hint}")
 
 
-def _read_slots(node: Node) -> int:
-    if isinstance(node.value, str) and re.fullmatch("[0-9]{1,5}", node.value, re.ASCII):
-        number = int(node.value)
-        raise ConfigError(f"{_shown(node.value)} must be a whole number: write {number}", node.line, node.column)
-    if type(node.value) is not int:
-        raise _wrong(node, "a whole number of slots")
-    if not 0 <= node.value <= MAX_SLOTS:
-        raise ConfigError(f"{node.value} slots: must be 0 to {MAX_SLOTS}", node.line, node.column)
-    return node.value
-
-
-def _read_template(node: Node) -> str:
-    text = _text(node)
-    if not text or "\0" in text:
-        raise _wrong(node, "a text that is not empty")
-    return text
-
-
-def _read_resource(node: Node) -> str:
-    text = _read_template(node)
-    domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
-    if slash and (domain == DEFAULT_DOMAIN or "." in domain):
-        name = text[len(domain) + 1 :] or "a name"
-        message = f"{_shown(text)} must not have the domain, which --domain sets: write {name}"
-        raise ConfigError(message, node.line, node.column)
-    return text
-
-
-def _read_containerpath(node: Node) -> str:
-    text = _read_template(node)
-    if not text.startswith("/dev/"):
-        raise ConfigError(f"{_shown(text)} must be an absolute path under /dev/", node.line, node.column)
-    if ".." in text.split("/"):
-        raise ConfigError(f'{_shown(text)} must not have a ".."', node.line, node.column)
-    return text
-
-
-def _read_permissions(node: Node) -> str:
-    text = _text(node)
-    if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
-        raise ConfigError(f"{_shown(text)} must be letters of r, w and m, each once", node.line, node.column)
-    return "".join(letter for letter in "rwm" if letter in text)
-
-
-def _pairs(node: Node, what: str) -> List[Tuple[Node, Node]]:
-    if not isinstance(node.value, Pairs) or not node.value:
+def _expect(node: Node, kind: type, what: str) -> None:
+    if not isinstance(node.value, kind) or not node.value:
         raise _wrong(node, what)
-    pairs: List[Tuple[Node, Node]] = node.value
-    return pairs
 
 
-def _read_attributes(node: Node) -> Tuple[Attribute, ...]:
-    found = []
-    for name, value in _pairs(node, 'a mapping of attributes, such as idVendor: "10c4"'):
-        if not _is_attribute(name.value):
-            raise ConfigError(f"{_shown(name.value)} is not an attribute of sysfs", name.line, name.column)
-        found.append(Attribute(name.value, _compile(value)))
-    return tuple(found)
+def _compile(node: Node) -> Expression:
+    try:
+        return Expression(_text(node))
+    except ExpressionError as error:
+        raise node.error(str(error)) from None
 
 
-def _read_companions(node: Node) -> Tuple[Companion, ...]:
-    if isinstance(node.value, Pairs) or not isinstance(node.value, list) or not node.value:
-        raise _wrong(node, r'a list of paths below /dev, such as ["snd/controlC\1"]')
-    return tuple(_read_companion(item) for item in node.value)
+def _check_attribute(name: str, node: Node) -> None:
+    """Raise ConfigError if NAME cannot be the name of a file in a device's folder in sysfs."""
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise node.error(f"{_shown(name)} is not an attribute of sysfs")
 
 
-def _read_companion(node: Node) -> Companion:
-    """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
-    if isinstance(node.value, list) and not (isinstance(node.value, Pairs) and node.value):
-        raise _wrong(node, "a path below /dev, or a mapping with it")
-    if not isinstance(node.value, Pairs):
-        template = _read_template(node)
-        is_optional = template.endswith("?")
-        return Companion(_check_companion(node, template[:-1] if is_optional else template), is_optional)
-    nodes = _nodes_by_key(node, _COMPANION_KEYS)
-    if "path" not in nodes:
-        raise ConfigError("a companion needs a path, such as path: snd/controlC0", node.line, node.column)
-    if _read_template(nodes["path"]).endswith("?"):
-        problem = f'{_shown(nodes["path"].value)}: write optional: true instead of the "?"'
-        raise ConfigError(problem, nodes["path"].line, nodes["path"].column)
-    return Companion(**{_COMPANION_KEYS[key][0]: _COMPANION_KEYS[key][1](value) for key, value in nodes.items()})
+class _RuleReader:
+    """The readers for one rule, in the order of _KEYS: those of templates need what devicematch has set."""
+
+    match: Expression  # of the rule
+
+    def __init__(self) -> None:
+        self.values: dict[str, None] = {}  # the attributes in its templates
+
+    def fields(self, node: Node, keys: _Keys, missing: str) -> dict[str, Any]:
+        """The fields in the mapping NODE. The first of KEYS is required; MISSING says so."""
+        for key, (place, _) in node.value.items():
+            if key not in keys:
+                import difflib  # needed for this error only
+
+                near = difflib.get_close_matches(key.lower(), keys, 1)
+                advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+                raise place.error(f"unknown key {_shown(key)}; {advice}")
+        if next(iter(keys)) not in node.value:
+            raise node.error(missing)
+        return {field: read(self, node.value[key][1]) for key, (field, read) in keys.items() if key in node.value}
+
+    def devicematch(self, node: Node) -> str:
+        self.match = Expression(f"^{TEGRA}([0-9]+)$") if node.value == TEGRA else _compile(node)
+        return _text(node)
+
+    def slots(self, node: Node) -> int:
+        if type(node.value) is not int:
+            raise _wrong(node, "a whole number of slots")
+        if not 0 <= node.value <= MAX_SLOTS:
+            raise node.error(f"{node.value} slots: must be 0 to {MAX_SLOTS}")
+        return node.value
+
+    def template(self, node: Node) -> str:
+        if not _text(node):
+            raise _wrong(node, "a text that is not empty")
+        return self.any_template(node)
+
+    def any_template(self, node: Node) -> str:
+        """A template that may be empty."""
+        text = _text(node)
+        if "\0" in text:
+            raise _wrong(node, "a text without NUL")
+        groups = {*range(self.match.compiled.groups + 1), *self.match.compiled.groupindex}
+        for reference in _REFERENCE.finditer(text):
+            problem = ""
+            if reference["wrong"] is not None:
+                remedy = r"write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
+                problem = f"after a backslash, {remedy}"
+            elif reference["attribute"]:
+                _check_attribute(reference["attribute"], node)
+                self.values[reference["attribute"]] = None
+            elif _group(reference) not in groups:
+                problem = f"devicematch has no group {reference[0]}"
+            if problem:
+                raise node.error(f"{_shown(text)}: {problem}")
+        return text
+
+    def resource(self, node: Node) -> str:
+        text = self.template(node)
+        domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
+        if slash and (domain == DEFAULT_DOMAIN or "." in domain):
+            name = text[len(domain) + 1 :] or "a name"
+            raise node.error(f"{_shown(text)} must not have the domain, which --domain sets: write {name}")
+        return text
+
+    def containerpath(self, node: Node) -> str:
+        text = self.template(node)
+        if not text.startswith("/dev/"):
+            raise node.error(f"{_shown(text)} must be an absolute path under /dev/")
+        if ".." in text.split("/"):
+            raise node.error(f'{_shown(text)} must not have a ".."')
+        return text
+
+    def permissions(self, node: Node) -> str:
+        text = _text(node)
+        if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
+            raise node.error(f"{_shown(text)} must be letters of r, w and m, each once")
+        return "".join(letter for letter in "rwm" if letter in text)
+
+    def attributes(self, node: Node) -> tuple[Attribute, ...]:
+        _expect(node, dict, 'a mapping of attributes, such as idVendor: "10c4"')
+        for name, (place, _) in node.value.items():
+            _check_attribute(name, place)
+        return tuple(Attribute(name, _compile(value)) for name, (_, value) in node.value.items())
+
+    def companions(self, node: Node) -> tuple[Companion, ...]:
+        _expect(node, list, r'a list of paths below /dev, such as ["snd/controlC\1"]')
+        return tuple(self.companion(item) for item in node.value)
+
+    def companion(self, node: Node) -> Companion:
+        """An entry of `with`: a path, with a "?" at its end if it is optional, or a mapping."""
+        if isinstance(node.value, dict) and node.value:
+            missing = "a companion needs a path, such as path: snd/controlC0"
+            return Companion(**self.fields(node, _COMPANION_KEYS, missing))
+        if isinstance(node.value, (dict, list)):
+            raise _wrong(node, "a path below /dev, or a mapping with it")
+        text = _text(node)
+        return Companion(self.path(node._replace(value=text.removesuffix("?"))), optional=text.endswith("?"))
+
+    def path(self, node: Node) -> str:
+        text = self.template(node)
+        if text.endswith("?"):
+            raise node.error(f'{_shown(text)}: write optional: true instead of the "?"')
+        if text.startswith("/") or ".." in text.split("/"):
+            raise node.error(f"{_shown(text)} must be a path below /dev, such as snd/controlC0")
+        return text
+
+    def optional(self, node: Node) -> bool:
+        if not isinstance(node.value, bool):
+            raise _wrong(node, "true or false")
+        return node.value
+
+    def env(self, node: Node) -> tuple[tuple[str, str], ...]:
+        _expect(node, dict, r"a mapping of variables, such as CAMERA: /dev/\g<0>")
+        for name, (place, _) in node.value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise place.error(f"{_shown(name)} is not a name for a variable")
+        return tuple((name, self.any_template(value)) for name, (_, value) in node.value.items())
 
 
-def _read_companion_path(node: Node) -> str:
-    return _check_companion(node, _read_template(node))
-
-
-def _check_companion(node: Node, template: str) -> str:
-    if not template or template.startswith("/") or ".." in template.split("/"):
-        problem = f"{_shown(node.value)} must be a path below /dev, such as snd/controlC0"
-        raise ConfigError(problem, node.line, node.column)
-    return template
-
-
-def _read_optional(node: Node) -> bool:
-    if not isinstance(node.value, bool):
-        raise _wrong(node, "true or false")
-    return node.value
-
-
-_COMPANION_KEYS: Mapping[str, Tuple[str, Callable[[Node], Any]]] = {  # field of Companion, and its reader
-    "path": ("template", _read_companion_path),
-    "containerpath": ("containerpath", _read_containerpath),
-    "optional": ("optional", _read_optional),
-    "permissions": ("permissions", _read_permissions),
+_Keys = Mapping[str, "tuple[str, Callable[[_RuleReader, Node], Any]]"]  # by key: the field, and its reader
+_KEYS: _Keys = {
+    "devicematch": ("pattern", _RuleReader.devicematch),
+    "nummaxdevices": ("slots", _RuleReader.slots),
+    "resource": ("resource", _RuleReader.resource),
+    "containerpath": ("containerpath", _RuleReader.containerpath),
+    "permissions": ("permissions", _RuleReader.permissions),
+    "attributes": ("attributes", _RuleReader.attributes),
+    "with": ("companions", _RuleReader.companions),
+    "env": ("env", _RuleReader.env),
+}
+_COMPANION_KEYS: _Keys = {
+    "path": ("template", _RuleReader.path),
+    "containerpath": ("containerpath", _RuleReader.containerpath),
+    "optional": ("optional", _RuleReader.optional),
+    "permissions": ("permissions", _RuleReader.permissions),
 }
 
 
-def _read_env(node: Node) -> Tuple[Tuple[str, str], ...]:
-    found = []
-    for name, value in _pairs(node, r"a mapping of variables, such as CAMERA: /dev/\g<0>"):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.value):
-            raise ConfigError(f"{_shown(name.value)} is not a name for a variable", name.line, name.column)
-        if "\0" in _text(value):
-            raise _wrong(value, "a text without NUL")
-        found.append((name.value, value.value))
-    return tuple(found)
-
-
-def _key(name: str, read: Callable[[Node], Any], **default: Any) -> Any:
-    return dataclasses.field(metadata={"key": name, "read": read}, **default)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule of the config file. A field made by _key() has that key in the file."""
-
-    line: int  # of the config file
-    match: Expression  # searched for in a path below /dev
-    pattern: str = _key("devicematch", _text)  # match, as written in the config file
-    slots: int = _key("nummaxdevices", _read_slots, default=1)  # how many containers may have the device at once
-    resource: str = _key("resource", _read_resource, default="")  # template; empty: the path names the resource
-    containerpath: str = _key("containerpath", _read_containerpath, default="")  # template; empty: the path itself
-    permissions: str = _key("permissions", _read_permissions, default="rw")
-    attributes: Tuple[Attribute, ...] = _key("attributes", _read_attributes, default=())
-    companions: Tuple[Companion, ...] = _key("with", _read_companions, default=())
-    env: Tuple[Tuple[str, str], ...] = _key("env", _read_env, default=())
-    values: Tuple[str, ...] = ()  # names of the attributes whose values its templates use
-
-
-_KEYS = {field.metadata["key"]: field for field in dataclasses.fields(Rule) if field.metadata}
-
-
-def parse_rules(text: str) -> Tuple[Rule, ...]:
+def parse_rules(text: str) -> tuple[Rule, ...]:
     """The rules in TEXT, that of a config file, in order. For the main thread only. Raises ConfigError."""
     try:
-        rules = ALARM.limit(lambda: _parse_rules(text), PARSE_SECONDS)
+        return ALARM.limit(lambda: _parse_rules(text), PARSE_SECONDS)
     except SearchTimeout:  # re can take a minute to compile an expression of 1 MiB
         message = f"the file takes more than {PARSE_SECONDS:.0f} s to read; write fewer rules or shorter expressions"
         raise ConfigError(message, 1, 1) from None
-    _check_own_names(rules)
-    return rules
 
 
-def _parse_rules(text: str) -> Tuple[Rule, ...]:
+def _parse_rules(text: str) -> tuple[Rule, ...]:
     manifest = re.search("^apiVersion:", text, re.MULTILINE)
     if manifest:
-        line = text.count("\n", 0, manifest.start()) + 1
         message = "this is a Kubernetes manifest; the config file is only the text under its conf.yaml: |"
-        raise ConfigError(message, line, 1)
-    document = compose_yaml(text)
-    if document.value is None:
-        raise ConfigError("the file has no rules; write a list: - devicematch: ^video[0-9]*$", 1, 1)
-    if isinstance(document.value, Pairs) or not isinstance(document.value, list):
+        raise ConfigError(message, text.count("\n", 0, manifest.start()) + 1, 1)
+    document = YamlParser(text).document()
+    if document.value is None or document.value == []:
+        raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
+    if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    if not document.value:
-        raise ConfigError("the list has no rules", document.line, document.column)
     return tuple(_parse_rule(node) for node in document.value)
 
 
 def _parse_rule(node: Node) -> Rule:
-    if not isinstance(node.value, Pairs):
+    if not isinstance(node.value, dict):
         raise _wrong(node, "a rule (devicematch: ...)")
-    nodes = _nodes_by_key(node, _KEYS)
-    if "devicematch" not in nodes:
-        raise ConfigError("a rule needs devicematch, a regular expression", node.line, node.column)
-    match = _compile(nodes["devicematch"])
-    if nodes["devicematch"].value == TEGRA:
-        match = Expression(f"^{TEGRA}([0-9]+)$")
-    fields = {_KEYS[key].name: _KEYS[key].metadata["read"](value) for key, value in nodes.items()}
-    templates = list(_template_nodes(nodes))
-    for template in templates:
-        _check_template(template, match)
-    values = dict.fromkeys(name for template in templates for name in attributes_in(template.value))
-    return Rule(line=node.line, match=match, values=tuple(values), **fields)
-
-
-def _nodes_by_key(node: Node, keys: Mapping[str, object]) -> Dict[str, Node]:
-    """The value of each key in the mapping NODE. Raises ConfigError for a key that is not one of KEYS."""
-    nodes: Dict[str, Node] = {}
-    for key, value in node.value:
-        if key.value not in keys:
-            import difflib  # needed for this error only
-
-            near = difflib.get_close_matches(key.value.lower(), keys, 1)
-            advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-            raise ConfigError(f"unknown key {_shown(key.value)}; {advice}", key.line, key.column)
-        nodes[key.value] = value
-    return nodes
-
-
-def _template_nodes(nodes: Mapping[str, Node]) -> Iterator[Node]:
-    for key in ("resource", "containerpath"):
-        if key in nodes:
-            yield nodes[key]
-    for item in nodes["with"].value if "with" in nodes else ():
-        if isinstance(item.value, Pairs):
-            yield from (value for key, value in item.value if key.value in ("path", "containerpath"))
-        else:
-            yield item
-    if "env" in nodes:
-        yield from (value for _, value in nodes["env"].value)
-
-
-def _check_own_names(rules: Sequence[Rule]) -> None:
-    """Raise ConfigError for a pool with the name of a device that another rule names literally. The device need not
-    exist.
-
-    Of many such rules only the first ones are compared, because each comparison takes as long as a look at a device.
-    A device whose name is taken is left out in any case, once it exists.
-    """
-    pools = {resource_name(rule.resource): rule for rule in rules if rule.resource and "\\" not in rule.resource}
-    literals = ((re.fullmatch(r"\^([\w/-]+)\$", rule.pattern, re.ASCII), rule) for rule in rules)
-    last = {literal[1]: rule for literal, rule in literals if literal and not rule.resource and not rule.attributes}
-    alike = [(path, rule) for path, rule in last.items() if resource_name(path) in pools]
-    expressions = Expressions(rule.match for rule in rules)
-    for path, rule in alike[:MAX_COMPARED_NAMES]:
-        found = expressions.search(path)
-        last_rule = [other for other, match in zip(rules, found) if isinstance(match, re.Match)][-1:]
-        if last_rule and last_rule[0] is rule:
-            raise clash(pools[resource_name(path)], rule, path)
-
-
-def clash(pool: Rule, rule: Rule, path: str) -> ConfigError:
-    """The error that POOL has the same name as the device at PATH, which RULE offers."""
-    name = resource_name(path)
-    message = f'the pool "{name}" has the name of the device /dev/{path}, which line {rule.line} offers; rename it'
-    return ConfigError(message, pool.line, 1)
+    reader = _RuleReader()
+    fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
+    return Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields)
 
 
 def resource_name(text: str) -> str:
@@ -1521,7 +1344,7 @@ def _mismatch(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
     for attribute in attributes:
-        for value in filter(attribute.match.was_slow, dict.fromkeys(values_of(chain, attribute.name))):
+        for value in sorted(attribute.match.slow_texts.intersection(values_of(chain, attribute.name))):
             slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
         found = dict.fromkeys(f'"{value}"' for value in values_of(chain, attribute.name))
         shown = " or ".join(found) or "not there"
@@ -2141,13 +1964,13 @@ class Matcher:
         self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
             is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
         }
-        self._expressions = {is_gpu: Expressions(rule.match for rule in rules) for is_gpu, rules in self._rules.items()}
+        self._expressions = {is_gpu: [rule.match for rule in rules] for is_gpu, rules in self._rules.items()}
 
     def __call__(self, path: str, is_gpu: bool = False) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
         key = path, is_gpu
         if key not in self._matches:
-            pairs = zip(self._rules[is_gpu], self._expressions[is_gpu].search(path))
+            pairs = zip(self._rules[is_gpu], search_all(self._expressions[is_gpu], path))
             self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
         return self._matches[key]
 
@@ -2741,35 +2564,31 @@ class TextFormatter(logging.Formatter):
     Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = [f"{key}={_quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        fields = [f"{key}={_quote_value(str(value))}" for key, value in getattr(record, "fields", {}).items()]
         message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
         line = " ".join([utc(record.created), record.levelname, message, *fields])
         return "\n  ".join([line, *_traceback_lines(record)])
 
 
-def _quote(text: str) -> str:
+def _quote_value(text: str) -> str:
     return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
-def _traceback_lines(record: logging.LogRecord) -> List[str]:
+def _traceback_lines(record: logging.LogRecord) -> list[str]:
     """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
-    if not record.exc_info:
-        return []
-    lines = logging.Formatter().formatException(record.exc_info).split("\n")[-100:]
-    return [truncate(printable(line), MAX_MESSAGE) for line in lines]
+    text = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+    return [truncate(printable(line), MAX_MESSAGE) for line in text.split("\n")[-100:] if text]
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per event, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        document = event_of(record)
-        if record.exc_info:
-            document["traceback"] = "\n".join(_traceback_lines(record))
-        return json.dumps(document)
+        traceback = "\n".join(_traceback_lines(record))
+        return json.dumps({**event_of(record), **({"traceback": traceback} if traceback else {})})
 
 
-def event_of(record: logging.LogRecord) -> Dict[str, Any]:
+def event_of(record: logging.LogRecord) -> Document:
     """RECORD as a JSON document."""
     return {
         "time": utc(record.created),
@@ -2780,7 +2599,7 @@ def event_of(record: logging.LogRecord) -> Dict[str, Any]:
     }
 
 
-class LogWriter(logging.handlers.QueueHandler):
+class LogWriter(logging.Handler):
     """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
 
     Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
@@ -2790,18 +2609,18 @@ class LogWriter(logging.handlers.QueueHandler):
     FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
 
     def __init__(self) -> None:
+        super().__init__()
         self._lines: queue.Queue[str] = queue.Queue(self.MAX_LINES)
-        super().__init__(self._lines)
         self._descriptor = sys.stderr.fileno() if sys.stderr else -1  # if it is closed, another file may be number 2
-        self._reported = 0  # dropped lines that a line has reported
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return self.format(record)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.put(self.format(record))
 
-    def enqueue(self, record: Any) -> None:
+    def put(self, line: str) -> None:
+        """Have LINE written."""
         try:
-            self._lines.put_nowait(record)
+            self._lines.put_nowait(line)
         except queue.Full:
             log_counts.dropped_lines += 1
 
@@ -2811,13 +2630,18 @@ class LogWriter(logging.handlers.QueueHandler):
             self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_SECONDS)
 
     def _run(self) -> None:
+        reported = 0
         while True:
             try:
                 self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):
                 log_counts.dropped_lines += 1
             else:
-                self._report_dropped()
+                dropped = log_counts.dropped_lines - reported
+                if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
+                    reported += dropped
+                    sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
+                    log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
             self._lines.task_done()
 
     def _write(self, data: bytes) -> None:
@@ -2827,13 +2651,6 @@ class LogWriter(logging.handlers.QueueHandler):
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # another process made it non-blocking
                 select.select([], [self._descriptor], [])
-
-    def _report_dropped(self) -> None:
-        dropped = log_counts.dropped_lines - self._reported
-        if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
-            self._reported += dropped
-            sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
-            log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
 
 
 def utc(seconds: float) -> str:
@@ -2872,12 +2689,11 @@ class EventRing(logging.Handler):
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
-    if record.exc_info and type(record.exc_info[1]).__name__ == "DecodeError":
-        record.msg, record.args = (
-            "a client or the kubelet sent bytes that are not a valid protobuf message: %s",
-            (record.exc_info[1],),
-        )
-        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    error = record.exc_info[1] if record.exc_info else None
+    if type(error).__name__ == "DecodeError":
+        record.msg = "a client or the kubelet sent bytes that are not a valid protobuf message: %s"
+        record.args, record.exc_info = (error,), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
     return True
 
 
@@ -2887,25 +2703,17 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 # here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SECONDS = 0.1  # between two looks at kubelet.sock
-MAX_MISSED_HEARTBEATS = 10  # one per --interval, before a thread is reported as hanging
-MAX_SILENCE_SECONDS = 10.0  # the same for a longer --interval: both threads then report twice in that time
+CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
+GATHER_SECONDS = 0.02  # after a signal, because changes come in groups
+MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
-MAX_ERROR_BYTES = 2600  # of an error's text: in a header of 8 KiB at most, one byte takes up to three
-LEASE_SECONDS = 0.02  # between two tries to take a lease that another instance has
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
 POD_RESOURCES_SECONDS = 1.0  # for such an answer
 MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
-SLICE_SECONDS = 0.001  # of long work before the loop serves others
-_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
-    # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server, so not often.
-    ("grpc.max_connection_idle_ms", 3_600_000),
-)
+CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
-Identity = Tuple[int, int, int]  # of a socket file: device, inode and time of change
+Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
 
 
 def load_grpc(with_tls: bool = False) -> None:
@@ -2914,15 +2722,10 @@ def load_grpc(with_tls: bool = False) -> None:
     Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
     """
     global asyncio, grpc, pb, rpc
-    if with_tls:
-        import ssl  # noqa: F401  # for asyncio to find
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
-    with_ssl = "ssl" in sys.modules
-    if not with_ssl:
-        sys.modules["ssl"] = None  # type: ignore[assignment]  # an import of it fails
-    folder = os.path.dirname(os.path.realpath(__file__))
-    if folder not in sys.path:
-        sys.path.append(folder)  # python3 -I leaves it out, but it has the stubs
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
+    # An import of a module that is None fails.
+    is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
 
@@ -2937,7 +2740,7 @@ def load_grpc(with_tls: bool = False) -> None:
             f"script ({error}); install python3-grpcio and python3-protobuf, or pip install grpcio protobuf"
         ) from None
     finally:
-        if not with_ssl:
+        if is_hidden:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
         logging.getLogger(name).addFilter(shorten_decode_error)
@@ -2970,9 +2773,10 @@ def answered(method: Method) -> Method:
 
 async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
     """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
+    most = 2600  # bytes: a header has 8 KiB at most, and one byte takes up to three
     data = printable(text).encode()
-    if len(data) > MAX_ERROR_BYTES:
-        data = data[:MAX_ERROR_BYTES] + b"..."
+    if len(data) > most:
+        data = data[:most] + b"..."
     await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
     raise AssertionError("abort() of grpc raises an exception, always")
 
@@ -2983,36 +2787,26 @@ def unix_target(path: str) -> str:
     return f"unix:{escaped.decode()}"
 
 
-def connect_error(path: str) -> str:
-    """Why nobody answers on the Unix socket PATH; empty if somebody does."""
+def connect_error(path: str) -> OSError | None:
+    """Why nobody answers on the Unix socket PATH; None if somebody does. One of SCARCE says nothing about that."""
     try:
-        _connect_once(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except BlockingIOError:  # somebody listens, and has many waiting
+        return None
     except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        return error
+    return None
 
 
-def is_dead(path: str) -> bool:
-    """Whether nobody answers on the Unix socket PATH. Raises OSError if there is nothing left to find out with."""
+def socket_identity(path: str) -> Identity | None:
+    """Which file the socket PATH is; None if there is none. An inode number may be used again, so the time counts."""
     try:
-        _connect_once(path)
-    except OSError as error:
-        if error.errno in SCARCE:
-            raise
-        return True
-    return False
-
-
-def _connect_once(path: str) -> None:
-    """Connect to the Unix socket PATH. Raises OSError if nobody answers."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
-        probe.setblocking(False)
-        probe.connect(path)  # which blocks where somebody listens, and has many waiting
-
-
-def _temporary_name(path: str) -> str:
-    """A random name beside PATH. A PID would not do: two instances in containers may have the same."""
-    return f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
@@ -3020,7 +2814,7 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
 
     If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
     """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
@@ -3033,19 +2827,11 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
         os.unlink(temporary)
         raise
     if is_synced:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def descriptor_limit() -> int:
-    """The limit of file descriptors of this process."""
-    import resource as limits
-
-    limit = limits.getrlimit(limits.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == limits.RLIM_INFINITY else limit
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
@@ -3065,14 +2851,6 @@ async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
         task.cancel()
 
 
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for EVENT, for SECONDS at the most; whether it came."""
-    try:
-        return await wait_bounded(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        return False
-
-
 class UnixServer:
     """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
 
@@ -3080,11 +2858,18 @@ class UnixServer:
     delete or replace the socket file at any time; is_lost() tells.
     """
 
+    OPTIONS = (
+        ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", 5_000),  # a client that connects and says nothing
+        # Of a client without a call, unlike the kubelet, which has its stream. The timers wake every server: not often.
+        ("grpc.max_connection_idle_ms", 3_600_000),
+    )
+
     def __init__(self, path: str, add_services: Callable[[grpc.aio.Server], None]) -> None:
-        self.path = path
-        self._temporary = _temporary_name(path)
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self._inode = 0  # of our socket file; 0 while it is not there
+        self._path = path
+        self._temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}"  # two containers may use the same PID
+        self._server = grpc.aio.server(options=self.OPTIONS)
+        self._identity: Identity | None = None  # of our socket file, once it has its name
         add_services(self._server)
 
     async def start(self) -> None:
@@ -3092,18 +2877,27 @@ class UnixServer:
 
         Raises OSError.
         """
-        self._bind(self._temporary)
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(unix_target(self._temporary))
+        except RuntimeError:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.bind(self._temporary)  # grpc does not say why it cannot; this does
+            os.unlink(self._temporary)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        finally:
+            os.umask(mask)
         await self._server.start()
 
     def publish(self) -> None:
         """Give the socket its name, in place of one that a killed instance left. Raises OSError."""
-        inode = os.stat(self._temporary).st_ino
-        os.rename(self._temporary, self.path)
-        self._inode = inode
+        identity = socket_identity(self._temporary)
+        os.rename(self._temporary, self._path)
+        self._identity = identity
 
-    def is_lost(self, inodes: Mapping[str, int]) -> bool:
-        """Whether the socket file was deleted or replaced, judged by the INODES of the files in its directory."""
-        return bool(self._inode) and inodes.get(os.path.basename(self.path)) != self._inode
+    def is_lost(self) -> bool:
+        """Whether the published socket file was deleted or replaced."""
+        return self._identity not in (None, socket_identity(self._path))
 
     async def stop(self) -> None:
         """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
@@ -3111,24 +2905,9 @@ class UnixServer:
         An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
         """
         await self._server.stop(STOP_SECONDS)
-        try:
-            if self._inode and os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                log.warning("cannot remove %s: %s", self.path, error.strerror)
-
-    def _bind(self, path: str) -> None:
-        mask = os.umask(0o177)
-        try:
-            self._server.add_insecure_port(unix_target(path))
-        except RuntimeError:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.bind(path)  # grpc does not say why it cannot; this does
-            os.unlink(path)
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-        finally:
-            os.umask(mask)
+        if self._identity and not self.is_lost():
+            with contextlib.suppress(OSError):  # the kubelet removes it when it starts
+                os.unlink(self._path)
 
 
 class Leases:
@@ -3138,43 +2917,50 @@ class Leases:
     first byte, so that the other one can hand over its sockets one after another.
     """
 
+    RETRY_SECONDS = 0.02  # between two tries to take a lease that another instance has
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._file = -1
-        self._waiting: Dict[str, Callable[[], None]] = {}
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._waiting: dict[str, Callable[[], None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def take(self, socket_path: str) -> bool:
         """Take the lease of SOCKET_PATH; False while another instance has it, or one without leases answers there.
 
         Raises OSError.
         """
-        if self._file < 0 or not _leads_to(self._path, self._file):  # the directory is another one now
+        try:
+            is_current = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except OSError:
+            is_current = False
+        if not is_current:  # the first time, or the directory is another one now
             self.close()
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        return self._lock(_lease_number(socket_path), fcntl.LOCK_EX) and is_dead(socket_path)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if not self._lock(socket_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        error = connect_error(socket_path)
+        is_free = error is not None and error.errno not in SCARCE
+        if is_free:
+            self._waiting.pop(socket_path, None)
+        return is_free
 
     def give_back(self, socket_path: str) -> None:
         """Let another instance have the lease of SOCKET_PATH, and wait for it no more."""
         self._waiting.pop(socket_path, None)
         if self._file >= 0:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _lease_number(socket_path))
-            if not self._waiting:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+            self._lock(socket_path, fcntl.LOCK_UN)
 
     def wait_for(self, socket_path: str, wake: Callable[[], None]) -> None:
         """Call WAKE when the lease of SOCKET_PATH may be free."""
         self._waiting[socket_path] = wake
-        self._lock(0, fcntl.LOCK_SH)
+        self._lock("", fcntl.LOCK_SH | fcntl.LOCK_NB)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._try_one)
+            self._timer = asyncio.get_running_loop().call_later(self.RETRY_SECONDS, self._try_one)
 
     def is_awaited(self) -> bool:
         """Whether another instance waits for a lease."""
-        if self._file < 0 or not self._lock(0, fcntl.LOCK_EX):
-            return self._file >= 0
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
-        return False
+        return self._file >= 0 and not self._lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Give back all leases."""
@@ -3187,38 +2973,25 @@ class Leases:
         self._timer = None
         if not self._waiting:
             return
-        socket_path = next(iter(self._waiting))
-        wake = self._waiting.pop(socket_path)
-        try:
-            is_free = self.take(socket_path)
-        except OSError:
-            is_free = True  # who waits finds out why
-        if is_free:
-            waiting, self._waiting = [wake, *self._waiting.values()], {}
-            for each in waiting:
-                each()
-        else:
-            self.wait_for(socket_path, wake)  # the last in the queue
+        tried = next(iter(self._waiting))
+        wake = self._waiting.pop(tried)
+        with contextlib.suppress(OSError):  # who waits finds out why
+            if not self.take(tried):
+                self.wait_for(tried, wake)  # as the last in the queue
+                return
+        waiting, self._waiting = [wake, *self._waiting.values()], {}
+        for each in waiting:
+            each()
 
-    def _lock(self, number: int, kind: int) -> bool:
+    def _lock(self, socket_path: str, kind: int) -> bool:
+        """Change the lock of SOCKET_PATH's byte, which follows from a hash of 62 bits, or of the first one."""
+        name = os.path.basename(os.fsencode(socket_path))
+        number = 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2) if name else 0
         try:
-            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-
-def _lease_number(socket_path: str) -> int:
-    """The byte in the file of leases for SOCKET_PATH: a hash of 62 bits, never 0."""
-    name = os.path.basename(os.fsencode(socket_path))
-    return 1 + (binascii.crc32(name) << 30 | binascii.crc32(name[::-1]) >> 2)
-
-
-def _leads_to(path: str, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 class Watch:
@@ -3240,7 +3013,7 @@ class Watch:
         try:
             if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
                 self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
             fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
         except OSError:
@@ -3254,98 +3027,55 @@ class Watch:
             self._directory = -1
 
 
-class DirectoryInodes:
-    """The inodes of the files in the directory PATH, by name. The directory is read only when it has changed."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the directory when it was last read; () if an equal one proves nothing
-
-    def read_changed(self) -> Optional[Mapping[str, int]]:
-        """The inodes by name; None if nothing has changed since the last call. Raises OSError."""
-        found = os.stat(self._path)
-        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        if stamp == self._stamp:
-            return None
-        settled = is_settled(found.st_mtime_ns)
-        with os.scandir(self._path) as items:
-            inodes = {item.name: item.inode() for item in items}
-        self._stamp = stamp if settled else ()
-        return inodes
-
-
 class KubeletConnection:
     """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
 
-    ON_CHANGE is called when a new kubelet answers, and when the kubelet stops answering.
+    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
     """
 
+    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
+
     def __init__(self, path: str, on_change: Callable[[], None]) -> None:
-        self.identity: Optional[Identity] = None  # of kubelet.sock; None if there is none
+        self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
         self._path = path
         self._on_change = on_change
-        self._channel: Optional[grpc.aio.Channel] = None
-        self._old_channel: Optional[asyncio.Future[None]] = None  # the closing of the previous one
-        self._last_met: Optional[Identity] = None  # the kubelet that answered last
+        self._closing: asyncio.Future[None] | None = None  # of the channel before
+        self._last_met: Identity | None = None  # the kubelet that answered last
 
-    @property
-    def channel(self) -> grpc.aio.Channel:
-        """The channel to the kubelet that answered last. It exists once is_answering has been true."""
-        assert self._channel
-        return self._channel
-
-    def check(self) -> None:
-        """Check kubelet.sock, and connect to it if it is not the one seen before."""
-        try:
-            found = os.stat(self._path)
-            identity: Optional[Identity] = (found.st_dev, found.st_ino, found.st_mtime_ns)
-        except OSError:
-            identity = None
-        if identity != self.identity:
-            self.identity = identity
-            self.is_answering = False
+    def check(self) -> bool:
+        """Whether the kubelet answers at this moment; and notice if it is another one."""
+        identity = socket_identity(self._path)
+        error = connect_error(self._path)
+        problem = ""
         if identity is None:
-            self._log_gone(f"the kubelet is not there: no {self._path}; waiting for it")
-        elif not self.is_answering and self.check_answering():
-            self._meet()
+            problem = f"the kubelet is not there: no {self._path}; waiting for it"
+        elif error:
+            problem = f"the kubelet does not answer on {self._path}; waiting for it"
+        is_met = not problem and not (self.is_answering and identity == self.identity)
+        self.identity, self.is_answering = identity, not problem
+        if is_met or problem != board.get(self._path):
+            board.flush()
+            board.set(self._path, problem, "kubelet-gone", reason=str(error and error.strerror))
+            if is_met:
+                self._connect()
+            self._on_change()
+        return self.is_answering
 
-    def check_answering(self) -> bool:
-        """Whether the kubelet answers at this moment. If it does again, only check() says so to those who wait."""
-        reason = connect_error(self._path)
-        if reason:
-            self.is_answering = False
-        if reason and self.identity:
-            self._log_gone(f"the kubelet does not answer on {self._path}; waiting for it", reason=reason)
-        return not reason
+    def _connect(self) -> None:
+        is_another = self._last_met not in (None, self.identity)
+        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+        if self._last_met:
+            self._closing = asyncio.ensure_future(self.channel.close())
+        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+        self._last_met = self.identity
+        self.restarts += is_another
 
     async def close(self) -> None:
         """End the channel."""
-        if self._channel:
-            await self._channel.close()
-
-    def _meet(self) -> None:
-        self.is_answering = True
-        if self._channel:
-            self._old_channel = asyncio.ensure_future(self._channel.close())
-        self._channel = grpc.aio.insecure_channel(
-            unix_target(self._path),
-            options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)],
-        )
-        is_another = self._last_met not in (None, self.identity)
-        self._last_met = self.identity
-        self.restarts += is_another
-        board.set(self._path, "")
-        board.flush()
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-        self._on_change()
-
-    def _log_gone(self, sentence: str, **fields: str) -> None:
-        if board.set(self._path, sentence):
-            board.flush()
-            log_event("kubelet-gone", sentence, logging.WARNING, **fields)
-            self._on_change()
+        if self._last_met:
+            await self.channel.close()
 
 
 class Holder(NamedTuple):
@@ -3363,23 +3093,27 @@ Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the d
 
 def find_holders(
     response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
-) -> Iterator[List[Tuple[str, Holder]]]:
+) -> Iterator[list[tuple[str, Holder]]]:
     """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
     pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
     """
     count = 0
     for pod in response.pod_resources:
-        names = truncate(pod.namespace, MAX_TEXT), truncate(pod.name, MAX_TEXT)
         for container in pod.containers:
-            ours = [item for item in container.devices if item.resource_name.startswith(f"{domain}/")]
-            claimed = [device for claim in container.dynamic_resources for device in claim.claim_resources]
-            count += sum(len(item.device_ids) for item in ours) + len(claimed)
+            held = [
+                (item.resource_name[len(domain) + 1 :], slot_id)
+                for item in container.devices
+                if item.resource_name.startswith(f"{domain}/")
+                for slot_id in item.device_ids
+            ]
+            for claim in container.dynamic_resources:
+                ours = [device.device_name for device in claim.claim_resources if device.driver_name == domain]
+                held += [(slots[name].resource.name, slots[name].id) for name in ours if name in slots]
+            count += len(held)
             if count > MAX_HOLDERS:
                 raise ValueError("more holders than any node has")
-            held = [(item.resource_name[len(domain) + 1 :], slot) for item in ours for slot in item.device_ids]
-            names_of_ours = [device.device_name for device in claimed if device.driver_name == domain]
-            held += [(slots[name].resource.name, slots[name].id) for name in names_of_ours if name in slots]
-            yield [(name, Holder(slot, *names, truncate(container.name, MAX_TEXT))) for name, slot in held]
+            names = [truncate(name, MAX_TEXT) for name in (pod.namespace, pod.name, container.name)]
+            yield [(name, Holder(slot_id, *names)) for name, slot_id in held]
 
 
 class PodResources:
@@ -3393,13 +3127,19 @@ class PodResources:
         self._target = unix_target(path)
         self._domain = domain
 
-    async def holders(self, slots: SlotsOfDra) -> Optional[Holders]:
+    async def holders(self, slots: SlotsOfDra) -> Holders | None:
         """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
         from google.protobuf.message import DecodeError
 
-        holders: Dict[str, List[Holder]] = {}
+        holders: dict[str, list[Holder]] = {}
+        # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
+        # log bytes that are no message.
+        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
         try:
-            response = pb.ListPodResourcesResponse.FromString(await self._list())
+            async with grpc.aio.insecure_channel(self._target, options) as channel:
+                call = channel.unary_unary("/v1.PodResourcesLister/List")
+                answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
+            response = pb.ListPodResourcesResponse.FromString(answer)
             for pairs in await in_slices(find_holders(response, self._domain, slots)):
                 for name, holder in pairs:
                     holders.setdefault(name, []).append(holder)
@@ -3408,80 +3148,109 @@ class PodResources:
             return None
         return holders
 
-    async def _list(self) -> bytes:
-        """The kubelet's answer, undecoded. It takes a new channel each time: one that failed is slow to try again."""
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.enable_retries", 0),
-            ("grpc.max_receive_message_length", POD_RESOURCES_BYTES),
-        ]
-        async with grpc.aio.insecure_channel(self._target, options) as channel:
-            call = channel.unary_unary("/v1.PodResourcesLister/List")
-            answer: bytes = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            return answer
 
-
-async def in_slices(items: Iterable[T]) -> List[T]:
-    """list(ITEMS), made in slices of SLICE_SECONDS so that nobody else on the loop has to wait."""
+async def in_slices(items: Iterable[T]) -> list[T]:
+    """list(ITEMS), made in slices of a millisecond so that nobody else on the loop has to wait."""
     done = []
-    end = time.monotonic() + SLICE_SECONDS
+    end = 0.0
     for item in items:
         done.append(item)
         if time.monotonic() >= end:
             await asyncio.sleep(0)
-            end = time.monotonic() + SLICE_SECONDS
+            end = time.monotonic() + 0.001
     return done
 
 
-def unready_text(trouble: str) -> str:
-    """That a resource is not registered, because of TROUBLE if that is known."""
-    return f"not registered with the kubelet{f': {trouble}' if trouble else ' yet'}"
+def unready_text(problem: str) -> str:
+    """That a resource is not registered, because of PROBLEM if that is known."""
+    return f"not registered with the kubelet{f': {problem}' if problem else ' yet'}"
 
 
-# What the status document says of a resource that the kubelet was never offered.
+# What the status document says of the registration of a resource that the kubelet was never offered.
 NOT_REGISTERED: Document = {
     "ready": False,
     "served_by_other": False,
     "trouble": unready_text(""),
-    "allocations": 0,
-    "registrations": 0,
-    "refusals": 0,
-    "stream_losses": 0,
-    "start_refusals": 0,
+    **dict.fromkeys(("allocations", "registrations", "refusals", "stream_losses", "start_refusals"), 0),
 }
 
 
 def find_max_silence(interval: float) -> float:
-    """The seconds without a heartbeat after which a thread counts as hanging, where --interval is INTERVAL."""
-    return min(MAX_MISSED_HEARTBEATS * max(interval, LOOK_SECONDS), MAX_SILENCE_SECONDS)
+    """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
+    return min(10 * max(interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)
 
 
-class KubeletSide:
-    """Offers a plan to the kubelet. Belongs to LOOP and its thread. The end of _done is the end of run()."""
+class KubeletSide(abc.ABC):
+    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
 
-    folders: Tuple[str, ...]  # that it works in, and others too
+    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
+    fewer and sooner.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
-        self.heartbeat = time.monotonic()  # of the last look at the sockets
+    EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, max_silence: float, domain: str, folders: Sequence[str], watch: Watch
+    ) -> None:
+        self.domain = domain  # of the resources
+        self.plugin_dir = folders[0]
+        self.folders = folders  # that it works in, and others too
+        self.slots: SlotsOfDra = {}
+        self.heartbeat = time.monotonic()  # of the last check
         self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
-        self.calm_look = max_silence / 2  # seconds between two looks, at the most
-        self._done: asyncio.Future[None] = loop.create_future()
+        self.calm_pause = max_silence / 2  # seconds between two checks, at the most
+        self._loop = loop
+        self._watch = watch
+        self._change: asyncio.Future[None] = loop.create_future()  # done when there is something to check
+        self._done: asyncio.Future[None] = loop.create_future()  # its end is that of run()
 
-    def stop(self) -> None:
-        """Let run() end."""
-        if not self._done.done():
-            self._done.set_result(None)
+    @abc.abstractmethod
+    def describe(self) -> Document:
+        """The parts of the status document about the kubelet and about DRA."""
 
-    def _fail(self, error: BaseException) -> None:
-        """Let run() raise ERROR."""
-        if not self._done.done():
-            self._done.set_exception(error)
+    @abc.abstractmethod
+    def describe_registration(self, name: str) -> Document:
+        """The part of the status document about the registration of the resource NAME: the keys of NOT_REGISTERED."""
 
-    def _fail_with(self, task: asyncio.Task[None]) -> None:
-        """Let run() raise what TASK has raised, if it has."""
-        error = None if task.cancelled() else task.exception()
-        if error:
-            self._fail(error)
+    @abc.abstractmethod
+    def apply(self, plan: Plan) -> None:
+        """Make PLAN true."""
+
+    @property
+    @abc.abstractmethod
+    def is_answering(self) -> bool:
+        """Whether the kubelet answers, so that there is nothing to wait for."""
+
+    @abc.abstractmethod
+    async def _check(self) -> None:
+        """Check the sockets."""
+
+    @abc.abstractmethod
+    async def _end(self) -> None:
+        """End all streams and servers."""
+
+    async def run(self) -> None:
+        """Serve the kubelet until stop(). Raises what went wrong."""
+        try:
+            while not self._done.done():
+                self.heartbeat = time.monotonic()
+                self._change = self._loop.create_future()
+                is_watched = self._watch.ask()  # before the check, so that no change is missed
+                await self._check()
+                pause = self.calm_pause if is_watched and self.is_answering else CHECK_SECONDS
+                await asyncio.wait([self._done, self._change], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                if self._change.done() and not self._done.done():
+                    await self._check()
+                    await asyncio.sleep(GATHER_SECONDS if self.is_answering else self.EAGER_SECONDS)
+        finally:
+            self._watch.close()
+            await self._end()
+        self._done.result()
+
+    def check_now(self) -> None:
+        """Have run() check, and soon again. Only then is the next signal requested: many changes make few checks."""
+        if not self._change.done():
+            self._change.set_result(None)
 
     def deliver(self, plan: Plan) -> None:
         """apply(), for a callback of the loop: what it raises, run() raises. Nothing once run() is to end."""
@@ -3489,15 +3258,18 @@ class KubeletSide:
             if not self._done.done():
                 self.apply(plan)
         except Exception as error:
-            self._fail(error)
+            self._done.set_exception(error)
 
-    def apply(self, plan: Plan) -> None:
-        """Make PLAN true."""
-        raise NotImplementedError
+    def stop(self) -> None:
+        """Let run() end."""
+        if not self._done.done():
+            self._done.set_result(None)
 
-    def look_now(self) -> None:
-        """Look at the watched directory, where something changed."""
-        raise NotImplementedError
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        """Let run() raise what TASK has raised, if it has."""
+        error = None if task.cancelled() else task.exception()
+        if error and not self._done.done():
+            self._done.set_exception(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3512,9 +3284,10 @@ class KubeletSide:
 #
 # DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
 # kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
-# for a kubelet; take the lease of the name, which another instance may have; serve on the socket; register; watch the
-# stream; and when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers
-# the kubelet's calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# for a kubelet; serve under a temporary name; wait for the lease of the socket's name, which another instance may have,
+# and give the socket that name; register; watch the stream; and when the kubelet is another one, or anything went
+# wrong, end the server and begin again. Plugin answers the kubelet's calls: it knows the resource, HostDevices knows
+# what is in /dev at this moment.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
 # so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
@@ -3524,11 +3297,6 @@ class KubeletSide:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
-MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-READ_SECONDS = 0.08  # for reading the sysfs of a device before a start; the whole answer may take 0.1 s
-LOOK_AGAIN_SECONDS = 0.5  # after a refused start, before the device side looks again
-NEXT_LOOK_SECONDS = 0.02  # after a signal, because changes come in groups
-EAGER_LOOK_SECONDS = 0.004  # the same while the kubelet is awaited: it makes its socket first, and then listens
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
 DESCRIPTORS_EACH = 2  # file descriptors per registered resource
@@ -3542,16 +3310,19 @@ DEFAULT_DOMAIN = "smarter-devices"
 class HostDevices:
     """The devices of the host as they are at this moment, which may be newer than the plan.
 
-    LOOK_AGAIN makes the device side look at everything. It is called once per LOOK_AGAIN_SECONDS at most.
+    START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
-    def __init__(self, dev_dir: str, sys_dir: str, look_again: Callable[[], None]) -> None:
+    READ_SECONDS = 0.08  # for reading the sysfs of devices before a start; the whole answer may take 0.1 s
+    SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
+
+    def __init__(self, dev_dir: str, sys_dir: str, start_scan: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
         self._sysfs = SysfsReader(sys_dir)
-        self._look_again = look_again
-        self._next_look: Optional[asyncio.TimerHandle] = None
+        self._start_scan = start_scan
+        self._next_scan = 0.0  # time.monotonic()
 
-    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> List[ContainerAllocation]:
+    def allocate(self, resource: Resource, asked: Iterable[Iterable[str]]) -> list[ContainerAllocation]:
         """What containers are given for the slots ASKED, a list per container. Raises AllocationError."""
         try:
             with LiveTree(self._dev_dir) as tree:
@@ -3559,62 +3330,32 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Sequence[Device]) -> Optional[Tuple[Device, str]]:
+    async def find_start_problem(self, devices: Sequence[Device]) -> tuple[Device, str] | None:
         """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
         the same node still is the same device, whatever its attributes are by now.
 
         The answer comes within about READ_SECONDS, whatever sysfs does.
         """
-        if not devices:
-            return None
-        chosen = []
+        end = time.monotonic() + self.READ_SECONDS
+        problems = await asyncio.gather(*(self._start_problem(device, end) for device in devices))
+        return next((found for found in zip(devices, problems) if found[1]), None)
+
+    async def _start_problem(self, device: Device, end: float) -> str:
         try:
             with LiveTree(self._dev_dir) as tree:
-                for device in devices:
-                    if device.problem and not device.nodes:  # a Tegra GPU
-                        return device, device.problem
-                    try:
-                        nodes = self._find_nodes(device, tree)
-                    except NotADevice as error:
-                        return device, str(error)
-                    if device.is_gone or not device.has_nodes(nodes):
-                        chosen.append((device, nodes))
-        except OSError as error:
-            return devices[0], _cannot_look(error)
-        end = time.monotonic() + READ_SECONDS
-        reads: List[Tuple[Device, List[SysfsRead]]] = []
-        try:
-            for device, nodes in chosen:
-                names = tuple(device.chosen_by)
-                reads.append((device, [self._sysfs.start(node.entry, names) for node in nodes]))
-            for device, started in reads:
-                changes = [find_changes(await self._read(read, end), device.chosen_by) for read in started]
-                if changes and "" not in changes:
-                    return device, changes[0]
-        except SysfsTimeout:
-            return device, NO_ATTRIBUTES_YET
-        return None
-
-    def _find_nodes(self, device: Device, tree: Tree) -> List[DeviceNode]:
-        """The nodes at DEVICE's path now, whichever they are. Raises NotADevice if one of its parts is missing."""
-        specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
-        return resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
-
-    async def describe(self, path: str, names: Names) -> str:
-        """What is at PATH, which is below /dev, in words: its attributes NAMES, if it has any."""
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                entry = resolve(tree, path, self._dev_dir)[0].entry
-            read = self._sysfs.start(entry, names)
-            found = nearest_values(await self._read(read, time.monotonic() + READ_SECONDS), names)
-            values = [describe_value(name, value) for name, value in found.items()]
+                specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)  # is each of its parts there?
+                nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
+            if device.has_nodes(nodes) and not device.is_gone:
+                return ""
+            reads = [self._sysfs.start(node.entry, tuple(device.chosen_by)) for node in nodes]
+            changes = [find_changes(await self._read(read, end), device.chosen_by) for read in reads]
         except NotADevice as error:
             return str(error)
         except OSError as error:
             return _cannot_look(error)
         except SysfsTimeout:
-            values = []
-        return "; ".join(values) or f"a {entry.kind} stands there"
+            return NO_ATTRIBUTES_YET
+        return "" if "" in changes or not changes else changes[0]
 
     async def _read(self, read: SysfsRead, end: float) -> Chain:
         """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
@@ -3622,77 +3363,27 @@ class HostDevices:
             await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
         return self._sysfs.take(read)
 
-    def look_again(self) -> None:
-        """Make the device side look again soon."""
-        if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._next_look = None
-        self._look_again()
+    def request_scan(self) -> None:
+        """Make the device side scan soon, since the plan may be outdated."""
+        now = time.monotonic()
+        if now >= self._next_scan:
+            self._next_scan = now + self.SCAN_SECONDS
+            asyncio.get_running_loop().call_later(self.SCAN_SECONDS, self._start_scan)
 
 
 def _cannot_look(error: OSError) -> str:
     return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
 
 
-class ListStream:
-    """The lists of one resource that a ListAndWatch stream has yet to send.
-
-    The reader may be slow, or not read at all, so only the newest list waits.
-    """
-
-    def __init__(self, resource: Resource) -> None:
-        self._newest = resource
-        self._sent: Optional[ListKey] = None
-        self._is_ended = False
-        self._has_news = asyncio.Event()
-        self._has_news.set()
-
-    def update(self, resource: Resource) -> None:
-        """Send the list of RESOURCE, unless it equals the last one."""
-        self._newest = resource
-        self._has_news.set()
-
-    def end(self) -> None:
-        """Make next() return None, even if a list is waiting."""
-        self._is_ended = True
-        self._has_news.set()
-
-    async def next(self) -> Optional[Resource]:
-        """Wait for the next list to send, and return its resource. None at the end."""
-        while True:
-            await self._has_news.wait()
-            if self._is_ended:
-                return None
-            key = _list_key(self._newest)
-            if key != self._sent:
-                self._sent = key
-                return self._newest
-            self._has_news.clear()
-
-
-ListKey = Tuple[Tuple[str, int, bool, Tuple[int, ...]], ...]
-
-
-def _list_key(resource: Resource) -> ListKey:
-    """What the list of RESOURCE is made from: only the devices, since the list may have 100,000 slots."""
-    return tuple((device.path, device.slots, not device.problem, device.numa) for device in resource.devices)
-
-
-class PluginOptions(NamedTuple):
-    """What the kubelet must know about a plugin first. It asks only when a resource is registered."""
-
-    has_preference: bool  # whether the kubelet should ask which slots to allocate: GetPreferredAllocation
-    checks_starts: bool  # whether the kubelet should ask before each start of a container: PreStartContainer
-
-
-def options_of(resource: Resource) -> PluginOptions:
-    """The options that RESOURCE needs.
+def options_of(resource: Resource) -> pb.DevicePluginOptions:
+    """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered.
 
     A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
     """
-    return PluginOptions(resource.pool, any(device.chosen_by for device in resource.devices))
+    return pb.DevicePluginOptions(
+        get_preferred_allocation_available=resource.pool,
+        pre_start_required=any(device.chosen_by for device in resource.devices),
+    )
 
 
 class Plugin:
@@ -3701,16 +3392,18 @@ class Plugin:
     ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
     """
 
+    MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
+
     def __init__(
-        self, resource: Resource, full_name: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
+        self, resource: Resource, domain: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
     ) -> None:
         self.resource = resource
-        self.full_name = full_name
-        self.allocations = self.start_refusals = 0
-        self._options = options_of(resource)
+        self.full_name = f"{domain}/{resource.name}"
+        self.options = options_of(resource)
+        self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
         self._devices = devices
         self._on_stream = on_stream
-        self._streams: List[ListStream] = []
+        self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
@@ -3718,49 +3411,46 @@ class Plugin:
         Checks of starts cost little, so a plugin that no longer needs them keeps the option.
         """
         needed = options_of(resource)
-        return (
-            needed.has_preference == self._options.has_preference
-            and needed.checks_starts <= self._options.checks_starts
-        )
+        needed.pre_start_required |= self.options.pre_start_required
+        return bool(needed == self.options)
 
     def update(self, resource: Resource) -> None:
         """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
         self.resource = resource
-        for stream in self._streams:
-            stream.update(resource)
+        for news in self._streams:
+            news.set()
 
     def end_streams(self) -> None:
         """End every open stream in good order."""
-        for stream in self._streams:
-            stream.end()
+        ended, self._streams = self._streams, set()
+        for news in ended:
+            news.set()
 
     @answered
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
-        stream = ListStream(self.resource)
-        self._streams.append(stream)
-        self._on_stream(stream, True)
+        """The reader may be slow, or not read at all, so only the newest list waits."""
+        news = asyncio.Event()
+        self._streams.add(news)
+        self._on_stream(news, True)
+        sent = None
         try:
-            while True:
-                resource = await stream.next()
-                if resource is None:
-                    return
-                await context.write(_list_message(resource))
+            while news in self._streams:
+                news.clear()
+                # The list may have 100,000 slots, so only what it is made of is compared.
+                key = [(device.path, device.slots, not device.problem, device.numa) for device in self.resource.devices]
+                if key != sent:
+                    sent = key
+                    await context.write(_list_message(self.resource))
+                await news.wait()
         finally:
-            self._streams.remove(stream)
-            self._on_stream(stream, False)
-
-    def options(self) -> pb.DevicePluginOptions:
-        """The options as a message, for Register and GetDevicePluginOptions."""
-        return pb.DevicePluginOptions(
-            get_preferred_allocation_available=self._options.has_preference,
-            pre_start_required=self._options.checks_starts,
-        )
+            self._streams.discard(news)
+            self._on_stream(news, False)
 
     @answered
     async def GetDevicePluginOptions(
         self, request: pb.Empty, context: grpc.aio.ServicerContext
     ) -> pb.DevicePluginOptions:
-        return self.options()
+        return self.options
 
     @answered
     async def GetPreferredAllocation(
@@ -3786,8 +3476,12 @@ class Plugin:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
             await abort(context, error.code, f"{self.full_name}: {error}")
-        response = pb.AllocateResponse(container_responses=[_allocation_message(found) for found in allocations])
-        self.allocations += len(allocations)
+        response = pb.AllocateResponse()
+        for found in allocations:
+            answer = response.container_responses.add(envs=found.env)
+            for spec in found.specs:
+                answer.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
+        self.counts["allocations"] += len(allocations)
         hosts = join_names([spec.host for found in allocations for spec in found.specs])
         log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
         return response
@@ -3807,45 +3501,33 @@ class Plugin:
         The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
         it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
         """
-        slot_ids: Dict[str, str] = {}  # by the path of their device
+        slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
-                await self._refuse_start(slot_id, *await self._describe_unknown(slot_id), context)
-            slot_ids.setdefault(slot.device.path, slot_id)
-        devices = [device for device in self.resource.devices if device.path in slot_ids]
-        found = await self._devices.find_start_problem(devices)
+                await self._refuse_start(slot_id, "", "the resource has no such ID", context)
+            slots.setdefault(slot.device.path, slot)
+        found = await self._devices.find_start_problem([slot.device for slot in slots.values()])
         if found:
             device, problem = found
-            await self._refuse_start(slot_ids[device.path], device_path(device), problem, context)
+            await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
 
-    async def _describe_unknown(self, slot_id: str) -> Tuple[str, str]:
-        """The path in SLOT_ID, which is not an ID of the resource, if there is one; and what is there now."""
-        path = slot_id.rpartition(":")[0] if self.resource.pool else ""
-        if not path or not path.isprintable():
-            return "", "the resource has no such ID"
-        names = next((device.chosen_by for device in self.resource.devices if device.chosen_by), {})
-        problem = await self._devices.describe(path, tuple(names))
-        return f"/dev/{path}", f"the resource has no device there any more: {problem}"
-
     async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it once, and make the device side look again, because the plan may be outdated."""
-        given = f'{path} (ID "{slot_id[:MAX_SHOWN]}")' if path else f'the ID "{slot_id[:MAX_SHOWN]}"'
+        """Count the refusal, log it once, and make the device side scan."""
+        shown = f'ID "{slot_id[:MAX_SHOWN]}"'
+        given = f"{path} ({shown})" if path else f"the {shown}"
+        given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
         text = (
-            f"the container was given {_shorten_problem(given)}, but {_shorten_problem(problem)}. It starts "
-            "once the right device is back; delete the pod to have it given a device anew"
+            f"the container was given {given}, but {problem}. It starts "
+            "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
-        self.start_refusals += 1
-        self._devices.look_again()
+        self.counts["start_refusals"] += 1
+        self._devices.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
-
-
-def _shorten_problem(text: str) -> str:
-    return truncate(printable(text), MAX_PROBLEM)
 
 
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
@@ -3854,13 +3536,6 @@ def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
         device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
         for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
-    return response
-
-
-def _allocation_message(found: ContainerAllocation) -> pb.ContainerAllocateResponse:
-    response = pb.ContainerAllocateResponse(envs=found.env)
-    for spec in found.specs:
-        response.devices.add(container_path=spec.container, host_path=spec.host, permissions=spec.permissions)
     return response
 
 
@@ -3890,22 +3565,17 @@ class Backoff:
 
     def __init__(self, maximum: float = MAX_BACKOFF_SECONDS) -> None:
         self._maximum = maximum
-        self.retry_at = 0.0  # as time.monotonic() has it
-        self._pause = 0.0
+        self.reset()
 
     def reset(self) -> None:
         """Forget the failures."""
-        self.retry_at = self._pause = 0.0
+        self.retry_at = self._pause = 0.0  # retry_at is of time.monotonic()
 
     def fail(self, now: float, at_once: bool = False) -> None:
         """Delay the next try. With AT_ONCE, the first one is not delayed."""
         pause = self._pause if at_once else max(self._pause, MIN_BACKOFF_SECONDS)
         self._pause = min(max(2 * pause, MIN_BACKOFF_SECONDS), self._maximum)
-        self.put_off(now + pause)
-
-    def put_off(self, until: float) -> None:
-        """Delay the next try UNTIL that time."""
-        self.retry_at = until
+        self.retry_at = now + pause
 
 
 class RegistrationContext(NamedTuple):
@@ -3918,58 +3588,39 @@ class RegistrationContext(NamedTuple):
     leases: Leases
 
 
-class RegistrationFailure(Exception):
-    """Why a resource is not served or registered any more: the event that is logged, and the reason."""
-
-    def __init__(self, event: str, problem: str) -> None:
-        super().__init__(problem)
-        self.event = event
-
-
 class Registration:
     """The life of one resource with the kubelet: run(), until retire()."""
 
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, f"{context.domain}/{resource.name}", context.devices, self._stream_changed)
-        self.registrations = self.refusals = self.stream_losses = 0
-        self._path = f"{context.plugin_dir}/{socket_name(resource.name, context.domain, context.plugin_dir)}"
+        self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
+        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
+        self._path = f"{context.plugin_dir}/{self._socket}"
+        self._inode: int | None = None  # of the file there
         self._kubelet = context.kubelet
         self._leases = context.leases
-        self._server: Optional[UnixServer] = None
-        self._call: Optional[grpc.aio.UnaryUnaryCall[pb.RegisterRequest, pb.Empty]] = None  # Register in progress
-        self._stream: Optional[object] = None  # the kubelet's is the first one; other clients may open more
-        self._is_stream_open = False
-        self._is_registered = self._is_standby = self._is_socket_lost = self._is_retired = False
+        self._server: UnixServer | None = None
+        self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
+        self._is_stream_open = self._is_standby = self._is_retired = False
         self._backoff = Backoff()
         self._wake = asyncio.Event()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is registered and the kubelet's stream is open."""
-        return self._is_registered and self._is_stream_open
 
     def describe(self) -> Document:
         """Its part of the status document."""
         is_standby = self._is_standby and self._kubelet.is_answering
         problem = board.get(self.plugin.full_name)
         return {
-            "ready": self.is_ready,
+            **NOT_REGISTERED,
+            "ready": self._is_stream_open,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self.is_ready else problem if is_standby else unready_text(problem),
-            "allocations": self.plugin.allocations,
-            "registrations": self.registrations,
-            "refusals": self.refusals,
-            "stream_losses": self.stream_losses,
-            "start_refusals": self.plugin.start_refusals,
+            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
+            **self.plugin.counts,
         }
 
     def retire(self) -> None:
         """Make run() end."""
         self._is_retired = True
-        if self._call:
-            self._call.cancel()
         self.wake()
 
     def wake(self) -> None:
@@ -3977,14 +3628,14 @@ class Registration:
         self._wake.set()
 
     def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Check by the INODES of the files in the plugin directory whether our socket is lost, or another's is gone."""
-        if self._server and self._server.is_lost(inodes):
-            self._is_socket_lost = True
-            self.wake()
-        elif self._is_standby and os.path.basename(self._path) not in inodes:
+        """Wake run() if the socket's file, ours or another instance's, is missing, or another one than at the last
+        check. INODES are those of the files in the plugin directory, by name."""
+        inode = inodes.get(self._socket)
+        if inode is None or inode != self._inode:
+            self._inode = inode
             self.wake()
 
-    async def run(self, previous: Optional[asyncio.Task[None]] = None) -> None:
+    async def run(self, previous: asyncio.Task[None] | None) -> None:
         """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
         It must not be cancelled, because grpc's servers do not survive that.
@@ -3992,14 +3643,13 @@ class Registration:
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
-        kubelet: Optional[Identity] = None  # the last one that it was to be registered with
+        kubelet: Identity | None = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
                 if self._kubelet.identity != kubelet:
                     self._backoff.reset()
                 pause = self._backoff.retry_at - time.monotonic()
                 await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
-                self._kubelet.check()
                 kubelet = self._kubelet.identity
                 if kubelet and not self._is_retired:
                     await self._live_with(kubelet)
@@ -4011,130 +3661,100 @@ class Registration:
 
         The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
         """
-        failure: Optional[RegistrationFailure] = None
+        failure = None  # the event to log, and the problem
+        server = self._server = UnixServer(
+            self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin)
+        )
         try:
-            self._server = UnixServer(self._path, self._add_service)
-            await self._server.start()  # before the lease, so that a hand-over takes no longer than it must
+            await server.start()  # before the lease, so that a hand-over takes no longer than it must
             if await self._wait_for_lease(kubelet):
-                self._server.publish()
-                await self._register(kubelet)
-                await self._watch(kubelet)
-        except RegistrationFailure as error:
-            failure = error
+                server.publish()
+                failure = await self._register(kubelet) or await self._watch(kubelet)
         except OSError as error:
-            text = f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
-            failure = RegistrationFailure("not-served", text)
+            failure = "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
         finally:
-            is_lost = self._is_socket_lost
-            await self._end_server()
-        if failure and self._kubelet.check_answering():  # otherwise the kubelet is down, and the next one is awaited
-            self.refusals += failure.event == "refused"
-            self.stream_losses += failure.event == "stream-lost" and not is_lost
+            is_lost = server.is_lost()
+            self.plugin.end_streams()
+            await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
+            self._server = self._stream = None
+            self._is_stream_open = self._is_standby = False
+        if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
+            event, problem = failure
+            self.plugin.counts["refusals"] += event == "refused"
+            self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
-            board.set_of_resource(self.plugin.full_name, str(failure), failure.event)
+            board.set_of_resource(self.plugin.full_name, problem, event)
 
-    def _add_service(self, server: grpc.aio.Server) -> None:
-        rpc.add_DevicePluginServicer_to_server(self.plugin, server)
-
-    def _is_over(self, kubelet: Optional[Identity]) -> bool:
+    def _is_over(self, kubelet: Identity | None) -> bool:
         """Whether it is retired, or there is another one than KUBELET."""
         return self._is_retired or self._kubelet.identity not in (kubelet, None)
 
+    def _is_socket_lost(self) -> bool:
+        return self._server is not None and self._server.is_lost()
+
     async def _wait_for_lease(self, kubelet: Identity) -> bool:
         """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
-        try:
-            while not self._is_over(kubelet) and not self._leases.take(self._path):
-                self._is_standby = True
-                board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
-                self._leases.wait_for(self._path, self.wake)
-                self._wake.clear()
-                await self._wake.wait()
-        finally:
-            self._is_standby = False
+        while not self._is_over(kubelet) and not self._leases.take(self._path):
+            self._is_standby = True
+            board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
+            self._leases.wait_for(self._path, self.wake)
+            self._wake.clear()
+            await self._wake.wait()
+        self._is_standby = False
         # Without a stream, nothing else tells that the kubelet went down.
-        return not self._is_over(kubelet) and self._kubelet.check_answering()
+        return self._kubelet.check() and not self._is_over(kubelet)
 
-    async def _register(self, kubelet: Identity) -> None:
-        """Register with KUBELET, unless it has gone. Raises RegistrationFailure."""
-        self._kubelet.check()
-        if self._is_retired or self._kubelet.identity != kubelet:
-            return
+    async def _register(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=os.path.basename(self._path),
+            endpoint=self._socket,
             resource_name=self.plugin.full_name,
-            options=self.plugin.options(),
+            options=self.plugin.options,
         )
-        self._call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
-        try:
-            await self._call
-        except asyncio.CancelledError:
-            return  # it is retired, or a new kubelet came and the channel was closed
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                await asyncio.sleep(LOOK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
-            self._kubelet.check()
-            if self._kubelet.identity != kubelet:
-                return
-            text = f"the kubelet refused to register it ({error.code().name}): {error.details()}"
-            raise RegistrationFailure("refused", text) from None
-        finally:
-            self._call = None
-        self._is_registered = True
-        self.registrations += 1
-        board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+        call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
+        call.add_done_callback(lambda _: self.wake())
+        await self._until(lambda: call.done() or self._is_over(kubelet))
+        call.cancel()  # nothing if it is done
+        code = await call.code()
+        if code is grpc.StatusCode.OK:
+            self.plugin.counts["registrations"] += 1
+            board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            return None
+        if code is grpc.StatusCode.UNAVAILABLE:
+            await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
+        return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, kubelet: Identity) -> None:
-        """Wait while all is well, or KUBELET is down; until _is_over(KUBELET). Raises RegistrationFailure."""
-        if not self._is_registered:
-            return
-        await self._until(lambda: self._stream or self._is_socket_lost or self._is_over(kubelet), self.STREAM_SECONDS)
-        opened_at = time.monotonic()
+    async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
+        """Wait while all is well, or KUBELET is down. The event and the problem; None if _is_over(KUBELET)."""
+        began = time.monotonic()
+        await self._until(lambda: self._stream or self._is_socket_lost() or self._is_over(kubelet), self.STREAM_SECONDS)
         while not self._is_over(kubelet):
-            if self._is_stream_open and not self._is_socket_lost:
-                await self._until(lambda: not self._is_stream_open or self._is_socket_lost or self._is_over(kubelet))
-            elif not self._kubelet.check_answering():
-                await self._until(lambda: self._kubelet.is_answering or self._is_over(kubelet))
-            else:
-                break
-            self._kubelet.check()  # the end of a stream, or of all sockets, may mean a new kubelet
-        else:
-            return
-        if time.monotonic() - opened_at > MAX_BACKOFF_SECONDS:
-            self._backoff.reset()
-        if self._is_socket_lost:
-            raise RegistrationFailure("stream-lost", "its socket file was deleted")
-        if self._stream:
-            raise RegistrationFailure("stream-lost", "the kubelet ended its stream")
-        raise RegistrationFailure("stream-lost", f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s")
+            problem = ""
+            if self._is_socket_lost():
+                problem = "its socket file was deleted"
+            elif not self._stream:
+                problem = f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
+            elif not self._is_stream_open:
+                problem = "the kubelet ended its stream"
+            if problem and self._kubelet.check():
+                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+                    self._backoff.reset()
+                return "stream-lost", problem
+            self._wake.clear()
+            await self._wake.wait()
+        return None
 
-    async def _until(self, is_so: Callable[[], object], seconds: Optional[float] = None) -> bool:
+    async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
-        end = None if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while not self._is_retired and not is_so():
-            self._wake.clear()
-            if end is None:
-                await self._wake.wait()
-            elif end <= time.monotonic() or not await wait_for_event(self._wake, end - time.monotonic()):
+            if time.monotonic() >= end:
                 return False
-        return not self._is_retired
-
-    async def _end_server(self) -> None:
-        """End the server and its streams.
-
-        The kubelet's stream ends before the socket file goes and before the lease is given back. Another instance
-        registers at once then, and must not do that while the older stream is open.
-        """
-        self._is_registered = False
-        self.plugin.end_streams()
-        give_up = time.monotonic() + STOP_SECONDS
-        while self._is_stream_open and time.monotonic() < give_up:
             self._wake.clear()
-            await wait_for_event(self._wake, STOP_SECONDS)
-        server, self._server = self._server, None
-        if server:
-            await server.stop()
-        self._stream, self._is_stream_open, self._is_socket_lost = None, False, False
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if seconds == math.inf else end - time.monotonic())
+        return not self._is_retired
 
     def _stream_changed(self, stream: object, is_open: bool) -> None:
         if is_open and self._stream is None:
@@ -4146,47 +3766,23 @@ class Registration:
 
 
 class DevicePluginSide(KubeletSide):
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR. Belongs to LOOP and its thread.
-
-    It looks at kubelet.sock periodically. The kernel's signal for a change (requested by WATCH, and passed to
-    look_now()) only makes the looks fewer and sooner.
-    """
-
-    LEASES = "smarter-device-manager.lock"  # a file in the plugin directory
-    HAND_OVER_SECONDS, MAX_HAND_OVER_SECONDS = 0.002, 1.0  # per resource that another instance waits for, and for all
+    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
 
     def __init__(
-        self,
-        plugin_dir: str,
-        domain: str,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        watch: Optional[Watch] = None,
-        max_silence: float = MAX_SILENCE_SECONDS,
+        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.plugin_dir = plugin_dir
-        self.folders = (plugin_dir,)
-        self.domain = domain
-        self.registrations: Dict[str, Registration] = {}
-        self.slots: SlotsOfDra = {}  # without DRA there is none
+        super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
+        self.registrations: dict[str, Registration] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
-        self._leases = Leases(f"{plugin_dir}/{self.LEASES}")
+        self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
         self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
-        self._files = DirectoryInodes(plugin_dir)
-        self._tasks: Dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
-        self._watch = watch
-        self._next_look: Optional[asyncio.TimerHandle] = None
-        self._unserved: Set[str] = set()  # names of resources for which there are no file descriptors
-        self._loop = loop
 
     @property
     def is_answering(self) -> bool:
-        """Whether the kubelet answers."""
         return self._kubelet.is_answering
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         restarts = self._kubelet.restarts
         return {
             "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
@@ -4194,117 +3790,59 @@ class DevicePluginSide(KubeletSide):
         }
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the registration of the resource NAME."""
-        registration = self.registrations.get(name)
-        if registration:
-            return registration.describe()
-        return {**NOT_REGISTERED, "trouble": unready_text(NO_DESCRIPTORS if name in self._unserved else "")}
+        if name in self.registrations:
+            return self.registrations[name].describe()
+        return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
-    async def run(self) -> None:
-        """Watch the kubelet and our sockets until stop(), then end all streams and servers. Raises what went wrong."""
-        self.look()
-        try:
-            await self._done
-        finally:
-            await self._retire_all()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-            self._leases.close()
-            board.flush()
-            if self._watch:
-                self._watch.close()
-            await self._kubelet.close()
+    async def _check(self) -> None:
+        """Check kubelet.sock and our own sockets."""
+        if self._kubelet.check():
+            with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
+                inodes = {item.name: item.inode() for item in items}
+                for registration in self.registrations.values():
+                    registration.check_socket(inodes)
 
-    async def _retire_all(self) -> None:
+    async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
         is without a stream meanwhile, and if all ended at once, the first would wait for the last."""
-        pause = min(self.HAND_OVER_SECONDS, self.MAX_HAND_OVER_SECONDS / max(len(self.registrations), 1))
-        began, is_awaited = time.monotonic(), self._leases.is_awaited()
+        pause = min(0.002, 1.0 / max(len(self.registrations), 1)) if self._leases.is_awaited() else 0.0
+        began = time.monotonic()
         for number, name in enumerate(list(self.registrations)):
             self.registrations.pop(name).retire()
-            ahead = began + number * pause - time.monotonic()
-            if is_awaited and ahead > 0.0:
-                await asyncio.sleep(ahead)
-
-    def look(self) -> None:
-        """Look at kubelet.sock and our own sockets, and schedule the next look."""
-        has_signal = self._watch is not None and self._watch.ask()  # before the look, so that no change is missed
-        self._look()
-        self._look_in(self.calm_look if has_signal and self.is_answering else LOOK_SECONDS)
-
-    def look_now(self) -> None:
-        """Look after the kernel's signal, and soon again. Only then is the next signal requested: many changes make few
-        looks."""
-        self._look()
-        self._look_in(NEXT_LOOK_SECONDS if self.is_answering else EAGER_LOOK_SECONDS)
-
-    def _look(self) -> None:
-        self.heartbeat = time.monotonic()
-        try:
-            self._kubelet.check()
-            self._check_sockets()
-        except Exception as error:
-            self._fail(error)
-
-    def _look_in(self, seconds: float) -> None:
-        """Schedule the next look(). A plain timer costs half as much as a coroutine."""
-        if self._next_look:
-            self._next_look.cancel()
-        if not self._done.done():
-            self._next_look = self._loop.call_later(seconds, self.look)
+            await asyncio.sleep(max(0.0, began + number * pause - time.monotonic()))
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._leases.close()
+        board.flush()
+        await self._kubelet.close()
 
     def _kubelet_changed(self) -> None:
         if self.is_answering:
             for registration in self.registrations.values():
                 registration.wake()
         else:
-            self._look_in(LOOK_SECONDS)
-
-    def _check_sockets(self) -> None:
-        """Pass the files in the plugin directory to the registrations if they have changed."""
-        if not self.is_answering:
-            return
-        try:
-            inodes = self._files.read_changed()
-        except OSError as error:
-            log.debug("cannot look at %s: %s", self.plugin_dir, error.strerror)
-            return
-        if inodes is not None:
-            for registration in self.registrations.values():
-                registration.check_socket(inodes)
+            self.check_now()
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
-        served = self._served_names(plan)
+        import resource as limits
+
+        room = (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH
+        room = max(room, len(self.registrations.keys() & plan.resources.keys()))  # what is served stays so
+        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
+        served = dict.fromkeys(names[:room])
+        for name in names[room:]:
+            board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
             if name in served and registration.plugin.can_offer(plan.resources[name]):
                 registration.plugin.update(plan.resources[name])
             else:
                 self.registrations.pop(name).retire()
+        self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:
             if name not in self.registrations:
                 registration = self.registrations[name] = Registration(plan.resources[name], self._context)
-                self._start(name, registration)
-
-    def _served_names(self, plan: Plan) -> Sequence[str]:
-        """The resources of PLAN for which there are file descriptors; none that is served ends for others."""
-        names = sorted(plan.resources, key=lambda name: name not in self.registrations)
-        served = len(self.registrations.keys() & plan.resources.keys())
-        room = max(served, (descriptor_limit() - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
-        for name in {*names[room:]} - self._unserved:
-            board.log_soon("not-served", NO_DESCRIPTORS, logging.WARNING, f"{self.domain}/{name}")
-        self._unserved = {*names[room:]}
-        return names[:room]
-
-    def _start(self, name: str, registration: Registration) -> None:
-        task = asyncio.ensure_future(registration.run(self._tasks.get(name)))
-        self._tasks[name] = task
-
-        def ended(_: object) -> None:
-            if self._tasks.get(name) is task:
-                del self._tasks[name]
-            self._fail_with(task)
-
-        task.add_done_callback(ended)
+                self._tasks[name] = asyncio.ensure_future(registration.run(self._tasks.get(name)))
+                self._tasks[name].add_done_callback(self._fail_with)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4332,49 +3870,34 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next three are limits of it
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next two are limits of it
 MAX_ATTRIBUTE_BYTES = 64
-MAX_DEVICE_NAME = 63
 MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
-SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
-MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
-MAX_API_TEXT = 200  # characters of a message of the API server that are repeated
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
 API_SECONDS = 5.0  # for a request and its answer
 COMPARE_SECONDS = 50.0  # between two comparisons with the API server: what was deleted is back within 60 s
-CLASS_SECONDS = 600.0  # between two looks at the DeviceClasses
 MIN_PUBLISH_SECONDS = 1.0  # between two changes of the slices: a loose contact must not keep the API server busy
-MAX_API_BACKOFF_SECONDS = 60.0
 SOCKET_LOOK_SECONDS = 1.0  # between two looks at the driver's sockets
 _API = "/apis/resource.k8s.io/v1"
 _UID = re.compile("[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")  # it becomes part of a file name
 _OBJECT_NAME = re.compile("(?=.{1,253}$)[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")  # it becomes part of a URL
 _LABEL = re.compile("[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")  # of a device or a request, as the API server takes them
 GONE = ":gone"  # ends the name of a CDI device that is gone: the runtime does not find the name that the kubelet has
-# What reading JSON raises if it is not as expected.
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # of reading JSON that is another
 
 
-class Result(NamedTuple):
-    """A result of a claim's allocation that is for this driver."""
-
-    request: str
-    device: str  # its name in the slices
-    is_admin: bool = False  # adminAccess: it takes the device from nobody
-
-
-class PreparedDevice(NamedTuple):
-    """A slot that was prepared for a claim."""
+class ClaimedDevice(NamedTuple):
+    """A device (slot) of a claim: as allocated, and once it is prepared, with what containers are given."""
 
     name: str  # in the slices
-    requests: Tuple[str, ...]  # of the claim
-    resource: str
-    path: str  # as people know it: /dev/video0
-    edits: Document  # containerEdits of CDI
-    is_gone: bool = False  # then no container may start with it: another device may be in its place
-    is_admin: bool = False  # all of its requests have adminAccess
+    requests: tuple[str, ...]  # of the claim
+    is_admin: bool = False  # all of them have adminAccess: it takes the device from nobody
+    resource: str = ""
+    path: str = ""  # as people know it: /dev/video0
+    edits: Document | None = None  # containerEdits of CDI
+    problem: str = ""  # why no container may start with it: it is gone, say, and another may be in its place
 
 
 class PreparedClaim(NamedTuple):
@@ -4383,11 +3906,16 @@ class PreparedClaim(NamedTuple):
     uid: str
     namespace: str
     name: str
-    devices: Tuple[PreparedDevice, ...] = ()
+    devices: tuple[ClaimedDevice, ...] = ()
 
     @property
     def full_name(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+    @property
+    def taken(self) -> set[str]:
+        """The devices that no other claim may have."""
+        return {device.name for device in self.devices if not device.is_admin}
 
 
 # What is published.
@@ -4411,9 +3939,9 @@ def short_hash(text: str) -> str:
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
     """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
     have the path, it is the slot of the device that is there."""
-    slots: Dict[str, Slot] = {}
+    slots: dict[str, Slot] = {}
     for resource in plan.resources.values():
-        labels = {device.path: dns_label(device.path, MAX_DEVICE_NAME - len("-9999")) for device in resource.devices}
+        labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
         for slot in slots_of(resource):
             name = f"{labels[slot.device.path]}-{slot.number}"
             if slot.healthy or name not in slots:
@@ -4421,27 +3949,19 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
     return slots
 
 
-def slice_device(name: str, slot: Slot, domain: str, evicts: bool = False) -> Document:
-    """SLOT as the device NAME of a ResourceSlice. If it is Unhealthy, no new pod gets it, and it EVICTS those that have
-    it."""
-    resource, device = slot.resource, slot.device
-    values: Dict[str, Union[str, int]] = {"resource": resource.name, "path": device_path(device), "slot": slot.number}
-    values.update(device.facts)
-    if resource.pool:
-        values["pool"] = resource.name
-    if len(device.numa) == 1:
-        values["numaNode"] = device.numa[0]
-    taint = "" if not device.problem else "gone" if device.is_gone else "unhealthy"
-    return _slice_device(name, values, domain, taint, evicts)
-
-
-def lost_device(device: PreparedDevice, domain: str, evicts: bool = False) -> Document:
-    """DEVICE, which the plan does not have any more, as a device of a ResourceSlice. DeviceClasses select by its
-    resource."""
-    return _slice_device(device.name, {"resource": device.resource, "path": device.path}, domain, "gone", evicts)
-
-
-def _slice_device(name: str, values: Mapping[str, Union[str, int]], domain: str, taint: str, evicts: bool) -> Document:
+def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: bool = False) -> Document:
+    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan. One
+    that is Unhealthy is given to no new pod; if it EVICTS, it also costs the pods that have it."""
+    if isinstance(device, Slot):
+        resource, found = device.resource, device.device
+        values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
+        if resource.pool:
+            values["pool"] = resource.name
+        if len(found.numa) == 1:
+            values["numaNode"] = found.numa[0]
+        taint = "" if not found.problem else "gone" if found.is_gone else "unhealthy"
+    else:  # DeviceClasses select by its resource
+        values, taint = {"resource": device.resource, "path": device.path}, "gone"
     attributes: Document = {}
     for key, value in values.items():
         if isinstance(value, int):
@@ -4462,7 +3982,7 @@ def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
     """DEVICES in groups, each as large as a slice may be."""
     rest = iter(devices)
     for group in iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), []):
-        yield len(group), json.dumps(group)
+        yield len(group), json.dumps(group, sort_keys=True)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -4495,8 +4015,7 @@ def device_class(domain: str, resource: str = "") -> Document:
 
 
 def _api_object(kind: str, name: str, spec: Document, **metadata: object) -> Document:
-    labels = {"app.kubernetes.io/managed-by": "smarter-device-manager"}
-    metadata.update(name=name, labels=labels)
+    metadata.update(name=name, labels={"app.kubernetes.io/managed-by": "smarter-device-manager"})
     return {"apiVersion": "resource.k8s.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
@@ -4505,26 +4024,20 @@ class SliceCopy(NamedTuple):
 
     version: str
     generation: int
-    digest: int  # of what is to be as wanted
+    digest: int  # of what is to be as wanted: hash() of the number of slices and of its devices as JSON
 
 
 def read_slice(item: Document) -> SliceCopy:
-    """What is kept of the slice ITEM. The API server adds the times of taints."""
-    metadata, pool = item["metadata"], item["spec"]["pool"]
-    devices = [
-        [
-            device["name"],
-            device.get("attributes"),
-            [(taint["key"], taint["effect"]) for taint in device.get("taints", ())],
-        ]
-        for device in item["spec"]["devices"]
-    ]
-    owners = [owner["uid"] for owner in metadata.get("ownerReferences", ())]
-    text = json.dumps([pool["name"], pool["resourceSliceCount"], devices, owners], sort_keys=True)
-    return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), hash(text))
+    """What is kept of the slice ITEM, of which the times of the taints go: the API server adds them."""
+    metadata, pool, devices = item["metadata"], item["spec"]["pool"], item["spec"].get("devices", [])
+    for device in devices:
+        for taint in device.get("taints", ()):
+            taint.pop("timeAdded", None)
+    digest = hash((pool["resourceSliceCount"], json.dumps(devices, sort_keys=True)))
+    return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), digest)
 
 
-def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, SliceCopy], str]:
+def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
     items = [
         item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
@@ -4535,81 +4048,78 @@ def read_slices(answer: Document, domain: str, node: str) -> Tuple[Dict[str, Sli
 # What is prepared.
 
 
-def allocated_devices(claim: Document, domain: str, node: str) -> List[Result]:
-    """The results of CLAIM's allocation that are for the driver DOMAIN on NODE.
+def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
+    """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
+    None if DOCUMENT is another claim of its name.
 
     A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
     Raises AllocationError, and one of UNEXPECTED for what is no claim.
     """
-    found = []
-    results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results")
+    if document["metadata"]["name"] != claim.name:
+        raise ValueError("this is not the claim")
+    if document["metadata"]["uid"] != claim.uid:
+        return None
+    results = document.get("status", {}).get("allocation", {}).get("devices", {}).get("results")
     if not results:
         raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
+    found: dict[str, ClaimedDevice] = {}
     for result in results:
-        request, device = result["request"].partition("/")[0], result["device"]
-        if not _LABEL.fullmatch(request) or not _LABEL.fullmatch(device):
-            raise ValueError("no name of a request or a device")
+        request, name = result["request"].partition("/")[0], result["device"]
         if result["driver"] == domain:
             if result["pool"] != node:
-                raise AllocationError("NOT_FOUND", f"the claim's device {device} is not of this node")
-            found.append(Result(request, device, result.get("adminAccess") is True))
-    return found
+                raise AllocationError("NOT_FOUND", f"the claim's device {name} is not of this node")
+            before = found.get(name, ClaimedDevice(name, (), is_admin=True))
+            requests = tuple(dict.fromkeys((*before.requests, request)))
+            found[name] = ClaimedDevice(name, requests, before.is_admin and result.get("adminAccess") is True)
+    return claim._replace(devices=tuple(found.values()))
 
 
-def prepare_devices(results: Sequence[Result], slots: SlotsOfDra, devices: HostDevices) -> Tuple[PreparedDevice, ...]:
-    """What containers are given for RESULTS: each device once, whatever the number of requests that it is for.
+def prepare_devices(
+    devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
+) -> tuple[ClaimedDevice, ...]:
+    """DEVICES with what containers are given for them now.
 
     A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
     one Allocate. Raises AllocationError.
     """
-    by_device: Dict[str, List[Result]] = {}
-    for result in results:
-        if result.device not in slots:
-            raise AllocationError("UNAVAILABLE", f'this node offers no device "{result.device}"')
-        by_device.setdefault(result.device, []).append(result)
+    for device in devices:
+        if device.name not in slots:
+            raise AllocationError("UNAVAILABLE", f'this node offers no device "{device.name}"')
     prepared = []
-    for name, own in by_device.items():
-        slot = slots[name]
-        requests = tuple(dict.fromkeys(result.request for result in own))
-        beside = [slots[result.device] for result in results if result.request in requests]
+    for device in devices:
+        slot = slots[device.name]
+        beside = [slots[other.name] for other in devices if not set(device.requests).isdisjoint(other.requests)]
         ids = [other.id for other in beside if other.resource.name == slot.resource.name]
-        together, alone = devices.allocate(slot.resource, [ids, [slot.id]])
-        edits = container_edits(alone.specs, together.env)
-        is_admin = all(result.is_admin for result in own)
+        together, alone = host.allocate(slot.resource, [ids, [slot.id]])
+        nodes = {  # of CDI, which names no link or folder
+            path: {"path": path, "hostPath": host, "permissions": spec.permissions}
+            for spec in alone.specs
+            for host, path in spec.nodes
+        }
+        env = [f"{key}={value}" for key, value in sorted(together.env.items())]
+        edits = {key: value for key, value in (("env", env), ("deviceNodes", list(nodes.values()))) if value}
         path = device_path(slot.device)
-        prepared.append(PreparedDevice(name, requests, slot.resource.name, path, edits, is_admin=is_admin))
+        prepared.append(device._replace(resource=slot.resource.name, path=path, edits=edits, problem=""))
     return tuple(prepared)
 
 
-def container_edits(specs: Iterable[DeviceSpec], env: Mapping[str, str]) -> Document:
-    """SPECS and ENV as containerEdits of CDI, which may name only nodes, no link or folder."""
-    nodes = {
-        container: {"path": container, "hostPath": host, "permissions": spec.permissions}
-        for spec in specs
-        for host, container in spec.nodes
-    }
-    edits = {"env": [f"{name}={value}" for name, value in sorted(env.items())], "deviceNodes": list(nodes.values())}
-    return {key: value for key, value in edits.items() if value}
-
-
-def follow_device(device: PreparedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> Tuple[Optional[Slot], str]:
+def follow_device(device: ClaimedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> tuple[Slot | None, str]:
     """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
     it or a companion is gone, or another one is in its place. Empty if one may.
 
-    One that is there, and that no rule names or chooses any more, has no problem: the config file has changed, and its
-    pod may go on. So may that of a device that has changed, and of one whose resource has another name by now. One that
-    was gone is back only if a rule chooses it.
+    One that is there, and that no rule names or chooses any more, has no problem. Nor has one that has changed, or
+    whose resource has another name by now. One that was gone is back only if a rule chooses it.
     """
     resource, slot = plan.resources.get(device.resource), slots.get(device.name)
     found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
     # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
-    if not found and slot and not (device.is_gone and slot.device.chosen_by):
+    if not found and slot and not (device.problem and slot.device.chosen_by):
         found = slot.device
     if found:
         return slot if slot and slot.device is found else None, "" if found.specs else found.problem
     if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
         return None, Reason.GONE.template
-    return None, Reason.SWAPPED.template if device.is_gone else ""
+    return None, Reason.SWAPPED.template if device.problem else ""
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -4617,11 +4127,10 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     devices = []
     for device in claim.devices:
         notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
-        if device.is_admin:
-            notes["admin-access"] = "true"
+        notes.update({"admin-access": "true"} if device.is_admin else {})
         devices.append(
             {
-                "name": f"{claim.uid}-{device.name}" + (GONE if device.is_gone else ""),
+                "name": f"{claim.uid}-{device.name}" + (GONE if device.problem else ""),
                 "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
                 "containerEdits": device.edits,
             }
@@ -4637,15 +4146,15 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         raise ValueError("no claim with devices")
     devices = []
     for item in document["devices"]:
-        request, resource, path = (item["annotations"][f"{domain}/{key}"] for key in ("request", "resource", "path"))
+        notes = item["annotations"]
+        request, resource, path = (str(notes[f"{domain}/{key}"]) for key in ("request", "resource", "path"))
+        match = re.fullmatch(f"{re.escape(uid)}-({_LABEL.pattern})({GONE})?", item["name"])
         requests = tuple(request.split(","))
-        prefix, _, label = item["name"].partition(f"{uid}-")
-        is_gone, label = label.endswith(GONE), label.removesuffix(GONE)
-        edits = dict(item["containerEdits"].items())
-        if prefix or not all(map(_LABEL.fullmatch, (label, *requests))):
+        if not match or not all(map(_LABEL.fullmatch, requests)):
             raise ValueError("no device of this claim")
-        is_admin = f"{domain}/admin-access" in item["annotations"]
-        devices.append(PreparedDevice(label, requests, resource, path, edits, is_gone, is_admin))
+        is_admin, edits = f"{domain}/admin-access" in notes, dict(item["containerEdits"].items())
+        problem = Reason.GONE.template if match[2] else ""
+        devices.append(ClaimedDevice(match[1], requests, is_admin, resource, path, edits, problem))
     return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
@@ -4653,113 +4162,66 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
 
 
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), how many seconds to wait, and
-    what the API server says that it does not have (resourceclaims/NAME), if it does."""
+    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and what the API server says
+    that it does not have (resourceclaims/NAME), if it does."""
 
-    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0, missing: str = "") -> None:
+    def __init__(self, text: str, status: int = 0, missing: str = "") -> None:
         super().__init__(text)
-        self.status = status
-        self.retry_after = retry_after
-        self.missing = missing
+        self.status, self.missing = status, missing
 
 
-class ApiAddress(NamedTuple):
-    """The address of the API server."""
-
-    url: str
-    is_tls: bool
-    host: str
-    port: int
-    prefix: str  # of every path
-
-
-def parse_api_url(url: str) -> ApiAddress:
-    """URL as an address. Raises ValueError for anything else, and for http:// to any host but a loopback address."""
+def parse_api_url(url: str) -> tuple[bool, str, int, str]:
+    """Whether URL has TLS, its host, its port, and the prefix of each path. Raises ValueError for anything else, and
+    for http:// to any host but a loopback address."""
     # Python raises UnicodeError for a host with an empty label or one of more than 63 characters.
     hosts = r"\[([0-9A-Fa-f:]{2,39}(?:\.[0-9]{1,3}){0,3})\]|([A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?)"
     match = re.fullmatch(rf"(https?)://(?:{hosts})(?::([0-9]{{1,5}}))?(/[\w./~-]*)?", url)
     if not match or int(match[4] or 1) > 65535:
         raise ValueError(f'"{url}" is no URL such as https://10.96.0.1:443')
-    host = match[2] or match[3]
-    is_tls = match[1] == "https"
-    if not is_tls and not (host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host)):
+    is_tls, host = match[1] == "https", match[2] or match[3]
+    if not is_tls and not re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", host):
         raise ValueError(f'"{url}" has no TLS: write https://; http:// is for a loopback address only')
-    return ApiAddress(url, is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/"))
+    return is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/")
 
 
-class ApiAnswer(NamedTuple):
-    """An answer of the API server. A body that does not come as its head says is empty."""
-
-    status: int
-    body: bytes
-    retry_after: float  # seconds
+ApiAnswer = Tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
+Reader = Callable[[Document], Any]  # of such JSON
 
 
 async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
-    """The answer that the API server at URL sends to READER. Raises ApiError if it is not one, or too long."""
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-        status = int(head.split(b" ", 2)[1]) if head.startswith(b"HTTP/1.") else 0
-    except (EOFError, LookupError, ValueError, asyncio.LimitOverrunError):
-        status = 0
-    if not status:
+    """The answer that READER gets from the API server at URL. Raises ApiError if it is no HTTP, or too long."""
+    head, body, size = b"", bytearray(), 1
+    with contextlib.suppress(EOFError, asyncio.LimitOverrunError):
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    match = re.match(rb"http/1\.[0-9] ([0-9]{3})\s", head)
+    if not match:
         raise ApiError(f"what answers at {url} hung up, or speaks no HTTP")
+    headers = dict(re.findall(rb"\r\n([a-z-]+): *([^\s;,]*)", head))
     try:
-        body = await _receive_body(reader, head)
-    except (EOFError, ValueError, asyncio.LimitOverrunError):
-        body = b""
+        if headers.get(b"transfer-encoding") != b"chunked":
+            length = int(headers.get(b"content-length", sys.maxsize))
+            body += await reader.readexactly(min(length, MAX_API_ANSWER + 1))
+        else:
+            while size and len(body) <= MAX_API_ANSWER:
+                size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
+                body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
+    except asyncio.IncompleteReadError as error:
+        body += error.partial  # JSON says itself whether it is whole
+    except (ValueError, asyncio.LimitOverrunError):
+        body.clear()
     if len(body) > MAX_API_ANSWER:
         raise ApiError(f"the API server's answer is longer than {MAX_API_ANSWER} bytes")
-    retry_after = re.search(rb"\r\nRetry-After: *([0-9]{1,6})\s", head, re.IGNORECASE)
-    return ApiAnswer(status, body, min(float(retry_after[1]), MAX_API_BACKOFF_SECONDS) if retry_after else 0.0)
-
-
-async def _receive_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
-    """The body after HEAD from READER: in chunks, of a length that HEAD says, or all until the end of the connection;
-    of one that is too long, a part that is too long. Raises EOFError, ValueError or LimitOverrunError if it is not as
-    HEAD says."""
-    if re.search(rb"\r\nTransfer-Encoding: *chunked\s", head, re.IGNORECASE):
-        body, size = bytearray(), 1
-        while size and len(body) <= MAX_API_ANSWER:
-            size = int((await reader.readuntil(b"\n")).partition(b";")[0], 16)
-            body += (await reader.readexactly(min(size, MAX_API_ANSWER) + 2))[:size]
-        return bytes(body)
-    length = re.search(rb"\r\nContent-Length: *([0-9]{1,9})\s", head, re.IGNORECASE)
-    try:
-        return await reader.readexactly(min(int(length[1]) if length else sys.maxsize, MAX_API_ANSWER + 1))
-    except asyncio.IncompleteReadError as error:  # the end of the connection, which is that of the answer
-        return error.partial
-
-
-def read_answer(answer: ApiAnswer, verb: str, path: str, read: Callable[[Document], T]) -> T:
-    """What READ reads in ANSWER, to VERB on PATH. Raises ApiError.
-
-    The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because the
-    answer is another one becomes an ApiError.
-    """
-    is_good = 200 <= answer.status < 300
-    message = missing = ""
-    try:
-        if answer.body.count(b"{") + answer.body.count(b"[") > MAX_API_OBJECTS:
-            raise ValueError("more than any answer has")
-        document = json.loads(answer.body)
-        if is_good:
-            return read(document)
-        message = str(document["message"])
-        if (answer.status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
-            missing = f"{document['details']['kind']}/{document['details']['name']}"
-    except UNEXPECTED:
-        if is_good:
-            text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
-            raise ApiError(text, answer.status) from None
-    raise ApiError(api_problem(verb, path, answer.status, message), answer.status, answer.retry_after, missing)
+    document = None
+    with contextlib.suppress(ValueError, RecursionError):
+        document = json.loads(body) if body.count(b"{") + body.count(b"[") <= MAX_API_OBJECTS else None
+    return int(match[1]), document
 
 
 def api_problem(verb: str, path: str, status: int, message: str) -> str:
     """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
     match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
     kind = match[1] if match else path
-    ending = f": {printable(message)[:MAX_API_TEXT]}" if message else ""
+    ending = f": {printable(message)[:MAX_SHOWN]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
     if status == 404 and kind == "nodes":
@@ -4771,113 +4233,117 @@ def api_problem(verb: str, path: str, status: int, message: str) -> str:
 
 
 class ApiServer:
-    """A client of the API server. TLS is verified with the CA file, always; token and CA file are read per request.
-
-    Requests are few, so each has its own connection.
-    """
+    """A client of the API server at URL. TLS is verified with the CA file, always; token and CA file are read per
+    request. Requests are few, so each has its own connection. Raises ValueError for what is no URL of one."""
 
     NEXT_ADDRESS_SECONDS = 0.25  # before the next address of the API server's name is tried as well (RFC 8305)
     METHODS: Mapping[str, str] = {"get": "GET", "list": "GET", "create": "POST", "update": "PUT", "delete": "DELETE"}
 
-    def __init__(self, address: ApiAddress, token_file: str, ca_file: str) -> None:
-        self.address = address
-        self.requests: Counter[Tuple[str, str]] = Counter()  # by verb and code
+    def __init__(self, url: str, token_file: str, ca_file: str) -> None:
+        self.url = url
+        self.requests: Counter[tuple[str, str]] = Counter()  # by verb and code
         self.problem = "no request has been sent yet"  # why the last request had no answer; empty: it had one
+        self._is_tls, self._host, self._port, self._prefix = parse_api_url(url)
         self._token_file = token_file
         self._ca_file = ca_file
 
     async def call(
-        self,
-        verb: str,
-        path: str,
-        body: Optional[Document] = None,
-        read: Callable[[Document], Any] = lambda document: document,
-        absent: int = 0,
+        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, absent: int = 0
     ) -> Any:
-        """What READ reads in the answer to VERB on PATH, see read_answer(), within 2 * API_SECONDS; None if the status
-        is ABSENT. Raises ApiError."""
-        answer = await self._send(verb, path, body)
-        if answer.status == 401:  # the token was replaced while the request was on its way
-            answer = await self._send(verb, path, body)
-        return None if answer.status == absent else read_answer(answer, verb, path, read)
+        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS; None
+        if its status is ABSENT.
 
-    async def _send(self, verb: str, path: str, body: Optional[Document]) -> ApiAnswer:
+        The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
+        the answer is another one becomes an ApiError. Raises ApiError.
+        """
+        status, document = await self._send(verb, path, body)
+        if status == 401:  # the token was replaced while the request was on its way
+            status, document = await self._send(verb, path, body)
+        if status == absent:
+            return None
+        is_good, message, missing = 200 <= status < 300, "", ""
+        try:
+            if is_good:
+                return read(document) if read else document["metadata"]
+            message = str(document["message"])
+            if (status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
+                missing = f"{document['details']['kind']}/{document['details']['name']}"
+        except UNEXPECTED:
+            if is_good:
+                text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
+                raise ApiError(text, status) from None
+        raise ApiError(api_problem(verb, path, status, message), status, missing)
+
+    async def _send(self, verb: str, path: str, body: Document | None) -> ApiAnswer:
         """Send one request, and count it. Raises ApiError."""
         code = "error"
         try:
             answer = await wait_bounded(self._exchange(self.METHODS[verb], path, body), API_SECONDS)
-            code, self.problem = str(answer.status), ""
+            code, self.problem = str(answer[0]), ""
             return answer
         except asyncio.TimeoutError:
-            self.problem = f"the API server at {self.address.url} did not answer within {API_SECONDS:.0f} s"
+            self.problem = f"the API server at {self.url} did not answer within {API_SECONDS:.0f} s"
         except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
-            self.problem = f"the API server at {self.address.url} {_connection_problem(error, self._ca_file)}"
+            self.problem = f"the API server at {self.url} {_connection_problem(error, self._ca_file)}"
         except ApiError as error:
             self.problem = str(error)
         finally:
             self.requests[verb, code] += 1
         raise ApiError(self.problem)
 
-    async def _exchange(self, method: str, path: str, body: Optional[Document]) -> ApiAnswer:
+    async def _exchange(self, method: str, path: str, body: Document | None) -> ApiAnswer:
         """One request and its answer. Raises ApiError and OSError."""
-        address = self.address
         data = b"" if body is None else json.dumps(body).encode()
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        head = [f"{method} {address.prefix}{path} HTTP/1.1", f"Host: {host}:{address.port}"]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        head = [f"{method} {self._prefix}{path} HTTP/1.1", f"Host: {host}:{self._port}"]
         head += ["Accept: application/json", "Content-Type: application/json", f"Content-Length: {len(data)}"]
         head += ["Connection: close", f"User-Agent: smarter-device-manager/{__version__}"]
         tls = None
-        if address.is_tls:
-            tls = self._tls()
-            head.append(self._authorization())  # never without TLS: any process may listen on a loopback address
+        if self._is_tls:
+            tls, authorization = self._read_credentials()
+            head.append(authorization)  # never without TLS: any process may listen on a loopback address
         reader, writer = await asyncio.open_connection(
-            address.host, address.port, ssl=tls, happy_eyeballs_delay=self.NEXT_ADDRESS_SECONDS
+            self._host, self._port, ssl=tls, happy_eyeballs_delay=self.NEXT_ADDRESS_SECONDS
         )
         try:
             writer.write("\r\n".join([*head, "", ""]).encode() + data)
-            return await receive_answer(reader, address.url)
+            return await receive_answer(reader, self.url)
         finally:
             writer.transport.abort()
 
-    def _tls(self) -> ssl.SSLContext:
+    def _read_credentials(self) -> tuple[ssl.SSLContext, str]:
+        """What verifies the server, and the header with the token. Raises ApiError."""
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which verifies the certificate and the host's name
         # As a Go client does, take an intermediate CA alone for the CA that it is; Python knows the flag since 3.10.
         context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0)
         try:
-            context.load_verify_locations(cadata=_read_file("CA file", self._ca_file).decode("ascii", "ignore"))
+            context.load_verify_locations(cadata=_read_file(self._ca_file).decode("ascii", "ignore"))
+            token = _read_file(self._token_file).strip()
         except (ssl.SSLError, ValueError):
             raise ApiError(f"the CA file {self._ca_file} holds no certificate") from None
-        return context
-
-    def _authorization(self) -> str:
-        """The header with the token."""
-        token = _read_file("token file", self._token_file).strip()
+        except OSError as error:
+            raise ApiError(f"cannot read {error.filename}: {error.strerror}") from None
         if not re.fullmatch(b"[!-~]+", token):
             raise ApiError(f"the token file {self._token_file} holds no token")
-        return f"Authorization: Bearer {token.decode()}"
+        return context, f"Authorization: Bearer {token.decode()}"
 
 
-def _read_file(kind: str, path: str) -> bytes:
-    """The content of the file of this KIND at PATH. Raises ApiError."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
-    except OSError as error:
-        raise ApiError(f"cannot read the {kind} {path}: {error.strerror}") from None
+def _read_file(path: str) -> bytes:
+    """The content of the file at PATH, up to MAX_FILE_BYTES. Raises OSError."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
 
 
-def _connection_problem(error: Union[OSError, RuntimeError], ca_file: str) -> str:
+def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
     """Why there is no answer, as the rest of a sentence that begins with the API server."""
     verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
     if verify_message:
         return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
-    reason = getattr(error, "reason", "")  # of ssl.SSLError, of which errno is none of the system's
-    number = getattr(error, "errno", None) or 0
-    if not reason and number > 0:
-        reason = os.strerror(number)  # error.strerror is a text of asyncio's
-    return f"does not answer: {printable(reason or str(error) or type(error).__name__)[:MAX_API_TEXT]}"
+    number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
+    reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
+    return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
 
 
 # The claims.
@@ -4894,22 +4360,24 @@ class CdiFiles:
         self._folder = folder
         self._domain = domain
 
-    def path(self, uid: str) -> str:
-        """The path of the file of the claim UID. No domain has an underscore, so it is no other driver's."""
-        return f"{self._folder}/{self._domain}_{uid}.json"
+    def paths(self, uid: str) -> tuple[str, str, str]:
+        """The paths of the file of the claim UID, of the link beside it, and of the file while it is written. No domain
+        has an underscore, so they are no other driver's."""
+        name = f"{self._domain}_{uid}"
+        return f"{self._folder}/{name}.json", f"{self._folder}/.{name}.claim", f"{self._folder}/.{name}.new"
 
-    def uids(self) -> Set[str]:
+    def uids(self) -> set[str]:
         """The claims of which there is a file or a link. Raises OSError."""
-        domain, uid, names = re.escape(self._domain), _UID.pattern, []
+        names: list[str] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # write() makes the folder, or says why not
             names = os.listdir(self._folder)
-        found = (re.fullmatch(rf"{domain}_({uid})\.json|\.{domain}_({uid})\.claim", name) for name in names)
-        return {match[1] or match[2] for match in found if match}
+        pattern = rf"(\.)?{re.escape(self._domain)}_({_UID.pattern})\.(?(1)claim|json)"
+        return {match[2] for match in (re.fullmatch(pattern, name) for name in names) if match}
 
-    def owner(self, uid: str) -> Optional[PreparedClaim]:
+    def owner(self, uid: str) -> PreparedClaim | None:
         """The claim UID without its devices, as the link names it."""
         try:
-            namespace, _, name = os.readlink(self._link(uid)).partition("/")
+            namespace, _, name = os.readlink(self.paths(uid)[1]).partition("/")
         except OSError:
             return None
         is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
@@ -4917,7 +4385,7 @@ class CdiFiles:
 
     def read(self, uid: str) -> PreparedClaim:
         """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""
-        claim = read_cdi_document(json.loads(self._content(uid)), self._domain)
+        claim = read_cdi_document(json.loads(_read_file(self.paths(uid)[0])), self._domain)
         if claim.uid != uid:
             raise ValueError("it is the file of another claim")
         return claim
@@ -4934,45 +4402,36 @@ class CdiFiles:
             text = f"it would have {len(content)} bytes, and more than {MAX_FILE_BYTES} are not read again"
             raise OSError(errno.EFBIG, text)
         os.makedirs(self._folder, 0o755, exist_ok=True)
-        for path in (self._link(claim.uid), self._temporary(claim.uid)):  # of a crash, too
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        os.symlink(claim.full_name, self._link(claim.uid))
-        write_file(self.path(claim.uid), self._temporary(claim.uid), content, 0o644, is_synced=True)
+        path, link, temporary = self.paths(claim.uid)
+        _unlink(temporary)  # of a crash
+        write_file(path, temporary, content, 0o644, is_synced=True)
+        _unlink(link)
+        os.symlink(claim.full_name, link)
         if not self._holds(claim, content):
             raise OSError(errno.EIO, "it does not hold what was written just now")
         return True
 
     def remove(self, uid: str) -> None:
         """Remove the file of the claim UID. Raises OSError."""
-        for path in (self._link(uid), self._temporary(uid), self.path(uid)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-    def _link(self, uid: str) -> str:
-        return f"{self._folder}/.{self._domain}_{uid}.claim"
-
-    def _temporary(self, uid: str) -> str:
-        return f"{self._folder}/.{self._domain}_{uid}.new"
-
-    def _content(self, uid: str) -> bytes:
-        """The content of the file of UID. Raises OSError, and ValueError if it is too long."""
-        with open(self.path(uid), "rb", opener=_open_at_once) as file:
-            content = file.read(MAX_FILE_BYTES + 1) or b""  # None: a FIFO whose writer has written nothing
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
-        return content
+        for path in reversed(self.paths(uid)):  # the file, which says all, goes last
+            _unlink(path)
 
     def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
         """Whether file and link of CLAIM are there, the file with this CONTENT."""
+        path, link, _ = self.paths(claim.uid)
         try:
-            return os.readlink(self._link(claim.uid)) == claim.full_name and self._content(claim.uid) == content
-        except (OSError, ValueError):
+            return os.readlink(link) == claim.full_name and _read_file(path) == content
+        except OSError:
             return False
 
 
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 class Claims:
-    """The claims that are prepared on the node of SETTINGS: prepares them, unprepares them, and keeps their CDI files.
+    """The claims that are prepared on this node: prepares them, unprepares them, and keeps their CDI files.
 
     Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
     loop.
@@ -4980,37 +4439,38 @@ class Claims:
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the API server is asked again
-    LOG_SECONDS = 1.0  # between two lines of the log about one CDI file
+    LOG_SECONDS = 1.0  # between two groups of lines about CDI files that were written again
     # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
     # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
     GONE_SECONDS = 30.0
 
-    def __init__(self, settings: DraSettings, api: ApiServer, devices: HostDevices) -> None:
-        self.prepared: Dict[str, PreparedClaim] = {}  # by uid, as all of these are
+    def __init__(self, options: argparse.Namespace, api: ApiServer, host: HostDevices) -> None:
+        self.prepared: dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self._is_open = False
-        self._unread: Dict[str, Optional[Set[str]]] = {}  # files that cannot be read: their devices; None: unknown
-        self._unchecked: Set[str] = set()  # of CDI files of an instance before this; the API server may not have them
-        self._gone_since: Dict[str, float] = {}  # time.monotonic() when the API server was first found to have it not
-        self._rewrites: Counter[str] = Counter()  # of CDI files, that are not logged yet
-        self._logged_at: Dict[str, float] = {}  # time.monotonic() when a rewritten file was logged last
-        self._plan: Optional[Plan] = None
+        self.plan: Plan | None = None
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._followed: Tuple[object, ...] = ()  # what the prepared devices were last derived from
-        self._settings = settings
+        self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
+        self._is_open = False
+        self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
+        # Claims that the API server may not have: time.monotonic() when it first said so, None: it has not.
+        self._doubts: dict[str, float | None] = {}
+        self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
+        self._logged_at = -math.inf  # time.monotonic() when such were logged last
+        self._followed: Plan | None = None  # from which what is prepared was last derived
+        self._options = options
         self._api = api
-        self._devices = devices
-        self._files = CdiFiles(settings.cdi_dir, settings.domain)
+        self._host = host
+        self._files = CdiFiles(options.cdi_dir, options.domain)
         self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
 
     # -- the life of the driver ------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Take up what CDI files say. Raises OSError."""
+        """Take up what CDI files say, which another instance may have changed. Raises OSError."""
         self._change = asyncio.get_running_loop().create_future()
-        self._is_open = True
+        self._is_open, self._followed = True, None
+        self.prepared, self._unread, self._doubts = {}, {}, {}
         self._take_up()
-        self.look()
 
     def close(self) -> None:
         """End what waits. From now on, another instance may serve."""
@@ -5019,80 +4479,81 @@ class Claims:
             self._notify()
 
     def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
-        """Have containers be given what PLAN, with these SLOTS, has now."""
-        self._plan, self._slots = plan, slots
-        self.look()
+        """Have containers be given what PLAN, with these SLOTS, has from the next look on."""
+        self.plan, self._slots = plan, slots
 
     def look(self) -> None:
         """Have what is prepared follow from the plan and /dev, and the CDI files from that, whoever has changed them.
 
         /dev is looked at as well, because the plan does not say when a device goes that it does not offer.
         """
-        if not self._is_open or not self._plan:
+        if not self._is_open:
             return
-        problems = [self._follow(device)[1] for claim in self.prepared.values() for device in claim.devices]
-        followed = (self._plan, list(self.prepared), problems)
-        is_changed = followed != self._followed
-        self._followed = followed
-        for uid in list(self.prepared):
+        is_changed, self._followed, self.lost = self._followed is not self.plan, self.plan, {}
+        for claim in list(self.prepared.values()):
+            followed = [(device, *self._follow(device)) for device in claim.devices]
+            self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
+            is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
-                if is_changed:
-                    self.prepared[uid] = self._refreshed(self.prepared[uid])
-                self._write(self.prepared[uid])
+                self._rewrite(self._refreshed(claim) if is_changed else claim)
             except AllocationError:
-                self._followed = ()  # it went just now
+                self._followed = None  # it went just now
             except OSError as error:
-                self._log_not_written(self.prepared[uid], error)
+                self._log_not_written(claim, error)
+        if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            for name, count in self._rewrites.items():
+                text = "a prepared device, or this file, went, came back or changed"
+                text += f" ({count} times since its last line)" if count > 1 else ""
+                log_event("cdi-file-rewritten", text, claim=name)
+            self._rewrites.clear()
         if is_changed:
             self._notify()
 
-    def lost(self) -> Dict[str, PreparedDevice]:
-        """The prepared devices that are gone and that the plan does not have, by name."""
-        devices = (device for claim in self.prepared.values() for device in claim.devices)
-        return {device.name: device for device in devices if device.is_gone and not self._follow(device)[0]}
-
-    async def check(self) -> None:
-        """Ask the API server about the claims whose files were found here or cannot be read. Raises ApiError."""
+    async def check(self) -> float:
+        """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
+        ApiError."""
         with contextlib.suppress(OSError):  # there will be another check
             self._take_up()
-        for uid in [*self._unread, *self._unchecked]:
+        for uid in list(self._doubts):
             await self._check(uid)
+        ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
+        return min(end for end in (*ends, COMPARE_SECONDS) if end > 0)
 
     # -- what the kubelet asks for ---------------------------------------------------------------------------------
 
     async def prepare(self, claim: PreparedClaim, end: float) -> PreparedClaim:
         """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
-
-        Raises AllocationError, ApiError and OSError.
-        """
+        Raises AllocationError, ApiError and OSError."""
         if not _UID.fullmatch(claim.uid) or not all(map(_OBJECT_NAME.fullmatch, (claim.namespace, claim.name))):
             raise AllocationError("INVALID_ARGUMENT", "the claim's uid, namespace or name is not one")
-        results: Optional[List[Result]] = None
-        checked: Set[str] = set()  # the claims that have its devices
-        problem: Union[AllocationError, ApiError] = ApiError("the API server does not answer")
+        allocated: PreparedClaim | None = None
+        checked: set[str] = set()  # the claims that have its devices
+        problem: AllocationError | ApiError = ApiError("the API server does not answer")
         while True:
             change = self._change
             try:
-                before = self._prepare_again(claim)
+                self._take_up()
+                before = self.prepared.get(claim.uid)
                 if before:
-                    return before
-                if results is None:
-                    results = await wait_bounded(self._read(claim), end - time.monotonic())
-                if results is None:
+                    return self._prepare_again(before)
+                if not allocated:
+                    allocated = await wait_bounded(self._read(claim), end - time.monotonic())
+                if not allocated:
                     text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
                     raise AllocationError("NOT_FOUND", text)
-                for uid in self._holders(claim.uid, results).keys() - checked:
+                for uid in self._holders(allocated).keys() - checked:
                     checked.add(uid)
                     with contextlib.suppress(ApiError, asyncio.TimeoutError):
                         await wait_bounded(self._check(uid), end - time.monotonic())
-                return self._prepare(claim, results)
+                return self._prepare(allocated)
             except asyncio.TimeoutError:
                 raise problem from None
             except AllocationError as error:
                 problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
             except ApiError as error:
                 may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
-                problem, retry = error, max(self.RETRY_SECONDS, error.retry_after)
+                problem, retry = error, self.RETRY_SECONDS
             if not may_pass or time.monotonic() >= end:
                 raise problem
             await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
@@ -5104,125 +4565,97 @@ class Claims:
             claim = self.prepared.get(uid)
             if claim or uid in self._unread:
                 self._files.remove(uid)
+                log_event("unprepared", why, claim=claim.full_name if claim else uid)
         except AllocationError as error:
             return str(error)
         except OSError as error:
-            return f"cannot remove {self._files.path(uid)}: {error.strerror}"
-        if claim or uid in self._unread:
-            log_event("unprepared", why, claim=claim.full_name if claim else uid)
+            return f"cannot remove {self._files.paths(uid)[0]}: {error.strerror}"
         board.set(uid, "")
-        for memory in (self.prepared, self._unread, self._gone_since, self._rewrites, self._logged_at):
+        for memory in (self.prepared, self._unread, self._doubts):
             memory.pop(uid, None)
-        self._unchecked.discard(uid)
         self._notify()
         return ""
 
     # -- one claim -------------------------------------------------------------------------------------------------
 
-    def _prepare_again(self, claim: PreparedClaim) -> Optional[PreparedClaim]:
-        """CLAIM with what a container is given now; None if it is not prepared. Raises AllocationError and OSError."""
-        self._take_up()
-        if not self._plan:
-            raise AllocationError("UNAVAILABLE", "the driver has just started and does not know the devices yet")
-        before = self.prepared.get(claim.uid)
-        if not before or before.full_name != claim.full_name:
-            return None
-        now = self._refreshed(before)
-        self._write(now)
-        for device in now.devices:
-            if device.is_gone:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {self._follow(device)[1]}")
-        return now
+    def _prepare_again(self, claim: PreparedClaim) -> PreparedClaim:
+        """CLAIM, which is prepared, with what a container is given now. Raises AllocationError and OSError."""
+        claim = self._refreshed(claim)
+        self._rewrite(claim)
+        for device in claim.devices:
+            if device.problem:
+                raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+        return claim
 
-    def _prepare(self, claim: PreparedClaim, results: Sequence[Result]) -> PreparedClaim:
-        """Prepare RESULTS for CLAIM. Raises AllocationError and OSError."""
+    def _prepare(self, claim: PreparedClaim) -> PreparedClaim:
+        """Prepare CLAIM, as it was allocated. Raises AllocationError and OSError."""
         self._take_up()
-        for problem in self._holders(claim.uid, results).values():
+        for problem in self._holders(claim).values():
             raise AllocationError("UNAVAILABLE", problem)
-        claim = claim._replace(devices=prepare_devices(results, self._slots, self._devices))
+        claim = claim._replace(devices=prepare_devices(claim.devices, self._slots, self._host))
         if claim.devices:
-            try:
-                self._write(claim)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    if claim.uid not in self._unread:
-                        self._files.remove(claim.uid)
-                raise
+            self._files.write(claim)
+            self.prepared[claim.uid] = claim
             self._unread.pop(claim.uid, None)
             self.allocations.update(device.resource for device in claim.devices)
             names = join_names([device.name for device in claim.devices])
             log_event("prepared", "prepared for a pod", claim=claim.full_name, devices=names)
         return claim
 
-    def _write(self, claim: PreparedClaim) -> None:
-        """Have the CDI file of CLAIM be there, and remember the claim. Raises OSError."""
-        if self._files.write(claim) and claim.uid in self.prepared:
-            self._rewrites[claim.uid] += 1
-            if time.monotonic() - self._logged_at.get(claim.uid, -math.inf) >= self.LOG_SECONDS:
-                self._logged_at[claim.uid] = time.monotonic()
-                count = self._rewrites.pop(claim.uid)
-                text = "a prepared device, or this file, went, came back or changed"
-                text += f" ({count} times since its last line)" if count > 1 else ""
-                log_event("cdi-file-rewritten", text, claim=claim.full_name)
+    def _rewrite(self, claim: PreparedClaim) -> None:
+        """Remember CLAIM, which is prepared, as it is now, and have its CDI file be so. Raises OSError."""
         self.prepared[claim.uid] = claim
+        if self._files.write(claim):
+            self._rewrites[claim.full_name] += 1
 
-    def _log_not_written(self, claim: PreparedClaim, error: Union[AllocationError, OSError]) -> None:
+    def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
         why = error.strerror if isinstance(error, OSError) else error
-        text = f"cannot write {self._files.path(claim.uid)}: {why}"
+        text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
         """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
-        stays as it was. Raises AllocationError.
-        """
-        now, results = [], []
+        stays as it was. Raises AllocationError."""
+        now, offered = [], []
         for device in claim.devices:
             slot, problem = self._follow(device)
-            now.append(device._replace(is_gone=bool(problem)))
+            now.append(device._replace(problem=problem))
             if slot and slot.healthy:
-                results += [Result(request, device.name, device.is_admin) for request in device.requests]
-        fresh = {device.name: device for device in prepare_devices(results, self._slots, self._devices)}
+                offered.append(device)
+        fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
         return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
 
-    def _follow(self, device: PreparedDevice) -> Tuple[Optional[Slot], str]:
-        return follow_device(device, self._plan or EMPTY_PLAN, self._slots, self._settings.dev_dir)
+    def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
+        return follow_device(device, self.plan or EMPTY_PLAN, self._slots, self._options.dev_dir)
 
-    def _holders(self, uid: str, results: Iterable[Result]) -> Dict[str, str]:
-        """The claims other than UID that have, or may have, devices of RESULTS, with a sentence that says so."""
-        wanted = {result.device for result in results if not result.is_admin}
+    def _holders(self, claim: PreparedClaim) -> dict[str, str]:
+        """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
         found = {}
-        for claim in self.prepared.values():
-            for device in claim.devices:
-                if device.name in wanted and not device.is_admin:
-                    text = f"{device.name} is still prepared for the claim {claim.full_name} (uid {claim.uid})"
-                    found[claim.uid] = text
-        for other, names in self._unread.items():
-            if wanted and (names is None or names & wanted):
-                path = self._files.path(other)
-                found[other] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
-        found.pop(uid, None)
+        for other in self.prepared.values():
+            for name in claim.taken & other.taken:
+                found[other.uid] = f"{name} is still prepared for the claim {other.full_name} (uid {other.uid})"
+        for uid, taken in self._unread.items():
+            if claim.taken if taken is None else claim.taken & taken:
+                path = self._files.paths(uid)[0]
+                found[uid] = f"{path} cannot be read, and its claim may have this device; its pod's end frees it"
+        found.pop(claim.uid, None)
         return found
 
-    async def _read(self, claim: PreparedClaim) -> Optional[List[Result]]:
-        """What CLAIM was allocated of this driver; None if the API server says that there is no such claim.
+    async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
+        """CLAIM with the devices of this driver that it was allocated; None if the API server says that there is no
+        such claim. Raises ApiError and AllocationError.
 
         A load balancer without a backend, and an API server without resource.k8s.io/v1, answer 404 without saying so.
-        Raises AllocationError and ApiError.
         """
-
-        def read(document: Document) -> Optional[List[Result]]:
-            if document["metadata"]["name"] != claim.name:
-                raise ValueError("this is not the claim")
-            is_this = document["metadata"]["uid"] == claim.uid
-            return allocated_devices(document, self._settings.domain, self._settings.node) if is_this else None
-
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
+        node = self._options.node_name
+        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=node)
+        found: PreparedClaim | None = None
         try:
-            found: Optional[List[Result]] = await self._api.call("get", path, read=read)
+            found = await self._api.call("get", path, read=read)
         except ApiError as error:
-            if error.missing == f"resourceclaims/{claim.name}":
-                return None
-            raise
+            if error.missing != f"resourceclaims/{claim.name}":
+                raise
         return found
 
     # -- all claims ------------------------------------------------------------------------------------------------
@@ -5240,18 +4673,16 @@ class Claims:
         for uid in self._unread.keys() - uids:  # somebody has removed it
             del self._unread[uid]
         for uid in uids - self.prepared.keys():
+            self._doubts.setdefault(uid, None)
             try:
-                claim = self._files.read(uid)
+                self.prepared[uid] = self._files.read(uid)
+                self._unread.pop(uid, None)
             except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
                     why = error.strerror if isinstance(error, OSError) else error
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
-                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.path(uid))
+                    log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.paths(uid)[0])
                 self._unread.setdefault(uid, None)
-            else:
-                self._unread.pop(uid, None)
-                self.prepared[uid] = claim
-                self._unchecked.add(uid)
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -5261,22 +4692,24 @@ class Claims:
         """
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
+            self._doubts.pop(uid, None)
             return
         try:
-            results = await self._read(claim)
-            if results is None:
+            allocated = await self._read(claim)
+            if allocated is None:
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                since = self._gone_since.setdefault(uid, time.monotonic())
+                since = self._doubts.get(uid) or time.monotonic()
+                self._doubts[uid] = since
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
                     board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
                 return
-            self._gone_since.pop(uid, None)
-            self._unchecked.discard(uid)
+            self._doubts[uid] = None
             if uid in self._unread:
-                self._unread[uid] = {result.device for result in results if not result.is_admin}
-                self._prepare(claim, results)
+                self._unread[uid] = allocated.taken
+                self._prepare(allocated)
                 self._notify()
+            del self._doubts[uid]
         except (AllocationError, OSError) as error:
             if uid in self._unread:
                 self._log_not_written(claim, error)
@@ -5290,39 +4723,6 @@ class Claims:
 # The slices and the classes.
 
 
-class ApiTask:
-    """WORK on the API server that is done every SECONDS, when something has changed, and soon again after a failure."""
-
-    def __init__(self, subject: str, work: Callable[[], Awaitable[None]], seconds: float) -> None:
-        self.subject = subject  # of the problem, if it failed
-        self._work = work
-        self._seconds = seconds
-        self._change: Optional[asyncio.Event] = None  # while it runs
-
-    def refresh(self) -> None:
-        """Have the work done soon, also after a failure."""
-        if self._change:
-            self._change.set()
-
-    async def run(self) -> None:
-        """Do the work until cancelled."""
-        change = self._change = asyncio.Event()
-        backoff = Backoff(MAX_API_BACKOFF_SECONDS)
-        while True:
-            change.clear()
-            try:
-                await self._work()
-                least, pause, problem = 0.0, self._seconds, ""
-                backoff.reset()
-            except ApiError as error:
-                backoff.fail(time.monotonic())
-                least, pause, problem = error.retry_after, backoff.retry_at - time.monotonic(), f"{error}; trying again"
-            if board.set(self.subject, problem, "not-published") and not problem:
-                log_event("published-again", "publishing works again")
-            await asyncio.sleep(max(least, MIN_PUBLISH_SECONDS))
-            await wait_for_event(change, pause - MIN_PUBLISH_SECONDS)
-
-
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
@@ -5331,91 +4731,97 @@ class Publisher:
     class can be made, a lost device is tainted all the same.
     """
 
-    def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[None]]) -> None:
-        self.published: List[SliceGroup] = []  # as they were wanted
+    SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
+    MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
+    CLASS_SECONDS = 600.0  # between two looks at a DeviceClass
+    MAX_BACKOFF_SECONDS = 60.0
+
+    def __init__(self, api: ApiServer, node: str, domain: str, check_claims: Callable[[], Awaitable[float]]) -> None:
+        self.published: list[SliceGroup] = []  # as they were wanted
         self.published_at = 0.0  # time.time() when the slices were last found or made as wanted
         self._api = api
         self._node = node
         self._domain = domain
-        self._wanted: List[SliceGroup] = []
+        self._wanted: list[SliceGroup] = []
         self._resources: Sequence[str] = ()
-        self._copies: Dict[str, SliceCopy] = {}  # what was published, by name
-        self._made: Dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
-        self._slices = ApiTask("slices", self._publish_slices, COMPARE_SECONDS)
-        self._classes = ApiTask("classes", self._make_classes, CLASS_SECONDS)
-        self._tasks = (self._slices, self._classes, ApiTask("claims", check_claims, COMPARE_SECONDS))
+        self._copies: dict[str, SliceCopy] = {}  # what was published, by name
+        self._made: dict[str, float] = {}  # time.monotonic() when each class was last found or made, by name
+        # By subject: each does its work, and returns after how many seconds to do it again. Raises ApiError.
+        self._work = {"slices": self._publish_slices, "classes": self._make_classes, "claims": check_claims}
+        self._changes: dict[str, asyncio.Event] = {}  # by subject, while it runs: there is work to do
 
     @property
     def problem(self) -> str:
         """Why not everything is published; empty if it is."""
-        problem = next(filter(None, (board.get(task.subject) for task in self._tasks)), "")
+        problem = next(filter(None, map(board.get, self._work)), "")
         return f"not published: {problem}" if problem else "" if self.published_at else "not published yet"
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        wanted = list(split_into_slices(devices))
-        if wanted != self._wanted:
-            self._wanted = wanted
-            self._slices.refresh()
-        if resources != self._resources:
-            self._resources = resources
-            self._classes.refresh()
+        self._wanted, self._resources = list(split_into_slices(devices)), resources
+        self.refresh()
 
     def refresh(self) -> None:
-        """Compare with the API server now: a kubelet that has started deleted the slices."""
-        self._made.clear()
-        for task in self._tasks:
-            task.refresh()
+        """Compare with the API server now, also after a failure: a kubelet that has started deleted the slices."""
+        for change in self._changes.values():
+            change.set()
 
     async def run(self) -> None:
         """Publish until cancelled."""
+        self._changes = {subject: asyncio.Event() for subject in self._work}
         try:
-            await asyncio.gather(*(task.run() for task in self._tasks))
+            await asyncio.gather(*map(self._repeat, self._work))
         finally:
             self.published, self.published_at = [], 0.0
 
-    async def _publish_slices(self) -> None:
-        """Make the slices what is wanted. Raises ApiError."""
-        wanted, copies = self._wanted, await self._list_slices()
-        is_ours = copies == self._copies  # nobody else has changed them
-        if not is_ours and self.published_at:
-            self._made.clear()  # the API server may be another one, without classes
-            self._classes.refresh()
-        if not is_ours or wanted != self.published:
+    async def _repeat(self, subject: str) -> None:
+        """Do the work of SUBJECT again and again, and soon again after a failure."""
+        change, backoff = self._changes[subject], Backoff(self.MAX_BACKOFF_SECONDS)
+        while True:
+            change.clear()
+            try:
+                pause, problem = await self._work[subject](), ""
+                backoff.reset()
+            except ApiError as error:
+                backoff.fail(time.monotonic())
+                pause, problem = backoff.retry_at - time.monotonic(), f"{error}; trying again"
+            if board.set(subject, problem, "not-published") and not problem:
+                log_event("published-again", "publishing works again")
+            await asyncio.sleep(MIN_PUBLISH_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await wait_bounded(change.wait(), pause - MIN_PUBLISH_SECONDS)
+
+    async def _publish_slices(self) -> float:
+        """Make the slices what is wanted. They are listed a few at a time."""
+        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={self.SLICES_AT_ONCE}"
+        read = functools.partial(read_slices, domain=self._domain, node=self._node)
+        wanted, copies, rest, is_first = self._wanted, {}, "", True
+        while rest or is_first:
+            more, rest = await self._api.call("list", f"{_API}/resourceslices?{query}&continue={rest}", read=read)
+            copies.update(more)
+            is_first = False
+        if copies != self._copies or wanted != self.published:  # if the former, somebody else has changed them
             await self._replace(copies, wanted)
         self.published, self._copies, self.published_at = wanted, copies, time.time()
+        return COMPARE_SECONDS
 
-    async def _list_slices(self) -> Dict[str, SliceCopy]:
-        """The slices that the API server has, read a few at a time. Raises ApiError."""
-        query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={SLICES_AT_ONCE}"
-        read = functools.partial(read_slices, domain=self._domain, node=self._node)
-        copies: Dict[str, SliceCopy] = {}
-        rest = ""
-        while True:
-            path = f"{_API}/resourceslices?{query}" + (f"&continue={rest}" if rest else "")
-            more, rest = await self._api.call("list", path, read=read)
-            copies.update(more)
-            if not rest:
-                return copies
-
-    async def _replace(self, copies: Dict[str, SliceCopy], wanted: List[SliceGroup]) -> None:
-        """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others."""
-        node = f"/api/v1/nodes/{self._node}"
-        node_uid = await self._api.call("get", node, read=lambda document: document["metadata"]["uid"])
+    async def _replace(self, copies: dict[str, SliceCopy], wanted: list[SliceGroup]) -> None:
+        """Unless COPIES are the WANTED slices: write every slice, in a new generation, and delete all others. COPIES is
+        brought up to date."""
+        names = [slice_name(self._node, self._domain, index) for index in range(len(wanted))]
+        digests = {name: hash((len(wanted), devices)) for name, (_, devices) in zip(names, wanted)}
         generations = {copy.generation for copy in copies.values()}
-        generation = 1 + max(generations, default=0)
-        bodies = resource_slices(self._domain, self._node, node_uid, generation, wanted)
-        digests = dict(await in_slices((body["metadata"]["name"], read_slice(body).digest) for body in bodies))
         if len(generations) <= 1 and {name: copy.digest for name, copy in copies.items()} == digests:
             return
-        path = f"{_API}/resourceslices"
-        surplus = copies.keys() - digests.keys()
-        if generation > MAX_GENERATION:  # one of somebody else, say
+        generation = 1 + max(generations, default=0)
+        path, surplus = f"{_API}/resourceslices", copies.keys() - digests.keys()
+        if generation > self.MAX_GENERATION:  # one of somebody else, say
             generation, surplus = 1, set(copies)
+        node = await self._api.call("get", f"/api/v1/nodes/{self._node}")
         for name in surplus:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
-        for body in resource_slices(self._domain, self._node, node_uid, generation, wanted):
+        for body in resource_slices(self._domain, self._node, node["uid"], generation, wanted):
             name = body["metadata"]["name"]
             if name in copies:
                 body["metadata"]["resourceVersion"] = copies[name].version
@@ -5426,127 +4832,99 @@ class Publisher:
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
 
-    async def _make_classes(self) -> None:
-        """Make the missing DeviceClasses. Others use them too, so none is changed. Raises ApiError."""
+    async def _make_classes(self) -> float:
+        """Make the missing DeviceClasses. Others use them too, so none is changed."""
         path = f"{_API}/deviceclasses"
         for body in (device_class(self._domain, resource) for resource in ("", *self._resources)):
             name = body["metadata"]["name"]
-            if time.monotonic() - self._made.get(name, -math.inf) < CLASS_SECONDS:
+            if time.monotonic() - self._made.get(name, -math.inf) < self.CLASS_SECONDS:
                 continue
             is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
             if is_missing and await self._api.call("create", path, body, absent=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
             self._made[name] = time.monotonic()
+        return self.CLASS_SECONDS
 
 
 # The driver.
 
 
-class DraSettings(NamedTuple):
-    """The driver's name (DOMAIN), its node, and the folders that it works in."""
-
-    kubelet_dir: str
-    cdi_dir: str
-    dev_dir: str
-    node: str
-    domain: str
-    gone_grace: float  # seconds for which a device may be gone before the pods that have it are evicted
-    kubelet_socket: str  # where the kubelet serves the PodResources API
-
-    @property
-    def folder(self) -> str:
-        """The driver's own folder."""
-        return f"{self.kubelet_dir}/plugins/{self.domain}"
-
-    @property
-    def sockets(self) -> Tuple[str, str]:
-        """The paths of the driver's own socket and of the one through which the kubelet registers it."""
-        return f"{self.folder}/dra.sock", f"{self.kubelet_dir}/plugins_registry/{self.domain}-reg.sock"
+def dra_sockets(options: argparse.Namespace) -> tuple[str, str]:
+    """The paths of the driver's own socket, in its own folder, and of the one by which the kubelet registers it."""
+    folder, name = options.kubelet_dir, options.domain  # which is the driver's name
+    return f"{folder}/plugins/{name}/dra.sock", f"{folder}/plugins_registry/{name}-reg.sock"
 
 
-# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1), and
-# their methods with the names of the messages in api.proto.
+# The services that the kubelet calls, https://github.com/kubernetes/kubelet (pluginregistration/v1 and dra/v1): each
+# method with its service and the names of its messages in api.proto.
 PLUGIN_REGISTRATION, DRA_PLUGIN = "pluginregistration.Registration", "k8s.io.kubelet.pkg.apis.dra.v1.DRAPlugin"
-_DRA_SERVICES: Mapping[str, Mapping[str, Tuple[str, str]]] = {
-    PLUGIN_REGISTRATION: {
-        "GetInfo": ("InfoRequest", "PluginInfo"),
-        "NotifyRegistrationStatus": ("RegistrationStatus", "RegistrationStatusResponse"),
-    },
-    DRA_PLUGIN: {
-        "NodePrepareResources": ("NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
-        "NodeUnprepareResources": ("NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
-    },
+DRA_METHODS: Mapping[str, tuple[str, str, str]] = {
+    "GetInfo": (PLUGIN_REGISTRATION, "InfoRequest", "PluginInfo"),
+    "NotifyRegistrationStatus": (PLUGIN_REGISTRATION, "RegistrationStatus", "RegistrationStatusResponse"),
+    "NodePrepareResources": (DRA_PLUGIN, "NodePrepareResourcesRequest", "NodePrepareResourcesResponse"),
+    "NodeUnprepareResources": (DRA_PLUGIN, "NodeUnprepareResourcesRequest", "NodeUnprepareResourcesResponse"),
 }
 
 
 class DraPlugin:
     """The services that the kubelet calls, and whether it has the driver. ON_REGISTRATION is called after each one."""
 
-    def __init__(self, settings: DraSettings, claims: Claims, on_registration: Callable[[], None]) -> None:
-        self.full_name = settings.domain
+    def __init__(self, options: argparse.Namespace, claims: Claims, on_registration: Callable[[], None]) -> None:
+        self.full_name: str = options.domain
+        self.is_registered = False  # says the kubelet, and it has not ended since
         self.registrations = self.restarts = self.prepare_errors = 0
-        self._settings = settings
+        self._options = options
         self._claims = claims
         self._on_registration = on_registration
         self._served_since = math.inf
-        self._is_registered = False  # says the kubelet, which does not say when it ends
-        self._kubelet: Optional[Identity] = None  # of its socket, if it answers on that
-        self._last_kubelet: Optional[Identity] = None  # the one that answered last
-        self._registrar: Optional[Identity] = None  # the first that answered since the driver was registered
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the kubelet has the driver, and still answers; one that never answered on its socket may be there."""
-        return self._is_registered and self._registrar in (None, self._kubelet)
+        self._kubelet: Identity | None = None  # of the socket of the kubelet that answered last
+        self._registrar: Identity | None = None  # the same of the one that registered the driver, once it answers
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve the services on SERVER."""
-        for service, methods in _DRA_SERVICES.items():
-            handlers = {
-                method: grpc.unary_unary_rpc_method_handler(
-                    getattr(self, method), getattr(pb, request).FromString, getattr(pb, response).SerializeToString
-                )
-                for method, (request, response) in methods.items()
-            }
-            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+        for method, (service, request, response) in DRA_METHODS.items():
+            read, write = getattr(pb, request).FromString, getattr(pb, response).SerializeToString
+            handler = grpc.unary_unary_rpc_method_handler(getattr(self, method), read, write)
+            server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
 
     def note_sockets(self, are_served: bool) -> None:
         """From now on, the kubelet finds the sockets, or does not."""
         self._served_since = time.monotonic() if are_served else math.inf
-        self._is_registered = False
+        self.is_registered = False
         if are_served:
             board.set("driver", "")
 
     def check_kubelet(self) -> None:
         """Notice that the kubelet has ended, and whether another one is there, which is to register the driver."""
-        path = self._settings.kubelet_socket
-        try:
-            found = None if is_dead(path) else os.stat(path)
-        except OSError:  # this says nothing about the kubelet
+        path = self._options.pod_resources_socket
+        error = connect_error(path)
+        if error and error.errno in SCARCE:  # this says nothing about the kubelet
             return
-        self._kubelet = (found.st_dev, found.st_ino, found.st_mtime_ns) if found else None
-        self._registrar = self._registrar or self._kubelet
-        if self._kubelet and self._kubelet != self._last_kubelet:
-            self.restarts += self._last_kubelet is not None
-            self._last_kubelet = self._kubelet
-        if self.is_registered:
+        kubelet = None if error else socket_identity(path)
+        if kubelet:
+            self.restarts += self._kubelet not in (None, kubelet)
+            self._kubelet = kubelet
+        if not self.is_registered:
+            if time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+                board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
+        elif self._registrar in (None, kubelet):  # one that never answered on its socket may be there
+            self._registrar = kubelet
             board.set("driver", "")
-        elif self._is_registered:
+        else:
+            self.is_registered = False
             board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
-        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
-            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
-        names = {"type": "DRAPlugin", "name": self.full_name, "endpoint": self._settings.sockets[0]}
+        names = {"type": "DRAPlugin", "name": self.full_name, "endpoint": dra_sockets(self._options)[0]}
         return pb.PluginInfo(**names, supported_versions=["v1.DRAPlugin"])
 
     @answered
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: grpc.aio.ServicerContext
     ) -> pb.RegistrationStatusResponse:
-        self._is_registered, self._registrar = request.plugin_registered, None
-        if self._is_registered:
+        self.is_registered, self._registrar = request.plugin_registered, None
+        if self.is_registered:
             self.registrations += 1
             log_event("registered", "registered with the kubelet", driver=self.full_name)
         else:
@@ -5569,7 +4947,7 @@ class DraPlugin:
                 board.set(claim.uid, "")
                 for device in prepared.devices:
                     cdi_id = f"{self.full_name}/device={claim.uid}-{device.name}"
-                    names = {"pool_name": self._settings.node, "device_name": device.name}
+                    names = {"pool_name": self._options.node_name, "device_name": device.name}
                     entry.devices.add(**names, request_names=device.requests, cdi_device_ids=[cdi_id])
             elif isinstance(prepared, (AllocationError, ApiError, OSError)):
                 why = f"cannot write a CDI file: {prepared.strerror}" if isinstance(prepared, OSError) else prepared
@@ -5596,81 +4974,56 @@ class DraSide(KubeletSide):
     """Offers a plan's resources through Dynamic Resource Allocation: serves the sockets while it has their lease."""
 
     def __init__(
-        self,
-        settings: DraSettings,
-        api: ApiServer,
-        devices: HostDevices,
-        loop: asyncio.AbstractEventLoop,
-        max_silence: float,
+        self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence)
-        self.calm_look = min(self.calm_look, SOCKET_LOOK_SECONDS)
-        self.domain = settings.domain
-        self.plugin_dir = settings.folder
-        self.folders = (*map(os.path.dirname, settings.sockets), settings.cdi_dir)
-        self.slots: SlotsOfDra = {}  # those of the plan
-        self._settings = settings
-        self._api = api
-        self._claims = Claims(settings, api, devices)
-        self._publisher = Publisher(api, settings.node, settings.domain, self._claims.check)
-        self._plugin = DraPlugin(settings, self._claims, self._publisher.refresh)
-        self._plan = EMPTY_PLAN
+        folders = [*map(os.path.dirname, dra_sockets(options)), options.cdi_dir]
+        super().__init__(loop, max_silence, options.domain, folders, Watch(options.cdi_dir, with_content=True))
+        self.calm_pause = min(self.calm_pause, SOCKET_LOOK_SECONDS)
+        self._options = options
+        self._api = ApiServer(options.kube_api, options.kube_token_file, options.kube_ca_file)
+        self._claims = Claims(options, self._api, host)
+        self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
+        self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
-        self._wanted_from: Tuple[object, ...] = ()  # what the slices were last derived from
-        self._watch = Watch(settings.cdi_dir, with_content=True)
-        self._wake: asyncio.Future[None] = loop.create_future()  # done when the kernel says that one has changed
+        self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
-        self._leases = Leases(f"{settings.folder}/driver.lock")
-        self._servers: List[UnixServer] = []
-        self._publishing: Optional[asyncio.Task[None]] = None  # while the driver is served
+        self._leases = Leases(f"{self.plugin_dir}/driver.lock")
+        self._servers: list[UnixServer] = []
+        self._publishing: asyncio.Task[None] | None = None  # while the driver is served
 
-    async def run(self) -> None:
-        """Serve the kubelet and publish until stop(). Raises what went wrong."""
-        try:
-            while not self._done.done():
-                self.heartbeat = time.monotonic()
-                self._wake = asyncio.get_running_loop().create_future()
-                self._watch.ask()  # before the look, so that no change is missed
-                await self._check_sockets()
-                self._plugin.check_kubelet()
-                self._claims.look()
-                self._publish()
-                await asyncio.wait([self._done, self._wake], timeout=self.calm_look, return_when="FIRST_COMPLETED")
-                await asyncio.sleep(NEXT_LOOK_SECONDS)
-        finally:
-            self._watch.close()
-            await self._end()
-        self._done.result()
+    @property
+    def is_answering(self) -> bool:
+        return True  # nothing waits for a kubelet, which registers the driver by itself
 
-    def look_now(self) -> None:
-        if not self._wake.done():
-            self._wake.set_result(None)
+    async def _check(self) -> None:
+        """Check the driver's sockets, that of the kubelet, and the CDI files."""
+        if self._claims.plan:  # until then, nobody knows what to publish
+            await self._check_sockets()
+            self._plugin.check_kubelet()
+            self._claims.look()
+            self._publish()
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        self._plan, self.slots = plan, slots_by_device_name(plan)
+        self.slots = slots_by_device_name(plan)
         self._claims.follow(plan, self.slots)
-        self._publish()
+        self.check_now()
 
     def _publish(self) -> None:
         """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
         name of one by now, it must wait."""
-        now, lost = time.monotonic(), self._claims.lost()
+        now, plan, lost = time.monotonic(), self._claims.plan, self._claims.lost
         since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
         since_when.update((name, self._gone_since.get(name, now)) for name in lost)
         self._gone_since = since_when
-        evicted = {name for name, since in since_when.items() if now - since >= self._settings.gone_grace}
-        wanted_from = (self._plan, lost.keys(), evicted)
+        evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
+        wanted_from = (plan, lost.keys(), evicted)
         if wanted_from == self._wanted_from:
             return
         self._wanted_from = wanted_from
-        offered = (
-            slice_device(name, slot, self.domain, name in evicted)
-            for name, slot in self.slots.items()
-            if name not in lost
-        )
-        gone = (lost_device(device, self.domain, name in evicted) for name, device in lost.items())
-        self._publisher.want(itertools.chain(offered, gone), list(self._plan.resources))
+        wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
+        devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
+        self._publisher.want(devices, list(plan.resources if plan else ()))
 
     # -- what the status document says -----------------------------------------------------------------------------
 
@@ -5697,11 +5050,11 @@ class DraSide(KubeletSide):
         dra = {
             "problem": self.problem,
             "registered": plugin.is_registered,
-            "socket": self._settings.sockets[0],
+            "socket": dra_sockets(self._options)[0],
             "slices": len(publisher.published),
             "slice_devices": sum(count for count, _ in publisher.published),
             "published_at_seconds": publisher.published_at,
-            "api_server": api.address.url,
+            "api_server": api.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
             "claims_prepared": len(claims),
@@ -5718,34 +5071,32 @@ class DraSide(KubeletSide):
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
-        if any(server.is_lost(_inodes(server.path)) for server in self._servers):
+        if any(server.is_lost() for server in self._servers):
             board.set("driver", "a socket file of the driver was deleted or replaced", "stream-lost")
             await self._end()
         if self._servers:
             return
-        problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            for path in self._settings.sockets:
+            for path in dra_sockets(self._options):
                 os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            self._is_standby = not all(map(self._leases.take, self._settings.sockets))
+            self._is_standby = not all(map(self._leases.take, dra_sockets(self._options)))
             if not self._is_standby:
-                await self._serve()
+                return await self._serve()
+            problem = f"another instance serves the driver {self.domain}; waiting for its end"
         except OSError as error:
             self._is_standby = False
-            problem = f"cannot serve in {error.filename or self._settings.kubelet_dir}: {error.strerror}"
-        if not self._publishing:
-            await self._end()
-            board.set("driver", problem, "not-served")
+            problem = f"cannot serve in {error.filename or self._options.kubelet_dir}: {error.strerror}"
+        await self._end()
+        board.set("driver", problem, "not-served")
 
     async def _serve(self) -> None:
         """Listen, take up what is prepared, and publish. Raises OSError."""
-        for path in self._settings.sockets:
+        for path in dra_sockets(self._options):
             self._servers.append(UnixServer(path, self._plugin.add_to))
             await self._servers[-1].start()
             self._servers[-1].publish()
-        # Nothing is awaited from here on, so the kubelet's calls are answered when all of this is done.
+        # Nothing is awaited from here on until run() has looked at all, and only then are the kubelet's calls answered.
         self._claims.open()
-        self._publish()
         self._plugin.note_sockets(True)
         self._publishing = asyncio.ensure_future(self._publisher.run())
         self._publishing.add_done_callback(self._fail_with)
@@ -5762,21 +5113,12 @@ class DraSide(KubeletSide):
         self._leases.close()
 
 
-def _inodes(path: str) -> Mapping[str, int]:
-    """The inode of the file PATH, if there is one, by its name, as UnixServer.is_lost() takes it."""
-    try:
-        return {os.path.basename(path): os.lstat(path).st_ino}
-    except OSError:
-        return {}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Status: what is offered, what is in use and what is wrong, as one document (JSON). Tables, metrics and the page are
 # pure renderers of that document; a small server comes last. The document's keys, the names of the metrics and the
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVENTS_SHOWN = 10  # by --status
 FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
 
 
@@ -5785,17 +5127,14 @@ FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of t
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+
+    def offer(name: str, path: str, line: int) -> Document:
+        return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+
     return {
         "resources": resources,
         "shared": [
-            {
-                "path": node,
-                "offers": [
-                    {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
-                    for name, path, line in offers
-                ],
-            }
-            for node, offers in find_shared(plan).items()
+            {"path": node, "offers": [offer(*each) for each in offers]} for node, offers in find_shared(plan).items()
         ],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
@@ -5811,66 +5150,56 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
         "name": f"{domain}/{resource.name}",
         "pool": resource.pool,
         "slots": sum(device.slots for device in resource.devices),
-        "devices": [
-            {
-                "path": device_path(device),
-                "line": device.line,
-                "slots": device.slots,
-                "healthy": not device.problem,
-                "problem": device.problem,
-                **({"gone": device.is_gone} if device.problem else {}),
-                "since": utc(epoch + device.since),
-                "numa": list(device.numa),
-                "nodes": [
-                    {
-                        "host": spec.host,
-                        "container": spec.container,
-                        "permissions": spec.permissions,
-                        "targets": [host for host, _ in spec.nodes],
-                    }
-                    for spec in device.specs
-                ],
-                "env": dict(device.env),
-            }
-            for device in resource.devices
-        ],
+        "devices": [_describe_device(device, epoch) for device in resource.devices],
     }
 
 
-def describe_use(resource: Resource, holders: Optional[Holders]) -> Document:
-    """Who has slots of RESOURCE, in the order of the slots; null where HOLDERS are unknown."""
+def _describe_device(device: Device, epoch: float) -> Document:
+    return {
+        "path": device_path(device),
+        "line": device.line,
+        "slots": device.slots,
+        "healthy": not device.problem,
+        "problem": device.problem,
+        **({"gone": device.is_gone} if device.problem else {}),
+        "since": utc(epoch + device.since),
+        "numa": list(device.numa),
+        "nodes": [
+            {
+                "host": spec.host,
+                "container": spec.container,
+                "permissions": spec.permissions,
+                "targets": [host for host, _ in spec.nodes],
+            }
+            for spec in device.specs
+        ],
+        "env": dict(device.env),
+    }
+
+
+def describe_use(resource: Resource, holders: Holders | None) -> Document:
+    """Who has slots of RESOURCE, in the order of the slots; null if HOLDERS are unknown."""
     if holders is None:
         return {"in_use": None, "holders": None}
-    own = holders.get(resource.name, ())
-    slots = {slot_id: slot for slot_id, slot in named_slots(resource, (holder.slot for holder in own)) if slot}
-    found = {
+    own = set(holders.get(resource.name, ()))
+    slots = dict(named_slots(resource, (holder.slot for holder in own)))
+    found = sorted(
         (slot.device.path, slot.number, holder)
         for holder in own
-        for slot in [slots.get(holder.slot)]
+        for slot in [slots[holder.slot]]
         if slot and slot.number < slot.device.slots
-    }
-    held = [
-        {"slot": holder.slot, "device": device_path(slots[holder.slot].device), **holder._asdict()}
-        for _, _, holder in sorted(found)
-    ]
+    )
+    paths = {device.path: device_path(device) for device in resource.devices}
+    held = [{"slot": holder.slot, "device": paths[path], **holder._asdict()} for path, _, holder in found]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def describe_health(document: Document, problems: FoundProblems) -> Document:
-    """Whether the daemon of DOCUMENT works, whether every resource is ready, and PROBLEMS as sentences."""
-    return {
-        "healthy": not find_hanging(document["threads"]),
-        "ready": not find_unready(document["resources"]),
-        "problems": [_with_names(sentence, names) for sentence, names in problems.items()],
-    }
-
-
-def find_unready(resources: Iterable[Document]) -> List[Document]:
+def find_unready(resources: Iterable[Document]) -> list[Document]:
     """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
     return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
 
 
-def find_hanging(threads: Iterable[Document]) -> List[str]:
+def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
     return [
         f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
@@ -5881,45 +5210,39 @@ def find_hanging(threads: Iterable[Document]) -> List[str]:
 
 def find_problems(document: Document) -> FoundProblems:
     """What is wrong, the worst first."""
-    problems: Dict[str, List[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
-
-    def add(sentence: str, *names: str) -> None:
-        problems.setdefault(sentence, []).extend(names)
-
+    found: list[tuple[str, str]] = [(sentence, "") for sentence in find_hanging(document["threads"])]
     if document["dra"]:
-        add(document["dra"]["problem"])
-    elif not document["kubelet"]["answering"]:
-        where = document["kubelet"]["plugin_dir"]
-        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+        found.append((document["dra"]["problem"], ""))
+    elif document["kubelet"]["answering"]:
+        found += [(each["trouble"], each["name"]) for each in document["resources"] if not each["ready"]]
     else:
-        for resource in document["resources"]:
-            if not resource["ready"]:
-                add(resource["trouble"], resource["name"])
-    add(document["dev_problem"])
-    add(conf_problem(document["conf"]))
+        where = document["kubelet"]["plugin_dir"]
+        found.append((f"the kubelet does not answer in {where}: no pod can be given a device until it does", ""))
+    found += [(document["dev_problem"], ""), (conf_problem(document["conf"]), "")]
     for resource in document["resources"]:
-        users = _users_by_device(resource)
-        for device in resource["devices"]:
-            if device["problem"]:
-                found = users.get(device["path"], ())
-                named = _first_names([f"{container} of {namespace}/{pod}" for namespace, pod, container in found])
-                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
-    problems.pop("", None)
+        users = users_by_device(resource)
+        for device in filter(lambda device: device["problem"], resource["devices"]):
+            named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+            found.append((device["problem"] + (f", in use by {named}" if named else ""), device["path"]))
+    problems: dict[str, list[str]] = {sentence: [] for sentence, _ in found if sentence}
+    for sentence, name in found:
+        if sentence and name:
+            problems[sentence].append(name)
     return problems
 
 
 def conf_problem(conf: Document) -> str:
-    """Why the config file is refused, and which rules are in force; empty where it is good."""
+    """Why the config file is refused, and which rules are in force; empty if it is good."""
     if not conf["error"]:
         return ""
     return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
 
 
-def _users_by_device(resource: Document) -> Mapping[str, Mapping[Tuple[str, str, str], Sequence[str]]]:
-    """Per path of a device of RESOURCE, the slots that each container has, by namespace, pod and container."""
-    users: Dict[str, Dict[Tuple[str, str, str], List[str]]] = {}
+def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
+    """By path of a device of RESOURCE, the slots that each container has, by namespace/pod and container."""
+    users: dict[str, dict[tuple[str, str], list[str]]] = {}
     for holder in resource["holders"] or ():
-        user = holder["namespace"], holder["pod"], holder["container"]
+        user = f"{holder['namespace']}/{holder['pod']}", holder["container"]
         users.setdefault(holder["device"], {}).setdefault(user, []).append(holder["slot"])
     return users
 
@@ -5947,29 +5270,24 @@ def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str
     cells = [list(header)] + [[printable(str(cell)) for cell in row] for row in rows]
     columns = list(zip(*cells))
     widths = [max(map(len, column)) for column in columns]
-    numeric = [all(cell.isdecimal() for cell in column[1:]) for column in columns]
-    lines = (
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric))
-        for row in cells
-    )
+    kinds = [str.rjust if all(cell.isdecimal() for cell in column[1:]) else str.ljust for column in columns]
+    lines = ("  ".join(pad(cell, width) for pad, cell, width in zip(kinds, row, widths)) for row in cells)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def render_section(title: str, header: Iterable[str], rows: Sequence[Sequence[object]]) -> str:
-    """ROWS as a table below TITLE; nothing where there are none."""
+    """ROWS as a table below TITLE; nothing if there are none."""
     return f"\n{title}:\n{render_table(header, rows)}" if rows else ""
 
 
-def _lists(document: Document) -> Iterator[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+def _lists(document: Document) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
     """What tables and page list below the resources: titles, headers and rows."""
-    shared = [
-        (
-            ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]}))),
-            node["path"],
-            ", ".join(offer["resource"] for offer in node["offers"]),
+    shared = []
+    for node in document["shared"]:
+        lines = sorted({offer["line"] for offer in node["offers"]})
+        shared.append(
+            (", ".join(map(str, lines)), node["path"], ", ".join(each["resource"] for each in node["offers"]))
         )
-        for node in document["shared"]
-    ]
     yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
@@ -6014,26 +5332,19 @@ def dra_text(dra: Document) -> str:
 
 def render_status(document: Document) -> str:
     """What --status prints of a daemon's whole DOCUMENT."""
-    resources, problems = document["resources"], document["problems"]
+    problems = document["problems"]
     lines = [f"{document['node']}: {'not well' if problems else 'well'}, as of {clock(document['time'])} UTC"]
     lines += [f"  - {problem}" for problem in problems]
     lines += [dra_text(document["dra"])] if document["dra"] else []
-    offered = [
-        (
-            f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}",
-            resource["name"],
-            "yes" if resource["ready"] else "no",
-            _first_names([_device_cell(device) for device in resource["devices"]]),
-        )
-        for resource in resources
-    ]
-    held = [
-        (_first_names(slots), resource["name"].partition("/")[2], f"{namespace}/{pod}", container)
-        for resource in resources
-        for users in _users_by_device(resource).values()
-        for (namespace, pod, container), slots in users.items()
-    ]
-    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:EVENTS_SHOWN]]
+    offered, held = [], []
+    for resource in document["resources"]:
+        use = f"{'?' if resource['in_use'] is None else resource['in_use']}/{resource['slots']}"
+        devices = _first_names([_device_cell(device) for device in resource["devices"]])
+        offered.append((use, resource["name"], "yes" if resource["ready"] else "no", devices))
+        for users in users_by_device(resource).values():
+            name = resource["name"].partition("/")[2]
+            held += [(_first_names(slots), name, pod, container) for (pod, container), slots in users.items()]
+    events = [(clock(event["time"]), event_text(event)[0]) for event in document["events"][:10]]
     return (
         "".join(f"{printable(line)}\n" for line in [*lines, ""])
         + (render_table(("IN USE", "RESOURCE", "READY", "DEVICE"), offered) if offered else "No device is offered.\n")
@@ -6043,19 +5354,16 @@ def render_status(document: Document) -> str:
     )
 
 
-def event_text(event: Document) -> Tuple[str, str]:
+def event_text(event: Document) -> tuple[str, str]:
     """The sentence of EVENT, with the resources or devices that it is about; and its other fields."""
+    fields = {key: str(value) for key, value in event.items() if key not in ("time", "level", "event", "message")}
     sentence = event["message"]
-    others = []
-    for key, value in event.items():
-        if key in ("time", "level", "event", "message"):
-            continue
-        if key not in ("resource", "resources", "devices"):
-            others.append(f"{key} {value}")
-        elif str(value) not in sentence:
-            names = str(value).replace(",", ", ")
+    for key in ("resource", "resources", "devices"):
+        value = fields.pop(key, "")
+        if value not in sentence:
+            names = value.replace(",", ", ")
             sentence = f"{names}: {sentence}" if key == "resource" else f"{sentence} ({names})"
-    return sentence, "; ".join(others)
+    return sentence, "; ".join(f"{key} {value}" for key, value in fields.items())
 
 
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
@@ -6065,118 +5373,102 @@ Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class Family(NamedTuple):
-    """A metric: its name without the prefix, its help, and where the document has its values.
-
-    "resources.KEY" has one per resource where it is known; any other "PART.KEY" has one where the document has PART.
-    """
-
-    name: str
-    help: str
-    source: Union[str, Callable[[Document], Samples]]
-
-    @property
-    def kind(self) -> str:
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-    @property
-    def full_name(self) -> str:
-        """The exported name; those of a process are the names that all Prometheus clients give them."""
-        return self.name if self.name.startswith("process_") else PREFIX + self.name
-
-    def samples(self, document: Document) -> Samples:
-        if not isinstance(self.source, str):
-            return self.source(document)
-        part, _, key = self.source.partition(".")
-        if part == "resources":
-            return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
-        return [({}, document[part][key])] if document[part] else []
-
-
-def _build(document: Document) -> Samples:
+def _build_samples(document: Document) -> Samples:
     python = ".".join(map(str, sys.version_info[:3]))
     yield {"version": document["smarter_device_manager"], "python": python}, 1
 
 
-def _slot_holders(document: Document) -> Samples:
-    labels = ("resource", "device", "namespace", "pod", "container")
+def _holder_samples(document: Document) -> Samples:
+    labels = ("device", "namespace", "pod", "container")
     for resource in document["resources"]:
-        for device, users in _users_by_device(resource).items():
-            yield from ((dict(zip(labels, (resource["name"], device, *user))), 1) for user in users)
+        for user in dict.fromkeys(tuple(map(holder.get, labels)) for holder in resource["holders"] or ()):
+            yield {"resource": resource["name"], **dict(zip(labels, user))}, 1
 
 
-def _devices(document: Document) -> Samples:
+def _device_samples(document: Document) -> Samples:
     for resource in document["resources"]:
-        states = _states(resource)
+        states = list(map(_state, resource["devices"]))
         for state in ("present", "absent", "unhealthy"):
             yield {"resource": resource["name"], "state": state}, states.count(state)
 
 
-def _states(resource: Document) -> List[str]:
-    """What the devices of RESOURCE are: present, absent, or there but unhealthy."""
-    devices = resource["devices"]
-    return ["present" if device["healthy"] else "absent" if device["gone"] else "unhealthy" for device in devices]
+def _state(device: Document) -> str:
+    """Whether DEVICE is present, absent, or there but unhealthy."""
+    return "present" if device["healthy"] else "absent" if device["gone"] else "unhealthy"
 
 
-def _left_out(document: Document) -> Samples:
+def _left_out_samples(document: Document) -> Samples:
     labels = [left["label"] for left in document["left_out"]]
     return (({"reason": label}, labels.count(label)) for label in dict.fromkeys(reason.label for reason in Reason))
 
 
-def _api_requests(document: Document) -> Samples:
+def _request_samples(document: Document) -> Samples:
     for asked in document["dra"]["api_requests"] if document["dra"] else ():
         yield {"verb": asked["verb"], "code": asked["code"]}, asked["count"]
 
 
-FAMILIES = (
-    Family("build_info", "Always 1; the labels have the versions.", _build),
-    Family("slots", "Containers that may have the resource at once.", "resources.slots"),
-    Family("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
-    Family("slot_holder", "1 per container that has a slot.", _slot_holders),
-    Family("devices", "Devices of the resource: present, absent, or there but unhealthy.", _devices),
-    Family("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
-    Family("allocations_total", "Containers that were given the resource.", "resources.allocations"),
-    Family("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
-    Family("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
-    Family("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
-    Family("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
-    Family("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
-    Family("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
-    Family("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
-    Family("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
-    Family("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
-    Family("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
-    Family("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
-    Family("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out),
-    Family("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _api_requests),
-    Family("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
-    Family("slices_published", "ResourceSlices of this node.", "dra.slices"),
-    Family("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
-    Family("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
-    Family("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
-    Family("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
-    Family("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
-    Family("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
-    Family("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
-    Family("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
-    Family("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
+# The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
+# resource if it is known, any other "PART.KEY" has one if the document has PART.
+FAMILIES: Sequence[Tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("slots", "Containers that may have the resource at once.", "resources.slots"),
+    ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
+    ("slot_holder", "1 per container that has a slot.", _holder_samples),
+    ("devices", "Devices of the resource: present, absent, or there but unhealthy.", _device_samples),
+    ("registered", "1 if the kubelet has the resource: registered, its stream open.", "resources.ready"),
+    ("allocations_total", "Containers that were given the resource.", "resources.allocations"),
+    ("starts_refused_total", "Starts of containers that were refused.", "resources.start_refusals"),
+    ("registrations_total", "Registrations that the kubelet accepted.", "resources.registrations"),
+    ("registrations_refused_total", "Registrations that the kubelet refused.", "resources.refusals"),
+    ("stream_losses_total", "Streams that the kubelet ended or never opened.", "resources.stream_losses"),
+    ("kubelet_answering", "1 if the kubelet answers on its socket.", "kubelet.answering"),
+    ("kubelet_restarts_total", "Restarts of the kubelet that were seen.", "kubelet.restarts"),
+    ("conf_reloads_total", "Changed config files that took effect.", "conf.reloads"),
+    ("conf_refused_total", "Changed config files that were refused.", "conf.failed_reloads"),
+    ("conf_good", "0 if the current config file is refused.", lambda d: [({}, not d["conf"]["error"])]),
+    ("conf_last_good_timestamp_seconds", "When the config file was last good.", "conf.read_at_seconds"),
+    ("scan_duration_seconds", "Seconds that the last look at /dev took.", lambda d: [({}, d["scan_seconds"])]),
+    ("left_out", "Paths that a rule names and that are not offered, by reason.", _left_out_samples),
+    ("api_requests_total", "Requests to the API server, by verb and code; with DRA only.", _request_samples),
+    ("api_reachable", "1 if the API server answered the last request.", "dra.api_reachable"),
+    ("slices_published", "ResourceSlices of this node.", "dra.slices"),
+    ("slice_devices_published", "Devices in these slices.", "dra.slice_devices"),
+    ("slices_published_timestamp_seconds", "When the slices were last up to date.", "dra.published_at_seconds"),
+    ("claims_prepared", "ResourceClaims that are prepared.", "dra.claims_prepared"),
+    ("prepare_errors_total", "Claims that could not be prepared.", "dra.prepare_errors"),
+    ("internal_errors_total", "Calls that failed for an unforeseen reason.", "process.internal_errors"),
+    ("log_lines_dropped_total", "Log lines dropped because nobody read them.", "process.log_lines_dropped"),
+    ("process_resident_memory_bytes", "Resident memory.", "process.resident_memory_bytes"),
+    ("process_cpu_seconds_total", "CPU time, user and system.", "process.cpu_seconds"),
+    ("process_start_time_seconds", "When the process started.", "process.start_time_seconds"),
 )
+
+
+def metric_name(name: str) -> str:
+    """The exported name; those of a process are the names that all Prometheus clients give them."""
+    return name if name.startswith("process_") else PREFIX + name
 
 
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
-    for family in FAMILIES:
-        name = family.full_name
-        yield f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
-        for labels, value in family.samples(document):
+    for short, text, source in FAMILIES:
+        name = metric_name(short)
+        yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+        for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
             number = int(value) if isinstance(value, int) else value
             yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
 
 
+def _read_samples(source: str, document: Document) -> Samples:
+    part, _, key = source.partition(".")
+    if part == "resources":
+        return [({"resource": each["name"]}, each[key]) for each in document[part] if each[key] is not None]
+    return [({}, document[part][key])] if document[part] else []
+
+
 # The page. Every value goes into it through _fill, and so escaped; the rest are the texts at the end of this file.
 
-REFRESH_SECONDS = 5  # of the page
 _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
@@ -6190,7 +5482,7 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
     count = len(problems)
     values = {
         "nonce": nonce,
-        "refresh": REFRESH_SECONDS,
+        "refresh": 5,  # seconds
         "node": document["node"],
         "version": document["smarter_device_manager"],
         "time": clock(document["time"]),
@@ -6207,23 +5499,27 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
-    troubles = {name: sentence for sentence, names in problems.items() for name in names}
+    by_name = {name: sentence for sentence, names in problems.items() for name in names}
     if document["resources"]:
         yield _TABLE
         for resource in document["resources"]:
-            yield from _page_resource(resource, troubles.get(resource["name"], ""))
+            yield from _page_resource(resource, by_name.get(resource["name"], ""))
         yield "</table>\n"
     else:
         yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
-    for title, _, rows in _lists(document):
-        yield from _page_list(title, [(f"line {line}", *texts) for line, *texts in rows])
-    yield from _page_list("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])
+    lists = [(title, [(f"line {line}", *texts) for line, *texts in rows]) for title, _, rows in _lists(document)]
+    lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
+    for title, rows in lists:
+        item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
+        yield f'<h2>{title}</h2>\n<ul class="card list">\n' if rows else ""
+        yield from (_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows)
+        yield "</ul>\n" if rows else ""
     yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
 
 
 def _facts(document: Document) -> Iterator[str]:
     resources, conf, kubelet = document["resources"], document["conf"], document["kubelet"]
-    states = [state for resource in resources for state in _states(resource)]
+    states = [_state(device) for resource in resources for device in resource["devices"]]
     in_use = [resource["in_use"] for resource in resources]
     slots = pluralize(sum(resource["slots"] for resource in resources), "slot")
     restarts = pluralize(kubelet["restarts"], "restart")
@@ -6236,8 +5532,8 @@ def _facts(document: Document) -> Iterator[str]:
         yield dra_text(document["dra"])
 
 
-def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
-    """The rows of RESOURCE, which has TROUBLE if any: one per device, with the containers that use it."""
+def _page_resource(resource: Document, problem: str) -> Iterator[str]:
+    """The rows of RESOURCE, which has PROBLEM if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
     domain, _, name = resource["name"].partition("/")
     head = _fill(
@@ -6245,93 +5541,56 @@ def _page_resource(resource: Document, trouble: str) -> Iterator[str]:
         rows=len(resource["devices"]),
         domain=domain,
         name=name,
-        trouble=trouble,
+        problem=problem,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
     )
-    users = _users_by_device(resource)
+    users = users_by_device(resource)
     yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
     for device in resource["devices"]:
-        problem, since = device["problem"], clock(device["since"])
+        wrong, since = device["problem"], clock(device["since"])
         yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
         yield _fill(
             _DEVICE,
             line=device["line"],
             since=since,
-            mood="bad" if problem else "good",
-            state="Unhealthy" if problem else "Healthy",
+            mood="bad" if wrong else "good",
+            state="Unhealthy" if wrong else "Healthy",
             text=device_text(device),
-            problem=f"Unhealthy: {problem}" if problem else "",
-            problem_since=f"since {since}" if problem else "",
+            problem=f"Unhealthy: {wrong}" if wrong else "",
+            problem_since=f"since {since}" if wrong else "",
         )
-        for (namespace, pod, container), slots in users.get(device["path"], {}).items():
+        for (pod, container), slots in users.get(device["path"], {}).items():
             held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
-            yield _fill(_USER, container=container, namespace=namespace, pod=pod, slots=held)
+            yield _fill(_USER, container=container, pod=pod, slots=held)
         yield "</td></tr>\n"
         head = ""  # it spans all rows
     yield "</tbody>\n"
-
-
-def _page_list(title: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """ROWS as a list below TITLE; nothing where there are none."""
-    if rows:
-        yield f'<h2>{title}</h2>\n<ul class="card list">\n'
-        for key, text, *more in rows:
-            item = '<li><span>{key}</span><span>{text} <span class="dim">{more}</span></span></li>\n'
-            yield _fill(item, key=key, text=text, more=" ".join(more))
-        yield "</ul>\n"
 
 
 # The server: a hand-written HTTP/1 of two methods and five paths, because http.server costs 2 MB and a thread per
 # client. It reads and writes its sockets itself: asyncio's streams accept a whole backlog of clients in one turn of the
 # loop, log a traceback if descriptors run out, and until Python 3.12 copy the answer for each reader.
 
-MAX_CLIENTS = 64
-HEAD_BYTES = 8192  # of a request
-CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
-ERROR_PAUSE = 1.0  # before the next accept(2) after one that failed (too many open files)
-FRESH_SECONDS = 1.0  # for which all clients get the same document, and what was rendered from it
-
 OK = "200 OK"
 UNAVAILABLE = "503 Service Unavailable"
-UNKNOWN_HOST = (
-    "this server does not answer to the name in the Host header: use an IP address, localhost, the name of the node or "
-    "of the pod, or the name that --listen has"
-)
-
-_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]\n")
-_HOST = re.compile(r"^host:(.*)", re.IGNORECASE | re.MULTILINE)
+UNKNOWN_HOST = "use an IP address, localhost, the name of the node or of the pod, or the one of --listen as the host"
 
 
-class Request(NamedTuple):
-    """What a client wants; the host is empty if it names none."""
-
-    method: str
-    path: str
-    host: str
-
-
-def parse_request(data: bytes) -> Optional[Request]:
-    """The request at the beginning of DATA; None if it is none that this server understands."""
+def parse_request(data: bytes) -> tuple[str, str, str] | None:
+    """Method, path and host, empty if there is none, of the request in DATA; None if it cannot be parsed."""
     head, end, _ = data.decode("latin-1").replace("\r\n", "\n").partition("\n\n")
-    line = _REQUEST_LINE.match(f"{head}\n")
-    if not line or not end:
-        return None
-    host = _HOST.search(head)
-    return Request(line[1], line[2].partition("?")[0], host[1] if host else "")
+    line = re.match(r"([A-Z]+) (/[!-~]*) HTTP/1\.[0-9]$", head, re.MULTILINE)
+    host = re.search(r"^host:(.*)", head, re.IGNORECASE | re.MULTILINE)
+    return (line[1], line[2].partition("?")[0], host[1] if host else "") if line and end else None
 
 
-def is_known_host(host: str, names: FrozenSet[str]) -> bool:
+def is_known_host(host: str, names: frozenset[str]) -> bool:
     """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
     here (DNS rebinding), must not be able to read what this server shows."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
-    if name in names:
-        return True
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):
-            return bool(socket.inet_pton(family, name.partition("%")[0]))
-    return False
+    return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
 
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
@@ -6358,15 +5617,6 @@ def plain(status: str, lines: Sequence[str] = ()) -> bytes:
     return respond(status, "".join(f"{line}\n" for line in lines or [status]))
 
 
-async def _read_head(connection: socket.socket) -> bytes:
-    """What a client sends up to an empty line, its end, or HEAD_BYTES."""
-    data, chunk = b"", b"-"
-    while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
-        chunk = await asyncio.get_running_loop().sock_recv(connection, HEAD_BYTES - len(data))
-        data += chunk
-    return data
-
-
 def describe_process() -> Document:
     """What the kernel knows of this process. proc(5) counts its start in ticks since the start of the machine."""
     with open("/proc/self/stat", "rb") as file:
@@ -6383,89 +5633,87 @@ def describe_process() -> Document:
 
 @dataclass(eq=False)
 class StatusServer:
-    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report()."""
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
+
+    MAX_CLIENTS: ClassVar = 64
+    HEAD_BYTES: ClassVar = 8192  # of a request
+    CLIENT_SECONDS: ClassVar = 10.0  # for a client to send its request and take the answer
+    FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
-    side: Union[DevicePluginSide, DraSide]
+    side: KubeletSide
     pod_resources: PodResources
     node: str
-    names: FrozenSet[str]  # by which a client may ask, besides IP addresses
+    names: frozenset[str]  # by which a client may ask, besides IP addresses
     plan: Plan
     device_side: Document  # its part of the document
 
     def __post_init__(self) -> None:
         self.events = EventRing()
         self._main_heartbeat = time.monotonic()
-        self._clients: Dict[asyncio.Task[None], None] = {}  # the oldest first
-        self._made: Dict[str, asyncio.Future[Any]] = {}  # by path, all from one document; "": that document
+        self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._views: dict[str, asyncio.Future[bytes]] = {}  # by path
 
-    def take(self, plan: Plan) -> None:
-        """Show PLAN from now on."""
-        self.plan = plan
-
-    def report(self, device_side: Document) -> None:
-        """Show DEVICE_SIDE, which nothing changes. Any thread may call this: nothing wakes up."""
-        self.device_side = device_side
+    def report(self, plan: Plan, device_side: Document) -> None:
+        """Show PLAN and DEVICE_SIDE, which nothing changes. Nothing wakes up."""
+        self.plan, self.device_side = plan, device_side
 
     def beat(self) -> None:
         """The main thread, which calls this, works."""
         self._main_heartbeat = time.monotonic()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled. If there are too many clients, the oldest one goes: nobody can keep others out."""
         try:
             while True:
                 try:
                     connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
                 except OSError as error:
                     log.debug("cannot accept a connection to the status page: %s", error.strerror)
-                    await asyncio.sleep(ERROR_PAUSE)
-                else:
-                    self._welcome(connection)
-                    await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
+                    await asyncio.sleep(1.0)  # until there are file descriptors again
+                    continue
+                task = asyncio.ensure_future(self._serve(connection))
+                task.add_done_callback(lambda task: self._clients.pop(task, None))
+                self._clients[task] = None
+                if len(self._clients) > self.MAX_CLIENTS:
+                    oldest = next(iter(self._clients))
+                    del self._clients[oldest]
+                    oldest.cancel()
+                await asyncio.sleep(0)  # or those who are accepted would wait for all who are in the queue
         finally:
             self.listener.close()
-            tasks = [*self._clients, *self._made.values()]
-            for task in tasks:
-                task.cancel()
+            tasks: list[asyncio.Future[Any]] = [*self._clients, *self._views.values()]
+            for each in tasks:
+                each.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
-    def _welcome(self, connection: socket.socket) -> None:
-        """Serve a new client. If there are too many, the oldest one goes: nobody can keep others out for long."""
-        task = asyncio.ensure_future(self._serve(connection))
-
-        def end(_: object) -> None:
-            connection.close()
-            self._clients.pop(task, None)
-
-        task.add_done_callback(end)
-        self._clients[task] = None
-        if len(self._clients) > MAX_CLIENTS:
-            oldest = next(iter(self._clients))
-            del self._clients[oldest]
-            oldest.cancel()
-
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
-        try:
-            await asyncio.wait_for(self._answer(connection), CLIENT_SECONDS)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.debug("a client of the status page went away or was too slow: %s", error)
+        with connection:
+            try:
+                await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
+            except (OSError, asyncio.TimeoutError) as error:
+                log.debug("a client of the status page went away or was too slow: %s", error)
 
     async def _answer(self, connection: socket.socket) -> None:
-        request = parse_request(await _read_head(connection))
-        if not request:
+        loop = asyncio.get_running_loop()
+        data, chunk = b"", b"-"
+        while chunk and b"\n\r\n" not in data and b"\n\n" not in data:
+            chunk = await loop.sock_recv(connection, self.HEAD_BYTES - len(data))
+            data += chunk
+        method, path, host = parse_request(data) or ("", "", "")
+        if not method:
             answer = plain("400 Bad Request")
-        elif request.method not in ("GET", "HEAD"):
+        elif method not in ("GET", "HEAD"):
             answer = plain("405 Method Not Allowed")
-        elif not is_known_host(request.host, self.names):
+        elif not is_known_host(host, self.names):
             answer = plain("421 Misdirected Request", [UNKNOWN_HOST])
         else:
-            answer = await self._respond(request.path)
-            if request.method == "HEAD":
-                answer = answer[: answer.index(b"\r\n\r\n") + 4]
-        await asyncio.get_running_loop().sock_sendall(connection, answer)
+            answer = await self._respond(path)
+        if method == "HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        await loop.sock_sendall(connection, answer)
 
     async def _respond(self, path: str) -> bytes:
         try:
@@ -6474,9 +5722,13 @@ class StatusServer:
                 return plain(UNAVAILABLE if hanging else OK, hanging or ["ok"])
             if path == "/readyz":
                 return self._readyz()
-            if path in ("/", "/metrics", "/status.json"):
-                return await self._shared(path, lambda: self._view(path))
-            return plain("404 Not Found")
+            if path not in ("/", "/metrics", "/status.json"):
+                return plain("404 Not Found")
+            if not self._views:
+                asyncio.get_running_loop().call_later(self.FRESH_SECONDS, self._views.clear)
+            if path not in self._views:
+                self._views[path] = asyncio.ensure_future(self._view(path))
+            return await asyncio.shield(self._views[path])
         except OSError as error:  # of reading /proc, for lack of file descriptors
             log.debug("cannot make the status page: %s", error.strerror)
             return plain(UNAVAILABLE)
@@ -6484,50 +5736,41 @@ class StatusServer:
             log_internal_error("the status page failed")
             return plain("500 Internal Server Error")
 
-    def _threads(self) -> List[Document]:
+    def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        now = time.monotonic()
         heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
         return [
-            {"name": name, "seconds_since_turn": now - heartbeat, "max_seconds": self.side.max_silence}
-            for name, heartbeat in heartbeats.items()
+            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
+            for name, beat in heartbeats.items()
         ]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
-        side = self.side
-        resources = [
-            {"name": f"{side.domain}/{name}", **side.describe_registration(name)} for name in self.plan.resources
-        ]
-        unready = find_unready(resources)
+        states = {name: self.side.describe_registration(name) for name in self.plan.resources}
+        unready = find_unready(states.values())
         lines = [] if unready else ["ok"]
-        lines += [f"{resource['name']}: {resource['trouble']}" for resource in resources if not resource["ready"]]
+        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if not each["ready"]]
         lines += filter(None, [conf_problem(self.device_side["conf"])])
         return plain(UNAVAILABLE if unready else OK, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
-        document, problems = await self._shared("", self._describe)
-        nonce, policy = os.urandom(16).hex(), ""
-        if path == "/":
-            kind, pieces = "text/html; charset=utf-8", render_page(document, problems, nonce)
-            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-        elif path == "/metrics":
+        document, policy = await self._describe(), ""
+        if path == "/metrics":
             kind, pieces = "text/plain; version=0.0.4; charset=utf-8", render_metrics(document)
+        elif path == "/":
+            nonce = os.urandom(16).hex()
+            policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+            kind, pieces = "text/html; charset=utf-8", render_page(document, find_problems(document), nonce)
         else:
+            document["healthy"] = not find_hanging(document["threads"])
+            document["ready"] = not find_unready(document["resources"])
+            found = find_problems(document).items()
+            document["problems"] = [_with_names(sentence, names) for sentence, names in found]
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
-    async def _shared(self, key: str, make: Callable[[], Awaitable[T]]) -> T:
-        """What MAKE makes; it is made once in FRESH_SECONDS, however many ask."""
-        if not self._made:
-            asyncio.get_running_loop().call_later(FRESH_SECONDS, self._made.clear)
-        if key not in self._made:
-            self._made[key] = asyncio.ensure_future(make())
-        made: T = await asyncio.shield(self._made[key])
-        return made
-
-    async def _describe(self) -> Tuple[Document, FoundProblems]:
+    async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
         holders = await self.pod_resources.holders(side.slots)
         resources = (
@@ -6538,7 +5781,7 @@ class StatusServer:
             }
             for name, resource in plan.resources.items()
         )
-        document = {
+        return {
             "smarter_device_manager": __version__,
             "node": self.node,
             "domain": side.domain,
@@ -6550,8 +5793,6 @@ class StatusServer:
             **self.device_side,
             **describe_plan(plan, await in_slices(resources), side.domain),
         }
-        problems = find_problems(document)
-        return {**document, **describe_health(document, problems)}, problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6565,227 +5806,153 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 # default is to be ignored.
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-CHANGE_SECONDS = 1.0  # between two lines of the log about one device
-FULL_LOOK_SECONDS = 60.0  # between two looks at all of /dev, even at folders whose times did not change
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
 
 
 class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start. The file always has a whole text.
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
 
-    If a new text cannot be kept, EVENT is logged, and the older one stays: its rules were good, too.
-    """
+    NOTHING = "[]"  # a text that needs no file
 
-    def __init__(self, path: str, what: str, event: str) -> None:
+    def __init__(self, path: str, what: str, kind: str) -> None:
         self.path = path
         self._what = what
-        self._event = event
-        self._kept: Tuple[str, Tuple[int, ...]] = ("", ())  # the text that was last read or kept, and its file's stamp
+        self._kind = kind
 
-    def read(self) -> Tuple[str, float]:
-        """The text, and the time.time() when it was kept. Raises OSError, and ConfigError for what is not a text."""
-        self._kept = read_conf(self.path), file_stamp(self.path)
-        return self._kept[0], os.stat(self.path).st_mtime
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            return parse(read_conf(self.path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
 
     def keep(self, text: str) -> None:
         """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
 
         Another instance may keep another text in the same file: an older one, too, just before it ends.
         """
-        with contextlib.suppress(OSError):
-            if (text, file_stamp(self.path)) == self._kept:
-                return
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
+            return
         try:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            self._kept = (text, file_stamp(self.path))
             board.set(self.path, "")
         except OSError as error:
             sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, self._event)
+            board.set(self.path, sentence, f"{self._kind}-not-kept")
 
 
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """A value that changes with the file PATH, but for changes within one tick of its clock. Raises OSError."""
-    found = os.stat(path)  # of what links lead to, because a ConfigMap is replaced by replacing a link
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
 
 
-def kept_path(folder: str, domain: str, ending: str) -> str:
-    """Where the instance with DOMAIN keeps a file in FOLDER. The kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{ending}"
-
-
-class KeptDevices:
-    """The file PATH, in which this daemon keeps the devices that rules chose by attributes, with the values of those.
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
 
     After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
     device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
     """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
 
-    def __init__(self, path: str) -> None:
-        self._file = KeptFile(path, "the devices that rules chose by attributes", "devices-not-kept")
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id")
-        self._plan = EMPTY_PLAN  # that _text is from
-        self._text = "[]"
 
-    def read(self) -> Plan:
-        """The kept devices as a plan, which has what make_plan() needs of its previous plan. They have no right to
-        their resources' names, unlike those of a daemon that goes on, so all resources are pools in it."""
-        resources: Dict[str, Resource] = {}
-        try:
-            for kept in json.loads(self._file.read()[0]):
-                json.dumps(kept, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-                name, path = str(kept["resource"]), str(kept["path"])
-                chosen_by, values = (
-                    {str(attribute): str(value) for attribute, value in dict(kept[key]).items()}
-                    for key in ("attributes", "values")
-                )
-                is_same_boot = kept.get("boot") == self._boot  # each boot counts inodes from 1
-                numbers = kept["nodes"] if is_same_boot else [(0, 0)]
-                nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-                device = Device(path, 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-                others = resources[name].devices if name in resources else ()
-                resources[name] = Resource(name, True, (*others, device))
-        except FileNotFoundError:
-            return EMPTY_PLAN
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            why = getattr(error, "strerror", "") or str(error)
-            sentence = f"the devices kept in {self._file.path} are ignored: {why}"
-            log_event("kept-devices-ignored", sentence, logging.WARNING)
-            return EMPTY_PLAN
-        return Plan(resources, (), ())
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
 
-    def keep(self, plan: Plan) -> None:
-        """Keep the devices in PLAN that rules chose by attributes; cheap while that is the same."""
-        if plan is not self._plan:
-            devices = [
-                {
-                    "resource": name,
-                    "path": device.path,
-                    "attributes": device.chosen_by,
-                    "values": device.values,
-                    "boot": self._boot,
-                    "nodes": [(node.entry.device, node.entry.inode) for node in device.nodes],
-                }
-                for name, resource in plan.resources.items()
-                for device in resource.devices
-                if device.chosen_by
-            ]
-            self._plan, self._text = plan, json.dumps(devices)
-        if self._text != "[]" or os.path.lexists(self._file.path):
-            self._file.keep(self._text)
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
 
 
 class ConfFile:
-    """The config file PATH. It is read again when it changed, and its rules are in force as soon as they are good.
-
-    If PATH is empty, the built-in rules are in force. If KEPT_PATH is not empty, the last good text is kept there, and
-    its rules are in force after a start with a broken config file.
-    """
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
 
     def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: Tuple[Rule, ...] = ()  # in force
+        self.rules: tuple[Rule, ...] = ()  # in force
         self.text = ""  # of these
         self.error = ""  # why the present text of the file is refused
         self.reloads = self.failed_reloads = 0
         self.read_at = 0.0  # time.time() when the file was last found good
-        self._path = path
-        self._stamp: Tuple[int, ...] = ()  # of the file as last read; () if its text may change without its stamp
-        what = f"the last good text of {json.dumps(path)}"
-        self._kept = KeptFile(kept_path, what, "conf-not-kept") if kept_path and path else None
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
     def start(self) -> None:
         """Put the first rules in force. Raises Problem if there are no good ones."""
-        try:
-            self._read()
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if not self._kept or not self._restore(self._kept):
-                raise Problem(problem) from None
-            self._refuse(problem, f", from {self._kept.path}")
-        self._keep()
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
 
     def follow(self, reread: bool = False) -> bool:
-        """Read the file again if it changed, or if REREAD; whether there are new rules.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
 
-        Logs an error in it once. Keeps the text of the rules in force, if that failed before.
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
-        old_rules = self.rules
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
         try:
-            if self._path and (reread or not self._stamp or self._stamp != file_stamp(self._path)):
-                self._read()
-                if self.error or self.rules is not old_rules:
-                    self.reloads += 1
-                    count = len(self.rules)
-                    log_event("conf-reloaded", "the config file was read again", conf=self._path, rules=count)
-                self.error = ""
-        except (ConfigError, OSError) as error:
-            problem = describe_conf_error(self._path, error)
-            if reread or problem != self.error:
-                self._refuse(problem)
-        self._keep()
-        return self.rules is not old_rules
-
-    def _read(self) -> None:
-        """Put the rules of the file in force. Raises ConfigError and OSError."""
-        text, self._stamp = DEFAULT_CONF, ()
-        if self._path:
-            stamp = file_stamp(self._path)
-            is_old = is_settled(max(stamp[-2:]))
-            text = read_conf(self._path)
-            self._stamp = stamp if is_old else ()
-        if text != self.text or not self.rules:
-            self.rules, self.text = parse_rules(text), text
-        self.read_at = time.time()
-
-    def _restore(self, kept: KeptFile) -> bool:
-        """Put the rules that were KEPT in force; whether there are any. Logs why they are ignored."""
-        try:
-            text, self.read_at = kept.read()
-            self.rules, self.text = parse_rules(text), text
-        except FileNotFoundError:
-            return False
-        except (OSError, ConfigError) as error:
-            problem = error.strerror if isinstance(error, OSError) else error
-            sentence = f"the kept copy of the config file, {kept.path}, is ignored: {problem}"
-            log_event("kept-conf-ignored", sentence, logging.WARNING)
-            return False
-        return True
-
-    def _refuse(self, problem: str, source: str = "") -> None:
-        self.error = problem
-        self.failed_reloads += 1
-        log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
-
-    def _keep(self) -> None:
-        if self._kept:
-            self._kept.keep(self.text)
-
-
-def describe_conf_error(path: str, error: Union[ConfigError, OSError]) -> str:
-    """What is wrong in the config file PATH and where, or why it cannot be read."""
-    if isinstance(error, ConfigError):
-        return f"{path}:{error.line}:{error.column}: {error.message}"
-    return f"cannot read the config file {path}: {error.strerror}"
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
 
 
 class DeviceSide:
     """The part of the main thread: the config file and /dev, and the plan that is made from them."""
 
-    def __init__(
-        self,
-        conf: str,
-        dev_dir: str,
-        sys_dir: str,
-        kept_path: str = "",
-        kept_devices: Optional[KeptDevices] = None,
-        with_facts: bool = False,
-    ) -> None:
-        """KEPT_PATH is that of ConfFile, and WITH_FACTS that of Sysfs."""
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
         self.plan = EMPTY_PLAN
         self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last look at /dev
-        self._conf_name = conf or DEFAULT_CONF_NAME
-        self._conf = ConfFile(conf, kept_path)
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
         self._dev_dir = dev_dir
         self._scanner = Scanner(dev_dir)
         self._sysfs = Sysfs(sys_dir, with_facts)
@@ -6793,13 +5960,11 @@ class DeviceSide:
         self._found = NOTHING_FOUND
         self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
         self._gpus: Sequence[str] = ()
-        self._kept_devices = kept_devices
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
         self._next_full_scan = 0.0
-
-    @property
-    def rules(self) -> Sequence[Rule]:
-        """The rules in force."""
-        return self._matcher.rules
 
     def start(self) -> None:
         """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
@@ -6808,174 +5973,161 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self._conf.start()
-        self._matcher = Matcher(self._conf.rules)
-        if self._kept_devices:
-            self.plan = self._kept_devices.read()
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Optional[Plan]:
+    def turn(self, reread: bool = False) -> Plan | None:
         """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now = time.monotonic()
+        now, before = time.monotonic(), self.plan
         full = reread or now >= self._next_full_scan
-        has_changed = self._conf.follow(reread)
+        has_changed = self.conf.follow(reread)
         if has_changed:
-            self._matcher = Matcher(self._conf.rules)
-        has_changed |= self._scan(full)
+            self._matcher = Matcher(self.conf.rules)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
-            has_changed |= self._look_beyond_dev(now)
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
+            self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
         if has_changed:
             self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
         # At every turn, or a /dev that always changes would keep it waiting.
         has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
-        new = self._make_plan(now) if has_changed else self.plan
-        is_new, self.plan = new != self.plan, new
-        if self._kept_devices:
-            self._kept_devices.keep(self.plan)
+        if has_changed:
+            look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
+            plan = make_plan(before, look)
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
+            self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
         if full:
-            self._next_full_scan = min([now + FULL_LOOK_SECONDS, *expiry_times(self.plan)])
-        return self.plan if is_new else None
-
-    def overridden(self) -> List[Tuple[Rule, Device]]:
-        """Devices that a rule names without effect, because another rule has them."""
-        return find_overridden(self.plan, self._matcher)
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
+        return None if self.plan is before else self.plan
 
     def request_full_scan(self) -> None:
-        """Let the next turn look at everything."""
+        """Let the next turn scan everything."""
         self._next_full_scan = 0.0
 
-    def folders(self) -> List[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those in which rules name something,
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        named = {*self._found.devices, *(device.path for device in devices_of(self.plan))}
-        paths = [*named, *(node.path for nodes in self._found.devices.values() for node in nodes)]
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
         named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        return sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
         """Its part of the status document, as of the last turn."""
         return {
             "conf": {
-                "path": self._conf_name,
-                "rules": len(self.rules),
-                "error": self._conf.error,
-                "read_at": utc(self._conf.read_at),
-                "read_at_seconds": self._conf.read_at,
-                "reloads": self._conf.reloads,
-                "failed_reloads": self._conf.failed_reloads,
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
             },
             "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last look at /dev took
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
         }
 
-    def _scan(self, full: bool) -> bool:
-        """Take a new snapshot; whether anything changed."""
-        before = self.snapshot
-        started = time.monotonic()
-        try:
-            self.snapshot = self._scanner.scan(full)
-            problem = ""
-        except OSError as error:
-            self.snapshot = Snapshot({}, {})
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        self.scan_seconds = time.monotonic() - started
-        return self.snapshot is not before
 
-    def _look_beyond_dev(self, now: float) -> bool:
-        """Whether the plan may change without a change in /dev: a GPU has come or gone, or an offer ends."""
-        gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-        self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(self.plan))})
-        return gpus != self._gpus or any(when <= now for when in expiry_times(self.plan))
-
-    def _make_plan(self, now: float) -> Plan:
-        look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-        plan = make_plan(self.plan, look)
-        unfit = {left.path for left in plan.left_out} | {device.path for device in devices_of(plan) if device.problem}
-        self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
-        return plan
+_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
 
 
-_ChangeKey = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
 
 
 class ChangeLog:
     """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
     has a line per CHANGE_SECONDS, which says how many changes it stands for."""
 
+    CHANGE_SECONDS = 1.0
+
     def __init__(self) -> None:
-        self._states: Dict[_ChangeKey, str] = {}  # by resource, path and line: the problem, or why it is left out
-        self._counts: Counter[_ChangeKey] = Counter()  # of changes that are not logged yet
-        self._logged: Dict[_ChangeKey, float] = {}  # time.monotonic() of the last line
-        self._shared: Set[Offer] = set()  # of nodes that several resources offer, as logged
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
         states = {("", left.path, left.line): left.text for left in plan.left_out}
         for name, resource in plan.resources.items():
             states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        keys = states.keys() | self._states.keys()
-        self._counts.update(key for key in keys if states.get(key) != self._states.get(key))
-        self._states = states
-        news = {node: offers for node, offers in find_shared(plan).items() if not self._shared.issuperset(offers)}
-        self._shared = {offer for offer in self._shared if (offer.resource, f"/dev/{offer.path}", 0) in states}
-        self._shared.update(offer for offers in news.values() for offer in offers)
-        for sentence, nodes in describe_shared(news).items():
-            log_event_for_all("shared", sentence, logging.WARNING, "devices", nodes)
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
 
     @property
     def due(self) -> float:
         """time.monotonic() when there is something to log; infinite if nothing waits."""
-        return min((self._logged.get(key, -math.inf) + CHANGE_SECONDS for key in self._counts), default=math.inf)
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
 
     def flush(self, now: float) -> None:
-        """Log what has changed, except about devices that had a line just before NOW."""
-        groups: Dict[Tuple[str, str, int], List[str]] = {}
-        old = {key: when for key, when in self._logged.items() if key in self._states or when + CHANGE_SECONDS > now}
-        for key in sorted(key for key in self._counts if old.get(key, -math.inf) + CHANGE_SECONDS <= now):
-            change, count = _describe_change(key, self._states.get(key), key in old), self._counts.pop(key)
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
             if change:
-                event, sentence, level = change
-                sentence += f" ({count} changes since its last line)" if count > 1 else ""
-                groups.setdefault((event, sentence, level), []).append(key[1] if key[0] else f"/dev/{key[1]}")
-                old[key] = now
-        self._logged = old
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
         for (event, sentence, level), paths in groups.items():
             log_event_for_all(event, sentence, level, "devices", paths)
 
 
-def _describe_change(key: _ChangeKey, state: Optional[str], is_known: bool) -> Optional[Tuple[str, str, int]]:
-    """The event, sentence and level for the STATE that KEY of ChangeLog has now; None if there is nothing to say."""
-    if not key[0]:
-        return ("left-out", f"left out: {state}", logging.WARNING) if state else None
-    if state is None:
-        return "retired", "no longer offered", logging.INFO
-    if state:
-        return "unplugged", f"Unhealthy: {state}", logging.WARNING
-    return "plugged", "Healthy again" if is_known else "offered", logging.INFO
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
-class FolderWatches:
-    """Asks the kernel to send FOLDER_SIGNAL when something in the folders of /dev comes or goes.
-
-    Each watched folder takes a file descriptor. Folders beyond the limit, or that the kernel cannot watch, are left to
-    the poll.
-    """
-
-    def __init__(self, dev_dir: str) -> None:
-        self._dev_dir = dev_dir
-        self._limit = min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)
-        self._watches: Dict[str, Watch] = {}
-
-    def ask(self, folders: Sequence[str]) -> None:
-        """Watch for the next change in FOLDERS, or in the first of them if there are too many; stop watching others."""
-        wanted = folders[: self._limit]
-        for path in self._watches.keys() - set(wanted):
-            self._watches.pop(path).close()
-        for path in wanted:
-            if path not in self._watches:
-                self._watches[path] = Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)
-            self._watches[path].ask()
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6983,14 +6135,13 @@ class FolderWatches:
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOOK_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to look at everything
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, LOOK_SIGNAL)
+SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
 # SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
-REST_SECONDS = 0.05  # at least, between a look at /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the look took, so that looks take at most a tenth of a core
-EXIT_SECONDS = 4.0  # for the gRPC thread to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+REST_SECONDS = 0.05  # at least, between a scan of /dev and the next one because of FOLDER_SIGNAL
+REST_FACTOR = 9  # or this many times what the scan took, so that scans take at most a tenth of a core
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -7001,38 +6152,32 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
             roots = {point: root for root, point in (line.split(" ", 5)[3:5] for line in file)}  # the last hides others
     except OSError:  # too many open files, say
         return {}
-    points = ((path, os.path.realpath(path)) for path in folders)
-    escaped = ((path, re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", point)) for path, point in points)
-    return {path: roots[point] for path, point in escaped if point in roots}
+    points = {path: re.sub(r"[ \t\n\\]", lambda c: f"\\{ord(c[0]):03o}", os.path.realpath(path)) for path in folders}
+    return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: Union[OSError, UnicodeError]) -> str:
+def network_error(error: OSError | UnicodeError) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
     return str(error.strerror or error).partition(" (while attempting ")[0]
 
 
-def address_text(address: Tuple[Any, ...]) -> str:
+def address_text(address: tuple[Any, ...]) -> str:
     """ADDRESS as people write it."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-BACKLOG = 1024  # clients of the status page that are not yet accepted: a probe can wait, and must not be dropped
-
-
-def open_status(
-    options: argparse.Namespace, devices: DeviceSide, side: Union[DevicePluginSide, DraSide]
-) -> Optional[StatusServer]:
+def open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> StatusServer | None:
     """The status server for --listen; None without that option, or if the address cannot be used."""
     if not options.listen:
         return None
     host = options.listen[0]  # all addresses if it is empty
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server(options.listen, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    try:  # a probe can wait in a long queue, and must not be dropped
+        listener = socket.create_server(options.listen, family=family, backlog=1024, dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:
         problem = f"cannot listen on {address_text(options.listen)}: {network_error(error)}"
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
@@ -7049,22 +6194,23 @@ def open_status(
 class KubeletThread(threading.Thread):
     """The gRPC thread: an asyncio loop with the kubelet side and, with --listen, the status server."""
 
+    EXIT_SECONDS = 4.0  # to end all streams and remove all sockets: 2,000 take 3 s on a busy machine
+
     def __init__(self, options: argparse.Namespace, devices: DeviceSide) -> None:
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        self._side = self._make_side(options)
-        self._status = open_status(options, devices, self._side)
-        self._directory: Tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
-        self._mounted = mount_roots(self._side.folders)
-
-    def _make_side(self, options: argparse.Namespace) -> Union[DevicePluginSide, DraSide]:
         max_silence = find_max_silence(options.interval)
-        devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), LOOK_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        more = host_devices, self._loop
+        self._side: KubeletSide
         if options.api == "dra":
-            return DraSide(dra_settings(options), api_server(options), devices, self._loop, max_silence)
-        watch = Watch(options.plugin_dir)
-        return DevicePluginSide(options.plugin_dir, options.domain, devices, self._loop, watch, max_silence)
+            self._side = DraSide(options, *more, max_silence)
+        else:
+            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, max_silence)
+        self._status = open_status(options, devices, self._side)
+        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -7082,97 +6228,79 @@ class KubeletThread(threading.Thread):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for task in done:
-            task.result()
+        await asyncio.gather(*done)
 
-    def send(self, plan: Plan) -> None:
-        """Give PLAN to the kubelet side and the status server."""
-        self._loop.call_soon_threadsafe(self._side.deliver, plan)
+    def send(self, plan: Plan | None, devices: DeviceSide) -> None:
+        """Give PLAN, if there is a new one, to the kubelet side, and the state of DEVICES to the status server."""
+        if plan:
+            self._loop.call_soon_threadsafe(self._side.deliver, plan)
         if self._status:
-            self._loop.call_soon_threadsafe(self._status.take, plan)
+            self._status.report(devices.plan, devices.describe())
 
     def look(self) -> None:
         """Have the kubelet side look at its directory, where something changed."""
-        self._loop.call_soon_threadsafe(self._side.look_now)
+        self._loop.call_soon_threadsafe(self._side.check_now)
 
-    def report(self, device_side: Document) -> None:
-        """Give the status server the part of the device side."""
-        if self._status:
-            self._status.report(device_side)
-
-    def is_turning(self) -> bool:
-        """Whether the kubelet side looks at kubelet.sock as often as it should."""
-        return time.monotonic() - self._side.heartbeat <= self._side.max_silence
-
-    def beat(self) -> float:
-        """Let the status server know that the main thread works; the time by which it must do so again."""
+    def beat(self, manager: ServiceManager) -> float:
+        """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
+        looks at kubelet.sock as often as it should. Returns time.monotonic() by which to do so again."""
+        now = time.monotonic()
         if self._status:
             self._status.beat()
-        return time.monotonic() + self._side.max_silence / 2
+        manager.ping(now - self._side.heartbeat <= self._side.max_silence)
+        return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
-        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal.
-
-        Raises Problem if a folder that it works in is mounted here and was deleted or moved: a new one in its place is
-        invisible here.
-        """
+        """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
+        Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
             was = self._mounted[folder]
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
             if now != was:
-                raise Problem(
-                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
-                )
-        try:
+                where = f"the directory that is mounted at {folder}"
+                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
+        before, self._directory = self._directory, ()
+        with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
-            directory: Tuple[int, ...] = (found.st_dev, found.st_ino)
-        except OSError:
-            directory = ()
-        if directory != self._directory:
-            self._directory = directory
+            self._directory = found.st_dev, found.st_ino
+        if self._directory != before:
             self.look()
 
     def stop(self) -> None:
         """Have the kubelet side end, and wait for it, but no longer than EXIT_SECONDS."""
         self._loop.call_soon_threadsafe(self._side.stop)
-        self.join(EXIT_SECONDS)
+        self.join(self.EXIT_SECONDS)
         if not self.is_alive():
             self._loop.close()  # otherwise Python may complain when it exits
 
 
 class ServiceManager:
-    """The service manager that started this process, if it wants to be notified, as systemd does with sd_notify(3).
-
-    Does nothing if the variables of the protocol are not set, or not valid.
-    """
+    """The service manager that started this process, if variables of the ENVIRONMENT say that it wants to be notified,
+    as systemd does with sd_notify(3)."""
 
     RETRY_SECONDS = 0.5  # after it could not be notified: its queue is full, say
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        path = os.fsencode(environment.get("NOTIFY_SOCKET", ""))
-        self._address = b"\0" + path[1:] if path.startswith(b"@") else path
+        self._address = re.sub(b"^@", b"\0", os.fsencode(environment.get("NOTIFY_SOCKET", "")))
         self._message = "READY=1"  # to send next
-        self._ping_seconds = math.inf
-        own_pid = str(os.getpid())
-        microseconds = environment.get("WATCHDOG_USEC", "")
-        if environment.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch("[1-9][0-9]{0,18}", microseconds):
-            self._ping_seconds = max(int(microseconds) / 2e6, 0.01)
+        own_pid, period = str(os.getpid()), environment.get("WATCHDOG_USEC", "")
+        is_for_us = environment.get("WATCHDOG_PID", own_pid) == own_pid
+        is_wanted = is_for_us and re.fullmatch("[1-9][0-9]{0,18}", period)
+        self._ping_seconds = max(int(period) / 2e6, 0.01) if is_wanted else math.inf
         self.due = 0.0  # time.monotonic() of the next ping()
 
     def notify(self, state: str) -> bool:
         """Send STATE: READY=1, STOPPING=1 or WATCHDOG=1. Returns False if it could not be sent."""
-        if not self._address:
-            return True
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.setblocking(False)
-                sender.sendto(state.encode(), self._address)
+            if self._address:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+                    sender.sendto(state.encode(), self._address)
+            return True
         except OSError as error:
             log.debug("cannot notify %s: %s", os.fsdecode(self._address), error)
             return False
-        return True
 
     def ping(self, is_alive: bool) -> None:
         """If that is due, notify it once that this process is ready, and then ping its watchdog as long as this process
@@ -7184,36 +6312,32 @@ class ServiceManager:
             self.due = time.monotonic() + min(self._ping_seconds, math.inf if was_sent else self.RETRY_SECONDS)
 
 
-def check_plugin_dir(path: str) -> None:
-    """Raise Problem if no plugin can listen in the directory PATH."""
+def check_plugin_dir(path: str) -> str:
+    """The directory PATH. Raises Problem if no plugin can listen in it."""
     try:
         os.listdir(f"{path}/.")
-    except NotADirectoryError:
-        problem = f"{path} is not a directory; --plugin-dir names the kubelet's directory for device plugins"
-        raise Problem(problem) from None
-    except PermissionError:
-        raise Problem(f"permission denied for {path}: run this as root, who owns the kubelet's directory") from None
-    except OSError:
+    except OSError as error:
         raise Problem(
-            f"there is no directory {path}: is this a node with a kubelet? (--plugin-dir names its directory; "
-            f"--dry-run works without a kubelet)"
+            f"there is no directory {path} to use: {error.strerror}; is this a node with a kubelet, and are you root? "
+            "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
         ) from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
-    too_long = SHORTEST_NAME - socket_room(path)
+    check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
+    return path
+
+
+def check_length(path: str, too_long: int, advice: str) -> None:
+    """Raise Problem if the paths of sockets in the directory PATH are TOO_LONG by a byte or more."""
     if too_long > 0:
-        raise _long_path(path, too_long, "make a link to it that has a shorter path")
+        raise Problem(
+            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
+            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
+        )
 
 
-def _long_path(path: str, too_long: int, advice: str) -> Problem:
-    return Problem(
-        f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-        f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
-    )
-
-
-def check_dra(options: argparse.Namespace) -> None:
-    """Raise Problem if OPTIONS do not allow a DRA driver."""
+def check_dra(options: argparse.Namespace) -> str:
+    """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
     if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
@@ -7221,70 +6345,43 @@ def check_dra(options: argparse.Namespace) -> None:
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
-    api_server(options)
-    if not os.path.isdir(options.kubelet_dir):
-        raise Problem(
-            f"there is no directory {options.kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)"
-        )
-    settings = dra_settings(options)
-    try:
-        os.makedirs(settings.folder, 0o750, exist_ok=True)
-    except OSError as error:
-        raise Problem(f"cannot make the directory {settings.folder}: {error.strerror}") from None
-    longest = max(len(os.fsencode(path)) for path in settings.sockets)
-    if longest > SOCKET_PATH_BYTES:
-        raise _long_path(options.kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
-
-
-def dra_settings(options: argparse.Namespace) -> DraSettings:
-    """The settings of the DRA driver from OPTIONS."""
-    folders = options.kubelet_dir, options.cdi_dir, options.dev_dir
-    return DraSettings(*folders, options.node_name, options.domain, options.gone_grace, options.pod_resources_socket)
-
-
-def api_server(options: argparse.Namespace) -> ApiServer:
-    """The API server from OPTIONS. Raises Problem."""
     if not options.kube_api:
         raise Problem("outside a pod, --api dra needs --kube-api, --kube-token-file and --kube-ca-file")
     try:
-        address = parse_api_url(options.kube_api)
+        parse_api_url(options.kube_api)
     except ValueError as error:
         raise Problem(f"--kube-api: {error}") from None
-    return ApiServer(address, options.kube_token_file, options.kube_ca_file)
-
-
-def raise_limit() -> None:
-    """Raise the limit of file descriptors, which is usually 1024, to the hard limit."""
-    import resource as limits
-
-    hard = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    kubelet_dir, sockets = options.kubelet_dir, dra_sockets(options)
+    if not os.path.isdir(kubelet_dir):
+        raise Problem(f"there is no directory {kubelet_dir}: is this a node with a kubelet? (see --kubelet-dir)")
+    folder = os.path.dirname(sockets[0])
     try:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("cannot raise the limit of file descriptors to %d: %s", hard, error)
+        os.makedirs(folder, 0o750, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"cannot make the directory {folder}: {error.strerror}") from None
+    longest = max(len(os.fsencode(path)) for path in sockets)
+    check_length(kubelet_dir, longest - SOCKET_PATH_BYTES, "choose a shorter path or domain")
+    return folder
 
 
 def serve(options: argparse.Namespace) -> int:
     """Offer the devices of this node to its kubelet until SIGTERM or SIGINT; the exit status. Raises Problem."""
+    import resource as limits
+
     is_dra = options.api == "dra"
     try:
-        if is_dra:
-            check_dra(options)
-        else:
-            check_plugin_dir(options.plugin_dir)
+        folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
         ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
         raise
-    raise_limit()
-    folder = dra_settings(options).folder if is_dra else options.plugin_dir
-    # Instances with other rules have other files.
-    rules = f"{binascii.crc32(os.fsencode(options.conf or '')):08x}"
-    kept_devices = KeptDevices(kept_path(folder, options.domain, f"{rules}.devices"))
-    kept_conf = kept_path(folder, options.domain, f"{rules}.conf")
-    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept_conf, kept_devices, with_facts=is_dra)
+    most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
+        limits.setrlimit(limits.RLIMIT_NOFILE, (most, most))  # it is usually 1024 at first
+    kept = kept_path(folder, options.domain, options.conf or "")
+    devices = DeviceSide(options.conf, options.dev_dir, options.sys_dir, kept, with_facts=is_dra)
     devices.start()
     load_grpc(with_tls=is_dra and options.kube_api.startswith("https:"))
-    thread = KubeletThread(options, devices)
+    thread, manager = KubeletThread(options, devices), ServiceManager(os.environ)
     thread.start()
     count = pluralize(len(devices.plan.resources), "resource")
     log_event("started", f"smarter-device-manager {__version__} offers {count}")
@@ -7292,10 +6389,9 @@ def serve(options: argparse.Namespace) -> int:
         log_event("default-rules", WITHOUT_CONF)
     if not devices.plan.resources:
         log_event("nothing-offered", "no rule matches a device that can be offered; see --list", logging.WARNING)
-    manager = ServiceManager(os.environ)
     has_failed = True
     try:
-        follow_devices(devices, thread, manager, options)
+        follow_devices(devices, thread, manager, options.interval)
         has_failed = False
     except Problem as problem:
         log_event("plugin-dir-deleted", str(problem), logging.ERROR)
@@ -7306,38 +6402,34 @@ def serve(options: argparse.Namespace) -> int:
     return int(has_failed or thread.has_failed)
 
 
-def follow_devices(
-    devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, options: argparse.Namespace
-) -> None:
+def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
-    watches, changes = FolderWatches(options.dev_dir), ChangeLog()
-    watched: Optional[Snapshot] = None  # the one whose folders are watched
-    unsent: Optional[Plan] = devices.plan
+    watches: dict[str, Watch] = {}
+    changes = ChangeLog()
+    watched: Snapshot | None = None  # the one whose folders are watched
+    plan: Plan | None = devices.plan  # to be sent
     taken = 0  # the last signal
-    while True:
+    while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
+        if taken == SCAN_SIGNAL:
+            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watches.ask(devices.folders())  # before the look, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or unsent
+            watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
+        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
-            thread.send(plan)
-            unsent = None
         changes.flush(time.monotonic())
-        thread.report(devices.describe())
+        thread.send(plan, devices)
+        plan = None
         thread.check_directory()
         now = time.monotonic()
         rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
-        due = max(now, min(began + options.interval, changes.due))
+        due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
         taken = _take_signal(due, rested, thread, manager)
-        if taken in (signal.SIGTERM, signal.SIGINT):
-            log_event("stopping", f"stopping: {signal.Signals(taken).name}")
-            return
-        if taken == LOOK_SIGNAL:
-            devices.request_full_scan()
+    log_event("stopping", f"stopping: {signal.Signals(taken).name}")
 
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
@@ -7348,15 +6440,14 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        next_beat = thread.beat()
-        manager.ping(thread.is_turning())
-        taken = signal.sigtimedwait(awaited, max(0.0, min(due, next_beat, manager.due) - time.monotonic()))
+        until = min(due, thread.beat(manager))
+        taken = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
             thread.look()
         elif number == FOLDER_SIGNAL:
             folder_signal = number
-            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one look
+            awaited.remove(FOLDER_SIGNAL)  # many changes at once cause one scan
             due = min(due, max(rested, time.monotonic() + GATHER_CHANGES_SECONDS))
         elif number or time.monotonic() >= due:
             # If the process was stopped and continued after DUE (SIGSTOP, SIGCONT), CPython returns a random number.
@@ -7364,10 +6455,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
 
 
 def restart_compiled() -> None:
-    """If this process had to compile the script, replace it by one that is given the byte code.
+    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory.
 
-    Compiling takes 15 to 20 MB, which Python does not give back. It does so for every script, and for -m if no byte
-    code could be written. The byte code travels in a file in memory; flags, options, name and working directory stay.
+    Compiling takes 15 to 20 MB, which Python does not give back. Flags, options, name and working directory stay.
     Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
     """
     frame = sys._getframe()
@@ -7383,8 +6473,7 @@ def restart_compiled() -> None:
 
         path = os.path.abspath(__file__)
         memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
-        with open(memory, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+        os.write(memory, marshal.dumps(frame.f_code))
         os.lseek(memory, 0, os.SEEK_SET)
         begin = (
             f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
@@ -7403,7 +6492,6 @@ def restart_compiled() -> None:
 
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
-MAX_STATUS_BYTES = 1 << 25  # of its answer
 
 
 def program_name() -> str:
@@ -7412,8 +6500,8 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
-def _look_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
-    """The device side after its first look, for modes that need no more. Raises Problem."""
+def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
+    """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
     devices.start()
     if not options.conf:
@@ -7430,22 +6518,20 @@ def show_attributes(options: argparse.Namespace) -> int:
     try:
         with LiveTree(options.dev_dir) as tree:
             nodes = resolve(tree, path, options.dev_dir)
+        if nodes[0].suffix:
+            paths = ", ".join(f"/dev/{node.path}" for node in nodes)
+            raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
+        kind, device = nodes[0].entry.kind, nodes[0].entry.device
+        chain = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except NotADevice as error:
         raise Problem(f"{shown} is not a device: {error}") from None
-    except OSError as error:
-        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
-    if nodes[0].suffix:
-        paths = ", ".join(f"/dev/{node.path}" for node in nodes)
-        raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
-    try:
-        read = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry))
-        chain: Sequence[Tuple[str, Mapping[str, str]]] = read.result(SYSFS_SECONDS)
     except concurrent.futures.TimeoutError:
         raise Problem(f"{SYSFS_HANGS} within {SYSFS_SECONDS} s: its driver keeps whoever reads of {shown}") from None
+    except OSError as error:
+        raise Problem(f"cannot look at {shown}: {error.strerror}; --dev-dir names the host's /dev") from None
     if not chain:
-        number = f"{os.major(nodes[0].entry.device)}:{os.minor(nodes[0].entry.device)}"
-        kind = nodes[0].entry.kind
-        raise Problem(f"{options.sys_dir} does not have {shown} ({kind} {number}); --sys-dir names the host's /sys")
+        number = f"{kind} {os.major(device)}:{os.minor(device)}"
+        raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
     if options.json:
         blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
         write_output(json.dumps(blocks, indent=2) + "\n")
@@ -7454,73 +6540,71 @@ def show_attributes(options: argparse.Namespace) -> int:
     return 0
 
 
-def render_attributes(path: str, chain: Iterable[Tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
+
+    def quoted(literal: str) -> str:
+        """An expression for a rule that matches only LITERAL, written in printable characters, as text in YAML."""
+        escaped = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", literal)
+        return "'" + "".join(c if c.isprintable() else f"\\x{{{ord(c):x}}}" for c in escaped).replace("'", "''") + "'"
+
     lines = [
         "# A device has the attributes of a rule if it has all of them itself, or one of its parents has all of them.",
         "# Take one of these blocks, and those of its lines that tell this device from others.",
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
-        f"- devicematch: {_yaml_quoted(f'^{_literal_expression(path)}$')}",
+        f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else _yaml_quoted(name)
-            lines.append(f"    {key}: {_yaml_quoted(_literal_expression(value))}")
+            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _literal_expression(text: str) -> str:
-    """An expression for a rule that matches only TEXT, written in printable characters."""
-    literal = re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text)
-    return "".join(char if char.isprintable() else f"\\x{{{ord(char):x}}}" for char in literal)
-
-
-def _yaml_quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _path_below(text: str, dev_dir: str) -> str:
     """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(text)
+    path = os.path.normpath(os.path.join(dev_dir, text))
     for top in (dev_dir, "/dev"):
-        if path == top or path.startswith(top + "/"):
+        if path.startswith(f"{top}/"):
             return path[len(top) + 1 :]
-    return path if path != "." and not path.startswith(("/", "..")) else ""
+    return ""
 
 
-def render_overridden(overridden: Sequence[Tuple[Rule, Device]], plan: Plan) -> str:
+def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
     """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
-    active = {device.line for resource in plan.resources.values() for device in resource.devices}
-    active |= {left.line for left in plan.left_out}
+    active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
-    winners: Dict[Tuple[int, str], Set[int]] = {}
+    winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
     inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
     title = "Rules that later rules override for every device that they name"
-    return render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows) + render_section(
-        title, ("LINE", "DEVICEMATCH", "BY LINE"), inert
-    )
+    text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
+    return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
 def show_list(options: argparse.Namespace) -> int:
     """--list: print what would be offered."""
     if options.attributes is not None:
         return show_attributes(options)
-    devices = _look_once(options)
+    _print_list(scan_once(options), options)
+    return 0
+
+
+def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
         write_output(json.dumps(document, indent=2) + "\n")
-        return 0
-    text = render_list(document) + render_overridden(devices.overridden(), devices.plan)
-    notes = "".join(f"{note}\n" for note in rule_notes(devices.rules, options.domain))
-    write_output(text + (f"\n{notes}" if notes else ""))
-    return 0
+        return
+    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+    notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
+    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
+    write_output("".join(parts))
 
 
 def show_status(options: argparse.Namespace) -> int:
@@ -7529,46 +6613,44 @@ def show_status(options: argparse.Namespace) -> int:
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        body = _fetch_status(address)
+        document = json.loads(_fetch_status(address))
+        text = render_status(document)
     except (OSError, UnicodeError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
             f"kubectl -n kube-system port-forward POD {port}"
         ) from None
-    try:
-        document = json.loads(body)
-        text = render_status(document)
-        text = json.dumps(document, indent=2) + "\n" if options.json else text
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
-    write_output(text)
+    write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
     return 0
 
 
-def _fetch_status(address: Tuple[str, int]) -> bytes:
-    """The status document of the status server at ADDRESS; empty if it sends none, or too much of it. Raises OSError,
-    also if that takes longer than STATUS_SECONDS."""
+def _fetch_status(address: tuple[str, int]) -> str:
+    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
+    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
     deadline = time.monotonic() + STATUS_SECONDS
     answer = bytearray()
     with socket.create_connection(address, STATUS_SECONDS) as connection:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= MAX_STATUS_BYTES:
+        while len(answer) <= 1 << 25:  # which is more than any daemon sends
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             chunk = connection.recv(1 << 20)
-            answer += chunk
             if not chunk:
-                head, _, body = answer.partition(b"\r\n\r\n")
-                return bytes(body) if head.startswith(b"HTTP/1.1 200 ") else b""
-    return b""
+                break
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
-    devices = _look_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.rules), 'rule')}"
+    devices = scan_once(options)
+    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
     shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.rules, options.domain), *map(printable, map(_with_names, shared, shared.values()))]
+    notes = [*rule_notes(devices.conf.rules, options.domain)]
+    notes += map(printable, map(_with_names, shared, shared.values()))
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
     return 0
 
@@ -7588,21 +6670,28 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 def dry_run(options: argparse.Namespace) -> int:
     """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
     is_dra = options.api == "dra"
-    devices = _look_once(options, with_facts=is_dra)
+    devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        write_output(_nothing_found(devices, options))
+        _print_list(devices, options)
         return 1
     load_grpc()  # which says what serving needs
-    host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
-    slots: Dict[str, Dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
+    slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
     for device, slot in slots_by_device_name(devices.plan).items():
         slots[slot.resource.name][device] = slot
-    rows: List[Tuple[object, ...]] = []
+    rows: list[tuple[object, ...]] = []
     has_failed = False
     for name, each in slots.items():
-        lines, is_allocated = _try_one(each, host_devices, options.domain if is_dra else "")
+        lines = ["nothing: it has no slot"]
+        if each:
+            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            slot = each[device]
+            lines, is_allocated = _try_slot(slot, options, is_dra)
+            has_failed |= not is_allocated
+            if is_dra:
+                attributes = slice_device(device, slot, options.domain)["attributes"].items()
+                values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
+                lines = [f"{device}: {values}", *(f"  {line}" for line in lines)]
         rows += [(len(each), f"{options.domain}/{name}", lines[0]), *(("", "", line) for line in lines[1:])]
-        has_failed |= not is_allocated
     header = ("DEVICES", "RESOURCE", "ITS FIRST DEVICE, AND WHAT A CONTAINER WOULD BE GIVEN")
     table = render_table(header if is_dra else ("SLOTS", "RESOURCE", "A CONTAINER WOULD BE GIVEN"), rows)
     ending = f"{'not every' if has_failed else 'every'} one could be allocated"
@@ -7610,45 +6699,22 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_one(slots: Mapping[str, Slot], host_devices: HostDevices, driver: str) -> Tuple[List[str], bool]:
-    """Lines that say what a container with one of SLOTS is given, and whether all went well; DRIVER is a DRA driver."""
-    if not slots:
-        return ["nothing: it has no slot"], True
-    name = next((name for name, slot in slots.items() if slot.healthy), next(iter(slots)))
-    lines, is_allocated = [], True
+def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
+    """Lines that say what a container with SLOT is given, and whether all went well."""
     try:
-        (given,) = host_devices.allocate(slots[name].resource, [[slots[name].id]])
-        for spec in given.specs:
-            if driver:  # CDI names nodes, no link or folder
-                lines += [_given_text(container, spec.permissions, host, [host]) for host, container in spec.nodes]
-            else:
-                lines.append(_given_text(spec.container, spec.permissions, spec.host, [host for host, _ in spec.nodes]))
-        lines += [f"{key}={value}" for key, value in sorted(given.env.items())]
+        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
     except AllocationError as error:
-        lines, is_allocated = [f"nothing: {error}"], False
-    if driver:
-        attributes = slice_device(name, slots[name], driver)["attributes"].items()
-        values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
-        lines = [f"{name}: {values}", *(f"  {line}" for line in lines)]
-    return lines, is_allocated
-
-
-def _nothing_found(devices: DeviceSide, options: argparse.Namespace) -> str:
-    names = [name for name in devices.snapshot.names("") if not re.fullmatch(r"(tty|loop|vcs[au]?)[0-9]+", name)]
-    lines = [f"No device found. {options.conf or DEFAULT_CONF_NAME} looks for"]
-    lines += [f"  line {rule.line}: {printable(rule.pattern)}" for rule in devices.rules]
-    if devices.plan.left_out:
-        lines += ["and leaves out"]
-        lines += [printable(f"  /dev/{left.path}: {left.text}") for left in devices.plan.left_out]
-    lines += [f"{options.dev_dir} holds instead", f"  {printable(' '.join(names)) or 'nothing'}"]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _given_text(container: str, permissions: str, host: str, targets: Sequence[str]) -> str:
-    """A line that says what is at the path CONTAINER in a container, and what it is on the host."""
-    link, is_folder = target_of(host, targets)
-    more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
-    return f"{container} {permissions}" + (f" (the host's {host}{more})" if more or host != container else "")
+        return [f"nothing: {error}"], False
+    lines = []
+    for host, container, permissions, nodes in given.specs:
+        # CDI names nodes, no link or folder.
+        paths = [(place, node, [node]) for node, place in nodes] if is_dra else [(container, host, [*dict(nodes)])]
+        for place, path, targets in paths:
+            link, is_folder = target_of(path, targets)
+            more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
+            lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -7663,41 +6729,37 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
-    folder, name = os.path.split(os.path.realpath(__file__))
-    for path in (sys.executable, f"{folder}/{name}", options.conf or ""):
+    script = os.path.realpath(__file__)
+    folder, name = os.path.split(script)
+    for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
-            raise Problem(
-                f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt, say"
-            )
-    given = {"conf": options.conf or "", **options.given}
-    socket_path = _pod_resources_socket(options)
-    if socket_path != DEFAULT_POD_RESOURCES:
-        given["pod_resources_socket"] = socket_path
+            raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
+    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
+        del given["pod_resources_socket"]
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
         if options.listen[0] in ("127.0.0.1", "::1", "localhost"):
             network += "\nIPAddressDeny=any\nIPAddressAllow=localhost"
-    write_output(
-        SYSTEMD_UNIT.format(
-            folder=folder.replace("%", "%%"),  # whole, without quotes
-            folder_word=_systemd_word(folder),
-            module=os.path.splitext(name)[0],
-            python=_systemd_word(sys.executable),
-            plugin_dir=_systemd_word(options.plugin_dir),
-            plugin_dir_argument=_systemd_argument(options.plugin_dir),
-            options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
-            network=network,
-        )
+    unit = SYSTEMD_UNIT.format(
+        folder=folder.replace("%", "%%"),  # whole, without quotes
+        folder_word=_systemd_word(folder),
+        module=os.path.splitext(name)[0],
+        python=_systemd_word(sys.executable),
+        plugin_dir=_systemd_word(options.plugin_dir),
+        plugin_dir_argument=_systemd_argument(options.plugin_dir),
+        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        network=network,
     )
+    write_output(unit)
     return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
     """The kubelet's socket of --pod-resources-socket; unless that is given, the one beside --plugin-dir."""
-    if options.pod_resources_socket != DEFAULT_POD_RESOURCES:
-        return str(options.pod_resources_socket)
-    return f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    beside = f"{os.path.dirname(options.plugin_dir)}/pod-resources/kubelet.sock"
+    return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
 def _systemd_word(text: str) -> str:
@@ -7711,7 +6773,7 @@ def _systemd_argument(text: str) -> str:
     return _systemd_word(text.replace("$", "$$"))
 
 
-def _command_line(values: Mapping[str, str]) -> List[str]:
+def _command_line(values: Mapping[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={text}" for name, text in values.items() if text]
 
 
@@ -7737,29 +6799,38 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"--manifest does not take --{name.replace('_', '-')}: {MANIFEST_OPTIONS[name]}")
     path = os.path.realpath(__file__)
     folder = os.path.dirname(path)
-    files = {
-        "smarter_device_manager.py": _read_text(path),
-        **{stub: _read_text(f"{folder}/{stub}") for stub in ("api_pb2.py", "api_pb2_grpc.py")},
-        "install.py": INSTALL_PACKAGES,
-        "requirements.txt": REQUIREMENTS,
-    }
+    files = {"smarter_device_manager.py": _read_text(path)}
+    files.update((stub, _read_text(f"{folder}/{stub}")) for stub in ("api_pb2.py", "api_pb2_grpc.py"))
+    files.update({"install.py": INSTALL_PACKAGES, "requirements.txt": REQUIREMENTS})
     if options.pip_ca:
         files["pip-ca.crt"] = _read_text(options.pip_ca)
         if "-----BEGIN CERTIFICATE-----" not in files["pip-ca.crt"]:
             raise Problem(f"{options.pip_ca} has no CA certificate in PEM format")
     values = _manifest_values(options, "".join(files.values()))
+    text = _read_text(f"{folder}/daemonset.yaml")
+    for pattern, template in MANIFEST_EDITS.items():
+        found = re.search(pattern, text, re.MULTILINE)
+        if not found:
+            problem = f"is not the one that came with this script: nothing in it matches {pattern}"
+            raise Problem(f"{folder}/daemonset.yaml {problem}")
+        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
     conf.start()
-    write_output(
-        MANIFEST_HEAD
-        + _config_map("smarter-device-manager", values["namespace"], {"conf.yaml": conf.text})
-        + _config_map("smarter-device-manager-script", values["namespace"], files)
-        + _edited_daemonset(f"{folder}/daemonset.yaml", values)
-    )
+    maps = MANIFEST_HEAD
+    for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
+        maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
+        for (
+            file,
+            content,
+        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+            lines = content.rstrip("\n").split("\n")
+            maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
+        maps += "---\n"
+    write_output(maps + text)
     return 0
 
 
-def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
+def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
@@ -7774,45 +6845,23 @@ def _manifest_values(options: argparse.Namespace, files: str) -> Dict[str, str]:
         arguments["pod_resources_socket"] = f"/var/lib/kubelet/pod-resources/{socket_name}"
     pip = {"PIP_INDEX_URL": options.pip_index, "PIP_CERT": options.pip_ca and "/app/pip-ca.crt"}
     packages = re.sub(r"[^\w.-]", "_", f"{image}-{short_hash(REQUIREMENTS)}", flags=re.ASCII)
+    quoted = {
+        "image": image,
+        "packages": f"/var/lib/smarter-device-manager/{packages}",
+        "plugin_dir": options.plugin_dir,
+        "pod_resources": socket_folder,
+        "dev_dir": options.dev_dir,
+        "sys_dev": f"{options.sys_dir}/dev",
+        "sys_devices": f"{options.sys_dir}/devices",
+    }
     return {
-        "image": json.dumps(image),
-        "packages": json.dumps(f"/var/lib/smarter-device-manager/{packages}"),
-        "plugin_dir": json.dumps(options.plugin_dir),
-        "pod_resources": json.dumps(socket_folder),
-        "dev_dir": json.dumps(options.dev_dir),
-        "sys_dev": json.dumps(f"{options.sys_dir}/dev"),
-        "sys_devices": json.dumps(f"{options.sys_dir}/devices"),
+        **{name: json.dumps(value) for name, value in quoted.items()},
         "namespace": options.namespace or DEFAULT_NAMESPACE,
         "digest": short_hash(files),
         "port": str(port),
-        "arguments": _list_items(_command_line(arguments)),
-        "pip": _list_items({"name": name, "value": value} for name, value in pip.items() if value),
+        "arguments": "".join(f"            - {json.dumps(argument)}\n" for argument in _command_line(arguments)),
+        "pip": "".join(f"            - {{name: {key}, value: {json.dumps(pip[key])}}}\n" for key in pip if pip[key]),
     }
-
-
-def _edited_daemonset(path: str, values: Mapping[str, str]) -> str:
-    """The DaemonSet of the file PATH after MANIFEST_EDITS with VALUES."""
-    text = _read_text(path)
-    for pattern, template in MANIFEST_EDITS.items():
-        found = re.search(pattern, text, re.MULTILINE)
-        if not found:
-            raise Problem(f"{path} is not the one that came with this script: nothing in it matches {pattern}")
-        text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
-    return text
-
-
-def _list_items(items: Iterable[object]) -> str:
-    """ITEMS as lines of a list in YAML, as deep as those of a container."""
-    return "".join(f"            - {json.dumps(item)}\n" for item in items)
-
-
-def _config_map(name: str, namespace: str, files: Mapping[str, str]) -> str:
-    """A ConfigMap with FILES, each as a block text, which begins after two of the blanks before its lines."""
-    texts = (
-        "".join([f"  {file}: |2\n", *(f"    {line}\n" if line else "\n" for line in text.rstrip("\n").split("\n"))])
-        for file, text in files.items()
-    )
-    return CONFIG_MAP.format(name=name, namespace=namespace, files="".join(texts))
 
 
 def _read_text(path: str) -> str:
@@ -7824,7 +6873,7 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -7838,11 +6887,9 @@ MODES: Mapping[str, Tuple[Callable[[argparse.Namespace], int], str]] = {  # but 
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
+OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
-DEFAULT_KUBELET_DIR = "/var/lib/kubelet"
-DEFAULT_PLUGIN_DIR = f"{DEFAULT_KUBELET_DIR}/device-plugins"
-SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
-REFUSALS = ("refused", "start-refused")  # events that are logged at every --log-level
+DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -7861,11 +6908,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = functools.partial(add_option, parser)
     add("--conf", "FILE", option_path, conf, f"the config file, a YAML list of rules{built_in}", "--config")
     add("--plugin-dir", "DIR", option_path, DEFAULT_PLUGIN_DIR, "the kubelet's directory for device plugins")
-    holders_help = "the kubelet's socket for the PodResources API, which says which pods hold which devices"
-    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, holders_help)
+    add("--pod-resources-socket", "PATH", option_path, DEFAULT_POD_RESOURCES, "the kubelet's PodResources socket")
     add("--dev-dir", "DIR", option_path, "/dev", "the host's /dev")
     add("--sys-dir", "DIR", option_path, "/sys", "the host's /sys")
-    add("--domain", "NAME", option_domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
+    what = 'a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 characters, not one '
+    domain = option_text(is_domain, f"{what}of kubernetes.io, and not beginning with requests.")
+    add("--domain", "NAME", domain, DEFAULT_DOMAIN, "the part of a resource's name before the /")
     add("--interval", "SECONDS", option_seconds, "1", "the time between two looks at config file and devices")
     level = option_text("(?i)debug|info|warning|error|", "a level: debug, info, warning, error")
     add("--log-level", "LEVEL", level, "", "debug, info, warning or error (default: info; in modes: warning)")
@@ -7873,7 +6921,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-format", "FORMAT", log_format, "text", "text or json, one line per event")
     listen_help = "serve health, metrics and a status page there (default: off)"
     add("--listen", "ADDRESS:PORT", lambda text: option_address(text) if text else None, "", listen_help)
-    _add_dra_options(parser)
+    _add_dra_options(functools.partial(add_option, parser.add_argument_group("Dynamic Resource Allocation")))
     return parser
 
 
@@ -7903,13 +6951,11 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, metavar=metavar, type=read, help=f"with --manifest: {help_text}")
 
 
-def _add_dra_options(parser: argparse.ArgumentParser) -> None:
-    """Add --api, and the options that it takes with dra."""
-    group = parser.add_argument_group("Dynamic Resource Allocation")
-    add = functools.partial(add_option, group)
+def _add_dra_options(add: Callable[..., None]) -> None:
+    """ADD --api, and the options that it takes with dra."""
     api = option_text("device-plugin|dra", "an API: device-plugin or dra")
     add("--api", "API", api, "device-plugin", "how to offer the devices: device-plugin or dra")
-    add("--kubelet-dir", "DIR", option_path, DEFAULT_KUBELET_DIR, "the kubelet's own directory")
+    add("--kubelet-dir", "DIR", option_path, "/var/lib/kubelet", "the kubelet's own directory")
     add("--cdi-dir", "DIR", option_path, "/var/run/cdi", "where the container runtime reads CDI files")
     node = os.environ.get("NODE_NAME") or socket.gethostname().lower()
     grace_help = "for how long a device may be gone before Kubernetes evicts the pods that have it"
@@ -7918,40 +6964,35 @@ def _add_dra_options(parser: argparse.ArgumentParser) -> None:
     host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))  # in every pod
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}" if host else ""
     add("--kube-api", "URL", str, url, "the URL of the API server (default: that of the pod)")
-    add("--kube-token-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/token", "the token for the API server")
-    ca_help = "the CA certificates of the API server"
-    add("--kube-ca-file", "FILE", option_path, f"{SERVICE_ACCOUNT}/ca.crt", ca_help)
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod
+    add("--kube-token-file", "FILE", option_path, f"{account}/token", "the token for the API server")
+    add("--kube-ca-file", "FILE", option_path, f"{account}/ca.crt", "the CA certificates of the API server")
 
 
 def add_option(
-    parser: argparse._ActionsContainer,
-    option: str,
-    metavar: str,
-    read: Callable[[str], Any],
-    default: Optional[str],
-    help_text: str,
-    *others: str,
+    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
 ) -> None:
-    """Add OPTION with a value, which READ makes of a text, and its variable of the environment."""
+    """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
     given = os.environ.get(variable)
 
-    def convert(text: str) -> Any:
+    def convert(value: str) -> Any:
         try:
-            return read(text)
+            return read(value)
         except argparse.ArgumentTypeError as error:
-            source = f" (from {variable})" if text is given else ""
+            source = f" (from {variable})" if value is given else ""
             raise argparse.ArgumentTypeError(f"{error}{source}") from None
 
-    shown = (help_text + (f" (default: {default})" if default else "")).replace("%", "%%")
-    parser.add_argument(option, *others, metavar=metavar, type=convert, default=given or default, help=shown)
+    shown = (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+    group.add_argument(option, *more, metavar=metavar, type=convert, default=given or default, help=shown)
 
 
-def option_text(pattern: str, what: str) -> Callable[[str], str]:
-    """A reader of texts that match PATTERN and so are WHAT."""
+def option_text(wanted: str | Callable[[str], object], what: str) -> Callable[[str], str]:
+    """A reader of texts that are WHAT: those that match WANTED, or for which it is true."""
+    is_good = functools.partial(re.fullmatch, wanted) if isinstance(wanted, str) else wanted
 
     def read(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        if not is_good(text):
             raise argparse.ArgumentTypeError(f'"{text}" is not {what}')
         return text
 
@@ -7972,29 +7013,16 @@ def option_path(text: str) -> str:
 
 def option_seconds(text: str, least: float = 0.01) -> float:
     """The number of seconds TEXT, from LEAST to an hour."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not least <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
-    return seconds
+    with contextlib.suppress(ValueError):
+        if least <= float(text) <= 3600:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'"{text}" is not a number of seconds from {least:g} to 3600')
 
 
-def option_domain(text: str) -> str:
-    """The domain TEXT."""
-    if not is_domain(text):
-        raise argparse.ArgumentTypeError(
-            f'"{text}" is not a domain that the kubelet accepts: lower-case letters, digits, "-" and ".", up to 244 '
-            "characters, not one of kubernetes.io, and not beginning with requests."
-        )
-    return text
-
-
-def option_address(text: str) -> Tuple[str, int]:
+def option_address(text: str) -> tuple[str, int]:
     """The address TEXT and its port."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not port.isascii() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or not colon or int(port) > 65535:
         raise argparse.ArgumentTypeError(f'"{text}" is not an ADDRESS:PORT, such as :8080 or 127.0.0.1:8080')
     return host.strip("[]"), int(port)
 
@@ -8004,12 +7032,9 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
-    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in REFUSALS)
+    refusals = ("refused", "start-refused")
+    handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
-
-
-def _problem_line(problem: Problem) -> str:
-    return f"{program_name()}: {printable(str(problem))}"
 
 
 def write_output(text: str) -> None:
@@ -8037,7 +7062,7 @@ def main() -> int:
         finally:
             write_output("")  # flushes what argparse printed
     except Problem as error:
-        print(_problem_line(error), file=sys.stderr)
+        print(f"{program_name()}: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -8067,8 +7092,7 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Do what OPTIONS ask for; the exit status. Raises Problem."""
-    modes = {**MODES, "status": (show_status, "")}
-    for name, (mode, _) in modes.items():
+    for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
             return mode(options)
@@ -8079,7 +7103,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return serve(options)
     except Problem as error:
-        writer.enqueue(_problem_line(error))
+        writer.put(f"{program_name()}: {printable(str(error))}")
         return 1
 
 
@@ -8097,8 +7121,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: 
   font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: 1.25rem; }
 header p { flex-basis: 100%; } footer { margin-top: 2rem; } ul { list-style: none; } a { color: var(--used); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1rem; color: var(--dim); margin: 2rem 0 .6rem; }
 code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 .pill, button { border: 1px solid; border-radius: 99px; padding: .15rem .8rem; font: inherit; font-weight: 600; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
@@ -8179,14 +7202,14 @@ scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th 
 Used by</th></tr></thead>
 """
 _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{trouble}</small><small class="bad">{refused}</small></th>
+<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
 <td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
 <svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
 """
 _DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
 aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
 <td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {namespace}/{pod} <small>{slots}</small></p>"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
 _FOOT = """</main>
 <footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
@@ -8264,7 +7287,6 @@ metadata:
   labels:
     app.kubernetes.io/name: smarter-device-manager
 data:
-{files}---
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
 MANIFEST_EDITS = {
@@ -8298,12 +7320,8 @@ MANIFEST_EDITS = {
             - {{name: PYTHONPATH, value: /packages}}
             - {{name: PYTHONPYCACHEPREFIX, value: /packages/pycache}}
             - {{name: TMPDIR, value: /packages}}
-{pip}          securityContext:
-            runAsUser: 0
-            privileged: false
-            allowPrivilegeEscalation: false
-            readOnlyRootFilesystem: true
-            capabilities: {{drop: [ALL]}}
+{pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
+            readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
           volumeMounts:
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages}}

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import html
 import html.parser
@@ -235,6 +236,13 @@ MANY_SECONDS = 60.0  # an algorithm that is linear takes 4 s, a quadratic one a 
 
 
 pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from(SIGNS), st.text(max_size=2))
+joined_pieces = st.lists(pieces, max_size=8).map("".join)
+one_scalar = st.sampled_from(WORDS) | st.from_regex(r"[-+.0-9_:a-fox]{1,8}", fullmatch=True) | joined_pieces
+single_quoted = st.builds(lambda text: "'" + text.replace("'", "''") + "'", one_scalar)
+places = cut("{}@- {}@a: {}@[{}]@[a, {} ,b]@{{a: {}}}@{{{}: a}}@{}: a@- {}: a@a: {} # c", "@")
+placed_scalars = st.builds(
+    str.format, st.sampled_from(places), one_scalar | single_quoted | one_scalar.map('"{}"'.format)
+)
 
 
 @st.composite
@@ -248,58 +256,22 @@ def grown_texts(draw: st.DrawFn) -> str:
     return text
 
 
-@thorough
-@given(grown_texts())
-def test_yaml_law_for_texts_grown_from_real_ones(text: str) -> None:
+@settings(thorough, max_examples=LAW_EXAMPLES * 3)
+@given(grown_texts() | joined_pieces | placed_scalars)
+def test_yaml_law(text: str) -> None:
     obeys_the_law(text)
-
-
-@thorough
-@given(st.lists(pieces, max_size=8).map("".join))
-def test_yaml_law_for_texts_of_pieces(text: str) -> None:
-    obeys_the_law(text)
-
-
-@thorough
-@given(
-    st.sampled_from(
-        ["{}", "- {}", "a: {}", "[{}]", "[a, {} ,b]", "{{a: {}}}", "{{{}: a}}", "{}: a", "- {}: a", "a: {} # c"]
-    ),
-    st.data(),
-)
-def test_yaml_law_for_each_kind_of_scalar_in_each_place(place: str, data: st.DataObject) -> None:
-    one = (
-        st.sampled_from(WORDS)
-        | st.from_regex(r"[-+.0-9_:a-fox]{1,8}", fullmatch=True)
-        | st.lists(pieces, max_size=3).map("".join)
-    )
-    quoted = one.map(lambda text: "'" + text.replace("'", "''") + "'") | one.map(lambda text: f'"{text}"')
-    obeys_the_law(place.format(data.draw(one | quoted)))
 
 
 # Documents in the subset, each with its value, to find what the parser refuses without need.
-written_words = st.sampled_from(
-    ["a", "b c", "x:y", "a#b", "^video[0-9]*$", "-a", "é", "\U0001f600", "/dev/x", "it's", "1.2.3", 'say "x"']
-)
+words = cut('a@b c@x:y@a#b@^video[0-9]*$@-a@é@\U0001f600@/dev/x@it\'s@1.2.3@say "x"', "@")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+printable = texts.map(lambda text: "".join(filter(str.isprintable, text)))
 ESCAPED = {char: f"\\{sign}" for sign, char in zip('0abtnvfre"\\N_LP', '\0\a\b\t\n\v\f\r\x1b"\\\x85\xa0\u2028\u2029')}
 
 
 @st.composite
-def scalars(draw: st.DrawFn, in_flow: bool = False) -> tuple[str, Any]:
-    """A scalar as written, and its value."""
-    kind = draw(st.sampled_from(["plain", "single", "double", "constant", "integer"]))
-    if kind == "integer":
-        number = draw(st.integers(-(10**18) + 1, 10**18 - 1))
-        return str(number), number
-    if kind == "constant":
-        return draw(st.sampled_from([("true", True), ("false", False), ("null", None), ("~", None)]))
-    if kind == "plain":
-        word = draw(written_words)
-        return (word, word) if not (in_flow and set(word) & set(",[]{}")) else (f"'{word}'", word)
-    if kind == "single":
-        text = "".join(char for char in draw(texts) if char.isprintable())
-        return "'" + text.replace("'", "''") + "'", text
+def double_quoted(draw: st.DrawFn) -> tuple[str, str]:
+    """A text, and how it can be written in double quotes."""
     text = draw(texts)
     return '"' + "".join(draw(st.sampled_from(spellings(char))) for char in text) + '"', text
 
@@ -313,18 +285,25 @@ def spellings(char: str) -> list[str]:
     return ways + [char] * (char.isprintable() and char not in '"\\')
 
 
+scalars = st.one_of(
+    st.integers(-(10**18) + 1, 10**18 - 1).map(lambda number: (str(number), number)),
+    st.sampled_from([("true", True), ("false", False), ("null", None), ("~", None)]),
+    st.sampled_from([(word if not set(word) & set("[]") else f"'{word}'", word) for word in words]),
+    printable.map(lambda text: ("'" + text.replace("'", "''") + "'", text)),
+    double_quoted(),
+)
+
+
 @st.composite
 def flows(draw: st.DrawFn, depth: int) -> tuple[str, Any]:
     """A value in flow style, and what it is."""
     kind = draw(st.sampled_from(["scalar", "list", "mapping"])) if depth else "scalar"
     if kind == "scalar":
-        return draw(scalars(in_flow=True))
+        return draw(scalars)
     gap = st.sampled_from(["", " ", "\n  ", " # c\n "])
     comma = draw(gap) + "," + draw(gap)
-    end = draw(st.sampled_from(["", ",", " "])) + draw(gap)
     items = draw(st.lists(flows(depth - 1), max_size=3))
-    if not items:
-        end = end.replace(",", "")
+    end = draw(st.sampled_from(["", "," if items else "", " "])) + draw(gap)
     if kind == "list":
         return "[" + draw(gap) + comma.join(text for text, _ in items) + end + "]", [value for _, value in items]
     keys = [draw(st.sampled_from([f"k{n}", f"'k{n}'", f'"k{n}"'])) for n in range(len(items))]
@@ -341,13 +320,13 @@ def blocks(draw: st.DrawFn, indent: int, depth: int) -> tuple[str, Any]:
     if kind == "nothing":
         return end, None
     if kind == "flow":
-        text, value = draw(flows(2))
+        text, value = draw(flows(2) | st.sampled_from([(word, word) for word in words]))
         return " " * draw(st.integers(1, 2)) + text + end, value
     own = indent + draw(st.integers(1, 4))
     items = [draw(blocks(own, depth - 1)) for _ in range(draw(st.integers(1, 3)))]
     if kind == "list":
         return end + "".join(" " * own + "-" + text for text, _ in items), [value for _, value in items]
-    names = [f"{draw(written_words)}{n}" for n in range(len(items))]
+    names = [f"{draw(st.sampled_from(words))}{n}" for n in range(len(items))]
     colon = draw(st.sampled_from([":", " :"]))
     text = end + "".join(" " * own + name + colon + item for name, (item, _) in zip(names, items))
     return text, {name: value for name, (_, value) in zip(names, items)}
@@ -405,7 +384,6 @@ ACCEPTED = {
     "{a: {b: {c: [d]}},}": {"a": {"b": {"c": ["d"]}}},
     "a: [b,\nc, # d\n\n  e\n]": {"a": ["b", "c", "e"]},
     "a: {b: c,\n  d:\n  e}\nf: g": {"a": {"b": "c", "d": "e"}, "f": "g"},
-    "[http://x:80/y?z]": None,  # see below
     "'it''s'": "it's",
     "'a\\b'": "a\\b",
     r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P"': '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029',
@@ -417,7 +395,6 @@ ACCEPTED = {
     f"{'k' * 1024}: a": {"k" * 1024: "a"},
     f"- {'v' * 5000}": ["v" * 5000],
 }
-del ACCEPTED["[http://x:80/y?z]"]
 
 
 @pytest.mark.parametrize("text", ACCEPTED)
@@ -430,33 +407,24 @@ REFUSED = [
     # text, line, column, what the message must say
     ("a:\n\tb: c", 2, 1, "tab"),
     ("a:\tb", 1, 3, "tab"),
-    ("-\ta", 1, 2, "tab"),
-    ("a: b\t# c", 1, 5, "tab"),
     ("- a\n -\tb", 2, 2, "belongs to none"),
     ("a: &x b", 1, 4, "anchors are not supported"),
     ("a: *x", 1, 4, "aliases are not supported"),
-    ("a: .*\nb: *.a", 2, 4, "quote it"),
     ("a: !!str b", 1, 4, "tags are not supported"),
     ("a: |\n  b", 1, 4, "block texts are not supported"),
     ("a: >-\n  b", 1, 4, "block texts are not supported"),
     ("? a\n: b", 1, 1, "keys with '?' are not supported"),
-    ("- ?", 1, 3, "quote"),
     ("a: ?b", 1, 4, "quote"),
     (": a", 1, 1, "no key before"),
     ("%YAML 1.1\n---\na", 1, 1, "directives are not supported"),
     ("a\n---\nb", 2, 1, "only one '---'"),
-    ("---\n---\n", 2, 1, "only one '---'"),
     ("--- a", 1, 1, "only one '---'"),
     ("a: b\n...\n", 2, 1, "only one '---'"),
     ("a: b\nc: d\na: e", 3, 1, 'the key "a" is there twice'),
-    ("{a: b, 'a': c}", 1, 8, 'the key "a" is there twice'),
     ("a: b\n'a': c", 2, 1, 'the key "a" is there twice'),
     ("a: \0", 1, 4, "U+0000 is not allowed"),
-    ("a: b\n c\x07", 2, 3, "U+0007 is not allowed"),
     ("a\x85b", 1, 2, "U+0085 is not allowed"),
-    ("a\u2028b", 1, 2, "U+2028 is not allowed"),
     ("a: b\rc: d", 1, 5, "U+000D is not allowed"),
-    ("a\ufeff", 1, 2, "U+FEFF is not allowed"),
     ("'\ud800'", 1, 2, "U+D800 is not allowed"),
     ("a\r\nb\x01", 2, 2, "U+0001 is not allowed"),
     ("- " * 50 + "[a]", 1, 101, "more than 50 levels"),
@@ -465,8 +433,6 @@ REFUSED = [
     (f"{'k' * 1025}: a", 1, 1, "longer than 1024 characters"),
     (f"{{{'k' * 1025}: a}}", 1, 2, "longer than 1024 characters"),
     ("1: a", 1, 1, "a key must be text: quote it"),
-    ("~: a", 1, 1, "a key must be text: quote it"),
-    ("[a]: b", 1, 1, "a key must be text"),
     ("{a}", 1, 2, "'key: value'"),
     ("a: b\nc", 2, 1, "'key: value'"),
     ("a: b\nc:d\n", 2, 1, "with the space"),
@@ -478,7 +444,6 @@ REFUSED = [
     ("a: [,]", 1, 5, "quote"),
     ("a: ]", 1, 4, "no text starts with ']'"),
     ("a: @b", 1, 4, "no text starts with '@'"),
-    ("a: `b", 1, 4, "no text starts with '`'"),
     ("a: 'b", 1, 4, "no closing '"),
     ('a: "b\n  c"', 1, 4, 'no closing "'),
     (r'a: "^a\d$"', 1, 7, r"'\d' is not an escape: write '\\'"),
@@ -567,20 +532,17 @@ SAME = [
     (r"a(?s).c", ["a\nc"], []),
     (r"(?m)^b$", ["a\nb\nc", "b"], ["ab"]),
     (r"(?m:^b)$", ["a\nb"], ["b\n"]),
-    (r"(?m:b$)$", ["a\nb"], ["b\n", "b\nc"]),
     (r"(?i)^TTY", ["tty0", "TtY1"], ["ty"]),
     (r"^tty(?i)usb$", ["ttyUSB", "ttyuSb"], ["TTYusb"]),
     (r"^(?i:tty)USB$", ["TTYUSB"], ["TTYusb"]),
     (r"^(a(?i)b|c)d$", ["aBd", "Cd"], ["aBD", "Ad"]),
     (r"(?i)^a(?-i)b$", ["Ab"], ["AB"]),
-    (r"(?i)^[k]$", ["K"], ["j"]),
     (r"(?i)^\W$", ["-", "é"], ["k", "K", "s", "S", "i"]),
     (r"(?i)^[[:^graph:]\W]$", [" ", "-"], ["k", "i", "I", "s"]),
     (r"(?i)^[[:^upper:]]$", ["1"], ["a", "A"]),
     (r"^a{,2}$", ["a{,2}"], ["a", "aa", ""]),
     (r"^a{01}$", ["a{01}"], ["a"]),
     (r"^a{2}b{1,}c{0,1}$", ["aab", "aabbc"], ["ab"]),
-    (r"^{}{a}$", ["{}{a}"], []),
     (r"^\x41\x{e9}\x{1F600}\101\0$", ["Aé\U0001f600A\0"], []),
     (r"^\.\-\/\_\ $", [".-/_ "], [".-/_a"]),
     (r"^\a\f\t\n\r\v$", ["\a\f\t\n\r\v"], []),
@@ -592,14 +554,11 @@ SAME = [
     (r"^[[a]$", ["[", "a"], ["]"]),
     (r"^[a&&b]$", ["&", "a", "b"], ["c"]),
     (r"^[a||b~~+--d]$", ["|", "~", "+", ",", "d"], [".", "e"]),
-    (r"^[[:alpha:]]{2}$", ["ab"], ["a1"]),
     (r"^[:digit:]$", ["d", ":"], ["1"]),
     (r"^(?P<n>a)(?<m>b)$", ["ab"], []),
     (r"^(|a)$", ["", "a"], ["b", "aa"]),
     (r"^*tun$", ["tun", "xtun"], ["tunx"]),
-    (r"^+a", ["a"], ["ba"]),
     (r"^?a$*", ["a", "bab"], ["b"]),
-    (r"\b*a", ["a", "ba"], ["b"]),
     (r"^{1}a${2,}", ["a"], ["ba", "ab"]),
     (r"^{0}a(?:^)*b", ["ab", "cab"], ["a"]),
     (r"(^)*?()+(?:$|\b)??a", ["a", "ba"], ["b"]),
@@ -608,9 +567,10 @@ SAME = [
     (r"^[\x00-\x{10FFFF}]$", ["a", "\n", "\U0010ffff"], [""]),
     (r"^[^\x00-\x{10FFFF}]$", [], ["a", "\n", ""]),
     (r"^(a{100}){10}$", ["a" * 1000], ["a" * 999]),
-    (r"^(a{1000}b{1000}){0}$", [""], ["a"]),
     (r"^a??b*?c+?$", ["abbc", "c"], ["a"]),
     (r"^a(?)b$", ["ab"], []),
+    (r"^video(?!0$)", ["video10"], ["video0"]),  # look-around, which only Python has
+    (r"(?<=/)event(?<!x)(?=\d)", ["input/event3"], []),
 ]
 NOT_OF_RE2 = [
     # expression, what the message must say
@@ -620,11 +580,9 @@ NOT_OF_RE2 = [
     (r"[\p{Greek}]", r"\p is not supported"),
     (r"\PN", r"\P is not supported"),
     (r"(?U)a+", "(?U)"),
-    (r"(?x) a", "(?x)"),
     (r"(?a)a", "i, m and s are"),
     (r"(?i", "does not begin a group"),
     (r"(?>a)", "(?> does not begin a group"),
-    (r"(?#a)", "(?# does not begin a group"),
     (r"(?P=n)", "(?P does not begin a group"),
     (r"(a)(?(1)b|c)", "(?( does not begin a group"),
     (r"(?P<1a>b)", "(?P does not begin a group"),
@@ -634,7 +592,6 @@ NOT_OF_RE2 = [
     (r"a\Z", r"for the end, write $ or \z"),
     (r"\y", r"for the character itself, write y"),
     (r"[\b]", r"\b is not an escape"),
-    (r"[\z]", r"\z is not an escape"),
     (r"\u00e9", r"\u is not an escape"),
     (r"\N{DASH}", r"\N is not an escape"),
     (r"\é", r"\é is not an escape"),
@@ -642,9 +599,7 @@ NOT_OF_RE2 = [
     (r"\x{110000}", "beyond Unicode"),
     ("a\\", r"for a backslash, write \\"),
     (r"a++", "nothing before + to repeat"),
-    (r"a*+", "nothing before + to repeat"),
     (r"a{2}+", "nothing before + to repeat"),
-    (r"a**", "nothing before * to repeat"),
     (r"*a", r"for the character itself, write \*"),
     (r"(?i)*", "nothing before * to repeat"),
     (r"a|{2}", "nothing before {2} to repeat"),
@@ -696,14 +651,22 @@ def test_expressions_that_python_would_read_differently_are_refused(pattern: str
     assert (caught.value.line, caught.value.column) == (1, 16)
 
 
-def test_look_around_is_allowed() -> None:
-    assert compiled(r"^video(?!0$)").search("video10")
-    assert not compiled(r"^video(?!0$)").search("video0")
-    assert compiled(r"(?<=/)event(?<!x)(?=\d)").search("input/event3")
+@st.composite
+def flat_expressions(draw: st.DrawFn) -> str:
+    pattern = "".join(draw(st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7)))
+    return pattern + ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
 
 
-def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
-    """Check that PATTERN matches NAMES as in RE2, or that one of the two refuses it."""
+nested_expressions = st.randoms(use_true_random=False).map(nested_expression)
+searched_names = st.text("aAbBcjkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0", max_size=6) | st.text("abkKs0 \n", max_size=5)
+
+
+@settings(thorough, max_examples=LAW_EXAMPLES * 3)
+@given(flat_expressions() | nested_expressions, st.lists(searched_names, min_size=8, max_size=8))
+@example("(?:a|(?:|b))?c", ["ab"])
+@example("^*tun$", ["xtun"])
+def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
+    """PATTERN matches NAMES as in RE2, or one of the two refuses it."""
     re2 = pytest.importorskip("re2", reason="google-re2 is not installed (no wheel for this Python)")
     options = re2.Options()
     options.log_errors = False
@@ -714,37 +677,11 @@ def compare_with_re2(pattern: str, names: Sequence[str]) -> None:
         return
     assert ours.groups == theirs.groups
     for name in [*names, "", "a", "video0"]:
-        found, expected = ours.search(name), theirs.search(name)
         if not name.isascii() and r"\B" in pattern:
             continue  # RE2 in C++ finds \B inside a character
-        assert (found and [found.span(n) for n in range(ours.groups + 1)]) == (
-            expected and [expected.span(n) for n in range(ours.groups + 1)]
-        ), (pattern, name)
-
-
-@settings(thorough, max_examples=LAW_EXAMPLES * 3 // 2)
-@given(
-    st.lists(st.sampled_from(ATOMS), min_size=1, max_size=7).map("".join),
-    st.lists(
-        st.text(st.sampled_from("aAbBkKsSéÉ_079-/.\n \t\v]{},2[^$:~&\x7f\xa0"), max_size=6),
-        min_size=8,
-        max_size=8,
-    ),
-)
-def test_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
-    pattern += ")" * (len(re.findall(r"(?<!\\)\((?![^\[]*\])", pattern)) - len(re.findall(r"(?<!\\)\)", pattern)))
-    compare_with_re2(pattern, names)
-
-
-@settings(thorough, max_examples=LAW_EXAMPLES * 3 // 2)
-@given(
-    st.randoms(use_true_random=False).map(nested_expression),
-    st.lists(st.text(st.sampled_from("abkKs0 \n"), max_size=5), min_size=5, max_size=5),
-)
-@example("(?:a|(?:|b))?c", ["ab"])
-@example("^*tun$", ["xtun"])
-def test_nested_expressions_against_re2_itself(pattern: str, names: list[str]) -> None:
-    compare_with_re2(pattern, names)
+        found, expected = ours.search(name), theirs.search(name)
+        spans = [[match.span(n) for n in range(ours.groups + 1)] if match else None for match in (found, expected)]
+        assert spans[0] == spans[1], (pattern, name)
 
 
 SLOW = r"^serial/by-id/([A-Za-z0-9_-]+)*-if00$"  # from issues of other projects: re would take years for SLOW_NAME
@@ -757,22 +694,23 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.thread_time() - started
 
 
+def spin(seconds: float) -> bool:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    return True
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_search_ends_though_its_alarm_rings_in_a_finalizer() -> None:
     class Referent:
         """Something that a weak reference can refer to."""
 
-    def spin(seconds: float) -> None:
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            pass
-
     def work() -> None:
         referent = Referent()
         reference = weakref.ref(referent, lambda _: spin(0.2))
         del referent  # the alarm rings in the call that this makes
-        spin(60.0)
-        assert reference
+        assert spin(60.0) and reference
 
     with pytest.raises(sdm.SearchTimeout):
         sdm.ALARM.limit(work, 0.05)
@@ -782,64 +720,29 @@ def test_a_search_that_takes_too_long_ends_and_is_not_repeated() -> None:
     expression = sdm.Expression(SLOW)
 
     def search() -> None:
-        with pytest.raises(sdm.SearchTimeout):
-            expression.search(SLOW_NAME.format(1))
+        assert isinstance(expression.search(SLOW_NAME.format(1)), sdm.SearchTimeout)
 
     assert sdm.SEARCH_SECONDS <= cpu_seconds(search) < 4 * sdm.SEARCH_SECONDS
     assert cpu_seconds(search) < sdm.SEARCH_SECONDS / 10
-    assert expression.was_slow(SLOW_NAME.format(1))
     assert expression.search("serial/by-id/usb-1a86-if00")
-    assert not expression.search("serial/by-id/usb-1a86")
-    attribute = sdm.Expression(r"(\w+[ _-]?)+Zigbee")
-    with pytest.raises(sdm.SearchTimeout):
-        attribute.fullmatch("Silicon_Labs_CP2102N_USB_to_UART_Bridge_Controller_0001")
-    assert attribute.fullmatch("Sonoff Zigbee")
+    assert expression.search("serial/by-id/usb-1a86") is None
 
 
-def test_an_expression_that_keeps_taking_too_long_gets_less_time() -> None:
-    expressions = sdm.Expressions([sdm.Expression("a"), sdm.Expression(SLOW), sdm.Expression("b")])
+def test_slow_searches_get_less_time_and_are_forgotten_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdm.Expression, "MAX_SLOW_TEXTS", 30)
+    expressions = [sdm.Expression("a"), sdm.Expression(SLOW), sdm.Expression("b")]
 
     def search() -> None:
         for number in range(40):
-            first, second, third = expressions.search(SLOW_NAME.format(number))
-            assert isinstance(first, re.Match)
+            first, second, third = sdm.search_all(expressions, SLOW_NAME.format(number))
             assert isinstance(second, sdm.SearchTimeout)
-            assert isinstance(third, re.Match)
+            assert isinstance(first, re.Match) and isinstance(third, re.Match)
 
     assert cpu_seconds(search) < 20 * sdm.SEARCH_SECONDS
-
-
-def test_all_expressions_share_the_time_that_slow_searches_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdm, "SEARCH_SECONDS", 0.2)
-    another = SLOW.replace("serial", "other")
-    expressions = sdm.Expressions([sdm.Expression(SLOW), sdm.Expression(another)])
-    for number in range(sdm.MAX_FASTER):
-        expressions.search(SLOW_NAME.format(number))
-
-    def search() -> None:
-        first, second = expressions.search(SLOW_NAME.format(1).replace("serial", "other"))
-        assert first is None
-        assert isinstance(second, sdm.SearchTimeout)
-
-    assert cpu_seconds(search) < sdm.SEARCH_SECONDS / 2  # it is the first slow search for this expression
-
-
-def test_an_expression_remembers_a_limited_number_of_slow_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdm, "MAX_SLOW_TEXTS", 2)
-    expression = sdm.Expression(SLOW)
-    for number in range(3):
-        with pytest.raises(sdm.SearchTimeout):
-            expression.search(SLOW_NAME.format(number))
-    assert [expression.was_slow(SLOW_NAME.format(number)) for number in range(3)] == [False, True, True]
+    assert len(expressions[1].slow_texts) == 10
 
 
 def test_an_alarm_interrupts_only_its_own_work() -> None:
-    def spin(seconds: float) -> bool:
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            pass
-        return True
-
     def is_done(seconds: float) -> bool:
         try:
             return sdm.ALARM.limit(lambda: spin(seconds), 0.004)
@@ -856,8 +759,6 @@ def test_an_alarm_interrupts_only_its_own_work() -> None:
     with pytest.raises(ZeroDivisionError):
         sdm.ALARM.limit(lambda: 1 / 0, 1)
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
-    with concurrent.futures.ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match="only the main thread"):
-        pool.submit(sdm.Expression("a").search, "a").result(PATIENCE)
     early = [lambda: signal.raise_signal(signal.SIGPROF)] * 3  # other threads have used the time
     assert sdm.ALARM.limit(lambda: [ring() for ring in early], 60) == [None] * 3
 
@@ -941,15 +842,6 @@ def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monke
     assert side.plan.resources["stick0"].devices[0].line == 2
 
 
-def test_literal_names_are_checked_in_time_despite_slow_rules() -> None:
-    names = [SLOW_NAME.format(number).replace("serial/by-id", "x") for number in range(20)]
-    conf = "".join(
-        f"- devicematch: ^{name}$\n- devicematch: a\n  resource: {sdm.resource_name(name)}\n" for name in names
-    )
-    conf += f"- devicematch: {SLOW.replace('serial/by-id', 'x')}\n"
-    assert cpu_seconds(lambda: sdm.parse_rules(conf)) < 20 * sdm.SEARCH_SECONDS
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules: keys
 # ---------------------------------------------------------------------------------------------------------------------
@@ -978,7 +870,7 @@ def test_every_key_is_read() -> None:
     rule, other, third = sdm.parse_rules(EVERYTHING)
     assert (rule.line, rule.slots, rule.permissions, other.line) == (2, 0, "rwm", 12)
     assert rule.pattern == "^pcmC(?P<card>[0-9]+)D([0-9]+)([cp])$"
-    assert [(one.name, one.match.pattern, bool(one.match.fullmatch("xA5XKx"))) for one in rule.attributes] == [
+    assert [(one.name, one.match.pattern, one.fits("xA5XKx")) for one in rule.attributes] == [
         ("idVendor", "10c4", False),
         ("serial", ".*A5XK.*", True),
     ]
@@ -999,33 +891,25 @@ def test_every_key_is_read() -> None:
     assert sdm.expand(third.resource, match, {"idVendor": "10c4", "serial": "A5 XK/3"}) == "10c4-A5_XK_3"
 
 
-def test_a_group_outside_the_match_is_empty() -> None:
-    rule = sdm.parse_rules(r'[{devicematch: "^a(b)?(?<n>c)?$", resource: "x\\1\\g<n>\\g<2>y"}]')[0]
-    match = rule.match.search("ac")
-    assert match
-    assert sdm.expand(rule.resource, match, {}) == "xccy"
-
-
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("template", "value", "text"),
     [
-        ("A5XK3RJT", "A5XK3RJT"),
-        ("v1.0-rc_2", "v1.0-rc_2"),
-        ("../../etc", ".._.._etc"),
-        ("..", "__"),
-        (".", "_"),
-        ("", ""),
-        ("0000:00:14.0", "0000_00_14.0"),
-        ("a\0b\nc\x1b d\"'\\xff", "a_b_c__d___xff"),
-        ("é\u0661\u212a", "___"),
-        (r"\1\g<0>", "_1_g_0_"),
+        (r"x\1\g<n>\g<2>y", "", "xccy"),  # a group outside the match is empty
+        (r"x/\g<attr:serial>", "A5XK3RJT", "x/A5XK3RJT"),
+        (r"x/\g<attr:serial>", "v1.0-rc_2", "x/v1.0-rc_2"),
+        (r"x/\g<attr:serial>", "../../etc", "x/.._.._etc"),  # a value never spans parts of a path
+        (r"x/\g<attr:serial>", "..", "x/__"),
+        (r"x/\g<attr:serial>", ".", "x/_"),
+        (r"x/\g<attr:serial>", "", "x/"),
+        (r"x/\g<attr:serial>", "0000:00:14.0", "x/0000_00_14.0"),
+        (r"x/\g<attr:serial>", "a\0b\nc\x1b d\"'\\xff", "x/a_b_c__d___xff"),
+        (r"x/\g<attr:serial>", "é\u0661\u212a", "x/___"),
+        (r"x/\g<attr:serial>", r"\1\g<0>", "x/_1_g_0_"),
     ],
 )
-def test_a_value_in_a_template_never_spans_parts_of_a_path(value: str, text: str) -> None:
-    rule = sdm.parse_rules(r"[{devicematch: ^a$, resource: 'x/\g<attr:serial>'}]")[0]
-    match = rule.match.search("a")
-    assert match
-    assert sdm.expand(rule.resource, match, {"serial": value}) == f"x/{text}"
+def test_a_template_is_expanded(template: str, value: str, text: str) -> None:
+    (rule,) = sdm.parse_rules(f"[{{devicematch: '^a(b)?(?<n>c)?$', resource: '{template}'}}]")
+    assert sdm.expand(rule.resource, rule.match.search("ac"), {"serial": value}) == text
 
 
 def test_the_shipped_conf_is_good() -> None:
@@ -1043,14 +927,12 @@ BAD_RULES = [
     ("\n42", 2, 1, "found a number (42)"),
     ("- a", 1, 3, "expected a rule (devicematch: ...), found a text"),
     ("- devicematch:^a$", 1, 3, "expected a rule"),
-    ("- [devicematch]", 1, 3, "expected a rule (devicematch: ...), found a list"),
     ("-", 1, 2, "expected a rule (devicematch: ...), found nothing"),
     ("- devicematch: a\n- nummaxdevices: 1", 2, 3, "a rule needs devicematch"),
     ("- {}", 1, 3, "a rule needs devicematch"),
     ("- devicematch: a\n  nummaxdevice: 2", 2, 3, 'unknown key "nummaxdevice"; did you mean nummaxdevices?'),
     ("- devicematch: a\n  permision: r", 2, 3, "did you mean permissions?"),
     ("- DeviceMatch: a", 1, 3, "did you mean devicematch?"),
-    ("- devicematch: a\n  attribute: {}", 2, 3, "did you mean attributes?"),
     ("- devicematch: a\n  '': {}", 2, 3, 'unknown key ""; the keys are devicematch, nummaxdevices, resource, '),
     ("- devicematch: a\n  limit: 2", 2, 3, 'unknown key "limit"; the keys are '),
     ("- devicematch: a\n  mounts: []", 2, 3, 'unknown key "mounts"; the keys are '),
@@ -1059,28 +941,15 @@ BAD_RULES = [
     ("- devicematch:", 1, 15, "expected a text, found nothing"),
     ("- devicematch: 42", 1, 16, 'put it in quotes, "42"'),
     ("- devicematch: true", 1, 16, "expected a text, found true or false"),
-    ("- devicematch: [a]", 1, 16, "expected a text, found a list"),
-    ("- devicematch: {a: b}", 1, 16, "expected a text, found a mapping"),
     ("- devicematch: '^a('", 1, 16, '"^a(" is not a regular expression: missing )'),
     ("- devicematch: a\n  nummaxdevices: -1", 2, 18, "-1 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: 10001", 2, 18, "10001 slots: must be 0 to 10000"),
     ("- devicematch: a\n  nummaxdevices: x", 2, 18, 'expected a whole number of slots, found a text ("x")'),
-    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, '"20" must be a whole number: write 20'),
-    (
-        "- devicematch: a\n  nummaxdevices: 0020",
-        2,
-        18,
-        "0020: a number must be whole, and without zeros before it: write 20;",
-    ),
-    (
-        "- devicematch: a\n  nummaxdevices: 1.5",
-        2,
-        18,
-        '1.5: a number must be whole, and without zeros before it: write 1; a text must be in quotes: "1.5"',
-    ),
+    ("- devicematch: a\n  nummaxdevices: '20'", 2, 18, 'a whole number of slots, found a text ("20")'),
+    ("- devicematch: a\n  nummaxdevices: 0020", 2, 18, "0020: a number must be whole, and without zeros before it:"),
+    ("- devicematch: a\n  nummaxdevices: 1.5", 2, 18, ': write 1; a text must be in quotes: "1.5"'),
     ("- devicematch: a\n  nummaxdevices: true", 2, 18, "expected a whole number of slots, found true or false"),
     ("- devicematch: a\n  nummaxdevices:", 2, 17, "expected a whole number of slots, found nothing"),
-    ("- devicematch: a\n  nummaxdevices: [1]", 2, 18, "expected a whole number of slots, found a list"),
     ("- devicematch: a\n  resource: ''", 2, 13, "a text that is not empty"),
     ("- devicematch: a\n  resource: 5", 2, 13, "expected a text: put it in quotes"),
     ("- devicematch: a\n  resource: x\\1", 2, 13, r'"x\1": devicematch has no group \1'),
@@ -1090,11 +959,10 @@ BAD_RULES = [
     (f"- devicematch: (a)\n  resource: \\g<{'9' * 5000}>", 2, 13, "after a backslash, write a group"),
     ("- devicematch: a\n  resource: x\\y", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  resource: x\\", 2, 13, "after a backslash, write a group of devicematch or an"),
-    ("- devicematch: a\n  resource: x\\0", 2, 13, "after a backslash, write a group of devicematch or an"),
     ("- devicematch: a\n  containerpath: video", 2, 18, '"video" must be an absolute path under /dev/'),
     ("- devicematch: a\n  containerpath: /sys/x", 2, 18, "under /dev/"),
     ("- devicematch: a\n  containerpath: /dev/a/../../x", 2, 18, 'must not have a ".."'),
-    ('- devicematch: a\n  containerpath: "/dev/a\\0"', 2, 18, "expected a text that is not empty"),
+    ('- devicematch: a\n  containerpath: "/dev/a\\0"', 2, 18, "expected a text without NUL"),
     ("- devicematch: a\n  containerpath: /dev/\\1", 2, 18, "has no group"),
     ("- devicematch: a\n  permissions: rwx", 2, 16, '"rwx" must be letters of r, w and m'),
     ("- devicematch: a\n  permissions: rr", 2, 16, "each once"),
@@ -1107,14 +975,13 @@ BAD_RULES = [
     ("- devicematch: a\n  attributes: {idVendor: 1e04}", 2, 26, 'quote it ("1e04")'),
     ("- devicematch: a\n  attributes:\n    idVendor: '['", 3, 15, '"[" is not a regular expression'),
     ("- devicematch: a\n  attributes: {../x: a}", 2, 16, '"../x" is not an attribute of sysfs'),
-    ("- devicematch: a\n  attributes: {/x: a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  attributes: {'': a}", 2, 16, "is not an attribute of sysfs"),
     ("- devicematch: a\n  with: snd/timer", 2, 9, r'a list of paths below /dev, such as ["snd/controlC\1"]'),
     ("- devicematch: a\n  with: []", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: {b: c}", 2, 9, "a list of paths below /dev"),
     ("- devicematch: a\n  with: [b, /dev/c]", 2, 13, '"/dev/c" must be a path below /dev, such as snd/controlC0'),
     ("- devicematch: a\n  with:\n  - b/../../c", 3, 5, "must be a path below /dev"),
-    ("- devicematch: a\n  with: ['?']", 2, 10, "must be a path below /dev"),
+    ("- devicematch: a\n  with: ['?']", 2, 10, "a text that is not empty"),
     ("- devicematch: a\n  with: [b, c\\1]", 2, 13, "has no group"),
     ("- devicematch: a\n  with: [{}]", 2, 10, "expected a path below /dev, or a mapping with it"),
     ("- devicematch: a\n  with: [[b]]", 2, 10, "expected a path below /dev, or a mapping with it"),
@@ -1125,7 +992,6 @@ BAD_RULES = [
     ("- devicematch: a\n  with: [{path: /b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: a/../b}]", 2, 17, "must be a path below /dev"),
     ("- devicematch: a\n  with: [{path: b, containerpath: b}]", 2, 35, "must be an absolute path under /dev/"),
-    ("- devicematch: a\n  with: [{path: b, containerpath: /dev/../b}]", 2, 35, 'must not have a ".."'),
     ("- devicematch: a\n  with: [{path: b, containerpath: '/dev/\\1'}]", 2, 35, "has no group"),
     ("- devicematch: a\n  with: [{path: b, permissions: x}]", 2, 33, "must be letters of r, w and m"),
     ("- devicematch: a\n  resource: \\g<attr:>", 2, 13, "after a backslash, write a group of devicematch or an"),
@@ -1139,13 +1005,6 @@ BAD_RULES = [
     ("- devicematch: a\n  env: {A: 1}", 2, 12, 'put it in quotes, "1"'),
     ("- devicematch: a\n  env: {A: \\1}", 2, 12, "has no group"),
     ('- devicematch: a\n  env: {A: "b\\0"}', 2, 12, "a text without NUL"),
-    (
-        "- devicematch: ^ttyUSB0$\n- devicematch: ^a$\n- devicematch: ^video\n  resource: ttyUSB0",
-        3,
-        1,
-        'the pool "ttyUSB0" has the name of the device /dev/ttyUSB0, which line 1 offers',
-    ),
-    ("- devicematch: ^net/tun$\n- devicematch: a\n  resource: net.tun", 2, 1, "/dev/net/tun, which line 1 offers"),
 ]
 
 
@@ -1155,14 +1014,7 @@ def test_a_bad_rule_is_refused_at_its_place(conf: str, line: int, column: int, m
         sdm.parse_rules(conf)
     assert message in caught.value.message
     assert len(caught.value.message) < 300
-    if message.startswith('the pool "') or "which line" in message:  # two lines are to blame; the rule's line is enough
-        assert caught.value.line == line
-    else:
-        assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
-
-
-def test_a_pool_may_have_the_name_of_a_device_that_is_in_it() -> None:
-    assert len(sdm.parse_rules("- devicematch: ^ttyUSB0$\n- devicematch: ^ttyUSB\n  resource: ttyUSB0")) == 2
+    assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
 
 
 values = st.recursive(
@@ -1208,19 +1060,18 @@ def test_many_rules_are_read_in_time() -> None:
 GPU_RULE = "- devicematch: nvidia-gpu\n  nummaxdevices: {}\n"  # the one device that a test can make without root
 
 
-def bare(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def bare(*arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script on a Python without site-packages, in 80 columns."""
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *arguments]
+    command = [sys.executable, "-I", "-S", str(script), *arguments]
     env = {"PATH": os.environ["PATH"], "COLUMNS": "80", **environment}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_check_says_that_a_conf_is_good_on_a_bare_python(node: Node) -> None:
-    node.rules("- devicematch: a\n")
-    done = bare(*node.options(), "--check")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{node.conf}: good, 1 rule\n", "")
-    node.rules("- devicematch: a\n- devicematch: b\n")
-    assert bare(*node.options(), "--check").stdout == f"{node.conf}: good, 2 rules\n"
+    for rules, count in (("- devicematch: a\n", "1 rule"), ("- devicematch: a\n- devicematch: b\n", "2 rules")):
+        node.rules(rules)
+        done = bare(*node.options(), "--check")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{node.conf}: good, {count}\n", "")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -1258,10 +1109,8 @@ REFUSED_COMMANDS = [
     ("nothing", "--plugin-dir=/nowhere", 1, "cannot read the config file CONF: No such file or directory"),
     (A_RULE, "--plugin-dir=/nowhere", 1, "there is no directory /nowhere"),
     (A_RULE, "--plugin-dir=/nowhere", 1, "--dry-run"),
-    (A_RULE, f"--plugin-dir={SCRIPT}", 1, f"{SCRIPT} is not a directory; --plugin-dir names the kubelet's"),
+    (A_RULE, f"--plugin-dir={SCRIPT}", 1, f"there is no directory {SCRIPT} to use: Not a directory; is this a node"),
     (A_RULE, "", 1, "python3-grpcio"),
-    *[(A_RULE, f"--domain={domain}", 2, f'"{domain}" is not a domain that the kubelet accepts')
-      for domain in ("kubernetes.io", "a.kubernetes.io", "requests.example.org", "a" * 245, "A", "a_b")],
     *[(None, f"--status={address}", 2, f'"{address}" is not an ADDRESS:PORT, such as')
       for address in ("", "8080", "node", ":70000", "http://node:8080/")],
     *[(None, mode, 2, "error: --json goes with --list and --status")
@@ -1306,16 +1155,10 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
     """Without a config file, the script says that it uses the built-in rules, which are those of conf.yaml."""
     rules = [(rule["devicematch"], rule["nummaxdevices"]) for rule in yaml.safe_load((HERE / "conf.yaml").read_text())]
     assert tuple(rules) == sdm.DEFAULT_RULES
-    alone = node.root / "alone.py"
-    shutil.copy(SCRIPT, alone)
+    alone = Path(shutil.copy(SCRIPT, node.root / "alone.py"))
     node.sysfs("gpu.0", {})
-    options = node.options()[2:]
+    run = functools.partial(bare, *node.options()[2:], script=alone)
     message = "alone.py: no config file is given, so the built-in default rules are used; --conf FILE names one\n"
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-I", "-S", str(alone), *options, *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-
     done = run("--check")
     assert (done.returncode, done.stdout) == (0, "the built-in default rules: good, 16 rules\n")
     assert done.stderr == message
@@ -1329,10 +1172,8 @@ def test_the_script_alone_has_the_rules_of_conf_yaml(node: Node) -> None:
 def test_usage_and_errors_begin_with_the_name_of_the_program(node: Node) -> None:
     called = node.root / "sdm"
     called.symlink_to(SCRIPT)
-    assert os.access(SCRIPT, os.X_OK)
-    for arguments in (["--no-such-option"], [*node.options(), "--check"]):
-        done = subprocess.run([sys.executable, called, *arguments], check=False, capture_output=True, text=True)
-        assert done.stderr.splitlines()[-1].startswith("sdm: ")
+    assert bare(*node.options(), "--check", script=called).stderr.startswith("sdm: ")
+    assert bare("--no-such-option", script=called).stderr.splitlines()[-1].startswith("sdm: ")
     assert "usage: sdm " in subprocess.run([called, "--help"], check=True, capture_output=True, text=True).stdout
 
 
@@ -1374,13 +1215,6 @@ def test_list_shows_what_is_offered_and_what_is_left_out_and_why(node: Node) -> 
     assert "^video" not in done.stdout
 
 
-def test_list_says_so_when_there_is_nothing(node: Node) -> None:
-    node.rules("- devicematch: ^nothing$\n")
-    done = bare(*node.options(), "--list")
-    assert done.returncode == 0
-    assert "^nothing$" in done.stdout
-
-
 def test_dry_run_on_a_node_with_a_device(node: Node) -> None:
     node.sysfs("platform/gpu.7", {})
     node.rules(GPU_RULE.format(2))
@@ -1391,12 +1225,12 @@ def test_dry_run_on_a_node_with_a_device(node: Node) -> None:
     assert "NVIDIA_VISIBLE_DEVICES=7" in done.stdout
 
 
-def test_dry_run_on_a_node_without_a_device(node: Node) -> None:
+@pytest.mark.parametrize(("mode", "status"), [("--list", 0), ("--dry-run", 1)])
+def test_list_and_dry_run_say_so_when_there_is_nothing(node: Node, mode: str, status: int) -> None:
     node.rules("- devicematch: ^video\n- devicematch: ^snd$\n")
-    (node.dev / "something").write_text("")
-    done = node.run("--dry-run")
-    assert (done.returncode, done.stderr) == (1, "")
-    for message in ("No device found", "line 1: ^video", "line 2: ^snd$", "something"):
+    done = bare(*node.options(), mode)
+    assert (done.returncode, done.stderr) == (status, "")
+    for message in ("No device would be offered", "^video", "^snd$"):
         assert message in done.stdout
 
 
@@ -1428,38 +1262,28 @@ def test_the_environment_has_every_option_and_the_command_line_wins(node: Node) 
     assert bare("--check", **{**environment, "SMARTER_DEVICE_MANAGER_DOMAIN": ""}).returncode == 0  # as if not set
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("interval", "abc", '"abc" is not a number of seconds from 0.01 to 3600'),
-        ("interval", "0", '"0" is not a number of seconds'),
-        ("interval", "nan", '"nan" is not a number of seconds'),
-        ("interval", "-1", '"-1" is not a number of seconds'),
-        ("domain", "Bad_Domain", '"Bad_Domain" is not a domain that the kubelet accepts'),
-        ("domain", "x.kubernetes.io", '"x.kubernetes.io" is not a domain that the kubelet accepts'),
-        ("plugin-dir", "", '"" is not a path'),
-        ("dev-dir", "", '"" is not a path'),
-        ("sys-dir", "", '"" is not a path'),
-        ("pod-resources-socket", "", '"" is not a path'),
-        ("conf", "", '"" is not a path'),
-        ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
-    ],
-)
+WRONG_VALUES = [
+    *[("interval", value, f'"{value}" is not a number of seconds from 0.01 to 3600')
+      for value in ("abc", "0", "nan", "-1", "3601")],
+    *[("domain", value, f'"{value}" is not a domain that the kubelet accepts')
+      for value in ("Bad_Domain", "x.kubernetes.io", "kubernetes.io", "requests.example.org", "a" * 245)],
+    *[(option, "", '"" is not a path')
+      for option in ("plugin-dir", "dev-dir", "sys-dir", "pod-resources-socket", "conf")],
+    ("log-level", "loud", '"loud" is not a level: debug, info, warning, error'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "message"), WRONG_VALUES)
 def test_a_wrong_value_is_one_sentence(option: str, value: str, message: str) -> None:
+    """It names the variable of the environment if the value is from there. An empty one counts as not set."""
     variable = "SMARTER_DEVICE_MANAGER_" + option.upper().replace("-", "_")
-    done = bare("--check", f"--{option}={value}")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 3  # two of usage
-    last = done.stderr.splitlines()[-1]
-    assert re.search(f"argument --{option}(/--config)?: {re.escape(message)}", last)
-    assert variable not in last
-    if not value:
-        return  # as if it were not set
-    done = bare("--check", **{variable: value})
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert f"argument --{option}: {message}" in last
-    assert last.endswith(f"(from {variable})")
+    for arguments, environment in (([f"--{option}={value}"], {}), ([], {variable: value} if value else None)):
+        if environment is not None:
+            done = bare("--check", *arguments, **environment)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 3)  # two lines of usage
+            last = done.stderr.splitlines()[-1]
+            assert re.search(f"argument --{option}(/--config)?: {re.escape(message)}", last)
+            assert last.endswith(f"(from {variable})") == bool(environment)
 
 
 def systemd_unit(node: Node, *arguments: str) -> dict[str, list[str]]:
@@ -1505,13 +1329,9 @@ def test_the_unit_runs_this_script_with_the_options_beside_it(node: Node) -> Non
     assert environment - options.keys() - dra_only == {"--node-name"}
 
 
-def test_the_unit_finds_pod_resources_beside_the_plugin_directory(node: Node) -> None:
+def test_the_unit_finds_pod_resources_and_grants_the_network_it_needs(node: Node) -> None:
     unit = systemd_unit(node, "--plugin-dir=/var/lib/k0s/kubelet/device-plugins")
     assert unit["ExecStart"][0].endswith(" --pod-resources-socket=/var/lib/k0s/kubelet/pod-resources/kubelet.sock")
-
-
-def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
-    unit = systemd_unit(node)
     assert (unit["PrivateNetwork"], unit["RestrictAddressFamilies"]) == (["yes"], ["AF_UNIX"])
     unit = systemd_unit(node, "--listen=127.0.0.1:8080")
     assert unit["ExecStart"][0].endswith(" --listen=127.0.0.1:8080")
@@ -1520,29 +1340,23 @@ def test_the_unit_grants_the_network_that_listen_needs(node: Node) -> None:
     assert not {"PrivateNetwork", "IPAddressDeny"} & systemd_unit(node, "--listen=:8080").keys()
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("/opt/a-b_c.d/@e:f=g,h+1", "/opt/a-b_c.d/@e:f=g,h+1"),
-        ("100%", "100%%"),
-        ("$HOME", "$$HOME"),
-        ("a b", '"a b"'),
-        ('a"b\\c', r'"a\"b\\c"'),
-        ("it's;", '"it\'s;"'),
-        ("é", '"é"'),
-    ],
-)
-def test_quoting_in_a_unit(text: str, word: str) -> None:
-    assert sdm._systemd_argument(text) == word
-    assert sdm._systemd_word(text) == word.replace("$$", "$")  # a path, in which $ begins no variable
+WORDS_OF_UNITS = {
+    "/opt/a-b_c.d/@e:f=g,h+1": "/opt/a-b_c.d/@e:f=g,h+1", "100%": "100%%", "$HOME": "$$HOME", "a b": '"a b"',
+    'a"b\\c': r'"a\"b\\c"', "it's;": '"it\'s;"', "é": '"é"',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WORDS_OF_UNITS)
+def test_quoting_in_a_unit(text: str) -> None:
+    assert sdm._systemd_argument(text) == WORDS_OF_UNITS[text]
+    assert sdm._systemd_word(text) == WORDS_OF_UNITS[text].replace("$$", "$")  # a path, in which $ begins no variable
 
 
 def test_a_manifest_needs_the_stubs_and_daemonset_yaml(node: Node) -> None:
-    shutil.copy(SCRIPT, node.root)
+    script = Path(shutil.copy(SCRIPT, node.root))
 
     def fault() -> str:
-        command = [sys.executable, "-I", "-S", node.root / SCRIPT.name, "--manifest"]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        done = bare("--manifest", script=script)
         assert (done.returncode, done.stdout) == (1, "")
         return done.stderr.splitlines()[-1].partition(": ")[2]
 
@@ -1561,11 +1375,8 @@ def test_every_option_has_its_place_in_a_manifest_and_in_a_unit(node: Node) -> N
     for name, way in sdm.MANIFEST_OPTIONS.items():
         if way not in (sdm.ARGUMENT, sdm.PART):
             given = f"{options[name]}={1 if name == 'gone_grace' else '/x'}"
-            assert (
-                bare("--manifest", given)
-                .stderr.splitlines()[-1]
-                .endswith(f"--manifest does not take {options[name]}: {way}")
-            )
+            refusal = bare("--manifest", given).stderr.splitlines()[-1]
+            assert refusal.endswith(f"--manifest does not take {options[name]}: {way}")
             assert systemd_unit(node, given)["ExecStart"][0].endswith(f" {given}")
 
 
@@ -1607,37 +1418,31 @@ def test_a_plugin_directory_that_this_user_may_not_search(node: Node) -> None:
     node.plugins.chmod(0)
     for path in (node.plugins, node.plugins / "below"):
         done = bare(*node.options(), f"--plugin-dir={path}")
-        message = f"permission denied for {path}: run this as root, who owns the kubelet's directory"
-        assert (done.returncode, done.stderr) == (1, f"smarter_device_manager.py: {message}\n")
+        message = f"smarter_device_manager.py: there is no directory {path} to use: Permission denied; "
+        assert done.returncode == 1 and done.stderr.startswith(message) and "are you root?" in done.stderr
     node.plugins.chmod(0o700)
 
 
-WITH_OUTPUT = [["--list"], ["--list", "--json"], ["--check"], ["--manifest"], ["--help"], ["--version"]]
-
-
-@pytest.mark.parametrize("arguments", WITH_OUTPUT)
-def test_a_reader_that_goes_is_no_error(node: Node, arguments: list[str]) -> None:
+@pytest.mark.parametrize("mode", ["--list", "--list --json", "--check", "--manifest", "--help", "--version"])
+@pytest.mark.parametrize("where", ["a reader that has gone", "a full disk", "nowhere"])
+def test_output_that_cannot_be_written(node: Node, mode: str, where: str) -> None:
+    """A reader goes when it has seen enough (head); a full disk is an error; a closed stdout is what somebody wants."""
     node.rules(GPU_RULE.format(1))
-    reader, writer = os.pipe()
-    os.close(reader)  # as head does when it has seen enough
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *mode.split()]
+    writer = os.open("/dev/full", os.O_WRONLY)
+    if where == "a reader that has gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+    elif where == "nowhere":
+        command = ["sh", "-c", '"$@" >&-', "sh", *command]
     done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
-
-
-@pytest.mark.parametrize("arguments", WITH_OUTPUT)
-def test_output_that_cannot_be_written_is_one_line(node: Node, arguments: list[str]) -> None:
-    """A full disk is an error; a closed stdout is what somebody asked for."""
-    node.rules(GPU_RULE.format(1))
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *node.options(), *arguments]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    message = "smarter_device_manager.py: cannot write the output: No space left on device\n"
-    assert (done.returncode, done.stderr) == (1, message)
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], check=False, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 0
-    assert b"Traceback" not in done.stderr
+    full = "smarter_device_manager.py: cannot write the output: No space left on device\n"
+    if where == "nowhere":
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+    else:
+        wanted = (1, full) if where == "a full disk" else (128 + signal.SIGPIPE, "")
+        assert (done.returncode, done.stderr) == wanted
 
 
 def test_a_relative_path_in_a_working_directory_that_is_gone(node: Node) -> None:
@@ -1706,52 +1511,17 @@ def gpu_daemon(node: Node, kubelet: Kubelet, start: Starter) -> Daemon:
 
 
 def test_a_conf_edited_in_place_or_replaced_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
+    """Also if neither its size nor its times tell."""
     node.conf.write_text(GPU_RULE.format(20))
     kubelet.wait_for("nvidia-gpu0", Healthy=20)
     node.rules(GPU_RULE.format(3))
     kubelet.wait_for("nvidia-gpu0", Healthy=3)
-    for slots in range(4, 10):  # as fast as can be: of one size, at times within one tick of the clock
+    before = node.conf.stat()
+    for slots in range(4, 10):  # as fast as can be
         node.conf.write_text(GPU_RULE.format(slots))
+        os.utime(node.conf, ns=(before.st_atime_ns, before.st_mtime_ns))
         kubelet.wait_for("nvidia-gpu0", Healthy=slots)
     assert kubelet.registrations.count("smarter-devices/nvidia-gpu0") == 1
-
-
-def test_an_edit_that_keeps_size_and_time_is_followed(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
-    turns(gpu_daemon, 5)
-    before = node.conf.stat()
-    node.conf.write_text(GPU_RULE.format(7))
-    os.utime(node.conf, ns=(before.st_atime_ns, before.st_mtime_ns))
-    after = node.conf.stat()
-    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-    kubelet.wait_for("nvidia-gpu0", Healthy=7)
-
-
-def alike(path: Path) -> tuple[int, int, int]:
-    """What two files must have in common to differ only in their identity."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def test_a_swap_to_a_file_of_the_same_size_and_times_is_followed(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.sysfs("gpu.0", {})
-    files = [node.root / "old.yaml", node.root / "new.yaml"]
-    for _ in range(500):
-        for slots, path in enumerate(files, 1):
-            path.write_text(GPU_RULE.format(slots))
-        for path in files:
-            os.utime(path, (1e9, 1e9))
-        if alike(files[0]) == alike(files[1]):
-            break
-    else:
-        pytest.skip("the times of this file system tell any two files apart")
-    node.conf.symlink_to("old.yaml")
-    daemon = start()
-    kubelet.wait_for("nvidia-gpu0", Healthy=1)
-    turns(daemon, 5)
-    link = node.root / "link"
-    link.symlink_to("new.yaml")
-    link.rename(node.conf)
-    kubelet.wait_for("nvidia-gpu0", Healthy=2)
 
 
 def test_a_configmap_is_followed_by_its_link_swap(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -1826,37 +1596,32 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
     assert conf.error == f'{node.conf}:10001:16: "(" is not a regular expression: missing ), unterminated subpattern'
-    time.sleep(2 * sdm.FRESH_NS / 1e9)  # no condition to wait for: the time itself is what counts
-    conf.follow()
-    assert cpu_seconds(conf.follow) < parsing / 200  # not even read
+    assert cpu_seconds(conf.follow) < parsing / 200
     assert cpu_seconds(lambda: conf.follow(reread=True)) > parsing / 3
     assert (conf.failed_reloads, conf.reloads, len(conf.rules)) == (2, 0, 1)
-    for number, text in enumerate((bad[:-2] + ")\n", bad[:-2] + "[\n")):  # within one tick of the clock, of one size
-        node.conf.write_text(text)
+
+    def is_refused(count: int, words: str) -> None:
         conf.follow()
-        assert conf.failed_reloads == 3 + number
-    node.conf.unlink()
-    conf.follow()
-    assert "No such file" in conf.error
-    node.conf.write_text(text)
-    conf.follow()
-    assert ":10001:16: " in conf.error
+        assert conf.failed_reloads == count and words in conf.error
+
+    away = node.root / "away"
+    node.conf.write_text(bad[:-2] + ")\n")
+    is_refused(3, ":10001:16: ")
+    node.conf.write_text(bad[:-2] + "[\n")
+    is_refused(4, ":10001:16: ")
+    node.conf.rename(away)
+    is_refused(5, "No such file")
+    away.rename(node.conf)
+    is_refused(6, ":10001:16: ")
     node.conf.write_text(good)
     assert not conf.follow()  # these rules are in force
-    away = node.root / "away"
-    time.sleep(2 * sdm.FRESH_NS / 1e9)
-    conf.follow()
     node.conf.rename(away)
-    conf.follow()
+    is_refused(7, "No such file")
     away.rename(node.conf)
-    assert "No such file" in conf.error
     conf.follow()
     assert (conf.error, conf.reloads) == ("", 2)
     node.conf.write_bytes(b"\xff" * 900_000)
-    conf.follow()
-    assert ":1:1: this is not UTF-8" in conf.error
-    time.sleep(2 * sdm.FRESH_NS / 1e9)
-    conf.follow()
+    is_refused(8, ":1:1: this is not UTF-8")
     assert cpu_seconds(conf.follow) < parsing / 200
 
 
@@ -1904,53 +1669,39 @@ def test_the_last_good_rules_survive_a_restart(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
 
 
-def test_modes_do_not_use_the_kept_copy(node: Node) -> None:
+def test_only_a_kept_conf_that_is_good_is_used_and_not_by_modes(node: Node) -> None:
     node.sysfs("gpu.0", {})
     node.rules(GPU_RULE.format(1))
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 0
     assert not any(node.plugins.iterdir())
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
+    kept = kept_conf(node)
+    sdm.ConfFile(str(node.conf), str(kept)).start()
+    good = kept.read_bytes()
     node.rules("- devicematch: (\n")
     for mode in ("--check", "--list", "--dry-run"):
         assert node.run(mode).returncode == 1
-
-
-def test_only_a_kept_conf_that_is_good_is_used(node: Node) -> None:
-    node.rules(GPU_RULE.format(1))
-    sdm.ConfFile(str(node.conf), str(kept_conf(node))).start()
-    good, kept = kept_conf(node).read_bytes(), kept_conf(node)
-    node.rules("- devicematch: (\n")
-
-    def is_ignored(why: str) -> None:
+    contents: Mapping[str, bytes | Callable[[Path], None]] = {
+        "line 1, column 1: the file has no rules; .*": b"",
+        "line 2, column .*": b"- devicematch: a\n  with",
+        "line 1, column 16: this is not UTF-8; .*": b"- devicematch: \xff",
+        f"line 1, column 1: the file is longer than {MIB} bytes; .*": good + b"#" * MIB,
+        "Is a directory": Path.mkdir,
+        "line 1, column 1: this is not a plain file; .*": os.mkfifo,
+        "": lambda _: None,  # there is none
+    }
+    for problem, content in contents.items():
+        kept.rmdir() if kept.is_dir() else kept.unlink()
+        kept.write_bytes(content) if isinstance(content, bytes) else content(kept)
         done = node.run()
-        assert done.returncode == 1
-        first, second = done.stderr.splitlines()
-        assert re.search(f"WARNING the kept copy of the config file, {kept}, is ignored: {why}$", first), done.stderr
-        assert f"{node.conf}:1:16: " in second
-
-    for data, why in (
-        (b"", "line 1, column 1: the file has no rules; .*"),
-        (b"- devicematch: a\n  with", "line 2, column .*"),
-        (b"- devicematch: \xff", "line 1, column 16: this is not UTF-8; .*"),
-        (good + b"#" * MIB, f"line 1, column 1: the file is longer than {MIB} bytes; .*"),
-    ):
-        kept.write_bytes(data)
-        is_ignored(why)
-    kept.unlink()
-    kept.mkdir()
-    is_ignored("Is a directory")
-    kept.rmdir()
-    os.mkfifo(kept)
-    is_ignored("line 1, column 1: this is not a plain file; .*")
-    kept.unlink()
-    done = node.run()
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+        *ignored, last = done.stderr.splitlines()
+        assert done.returncode == 1 and f"{node.conf}:1:16: " in last
+        pattern = f"WARNING the last good text of .*, kept in {kept}, is ignored: {problem}$"
+        assert [bool(re.search(pattern, line)) for line in ignored] == [True] * bool(problem), done.stderr
     kept.write_bytes(good)
     conf = sdm.ConfFile(str(node.conf), str(kept))
     conf.start()
-    assert conf.rules == sdm.parse_rules(GPU_RULE.format(1))
+    assert conf.text == GPU_RULE.format(1)
 
 
 def test_a_conf_that_cannot_be_kept_is_one_warning(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -1987,7 +1738,7 @@ def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
     node.rules("- devicematch: (\n")
     again = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
     again.start()
-    assert again.rules == sdm.parse_rules(texts[0])
+    assert again.text == texts[0]
     assert not conf.follow()
     assert kept_conf(node).read_text() == texts[1]
     for damage in (kept_conf(node).unlink, lambda: kept_conf(node).write_text(texts[0])):  # by another instance, say
@@ -2000,55 +1751,40 @@ def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("is_used", "text"),
     [
-        "",
-        "nothing",
-        "7",
-        "null",
-        '"text"',
-        "{}",
-        "[7]",
-        '["x"]',
-        "[{}]",
-        "[" * 100_000,
-        '[{"resource": "r", "path": "p", "attributes": 7, "values": []}]',
-        '[{"resource": "r", "path": "p", "attributes": [["a"]], "values": []}]',
-        '[{"resource": "r", "path": "p", "attributes": [[1, 2, 3]], "values": []}]',
-        '[{"resource": "r", "path": "p\\ud800", "attributes": [["serial", "1"]], "values": []}]',
-        '[{"resource": [], "path": null, "attributes": [[7, {}]], "values": [["serial", 7.5]]}]',
-        '[{"resource": "r", "path": "ttyUSB0", "attributes": [["serial", {"a": []}]], "values": {"ab": 1}}]',
+        *((False, text) for text in ("", "nothing", "7", "null", '"text"', '{"a": 1}', "[7]", '["x"]', "[{}]")),
+        (False, "[" * 100_000),
+        (False, '[{"resource": "r", "path": "p", "attributes": {}, "values": {}, "nodes": []}]'),  # of version 1.0.0
+        (False, '[["r", "p", "b", [], 7, []]]'),
+        (False, '[["r", "p", "b", [], [["a"]], []]]'),
+        (False, '[["r", "p", "b", [], [[1, 2, 3]], []]]'),
+        (False, '[["r", "p\\ud800", "b", [], [["serial", "1"]], []]]'),
+        (True, '[[[], null, 8, 9, [[7, {}]], [["serial", 7.5]]]]'),
+        (True, '[["r", "ttyUSB0", "b", [], {"serial": {"a": []}}, {"ab": 1}]]'),
+        (True, "{}"),
     ],
 )
 def test_a_kept_file_of_any_content_does_not_end_the_start(
-    node: Node, caplog: pytest.LogCaptureFixture, text: str
+    node: Node, caplog: pytest.LogCaptureFixture, is_used: bool, text: str
 ) -> None:
     """It is used, or ignored with one line."""
-    path = node.plugins / "kept"
-    path.write_text(text)
-    is_used = bool(sdm.KeptDevices(str(path)).read().resources) or text == "{}"
-    assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
+    (node.plugins / "kept.devices").write_text(text)
     node.rules("- {devicematch: '', resource: pool, attributes: {serial: .*}}\n")
-    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), "", sdm.KeptDevices(str(path)))
+    side = sdm.DeviceSide(str(node.conf), str(node.dev), str(node.sys), str(node.plugins / "kept"))
     side.start()
-    sdm.ChangeLog().take(side.plan)
+    assert [record.event for record in caplog.records] == ["kept-devices-ignored"] * (not is_used)
+    changes = sdm.ChangeLog()
+    changes.take(side.plan)
+    changes.flush(time.monotonic())
     for found in side.plan.resources.values():
         sdm._list_message(found).SerializeToString()
 
 
 def test_the_kept_conf_of_a_long_domain_has_a_name_that_a_file_can_have() -> None:
-    paths = {sdm.kept_path("/p", "a" * 240 + letter, "01234567.devices.0123456789abcdef.new") for letter in "bc"}
+    paths = {sdm.kept_path("/p", "a" * 240 + letter, "/conf") for letter in "bc"}
     assert len(paths) == 2
-    assert all(len(os.path.basename(path)) < 250 for path in paths)
-
-
-def test_thousands_of_pools_and_devices_are_not_compared_for_long() -> None:
-    """It took 12 s of these, and four times as long for twice as many. The first ones are compared."""
-    pairs = (f"- devicematch: ^a{number}$\n- devicematch: x\n  resource: a{number}\n" for number in range(4000))
-    text = "".join(pairs) + "- devicematch: .\n"
-    assert cpu_seconds(lambda: sdm.parse_rules(text)) < 5.0
-    with pytest.raises(sdm.ConfigError, match='the pool "a0" has the name of the device /dev/a0'):
-        sdm.parse_rules("".join(f"- devicematch: x\n  resource: a{n}\n- devicematch: ^a{n}$\n" for n in range(200)))
+    assert all(len(os.path.basename(path)) < 220 for path in paths)
 
 
 def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2057,17 +1793,6 @@ def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytes
     with pytest.raises(sdm.ConfigError, match="takes more than 0 s to read; write fewer rules or shorter expressions"):
         sdm.parse_rules(text)
     assert sdm.parse_rules("- devicematch: good\n")
-
-
-def test_a_clash_of_a_pool_with_a_device_names_both_lines(node: Node, kubelet: Kubelet, gpu_daemon: Daemon) -> None:
-    node.rules("- devicematch: ^video0$\n- devicematch: ^ttyUSB\n  resource: video0\n")
-    gpu_daemon.says(
-        r"conf\.yaml:2:1: the pool .video0. .* /dev/video0, which line 1 offers.* the last good rules stay in force"
-    )
-    done = node.run("--check")
-    assert done.returncode == 1
-    assert f"{node.conf}:2:1: the pool" in done.stderr
-    kubelet.wait_for("nvidia-gpu0", Healthy=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2581,8 +2306,9 @@ def test_a_poll_is_a_stat_of_each_folder(node: Node) -> None:
     for turn in turns[:-1]:
         asked = sorted(re.findall(r'stat[a-z0-9]*\((?:AT_FDCWD, )?"([^"]*)"', turn))
         folders = [str(node.dev), *(f"{node.dev}/bus{rest}" for rest in ("", "/0", "/1", "/2"))]
-        assert asked == sorted([str(node.conf), *folders])
-        assert not re.search(r"\b(open|openat|getdents64|read|readlink)\(", turn)
+        assert asked == sorted(folders)
+        assert re.findall(r'\b(?:open|openat)\((?:AT_FDCWD, )?"([^"]*)"', turn) == [str(node.conf)]
+        assert not re.search(r"\b(getdents64|readlink)\(", turn)
 
 
 TICK_NS = 10_000_000  # of a kernel with CONFIG_HZ=100
@@ -2776,7 +2502,7 @@ def test_a_full_look_comes_once_a_minute(node: Node, calls: Calls, monkeypatch: 
     side.start()
     time.sleep(2 * sdm.FRESH_NS / 1e9)
     side.turn()
-    assert sdm.FULL_LOOK_SECONDS == 60
+    assert sdm.FULL_SCAN_SECONDS == 60
     for seconds, listed in ((0, []), (59, []), (1, [""]), (0, []), (59.5, []), (1, [""])):
         clock[0] += seconds
         assert calls.of(side.turn) == listed
@@ -3587,7 +3313,7 @@ def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, st
     assert rule.match.search(path) and not rule.match.search(path + "x") and not rule.match.search("x" + path)
     assert {found.name for found in rule.attributes} == set(telling)
     for found in rule.attributes:
-        assert found.match.fullmatch(telling[found.name]) and not found.match.fullmatch(telling[found.name] + "x")
+        assert found.fits(telling[found.name]) and not found.fits(telling[found.name] + "x")
 
 
 @pytest.mark.parametrize(
@@ -3911,12 +3637,12 @@ def test_the_value_of_an_attribute_that_comes_late_is_found(node: Node, monkeypa
     assert side.turn() is None
     node.sysfs("usb1/1-2", {"serial": "B2"}, sticks[1])
     assert side.turn() is None  # not asked for ever, but at every full look
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert listed(side.plan) == {"sA1": ["stick0"], "sB2": ["stick1"]}
     node.unplug("stick0")
     shutil.rmtree(node.sys / "devices/usb1/1-1")
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert side.plan.resources["sA1"].devices[0].problem == "it is gone"  # what it had is remembered
 
@@ -4333,15 +4059,6 @@ def test_a_pool_that_grows_beyond_its_list_leaves_the_newcomer_out() -> None:
     assert listed(looks.plan) == {"pool": [newcomer]}
     fresh = offered(conf, snapshot_of(dict.fromkeys([newcomer, *there], "char")))
     assert listed(fresh) == {"pool": [newcomer, *there[:2]]}
-
-
-def test_a_pool_with_the_name_of_a_device_that_a_rule_names_is_an_error_wherever_that_is() -> None:
-    conf = "- {devicematch: ^cam, resource: net tun}\n- devicematch: x\n- devicematch: ^net/tun$\n"
-    with pytest.raises(sdm.ConfigError) as caught:
-        sdm.parse_rules(conf)
-    assert caught.value.line == 1
-    assert 'the pool "net_tun" has the name of the device /dev/net/tun, which line 3 offers' in caught.value.message
-    sdm.parse_rules(conf + "- {devicematch: tun$, resource: tunnel}\n")  # so the last rule that names it is another
 
 
 @needs_root
@@ -4928,7 +4645,7 @@ def test_the_table_of_keys_is_whole_and_its_examples_are_good() -> None:
     for key, value in rows.items():
         more = "" if key == "devicematch" else "\n  devicematch: ^(.)$"
         (rule,) = sdm.parse_rules(f"- {key}: {value}{more}\n")
-        assert getattr(rule, sdm._KEYS[key].name)
+        assert getattr(rule, sdm._KEYS[key][0])
 
 
 @needs_root
@@ -4964,26 +4681,6 @@ def lists_of(kubelet: Kubelet, resource: str) -> list[dict[str, str]]:
     """Every list that RESOURCE sent since it was registered last: health by ID."""
     lists = kubelet.clients[kubelet.name(resource)].lists
     return [{slot_id: device.health for slot_id, device in sent.items()} for sent in lists]
-
-
-@needs_root
-def test_a_stick_that_returns_as_another_is_not_its_containers(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """A Coral USB accelerator is given its firmware at its first use: another idVendor, and the next number."""
-    usb = {"idVendor": "1a6e", "idProduct": "089a"}
-    node.sysfs("usb2/2-1", usb, node.plug("bus/usb/002/003", major=189, minor=130))
-    node.rules(page_conf("coral"))
-    start()
-    kubelet.wait_for("coral-usb", Healthy=1)
-    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/003": "/dev/bus/usb/002/003"}
-    kubelet.starts("coral-usb", "bus/usb/002/003:0")
-    node.unplug("bus/usb/002/003")
-    (node.sys / "dev/char/189:130").unlink()
-    node.sysfs("usb2/2-1", {"idVendor": "18d1", "idProduct": "9302"}, node.plug("bus/usb/002/004", 189, 131))
-    kubelet.wait_for("coral-usb", Healthy=1, Unhealthy=1)
-    with pytest.raises(grpc.RpcError, match="was given /dev/bus/usb/002/003"):
-        kubelet.starts("coral-usb", "bus/usb/002/003:0")
-    assert kubelet.gives("coral-usb") == {"/dev/bus/usb/002/004": "/dev/bus/usb/002/004"}
-    kubelet.starts("coral-usb", "bus/usb/002/004:0")
 
 
 @needs_root
@@ -5026,21 +4723,6 @@ def test_a_pool_all_the_way(node: Node, kubelet: Kubelet, start: Starter) -> Non
     start()
     kubelet.wait_for("gpu", Healthy=4)
     assert set(kubelet.health("gpu")) == set(topology)
-
-
-@needs_root
-def test_the_reason_of_a_refused_allocate_reaches_the_user(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for name in ("ttyUSB0", "ttyUSB1"):
-        node.plug(name)
-    node.rules("- {devicematch: ^ttyUSB, resource: zigbee, containerpath: /dev/zigbee}\n")
-    daemon = start()
-    kubelet.wait_for("zigbee", Healthy=2)
-    with pytest.raises(grpc.RpcError) as caught:
-        kubelet.take("zigbee", "ttyUSB0:0", "ttyUSB1:0")
-    told = "/dev/ttyUSB0 and /dev/ttyUSB1 would both be /dev/zigbee in the container"
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == f"smarter-devices/zigbee: {told}"
-    daemon.says(f"Allocate refused: {told}")
 
 
 @needs_root
@@ -5138,7 +4820,7 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
         side.turn()
         node.unplug(f"bus/{number}")
     assert left(side.plan) == {"bus/199": "a plain file, not a device"}
-    clock.now += sdm.FULL_LOOK_SECONDS
+    clock.now += sdm.FULL_SCAN_SECONDS
     side.turn()
     assert left(side.plan) == {}
     assert len(side._matcher._matches) <= 3 and side._found == sdm.NOTHING_FOUND
@@ -5150,16 +4832,6 @@ def test_names_that_never_return_do_not_pile_up(node: Node, monkeypatch: pytest.
 
 
 # How it registers
-
-
-@needs_root
-def test_an_end_that_takes_long_is_complete(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """That of 2,000 resources was cut short after 1.5 s, and 1,029 sockets stayed."""
-    names = offer_many(node, 50)
-    daemon = start(fault="sdm.RETIRE_PAUSE = 0.6")
-    wait_ready(kubelet, names)
-    assert daemon.stop() == 0
-    assert not sockets(node)
 
 
 def test_it_answers_before_and_while_it_registers(node: Node, kubelet: Kubelet, serve: Starter) -> None:
@@ -5177,13 +4849,6 @@ def test_it_answers_before_and_while_it_registers(node: Node, kubelet: Kubelet, 
     assert answered[0] == kubelet.client("null").options
     assert [spec.host_path for spec in answered[1].container_responses[0].devices] == ["/dev/null"]
     assert kubelet.count("null") == 1
-
-
-def test_all_register_at_once(kubelet: Kubelet, serve: Starter) -> None:
-    kubelet.delay = 1.0
-    serve(*NAMES)
-    assert kubelet.most_open_calls == len(NAMES)
-    assert max(when for when, _ in kubelet.requests) - min(when for when, _ in kubelet.requests) < 0.9
 
 
 def test_what_the_kubelet_is_told(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -5299,12 +4964,12 @@ def test_an_impossible_plugin_directory_is_one_sentence(node: Node, where: str |
 
 @pytest.mark.parametrize("name", ["a%41 50%b?c#d[@:;&=+$]\u00e9", "\udcff"])
 def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: str) -> None:
-    """gRPC is given a URI."""
+    """gRPC is given a URI, in which two slashes at the beginning would be followed by the name of a host."""
     node.plugins = node.root / name
     node.plugins.mkdir()
     with Kubelet(node) as kubelet:
         offer(node, "null")
-        start()
+        start("--plugin-dir", f"/{node.plugins}")
         kubelet.wait_for("null", Healthy=1)
         assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
         kubelet.down()
@@ -5312,11 +4977,6 @@ def test_a_plugin_directory_may_have_any_name(node: Node, start: Starter, name: 
         wait_for(lambda: kubelet.count("null") == 2)
         assert {path.name for path in node.plugins.glob("*.sock")} == {"kubelet.sock", "smarter-null.sock"}
         assert not list(node.root.glob("aA*"))
-
-
-def test_a_plugin_directory_with_two_slashes_at_the_beginning(node: Node, serve: Starter) -> None:
-    """After "unix:" that would be the name of a host."""
-    serve("null", options=("--plugin-dir", f"/{node.plugins}"))
 
 
 # Allocate
@@ -5414,6 +5074,8 @@ def test_list_and_dry_run_and_status_show_link_and_target(node: Node, kubelet: K
 
 STICKS = '- {devicematch: ^ttyUSB, attributes: {idVendor: "10c4", serial: "A.*"}}\n'
 STICK_POOL = STICKS.replace("^ttyUSB,", "^ttyUSB, resource: sticks,")
+CHANGED = 'its serial is "C1" and was "A1"'
+NO_SUCH_ID = "the resource has no such ID"
 
 
 def plug_stick(board: Board, tty: str, serial: str, port: str = "1-1.1", vendor: str = "10c4") -> None:
@@ -5449,6 +5111,17 @@ def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
     return caught.value.details()
 
 
+def is_refused(kubelet: Kubelet, resource: str, problem: str, *ids: str, bad: int = 0, given: str = "") -> bool:
+    """Whether the start of a container with IDS is refused for PROBLEM of the device of the one with the index BAD.
+    GIVEN says which device that is, unless it is the one of this ID."""
+    path = ids[bad].rpartition(":")[0] or resource
+    given = given or f'/dev/{path} (ID "{ids[bad]}")'
+    return start_refusal(kubelet, resource, *ids) == (
+        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
+        "device is back; or delete the pod: its replacement gets a device that is there"
+    )
+
+
 def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
     try:
         kubelet.starts(resource, *ids)
@@ -5458,47 +5131,27 @@ def may_start(kubelet: Kubelet, resource: str, *ids: str) -> bool:
     return True
 
 
-def refused_words(resource: str, given: str, problem: str) -> str:
-    return (
-        f"smarter-devices/{resource}: the container was given {given}, but {problem}. It starts once the right "
-        "device is back; delete the pod to have it given a device anew"
-    )
-
-
 @needs_root
 def test_only_rules_by_attributes_check_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    node.plug("null")
-    node.plug("zero")
+    """And the given device is good, whether it is the only one of its name or one of a pool."""
+    for name in ("null", "zero", "lp0"):
+        node.plug(name)
+    for tty, serial, port in (("ttyUSB0", "A1", "1-1.1"), ("ttyUSB1", "B1", "1-1.2"), ("ttyUSB2", "B2", "1-1.3")):
+        plug_stick(board, tty, serial, port)
     plain = "- {devicematch: ^null$}\n- {devicematch: ^zero$, resource: zeros}\n"
-    node.plug("lp0")
-    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
     node.rules(plain + STICKS + STICK_POOL.replace("A.*", "B.*") + "- {devicematch: ^lp0$, resource: sticks}\n")
-    start()
-    wait_ready(kubelet, ["null", "zeros", "ttyUSB0", "sticks"])
+    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
     wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
+    wait_ready(kubelet, list(wanted))
     for name, (has_preference, checks_starts) in wanted.items():
         options = pb.DevicePluginOptions(
             get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
         )
         requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
-        assert [request.options for request in requests] == [options], name
-        assert kubelet.client(name).options == options, name
-
-
-@needs_root
-def test_a_start_with_the_given_device_is_good(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """Be it the only one of its name, or several of a pool; whoever asks for what has no attributes may, too."""
-    node.plug("null")
-    plug_stick(board, "ttyUSB0", "A1")
-    plug_stick(board, "ttyUSB1", "B1", "1-1.2")
-    plug_stick(board, "ttyUSB2", "B2", "1-1.3")
-    node.rules("- devicematch: ^null$\n" + STICKS + STICK_POOL.replace("A.*", "B.*"))
-    daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
-    wait_ready(kubelet, ["null", "ttyUSB0", "sticks"])
+        assert [request.options for request in requests] == [kubelet.client(name).options] == [options], name
     kubelet.starts("ttyUSB0", "0")
-    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0")
-    with plugin_stub(node, "null") as stub:
+    kubelet.starts("sticks", "ttyUSB1:0", "ttyUSB2:0", "lp0:0")
+    with plugin_stub(node, "null") as stub:  # nobody has to ask
         stub.PreStartContainer(pb.PreStartContainerRequest(devices_ids=["0"]), timeout=PATIENCE)
     assert Status(daemon).metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 0
     assert "refused" not in daemon.log
@@ -5513,18 +5166,17 @@ def test_a_start_with_another_device_is_refused(board: Board, node: Node, kubele
     kubelet.wait_for("ttyUSB0", Healthy=2)
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "C1", "1-1.2")
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", CHANGED, "0")
     kubelet.wait_for("ttyUSB0", Unhealthy=2)
     for _ in range(2):  # the device side has looked by now
-        assert start_refusal(kubelet, "ttyUSB0", "0") == words
+        assert is_refused(kubelet, "ttyUSB0", CHANGED, "0")
         assert not may_start(kubelet, "ttyUSB0", "1")
     status = Status(daemon)
     assert status.resource("ttyUSB0")["start_refusals"] == 5
     assert status.metrics()["starts_refused_total", kubelet.name("ttyUSB0")] == 5
     daemon.says("WARNING start of a container refused: .*its serial is .* resource=smarter-devices/ttyUSB0")
     unplug_stick(board, "ttyUSB0")
-    assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', "it is gone")
+    assert is_refused(kubelet, "ttyUSB0", "it is gone", "0")
     daemon.says("start of a container refused: .* it is gone")
     plug_stick(board, "ttyUSB0", "A1")
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
@@ -5551,8 +5203,7 @@ def test_a_stick_of_another_rule_leaves_the_resource_of_the_one_before(
     plug_stick(board, "ttyUSB0", "B1", "1-1.2")
     kubelet.wait_for("others", Healthy=1)
     kubelet.wait_for("sticks", Unhealthy=1)
-    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "B1" and was "A1"')
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "sticks", 'its serial is "B1" and was "A1"', "ttyUSB0:0")
     kubelet.starts("others", "ttyUSB0:0")
     unplug_stick(board, "ttyUSB0")
     plug_stick(board, "ttyUSB0", "A1", "1-1.3")
@@ -5586,8 +5237,7 @@ def test_a_start_with_a_device_that_has_changed_is_never_refused(
         kubelet.take("sticks", "ttyUSB0:0")
     node.unplug("ttyUSB0")
     build(node.dev, {"ttyUSB0": "char 188:0"})
-    words = refused_words("sticks", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "sticks", CHANGED, "ttyUSB0:0")
 
 
 @needs_root
@@ -5599,7 +5249,7 @@ def test_starts_wait_for_the_right_device(
     plug_stick(board, "ttyUSB0", "A1")
     node.plug("lock")
     node.rules(STICKS.replace("}}", "}, with: [lock]}"))
-    daemon = start("--interval", "3600")
+    start("--interval", "3600")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     if what == "gone":
         unplug_stick(board, "ttyUSB0")
@@ -5607,8 +5257,7 @@ def test_starts_wait_for_the_right_device(
     else:
         node.unplug("lock")
         problem = "it goes with /dev/lock: it is gone"
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', problem)
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", problem, "0")
     kubelet.wait_for("ttyUSB0", Unhealthy=1)
     assert not may_start(kubelet, "ttyUSB0", "0")
     if what == "gone":
@@ -5618,10 +5267,6 @@ def test_starts_wait_for_the_right_device(
     kubelet.starts("ttyUSB0", "0")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     assert kubelet.count("ttyUSB0") == 1
-    refused = daemon.log.count("start of a container refused")
-    unplug_stick(board, "ttyUSB0")
-    assert not may_start(kubelet, "ttyUSB0", "0")
-    wait_for(lambda: daemon.log.count("start of a container refused") == refused + 1)  # told anew
 
 
 @needs_root
@@ -5646,8 +5291,7 @@ def test_another_fitting_device_is_taken_once_seen(board: Board, node: Node, kub
     start("--interval", "3600")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     swap_stick(board, "ttyUSB0", "A2")
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "A2" and was "A1"')
-    assert start_refusal(kubelet, "ttyUSB0", "0") == words
+    assert is_refused(kubelet, "ttyUSB0", 'its serial is "A2" and was "A1"', "0")
     wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
     assert kubelet.count("ttyUSB0") == 1
 
@@ -5680,14 +5324,12 @@ def test_starts_are_checked_right_after_a_restart_of_the_daemon(
     plug_stick(board, "ttyUSB0", "C1", "1-1.3")
     again = start()
     kubelet.wait_for("sticks", **({"Healthy": 1} if damage else {"Healthy": 1, "Unhealthy": 1}))
-    given = '/dev/ttyUSB0 (ID "ttyUSB0:0")'
-    no_more = "the resource has no device there any more: " if damage else ""
-    problem = 'its idVendor is "10c4"; its serial is "C1"' if damage else 'its serial is "C1" and was "A1"'
-    for ids in (["ttyUSB0:0"], ["ttyUSB1:0", "ttyUSB0:0"]):
-        assert start_refusal(kubelet, "sticks", *ids) == refused_words("sticks", given, no_more + problem)
+    problem, given = (NO_SUCH_ID, 'the ID "ttyUSB0:0"') if damage else (CHANGED, "")
+    assert is_refused(kubelet, "sticks", problem, "ttyUSB0:0", given=given)
+    assert is_refused(kubelet, "sticks", problem, "ttyUSB1:0", "ttyUSB0:0", bad=1, given=given)
     kubelet.starts("sticks", "ttyUSB1:0")
     unplug_stick(board, "ttyUSB0")
-    assert start_refusal(kubelet, "sticks", "ttyUSB0:0") == refused_words("sticks", given, f"{no_more}it is gone")
+    assert is_refused(kubelet, "sticks", problem if damage else "it is gone", "ttyUSB0:0", given=given)
     plug_stick(board, "ttyUSB0", "A1", "1-1.3")
     wait_for(lambda: may_start(kubelet, "sticks", "ttyUSB0:0", "ttyUSB1:0"))
     assert "Traceback" not in again.log
@@ -5706,7 +5348,6 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
     node.rules(rules + "- devicematch: ^null$\n")
     daemon = start()
     kubelet.wait_for("ttyUSB0", Healthy=1)
-    given = '/dev/ttyUSB0 (ID "0")'
     for turn in range(2):
         daemon.kill()
         if not turn:
@@ -5717,8 +5358,7 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
         wait_for(lambda turn=turn: kubelet.count("ttyUSB0") == turn + 2)
         wait_ready(kubelet, ["null", "ttyUSB0"])
         kubelet.wait_for("ttyUSB0", Unhealthy=1)
-        problem = 'its serial is "C1" and was "A1"' if what == "another" else "it is gone"
-        assert start_refusal(kubelet, "ttyUSB0", "0") == refused_words("ttyUSB0", given, problem)
+        assert is_refused(kubelet, "ttyUSB0", CHANGED if what == "another" else "it is gone", "0")
         with pytest.raises(grpc.RpcError):  # the kubelet would not ask for it, but may have asked just before
             kubelet.take("ttyUSB0", "0")
     if what == "another":
@@ -5750,18 +5390,6 @@ def test_a_kept_device_leaves_its_name_to_one_that_is_there(node: Node, kubelet:
 
 
 @needs_root
-def test_a_start_without_devices_is_good_even_without_descriptors(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.sysfs("usb1/stick", {"serial": "A1"}, node.plug("stick0"))
-    node.rules("- {devicematch: ^stick0$, attributes: {serial: A1}}\n")
-    daemon = start()
-    kubelet.wait_for("stick0", Healthy=1)
-    with descriptors_limited(daemon, 3):
-        kubelet.starts("stick0")
-        assert start_refusal(kubelet, "stick0", "0").startswith("smarter-devices/stick0: the container was given")
-    kubelet.starts("stick0", "0")
-
-
-@needs_root
 def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
@@ -5770,19 +5398,8 @@ def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet
     wait_ready(kubelet, ["ttyUSB0", "sticks"])
     for wrong in ("x", "00", "", "ttyUSB0:0", "\u0661", "a\n:0", "9" * 5000):
         given = f'the ID "{sdm.printable(wrong[:200])}"'
-        words = refused_words("ttyUSB0", given, "the resource has no such ID")
-        assert start_refusal(kubelet, "ttyUSB0", wrong) == words
-        if ":" not in wrong or "\n" in wrong:
-            words = refused_words("sticks", given, "the resource has no such ID")
-            assert start_refusal(kubelet, "sticks", "ttyUSB1:0", wrong) == words
-    for wrong, there in (
-        ("../sys:0", "a link that leaves /dev"),
-        ("x" * 5000 + ":0", "it is gone"),
-        ("ttyUSB0:0", 'its idVendor is "10c4"; its serial is "A1"'),
-    ):
-        words = start_refusal(kubelet, "sticks", wrong)
-        assert f"the resource has no device there any more: {there}. It starts once" in words
-        assert len(words) < 1000
+        assert is_refused(kubelet, "ttyUSB0", NO_SUCH_ID, wrong, given=given)
+        assert is_refused(kubelet, "sticks", NO_SUCH_ID, "ttyUSB1:0", wrong, bad=1, given=given)
     kubelet.starts("sticks", "ttyUSB1:0")
     kubelet.starts("ttyUSB0", "0")
     kubelet.starts("sticks", "ttyUSB1:7")  # it may have had more slots when the container was given this one
@@ -5873,60 +5490,6 @@ def test_a_late_answer_of_sysfs_is_the_next_one(board: Board, node: Node, kubele
     assert "sysfs does not answer" in daemon.log
 
 
-@needs_root
-def test_many_blocking_drivers_delay_nobody(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(40):
-        node.sysfs(f"x{number}", {"index": "1"}, node.plug(f"v{number}"))
-    node.plug("null")
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^null$\n")
-    began = time.monotonic()
-    daemon = start("--listen", "127.0.0.1:0", fault=slow_sysfs(node, "index", 600.0))
-    kubelet.wait_for("null", Healthy=1)
-    assert time.monotonic() - began < 5.0
-    assert Status(daemon).ask("/healthz").status == 200
-    threads = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
-    assert threads < 40 + 12  # one for each that is blocked; the others are those of every daemon
-    daemon.hang_up()
-    node.plug("zero")
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n- devicematch: ^(null|zero)$\n")
-    kubelet.wait_for("zero", Healthy=1)
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= threads + 2
-    assert daemon.stop() == 0
-
-
-@needs_root
-def test_many_starts_wait_for_one_reader(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
-    flag, stuck = node.root / "flag", node.root / "stuck"
-    start(fault=HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)))
-    kubelet.wait_for("ttyUSB0", Healthy=1)
-    stuck.write_text("")
-    flag.touch()
-    node.unplug("ttyUSB0")
-    build(node.dev, {"ttyUSB0": "char 188:0"})
-    with plugin_stub(node, "ttyUSB0") as stub:
-        request = pb.PreStartContainerRequest(devices_ids=["0"])
-        # Some of them give up before they are answered.
-        calls = [stub.PreStartContainer.future(request, timeout=PATIENCE if n % 2 else 0.03) for n in range(100)]
-        codes = {call.exception(timeout=PATIENCE).code() for call in calls}
-    assert codes <= {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert len(stuck.read_text()) <= 4  # of the starts, and of the device side: each node, also the one before
-    flag.unlink()
-    wait_for(lambda: may_start(kubelet, "ttyUSB0", "0"))
-
-
-@needs_root
-def test_a_container_with_many_devices_starts(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
-    names = [f"v{number}" for number in range(100)]
-    for name in names:
-        node.sysfs(name, {"index": "1"}, node.plug(name))
-    node.rules("- {devicematch: ^v, resource: pool, attributes: {index: .*}}\n")
-    start()
-    kubelet.wait_for("pool", Healthy=100)
-    wait_for(lambda: may_start(kubelet, "pool", *(f"{name}:0" for name in names)))
-
-
 def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> None:
     """That none is left says nothing about a device."""
     usb_serial(board, "ttyUSB0", "188:0", "1-1.2", "10c4", "ea60", "CP2102", "A1")
@@ -5958,8 +5521,7 @@ def test_starts_of_resources_named_by_an_attribute(board: Board, node: Node, kub
     kubelet.wait_for("stick-A1", Healthy=1)
     kubelet.starts("stick-A1", "ttyUSB0:0")
     swap_stick(board, "ttyUSB0", "C1")
-    words = refused_words("stick-A1", '/dev/ttyUSB0 (ID "ttyUSB0:0")', 'its serial is "C1" and was "A1"')
-    assert start_refusal(kubelet, "stick-A1", "ttyUSB0:0") == words
+    assert is_refused(kubelet, "stick-A1", CHANGED, "ttyUSB0:0")
     kubelet.wait_for("stick-C1", Healthy=1)
 
 
@@ -5984,8 +5546,7 @@ def test_two_daemons_keep_their_own_devices(board: Board, node: Node, kubelet: K
     wait_for(lambda: (kubelet.count("ttyUSB0"), kubelet.count("ttyUSB1")) == (2, 2))
     wait_ready(kubelet, ["ttyUSB0", "ttyUSB1"])
     kubelet.wait_for("ttyUSB0", Unhealthy=1)
-    words = refused_words("ttyUSB0", '/dev/ttyUSB0 (ID "0")', 'its serial is "C1" and was "A1"')
-    wait_for(lambda: start_refusal(kubelet, "ttyUSB0", "0") == words)
+    wait_for(lambda: is_refused(kubelet, "ttyUSB0", CHANGED, "0"))
 
 
 @needs_root
@@ -6147,46 +5708,6 @@ def test_of_a_stream_that_is_not_read_only_the_newest_list_waits(node: Node, kub
     assert len(kubelet.client("pool").lists) >= 9
 
 
-def test_a_stream_is_sent_what_is_new_to_it() -> None:
-    """The same list is not sent twice, and of those that wait only the newest; and it ends."""
-    plan = offered("- {devicematch: '^[abc]$', resource: pool}\n", snapshot_of(dict.fromkeys("abc", "char")))
-    whole = plan.resources["pool"]
-
-    def without(*letters: str) -> sdm.Resource:
-        devices = (
-            dataclasses.replace(device, problem="gone") if device.path in letters else device
-            for device in whole.devices
-        )
-        return dataclasses.replace(whole, devices=tuple(devices))
-
-    async def check() -> None:
-        stream = sdm.ListStream(without("c"))
-
-        async def sent() -> str | None:
-            """The Healthy devices of the next list; None if there is none yet."""
-            try:
-                found = await asyncio.wait_for(stream.next(), 0.05)
-            except asyncio.TimeoutError:
-                return None
-            return "".join(slot.id[0] for slot in sdm.slots_of(found) if slot.healthy) if found else "the end"
-
-        assert [await sent(), await sent()] == ["ab", None]
-        for news, wanted in (
-            (["c"], None),
-            (["ac", "c", "a", ""], "abc"),
-            (["b", "a"], "bc"),
-            (["", "a"], None),
-        ):
-            for letters in news:
-                stream.update(without(*letters))
-            assert [await sent(), await sent()] == [wanted, None]
-        stream.update(whole)
-        stream.end()
-        assert await sent() == "the end"
-
-    asyncio.run(check())
-
-
 # kubelet comes and goes
 
 
@@ -6278,29 +5799,22 @@ def test_a_new_kubelet_sock_may_have_the_inode_of_the_old(node: Node, kubelet: K
     wait_ready(kubelet, NAMES)
 
 
-def test_kubelet_crashes_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
+@pytest.mark.parametrize("is_seen_down", [True, False])
+def test_kubelet_is_replaced_while_it_registers(
+    node: Node, kubelet: Kubelet, start: Starter, is_seen_down: bool
+) -> None:
+    """The new kubelet.sock counts at once, even if calls to the old kubelet are open still."""
     kubelet.delay = 60.0
     offer(node, *NAMES)
     daemon = start()
     wait_for(lambda: kubelet.open_calls == 5)
-    kubelet.down()
-    daemon.says("kubelet does not answer")
-    kubelet.delay = 0.0
-    kubelet.up()
-    wait_ready(kubelet, NAMES, 2.0)
-    assert [kubelet.count(name) for name in NAMES] == [2] * 5
-    assert "refused its registration" not in daemon.log
-
-
-def test_a_kubelet_that_is_replaced_while_it_registers(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The new kubelet.sock counts at once, though calls to the old kubelet are open still."""
-    kubelet.delay = 60.0
-    offer(node, *NAMES)
-    start()
-    wait_for(lambda: kubelet.open_calls == 5)
+    if is_seen_down:
+        kubelet.down()
+        daemon.says("kubelet does not answer")
     with Kubelet(node) as other:
         wait_ready(other, NAMES, 2.0)
         assert [other.count(name) for name in NAMES] == [1] * 5
+    assert "refused to register" not in daemon.log
 
 
 # The kernel tells of changes in the plugin directory, and while kubelet answers there are few looks. These tests have
@@ -6326,7 +5840,7 @@ def wait_calm(daemon: Daemon) -> None:
 
     def is_calm() -> bool:
         before = wakes(daemon)
-        settle(daemon, 5 * sdm.LOOK_SECONDS)
+        settle(daemon, 5 * sdm.CHECK_SECONDS)
         return wakes(daemon) == before
 
     wait_for(is_calm, "a daemon that sleeps")
@@ -6369,26 +5883,21 @@ def test_a_calm_daemon_sees_each_change_at_once(node: Node, kubelet: Kubelet, st
             wait_ready(third, NAMES, AT_ONCE)
 
 
-def test_a_calm_daemon_finds_that_its_directory_is_another(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """No change in either of them tells of that; but then the new one is watched."""
+@pytest.mark.parametrize("is_old_up", [True, False])
+def test_a_calm_daemon_finds_that_its_directory_is_another(
+    node: Node, kubelet: Kubelet, start: Starter, is_old_up: bool
+) -> None:
+    """No change in either of them tells of that; at most the streams end. But then the new one is watched."""
     daemon = start_calm(start, node, kubelet)
     node.plugins.rename(node.root / "q")
+    if not is_old_up:
+        kubelet.down()
     node.plugins.mkdir(0o755)
     with Kubelet(node) as other:
-        wait_ready(other, NAMES)
+        wait_ready(other, NAMES, PATIENCE if is_old_up else AT_ONCE)
         wait_calm(daemon)
         (node.plugins / "smarter-null.sock").unlink()
         wait_for(lambda: other.count("null") == 2, patience=AT_ONCE)
-
-
-def test_the_end_of_its_streams_is_the_end_of_the_calm(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The plugin directory is another one, too; only the streams tell that something happened."""
-    start_calm(start, node, kubelet)
-    node.plugins.rename(node.root / "q")
-    kubelet.down()
-    node.plugins.mkdir(0o755)
-    kubelet.up()
-    wait_ready(kubelet, NAMES, AT_ONCE)
 
 
 def test_a_kubelet_that_does_not_answer_is_looked_at_again_soon(node: Node, start: Starter) -> None:
@@ -6411,24 +5920,11 @@ def test_many_changes_are_few_looks(node: Node, kubelet: Kubelet, start: Starter
     for number in range(4000):
         (node.plugins / f"file{number}").touch()
         (node.plugins / f"file{number}").unlink()
-    looks = (time.monotonic() - began) / sdm.NEXT_LOOK_SECONDS
+    looks = (time.monotonic() - began) / sdm.GATHER_SECONDS
     wait_calm(daemon)
     # A look that comes of a change wakes the main thread and the loop, the one after it the loop again.
     assert 3 <= wakes(daemon) - before < 4 * looks + 20
     assert [kubelet.count(name) for name in NAMES] == [1] * 5
-
-
-@pytest.mark.parametrize("signum", [signal.SIGIO, sdm.FOLDER_SIGNAL])
-def test_a_signal_without_a_change_is_a_look_and_no_more(
-    node: Node, kubelet: Kubelet, start: Starter, signum: int
-) -> None:
-    daemon = start_calm(start, node, kubelet)
-    before = daemon.log
-    for _ in range(100):
-        daemon.process.send_signal(signum)
-    wait_calm(daemon)
-    assert daemon.log == before
-    stops_well(daemon, node)
 
 
 def test_a_kernel_that_does_not_tell_is_looked_after(node: Node, serve: Starter) -> None:
@@ -6504,21 +6000,6 @@ def test_a_plug_and_an_unplug_are_seen_at_once(node: Node, kubelet: Kubelet, sta
     kubelet.wait_for("pool", Healthy=3, Unhealthy=5)
     assert kubelet.count("pool") == 1
     assert daemon.stop() == 0
-
-
-@needs_root
-def test_a_change_that_is_undone_at_once_does_not_end_the_watch(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    node.plug("video0")
-    node.rules("- {devicematch: '^video', resource: pool}\n")
-    daemon = start("--interval", "3600")
-    kubelet.wait_for("pool", Healthy=1)
-    for number in (1, 2):
-        wait_calm(daemon)
-        (node.dev / "temporary").touch()
-        (node.dev / "temporary").unlink()
-        wait_calm(daemon)
-        node.plug(f"video{number}")
-        kubelet.wait_for("pool", Healthy=1 + number)
 
 
 @needs_root
@@ -6669,37 +6150,6 @@ def test_pauses_grow_to_30_s_and_begin_again_once_a_stream_has_held() -> None:
     assert backoff.retry_at == 132.0
 
 
-async def a_kubelet_out_of_reach_for_a_moment(plugin_dir: str) -> None:
-    kubelet = support.SimulatedKubelet(plugin_dir)
-    await kubelet.start()
-    told: list[bool] = []
-    seen = sdm.KubeletConnection(f"{plugin_dir}/kubelet.sock", lambda: told.append(seen.is_answering))
-    seen.check()
-    with without_descriptors():
-        assert not seen.check_answering()  # one registration finds it gone, and waits for it
-    assert seen.check_answering()  # another one, which was busy meanwhile, finds it there
-    assert told == [True, False]
-    seen.check()
-    assert told == [True, False, True]  # so the first one goes on
-    await seen.close()
-    await kubelet.stop()
-
-
-def test_who_waits_for_a_kubelet_is_told_that_it_answers_whoever_found_out(node: Node) -> None:
-    work = a_kubelet_out_of_reach_for_a_moment(str(node.plugins))
-    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
-
-
-def test_a_plugin_directory_that_could_not_be_read_is_read_later(node: Node) -> None:
-    (node.plugins / "a.sock").touch()
-    os.utime(node.plugins, (1, 1))  # nothing has changed for long
-    inodes = sdm.DirectoryInodes(str(node.plugins))
-    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
-        inodes.read_changed()
-    assert inodes.read_changed() == {"a.sock": (node.plugins / "a.sock").stat().st_ino}
-    assert inodes.read_changed() is None
-
-
 def test_registered_and_no_stream_within_5_seconds(node: Node, kubelet: Kubelet, start: Starter) -> None:
     kubelet.opens_streams = False
     offer(node, "null")
@@ -6733,39 +6183,12 @@ def test_a_refused_registration_is_told_and_tried_again(node: Node, kubelet: Kub
     wait_ready(kubelet, NAMES, 2.0)
 
 
-def test_a_slow_kubelet_has_no_registration_twice(kubelet: Kubelet, serve: Starter) -> None:
-    kubelet.delay = 3.0
-    daemon = serve(*NAMES)
-    assert [kubelet.count(name) for name in NAMES] == [1] * 5
-    assert "WARNING" not in daemon.log
-
-
 # Other instances
 
 
 def published(node: Node) -> dict[str, int]:
     """The sockets under the names that kubelet is given, and their inodes."""
     return {name: inode for name, inode in sockets(node).items() if name.startswith("smarter-")}
-
-
-def test_another_instance_is_left_alone_and_taken_over_from_later(
-    node: Node, kubelet: Kubelet, start: Starter, serve: Starter
-) -> None:
-    first = serve("null", "zero")
-    before = published(node)
-    second = start()
-    second.says(f"INFO 2 resources: {sdm.OTHER_INSTANCE}")
-    settle(second)
-    assert published(node) == before
-    assert len(kubelet.requests) == 2
-    assert second.log.count("another instance") == 1
-    stopping = time.monotonic()
-    assert first.stop() == 0
-    wait_for(lambda: len(kubelet.requests) == 4)
-    wait_ready(kubelet, ["null", "zero"])
-    assert time.monotonic() - stopping < 3.0
-    assert second.log.count("another instance") == 1
-    stops_well(second, node)
 
 
 @needs_root
@@ -6776,8 +6199,10 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     first = start()
     wait_ready(kubelet, names)
     second = start()
-    second.says(f"20 resources: {sdm.OTHER_INSTANCE}")
+    second.says(f"INFO 20 resources: {sdm.OTHER_INSTANCE}")
+    before = published(node)
     settle(second)
+    assert published(node) == before and len(kubelet.requests) == 20  # the other one is left alone
     first.process.send_signal(signum)
     wait_for(lambda: len(kubelet.requests) == 40)
     wait_ready(kubelet, names)
@@ -6790,26 +6215,7 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     print(f"longest without a stream: {max(gaps):.3f} s")
     assert 0 < max(gaps) < 1.5
     assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
-    assert "WARNING" not in second.log
-    stops_well(second, node)
-
-
-def test_a_handover_between_other_rules(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """What only the old one has ends with it, what only the new one has starts at once; the slots are the new one's."""
-    offer(node, "null", "zero", "full")
-    node.rules("- devicematch: ^(null|zero)$\n")
-    first = start()
-    wait_ready(kubelet, ["null", "zero"])
-    other = node.root / "other.yaml"
-    other.write_text("- devicematch: ^(zero|full)$\n  nummaxdevices: 3\n")
-    second = start("--conf", str(other))
-    kubelet.wait_for("full", Healthy=3)
-    kubelet.wait_for("zero", Healthy=1)
-    assert first.stop() == 0
-    kubelet.wait_for("zero", Healthy=3)
-    kubelet.wait_for("null", Healthy=0, Unhealthy=1)
-    assert sorted(published(node)) == ["smarter-full.sock", "smarter-zero.sock"]
-    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [1, 2, 1]
+    assert "WARNING" not in second.log and second.log.count("another instance") == 1
     stops_well(second, node)
 
 
@@ -6855,24 +6261,25 @@ def test_readyz_counts_what_another_instance_serves(kubelet: Kubelet, start: Sta
 
 
 def test_an_instance_takes_over_from_each_of_several_others(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """As when a roll-out overtakes another: the third instance waits for two."""
-    offer(node, "null", "zero")
-    rules = node.conf.read_text()
-    one = node.root / "one.yaml"
+    """As when a roll-out overtakes another: the third instance waits for two, and has other rules."""
+    offer(node, "null", "zero", "full")
+    node.rules("- devicematch: ^(null|zero)$\n")
+    one, three = node.root / "one.yaml", node.root / "three.yaml"
     one.write_text("- devicematch: ^null$\n")
+    three.write_text("- {devicematch: ^(null|full)$, nummaxdevices: 3}\n")
     first = start("--conf", str(one))
     wait_ready(kubelet, ["null"])
     second = start()
     wait_ready(kubelet, ["null", "zero"])
-    node.rules(rules)
-    third = start()
-    third.says("2 resources: another instance")
+    third = start("--conf", str(three))
+    kubelet.wait_for("full", Healthy=3)
+    third.says("smarter-devices/null: another instance")
     second.kill()
-    wait_for(lambda: kubelet.count("zero") == 2)
+    kubelet.wait_for("zero", Unhealthy=1)
     assert kubelet.count("null") == 1
     assert first.stop() == 0
-    wait_for(lambda: kubelet.count("null") == 2)
-    wait_ready(kubelet, ["null", "zero"])
+    kubelet.wait_for("null", Healthy=3)
+    assert [kubelet.count(name) for name in ("null", "zero", "full")] == [2, 1, 1]
     assert third.stop() == 0
 
 
@@ -6903,12 +6310,15 @@ async def leases_of_two_instances(folder: str) -> None:
     assert not woken.is_set()
     other.kill()
     await asyncio.wait_for(woken.wait(), PATIENCE)
+    leases.wait_for(paths[1], woken.set)
     assert all(map(leases.take, paths))
+    await asyncio.sleep(2 * leases.RETRY_SECONDS)
+    assert leases._timer is None  # nobody waits any more
     server = sdm.UnixServer(paths[2], lambda server: None)  # of an instance that has no leases
     await server.start()
     server.publish()
-    with without_descriptors(), pytest.raises(OSError, match="Too many open files"):
-        leases.take(paths[2])
+    with without_descriptors():
+        assert not leases.take(paths[2])
     assert not leases.take(paths[2])
     await server.stop()
     assert leases.take(paths[2])
@@ -6924,18 +6334,18 @@ def test_leases_of_two_instances(node: Node) -> None:
 
 async def servers_of_one_path(path: str) -> None:
     first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
-    assert not first.is_lost({})  # it has nothing to lose yet
     await first.start()
-    assert not first.is_lost({})
+    assert not first.is_lost()  # it has nothing to lose yet
     first.publish()
-    inode = os.stat(path).st_ino
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert not first.is_lost({os.path.basename(path): inode}) and first.is_lost({})
+    assert not first.is_lost()
     await second.start()
     second.publish()  # in place of the other's
-    assert first.is_lost({os.path.basename(path): os.stat(path).st_ino})
+    assert first.is_lost() and not second.is_lost()
     await first.stop()  # what is at the path is no longer its own
-    assert sdm.connect_error(path) == ""
+    assert sdm.connect_error(path) is None and not second.is_lost()
+    os.unlink(path)
+    assert second.is_lost()
     await second.stop()
     assert os.listdir(os.path.dirname(path)) == []
 
@@ -6943,17 +6353,6 @@ async def servers_of_one_path(path: str) -> None:
 def test_a_server_leaves_the_socket_of_another_alone(node: Node) -> None:
     work = servers_of_one_path(f"{node.plugins}/some.sock")
     asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
-
-
-def test_dead_sockets_are_replaced_after_a_crash(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
-    first = serve(*NAMES)
-    first.kill()
-    assert len(sockets(node)) == 5
-    second = start()
-    wait_for(lambda: len(kubelet.requests) == 10)
-    wait_ready(kubelet, NAMES)
-    assert "another instance" not in second.log
-    stops_well(second, node)
 
 
 def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -6974,39 +6373,6 @@ def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet:
     assert first.stop() == second.stop() == 0
     assert list(sockets(node)) == ["smarter-null.example.org.sock"]
     assert third.stop() == 0
-    assert not sockets(node)
-
-
-@needs_root
-def test_instances_in_containers_of_their_own_share_a_node(node: Node, kubelet: Kubelet) -> None:
-    """Each is process 1 there. They see one kubelet restart at one moment, and must not take each other's sockets."""
-    alone = ["unshare", "--pid", "--fork", "--kill-child"]
-    if subprocess.run([*alone, "true"], check=False).returncode:
-        pytest.skip("unshare(1) may not make a PID namespace here")
-    offer_many(node, 30)
-    domains = ("a", "b", "c")
-    parents = []
-    try:
-        for domain in domains:
-            command = [*alone, sys.executable, str(SCRIPT), *node.options(), "--domain", domain]
-            with (node.root / domain).open("w") as log:
-                parents.append(subprocess.Popen(command, stderr=log))
-        for turn in (1, 2, 3):
-            wait_for(lambda turn=turn: len(kubelet.requests) == 90 * turn)
-            wait_for(lambda: all(client.is_open and client.lists for client in kubelet.clients.values()))
-            assert len(sockets(node)) == 90
-            kubelet.down()
-            kubelet.up()
-        for parent in parents:  # unshare(1) passes no signal on
-            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-            os.kill(int(children), signal.SIGTERM)
-            assert parent.wait(PATIENCE) == 0
-    finally:
-        for parent in parents:
-            parent.kill()
-            parent.wait(PATIENCE)
-    logs = "".join((node.root / domain).read_text() for domain in domains)
-    assert "cannot listen" not in logs and "was deleted" not in logs
     assert not sockets(node)
 
 
@@ -7051,31 +6417,23 @@ def test_a_signal_ends_it_in_good_order(node: Node, kubelet: Kubelet, serve: Sta
     assert "WARNING" not in daemon.log
 
 
-def test_it_ends_while_kubelet_is_down(node: Node, kubelet: Kubelet, start: Starter, serve: Starter) -> None:
-    never_met = serve(*NAMES)
-    kubelet.down()
-    never_met.says("kubelet does not answer")
-    stops_well(never_met, node)
-    early = start()
-    early.says("kubelet does not answer")
-    stops_well(early, node)
-
-
-def test_it_ends_while_it_registers_at_a_slow_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    kubelet.delay = 60.0
+@pytest.mark.parametrize("when", ["before kubelet", "kubelet registers slowly", "after kubelet"])
+def test_it_ends_whatever_kubelet_does(node: Node, kubelet: Kubelet, start: Starter, when: str) -> None:
     offer(node, *NAMES)
+    if when == "before kubelet":
+        kubelet.down()
+    elif when == "kubelet registers slowly":
+        kubelet.delay = 60.0
     daemon = start()
-    wait_for(lambda: kubelet.open_calls == 5)
+    if when == "kubelet registers slowly":
+        wait_for(lambda: kubelet.open_calls == 5)
+    elif when == "after kubelet":
+        wait_ready(kubelet, NAMES)
+        kubelet.down()
+    if when != "kubelet registers slowly":
+        daemon.says("kubelet does not answer")
     stops_well(daemon, node)
     wait_for(lambda: kubelet.open_calls == 0)
-
-
-@needs_root
-def test_more_resources_than_there_are_descriptors_at_first(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    names = offer_many(node, 40)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    start(through=["prlimit", f"--nofile=64:{most}"])
-    wait_ready(kubelet, names)
 
 
 APP = "app/smarter_device_manager.py"
@@ -7226,8 +6584,8 @@ def test_a_conf_that_is_no_file_is_not_waited_for(node: Node, serve: Starter) ->
 
 CRASHES = {
     "device side": "sdm.Scanner.scan = fail",
-    "device side, later": "sdm.DeviceSide._look_beyond_dev = fail",
-    "kubelet side": "sdm.DevicePluginSide._check_sockets = fail",
+    "device side, later": "sdm.Sysfs.tegra_gpus = fail",
+    "kubelet side": "sdm.DevicePluginSide._check = fail",
     "kubelet side, a plan": "sdm.options_of = fail",
     "kubelet side, a resource": "sdm.Registration._watch = fail",
 }
@@ -7324,8 +6682,7 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
     seeds = [good.SerializeToString(), b"\n\x0a\n\x03abc\x12\x03abc\x18\xff\xff\xff\xff\x07", b""]
     statuses = set()
     for name in ("null", "pool"):
-        path = f"{node.plugins}/smarter-{name}.sock"
-        with grpc.insecure_channel(f"unix:{path}") as channel:
+        with grpc.insecure_channel(f"unix:{node.plugins}/smarter-{name}.sock") as channel:
             for turn in range(300):
                 data = bytearray(rng.choice(seeds) if turn % 3 else rng.randbytes(rng.randrange(40)))
                 for _ in range(rng.randrange(4)):
@@ -7337,11 +6694,6 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
                     answers.cancel()
                 except grpc.RpcError as error:
                     statuses.add(error.code().name)
-        for turn in range(50):
-            with socket.socket(socket.AF_UNIX) as raw:
-                raw.connect(path)
-                with contextlib.suppress(OSError):
-                    raw.sendall((b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if turn % 2 else b"") + rng.randbytes(200))
     assert "DEADLINE_EXCEEDED" not in statuses and "INVALID_ARGUMENT" in statuses
     assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
     assert kubelet.gives("pool", "zero:0") == {"/dev/zero": "/dev/zero"}
@@ -7350,28 +6702,19 @@ def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: 
     assert "Traceback" not in daemon.log
 
 
-def test_hostile_requests_for_a_preference(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    offer(node, "null", "zero")
-    node.rules("- devicematch: ^(null|zero)$\n  nummaxdevices: 3\n  resource: pool\n")
-    start()
-    wait_ready(kubelet, ["pool"])
-    with plugin_stub(node, "pool") as stub:
-
-        def preferred_allocation(available: list[str], must: list[str], size: int) -> list[str]:
-            asked = pb.PreferredAllocationRequest()
-            asked.container_requests.add(
-                available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=size
-            )
-            return list(stub.GetPreferredAllocation(asked, timeout=PATIENCE).container_responses[0].deviceIDs)
-
-        assert sorted(preferred_allocation(["null:0", "null:1", "zero:0"], [], 2)) == ["null:0", "zero:0"]
-        assert preferred_allocation([], [], 2**31 - 1) == []
-        assert preferred_allocation(["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31)) == ["null:0"]
-        assert preferred_allocation(["null:0", "null:9", "x" * 100_000], [], 5) == ["null:0"]
-        three = ["null:0", "null:1", "zero:2"]
-        assert sorted(preferred_allocation(three * 100_000, [], 9)) == three
-        kept = [f"nobody:{number}" for number in range(100_000)]
-        assert preferred_allocation(kept, kept, 2) == kept
+@pytest.mark.parametrize(
+    ("available", "must", "size", "wanted"),
+    [
+        ([], [], 2**31 - 1, []),
+        (["null:0", "null:0", "nobody:0", ""], ["null:0"], -(2**31), ["null:0"]),
+        (["null:0", "null:9", "x" * 100_000], [], 5, ["null:0"]),
+        (["null:0", "null:1", "zero:2"] * 100_000, [], 9, ["null:0", "null:1", "zero:2"]),
+    ],
+)
+def test_hostile_requests_for_a_preference(available: list[str], must: list[str], size: int, wanted: list[str]) -> None:
+    conf = "- {devicematch: ^, nummaxdevices: 3, resource: pool}\n"
+    found = offered(conf, snapshot_of({"null": "char", "zero": "char"})).resources["pool"]
+    assert sorted(sdm.preferred_allocation(found, available, must, size)) == wanted
 
 
 def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -7398,62 +6741,22 @@ def test_requests_that_would_take_long_delay_nobody(node: Node, kubelet: Kubelet
     assert len(daemon.log) < 10_000
 
 
-@pytest.mark.parametrize("answer", [b"\xff\xff\xff", b"not gRPC at all", b""])
+@pytest.mark.parametrize("answer", [b"not gRPC at all", b""])
 def test_a_kubelet_that_answers_anything(node: Node, kubelet: Kubelet, start: Starter, answer: bytes) -> None:
-    """Bytes that are no message, a listener that is no gRPC server, one that hangs up at once."""
+    """A listener that is no gRPC server, or one that hangs up at once."""
     kubelet.down()
     (node.plugins / "kubelet.sock").unlink()
-
-    async def register(request: bytes, context: Any) -> bytes:
-        return answer
-
-    async def up() -> Any:
-        server = grpc.aio.server()
-        handler = grpc.method_handlers_generic_handler(
-            "v1beta1.Registration", {"Register": grpc.unary_unary_rpc_method_handler(register)}
-        )
-        server.add_generic_rpc_handlers((handler,))
-        server.add_insecure_port(f"unix:{node.plugins}/kubelet.sock")
-        await server.start()
-        return server
 
     async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
         writer.close()
 
-    if answer.startswith(b"\xff"):
-        server = kubelet.do(up())
-    else:
-        server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
+    server = kubelet.do(asyncio.start_unix_server(reply, f"{node.plugins}/kubelet.sock"))
     offer(node, "null", "zero")
-    daemon = start()
-    if answer.startswith(b"\xff"):
-        daemon.says("WARNING a client or the kubelet sent bytes that are not a valid protobuf message")
-    else:
-        daemon.says("WARNING 2 resources: the kubelet refused to register it")
-    if answer.startswith(b"\xff"):
-        kubelet.do(server.stop(None))
-    else:
-        kubelet.loop.call_soon_threadsafe(server.close)
+    start().says("WARNING 2 resources: the kubelet refused to register it")
+    kubelet.loop.call_soon_threadsafe(server.close)
     kubelet.up()
     wait_ready(kubelet, ["null", "zero"], 3.0)
-
-
-@needs_root
-def test_a_request_for_all_slots_delays_others_little(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(200):
-        node.plug(f"v{number}")
-    node.rules("- {devicematch: ^v, resource: pool, nummaxdevices: 250}\n")
-    start()
-    kubelet.wait_for("pool", Healthy=50_000)
-    ids = [f"v{number}:{slot}" for slot in range(250) for number in range(200)]
-    assert cpu_seconds(lambda: list(sdm.named_slots(pool_of(200), ids))) < 1.0
-    assert len(kubelet.take("pool", *ids).devices) == 200
-
-
-def pool_of(devices: int) -> sdm.Resource:
-    found = tuple(device_of_path(f"v{number}", slots=250) for number in range(devices))
-    return sdm.Resource("pool", True, found)
 
 
 # Every call is answered
@@ -7466,7 +6769,7 @@ def test_every_method_of_the_service_is_one_that_answers() -> None:
 
 
 UNFORESEEN = {  # a request of each method, and what fails when it is looked at
-    "ListAndWatch": (pb.Empty(), "sdm.ListStream.next"),
+    "ListAndWatch": (pb.Empty(), "sdm._list_message"),
     "GetPreferredAllocation": (
         pb.PreferredAllocationRequest(container_requests=[pb.ContainerPreferredAllocationRequest()]),
         "sdm.preferred_allocation",
@@ -7518,7 +6821,7 @@ def test_a_client_that_goes_while_it_is_answered_is_no_bug(node: Node, kubelet: 
     node.plug("video0")
     node.rules("- devicematch: video\n  resource: pool\n")
     gone = "from grpc._cython.cygrpc import ExecuteBatchError\ndef fail(*_):\n    raise ExecuteBatchError('gone')\n"
-    daemon = start("--listen", "127.0.0.1:0", fault=f"{gone}sdm.ListStream.next = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault=f"{gone}sdm._list_message = fail")
     wait_for(lambda: sockets(node) and kubelet.name("pool") in kubelet.clients)
     with plugin_stub(node, "pool") as stub, pytest.raises(grpc.RpcError):
         list(stub.ListAndWatch(pb.Empty(), timeout=0.5))
@@ -7581,7 +6884,7 @@ def test_a_side_that_hangs_pings_no_watchdog(
     wait_ready(kubelet, ["null"])
     wait_for(lambda: manager.hear() and manager.heard.count("WATCHDOG=1") == 3)
     if side == "device side":
-        daemon.process.send_signal(sdm.LOOK_SIGNAL)
+        daemon.process.send_signal(sdm.SCAN_SIGNAL)
     manager.wait_for_silence(1.0)
     assert daemon.process.poll() is None
     daemon.kill()
@@ -7632,19 +6935,6 @@ def test_a_full_queue_of_the_manager_is_told_later(
     manager.wait_for_silence(1.0)
 
 
-def test_a_ping_that_could_not_be_sent_is_sent_soon(
-    node: Node, kubelet: Kubelet, start: Starter, manager: Manager
-) -> None:
-    offer(node, "null")
-    daemon = start("--interval", "3600", env={**os.environ, **manager.environment("6000000")})
-    assert [manager.hear(), manager.hear()] == ["READY=1", "WATCHDOG=1"]
-    last = time.monotonic()
-    with descriptors_limited(daemon, 3):
-        settle(daemon, 3.3)  # the next ping is due after 3 s
-    assert manager.hear() == "WATCHDOG=1"
-    assert time.monotonic() - last < 5.0
-
-
 # What the node runs out of
 
 
@@ -7663,16 +6953,11 @@ def descriptors_limited(daemon: Daemon, count: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
-def limited(count: int) -> list[str]:
-    """A command that lets another have COUNT descriptors, which it cannot raise."""
-    return ["prlimit", f"--nofile={count}:{count}"]
-
-
 @needs_root
 def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    """The first ones by name; the rest is named, with the limit. Allocate and the status server have their reserve."""
+    """Up to the hard limit. The first ones by name; the rest is named. Allocate and status server have a reserve."""
     names = sorted(offer_many(node, 120))
-    daemon = start("--listen", "127.0.0.1:0", through=limited(256))
+    daemon = start("--listen", "127.0.0.1:0", through=["prlimit", "--nofile=64:256"])
     status = Status(daemon)
     told = daemon.says(r"WARNING (\d+) resources: no file descriptors are left for it; raise the limit of this process")
     count = 120 - int(told[1])
@@ -7685,7 +6970,7 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     assert [line.partition(": ")[0] for line in unready] == [kubelet.name(name) for name in names[count:]]
     assert "no file descriptors are left for it" in unready[0]
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(status.connect()) for _ in range(sdm.MAX_CLIENTS)]
+        idle = [stack.enter_context(status.connect()) for _ in range(sdm.StatusServer.MAX_CLIENTS)]
         wait_for(lambda: open_sockets(daemon) >= len(idle))
         assert kubelet.gives(names[0]) == {f"/dev/{names[0]}": f"/dev/{names[0]}"}
         assert status.ask("/healthz").status == 200
@@ -7695,10 +6980,7 @@ def test_as_many_resources_as_there_are_descriptors_for(node: Node, kubelet: Kub
     node.rules(f"- devicematch: ^({'|'.join(names[3 : count + 3])})$\n")  # three go, and three may have their place
     wait_ready(kubelet, names[3 : count + 3])
     status.wait_for("/readyz", 200)
-    for name in names[:2]:
-        node.unplug(name)
     node.rules("- devicematch: ^video\n")  # the first ones come back too late
-    daemon.says(f"{120 - 2 - count} resources: no file descriptors")
     settle(daemon)
     assert all_ready(kubelet, names[3 : count + 3])
 
@@ -7732,14 +7014,6 @@ def test_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter, has_room:
     assert daemon.log.count("\n") < 20, daemon.log
 
 
-def test_allocate_with_a_full_table_of_descriptors(kubelet: Kubelet, serve: Starter) -> None:
-    daemon = serve("null", options=("--interval", "3600"))
-    with descriptors_limited(daemon, 3):
-        status, words = refusal(kubelet, "null", "0")
-    assert (status, words) == ("UNAVAILABLE", "smarter-devices/null: cannot look at /dev: Too many open files")
-    assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
-
-
 @pytest.mark.parametrize("path", ["/status.json", "/metrics"])
 def test_status_pages_with_a_full_table_of_descriptors(serve: Starter, path: str) -> None:
     """A client is told so, for what the page says of the process cannot be read."""
@@ -7771,23 +7045,22 @@ def test_a_plugin_directory_that_cannot_be_written(node: Node, kubelet: Kubelet,
     stops_well(daemon, node)
 
 
-def test_a_plugin_directory_that_is_moved_away_is_missed_soon(node: Node, serve: Starter) -> None:
-    """Kubelet's streams are open still, the kernel tells of nothing, and the next look is some seconds away."""
-    daemon = serve(*NAMES, options=("--interval", "1"))
-    settle(daemon, 1.0)
-    moved = time.monotonic()
-    node.plugins.rename(node.root / "q")
-    daemon.says("kubelet is not there")
-    assert time.monotonic() - moved < 2.5  # of an --interval and a busy machine; CALM_LOOK_SECONDS are 5
-    node.plugins.mkdir(0o755)
-    with Kubelet(node) as other:
-        wait_ready(other, NAMES)
-
-
 @needs_root
-@pytest.mark.parametrize("how", ["deleted", "moved"])
-def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node, kubelet: Kubelet, how: str) -> None:
-    """As in a container: the host makes another directory, and the mount is of the old one for ever."""
+@pytest.mark.parametrize(
+    ("how", "log"),
+    [
+        (
+            ["sh", "-c", "until rm -r p; do :; done"],
+            "the directory .*mounted was deleted, and only this mount keeps it; exiting",
+        ),
+        (["mv", "p", "away"], "the directory that is mounted at .*mounted was moved, from .*/p to .*/away; exiting"),
+    ],
+)
+def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(
+    node: Node, kubelet: Kubelet, how: list[str], log: str
+) -> None:
+    """As in a container: the host makes another directory, and the mount is of the old one for ever. A full table of
+    descriptors, with which nobody can read what is mounted, is no such thing."""
     mounted(node, "", "true")  # or skip
     offer(node, "null")
     there = node.root / "mounted"
@@ -7796,39 +7069,14 @@ def test_a_plugin_directory_that_is_replaced_under_its_mount_ends_it(node: Node,
     daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
     try:
         wait_ready(kubelet, ["null"])
-        if how == "deleted":
-            shutil.rmtree(node.plugins)
-        else:
-            node.plugins.rename(node.root / "away")
+        with descriptors_limited(daemon, 3):
+            settle(daemon, 1.0)
+        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
+        subprocess.run(how, cwd=node.root, check=True)
         node.plugins.mkdir()
         assert daemon.process.wait(PATIENCE) == 1
-        if how == "deleted":
-            daemon.says(f"ERROR the directory {there} was deleted, and only this mount keeps it; exiting")
-        else:
-            daemon.says(f"ERROR the directory that is mounted at {there} was moved, from .*/p to .*/away; exiting")
+        daemon.says(f"ERROR {log}")
         assert "Traceback" not in daemon.log
-    finally:
-        daemon.kill()
-
-
-@needs_root
-def test_a_full_table_of_descriptors_is_no_moved_directory(node: Node, kubelet: Kubelet) -> None:
-    """What is mounted cannot be read then."""
-    mounted(node, "", "true")  # or skip
-    offer(node, "null")
-    there = node.root / "mounted"
-    there.mkdir()
-    enter = ["unshare", "--mount", "sh", "-ec", f'mount --bind {node.plugins} {there}\nexec "$@"', "sh"]
-    daemon = Daemon(node, "--plugin-dir", str(there), through=enter)
-    try:
-        wait_ready(kubelet, ["null"])
-        with contextlib.suppress(ProcessLookupError), descriptors_limited(daemon, 3):
-            settle(daemon, 2.0)
-        assert daemon.process.poll() is None, daemon.log
-        assert kubelet.gives("null") == {"/dev/null": "/dev/null"}
-        node.plugins.rename(node.root / "away")  # and then it is missed as before
-        assert daemon.process.wait(PATIENCE) == 1
-        daemon.says("was moved, from .*/p to .*/away; exiting")
     finally:
         daemon.kill()
 
@@ -7889,26 +7137,15 @@ def test_names_of_devices_are_labels_and_unique(paths: list[str]) -> None:
     assert len(names) == 3 * len(paths)
     for name in names:
         assert re.fullmatch(LABEL, name), name
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("video0", "video0-7"),
-        ("ttyUSB0", "ttyusb0-8acffaea-7"),
-        ("dri/renderD128", "dri-renderd128-78bc635c-7"),
-        (
-            "serial/by-id/usb-Silicon_Labs_CP2102_0001-if00-port0",
-            "serial-by-id-usb-silicon-labs-cp2102-0001-if00-po-338af8d6-7",
-        ),
-    ],
-)
-def test_names_of_devices_are_the_same_tomorrow(path: str, name: str) -> None:
-    assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
-
-
-def test_names_of_devices_are_63_characters_long_at_the_most() -> None:
     assert len(list(sdm.slots_by_device_name(plan_of(device_of_path("a" * 200, slots=10000))))[-1]) == 63
+
+
+def test_names_of_devices_are_the_same_tomorrow() -> None:
+    for path, name in [
+        ("video0", "video0-7"), ("ttyUSB0", "ttyusb0-8acffaea-7"), ("dri/renderD128", "dri-renderd128-78bc635c-7"),
+        ("serial/by-id/usb-Silicon_Labs_CP2102_0001", "serial-by-id-usb-silicon-labs-cp2102-0001-57a571de-7"),
+    ]:  # fmt: skip
+        assert list(sdm.slots_by_device_name(plan_of(device_of_path(path, slots=8))))[-1] == name
 
 
 def test_attributes_are_within_the_limits_of_the_api() -> None:
@@ -7932,14 +7169,6 @@ def test_attributes_are_within_the_limits_of_the_api() -> None:
     for is_gone, what in ((True, "gone"), (False, "unhealthy")):
         (bad,) = slice_devices(plan_of(device_of_path("video0", problem="why", is_gone=is_gone)))
         assert bad["taints"] == [{"key": f"smarter-devices/{what}", "effect": "NoSchedule"}]
-
-
-def test_slices_are_as_large_as_they_may_be() -> None:
-    devices = [{"name": str(number)} for number in range(150)]
-    groups = list(sdm.split_into_slices(iter(devices)))
-    assert [count for count, _ in groups] == [64, 64, 22]
-    assert [device for _, group in groups for device in json.loads(group)] == devices
-    assert not list(sdm.split_into_slices([]))
 
 
 def test_names_of_slices_are_names_of_objects_and_unique() -> None:
@@ -7974,31 +7203,35 @@ def test_device_classes_are_as_in_the_facts() -> None:
 def test_what_a_claim_was_allocated_is_read() -> None:
     results = [result_of("a-0"), result_of("gpu-1", driver="gpu.example.com", pool="x"), result_of("b-0", "q/first")]
     results += [{**result_of("a-0", "watch"), "adminAccess": True}]
-    claim = {"status": {"allocation": {"devices": {"results": results}}}}
-    found = [("r", "a-0", False), ("q", "b-0", False), ("watch", "a-0", True)]
-    assert sdm.allocated_devices(claim, "smarter-devices", NODE_NAME) == found
+    claim = sdm.PreparedClaim("0-1", "default", "a")
+
+    def read(results: Any, node: str = NODE_NAME, **metadata: str) -> sdm.PreparedClaim | None:
+        status = {"allocation": {"devices": {"results": results}}} if results is not None else {}
+        document = {"metadata": {"uid": "0-1", "name": "a", **metadata}, "status": status}
+        return sdm.read_claim(document, claim, "smarter-devices", node)
+
+    found = (sdm.ClaimedDevice("a-0", ("r", "watch")), sdm.ClaimedDevice("b-0", ("q",)))
+    assert read(results) == claim._replace(devices=found)
+    assert read(results, uid="0-2") is None
     with pytest.raises(sdm.AllocationError, match="a-0 is not of this node"):
-        sdm.allocated_devices(claim, "smarter-devices", "node-2")
-    for empty in ({}, {"status": {}}, {"status": {"allocation": {"devices": {"results": []}}}}):
+        read(results, "node-2")
+    for empty in ([], None):
         with pytest.raises(sdm.AllocationError, match="not allocated"):
-            sdm.allocated_devices(empty, "smarter-devices", NODE_NAME)
-    for results in (
-        7, [1], [{}], [{**result_of("a"), "device": 7}], [result_of("a", "\ud800")], [result_of("\ud800")],
-    ):  # fmt: skip
+            read(empty)
+    for wrong, name in ((7, "a"), ([1], "a"), ([{}], "a"), (results, "b")):
         with pytest.raises(sdm.UNEXPECTED):
-            claim = {"status": {"allocation": {"devices": {"results": results}}}}
-            sdm.allocated_devices(claim, "smarter-devices", NODE_NAME)
+            read(wrong, name=name)
 
 
 def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
     devices = (
-        sdm.PreparedDevice("video0-0", ("r",), "video0", "/dev/video0", {"deviceNodes": [{"path": "/dev/video0"}]}),
-        sdm.PreparedDevice("b-1", ("q", "s"), "b", "/dev/b", {"env": ["A=b"]}, True, True),
+        sdm.ClaimedDevice("a-0", ("r",), False, "a", "/dev/a", {"deviceNodes": [{"path": "/dev/a"}]}),
+        sdm.ClaimedDevice("b-1", ("q", "s"), True, "b", "/dev/b", {"env": ["A=b"]}, "it is gone"),
     )
     claim = sdm.PreparedClaim("0-1", "default", "claim", devices)
     document = json.loads(json.dumps(sdm.cdi_document(claim, "d")))
     assert sdm.read_cdi_document(document, "d") == claim
-    assert [device["name"] for device in document["devices"]] == ["0-1-video0-0", "0-1-b-1:gone"]
+    assert [device["name"] for device in document["devices"]] == ["0-1-a-0", "0-1-b-1:gone"]
     for path, value in [
         (("annotations", "d/claim-uid"), "0-2"), (("annotations", "d/claim-name"), "../x"), (("annotations",), None),
         (("annotations", "d/claim-uid"), 7), (("devices",), 7), (("devices",), [None]),
@@ -8025,32 +7258,34 @@ def test_a_cdi_file_is_read_back_and_any_other_is_refused() -> None:
         ("http://[::1]:8001", (False, "::1", 8001, "")),
         ("https://[::ffff:10.0.0.1]", (True, "::ffff:10.0.0.1", 443, "")),
         (f"https://{'a' * 63}.example.", (True, f"{'a' * 63}.example.", 443, "")),
-    ],
-)
-def test_urls_of_an_api_server(url: str, address: tuple[Any, ...]) -> None:
-    assert sdm.parse_api_url(url) == (url, *address)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://10.96.0.1:443", "http://example.com", "http://127.0.0.1.example.com", "ftp://127.0.0.1", "1.2.3.4:443",
-        "https://", "https://a b", "https://x:99999", "https://x:y", "https://x?y", "https://u@x", "https://x/\n", "",
-        "https://a..b", "https://.a", f"https://{'a' * 64}.example", "https://[..]", f"https://[{'a' * 64}]",
+        *((url, "has no TLS") for url in ("http://10.96.0.1:443", "http://x.de", "http://127.0.0.1.example.com")),
+        *((url, "is no URL such as") for url in (
+            "ftp://127.0.0.1", "1.2.3.4:443", "https://", "https://a b", "https://x:99999", "https://x:y", "",
+            "https://x?y", "https://u@x", "https://x/\n", "https://a..b", "https://.a", f"https://{'a' * 64}.example",
+            "https://[..]", f"https://[{'a' * 64}]",
+        )),
     ],
 )  # fmt: skip
-def test_what_is_no_url_of_an_api_server(url: str) -> None:
-    with pytest.raises(ValueError, match=r"no URL such as|has no TLS"):
-        sdm.parse_api_url(url)
+def test_urls_of_an_api_server(url: str, address: tuple[Any, ...] | str) -> None:
+    if isinstance(address, tuple):
+        assert sdm.parse_api_url(url) == address
+    else:
+        with pytest.raises(ValueError, match=address):
+            sdm.parse_api_url(url)
 
 
 def read_answer(content: bytes) -> Any:
+    """What a client reads in CONTENT, with which an API server answers its request."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(content)
+        writer.close()
+
     async def read() -> Any:
-        reader = asyncio.StreamReader()
-        reader.feed_data(content)
-        reader.feed_eof()
-        answer = await sdm.receive_answer(reader, "url")
-        return sdm.read_answer(answer, "list", f"{API}/deviceclasses", lambda document: document["a"])
+        async with await asyncio.start_server(talk, "127.0.0.1") as server:
+            api = sdm.ApiServer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "", "")
+            return await api.call("list", f"{API}/deviceclasses", read=lambda document: document["a"])
 
     return asyncio.run(read())
 
@@ -8063,14 +7298,10 @@ def test_answers_of_an_api_server() -> None:
         answer_bytes(201, chunks, "transfer-encoding: chunked", "Content-Length: 3"),
     ):
         assert read_answer(content) == 1
-    for content, status, retry_after in [
-        (answer_bytes(429, {}, "retry-after: 7", "X: y"), 429, 7.0),
-        (answer_bytes(503, b"<html>", "Retry-After: 999999"), 503, 60.0),
-        (answer_bytes(429, {}, "Retry-After: soon"), 429, 0.0),
-    ]:
+    for status, body in ((429, {}), (503, b"<html>")):
         with pytest.raises(sdm.ApiError) as raised:
-            read_answer(content)
-        assert (raised.value.status, raised.value.retry_after) == (status, retry_after)
+            read_answer(answer_bytes(status, body))
+        assert raised.value.status == status
     too_long = sdm.MAX_API_ANSWER + 1
     for content, problem in [
         (b"", "hung up"), (b"SSH-2.0-OpenSSH\r\n", "speaks no HTTP"), (b"SSH-2.0 200\r\n\r\n", "speaks no HTTP"),
@@ -8091,21 +7322,15 @@ def test_answers_of_an_api_server() -> None:
             read_answer(content)
 
 
-@pytest.mark.parametrize(
-    ("verb", "path", "status", "text"),
-    [
-        ("list", f"{API}/resourceslices?x=y", 403, 'lacks the right "list" on "resourceslices" (403): why'),
+def test_what_an_api_server_refuses_is_said_in_words() -> None:
+    for verb, path, status, text in [
         ("get", f"{API}/namespaces/nodes/resourceclaims/x", 403, 'the right "get" on "resourceclaims" (403): why'),
-        ("get", "/api/v1/nodes/n", 403, 'lacks the right "get" on "nodes" (403): why'),
         ("create", f"{API}/deviceclasses", 404, "resource.k8s.io/v1 (404), which Kubernetes has since 1.34: why"),
-        ("get", f"{API}/deviceclasses/x", 401, "does not accept the token (401) to get deviceclasses: why"),
         ("update", f"{API}/resourceslices/x", 500, "fails (500) to update resourceslices: why"),
-    ],
-)
-def test_what_an_api_server_refuses_is_said_in_words(verb: str, path: str, status: int, text: str) -> None:
-    assert text in sdm.api_problem(verb, path, status, "why")
-    long = sdm.api_problem(verb, path, status, "\n" * 10_000)
-    assert len(long) < 400 and "\n" not in long
+    ]:
+        assert text in sdm.api_problem(verb, path, status, "why")
+        long = sdm.api_problem(verb, path, status, "\n" * 10_000)
+        assert len(long) < 400 and "\n" not in long
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8120,6 +7345,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(node: Node, certificates: Path) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip(needs_root.kwargs["reason"])
     cluster = Cluster(node, certificates)
     yield cluster
     cluster.kubelet.down()
@@ -8146,7 +7373,6 @@ def camera(node: Node, cluster: Cluster) -> Cluster:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: Cluster, start: Starter) -> None:
     tty = node.plug("ttyUSB0")
     usb = {"idVendor": "10c4", "idProduct": "ea60", "serial": "0001"}
@@ -8180,51 +7406,41 @@ def test_devices_are_published_with_what_is_known_of_them(node: Node, cluster: C
     assert cluster.api.slices(), "they stay for whoever comes next"
 
 
-@needs_root
 def test_what_is_published_already_is_not_written_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    wait_for(lambda: len(camera.api.classes()) == 2)
     assert daemon.stop() == 0
     count, writes = len(camera.api.calls), camera.api.writes()
-    daemon = start(*camera.options())
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon)
     wait_for(lambda: [call.kind for call in camera.api.calls[count:]].count("deviceclasses") >= 2)
     assert daemon.stop() == 0
     assert camera.api.writes() == writes
     assert "published" not in daemon.log
 
 
-@needs_root
-def test_classes_that_are_there_are_left_alone(camera: Cluster, start: Starter) -> None:
-    path = f"{API}/deviceclasses/video0.smarter-devices"
-    before = camera.api.put(path, {"metadata": {"name": "video0.smarter-devices"}, "spec": {"mine": True}})
+@pytest.mark.parametrize("is_made_meanwhile", [False, True])
+def test_classes_of_others_are_left_alone(is_made_meanwhile: bool, camera: Cluster, start: Starter) -> None:
+    """Also those that another node makes at the same time."""
+
+    def make(name: str) -> None:
+        item = {"metadata": {"name": name}, "spec": {"mine": True}}
+        support.SimulatedApiServer.put(camera.api, f"{API}/deviceclasses/{name}", item)
+
+    theirs = "video0.smarter-devices"
+    if is_made_meanwhile:
+        camera.api.before_write = lambda target: make(theirs) if target.endswith("deviceclasses") else None
+    else:
+        make(theirs)
     daemon = start(*camera.options())
     daemon.says("made a DeviceClass name=smarter-devices")
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
+    wait_for(lambda: ("get", theirs) in [(call.verb, call.name) for call in camera.api.calls])
     camera.node.rules("- devicematch: nothing\n")
     camera.wait_for_devices()
     assert daemon.stop() == 0
-    assert camera.api.objects[path] == before
-    assert "smarter-devices" in camera.api.classes()
-
-
-@needs_root
-def test_classes_that_another_node_makes_at_the_same_time_are_no_problem(camera: Cluster, start: Starter) -> None:
-    def make_first(target: str) -> None:
-        if target.endswith("deviceclasses"):
-            for name in ("smarter-devices", "video0.smarter-devices"):
-                support.SimulatedApiServer.put(camera.api, f"{target}/{name}", {"metadata": {"name": name}, "spec": {}})
-
-    camera.api.before_write = make_first
-    daemon = start(*camera.options())
-    wait_for(lambda: ("create", "deviceclasses") in camera.api.writes())
-    wait_for(lambda: ("get", "video0.smarter-devices") in [(call.verb, call.name) for call in camera.api.calls])
-    assert daemon.stop() == 0
     assert "trying again" not in daemon.log
-    assert [item["spec"] for item in camera.api.classes().values()] == [{}, {}]
+    assert camera.api.classes().keys() == {"smarter-devices", theirs}
+    assert camera.api.classes()[theirs]["spec"] == {"mine": True}
 
 
-@needs_root
 def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(150):
         node.plug(f"video{number}")
@@ -8246,12 +7462,11 @@ def test_many_devices_are_several_slices_of_one_generation(node: Node, cluster: 
     assert daemon.stop() == 0
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("name", "generation", "then"),
     [("ours", 41, 42), ("ours", (1 << 63) - 1, 1), (sdm.slice_name(NODE_NAME, "smarter-devices", 0), (1 << 63) - 1, 1)],
 )
-def test_stale_slices_of_ours_are_removed_and_no_others(
+def test_stale_slices_of_ours_alone_are_removed(
     name: str, generation: int, then: int, camera: Cluster, start: Starter
 ) -> None:
     def old(name: str, **changes: Any) -> None:
@@ -8269,7 +7484,6 @@ def test_stale_slices_of_ours_are_removed_and_no_others(
     assert {item["metadata"]["name"] for item in camera.api.slices()} == {"other-node", "other-driver", ours}
 
 
-@needs_root
 def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cluster, start: Starter) -> None:
     camera.api.drops_taints = True
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
@@ -8280,7 +7494,6 @@ def test_a_server_that_drops_taints_is_not_written_to_again_and_again(camera: Cl
     assert camera.api.writes().count(("update", "resourceslices")) == 1
 
 
-@needs_root
 def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.put(NODE_PATH, {"metadata": {"name": NODE_NAME, "uid": "another"}})
@@ -8300,7 +7513,6 @@ def test_a_node_that_was_made_anew_owns_the_slices(camera: Cluster, start: Start
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     (info,) = camera.kubelet.infos
@@ -8329,7 +7541,6 @@ def test_a_claim_is_prepared_and_unprepared_again_and_again(camera: Cluster, sta
     assert not camera.gives(claim)[1]
 
 
-@needs_root
 def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     first, second = camera.claim("video0-0"), camera.claim("video0-0", "video0-1")
@@ -8343,7 +7554,6 @@ def test_a_slot_is_refused_to_another_claim(camera: Cluster, start: Starter) -> 
     camera.unprepare(first)
 
 
-@needs_root
 def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None:
     """What no waiting helps is said at once."""
     for name in ("a1", "a2"):
@@ -8377,10 +7587,7 @@ def test_claims_that_cannot_be_prepared(camera: Cluster, start: Starter) -> None
     assert not camera.cdi.exists() or not list(camera.cdi.iterdir())
 
 
-@needs_root
-def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_what_is_given_is_as_with_the_device_plugin(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("bus/ttyUSB7")
     node.link("serial/stick", "../bus/ttyUSB7")
     for name in ("snd/controlC0", "snd/pcmC0D0p", "video0", "media0"):
@@ -8413,7 +7620,6 @@ def test_links_folders_companions_and_env_are_as_with_the_device_plugin(
     assert cluster.edits(apart, second.cdi_device_ids)[1] == ["NVIDIA_VISIBLE_DEVICES=1"]
 
 
-@needs_root
 def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, gone, remade = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8442,12 +7648,10 @@ def test_what_is_prepared_survives_a_crash(camera: Cluster, start: Starter) -> N
     assert not camera.file(claim).exists() and not half.exists()
 
 
-@needs_root
-def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(camera: Cluster, start: Starter) -> None:
+def test_the_cdi_file_of_a_gone_claim_is_removed_when_possible(camera: Cluster, start: Starter) -> None:
     looks = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05, **FORGETFUL)
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     del camera.api.objects[camera.path(claim)]
     camera.cdi.chmod(0o555)
@@ -8461,21 +7665,6 @@ def test_the_cdi_file_of_a_claim_that_is_gone_is_removed_when_that_is_possible(c
     assert camera.gives(camera.claim("video0-0")), "no dead claim holds it"
 
 
-@needs_root
-def test_what_is_prepared_stays_so_while_nobody_says_that_its_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
-    daemon.kill()
-    camera.api.fault = lambda verb, kind: answer_bytes(200, {"metadata": 7}) if kind == "resourceclaims" else None
-    daemon = start(*camera.options())
-    daemon.says("the API server's answer to get .*/resourceclaims/claim-1 is not one")
-    assert camera.gives(claim), "it is prepared"
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
-
-
-@needs_root
 def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, start: Starter) -> None:
     """It has read the CDI files by then, and would not know of another."""
     daemon = camera.serve(start)
@@ -8492,10 +7681,7 @@ def test_nothing_is_prepared_once_the_next_instance_may_serve(camera: Cluster, s
     assert daemon.stop() == 0
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_gone(
-    camera: Cluster, start: Starter
-) -> None:
+def test_a_prepared_device_without_a_rule_stays_until_it_is_gone(camera: Cluster, start: Starter) -> None:
     camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-1")
     given = camera.gives(claim)
@@ -8521,8 +7707,7 @@ def test_a_prepared_device_that_is_no_longer_offered_stays_prepared_until_it_is_
     assert camera.api.tainted() == {"video0-0", "video0-1"}
 
 
-@needs_root
-def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_without_a_rule_costs_little(camera: Cluster, start: Starter) -> None:
     """It is looked at every second, as long as its pod runs."""
     many = "- devicematch: ^tty\n  nummaxdevices: 100\n"
     for number in range(40):
@@ -8541,12 +7726,10 @@ def test_a_prepared_device_that_is_no_longer_offered_costs_little(camera: Cluste
     assert after.user + after.system - before.user - before.system < 0.15, "3 % of a core"
 
 
-@needs_root
 def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(), through=["setpriv", "--bounding-set=-dac_override"])
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     camera.cdi.chmod(0o555)
     camera.node.unplug("video0")
     daemon.says(f"cannot write {camera.file(claim)}: Permission denied")
@@ -8557,10 +7740,7 @@ def test_a_cdi_file_that_could_not_be_rewritten_is_rewritten_later(camera: Clust
     assert daemon.log.count("cannot write") == 1
 
 
-@needs_root
-def test_a_device_that_comes_back_under_another_number_is_given_again(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_a_device_that_comes_back_with_another_number_is_given(node: Node, cluster: Cluster, start: Starter) -> None:
     node.plug("ttyUSB0")
     node.link("serial/stick", "../ttyUSB0")
     node.rules(SERIAL)
@@ -8592,15 +7772,14 @@ def test_a_device_that_comes_back_under_another_number_is_given_again(
     wait_for(lambda: "ttyUSB1" in cluster.file(claim).read_text())
 
 
-@needs_root
 @pytest.mark.parametrize("is_for_b", [False, True])
-def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
+def test_another_stick_in_the_place_of_a_prepared_one(
     node: Node, cluster: Cluster, start: Starter, is_for_b: bool
 ) -> None:
     node.sysfs("usb/1", {"serial": "A"}, node.plug("ttyUSB0"))
     rule = "- devicematch: ^ttyUSB\n  resource: a\n  attributes: {serial: A}\n"
     node.rules(rule + (rule.replace("a\n", "b\n").replace("A", "B") if is_for_b else ""))
-    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_LOOK_SECONDS=0.2)
+    constants = with_constants(EXPIRY_SECONDS=2.0, FULL_SCAN_SECONDS=0.2)
     daemon = start(*cluster.options(**{"gone-grace": "0"}), through=constants)
     name = "ttyusb0-8acffaea-0"
     cluster.ready(name)
@@ -8624,13 +7803,11 @@ def test_another_stick_in_the_place_of_a_prepared_one_is_not_given(
         assert not cluster.taints() and cluster.gives(cluster.claim(name))
 
 
-@needs_root
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
     grace = {"gone-grace": "1.5"}
-    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_LOOK_SECONDS=0.2))
+    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_SCAN_SECONDS=0.2))
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     camera.node.unplug("video0")
     unplugged = time.monotonic()
     wait_for(lambda: camera.taints() == dict.fromkeys(("video0-0", "video0-1"), "gone:NoSchedule"))
@@ -8647,7 +7824,6 @@ def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start:
     camera.wait_for_devices()
 
 
-@needs_root
 def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, start: Starter) -> None:
     """Neither when it has changed, also over a restart of the daemon, nor when a companion is missing."""
     folder = node.sysfs("block/loop0", {"size": "0"}, node.plug("loop0", block=True))
@@ -8685,7 +7861,6 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     assert (cluster.gives(cluster.claim("loop0-0")), cluster.gives(cam)) == given
 
 
-@needs_root
 @pytest.mark.parametrize("is_away", [False, True])
 def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, cluster: Cluster, start: Starter) -> None:
     """The stick is the one that the claim was given; the rule asks for another one now."""
@@ -8708,7 +7883,6 @@ def test_an_edit_of_the_config_file_costs_no_pod(is_away: bool, node: Node, clus
     assert not any("NoExecute" in taint for taint in cluster.taints().values())
 
 
-@needs_root
 def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, start: Starter) -> None:
     camera.serve(start, "--interval", "0.02")
     began, before = time.monotonic(), len(camera.api.writes())
@@ -8722,8 +7896,7 @@ def test_a_loose_contact_does_not_keep_the_api_server_busy(camera: Cluster, star
     assert len(camera.api.writes()) - before <= 2 + time.monotonic() - began
 
 
-@needs_root
-def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera: Cluster, start: Starter) -> None:
+def test_a_prepared_device_that_went_while_the_driver_was_away(camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     daemon = start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
@@ -8742,31 +7915,29 @@ def test_a_prepared_device_that_went_while_the_daemon_was_away_is_tainted(camera
     camera.wait_for_devices()
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_text(""),
-        lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
-        lambda path: path.rename(path.with_name("x")),
-    ],
-    ids=["deleted", "emptied", "changed", "moved"],
-)
+DAMAGES: Mapping[str, Callable[[Path], object]] = {
+    "deleted": lambda path: path.unlink(),
+    "moved": lambda path: path.rename(path.with_name("x")),
+    "emptied": lambda path: path.write_text(""),
+    "changed": lambda path: path.write_text(path.read_text().replace("/dev/video0", "/dev/video1")),
+    "no devices": lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
+    "wrong name": lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
+    "a link to itself": lambda path: path.unlink() or path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("damage", ["deleted", "moved", "emptied", "changed"])
 @pytest.mark.parametrize("by", ["signal", "look", "prepare"])
-def test_a_cdi_file_that_somebody_changes_is_put_right(
-    by: str, damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_that_somebody_changes_is_put_right(by: str, damage: str, camera: Cluster, start: Starter) -> None:
     if by != "look":
         camera.cdi.mkdir()  # one that is made later is watched from the next look on
     looks = with_constants(**({} if by == "look" else {"SOCKET_LOOK_SECONDS": 60, "CALM_LOOK_SECONDS": 60}))
     daemon = start(*camera.options(), "--interval", "60", through=looks)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     content = camera.file(claim).read_text()
     for _ in range(2):
-        damage(camera.file(claim))
+        DAMAGES[damage](camera.file(claim))
         if by == "prepare":
             camera.gives(claim)
             assert camera.file(claim).read_text() == content
@@ -8774,11 +7945,9 @@ def test_a_cdi_file_that_somebody_changes_is_put_right(
     daemon.says("went, came back or changed|it does not hold what was written just now")
 
 
-@needs_root
 def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     began = time.monotonic()
     for _ in range(30):
         camera.file(claim).unlink()
@@ -8790,43 +7959,25 @@ def test_a_cdi_file_that_changes_all_the_time_is_a_line_a_second(camera: Cluster
     assert 1 <= daemon.log.count("went, came back or changed") <= 1 + seconds
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_text(""),
-        lambda path: path.write_text('{"kind": "smarter-devices/device", "devices": []}'),
-        lambda path: path.write_text(path.read_text().replace("-video0-0", "-Video0-0")),
-        lambda path: path.write_text(path.read_text() + " " * (1 << 20)),
-        lambda path: path.unlink(),
-        lambda path: path.unlink() or path.symlink_to(path),
-    ],
-    ids=["empty", "no devices", "wrong name", "long", "deleted", "link"],
-)
-def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(
-    damage: Callable[[Path], object], camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"moved", "changed"}))
+def test_a_cdi_file_that_cannot_be_read_keeps_its_devices_taken(damage: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other, same = camera.claim("video0-0"), camera.claim("video0-1"), camera.claim("video0-0")
     camera.gives(claim)
     content = camera.file(claim).read_text()
     daemon.kill()
-    damage(camera.file(claim))
+    DAMAGES[damage](camera.file(claim))
     camera.api.fault = lambda verb, kind: answer_bytes(503, {}) if (verb, kind) != ("get", "resourceclaims") else None
-    daemon = start(*camera.options(), through=with_constants(COMPARE_SECONDS=3600, **IMPATIENT))
+    daemon = camera.start_again(start, daemon, COMPARE_SECONDS=3600, **IMPATIENT)
     daemon.says("this CDI file cannot be read, so no device is given that its claim may have")
-    daemon.says("registered with the kubelet")
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: "is still prepared for the claim default/claim-1" in camera.prepare(same).error)
     assert camera.file(claim).read_text() == content, "the API server has told whose they are"
     assert camera.gives(other)
 
 
-@needs_root
 @pytest.mark.parametrize("end", ["prepare", "unprepare", "remove"])
-def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
-    end: str, camera: Cluster, start: Starter
-) -> None:
+def test_a_cdi_file_of_an_unknown_claim_keeps_all_devices_taken(end: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start)
     claim, other = camera.claim("video0-0"), camera.claim("video0-1")
     camera.gives(claim)
@@ -8834,8 +7985,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     camera.file(claim).write_text("")
     for link in camera.cdi.glob("*.claim"):
         link.unlink()
-    daemon = start(*camera.options(), through=with_constants(**{"Claims.PREPARE_SECONDS": 2.0}))
-    daemon.says("registered with the kubelet")
+    daemon = camera.start_again(start, daemon, **{"Claims.PREPARE_SECONDS": 2.0})
     assert f"{camera.file(claim)} cannot be read, and its claim may have this device" in camera.prepare(other).error
     if end == "prepare":
         camera.gives(claim)
@@ -8847,8 +7997,7 @@ def test_a_cdi_file_of_a_claim_without_a_name_keeps_all_devices_taken(
     assert daemon.log.count("cannot be read, so") == 1
 
 
-@needs_root
-def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(camera: Cluster, start: Starter) -> None:
+def test_a_cdi_file_that_another_instance_has_written_counts(camera: Cluster, start: Starter) -> None:
     """It does not know yet that this one serves."""
     daemon = camera.serve(start, **IMPATIENT)
     claim, foreign, other = (camera.claim(name) for name in ("video0-0", "video0-1", "video0-1"))
@@ -8862,7 +8011,6 @@ def test_a_cdi_file_that_another_instance_has_written_meanwhile_is_respected(cam
     wait_for(lambda: daemon.log.count("prepared for a pod") == 2)
 
 
-@needs_root
 def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start: Starter) -> None:
     trace = camera.node.root / "trace"
     through = with_constants()
@@ -8874,14 +8022,12 @@ def test_a_cdi_file_is_on_the_disk_before_it_has_its_name(camera: Cluster, start
     )
     start(*camera.options(), through=through)
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     before, name, after = (line for line in trace.read_text().splitlines() if str(camera.cdi) in line)
     assert before.startswith(f"sync {camera.cdi}/.smarter-devices_")
     assert (name, after) == (f"rename {camera.file(claim)}", f"sync {camera.cdi}")
 
 
-@needs_root
 def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Cluster, start: Starter) -> None:
     for number in range(100):
         camera.node.plug(f"many/{number}")
@@ -8900,7 +8046,6 @@ def test_a_cdi_file_that_cannot_be_written_is_an_error_of_the_claim(camera: Clus
     assert camera.gives(claim)[0]
 
 
-@needs_root
 def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     watch = {**result_of("video0-0", "watch"), "adminAccess": True}
@@ -8908,14 +8053,12 @@ def test_admin_access_takes_a_device_from_nobody(camera: Cluster, start: Starter
     for claim in (before, owner, after):
         assert camera.gives(claim)[0] == {"/dev/video0": "/dev/video0"}
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
-    daemon.kill()
-    start(*camera.options(), through=with_constants(**IMPATIENT)).says("registered with the kubelet")
+    camera.start_again(start, daemon, **IMPATIENT)
     assert "is still prepared for the claim default/claim-2" in camera.prepare(camera.claim("video0-0")).error
     camera.unprepare(owner)
     assert camera.gives(camera.claim("video0-0"))
 
 
-@needs_root
 @pytest.mark.parametrize("more", [{"adminAccess": True}, {"shareID": "11111111-2222-4333-8444-555555555555"}])
 def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
@@ -8926,9 +8069,7 @@ def test_a_device_with_two_requests_is_one_of_cdi(more: dict[str, Any], camera: 
         names = [item["name"] for item in json.loads(camera.file(claim).read_text())["devices"]]
         assert names == [f"{claim.uid}-video0-0"]
         assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
-        daemon.kill()
-        daemon = start(*camera.options(), through=with_constants(**IMPATIENT))
-        daemon.says("registered with the kubelet")
+        daemon = camera.start_again(start, daemon, **IMPATIENT)
 
 
 WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
@@ -8939,14 +8080,12 @@ WAITS: Mapping[str, tuple[str, Callable[[Cluster, pb.Claim], object]]] = {
 }
 
 
-@needs_root
 @pytest.mark.parametrize("what", WAITS)
 def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     camera.node.plug("video1")
     start(*camera.options())
     camera.ready("video0-0", "video0-1", "video1-0", "video1-1")
-    last = camera.claim("video0-0")
-    camera.gives(last)
+    last = camera.give("video0-0")
     camera.node.unplug("video1")
     wait_for(lambda: camera.api.tainted() == {"video1-0", "video1-1"})
     name, end = WAITS[what]
@@ -8965,33 +8104,25 @@ def test_prepare_waits_for(what: str, camera: Cluster, start: Starter) -> None:
     assert camera.gives(claim)
 
 
-@needs_root
-def test_the_device_of_a_claim_that_is_gone_is_given_once_its_pod_must_have_ended(
-    camera: Cluster, start: Starter
-) -> None:
+@pytest.mark.parametrize("is_away", [False, True])
+def test_the_device_of_a_gone_claim_is_given_after_a_while(is_away: bool, camera: Cluster, start: Starter) -> None:
+    """Also if the claim went while the driver was away, and nobody wants the device."""
     constants = {"Claims.GONE_SECONDS": 2.0, "Claims.PREPARE_SECONDS": 0.5}
     daemon = camera.serve(start, **constants)
-    forced, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(forced)
-    assert "still prepared" in camera.prepare(claim).error
+    forced, claim = camera.give("video0-0"), camera.claim("video0-0")
+    if is_away:
+        daemon.kill()
+    else:
+        assert "still prepared" in camera.prepare(claim).error
     camera.api.objects[camera.path(forced)]["metadata"]["uid"] = "another"
     begin = time.monotonic()
+    if is_away:
+        daemon = camera.start_again(start, daemon, **constants)
+        wait_for(lambda: not camera.file(forced).exists())
     wait_for(lambda: not camera.prepare(claim).error)
     assert time.monotonic() - begin > 2, "its containers may still run"
     assert not camera.file(forced).exists()
     daemon.says("the API server has no such claim any more")
-
-
-@needs_root
-def test_an_api_server_without_slices_does_not_say_that_a_claim_is_gone(camera: Cluster, start: Starter) -> None:
-    camera.serve(start, **FORGETFUL, **{"Claims.PREPARE_SECONDS": 2.0})
-    holder, claim = camera.claim("video0-0"), camera.claim("video0-0")
-    camera.gives(holder)
-    camera.api.fault = lambda verb, kind: answer_bytes(404, b"{}") if kind == "resourceslices" else None
-    del camera.api.objects[camera.path(holder)]
-    assert "is still prepared" in camera.prepare(claim).error
-    camera.api.fault = lambda verb, kind: None
-    assert camera.gives(claim)
 
 
 def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound") -> bytes:
@@ -8999,7 +8130,6 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     return answer_bytes(404, {"kind": "Status", "status": "Failure", "reason": reason, "details": details, "code": 404})
 
 
-@needs_root
 @pytest.mark.parametrize(
     "fault",
     [
@@ -9014,19 +8144,18 @@ def not_found(name: str, kind: str = "resourceclaims", reason: str = "NotFound")
     ],
     ids=range(8),
 )
-def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
+def test_only_a_404_about_the_claim_says_that_it_is_gone(
     fault: Callable[[str, str], bytes | None], camera: Cluster, start: Starter
 ) -> None:
     daemon = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     daemon.kill()
     camera.api.fault = fault
     count = len(camera.api.calls)
     rounds = with_constants(COMPARE_SECONDS=0.05, MIN_PUBLISH_SECONDS=0.05, MIN_BACKOFF_SECONDS=0.05, **FORGETFUL)
     start(*camera.options(), through=rounds)
     wait_for(lambda: len(camera.api.calls) > count + 8)
-    assert camera.file(claim).exists()
+    assert camera.gives(claim), "it is prepared"
     del camera.api.objects[camera.path(claim)]
     camera.api.fault = lambda verb, kind: None
     wait_for(lambda: not camera.file(claim).exists())
@@ -9037,7 +8166,6 @@ def test_only_a_404_about_the_claim_itself_says_that_it_is_gone(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) -> None:
     camera.api.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -9060,7 +8188,6 @@ def test_the_api_server_may_be_late_and_away(camera: Cluster, start: Starter) ->
     assert camera.gives(waiting)
 
 
-@needs_root
 def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()  # a registration would have it tried at once
     camera.api.rights -= {("resourceslices", "create"), ("deviceclasses", "create")}
@@ -9076,18 +8203,6 @@ def test_a_right_that_is_missing_is_named_once(camera: Cluster, start: Starter) 
     camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
-def test_a_class_that_cannot_be_made_keeps_no_change_of_the_slices_waiting(camera: Cluster, start: Starter) -> None:
-    camera.api.rights -= {("deviceclasses", "create")}
-    start(*camera.options(), through=with_constants(MIN_BACKOFF_SECONDS=30))
-    wait_for(lambda: [call.status for call in camera.api.calls].count(403) == 2, "one after the registration")
-    begin = time.monotonic()
-    camera.node.unplug("video0")
-    wait_for(lambda: len(camera.api.tainted()) == 2)
-    assert time.monotonic() - begin < 3
-
-
-@needs_root
 def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, start: Starter) -> None:
     for number in range(1, 40):
         camera.node.plug(f"video{number}")
@@ -9100,7 +8215,6 @@ def test_a_lost_device_is_tainted_before_all_classes_are_made(camera: Cluster, s
     wait_for(lambda: len(camera.api.classes()) == 41)
 
 
-@needs_root
 @pytest.mark.parametrize("sends_chunks", [False, True])
 def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: Cluster, start: Starter) -> None:
     camera.api.keeps_open, camera.api.sends_chunks = True, sends_chunks
@@ -9109,7 +8223,6 @@ def test_a_connection_that_stays_open_costs_no_time(sends_chunks: bool, camera: 
     assert "did not answer" not in daemon.log
 
 
-@needs_root
 def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster, start: Starter) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as dead, contextlib.ExitStack() as clients:
         for _ in range(3):  # those who wait for accept(); from then on, nobody gets an answer
@@ -9125,25 +8238,21 @@ def test_an_address_that_does_not_answer_does_not_hide_the_next(camera: Cluster,
         assert "did not answer" not in daemon.log
 
 
-@needs_root
 @pytest.mark.timeout(300)  # alone on the machine, it takes 15 s
-def test_thirty_thousand_slots_take_no_more_memory_than_the_chart_allows(
-    node: Node, cluster: Cluster, start: Starter
-) -> None:
+def test_thirty_thousand_slots_fit_into_the_memory_of_the_chart(node: Node, cluster: Cluster, start: Starter) -> None:
     for number in range(3):
         node.plug(f"video{number}")
     node.rules(VIDEO.replace("2", "10000"))
     daemon = start(*cluster.options(), through=with_constants(COMPARE_SECONDS=0.5))
     wait_for(lambda: len(cluster.api.devices()) == 30_000, patience=200)
     lists = [call for call in cluster.api.calls if call.verb == "list"]
-    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.SLICES_AT_ONCE)
+    pages = math.ceil(30_000 / sdm.MAX_SLICE_DEVICES / sdm.Publisher.SLICES_AT_ONCE)
     more = len(lists) + 2 * pages
     wait_for(lambda: [call.verb for call in cluster.api.calls].count("list") > more, patience=200)
     assert [call.status for call in cluster.api.calls if call.verb in ("update", "delete")] == []
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     camera.serve(start)
     conflicts = 2
@@ -9162,22 +8271,6 @@ def test_a_conflict_is_solved(camera: Cluster, start: Starter) -> None:
     assert [call.status for call in camera.api.calls if call.verb == "update"] == [409, 409, 200]
 
 
-@needs_root
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_server_that_asks_to_wait_is_left_in_peace(status: int, camera: Cluster, start: Starter) -> None:
-    times: dict[str, list[float]] = {"resourceslices": [], "deviceclasses": []}
-
-    def fault(verb: str, kind: str) -> bytes | None:
-        when = times.setdefault(kind, [])
-        when.append(time.monotonic())
-        return answer_bytes(status, {"message": "slowly"}, "Retry-After: 3") if len(when) == 1 else None
-
-    camera.api.fault = fault
-    camera.serve(start)
-    for kind in ("resourceslices", "deviceclasses"):
-        assert times[kind][1] - times[kind][0] > 2.9
-
-
 MEMORY_LIMIT = 192 << 20  # of charts/smarter-device-manager/values.yaml and daemonset.yaml
 
 
@@ -9187,35 +8280,22 @@ def peak_memory(daemon: Daemon) -> int:
     return int(kilobytes) << 10
 
 
-def slice_with(devices: object) -> dict[str, Any]:
-    """What may be taken for a slice of the driver's, with DEVICES."""
-    return {"metadata": {"name": "x"}, "spec": {"driver": "smarter-devices", "nodeName": NODE_NAME, "devices": devices}}
+NONSENSE: Mapping[str, bytes] = {
+    "no HTTP": b"\0" * 5000,
+    "other types": answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
+    "other items": answer_bytes(200, {"items": [1, {"metadata": {"name": 7}, "spec": []}], "metadata": []}),
+    "cut": answer_bytes(200, b"{" + b'"a": ' * 300_000),
+    "elsewhere": answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
+    "too long": answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
+    "too many": answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
+}
 
 
-@needs_root
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b"",
-        b"\0" * 5000,
-        answer_bytes(200, b""),
-        answer_bytes(200, [1, 2]),
-        answer_bytes(200, {"items": {"a": 1}, "metadata": 7, "status": {"allocation": 1}}),
-        answer_bytes(
-            200, {"items": [1, None, {"metadata": None}, {"metadata": {"name": 7}, "spec": []}], "metadata": []}
-        ),
-        answer_bytes(200, b"{" + b'"a": ' * 300_000),
-        answer_bytes(200, {"items": [slice_with(json.loads("[" * 600 + "]" * 600))], "metadata": {"uid": "u"}}),
-        answer_bytes(302, {}, "Location: https://127.0.0.1:1/"),
-        answer_bytes(200, b"x" * (sdm.MAX_API_ANSWER + 100)),
-        answer_bytes(200, b'{"items": [' + b"{}," * ((sdm.MAX_API_ANSWER - 20) // 3) + b"{}]}"),
-    ],
-    ids=range(11),
-)
-def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) -> None:
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_survived(kind: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     claim = camera.claim("video0-0")
-    camera.api.fault = lambda verb, kind: nonsense
+    camera.api.fault = lambda *_: NONSENSE[kind]
     assert camera.prepare(claim).error
     camera.api.remove_slices()
     count = len(camera.api.calls)
@@ -9230,7 +8310,6 @@ def test_nonsense_is_survived(nonsense: bytes, camera: Cluster, start: Starter) 
     assert peak_memory(daemon) < MEMORY_LIMIT
 
 
-@needs_root
 def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Cluster, start: Starter) -> None:
     constants = {"API_SECONDS": 0.5, "Claims.PREPARE_SECONDS": 2.5}
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", **constants)
@@ -9251,7 +8330,6 @@ def test_a_server_that_never_answers_keeps_nobody_waiting_for_long(camera: Clust
     assert time.monotonic() - begin < 3.0
 
 
-@needs_root
 def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
     camera.api.tokens = {"two"}
@@ -9273,43 +8351,35 @@ def test_a_token_that_was_replaced_is_read_anew(camera: Cluster, start: Starter)
     camera.token.write_text(" \n")
     assert "holds no token" in camera.prepare(camera.claim("video0-1")).error
     camera.token.unlink()
-    assert f"cannot read the token file {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
+    assert f"cannot read {camera.token}: No such file" in camera.prepare(camera.claim("video0-1")).error
     assert daemon.process.poll() is None
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("certificate", "ca", "problem"),
     [
         ("other", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
         ("wrong", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: IP address mismatch"),
         ("server", "other-ca.crt", "has a certificate that is not signed by a CA in .*other-ca.crt: "),
-        ("server", "nothing.crt", "cannot read the CA file .*nothing.crt: No such file"),
+        ("server", "nothing.crt", "cannot read .*nothing.crt: No such file"),
         ("server", "extensions", "the CA file .*extensions holds no certificate"),
         ("server", "fifo", "the CA file .*fifo holds no certificate"),
         ("below", "ca.crt", "has a certificate that is not signed by a CA in .*ca.crt: "),
+        ("below", "between.crt", ""),  # some clusters give their pods the certificate of an intermediate CA alone
     ],
 )
 def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera: Cluster, start: Starter) -> None:
     camera.api.down()
     camera.api.up(certificate)
     daemon = start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/{ca}"}))
-    daemon.says(problem)
-    assert daemon.stop() == 0
-    assert not camera.api.calls, "nobody has seen the token"
+    if problem or sys.version_info < (3, 10):  # which trusts none but root CAs
+        daemon.says(problem or "has a certificate that is not signed")
+        assert daemon.stop() == 0
+        assert not camera.api.calls, "nobody has seen the token"
+    else:
+        camera.ready("video0-0", "video0-1")
 
 
-@needs_root
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 trusts none but root CAs")
-def test_a_ca_between_is_enough(camera: Cluster, start: Starter) -> None:
-    """Some clusters give their pods the certificate of an intermediate CA alone."""
-    camera.api.down()
-    camera.api.up("below")
-    start(*camera.options(**{"kube-ca-file": f"{camera.api.folder}/between.crt"}))
-    camera.ready("video0-0", "video0-1")
-
-
-@needs_root
 def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
     ca = camera.node.root / "ca.crt"
     ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
@@ -9321,10 +8391,9 @@ def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, sta
     camera.api.objects = {NODE_PATH: {"metadata": {"name": NODE_NAME, "uid": "another"}}}
     ca.write_bytes((camera.api.folder / "other-ca.crt").read_bytes())
     camera.api.up("other")
-    camera.ready("video0-0", "video0-1")
+    camera.wait_for_devices("video0-0", "video0-1")
 
 
-@needs_root
 def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, start: Starter) -> None:
     daemon = start(*camera.options(**{"node-name": "node-9"}))
     daemon.says(r"there is no Node node-9 \(404\); --node-name names the Node")
@@ -9332,7 +8401,6 @@ def test_a_wrong_name_of_the_node_and_an_old_server_are_named(camera: Cluster, s
     daemon.says(r"the API server has no resource.k8s.io/v1 \(404\), which Kubernetes has since 1.34")
 
 
-@needs_root
 def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> None:
     camera.serve(start, COMPARE_SECONDS=2.0, MIN_PUBLISH_SECONDS=0.05)
     camera.api.remove_slices()
@@ -9350,24 +8418,18 @@ def test_slices_that_were_deleted_come_back(camera: Cluster, start: Starter) -> 
     assert time.monotonic() - registered < 1.5, "at once"
 
 
-def test_the_looks_at_the_slices_are_often_enough() -> None:
-    assert sdm.COMPARE_SECONDS + 2 * sdm.API_SECONDS <= 60
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the kubelet, other instances, the status, and the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@needs_root
 def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), through=with_constants(REGISTER_SECONDS=0.5))
     daemon.says("the kubelet has not registered the driver; waiting for it")
     camera.kubelet.up()
     camera.ready("video0-0", "video0-1")
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     for count in (2, 3):
         camera.kubelet.down()
         camera.kubelet.up()
@@ -9376,10 +8438,7 @@ def test_a_kubelet_may_restart_and_be_late(camera: Cluster, start: Starter) -> N
         assert camera.gives(claim)
 
 
-@needs_root
-def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
-    node: Node, camera: Cluster, start: Starter
-) -> None:
+def test_a_kubelet_that_has_ended_is_missed_and_counted(node: Node, camera: Cluster, start: Starter) -> None:
     pods = PodResources(node)
     camera.kubelet.do(pods.start())
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0")
@@ -9407,7 +8466,6 @@ def test_a_kubelet_that_has_ended_is_missed_and_its_restarts_are_counted(
     camera.kubelet.do(pods.stop())
 
 
-@needs_root
 @pytest.mark.parametrize("folder", ["cdi", "plugins_registry", "plugins/smarter-devices"])
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, folder: str, camera: Cluster) -> None:
@@ -9436,14 +8494,12 @@ def test_a_folder_that_is_replaced_under_its_mount_ends_the_driver(how: str, fol
         daemon.kill()
 
 
-@needs_root
 @pytest.mark.parametrize(
     "which", ["plugins_registry/smarter-devices-reg.sock", "plugins/smarter-devices/dra.sock", "plugins"]
 )
 def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, **IMPATIENT)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     path = Path(camera.kubelet.folder) / which
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     daemon.says("a socket file of the driver was deleted or replaced")
@@ -9452,11 +8508,9 @@ def test_sockets_that_were_removed_are_served_again(which: str, camera: Cluster,
     assert "is still prepared" in camera.prepare(camera.claim("video0-0")).error
 
 
-@needs_root
 def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter) -> None:
     first = camera.serve(start)
-    claim = camera.claim("video0-0")
-    camera.gives(claim)
+    claim = camera.give("video0-0")
     second = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
     assert "another instance serves" in Status(second).wait_for("/readyz", 200).body, "a roll-out waits for that"
     second.says("another instance serves the driver smarter-devices; waiting for its end")
@@ -9472,7 +8526,6 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     assert left == []
 
 
-@needs_root
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0", REGISTER_SECONDS=0.1)
     status = Status(daemon)
@@ -9492,7 +8545,6 @@ def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> N
     assert daemon.log.count("refused the driver") == 1, "once, though the kubelet tries again"
 
 
-@needs_root
 def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) -> None:
     camera.kubelet.down()
     daemon = start(*camera.options(), "--listen", "127.0.0.1:0", through=with_constants(**IMPATIENT))
@@ -9501,8 +8553,7 @@ def test_the_status_knows_of_dra(node: Node, camera: Cluster, start: Starter) ->
     assert status.ask("/").body.count("not registered") == 1, "what is true of all is said once"
     camera.kubelet.up()
     status.wait_for("/readyz", 200)
-    claim = camera.claim("video0-1")
-    camera.gives(claim)
+    claim = camera.give("video0-1")
     assert camera.prepare(camera.claim("video7-0")).error
     found = wait_for(lambda: (metrics := status.metrics())["claims_prepared"] == 1 and metrics)
     assert found["api_reachable"] == found["slices_published"] == found["prepare_errors_total"] == 1
@@ -9531,7 +8582,6 @@ def test_the_metrics_of_dra_are_absent_without_it(served: Status) -> None:
     assert served.document()["dra"] is None
 
 
-@needs_root
 def test_holders_are_those_of_dynamic_resources(node: Node, camera: Cluster, start: Starter) -> None:
     daemon = camera.serve(start, "--listen", "127.0.0.1:0")
     response = pb.ListPodResourcesResponse()
@@ -9684,49 +8734,45 @@ def test_holders_are_those_of_our_domain() -> None:
     assert holders_of(pb.ListPodResourcesResponse()) == []
 
 
-def described(resource: sdm.Resource, *holders: sdm.Holder) -> sdm.Document:
-    """RESOURCE as the document has it, while HOLDERS have slots of it."""
-    use = sdm.describe_use(resource, {resource.name: holders})
-    return {
-        **sdm.describe_resource(resource, "smarter-devices", 0.0),
-        "ready": False,
-        "trouble": sdm.unready_text(""),
-        **use,
-    }
+def described(resource: sdm.Resource, *slots: str) -> sdm.Document:
+    """RESOURCE as the document has it, while a container has SLOTS of it."""
+    use = sdm.describe_use(resource, {resource.name: [sdm.Holder(slot, "default", "pod", "main") for slot in slots]})
+    state = {"ready": False, "trouble": sdm.unready_text("")}
+    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), **state, **use}
 
 
 def test_each_slot_in_use_counts_once() -> None:
     """An init container and the main container of one pod share a slot, and a pod that ended may be listed still."""
-    (video,) = offered(
-        "- devicematch: video\n  nummaxdevices: 12\n", snapshot_of({"video0": "char"})
-    ).resources.values()
-    holders = [
-        sdm.Holder(*words.split())
-        for words in ("10 default pod main", "2 default pod main", "2 default pod init", "2 default old main")
-    ]
-    document = described(video, *holders, holders[0])
+    conf = "- devicematch: video\n  nummaxdevices: 12\n"
+    (video,) = offered(conf, snapshot_of({"video0": "char"})).resources.values()
+    words = ("10 default pod main", "2 default pod main", "2 default pod init", "2 default old main")
+    holders = [sdm.Holder(*each.split()) for each in words]
+    document = sdm.describe_use(video, {video.name: [*holders, holders[0]]})
     held = [(holder["slot"], holder["pod"], holder["container"]) for holder in document["holders"]]
     assert held == [("2", "old", "main"), ("2", "pod", "init"), ("2", "pod", "main"), ("10", "pod", "main")]
     assert document["in_use"] == 2
     assert list(document["holders"][0]) == ["slot", "device", "namespace", "pod", "container"]
-    assert document["holders"][0]["device"] == "/dev/video0"
 
 
-@pytest.mark.parametrize("slot_id", ["3", "03", "-1", "", "x", ":0", "/dev/video0:0", "video0:0", "9" * 5000, "\u0660"])
-def test_what_is_no_slot_now_is_not_in_use(slot_id: str) -> None:
-    (video,) = offered("- devicematch: video\n  nummaxdevices: 3\n", snapshot_of({"video0": "char"})).resources.values()
-    document = described(video, sdm.Holder(slot_id, "default", "pod", "main"))
-    assert (document["in_use"], document["holders"]) == (0, [])
-
-
-def test_holders_of_a_pool_name_the_device() -> None:
-    conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 2\n"
-    (pool,) = offered(conf, snapshot_of({"video0": "char", "video1": "char"})).resources.values()
-    held = [
-        sdm.Holder(slot, "default", "pod", "main") for slot in ("video1:1", "video1:0", "video2:0", "0", "video0:2")
-    ]
-    found = [(holder["slot"], holder["device"]) for holder in described(pool, *held)["holders"]]
-    assert found == [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")]
+@pytest.mark.parametrize(
+    ("more", "slots", "held"),
+    [
+        ("", ["3", "03", "-1", "", "x", ":0", "/dev/video0:0", "video0:0", "9" * 5000, "\u0660"], []),
+        ("", ["2", "0"], [("0", "/dev/video0"), ("2", "/dev/video0")]),
+        (
+            "  resource: cameras\n",
+            ["video1:1", "video1:0", "video2:0", "0", "video0:3"],
+            [("video1:0", "/dev/video1"), ("video1:1", "/dev/video1")],
+        ),
+    ],
+    ids=["no slots now", "slots", "of a pool"],
+)
+def test_holders_have_slots_that_are_there_now(more: str, slots: list[str], held: list[tuple[str, str]]) -> None:
+    conf = f"- devicematch: video\n  nummaxdevices: 3\n{more}"
+    resource = next(iter(offered(conf, snapshot_of({"video0": "char", "video1": "char"})).resources.values()))
+    document = described(resource, *slots)
+    assert [(holder["slot"], holder["device"]) for holder in document["holders"]] == held
+    assert document["in_use"] == len(held)
 
 
 def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
@@ -9735,9 +8781,10 @@ def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> No
     (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
     gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
     held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
+    use = sdm.describe_use(gone, {gone.name: held})
     document = {
         "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "", "dra": None,
-        "resources": [described(gone, *held)],
+        "resources": [{**described(gone), **use}],
     }  # fmt: skip
     begin = time.process_time()
     (problem, *others) = sdm.find_problems(document).items()
@@ -9771,16 +8818,14 @@ def test_slots_in_use_and_their_holders(served: Status, kubelet: Kubelet) -> Non
 
 
 def fill_a_message(response: pb.ListPodResourcesResponse) -> bytes:
-    """A message of RESPONSE that is one byte longer than what is read."""
+    """A message of RESPONSE that is longer than what is read."""
     response.pod_resources.add(name="x" * sdm.POD_RESOURCES_BYTES)
     return response.SerializeToString()
 
 
 IS_NO_ANSWER: Mapping[str, Callable[[pb.ListPodResourcesResponse], bytes]] = {
-    "no message": lambda response: b"\xff" * 1000,
     "cut": lambda response: response.SerializeToString()[:-1],
     "no UTF-8": lambda response: response.SerializeToString().replace(b"detector", b"detect\xff\xff"),
-    "another type": lambda response: b"\x08\x01" + b"\x0a\x03\x0a\x05x",
     "too long": fill_a_message,
     "too many": lambda response: holders_message(
         ("smarter-devices/nvidia-gpu0", "default/pod/main", ["0"] * (sdm.MAX_HOLDERS + 1))
@@ -9836,44 +8881,15 @@ def test_thousands_of_pods_with_long_names_are_shown(served: Status, kubelet: Ku
     kubelet.take("nvidia-gpu0", "0")
 
 
-def hostile_server(path: Path, work: Callable[[socket.socket], object]) -> contextlib.closing[socket.socket]:
-    """A Unix socket at PATH that does WORK with every client until it is closed."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    listener.listen()
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                work(client)
-
-    threading.Thread(target=serve, daemon=True).start()
-    return contextlib.closing(listener)
-
-
-KEPT: list[socket.socket] = []  # connections that nobody closes
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda client: client.close(),
-        KEPT.append,
-        lambda client: (client.sendall(b"nonsense\r\n" * 1000), client.close()),
-    ],
-    ids=["closes", "says nothing", "speaks something else"],
-)
-def test_any_server_in_place_of_the_kubelet_makes_the_use_unknown(
-    node: Node, folder: Path, start: Starter, work: Callable[[socket.socket], object]
+def test_a_silent_server_in_place_of_the_kubelet_makes_the_use_unknown(
+    node: Node, folder: Path, start: Starter
 ) -> None:
-    with hostile_server(node.pod_resources, work):
+    node.pod_resources.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(node.pod_resources))
+        listener.listen()
         status = Status(start("--listen", "127.0.0.1:0"))
         assert status.resource("nvidia-gpu0")["in_use"] is None
-        assert status.resource("nvidia-gpu0")["in_use"] is None
-    for client in KEPT:
-        client.close()
 
 
 def test_a_slow_list_of_holders_keeps_no_probe_waiting(served: Status, kubelet: Kubelet) -> None:
@@ -9888,7 +8904,7 @@ def test_a_slow_list_of_holders_keeps_no_probe_waiting(served: Status, kubelet: 
             assert served.ask(path).status == 200
             assert time.monotonic() - asked < sdm.POD_RESOURCES_SECONDS / 2
         assert [document.result()["in_use"] for document in documents] == [None] * 8
-    assert time.monotonic() - begin < 2 * sdm.POD_RESOURCES_SECONDS + sdm.FRESH_SECONDS
+    assert time.monotonic() - begin < 2 * sdm.POD_RESOURCES_SECONDS + sdm.StatusServer.FRESH_SECONDS
     assert kubelet.pod_resources.count <= 2, "those who look at once share an answer"
     begin = time.monotonic()
     kubelet.take("nvidia-gpu0", "0")
@@ -9968,20 +8984,6 @@ def test_events_are_listed_newest_first_and_at_most_100(node: Node, served: Stat
     assert times == sorted(times, reverse=True)
 
 
-def test_an_event_of_a_long_text_is_cut(node: Node, folder: Path, start: Starter) -> None:
-    kubelet = Kubelet(node)
-    kubelet.refused["nvidia-gpu0"] = "no " * 1000
-    with kubelet:
-        status = Status(start("--listen", "127.0.0.1:0"))
-
-        def refused() -> list[dict[str, Any]]:
-            return [event for event in status.document()["events"] if event["event"] == "refused"]
-
-        message = wait_for(refused)[0]["message"]
-        assert "kubelet refused to register it (UNKNOWN): no no no" in message
-        assert len(message) == sdm.MAX_TEXT + len("...")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Health and readiness
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10012,18 +9014,6 @@ def test_a_daemon_that_was_stopped_goes_on(served: Status) -> None:
     wait_for(lambda: served.metrics()["conf_last_good_timestamp_seconds"] > heartbeat)
 
 
-def test_a_thread_is_reported_as_hanging_after_ten_turns() -> None:
-    def hanging(device_side: float, kubelet_side: float) -> list[str]:
-        ages = {"device side": device_side, "kubelet side": kubelet_side}
-        return sdm.find_hanging(
-            {"name": name, "seconds_since_turn": age, "max_seconds": 10.0} for name, age in ages.items()
-        )
-
-    assert hanging(10.0, 5.0) == []
-    assert hanging(10.1, 5.1) == ["the device side hangs: its last turn was 10.1 s ago"]
-    assert len(hanging(16.0, 11.0)) == 2
-
-
 @pytest.mark.parametrize(("interval", "seconds"), [("0.01", 1.0), ("0.5", 5.0), ("1", 10.0), ("3600", 10.0)])
 def test_a_thread_may_be_silent_for_ten_intervals(folder: Path, start: Starter, interval: str, seconds: float) -> None:
     status = Status(start("--listen", "127.0.0.1:0", "--interval", interval))
@@ -10051,11 +9041,9 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
     names = ["smarter-devices/nvidia-gpu0", "smarter-devices/nvidia-gpu1"]
     assert [line.partition(": ")[0] for line in answer.body.splitlines()] == names
     kubelet = Kubelet(node)
-    kubelet.refused["nvidia-gpu1"] = "not on my watch"
+    kubelet.refused["nvidia-gpu1"] = "no " * 1000 + "not on my watch"
     with kubelet:
-        expected = (
-            "smarter-devices/nvidia-gpu1: not registered with the kubelet: the kubelet refused .*not on my watch\n"
-        )
+        expected = f"{names[1]}: not registered with the kubelet: the kubelet refused .*not on my watch\n"
         wait_for(lambda: re.fullmatch(expected, status.ask("/readyz").body))
         assert status.ask("/readyz").status == 503
         wait_for(lambda: re.search(r"nvidia-gpu1: not registered.*not on my watch", status.document()["problems"][0]))
@@ -10063,6 +9051,8 @@ def test_readyz_lists_what_is_not_registered(node: Node, folder: Path, start: St
         assert metrics["registered", names[0]] == 1
         assert metrics["registered", names[1]] == 0
         assert metrics["registrations_refused_total", names[1]] >= 1
+        (event, *_) = wait_for(lambda: [each for each in status.document()["events"] if each["event"] == "refused"])
+        assert len(event["message"]) == sdm.MAX_TEXT + len("..."), "a long text from outside is cut"
         kubelet.refused.clear()
         assert status.wait_for("/readyz", 200).body == "ok\n"
         assert wait_for(lambda: status.document()["ready"])
@@ -10091,32 +9081,25 @@ DRA_METRICS = {
 }  # fmt: skip
 
 
+def metric_rows() -> list[tuple[str, str, str]]:
+    """Name, type and help of every metric. The name of a counter ends in "_total"."""
+    names = [(sdm.metric_name(name), help_) for name, help_, _ in sdm.FAMILIES]
+    return [(name, "counter" if name.endswith("_total") else "gauge", help_) for name, help_ in names]
+
+
 def test_metrics_are_read_back_by_prometheus(served: Status) -> None:
     answer = served.ask("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {family.name: family for family in text_string_to_metric_families(answer.body)}
-    for family in sdm.FAMILIES:
-        name = family.full_name
-        parsed = found.pop(name.removesuffix("_total") if family.kind == "counter" else name)
-        assert (parsed.type, parsed.documentation) == (family.kind, family.help)
+    for name, kind, help_ in metric_rows():
+        parsed = found.pop(name.removesuffix("_total"))
+        assert (parsed.type, parsed.documentation) == (kind, help_)
         assert all(sample.name == name and math.isfinite(sample.value) for sample in parsed.samples)
-        if family.name not in ("slots_in_use", "slot_holder") and family.name not in DRA_METRICS:
+        if name.replace(sdm.PREFIX, "") not in {"slots_in_use", "slot_holder", *DRA_METRICS}:
             assert parsed.samples
     assert not found
     lines = answer.body.splitlines()
-    assert len([line for line in lines if line.startswith("# HELP ")]) == len(sdm.FAMILIES)
-    assert len([line for line in lines if line.startswith("# TYPE ")]) == len(sdm.FAMILIES)
-
-
-def test_metrics_follow_the_naming_rules() -> None:
-    for family in sdm.FAMILIES:
-        name = family.full_name
-        assert re.fullmatch(r"(smarter_device_manager|process)_[a-z]+(_[a-z]+)*", name)
-        assert (family.kind == "counter") == name.endswith("_total")
-        assert not re.search(r"_(count|sum|bucket|ms|milliseconds|kib|mib|percent)$", name)
-        assert family.help.endswith(".")
-    names = [family.full_name for family in sdm.FAMILIES]
-    assert len(set(names)) == len(names)
+    assert len([line for line in lines if line.startswith(("# HELP ", "# TYPE "))]) == 2 * len(sdm.FAMILIES)
 
 
 def test_metrics_count_what_happened(node: Node, served: Status, kubelet: Kubelet) -> None:
@@ -10172,38 +9155,16 @@ def test_a_device_that_is_gone_is_absent(served: Status, folder: Path) -> None:
 
 def test_process_metrics_are_the_kernels_own(served: Status) -> None:
     process = psutil.Process(served.daemon.process.pid)
-    before = process.cpu_times()
     metrics = served.metrics()
-    after = process.cpu_times()
-    assert before.user + before.system - 0.1 <= metrics["process_cpu_seconds_total"] <= after.user + after.system + 0.1
+    assert metrics["process_cpu_seconds_total"] == pytest.approx(cpu_time(served.daemon), abs=0.3)
     assert metrics["process_resident_memory_bytes"] == pytest.approx(process.memory_info().rss, rel=0.2)
     assert metrics["process_start_time_seconds"] == pytest.approx(process.create_time(), abs=1.1)
 
 
-def test_labels_are_escaped() -> None:
+def test_labels_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = 'a"b\\c\nd{}=,'
-    family = sdm.Family("x", "Help.", lambda document: [({"name": hostile}, 1.5), ({"name": "b"}, True)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdm, "FAMILIES", (family,))
-        text = "".join(sdm.render_metrics({}))
-    assert samples(text) == {("x", hostile): 1.5, ("x", "b"): 1}
-
-
-def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> None:
-    (node.dev / "plain").write_text("")
-    (node.dev / "empty").mkdir()
-    (node.dev / "---").mkdir()
-    node.link("dangling", "nowhere")
-    node.link("outside", "/etc/passwd")
-    node.link("around", "around")
-    node.link("public/link", "../plain")
-    (node.dev / "public").chmod(0o777)
-    os.mkfifo(node.dev / "pipe")
-    node.rules("- devicematch: .*\n")
-    counts = {key[1]: value for key, value in Status(start("--listen", ":0")).metrics().items() if key[0] == "left_out"}
-    none = "attributes file_system name_taken bad_name container_path other duplicate list_too_long pattern_timeout"
-    some = {"link": 3, "folder": 2, "not_a_device": 2, "untrusted": 2}  # the folder and what is in it
-    assert counts == {**dict.fromkeys(none.split(), 0), **some}
+    monkeypatch.setattr(sdm, "FAMILIES", [("x", "Help.", lambda _: [({"name": hostile}, 1.5), ({"name": "b"}, True)])])
+    assert samples("".join(sdm.render_metrics({}))) == {("x", hostile): 1.5, ("x", "b"): 1}
 
 
 @pytest.mark.parametrize(
@@ -10226,22 +9187,22 @@ def test_paths_left_out_are_counted_by_reason(node: Node, start: Starter) -> Non
 )
 def test_each_reason_has_its_label(conf: str, tree: Mapping[str, str], label: str) -> None:
     plan = offered(f"- {{devicematch: {conf}}}\n", snapshot_of(tree))
-    assert [found.reason.label for found in plan.left_out] == [label]
+    samples_ = sdm._left_out_samples(sdm.describe_plan(plan, [], "smarter-devices"))
+    labels = {reason.label for reason in sdm.Reason}
+    assert {found["reason"]: count for found, count in samples_} == {**dict.fromkeys(labels, 0), label: 1}
 
 
 def test_the_documentation_lists_every_metric_and_no_other() -> None:
     page = (HERE / "docs/operating.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (gauge|counter) \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    families = [(family.full_name, family.kind, family.help) for family in sdm.FAMILIES]
-    assert [(name, kind, help_) for name, kind, _, help_ in rows] == families
+    assert [(name, kind, help_) for name, kind, _, help_ in rows] == metric_rows()
 
 
 def test_the_alerts_use_metrics_that_exist() -> None:
     (alerts,) = re.findall(r"^```yaml\n(groups:\n.*?)^```$", (HERE / "docs/operating.md").read_text(), re.M | re.S)
-    rules = yaml.safe_load(alerts)["groups"][0]["rules"]
-    asked = [re.match(r"\w+", rule["expr"])[0] for rule in rules]
+    asked = [re.match(r"\w+", rule["expr"])[0] for rule in yaml.safe_load(alerts)["groups"][0]["rules"]]
     assert len(asked) == 3
-    assert set(asked) <= {family.full_name for family in sdm.FAMILIES}
+    assert set(asked) <= {name for name, _, _ in metric_rows()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -10291,25 +9252,19 @@ GOOD = b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n"
         (GOOD + b"Content-Length: 100000\r\n\r\n" + b"z" * 50_000, 200),
         (GOOD + b"\r\n" + GOOD + b"\r\n", 200),  # a second request is not answered
         (b"GET /nothing HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
-        (b"GET /healthz/ HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"GET //healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"GET /../etc/passwd HTTP/1.1\r\nHost: [::1]\r\n\r\n", 404),
         (b"POST / HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 3\r\n\r\nabc", 405),
-        (b"OPTIONS / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
-        (b"DELETE / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 405),
         (b"get / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
-        (b"CONNECT x:443 HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET http://localhost/ HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET  / HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET / x HTTP/1.1\r\nHost: [::1]\r\n\r\n", 400),
-        (b"GET / HTTPS/1.1\r\nHost: [::1]\r\n\r\n", 400),
         (b"GET / HTTP/2.0\r\nHost: [::1]\r\n\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-        (b" GET / HTTP/1.1\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
         (b"GET /" + b"x" * 8187, 400),
-        ((GOOD + b"X: " + b"y" * sdm.HEAD_BYTES)[: sdm.HEAD_BYTES], 400),
+        ((GOOD + b"X: " + b"y" * sdm.StatusServer.HEAD_BYTES)[: sdm.StatusServer.HEAD_BYTES], 400),
     ],
 )
 def test_each_request_gets_its_status(served: Status, data: bytes, status: int) -> None:
@@ -10324,7 +9279,7 @@ def test_each_request_gets_its_status(served: Status, data: bytes, status: int) 
 
 HOSTS = {
     200: "10.1.2.3 10.1.2.3:8080 [::1] [fe80::1%25eth0]:80 localhost:9 :80 Node-1.Example:80 node-1.example. 127.1:80",
-    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 127.2 0x7f000001 \xff",
+    421: "evil.example 10.1.2.3.evil.example:80 localhost.evil.example node-1 [::1].evil.example 0x7f000001 \xff",
 }
 
 
@@ -10338,19 +9293,8 @@ def test_only_known_hosts_are_answered(folder: Path, start: Starter) -> None:
             assert (answer.partition("\r\n\r\n")[2] == f"{sdm.UNKNOWN_HOST}\n") == (status == 421)
 
 
-@pytest.mark.parametrize("data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: [::1]\r\n"])
-def test_a_request_that_ends_early_is_bad(served: Status, data: bytes) -> None:
-    assert served.say(data, is_done=True).startswith(b"HTTP/1.1 400 ")
-
-
 REQUEST_PIECES = [b"GET ", b"POST ", b"HEAD", b"/", b"/metrics", b" HTTP/1.1", b"\r\n", b"\n", b"Host: [::1]"]
 REQUEST_PIECES += [b":", b" ", b"\0", b"\xff", b"http://", b"\r\n\r\n"]
-
-
-@given(st.binary(max_size=300) | st.lists(st.sampled_from(REQUEST_PIECES)).map(b"".join))
-def test_any_bytes_are_a_request_or_not(data: bytes) -> None:
-    request = sdm.parse_request(data)
-    assert request is None or request.path.startswith("/")
 
 
 def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
@@ -10366,7 +9310,7 @@ def test_no_input_makes_it_hang_or_fail(served: Status) -> None:
 
 
 def test_a_client_has_a_limited_time_for_its_request(folder: Path, start: Starter) -> None:
-    served = Status(start("--listen", "127.0.0.1:0", through=with_constants(CLIENT_SECONDS=1.0)))
+    served = Status(start("--listen", "127.0.0.1:0", through=with_constants(**{"StatusServer.CLIENT_SECONDS": 1.0})))
     idle, partial, dripping = (served.connect() for _ in range(3))
     with idle, partial, dripping:
         partial.sendall(GOOD)
@@ -10392,10 +9336,10 @@ def open_sockets(daemon: Daemon) -> int:
 def test_of_many_connections_the_oldest_go(served: Status) -> None:
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.MAX_CLIENTS)]
-        wait_for(lambda: open_sockets(daemon) >= sdm.MAX_CLIENTS)
+        idle = [stack.enter_context(served.connect()) for _ in range(3 * sdm.StatusServer.MAX_CLIENTS)]
+        wait_for(lambda: open_sockets(daemon) >= sdm.StatusServer.MAX_CLIENTS)
         assert served.ask("/healthz").status == 200
-        wait_for(lambda: open_sockets(daemon) <= sdm.MAX_CLIENTS)
+        wait_for(lambda: open_sockets(daemon) <= sdm.StatusServer.MAX_CLIENTS)
         assert received(idle[0]) == b""
         newest = idle[-1]
         newest.sendall(GOOD + b"\r\n")
@@ -10407,17 +9351,14 @@ def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
     process.send_signal(signal.SIGSTOP)
     wait_for(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.MAX_CLIENTS)]
+        clients = [stack.enter_context(served.connect()) for _ in range(5 * sdm.StatusServer.MAX_CLIENTS)]
         for client in clients:
             client.sendall(GOOD + b"\r\n")
         process.send_signal(signal.SIGCONT)
         assert [received(client)[:12] for client in clients] == [b"HTTP/1.1 200"] * len(clients)
 
 
-def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
-    served: Status,
-    kubelet: Kubelet,
-) -> None:
+def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(served: Status, kubelet: Kubelet) -> None:
     response = pb.ListPodResourcesResponse()
     pod = response.pod_resources.add(namespace="n" * 300, name="p" * 300)
     for number in range(sdm.MAX_HOLDERS):
@@ -10435,35 +9376,9 @@ def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(
         wait_for(lambda: open_sockets(daemon) >= 8)
         begin = time.monotonic()
         assert served.ask("/healthz").status == 200
-        assert time.monotonic() - begin < sdm.CLIENT_SECONDS
+        assert time.monotonic() - begin < sdm.StatusServer.CLIENT_SECONDS
         wait_for(lambda: open_sockets(daemon) == 0)
     assert served.ask("/healthz").status == 200
-
-
-class Flood:
-    """Threads that do to the status server what clients may do; a context manager."""
-
-    def __init__(self, *works: Callable[[], object]) -> None:
-        self._works = works
-        self._is_over = False
-        self.count = 0
-
-    def __enter__(self) -> Flood:
-        self._threads = [threading.Thread(target=self._run, args=(work,)) for work in self._works]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def _run(self, work: Callable[[], object]) -> None:
-        while not self._is_over:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                work()
-                self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over = True
-        for thread in self._threads:
-            thread.join()
 
 
 def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
@@ -10482,29 +9397,7 @@ def allocate_times(kubelet: Kubelet, count: int) -> list[float]:
     return kubelet.do(allocate(), 5 * PATIENCE)
 
 
-def test_clients_of_the_status_server_do_not_delay_the_kubelet(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    for number in range(200):
-        node.sysfs(f"gpu.{number}", {})
-    node.rules(GPUS)
-    status = Status(start("--listen", "127.0.0.1:0"))
-    status.wait_for("/readyz", 200)
-    alone = allocate_times(kubelet, 100)
-    with contextlib.ExitStack() as stack:
-        for _ in range(sdm.MAX_CLIENTS):
-            stack.enter_context(status.connect())
-        idle = allocate_times(kubelet, 100)
-    with Flood(lambda: status.ask("/"), lambda: status.say(b"nonsense\r\n\r\n")) as flood:
-        wait_for(lambda: flood.count > 10)
-        flooded = allocate_times(kubelet, 100)
-    summary = {
-        name: f"{statistics.median(times) * 1000:.1f} ms, {max(times) * 1000:.1f} ms at most"
-        for name, times in (("alone", alone), ("idle connections", idle), ("flooded", flooded))
-    }
-    print(summary)
-    assert statistics.median(idle) < 10 * statistics.median(alone) + 0.05, summary
-    assert statistics.median(flooded) < 10 * statistics.median(alone) + 0.05, summary
-
-
+# Opens RATE connections a second, sends DATA on each, and keeps the last hundred open. It prints a line once it does.
 FLOODING = """
 import socket, sys, time
 port, rate, data, kept = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3].encode(), []
@@ -10519,27 +9412,37 @@ while True:
             pass
         if len(kept) > 100:
             kept.pop(0).close()
+        if count == 101:
+            print(flush=True)
     time.sleep(0.001)
 """
 
 
-@pytest.mark.parametrize("data", ["", "GET /metrics HTTP/1.0\r\n\r\n"], ids=["that say nothing", "that ask"])
-def test_a_thousand_connections_a_second_starve_no_probe(served: Status, kubelet: Kubelet, data: str) -> None:
-    flood = subprocess.Popen([sys.executable, "-c", FLOODING, str(served.port), "1000", data])
-    try:
-        wait_for(lambda: open_sockets(served.daemon) > (0 if data else sdm.MAX_CLIENTS / 2))
-        took = []
-        for _ in range(25):
-            begin = time.monotonic()
-            assert served.ask("/healthz").status == 200
-            took.append(time.monotonic() - begin)
-        assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
-        assert sorted(took)[-3] < 1, "nor those of others, unless this machine is too busy"
-        assert statistics.median(allocate_times(kubelet, 100)) < 0.1
-        assert open_sockets(served.daemon) < 3 * sdm.MAX_CLIENTS
-    finally:
-        flood.kill()
-        flood.wait()
+@pytest.mark.parametrize(
+    "data", ["", "x\r\n\r\n", "GET / HTTP/1.0\r\n\r\n"], ids=["that say nothing", "of nonsense", "that ask"]
+)
+def test_a_thousand_connections_a_second_starve_no_probe(
+    node: Node, folder: Path, kubelet: Kubelet, start: Starter, data: str
+) -> None:
+    for number in range(100):
+        node.sysfs(f"gpu.{number}", {})
+    served = Status(start("--listen", "127.0.0.1:0"))
+    served.wait_for("/readyz", 200)
+    command = [sys.executable, "-c", FLOODING, str(served.port), "1000", data]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+        try:
+            assert flood.stdout and flood.stdout.readline()  # the flood has come; it may have been answered already
+            took = []
+            for _ in range(25):
+                begin = time.monotonic()
+                assert served.ask("/healthz").status == 200
+                took.append(time.monotonic() - begin)
+            assert max(took) < 5, "daemonset.yaml has the kubelet's probes wait no longer"
+            assert statistics.median(took) < 1, "nor those of others, unless this machine is too busy"
+            assert statistics.median(allocate_times(kubelet, 100)) < 0.1
+            assert open_sockets(served.daemon) < 3 * sdm.StatusServer.MAX_CLIENTS
+        finally:
+            flood.kill()
 
 
 def test_rendering_lets_others_have_their_turn() -> None:
@@ -10642,7 +9545,7 @@ def test_a_bug_in_what_is_shown_is_a_500_and_nothing_worse(folder: Path, kubelet
 
 def test_a_bug_in_the_server_ends_the_process(node: Node, folder: Path, kubelet: Kubelet, start: Starter) -> None:
     """Half a daemon is worse than one that its supervisor restarts."""
-    daemon = start("--listen", "127.0.0.1:0", fault="sdm.StatusServer._welcome = fail")
+    daemon = start("--listen", "127.0.0.1:0", fault="sdm.StatusServer.MAX_CLIENTS = None")
     status = Status(daemon)
     kubelet.wait_for("nvidia-gpu0", Healthy=4)
     with contextlib.suppress(OSError):
@@ -10701,54 +9604,37 @@ class Tags(html.parser.HTMLParser):
 
 def hostile_document() -> dict[str, Any]:
     """A document whose every text is hostile."""
-    device = sdm.Device(
-        HOSTILE_WORD, 1, True, 2, nodes=(), chosen_by={}, values={}, since=1.0,
-        specs=(sdm.DeviceSpec(HOSTILE_WORD, HOSTILE_WORD, "rw", ((HOSTILE_WORD, HOSTILE_WORD),) * 2),),
-    )  # fmt: skip
-    gone = sdm.dataclasses.replace(device, problem=HOSTILE_WORD)
-    plan = sdm.Plan(
-        {HOSTILE_WORD: sdm.Resource(HOSTILE_WORD, True, (device, gone))},
-        (sdm.LeftOut(HOSTILE_WORD, 1, sdm.Reason.GONE, HOSTILE_WORD),),
-        (sdm.Rule(1, re.compile(""), HOSTILE_WORD),),
+    word = HOSTILE_WORD
+    spec = sdm.DeviceSpec(word, word, "rw", ((word, word),) * 2)
+    device = sdm.Device(word, 1, True, 2, nodes=(), chosen_by={}, values={}, since=1.0, specs=(spec,))
+    resource = sdm.Resource(word, True, (device, sdm.dataclasses.replace(device, problem=word)))
+    left_out = sdm.LeftOut(word, 1, sdm.Reason.GONE, word)
+    plan = sdm.Plan({word: resource}, (left_out,), (sdm.Rule(1, re.compile(""), word),))
+    use = sdm.describe_use(resource, {word: [sdm.Holder(f"{word}:{slot}", word, word, word) for slot in range(3)]})
+    state = {**sdm.NOT_REGISTERED, "trouble": word}
+    stamp = {"time": sdm.utc(1e9), "level": "info"}
+    dra = dict.fromkeys(
+        ("slices", "slice_devices", "published_at_seconds", "api_reachable", "claims_prepared", "prepare_errors"), 1
     )
-    conf = {
-        "path": HOSTILE_WORD, "rules": 1, "error": HOSTILE_WORD, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
-        "reloads": 1, "failed_reloads": 1,
-    }  # fmt: skip
-    holders = {HOSTILE_WORD: [sdm.Holder(f"{HOSTILE_WORD}:{slot}", *[HOSTILE_WORD] * 3) for slot in range(3)]}
-    state = {
-        "ready": False, "served_by_other": False, "trouble": HOSTILE_WORD, "allocations": 1, "registrations": 1,
-        "refusals": 1, "stream_losses": 1, "start_refusals": 0,
-    }  # fmt: skip
-    dra = {
-        "problem": HOSTILE_WORD, "slices": 1, "slice_devices": 1, "published_at_seconds": 1.0, "api_reachable": True,
-        "api_requests": [{"verb": HOSTILE_WORD, "code": HOSTILE_WORD, "count": 1}], "claims_prepared": 1,
-        "prepare_errors": 1,
-    }  # fmt: skip
-    document = {
-        **dict.fromkeys(("smarter_device_manager", "node", "domain"), HOSTILE_WORD),
-        "time": sdm.utc(1e9),
-        "threads": [{"name": HOSTILE_WORD, "seconds_since_turn": 100.0, "max_seconds": 1.0}],
-        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": HOSTILE_WORD},
-        "dra": dra,
+    return {
+        **dict.fromkeys(("smarter_device_manager", "node", "domain", "dev_problem"), word),
+        **stamp,
+        "threads": [{"name": word, "seconds_since_turn": 100.0, "max_seconds": 1.0}],
+        "kubelet": {"answering": True, "restarts": 1, "plugin_dir": word},
+        "dra": {**dra, "problem": word, "api_requests": [{"verb": word, "code": word, "count": 1}]},
         "process": sdm.describe_process(),
         "events": [
-            {"time": sdm.utc(1e9), "level": "info", **dict.fromkeys(("event", "message", "resource", "more"), "")},
-            {"time": sdm.utc(1e9), "level": "info", "event": "e", "message": HOSTILE_WORD, "more": HOSTILE_WORD + "!"},
+            {**stamp, **dict.fromkeys(("event", "message", "resource", "more"), "")},
+            {**stamp, "event": "e", "message": word, "more": word + "!"},
         ],
-        "conf": conf,
-        "dev_problem": HOSTILE_WORD,
+        "conf": {
+            "path": word, "rules": 1, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
+            "reloads": 1, "failed_reloads": 1,
+        },
         "scan_seconds": 0.1,
-        **sdm.describe_plan(
-            plan,
-            [
-                {**sdm.describe_resource(resource, HOSTILE_WORD, 1e9), **state, **sdm.describe_use(resource, holders)}
-                for resource in plan.resources.values()
-            ],
-            HOSTILE_WORD,
-        ),
-    }
-    return {**document, **sdm.describe_health(document, sdm.find_problems(document))}
+        "problems": [word],
+        **sdm.describe_plan(plan, [{**sdm.describe_resource(resource, word, 1e9), **state, **use}], word),
+    }  # fmt: skip
 
 
 def page_of(document: dict[str, Any]) -> str:
@@ -10789,21 +9675,6 @@ def test_json_metrics_and_terminal_escape_hostile_texts_too() -> None:
     assert names == {f"{HOSTILE_WORD}/{HOSTILE_WORD}"}
 
 
-@needs_root
-def test_hostile_names_on_the_node_are_text_on_the_page(node: Node, kubelet: Kubelet, start: Starter) -> None:
-    name = "<img src=x onerror=alert(1)>"
-    node.plug(name)
-    node.rules("- devicematch: img\n")
-    kubelet.hold((sdm.resource_name(name), "<i>ns<i>/<script>alert(2)<script>/<b>", ["0"]))
-    status = Status(start("--listen", "127.0.0.1:0", env={**os.environ, "NODE_NAME": "<i>node</i>"}))
-    page = status.ask("/").body
-    found = Tags(page)
-    assert page.count("<script") == 1, "its own"
-    assert not found.tags & {"img", "b", "i"}
-    for text in (f"/dev/{name}", "<i>ns<i>/<script>alert(2)<script>", "<b>", "<i>node</i>"):
-        assert text in found.text
-
-
 def test_the_page_says_what_is_wrong_first(served: Status, kubelet: Kubelet) -> None:
     assert "all is well" in served.ask("/").body
     kubelet.down()
@@ -10822,7 +9693,11 @@ def test_the_page_without_a_device_says_so(node: Node, start: Starter) -> None:
 
 # In Chromium
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+
+def in_chromium(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that plugs in devices, and looks at the page."""
+    needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+    return needs_chromium(needs_root(test))
 
 
 @pytest.fixture
@@ -10871,8 +9746,7 @@ def pull_the_modem(node: Node, status: Status) -> None:
     wait_for(lambda: "is wrong" in status.ask("/").body)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_shows_what_comes_and_goes(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     text = chromium.text()
@@ -10888,13 +9762,14 @@ def test_the_page_shows_what_comes_and_goes(node: Node, greenhouse: Status, chro
     pull_the_modem(node, greenhouse)
     chromium.run("refresh()")
     text = chromium.text()
+    chromium.run("document.querySelector('.wrong a').click()")
+    assert "/dev/ttyACM0" in chromium.run("document.querySelector('tr:target').textContent"), "it leads to its row"
     assert "1 thing is wrong" in text
     assert "/dev/ttyACM0: it is gone, in use by sensors of climate/climate-6b7f9c4d8-k5wtz" in text
     assert re.search(r"Unhealthy: it is gone\nsince \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", text)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_replaces_only_what_changed(node: Node, greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     chromium.run("document.querySelector('main').firstElementChild.mark = 'the same'")
@@ -10932,8 +9807,7 @@ def test_the_page_replaces_only_what_changed(node: Node, greenhouse: Status, chr
     )
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_a_page_whose_daemon_is_gone_says_so(greenhouse: Status, chromium: Chromium) -> None:
     chromium.show(url_of(greenhouse))
     greenhouse.daemon.stop()
@@ -10944,18 +9818,7 @@ def test_a_page_whose_daemon_is_gone_says_so(greenhouse: Status, chromium: Chrom
     chromium.complaints.clear()
 
 
-@needs_chromium
-@needs_root
-def test_a_problem_leads_to_its_row(node: Node, greenhouse: Status, chromium: Chromium) -> None:
-    pull_the_modem(node, greenhouse)
-    chromium.show(url_of(greenhouse))
-    chromium.run("document.querySelector('.wrong a').click()")
-    assert "/dev/ttyACM0" in chromium.run("document.querySelector(':target').textContent")
-    assert chromium.run("document.querySelector(':target').tagName") == "TR"
-
-
-@needs_chromium
-@needs_root
+@in_chromium
 def test_without_scripts_the_page_is_whole_and_loads_itself_again(greenhouse: Status, chromium: Chromium) -> None:
     chromium.do("Emulation.setScriptExecutionDisabled", value=True)
     chromium.show(url_of(greenhouse))
@@ -10967,8 +9830,7 @@ def test_without_scripts_the_page_is_whole_and_loads_itself_again(greenhouse: St
     wait_for(lambda: chromium.run("document.getElementById('time')?.textContent") not in (first, None))
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_the_page_fits_each_screen(node: Node, greenhouse: Status, chromium: Chromium, tmp_path: Path) -> None:
     """The pictures of README.md are made by this: STATUS_PICTURES=docs pytest -k fits_each_screen."""
     pull_the_modem(node, greenhouse)
@@ -11008,8 +9870,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         return file.read().decode()
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_axe_finds_no_violation(node: Node, greenhouse: Status, kubelet: Kubelet, chromium: Chromium, axe: str) -> None:
     def check(*sizes: int) -> None:
         for width, is_dark in itertools.product(sizes, (False, True)):
@@ -11032,8 +9893,7 @@ def test_axe_finds_no_violation(node: Node, greenhouse: Status, kubelet: Kubelet
     check(1280, 390)
 
 
-@needs_chromium
-@needs_root
+@in_chromium
 def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: Starter, chromium: Chromium) -> None:
     node.plug("<img src=x onerror=document.title='taken'>")
     node.rules("- devicematch: img\n")
@@ -11052,12 +9912,7 @@ def test_chromium_runs_no_code_in_a_name(node: Node, kubelet: Kubelet, start: St
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_status_prints_a_running_daemons_state(
-    node: Node,
-    served: Status,
-    folder: Path,
-    kubelet: Kubelet,
-) -> None:
+def test_status_prints_a_daemons_state(node: Node, served: Status, folder: Path, kubelet: Kubelet) -> None:
     kubelet.hold(HELD)
     wait_for(lambda: served.resource("nvidia-gpu0")["in_use"] == 2)
     run = node.run("--status", served.address)
@@ -11107,11 +9962,6 @@ def test_status_needs_no_more_than_the_image_has(node: Node, served: Status) -> 
     run = node.run("--status", served.address, env=LOGGING_IMPORTS)
     assert run.returncode == 0
     assert not re.search("^import '(http|email|html|ssl|grpc|asyncio|urllib.request)'", run.stderr, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("number", "text"), [(0, "0 slots"), (1, "1 slot"), (2, "2 slots")])
-def test_one_is_singular(number: int, text: str) -> None:
-    assert sdm.pluralize(number, "slot") == text
 
 
 def test_status_without_a_daemon_says_how_to_reach_one(node: Node) -> None:
@@ -11240,10 +10090,7 @@ def test_nothing_from_outside_passes_for_a_field_of_the_log(told: str, devices: 
     ("fields", "wanted"),
     [
         ({"resource": "d/video0", "ids": "0"}, ("d/video0: allocated", "ids 0")),
-        (
-            {"resource": "d/video0", "ids": "0", "devices": "/dev/a,/dev/b"},
-            ("d/video0: allocated (/dev/a, /dev/b)", "ids 0"),
-        ),
+        ({"resource": "d/video0", "devices": "/dev/a,/dev/b"}, ("d/video0: allocated (/dev/a, /dev/b)", "")),
         ({"resources": "all", "rules": 1}, ("allocated", "rules 1")),
     ],
 )
@@ -11266,7 +10113,7 @@ def test_the_log_as_text_is_a_sentence_and_its_fields(folder: Path, kubelet: Kub
         assert re.fullmatch(rf'{stamp} (INFO|WARNING) [^=]+( [a-z]+=(\S*|"[^"]*"))*', line)
 
 
-def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Starter) -> None:
+def test_at_any_level_refusals_are_logged_and_the_status_has_all(node: Node, folder: Path, start: Starter) -> None:
     node.sysfs("gpu.1", {})
     kubelet = Kubelet(node)
     kubelet.refused["nvidia-gpu1"] = "not on my watch"
@@ -11277,20 +10124,10 @@ def test_at_any_level_refusals_are_logged(node: Node, folder: Path, start: Start
             kubelet.take("nvidia-gpu0", "99")
         daemon.says(r'WARNING Allocate refused: no device ID "99"')
         daemon.says(r"WARNING smarter-devices/nvidia-gpu1: the kubelet refused to register it .*not on my watch")
+        document = json.loads(get(daemon, "/status.json")[1])
+        assert {"registered", "plugged", "started"} <= {event["event"] for event in document["events"]}
         assert daemon.stop() == 0
         assert all("refused" in line for line in daemon.log.splitlines()), daemon.log
-
-
-def test_the_status_has_what_the_log_leaves_out(folder: Path, kubelet: Kubelet, start: Starter, node: Node) -> None:
-    daemon = start("--log-level", "error", "--listen", "127.0.0.1:0")
-    listening = wait_for(lambda: psutil.Process(daemon.process.pid).net_connections("inet"))
-
-    def events() -> set[str]:
-        run = node.run("--status", f"127.0.0.1:{listening[0].laddr.port}", "--json")
-        return {event["event"] for event in json.loads(run.stdout)["events"]}
-
-    wait_for(lambda: {"registered", "plugged", "started"} <= events())
-    assert daemon.log == ""
 
 
 # A log that is not read

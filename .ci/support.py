@@ -308,7 +308,7 @@ class SimulatedDraKubelet:
 
     async def call(self, channel: grpc.aio.Channel, service: str, method: str, request: Any) -> Any:
         """Call METHOD of SERVICE. Raises grpc.RpcError."""
-        answer = getattr(pb, sdm._DRA_SERVICES[service][method][1])
+        answer = getattr(pb, sdm.DRA_METHODS[method][2])
         call = channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
         return await call(request, timeout=DRA_CALL_SECONDS)
 
@@ -931,6 +931,19 @@ class Cluster:
         self.api.put(self.path(claim), {"metadata": {"name": claim.name, "uid": claim.uid}, "status": status})
         return claim
 
+    def start_again(self, start: Callable[..., Daemon], daemon: Daemon, **constants: float) -> Daemon:
+        """Kill DAEMON, and start another one with CONSTANTS of its own; it is registered when this returns."""
+        daemon.kill()
+        daemon = start(*self.options(), through=with_constants(**constants))
+        daemon.says("registered with the kubelet")
+        return daemon
+
+    def give(self, *devices: str | dict[str, Any]) -> pb.Claim:
+        """A claim that was allocated these DEVICES, and prepared."""
+        claim = self.claim(*devices)
+        self.gives(claim)
+        return claim
+
     def path(self, claim: pb.Claim) -> str:
         return f"{API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
 
@@ -1260,11 +1273,11 @@ def parse_yaml(text: str) -> Any:
     """What yaml.safe_load() should return for TEXT, by the product's parser."""
 
     def plain(node: sdm.Node) -> Any:
-        if isinstance(node.value, sdm.Pairs):
-            return {key.value: plain(item) for key, item in node.value}
+        if isinstance(node.value, dict):
+            return {key: plain(item) for key, (_, item) in node.value.items()}
         return [plain(item) for item in node.value] if isinstance(node.value, list) else node.value
 
-    return plain(sdm.compose_yaml(text))
+    return plain(sdm.YamlParser(text).document())
 
 
 def obeys_the_law(text: str) -> bool:
