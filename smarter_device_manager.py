@@ -66,17 +66,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Dict,
-    NamedTuple,
-    NoReturn,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union
 
 if TYPE_CHECKING:
     import asyncio
@@ -2198,7 +2188,7 @@ MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
-Document = Dict[str, Any]  # what json.dumps() takes
+Document = dict[str, Any]  # what json.dumps() takes
 
 log_counts = types.SimpleNamespace(dropped_lines=0, internal_errors=0)  # since the process started
 log = logging.getLogger("smarter-device-manager")
@@ -2675,7 +2665,7 @@ class DeviceSide:
         }
 
 
-_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+_Subject = tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
 
 
 @dataclass
@@ -4028,7 +4018,7 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     return {"name": name, "attributes": attributes, **taints}
 
 
-SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
+SliceGroup = tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
 
 
 def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
@@ -4237,7 +4227,7 @@ def parse_api_url(url: str) -> tuple[bool, str, int, str]:
     return is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/")
 
 
-ApiAnswer = Tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
+ApiAnswer = tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
 Reader = Callable[[Document], Any]  # of such JSON
 
 
@@ -5429,7 +5419,7 @@ def event_text(event: Document) -> tuple[str, str]:
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
 
 PREFIX = "smarter_device_manager_"
-Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
+Samples = Iterable[tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -5469,7 +5459,7 @@ def _request_samples(document: Document) -> Samples:
 
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
-FAMILIES: Sequence[Tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
     ("build_info", "Always 1; the labels have the versions.", _build_samples),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
