@@ -2803,7 +2803,8 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside.
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside, be it an
+    AllocationError or a bug.
 
     Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
     """
@@ -2812,26 +2813,22 @@ def answered(method: Method) -> Method:
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except grpc.aio.AbortError:
-            raise
+        except AllocationError as error:
+            code, text = error.code, str(error)
         except grpc.aio.InternalError:  # the client has gone, and grpc is about to cancel the call for that
             raise asyncio.CancelledError from None
         except Exception as error:
             log_internal_error(f"{self.full_name}: {method.__name__} failed")
-            text = f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}"
-            await abort(context, "INTERNAL", f"{self.full_name}: {text}")
+            code, text = (
+                "INTERNAL",
+                f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}",
+            )
+        data = printable(f"{self.full_name}: {text}").encode()
+        if len(data) > 2600:  # a header has 8 KiB at most, and one byte takes up to three
+            data = data[:2600] + b"..."
+        await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
 
     return answer  # type: ignore[return-value]
-
-
-async def abort(context: grpc.aio.ServicerContext, code: str, text: str) -> NoReturn:
-    """End a call with the status named CODE and with TEXT, made printable and cut to the size of a header."""
-    most = 2600  # bytes: a header has 8 KiB at most, and one byte takes up to three
-    data = printable(text).encode()
-    if len(data) > most:
-        data = data[:most] + b"..."
-    await context.abort(grpc.StatusCode[code], data.decode(errors="ignore"))
-    raise AssertionError("abort() of grpc raises an exception, always")
 
 
 def unix_target(path: str) -> str:
@@ -2867,17 +2864,17 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
 
     If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
     """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask is
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask is
             file.write(data)
             file.flush()
             if is_synced:
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
         os.rename(temporary, path)
     except OSError:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
     if is_synced:
         folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
@@ -3228,11 +3225,6 @@ NOT_REGISTERED: Document = {
 }
 
 
-def find_max_silence(interval: float) -> float:
-    """The seconds without a heartbeat after which a thread counts as hanging: ten turns, where one takes INTERVAL."""
-    return min(10 * max(interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)
-
-
 class KubeletSide(abc.ABC):
     """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
 
@@ -3423,6 +3415,13 @@ def options_of(resource: Resource) -> pb.DevicePluginOptions:
     )
 
 
+def _check_containers(requests: Sequence[object]) -> None:
+    """Raise AllocationError if REQUESTS would keep the loop busy for long, while others wait."""
+    if len(requests) > MAX_CONTAINERS:
+        text = f"asked for {len(requests)} containers at once, more than {MAX_CONTAINERS}"
+        raise AllocationError("INVALID_ARGUMENT", text)
+
+
 class Plugin:
     """v1beta1.DevicePlugin for one resource.
 
@@ -3493,7 +3492,7 @@ class Plugin:
     async def GetPreferredAllocation(
         self, request: pb.PreferredAllocationRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreferredAllocationResponse:
-        await self._check_containers(len(request.container_requests), context)
+        _check_containers(request.container_requests)
         response = pb.PreferredAllocationResponse()
         for item in request.container_requests:
             ids = preferred_allocation(
@@ -3504,7 +3503,7 @@ class Plugin:
 
     @answered
     async def Allocate(self, request: pb.AllocateRequest, context: grpc.aio.ServicerContext) -> pb.AllocateResponse:
-        await self._check_containers(len(request.container_requests), context)
+        _check_containers(request.container_requests)
         asked = [list(item.devices_ids) for item in request.container_requests]
         ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
@@ -3512,7 +3511,7 @@ class Plugin:
         except AllocationError as error:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
-            await abort(context, error.code, f"{self.full_name}: {error}")
+            raise
         response = pb.AllocateResponse()
         for found in allocations:
             answer = response.container_responses.add(envs=found.env)
@@ -3522,12 +3521,6 @@ class Plugin:
         hosts = join_names([spec.host for found in allocations for spec in found.specs])
         log_event("allocated", "allocated to a container", resource=self.full_name, ids=ids, devices=hosts)
         return response
-
-    async def _check_containers(self, count: int, context: grpc.aio.ServicerContext) -> None:
-        """Refuse a request that would keep the loop busy for long, while others wait."""
-        if count > MAX_CONTAINERS:
-            text = f"{self.full_name}: asked for {count} containers at once, more than {MAX_CONTAINERS}"
-            await abort(context, "INVALID_ARGUMENT", text)
 
     @answered
     async def PreStartContainer(
@@ -3541,7 +3534,7 @@ class Plugin:
         slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
-                await self._refuse_start(slot_id, "", "the resource has no such ID", context)
+                self._refuse_start(slot_id, "", "the resource has no such ID")
             slots.setdefault(slot.device.path, slot)
         give_up = time.monotonic() + self._devices.PLAN_SECONDS
         while True:
@@ -3552,13 +3545,13 @@ class Plugin:
             await asyncio.sleep(0.02)
         if found:
             device, problem, _ = found
-            await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
+            self._refuse_start(slots[device.path].id, device_path(device), problem)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
 
-    async def _refuse_start(self, slot_id: str, path: str, problem: str, context: grpc.aio.ServicerContext) -> NoReturn:
-        """Count the refusal, log it once, and make the device side scan."""
+    def _refuse_start(self, slot_id: str, path: str, problem: str) -> NoReturn:
+        """Count the refusal, log it once, make the device side scan, and raise AllocationError."""
         shown = f'ID "{slot_id[:MAX_SHOWN]}"'
         given = f"{path} ({shown})" if path else f"the {shown}"
         given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
@@ -3570,7 +3563,7 @@ class Plugin:
         self._devices.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
-        await abort(context, "FAILED_PRECONDITION", f"{self.full_name}: {text}")
+        raise AllocationError("FAILED_PRECONDITION", text)
 
 
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
@@ -3621,29 +3614,26 @@ class Backoff:
         self.retry_at = now + pause
 
 
-class RegistrationContext(NamedTuple):
-    """What all registrations have in common."""
-
-    plugin_dir: str
-    domain: str
-    devices: HostDevices
-    kubelet: KubeletConnection
-    leases: Leases
-
-
 class Registration:
     """The life of one resource with the kubelet: run(), until retire()."""
 
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
-    def __init__(self, resource: Resource, context: RegistrationContext) -> None:
-        self.plugin = Plugin(resource, context.domain, context.devices, self._stream_changed)
-        self._socket = socket_name(resource.name, context.domain, context.plugin_dir)
-        self._path = f"{context.plugin_dir}/{self._socket}"
-        self._inode: int | None = None  # of the file there
-        self._kubelet = context.kubelet
-        self._leases = context.leases
-        self._server: UnixServer | None = None
+    def __init__(
+        self,
+        plugin_dir: str,
+        domain: str,
+        devices: HostDevices,
+        kubelet: KubeletConnection,
+        leases: Leases,
+        resource: Resource,
+    ) -> None:
+        self.plugin = Plugin(resource, domain, devices, self._stream_changed)
+        self.socket = socket_name(resource.name, domain, plugin_dir)
+        self._path = f"{plugin_dir}/{self.socket}"
+        self._kubelet = kubelet
+        self._leases = leases
+        self._known: Identity | None = None  # the last kubelet that it was to be registered with
         self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
         self._is_stream_open = self._is_standby = self._is_retired = False
         self._backoff = Backoff()
@@ -3670,14 +3660,6 @@ class Registration:
         """Make run() check again what it waits for."""
         self._wake.set()
 
-    def check_socket(self, inodes: Mapping[str, int]) -> None:
-        """Wake run() if the socket's file, ours or another instance's, is missing, or another one than at the last
-        check. INODES are those of the files in the plugin directory, by name."""
-        inode = inodes.get(self._socket)
-        if inode is None or inode != self._inode:
-            self._inode = inode
-            self.wake()
-
     async def run(self, previous: asyncio.Task[None] | None) -> None:
         """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
 
@@ -3686,78 +3668,69 @@ class Registration:
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
-        kubelet: Identity | None = None  # the last one that it was to be registered with
         try:
             while await self._until(lambda: self._kubelet.is_answering):
-                if self._kubelet.identity != kubelet:
+                if self._kubelet.identity != self._known:
                     self._backoff.reset()
-                pause = self._backoff.retry_at - time.monotonic()
-                await self._until(functools.partial(self._is_over, kubelet), pause)  # a new one need not wait
-                kubelet = self._kubelet.identity
-                if kubelet and not self._is_retired:
-                    await self._live_with(kubelet)
+                await self._until(self._is_over, self._backoff.retry_at - time.monotonic())  # a new one need not wait
+                self._known = self._kubelet.identity
+                if self._known and not self._is_retired:
+                    await self._serve()
         finally:
             self._leases.give_back(self._path)
 
-    async def _live_with(self, kubelet: Identity) -> None:
-        """Serve the resource and register it with KUBELET, until it is retired, another one comes, or something fails.
+    async def _serve(self) -> None:
+        """Serve the resource and register it with the kubelet, until _is_over() or something fails.
 
         The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
         """
         failure = None  # the event to log, and the problem
-        server = self._server = UnixServer(
-            self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin)
-        )
+        server = UnixServer(self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin))
         try:
             await server.start()  # before the lease, so that a hand-over takes no longer than it must
-            if await self._wait_for_lease(kubelet):
+            await self._until(lambda: self._is_over() or self._take_lease())
+            # Without a stream, nothing else tells that the kubelet went down.
+            if self._kubelet.check() and not self._is_over():
                 server.publish()
-                failure = await self._register(kubelet) or await self._watch(kubelet)
+                failure = await self._register() or await self._watch(server)
         except OSError as error:
             failure = "not-served", f"cannot listen on a socket in {os.path.dirname(self._path)}: {error.strerror}"
         finally:
             is_lost = server.is_lost()
             self.plugin.end_streams()
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
-            self._server = self._stream = None
+            self._stream = None
             self._is_stream_open = self._is_standby = False
-        if failure and self._kubelet.check() and not self._is_over(kubelet):  # otherwise the kubelet has ended
+        if failure and self._kubelet.check() and not self._is_over():  # otherwise the kubelet has ended
             event, problem = failure
             self.plugin.counts["refusals"] += event == "refused"
             self.plugin.counts["stream_losses"] += event == "stream-lost" and not is_lost
             self._backoff.fail(time.monotonic(), at_once=is_lost)
             board.set_of_resource(self.plugin.full_name, problem, event)
 
-    def _is_over(self, kubelet: Identity | None) -> bool:
-        """Whether it is retired, or there is another one than KUBELET."""
-        return self._is_retired or self._kubelet.identity not in (kubelet, None)
+    def _is_over(self) -> bool:
+        """Whether it is retired, or there is another kubelet than the known one."""
+        return self._is_retired or self._kubelet.identity not in (self._known, None)
 
-    def _is_socket_lost(self) -> bool:
-        return self._server is not None and self._server.is_lost()
-
-    async def _wait_for_lease(self, kubelet: Identity) -> bool:
-        """Wait until no other instance serves the resource; False if _is_over(KUBELET) before that. Raises OSError."""
-        while not self._is_over(kubelet) and not self._leases.take(self._path):
-            self._is_standby = True
+    def _take_lease(self) -> bool:
+        """Whether no other instance serves the resource; otherwise, its end calls wake(). Raises OSError."""
+        self._is_standby = not self._leases.take(self._path)
+        if self._is_standby:
             board.set_of_resource(self.plugin.full_name, OTHER_INSTANCE, "not-served", logging.INFO)
             self._leases.wait_for(self._path, self.wake)
-            self._wake.clear()
-            await self._wake.wait()
-        self._is_standby = False
-        # Without a stream, nothing else tells that the kubelet went down.
-        return self._kubelet.check() and not self._is_over(kubelet)
+        return not self._is_standby
 
-    async def _register(self, kubelet: Identity) -> tuple[str, str] | None:
-        """Register with KUBELET. The event and the problem if it failed, or if _is_over(KUBELET) before that."""
+    async def _register(self) -> tuple[str, str] | None:
+        """Register with the kubelet. The event and the problem if it failed, or if _is_over() before that."""
         request = pb.RegisterRequest(
             version="v1beta1",
-            endpoint=self._socket,
+            endpoint=self.socket,
             resource_name=self.plugin.full_name,
             options=self.plugin.options,
         )
         call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
         call.add_done_callback(lambda _: self.wake())
-        await self._until(lambda: call.done() or self._is_over(kubelet))
+        await self._until(lambda: call.done() or self._is_over())
         call.cancel()  # nothing if it is done
         code = await call.code()
         if code is grpc.StatusCode.OK:
@@ -3768,25 +3741,22 @@ class Registration:
             await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, kubelet: Identity) -> tuple[str, str] | None:
-        """Wait while all is well, or KUBELET is down. The event and the problem; None if _is_over(KUBELET)."""
+    async def _watch(self, server: UnixServer) -> tuple[str, str]:
+        """Wait while all is well, or the kubelet is down. The event and the problem, which is empty if _is_over()."""
+
+        def find_problem() -> str:
+            if server.is_lost():
+                return "its socket file was deleted"
+            if not self._stream:
+                return f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
+            return "" if self._is_stream_open else "the kubelet ended its stream"
+
         began = time.monotonic()
-        await self._until(lambda: self._stream or self._is_socket_lost() or self._is_over(kubelet), self.STREAM_SECONDS)
-        while not self._is_over(kubelet):
-            problem = ""
-            if self._is_socket_lost():
-                problem = "its socket file was deleted"
-            elif not self._stream:
-                problem = f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
-            elif not self._is_stream_open:
-                problem = "the kubelet ended its stream"
-            if problem and self._kubelet.check():
-                if time.monotonic() - began > MAX_BACKOFF_SECONDS:
-                    self._backoff.reset()
-                return "stream-lost", problem
-            self._wake.clear()
-            await self._wake.wait()
-        return None
+        await self._until(lambda: self._stream or server.is_lost() or self._is_over(), self.STREAM_SECONDS)
+        await self._until(lambda: self._is_over() or (find_problem() and self._kubelet.check()))
+        if time.monotonic() - began > MAX_BACKOFF_SECONDS:
+            self._backoff.reset()
+        return "stream-lost", find_problem()
 
     async def _until(self, is_so: Callable[[], object], seconds: float = math.inf) -> bool:
         """Wait until IS_SO(), which is checked at each wake(), for SECONDS at most; False if it is not, or retired."""
@@ -3819,7 +3789,8 @@ class DevicePluginSide(KubeletSide):
         self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
+        self._make = functools.partial(Registration, plugin_dir, domain, devices, self._kubelet, self._leases)
+        self._inodes: dict[str, int] = {}  # of the files in the plugin directory, by name, at the last check
 
     @property
     def is_answering(self) -> bool:
@@ -3838,12 +3809,14 @@ class DevicePluginSide(KubeletSide):
         return {**NOT_REGISTERED, "trouble": unready_text(board.get(f"{self.domain}/{name}"))}
 
     async def _check(self) -> None:
-        """Check kubelet.sock and our own sockets."""
+        """Check kubelet.sock, and wake the registrations whose socket, ours or another's, is missing or a new one."""
         if self._kubelet.check():
             with contextlib.suppress(OSError), os.scandir(self.plugin_dir) as items:
-                inodes = {item.name: item.inode() for item in items}
+                before, self._inodes = self._inodes, {item.name: item.inode() for item in items}
                 for registration in self.registrations.values():
-                    registration.check_socket(inodes)
+                    inode = self._inodes.get(registration.socket)
+                    if inode is None or inode != before.get(registration.socket):
+                        registration.wake()
 
     async def _end(self) -> None:
         """End the registrations; if another instance waits for them, no faster than it can register them. Each resource
@@ -3883,7 +3856,7 @@ class DevicePluginSide(KubeletSide):
         self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:
             if name not in self.registrations:
-                registration = self.registrations[name] = Registration(plan.resources[name], self._context)
+                registration = self.registrations[name] = self._make(plan.resources[name])
                 self._tasks[name] = asyncio.ensure_future(registration.run(self._tasks.get(name)))
                 self._tasks[name].add_done_callback(self._fail_with)
 
@@ -5915,7 +5888,7 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        max_silence = find_max_silence(options.interval)
+        max_silence = min(10 * max(options.interval, CHECK_SECONDS), MAX_SILENCE_SECONDS)  # ten turns
         host_devices = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
         more = host_devices, self._loop
         self._side: KubeletSide
