@@ -3869,8 +3869,8 @@ class DevicePluginSide(KubeletSide):
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         import resource as limits
 
-        room = (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH
-        room = max(room, len(self.registrations.keys() & plan.resources.keys()))  # what is served stays so
+        # The hard limit, for the soft one may be lower for a while only; then each registration tries again.
+        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[1] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
         served = dict.fromkeys(names[:room])
         for name in names[room:]:
