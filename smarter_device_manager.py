@@ -69,7 +69,6 @@ from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
-    ClassVar,
     Dict,
     List,
     NamedTuple,
@@ -5634,10 +5633,10 @@ def describe_process() -> Document:
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
 
-    MAX_CLIENTS: ClassVar = 64
-    HEAD_BYTES: ClassVar = 8192  # of a request
-    CLIENT_SECONDS: ClassVar = 10.0  # for a client to send its request and take the answer
-    FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
+    MAX_CLIENTS = 64
+    HEAD_BYTES = 8192  # of a request
+    CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
+    FRESH_SECONDS = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
     side: KubeletSide
