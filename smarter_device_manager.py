@@ -66,20 +66,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Dict,
-    List,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Protocol,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, Union
 
 if TYPE_CHECKING:
     import asyncio
@@ -1086,28 +1073,13 @@ DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" f
 
 CHAR, BLOCK, FOLDER, LINK, MOUNT = "character device", "block device", "folder", "symbolic link", "mount"
 NODES = (CHAR, BLOCK)
-_KINDS = {
-    stat.S_IFCHR: CHAR,
-    stat.S_IFBLK: BLOCK,
-    stat.S_IFDIR: FOLDER,
-    stat.S_IFLNK: LINK,
-    stat.S_IFREG: "plain file",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFIFO: "FIFO",
-}
-ACL_USER, ACL_GROUP, ACL_WRITE = 2, 8, 2  # linux/posix_acl_xattr.h: entries that name somebody, and a permission
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what os.listdir() makes of a byte that is not UTF-8
-MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 FRESH_NS = 20_000_000  # two ticks of the kernel: file times move once a tick, of 10 ms at the most (CONFIG_HZ=100)
-MAX_VALUE = 200  # characters of an attribute's value that is shown to write a rule from
-MAX_NUMA = (1 << 63) - 1  # NUMANode.ID of the device plugin API is an int64
+MAX_VALUE = 200  # characters of an attribute's value in a template, or that is shown to write a rule from
 SYSFS_SECONDS = 0.2  # for one read of what sysfs knows of a device
-MIN_SYSFS_SECONDS = 0.02  # the same, after others took too long
 SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does not mean that something is not there
 SYSFS_HANGS = "sysfs does not answer"
 NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
-FACTS = ("subsystem", "driver", *USB_FACTS)
 
 
 class Reason(enum.Enum):
@@ -1124,7 +1096,6 @@ class Reason(enum.Enum):
     THROUGH = "link", "a path through /dev/{path}, which is a {kind}"
     UNTRUSTED = "untrusted", "others than root may write in the folder /dev/{path}"
     EMPTY_FOLDER = "folder", "a folder that holds no device node"
-    UNLISTED_FOLDER = "folder", "the folder /dev/{path} cannot be listed ({error})"
     FILE_SYSTEM = "file_system", "another file system"
     MOUNT_INSIDE = "file_system", "a folder with another file system in it, at /dev/{path}"
     NOT_A_DEVICE = "not_a_device", "a {kind}, not a device"
@@ -1162,7 +1133,6 @@ class Entry(NamedTuple):
     inode: int = 0
     target: str = ""  # of a link
     untrusted: bool = False  # a folder in which users other than root may make names
-    error: str = ""  # why a folder cannot be listed
 
 
 class DeviceNode(NamedTuple):
@@ -1173,79 +1143,65 @@ class DeviceNode(NamedTuple):
     entry: Entry
 
 
-class Tree(Protocol):
-    """What resolve() walks over. Paths are below /dev; "" is /dev itself."""
-
-    def entry(self, path: str) -> Optional[Entry]: ...
-
-    def names(self, path: str) -> Sequence[str]: ...
+Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """/dev at one moment: every entry by path, and the sorted names of each folder."""
+    """/dev at one moment: every entry by its path below it, and the sorted names of each folder; its own path is ""."""
 
     entries: Mapping[str, Entry]
     folders: Mapping[str, Sequence[str]]
 
-    def entry(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Entry | None:
         return self.entries.get(path)
 
     def names(self, path: str) -> Sequence[str]:
         return self.folders.get(path, ())
 
 
-def resolve(tree: Tree, path: str, dev_dir: str) -> List[DeviceNode]:
-    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder.
+def resolve(tree: Tree, path: str, dev_dir: str) -> list[DeviceNode]:
+    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder
+    and its subfolders, in which links are not followed.
 
     Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
-    can make PATH lead elsewhere later. Raises NotADevice.
+    can make PATH lead elsewhere later; and the container runtime, which walks the folder by itself, finds no nodes of
+    another file system there. Raises NotADevice.
     """
-    real = _real_path(tree, path, dev_dir)
-    entry = tree.entry(real)
-    if entry is None:
-        raise NotADevice(Reason.GONE)
-    if not real:
+    top = _real_path(tree, path, dev_dir)
+    if not top:
         raise NotADevice(Reason.LINK_TO_DEV)
-    if entry.kind == MOUNT:
-        raise NotADevice(Reason.FILE_SYSTEM)
-    if entry.kind not in (*NODES, FOLDER):
-        raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
-    nodes = list(_nodes_below(tree, real))
+    nodes, todo = [], [top]
+    while todo:
+        here = todo.pop()
+        entry = tree.entry(here)
+        if entry is None:
+            continue
+        if entry.kind == MOUNT:
+            raise NotADevice(Reason.MOUNT_INSIDE if here != top else Reason.FILE_SYSTEM, path=here)
+        if entry.untrusted:
+            raise NotADevice(Reason.UNTRUSTED, path=here)
+        if entry.kind in NODES:
+            nodes.append(DeviceNode(here, here[len(top) :], entry))
+        elif entry.kind == FOLDER:
+            todo += [f"{here}/{name}" for name in reversed(tree.names(here))]
+        elif here == top:
+            raise NotADevice(Reason.NOT_A_DEVICE, kind=entry.kind)
     if not nodes:
         raise NotADevice(Reason.EMPTY_FOLDER)
     for name in (path, *(node.path for node in nodes)):
-        if _NOT_UTF8.search(name):
+        if re.search("[\ud800-\udfff]", name):  # what os.listdir() makes of a byte that is not UTF-8
             raise NotADevice(Reason.NOT_UTF8, path=name)
     return nodes
 
 
-def _nodes_below(tree: Tree, top: str) -> Iterator[DeviceNode]:
-    """The node TOP, or the nodes in the folder TOP and its subfolders. Links in the folder are not followed.
-
-    The container runtime walks the folder by itself. Raises NotADevice where it could be led elsewhere, or would find
-    nodes of another file system.
-    """
-    todo = [top]
-    while todo:
-        path = todo.pop()
-        entry = tree.entry(path)
-        if entry and entry.kind in NODES:
-            yield DeviceNode(path, path[len(top) :], entry)
-        elif entry and entry.untrusted:
-            raise NotADevice(Reason.UNTRUSTED, path=path)
-        elif entry and entry.kind == MOUNT:
-            raise NotADevice(Reason.MOUNT_INSIDE, path=path)
-        elif entry and entry.error:
-            raise NotADevice(Reason.UNLISTED_FOLDER, path=path, error=entry.error)
-        elif entry and entry.kind == FOLDER:
-            todo += [f"{path}/{name}" for name in reversed(tree.names(path))]
+MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
 
 
 def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
-    """PATH with its links followed, as path_resolution(7) has it, but inside /dev."""
+    """PATH with its links followed, as path_resolution(7) has it, but inside /dev. Raises NotADevice."""
     todo = path.split("/")[::-1]
-    done: List[str] = []
+    done: list[str] = []
     links = 0
     while todo:
         name = todo.pop()
@@ -1254,8 +1210,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
         if name in ("", ".", ".."):
             del done[len(done) - (name == "..") :]
             continue
-        folder = "/".join(done)
-        here = _join(folder, name)
+        folder, here = "/".join(done), "/".join([*done, name])
         entry = tree.entry(here)
         if entry is None:
             raise NotADevice(Reason.LINK_DANGLES, path=here) if links else NotADevice(Reason.GONE)
@@ -1270,134 +1225,121 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
         links += 1
         if links > MAX_LINKS:
             raise NotADevice(Reason.LINK_CIRCLE)
-        target, inside = entry.target, _inside(entry.target, dev_dir)
-        if inside is None:
-            raise NotADevice(Reason.LINK_OUT, target=target)
-        done = done if inside == target else []
-        todo += inside.split("/")[::-1]
+        target = entry.target
+        if target.startswith("/"):
+            top = next((top for top in (f"{dev_dir}/", "/dev/") if target.startswith(top)), None)
+            if top is None:
+                raise NotADevice(Reason.LINK_OUT, target=target)
+            target, done = target[len(top) :], []
+        todo += target.split("/")[::-1]
     return "/".join(done)
-
-
-def _inside(target: str, dev_dir: str) -> Optional[str]:
-    """The TARGET of a link: if absolute, as a path below /dev; None if it leads out of /dev."""
-    if not target.startswith("/"):
-        return target
-    for top in (dev_dir, "/dev"):
-        if target.startswith(top + "/"):
-            return target[len(top) + 1 :]
-    return None
 
 
 # What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
 Chain = Sequence[Mapping[str, str]]
-Names = Tuple[str, ...]  # of attributes
+Names = tuple[str, ...]  # of attributes
 Values = Mapping[str, str]  # of attributes, by name
 
 
 class Fit(NamedTuple):
     """How a rule fits a device."""
 
-    held: Mapping[str, str] = {}  # the attributes that it asks for, with their values
+    held: Mapping[str, str] = {}  # of the attributes that it asks for
     values: Mapping[str, str] = {}  # of the attributes in its templates
-    problem: Optional[NotADevice] = None  # why its templates cannot be expanded
+    problem: NotADevice | None = None  # why its templates cannot be expanded
 
 
-def fit(rule: Rule, chain: Optional[Chain]) -> Fit:
-    """How RULE fits the device with CHAIN, which is None while sysfs does not answer.
+def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
+    """How RULE fits a device whose nodes have CHAINS, of which one is None while sysfs does not answer. It is enough if
+    RULE fits one of the nodes.
 
-    The device itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
-    templates are from the same folder, else from the device's own, else from the nearest parent's. Raises NotADevice if
+    The node itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
+    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises NotADevice if
     RULE does not fit.
     """
-    if chain is None and (rule.attributes or rule.values):
-        unknown = NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET)
-        if rule.attributes:
-            raise unknown
-        return Fit(problem=unknown)
-    folders = chain or ()
-    held: Values = {}
-    if rule.attributes:
-        chosen = next((folder for folder in folders if _has_all(folder, rule.attributes)), None)
+    if not rule.attributes and not rule.values:
+        return Fit()
+    fits, problems = [], []
+    for chain in chains:
+        if chain is None:
+            problems.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
+            continue
+        chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
         if chosen is None:
-            raise _mismatch(rule.attributes, folders)
-        held = {attribute.name: chosen[attribute.name] for attribute in rule.attributes}
-        folders = [chosen, *folders]
-    values: Dict[str, str] = {}
-    problems = []
-    for name in rule.values:
-        value = next(iter(values_of(folders, name)), None)
-        if value is None:
-            problems.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
-        elif len(value) > MAX_VALUE:
-            problems.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
-        else:
-            values[name] = value
-    return Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(problems)) if problems else None)
+            problems.append(_describe_misfit(rule.attributes, chain))
+            continue
+        values, missing = {}, []
+        for name in rule.values:
+            values[name] = next(iter(values_of([chosen, *chain], name)), "")
+            if not values_of(chain, name):
+                missing.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
+            elif len(values[name]) > MAX_VALUE:
+                missing.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+        held = {item.name: chosen[item.name] for item in rule.attributes}
+        if not missing:
+            return Fit(held, values)
+        fits.append(Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(missing))))
+    if not fits and not rule.attributes:
+        fits = [Fit(problem=problem) for problem in problems]
+    if not fits:
+        raise next(iter(problems), NotADevice(Reason.NO_ATTRIBUTES))
+    return fits[0]
 
 
-def _has_all(folder: Mapping[str, str], attributes: Iterable[Attribute]) -> bool:
-    return all(attribute.name in folder and attribute.fits(folder[attribute.name]) for attribute in attributes)
+def _has_all(values: Values, attributes: Iterable[Attribute]) -> bool:
+    return all(item.name in values and item.fits(values[item.name]) for item in attributes)
 
 
-def _mismatch(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
+def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
-    for attribute in attributes:
-        for value in sorted(attribute.match.slow_texts.intersection(values_of(chain, attribute.name))):
-            slow.append(f'{TOOK_TOO_LONG} for its {attribute.name}, "{value}": {attribute.match.pattern}')
-        found = dict.fromkeys(f'"{value}"' for value in values_of(chain, attribute.name))
-        shown = " or ".join(found) or "not there"
-        others.append(f"its {attribute.name} is {shown} (asked for: {attribute.match.pattern})")
+    for name, match in attributes:
+        values = dict.fromkeys(values_of(chain, name))
+        for value in filter(match.slow_texts.__contains__, values):
+            slow.append(f'{TOOK_TOO_LONG} for its {name}, "{value}": {match.pattern}')
+        shown = " or ".join(f'"{value}"' for value in values) or "not there"
+        others.append(f"its {name} is {shown} (asked for: {match.pattern})")
     return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
-def numa_of(chain: Chain) -> Optional[int]:
+def numa_of(chain: Chain) -> int | None:
     """The NUMA node that the device with CHAIN is close to; None if there is none."""
     known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
-    return next((numa for numa in known if numa <= MAX_NUMA), None)
+    return next((numa for numa in known if numa < 1 << 63), None)  # NUMANode.ID of the device plugin API is an int64
 
 
-def facts_of(chain: Chain) -> Mapping[str, str]:
-    """Of the attributes FACTS, those of the device with CHAIN. Its driver and its USB device are those of the nearest
-    parent that has one."""
+def facts_of(chain: Chain) -> Values:
+    """What DRA publishes of the device with CHAIN. Its driver and its USB device are those of the nearest parent that
+    has one."""
     usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
-    facts = {
-        "subsystem": chain[0].get("subsystem") if chain else None,
-        "driver": next(iter(values_of(chain, "driver")), None),
-        **{name: usb_device.get(name) for name in USB_FACTS},
-    }
+    driver = next(iter(values_of(chain, "driver")), None)
+    facts = {"subsystem": chain[0].get("subsystem") if chain else None, "driver": driver}
+    facts.update((name, usb_device.get(name)) for name in USB_FACTS)
     return {name: value for name, value in facts.items() if value}
 
 
 def find_changes(chain: Chain, before: Values) -> str:
     """What CHAIN has instead of the values that were there BEFORE, in words; empty if it has them all."""
+    nearest = next((folder for folder in chain if not folder.keys().isdisjoint(before)), {})
     return "; ".join(
-        f'{describe_value(name, value)} and was "{before[name]}"'
-        for name, value in nearest_values(chain, before).items()
-        if before[name] not in values_of(chain, name)
+        (f'its {name} is "{nearest[name]}"' if name in nearest else f"its {name} is not there") + f' and was "{value}"'
+        for name, value in before.items()
+        if value not in values_of(chain, name)
     )
 
 
-def nearest_values(chain: Chain, names: Iterable[str]) -> Mapping[str, Optional[str]]:
-    """The values of the attributes NAMES in the first folder of CHAIN that has one of them; None for one that is
-    missing."""
-    nearest = next((folder for folder in chain if not folder.keys().isdisjoint(names)), {})
-    return {name: nearest.get(name) for name in names}
-
-
-def describe_value(name: str, value: Optional[str]) -> str:
-    """The VALUE of the attribute NAME, in words."""
-    return f"its {name} is not there" if value is None else f'its {name} is "{value}"'
-
-
-def values_of(chain: Chain, name: str) -> List[str]:
+def values_of(chain: Chain, name: str) -> list[str]:
     """The values that the attribute NAME has in the folders of CHAIN that have it."""
     return [folder[name] for folder in chain if name in folder]
 
 
+# By the letter of ls(1).
+_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
+
+
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
     """What stands at PATH, of which lstat(2) FOUND this, as an Entry. ROOT is the status of /dev itself."""
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "thing")
+    kind = _KINDS.get(stat.filemode(found.st_mode)[0], "thing")
     untrusted = False
     if kind == FOLDER:
         kind = FOLDER if found.st_dev == root.st_dev else MOUNT
@@ -1417,14 +1359,15 @@ def _acl_lets_write(path: str, root: os.stat_result) -> bool:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
             return False
         raise
-    trusted = {ACL_USER: (0, root.st_uid), ACL_GROUP: (0, root.st_gid)}
+    # linux/posix_acl_xattr.h: entries of a tag (2 names a user, 8 a group), permissions (2 is to write) and an ID
+    trusted = {2: (0, root.st_uid), 8: (0, root.st_gid)}
     return any(
-        permissions & ACL_WRITE and name not in trusted.get(tag, (name,))
+        permissions & 2 and name not in trusted.get(tag, (name,))
         for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
     )
 
 
-class LiveTree:
+class LiveTree(contextlib.AbstractContextManager["LiveTree"]):
     """/dev as it is now, for one use; a context manager.
 
     Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
@@ -1433,43 +1376,36 @@ class LiveTree:
     """
 
     def __init__(self, dev_dir: str) -> None:
-        self._entries: Dict[str, Optional[Entry]] = {}
-        self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
+        self._entries: dict[str, Entry | None] = {}
+        self._folders = {"": os.open(dev_dir, os.O_PATH | os.O_DIRECTORY)}
         self._root = os.fstat(self._folders[""])
         self._entries[""] = _entry(self._root, self._root, f"{dev_dir}/.")
-
-    def __enter__(self) -> LiveTree:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self._folders.values():
             os.close(descriptor)
 
-    def entry(self, path: str) -> Optional[Entry]:
+    def entry(self, path: str) -> Entry | None:
         if path not in self._entries:
             parent = self.entry(path.rpartition("/")[0])
             self._entries[path] = self._open(path) if parent and parent.kind == FOLDER else None
         return self._entries[path]
 
-    def _open(self, path: str) -> Optional[Entry]:
+    def _open(self, path: str) -> Entry | None:
         """What PATH is now; a folder is held from now on. Its parent is a folder."""
         parent, _, name = path.rpartition("/")
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder(parent))
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._folder(parent))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return None
             raise
-        entry = None
-        try:
-            found = os.fstat(descriptor)
-            target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-            entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
-        finally:
-            if entry and entry.kind == FOLDER:
-                self._folders[path] = descriptor
-            else:
-                os.close(descriptor)
+        self._folders[path] = descriptor
+        found = os.fstat(descriptor)
+        target = os.readlink("", dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
+        entry = _entry(found, self._root, f"/proc/self/fd/{descriptor}/.", target)
+        if entry.kind != FOLDER:
+            os.close(self._folders.pop(path))
         return entry
 
     def _folder(self, path: str) -> int:
@@ -1481,44 +1417,16 @@ class LiveTree:
         return self._folders[path]
 
     def names(self, path: str) -> Sequence[str]:
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder(path))
-        try:
-            return sorted(os.listdir(descriptor))
-        finally:
-            os.close(descriptor)
+        return sorted(os.listdir(f"/proc/self/fd/{self._folder(path)}"))
 
 
 class _Listing(NamedTuple):
     """A folder of /dev as it was last listed."""
 
-    stamp: Tuple[int, ...] = ()  # device, inode and times of the folder
+    stamp: tuple[int, ...] = ()  # device, inode and times of the folder; () if it could not be listed yet
     settled: bool = False  # whether an equal stamp proves that nothing changed
     entries: Mapping[str, Entry] = {}
-    subfolders: Sequence[str] = ()  # their paths
-    problem: str = ""  # why it could not be listed
-    times: Mapping[str, Tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
-
-
-def is_settled(time_ns: int) -> bool:
-    """Whether a change after this moment must show in the time of a file or folder that has TIME_NS now.
-
-    A time in the future counts as settled: the clock was set back, and a change now would get an earlier one.
-    """
-    return abs(time.time_ns() - time_ns) > FRESH_NS
-
-
-def reuses_inodes(dev_dir: str) -> bool:
-    """Whether a new file in DEV_DIR may get the inode number of one that is gone. devtmpfs and tmpfs, which /dev is on
-    a real node, count on."""
-    try:
-        device = os.stat(dev_dir).st_dev
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-            mounts = [line.partition(" - ") for line in file]
-    except OSError:
-        return True
-    number = f"{os.major(device)}:{os.minor(device)}"
-    types = {ending.split()[0] for beginning, _, ending in mounts if beginning.split()[2] == number}
-    return not types & {"devtmpfs", "tmpfs"}
+    times: Mapping[str, tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
 
 
 class Scanner:
@@ -1530,9 +1438,13 @@ class Scanner:
 
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
-        self._needs_times = reuses_inodes(dev_dir)
-        self._listings: Dict[str, _Listing] = {}
+        self._needs_times = True  # because inode numbers are used again, unlike in devtmpfs and tmpfs
+        self._listings: dict[str, _Listing] = {}  # by the path of the folder: "" or "snd/"
         self._snapshot = Snapshot({}, {})
+        with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+            device = os.stat(dev_dir).st_dev
+            mount = f" {os.major(device)}:{os.minor(device)} .* - (devtmpfs|tmpfs) "
+            self._needs_times = re.search(mount.encode(), file.read()) is None
 
     def scan(self, full: bool = False) -> Snapshot:
         """What stands below /dev. The same object is returned until something changes.
@@ -1540,26 +1452,26 @@ class Scanner:
         FULL lists every folder, whatever its times say. Raises OSError if /dev itself cannot be seen.
         """
         root = os.stat(self._dev_dir)
-        listings: Dict[str, _Listing] = {}
+        listings: dict[str, _Listing] = {}
         todo = [""]
         while todo:
             path = todo.pop()
             try:
-                found = os.lstat(f"{self._dev_dir}/{path}") if path else root
+                found = os.lstat(f"{self._dev_dir}/{path[:-1]}") if path else root
             except OSError:
                 continue  # it went since its parent was listed, and the parent's time will tell
             if found.st_dev == root.st_dev and stat.S_ISDIR(found.st_mode):
                 listings[path] = self._list(path, found, root, full)
-                todo += listings[path].subfolders
+                todo += [f"{path}{name}/" for name, entry in listings[path].entries.items() if entry.kind == FOLDER]
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
             entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
             for path, listing in listings.items():
-                entries.update((_join(path, name), entry) for name, entry in listing.entries.items())
+                entries.update((path + name, entry) for name, entry in listing.entries.items())
             for path, listing in listings.items():
-                if listing.problem and not listing.entries:
-                    entries[path] = entries[path]._replace(error=listing.problem)
-            folders = {path: sorted(listing.entries) for path, listing in listings.items()}
+                if not listing.stamp:
+                    entries[path[:-1]] = entries[path[:-1]]._replace(kind="folder that cannot be listed")
+            folders = {path[:-1]: sorted(listing.entries) for path, listing in listings.items()}
             self._snapshot = Snapshot(entries, folders)
         return self._snapshot
 
@@ -1569,39 +1481,28 @@ class Scanner:
         stamp = (folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns)
         if old.settled and old.stamp == stamp and not full:
             return old
-        settled = is_settled(folder.st_ctime_ns)  # nobody can set it, unlike st_mtime
+        # Nobody can set st_ctime, unlike st_mtime. One to come is settled, too: the clock was set back since.
+        settled = abs(time.time_ns() - folder.st_ctime_ns) > FRESH_NS
         try:
-            entries, times = _read_folder(f"{self._dev_dir}/{path}", folder, root)
-        except OSError as error:  # too many open files, say: what was seen before still counts
-            return old._replace(settled=False, problem=os.strerror(error.errno or 0))
-        for name in [name for name in times if self._is_another(name, entries[name], times[name], old, stamp)]:
-            del entries[name], times[name]
-            settled = False
-        if entries == old.entries:
-            return old._replace(stamp=stamp, settled=settled, problem="", times=times)
-        subfolders = tuple(_join(path, name) for name, entry in entries.items() if entry.kind == FOLDER)
-        return _Listing(stamp, settled, entries, subfolders, times=times)
-
-    def _is_another(
-        self, name: str, entry: Entry, times: Tuple[int, int], old: _Listing, stamp: Tuple[int, ...]
-    ) -> bool:
-        """Whether the node NAME, an ENTRY with these TIMES, is another one than OLD has. Where inode numbers are used
-        again, both of its times are new then, and its folder's; a touch, as udev does it, leaves the folder's alone."""
-        if name not in old.entries or old.entries[name] != entry:
-            return name in old.entries
-        return self._needs_times and old.stamp != stamp and not {*times} & {*old.times.get(name, times)}
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+            entries, times = _read_folder(f"{self._dev_dir}/{path[:-1]}", folder, root)
+        except OSError:  # too many open files, say: what was seen before still counts
+            return old._replace(settled=False)
+        for name in old.entries.keys() & times.keys():
+            # Where inode numbers are used again, another node has two new times, and its folder has, too. A touch, as
+            # udev does it, leaves those of the folder alone.
+            is_fresh = not {*times[name]} & {*old.times.get(name, times[name])}
+            if entries[name] != old.entries[name] or (self._needs_times and old.stamp != stamp and is_fresh):
+                del entries[name], times[name]
+                settled = False
+        return _Listing(stamp, settled, old.entries if old.stamp and entries == old.entries else entries, times)
 
 
 def _read_folder(
     path: str, folder: os.stat_result, root: os.stat_result
-) -> Tuple[Dict[str, Entry], Dict[str, Tuple[int, int]]]:
+) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
     """The entries of PATH, and the times of the nodes. Raises OSError, too if PATH is not FOLDER any more."""
     entries, times = {}, {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if not os.path.samestat(os.fstat(descriptor), folder):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -1610,8 +1511,8 @@ def _read_folder(
                 try:
                     found = item.stat(follow_symlinks=False)
                     target = os.readlink(item.name, dir_fd=descriptor) if stat.S_ISLNK(found.st_mode) else ""
-                    entry = entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
-                    if entry.kind in NODES:
+                    entries[item.name] = _entry(found, root, f"{path}/{item.name}", target)
+                    if entries[item.name].kind in NODES:
                         times[item.name] = found.st_mtime_ns, found.st_ctime_ns
                 except OSError as error:
                     if error.errno in SCARCE:
@@ -1627,167 +1528,103 @@ class Sysfs:
 
     A driver may add attributes after the node has appeared, so those of nodes that a rule does not fit are read again
     for ATTRIBUTE_WAIT_SECONDS. A driver that blocks its readers delays refresh() by SYSFS_SECONDS, and many of them by
-    little more than twice as much. Their chains stay as they were, and are read again at the next refresh().
+    little more than twice as much. Their chains stay as they were, and what comes late is taken by a later refresh().
     """
 
     ATTRIBUTE_WAIT_SECONDS = 5.0
+    MIN_SECONDS = 0.02  # for one read, after others took too long
+    MAX_HANGING = 64  # reads, each of which keeps a thread
 
     def __init__(self, sys_dir: str, with_facts: bool = False) -> None:
-        self.chains: Dict[Entry, Chain] = {}  # by node; one that is missing has not been answered yet
+        self.chains: dict[Entry, Chain] = {}  # by node; one that is missing has not been answered yet
         self._sys_dir = sys_dir
-        self._always: Names = ("numa_node", *(FACTS if with_facts else ()))
-        self._reader = SysfsReader(sys_dir)
+        self._always: Names = ("numa_node", *(("subsystem", "driver", *USB_FACTS) if with_facts else ()))
         self._wanted: Mapping[Entry, Names] = {}
-        self._appeared: Dict[Entry, float] = {}  # time.monotonic(), of nodes that are new
-        self._unread: Set[Entry] = set()  # nodes that sysfs did not answer for in time
-        self._gpus: List[str] = []
+        self._appeared: dict[Entry, float] = {}  # time.monotonic() when a node was wanted first
+        self._unread: set[Entry] = set()  # nodes that sysfs did not answer for in time
+        self._reads: dict[tuple[Entry, Names], concurrent.futures.Future[Chain]] = {}  # that took too long
 
     def refresh(self, wanted: Mapping[Entry, Names], unfit: Iterable[Entry], everything: bool) -> bool:
         """Read the attributes that are WANTED of nodes: of those not known yet, of UNFIT ones that are new, and of all
         if EVERYTHING. Returns whether a chain has changed."""
         now = time.monotonic()
         if wanted is not self._wanted:
-            self.chains = {
-                node: chain for node, chain in self.chains.items() if wanted.get(node) == self._wanted.get(node)
-            }
-            self._appeared.update(dict.fromkeys(wanted.keys() - self._wanted.keys(), now))
+            same = {node for node in self.chains if wanted.get(node) == self._wanted.get(node)}
+            self.chains = {node: chain for node, chain in self.chains.items() if node in same}
+            self._reads = {key: read for key, read in self._reads.items() if not read.done() or key[0] in wanted}
+            self._appeared = {node: self._appeared.get(node, now) for node in wanted}
             self._wanted = wanted
-        self._appeared = {
-            node: when
-            for node, when in self._appeared.items()
-            if node in wanted and now - when < self.ATTRIBUTE_WAIT_SECONDS
-        }
-        again = self._unread.union(node for node in unfit if node in self._appeared)
+        again = {node for node in unfit if now - self._appeared.get(node, -math.inf) < self.ATTRIBUTE_WAIT_SECONDS}
+        again |= self._unread
         if not everything and not again and len(self.chains) == len(wanted):
             return False
         has_changed, self._unread = False, set()
         patience = 2 * SYSFS_SECONDS  # for reads that take too long
         for node, names in wanted.items():
-            if node not in self.chains or node in again or (everything and names):
-                began = time.monotonic()
-                try:
-                    chain = self._read(node, (*self._always, *names), max(MIN_SYSFS_SECONDS, patience))
-                except (SysfsTimeout, OSError):
-                    self._unread.add(node)
-                    patience -= time.monotonic() - began
-                else:
-                    has_changed |= chain != self.chains.get(node)
-                    self.chains[node] = chain
+            if node in self.chains and node not in again and not (everything and names):
+                continue
+            began = time.monotonic()
+            chain = self._read(node, (*self._always, *names), min(max(patience, self.MIN_SECONDS), SYSFS_SECONDS))
+            if chain is None:
+                self._unread.add(node)
+                patience -= time.monotonic() - began
+            else:
+                has_changed |= chain != self.chains.get(node)
+                self.chains[node] = chain
         return has_changed
 
-    def _read(self, node: Entry, names: Names, seconds: float) -> Chain:
-        if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
-            return read_chain(self._sys_dir, node, names)
-        read = self._reader.start(node, names)
-        concurrent.futures.wait([read], min(seconds, SYSFS_SECONDS))
-        return self._reader.take(read)
+    def _read(self, node: Entry, names: Names, seconds: float) -> Chain | None:
+        """The chain of NODE's device with the attributes NAMES; None if it does not come within SECONDS, or if there
+        are no more file descriptors, threads or memory for it."""
+        read = self._reads.pop((node, names), None)
+        try:
+            if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
+                return read_chain(self._sys_dir, node, names)
+            if read is None and len(self._reads) < self.MAX_HANGING:
+                read = start_read(lambda: read_chain(self._sys_dir, node, names))
+                concurrent.futures.wait([read], seconds)
+            if read is not None and not read.done():
+                self._reads[node, names] = read
+            return read.result() if read and read.done() else None
+        except (OSError, RuntimeError):
+            return None
 
-    def tegra_gpus(self) -> List[str]:
+    def tegra_gpus(self) -> list[str]:
         """The numbers of the GPUs that a Tegra board has as platform devices."""
-        found = set()
+        found: set[str] = set()
         for folder in ("devices", "devices/platform"):
-            try:
+            with contextlib.suppress(OSError):  # no sysfs here, or not that kind of board
                 names = os.listdir(f"{self._sys_dir}/{folder}")
-            except OSError as error:
-                if error.errno in SCARCE:
-                    return self._gpus
-                continue  # no sysfs here, or not that kind of board
-            found |= {name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name)}
-        self._gpus = sorted(found, key=int)
-        return self._gpus
+                found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
+        return sorted(found, key=int)
 
 
-class SysfsTimeout(Exception):
-    """Sysfs does not answer in time."""
+def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Start JOB, a read from sysfs, on a thread of its own, because a driver can block a reader for ever. Raises
+    RuntimeError if there can be no more threads."""
+    read: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-
-class SysfsRead(concurrent.futures.Future[Any]):
-    """A read from sysfs, on a thread of its own, because a driver can block a reader for ever."""
-
-    def __init__(self, job: Callable[[], Any]) -> None:
-        super().__init__()
-        self.set_running_or_notify_cancel()
-        self.started = time.monotonic()
-        threading.Thread(target=self._run, args=(job,), name="sysfs", daemon=True).start()
-
-    def _run(self, job: Callable[[], Any]) -> None:
+    def run() -> None:
         try:
-            self.set_result(job())
+            read.set_result(job())
         except Exception as error:
-            self.set_exception(error)
+            read.set_exception(error)
 
-
-class SysfsReader:
-    """Reads chains for one thread. What comes too late is the answer when the same is asked again.
-
-    No other read is started of a node for which one hangs, nor any at all while MAX_HANGING of them hang.
-    """
-
-    LATE_SECONDS = 15.0  # since a read began, because the kubelet asks for a start again after 13 s
-    MAX_HANGING = 64
-
-    def __init__(self, sys_dir: str) -> None:
-        self._sys_dir = sys_dir
-        self._reads: Dict[Tuple[Entry, Names], SysfsRead] = {}  # those that nobody has taken
-
-    def start(self, node: Entry, names: Names) -> SysfsRead:
-        """Start to read the chain of NODE's device with the attributes NAMES, unless that is in progress.
-
-        Raises SysfsTimeout if there can be no more reads.
-        """
-        now = time.monotonic()
-        self._reads = {
-            key: read for key, read in self._reads.items() if not read.done() or now - read.started < self.LATE_SECONDS
-        }
-        hanging = [
-            key[0] for key, read in self._reads.items() if not read.done() and now - read.started > SYSFS_SECONDS
-        ]
-        if node in hanging or len(hanging) >= self.MAX_HANGING:
-            raise SysfsTimeout
-        if (node, names) not in self._reads:
-            try:
-                self._reads[node, names] = SysfsRead(functools.partial(read_chain, self._sys_dir, node, names))
-            except RuntimeError:  # there can be no more threads
-                raise SysfsTimeout from None
-        return self._reads[node, names]
-
-    def take(self, read: SysfsRead) -> Chain:
-        """The result of READ, if it has come. Raises SysfsTimeout if it has not, or if nothing can be read for lack of
-        file descriptors or memory."""
-        if not read.done():
-            raise SysfsTimeout
-        self._reads = {key: other for key, other in self._reads.items() if other is not read}
-        try:
-            chain: Chain = read.result()
-        except OSError:
-            raise SysfsTimeout from None
-        return chain
+    read.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="sysfs", daemon=True).start()
+    return read
 
 
 def read_chain(sys_dir: str, node: Entry, names: Iterable[str]) -> Chain:
     """The attributes NAMES of NODE's device. Raises OSError for lack of file descriptors or memory."""
     chain = []
-    for folder in _folders(sys_dir, node):
+    for folder in sysfs_folders(sys_dir, node):
         values = ((name, read_attribute(folder, name)) for name in names)
         chain.append({name: value for name, value in values if value is not None})
     return chain
 
 
-def read_all_attributes(sys_dir: str, node: Entry) -> List[Tuple[str, Dict[str, str]]]:
-    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these: value by name.
-
-    Raises OSError as read_chain() does.
-    """
-    found = []
-    for folder in _folders(sys_dir, node):
-        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-        if usable:
-            found.append((folder, usable))
-    return found
-
-
-def _folders(sys_dir: str, node: Entry) -> Iterator[str]:
+def sysfs_folders(sys_dir: str, node: Entry) -> Iterator[str]:
     """The folders in sysfs of NODE's device and its parents, the device's own first."""
     kind = "char" if node.kind == CHAR else "block"
     top = os.path.realpath(f"{sys_dir}/devices")
@@ -1798,12 +1635,14 @@ def _folders(sys_dir: str, node: Entry) -> Iterator[str]:
         yield folder
 
 
-def read_attribute(folder: str, name: str) -> Optional[str]:
+def read_attribute(folder: str, name: str) -> str | None:
     """The value of the attribute NAME in the sysfs FOLDER; None if it cannot be read. The value of a link (driver,
     subsystem) is the last part of its target, as in udev. Raises OSError for lack of file descriptors or memory."""
     path = f"{folder}/{name}"
+    with contextlib.suppress(OSError):  # no link, or gone meanwhile
+        return os.path.basename(os.readlink(path))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             return os.read(descriptor, 4096).decode("utf-8", "backslashreplace").rstrip()
         finally:
@@ -1811,28 +1650,7 @@ def read_attribute(folder: str, name: str) -> Optional[str]:
     except OSError as error:
         if error.errno in SCARCE:
             raise
-        if error.errno != errno.ELOOP:
-            return None
-    try:
-        return os.path.basename(os.readlink(path))
-    except OSError:
-        return None  # it went meanwhile
-
-
-def _attribute_names(folder: str) -> List[str]:
-    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
-    try:
-        with os.scandir(folder) as items:
-            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
-    except OSError:
-        return []
-    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
-    return sorted({*files, *links} - {"dev", "uevent"})
-
-
-def _is_usable(value: str) -> bool:
-    """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1849,7 +1667,7 @@ SLOT_BYTES, NUMA_BYTES = 26, 12  # of a slot in it at most, without its path and
 class DeviceSpec(NamedTuple):
     """What a container is given: DeviceSpec of the device plugin API.
 
-    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path anew at every start
+    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path again at every start
     of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
     leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
     """
@@ -1857,7 +1675,7 @@ class DeviceSpec(NamedTuple):
     host: str
     container: str
     permissions: str
-    nodes: Tuple[Tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
+    nodes: tuple[tuple[str, str], ...]  # the nodes at this moment: (path on the host, path in the container)
 
 
 class Part(NamedTuple):
@@ -1877,18 +1695,17 @@ class Device:
     line: int  # of the rule that it follows
     is_pool: bool  # whether that rule names the resource
     slots: int
-    nodes: Tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
+    nodes: tuple[DeviceNode, ...]  # as last seen under its rule; a Tegra GPU has none
     chosen_by: Values  # the attributes by which the rule chose it, or named its resource; none if its path alone did
     values: Values  # of the attributes in its rule's templates
     since: float  # time.monotonic() since when it is there, or gone, or has a problem
     problem: str = ""  # why it is Unhealthy, and not given to new pods; empty: it is Healthy
     is_gone: bool = False  # no node is at its path, or another one than the rule chose
-    parts: Tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
-    permissions: str = ""
+    parts: tuple[Part, ...] = ()  # the device itself first, then its companions; a Tegra GPU has none
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    numa: Tuple[int, ...] = ()  # the NUMA nodes that it is close to
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
-    specs: Tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
+    numa: tuple[int, ...] = ()  # the NUMA nodes that it is close to
+    facts: Values = dataclasses.field(default_factory=dict)  # what sysfs says about it, for DRA
+    specs: tuple[DeviceSpec, ...] = ()  # what a container is given at a start now; empty if it may not start
 
     def has_nodes(self, nodes: Sequence[DeviceNode]) -> bool:
         """Whether NODES are its own, and not others that came to stand at its path."""
@@ -1902,7 +1719,7 @@ class Resource:
 
     name: str  # without the domain
     pool: bool
-    devices: Tuple[Device, ...]
+    devices: tuple[Device, ...]
 
 
 class Slot(NamedTuple):
@@ -1942,14 +1759,14 @@ class Plan:
     """What to offer, and what is left out."""
 
     resources: Mapping[str, Resource]
-    left_out: Tuple[LeftOut, ...]
-    unused: Tuple[Rule, ...]  # rules that matched nothing
+    left_out: tuple[LeftOut, ...]
+    unused: tuple[Rule, ...]  # rules that matched nothing
 
 
 EMPTY_PLAN = Plan({}, (), ())
 
 
-Named = Sequence[Tuple[Rule, Union[re.Match[str], SearchTimeout]]]
+Named = Sequence[tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
@@ -1957,47 +1774,47 @@ class Matcher:
 
     The answers are remembered, because the names in /dev hardly change. For the main thread only."""
 
+    MAX_REMEMBERED = 1 << 14  # names
+
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._matches: Dict[Tuple[str, bool], Named] = {}
-        self._rules: Dict[bool, Sequence[Rule]] = {  # by whether they are for the GPUs of a Tegra
-            is_gpu: [rule for rule in reversed(rules) if (rule.pattern == TEGRA) == is_gpu] for is_gpu in (False, True)
-        }
-        self._expressions = {is_gpu: [rule.match for rule in rules] for is_gpu, rules in self._rules.items()}
+        self.find = functools.lru_cache(self.MAX_REMEMBERED)(self._find)
 
-    def __call__(self, path: str, is_gpu: bool = False) -> Named:
+    def _find(self, path: str) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
-        key = path, is_gpu
-        if key not in self._matches:
-            pairs = zip(self._rules[is_gpu], search_all(self._expressions[is_gpu], path))
-            self._matches[key] = tuple((rule, match) for rule, match in pairs if match)
-        return self._matches[key]
-
-    def forget(self, paths: Iterable[str]) -> None:
-        """Drop what is remembered, except about PATHS."""
-        keep = set(paths)
-        self._matches = {key: named for key, named in self._matches.items() if key[0] in keep}
+        is_gpu = is_tegra_gpu(path)
+        rules = [rule for rule in reversed(self.rules) if rule.pattern == TEGRA or not is_gpu]
+        pairs = zip(rules, search_all([rule.match for rule in rules], path))
+        return tuple((rule, match) for rule, match in pairs if match)
 
 
-class Found(NamedTuple):
-    """What rules name in /dev, and what they ask sysfs about it."""
+def is_tegra_gpu(path: str) -> bool:
+    """Whether PATH is not one below /dev, but the name of a Tegra's GPU."""
+    return re.fullmatch(f"{TEGRA}[0-9]+", path) is not None
 
-    devices: Mapping[str, Tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
+
+@dataclass(frozen=True)
+class Look:
+    """What rules name in /dev at one moment, and what sysfs says about it."""
+
+    snapshot: Snapshot
+    matcher: Matcher
+    dev_dir: str
+    devices: Mapping[str, tuple[DeviceNode, ...]]  # nodes by path; a Tegra GPU has none
     problems: Mapping[str, NotADevice]  # why other paths that rules name lead to no device
     wanted: Mapping[Entry, Names]  # of each node: attributes that rules ask for, or use in templates
+    chains: Mapping[Entry, Chain] = dataclasses.field(default_factory=dict)  # of the nodes, if sysfs has answered yet
+    now: float = 0.0  # time.monotonic() of that
 
 
-NOTHING_FOUND = Found({}, {}, {})
-
-
-def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Found:
+def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Look:
     """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
-    devices: Dict[str, Tuple[DeviceNode, ...]] = {}
-    problems: Dict[str, NotADevice] = {}
-    wanted: Dict[Entry, Set[str]] = {}
+    devices: dict[str, tuple[DeviceNode, ...]] = {}
+    problems: dict[str, NotADevice] = {}
+    wanted: dict[Entry, set[str]] = {}
     for path in snapshot.entries:
-        rules = [rule for rule, _ in matcher(path)] if path else []
-        if not rules:
+        rules = [rule for rule, _ in matcher.find(path)] if path else []
+        if not rules or is_tegra_gpu(path):
             continue
         try:
             devices[path] = tuple(resolve(snapshot, path, dev_dir))
@@ -2007,8 +1824,9 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
         names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
         for node in devices[path]:
             wanted.setdefault(node.entry, set()).update(names)
-    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher(name, is_gpu=True))
-    return Found(devices, problems, {node: tuple(sorted(names)) for node, names in wanted.items()})
+    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.find(name))
+    names_of = {node: tuple(sorted(names)) for node, names in wanted.items()}
+    return Look(snapshot, matcher, dev_dir, devices, problems, names_of)
 
 
 def expiry_times(plan: Plan) -> Iterator[float]:
@@ -2021,18 +1839,6 @@ def devices_of(plan: Plan) -> Iterator[Device]:
     return (device for resource in plan.resources.values() for device in resource.devices)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What make_plan() goes by, besides the previous plan."""
-
-    found: Found
-    snapshot: Snapshot
-    chains: Mapping[Entry, Chain]  # of the nodes; of one that is missing, sysfs has not said anything yet
-    matcher: Matcher
-    dev_dir: str
-    now: float  # time.monotonic()
-
-
 def make_plan(previous: Plan, look: Look) -> Plan:
     """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
 
@@ -2040,169 +1846,95 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
     has changed so that the rule would no longer choose it.
     """
-    left_out: List[LeftOut] = []
-    offered: Dict[str, Dict[str, Device]] = {}  # by resource and path
-    for path, nodes in look.found.devices.items():
-        for rule, match in look.matcher(path, not nodes):
+    left_out = [LeftOut.of(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
+    offered: dict[str, dict[str, Device]] = {}  # by resource and path
+    for path, nodes in look.devices.items():
+        for rule, match in look.matcher.find(path):
+            found = None
             try:
                 if isinstance(match, SearchTimeout):
-                    why = f"{TOOK_TOO_LONG} in this name: {rule.pattern}"
-                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=why)
-                found = _fit_nodes(rule, nodes, look.chains)
-            except NotADevice as error:
-                left_out.append(LeftOut.of(path, rule.line, error))
-                continue  # an earlier rule may fit
-            try:
-                name, device = _device(path, nodes, rule, match, found, look)
+                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+                found = fit(rule, [look.chains.get(node.entry) for node in nodes])
+                name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
             except NotADevice as error:
                 left_out.append(LeftOut.of(path, rule.line, error))
-            break
+            if found:
+                break  # otherwise, an earlier rule may fit
     kept = _keep(previous, look, offered)
-    for path, problem in look.found.problems.items():
-        left_out.append(LeftOut.of(path, look.matcher(path)[0][0].line, problem))
     left_out = [left for left in left_out if left.path not in kept]
-    resources: Dict[str, Resource] = {}
+    resources: dict[str, Resource] = {}
     for name in sorted(offered):
         before = previous.resources.get(name)
-        devices, losers = _choose(name, _dated(offered[name], before, look.now), before)
+        old = {device.path: device for device in before.devices} if before else {}
+        devices = []
+        for path, device in sorted(offered[name].items()):
+            was = old.get(path, device)
+            is_as_it_was = (bool(was.problem), was.is_gone) == (bool(device.problem), device.is_gone)
+            devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else look.now))
+        winners, losers = choose_devices(name, devices, before)
         left_out += losers
-        if devices:
-            resources[name] = Resource(name, devices[0].is_pool, tuple(devices))
-    named = [look.matcher(path, not nodes) for path, nodes in look.found.devices.items()]
-    named += [look.matcher(device.path, not device.nodes) for device in kept.values()]
-    used = {id(rule) for rules in (*named, *map(look.matcher, look.found.problems)) for rule, _ in rules}
+        if winners:
+            resources[name] = Resource(name, winners[0].is_pool, tuple(winners))
+    used = {id(rule) for path in (*look.devices, *look.problems, *kept) for rule, _ in look.matcher.find(path)}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
-def _keep(previous: Plan, look: Look, offered: Dict[str, Dict[str, Device]]) -> Mapping[str, Device]:
+def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> set[str]:
     """Add to what is OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these
-    by path."""
-    all_kept = {}
-    for name, resource in previous.resources.items():
-        for device in resource.devices:
-            if device.path in offered.get(name, {}):
+    paths."""
+    all_kept = set()
+    for old_name, old in ((name, device) for name, each in previous.resources.items() for device in each.devices):
+        if old.path in offered.get(old_name, {}):
+            continue
+        problem, is_gone = _find_loss(old, look)
+        since = old.since if old.is_gone else look.now
+        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
+            continue
+        for rule, match in look.matcher.find(old.path):
+            is_chosen = old.values.keys() >= {*rule.values} and _has_all(old.chosen_by, rule.attributes)
+            if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
-            new_name, kept = _kept(device, look)
-            if kept and device.path not in offered.get(new_name, {}):
-                offered.setdefault(new_name, {})[device.path] = all_kept[device.path] = kept
+            try:
+                name, new = make_device(old.path, old.nodes, rule, match, Fit(old.chosen_by, old.values), look)
+            except NotADevice:
+                continue  # the rule was edited, and its path in a container or its resource's name is no longer good
+            specs = () if is_gone else new.specs
+            kept = dataclasses.replace(
+                new, problem=problem, is_gone=is_gone, since=since, specs=specs, numa=old.numa, facts=old.facts
+            )
+            if old.path not in offered.get(name, {}):
+                offered.setdefault(name, {})[old.path] = kept
+                all_kept.add(old.path)
+            break
     return all_kept
 
 
-def _kept(device: Device, look: Look) -> Tuple[str, Optional[Device]]:
-    """The name of its resource and DEVICE, of the previous plan, as it is still offered; None if it is not."""
-    for rule, match in look.matcher(device.path, not device.nodes):
-        if isinstance(match, SearchTimeout) or not _chooses(rule, device):
-            continue
-        problem, is_gone = _find_loss(device, rule, look)
-        since = device.since if device.is_gone else look.now
-        if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
-            break
-        try:
-            name, fresh = _device(device.path, device.nodes, rule, match, Fit(device.chosen_by, device.values), look)
-        except NotADevice:
-            continue  # the rule was edited, and its path in a container or its resource's name is no longer a good one
-        specs = () if is_gone else fresh.specs
-        kept = dataclasses.replace(
-            fresh, problem=problem, is_gone=is_gone, specs=specs, numa=device.numa, facts=device.facts
-        )
-        return name, kept
-    return "", None
-
-
-def _chooses(rule: Rule, device: Device) -> bool:
-    """Whether RULE chooses DEVICE as it was last good."""
-    held = device.chosen_by
-    has_values = device.values.keys() >= {*rule.values}
-    return has_values and all(item.name in held and item.fits(held[item.name]) for item in rule.attributes)
-
-
-def _find_loss(device: Device, rule: Rule, look: Look) -> Tuple[str, bool]:
-    """Why RULE no longer chooses what is at DEVICE's path, and whether DEVICE is gone. Empty if it does, or if its path
-    alone chose it, and so another rule has it."""
-    nodes = look.found.devices.get(device.path)
+def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
+    """Why what is at DEVICE's path is not what its rule chose, and whether DEVICE is gone. There is no reason if it is,
+    or if its path alone chose it: then another rule has it."""
+    nodes = look.devices.get(device.path)
     if nodes is None:
-        return str(look.found.problems.get(device.path, NotADevice(Reason.GONE))), True
-    naming = attributes_in(rule.resource)
-    if not rule.attributes and not naming:
+        return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
+    if not device.chosen_by:
         return "", False
     is_gone = device.is_gone or not device.has_nodes(nodes)
-    try:
-        found = _fit_nodes(rule, nodes, look.chains)
-        if found.problem:
-            raise found.problem
-    except NotADevice as error:
-        return str(error), is_gone
-    for name in naming:
-        if found.values[name] != device.values[name]:
-            return f'{describe_value(name, found.values[name])} and was "{device.values[name]}"', is_gone
-    return Reason.SWAPPED.template if is_gone else "", is_gone
+    known = [look.chains.get(node.entry) for node in nodes]
+    changes = [NO_ATTRIBUTES_YET if chain is None else find_changes(chain, device.chosen_by) for chain in known]
+    problem = "" if "" in changes else next(iter(changes), "")
+    return problem or (Reason.SWAPPED.template if is_gone else ""), is_gone
 
 
-def _dated(devices: Mapping[str, Device], previous: Optional[Resource], now: float) -> List[Device]:
-    """The DEVICES of one resource in the order of their paths, each with the time since when it is as it is."""
-    before = {device.path: device for device in previous.devices} if previous else {}
-    dated = []
-    for path, device in sorted(devices.items()):
-        old = before.get(path)
-        is_old = old and (bool(old.problem), old.is_gone) == (bool(device.problem), device.is_gone)
-        dated.append(dataclasses.replace(device, since=old.since if old and is_old else now))
-    return dated
-
-
-def find_overridden(plan: Plan, matcher: Matcher) -> List[Tuple[Rule, Device]]:
-    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
-    sorted order."""
-    found = []
-    for device in devices_of(plan):
-        named = [rule for rule, match in matcher(device.path, not device.nodes) if isinstance(match, re.Match)]
-        lines = [rule.line for rule in named]
-        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
-
-
-class Offer(NamedTuple):
-    """A device as a resource offers it."""
-
-    resource: str  # its name without the domain
-    path: str
-    line: int
-
-
-def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
-    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
-
-    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
-    """
-    offers: Dict[str, List[Offer]] = {}
-    for name, resource in plan.resources.items():
-        for device in resource.devices:
-            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
-            for node, _ in (node for spec in own for node in spec.nodes):
-                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
-    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
-
-
-def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
-    """Sentences on the nodes that are SHARED, each with those that it is about."""
-    nodes: Dict[str, List[str]] = {}
-    for node, offers in shared.items():
-        lines = sorted({offer.line for offer in offers})
-        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
-        sentence = f"several resources offer it ({where}), so several pods can have it at once"
-        nodes.setdefault(sentence, []).append(node)
-    return nodes
-
-
-def _choose(
-    name: str, devices: Sequence[Device], previous: Optional[Resource]
-) -> Tuple[Sequence[Device], List[LeftOut]]:
+def choose_devices(
+    name: str, devices: Sequence[Device], previous: Resource | None
+) -> tuple[Sequence[Device], list[LeftOut]]:
     """The DEVICES, in the order of their paths, that get the name NAME; and what is left out of it. A device that is
     gone is not left out.
 
     A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
-    equals the name, then the first path in sorted order.
+    equals the name, then the first path in sorted order. A pool has each node once, as the first path that leads to it;
+    and no more devices than its list has room for, where those that PREVIOUS has come first.
     """
     holder = previous.devices[0].path if previous and not previous.pool else ""
     pool = [device for device in devices if device.is_pool]
@@ -2211,70 +1943,38 @@ def _choose(
         key=lambda device: (device.path != holder, device.is_gone, device.path != name, device.path),
     )
     if pool and not (own and own[0].path == holder):
-        error = NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
-        winners, left_out = _choose_for_pool(pool, previous)
-        losers = own
+        winners, taken = pool, NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
     else:
-        error = NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
-        winners, left_out = own[:1], []
-        losers = own[1:] + pool
-    left_out += [LeftOut.of(device.path, device.line, error) for device in losers if not device.is_gone]
-    return winners, left_out
-
-
-def _choose_for_pool(devices: Sequence[Device], previous: Optional[Resource]) -> Tuple[List[Device], List[LeftOut]]:
-    """The DEVICES of a pool, in the order of their paths, without those whose node an earlier one has, and those for
-    which its list has no room; and these, as left out.
-
-    One that is gone has no node. The devices that PREVIOUS has come first to the list, so that a newcomer takes no room
-    from them.
-    """
-    left_out: Dict[str, LeftOut] = {}
-    paths: Dict[str, str] = {}  # of devices, by a node of theirs
-    for device in devices:
+        winners, taken = own[:1], NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
+        pool = []
+    paths = {device.path for device in winners}
+    errors = {device.path: taken for device in devices if device.path not in paths and not device.is_gone}
+    owners: dict[str, str] = {}  # paths of devices, by node
+    for device in pool:
         nodes = [] if device.is_gone else [node.path for node in device.nodes]
-        path = next((paths[node] for node in nodes if node in paths), None)
+        path = next((owners[node] for node in nodes if node in owners), None)
         if path is None:
-            paths.update(dict.fromkeys(nodes, device.path))
+            owners.update(dict.fromkeys(nodes, device.path))
         else:
-            left_out[device.path] = LeftOut.of(device.path, device.line, NotADevice(Reason.SAME_NODE, path=path))
+            errors[device.path] = NotADevice(Reason.SAME_NODE, path=path)
     offered = {device.path for device in previous.devices} if previous else set()
     room = MAX_LIST_BYTES
-    for device in sorted(devices, key=lambda device: device.path not in offered):
-        if device.path in left_out:
-            continue
-        if list_bytes(device) > room:
-            error = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
-            left_out[device.path] = LeftOut.of(device.path, device.line, error)
+    listed = (device for device in pool if device.path not in errors)
+    for device in sorted(listed, key=lambda device: device.path not in offered):
+        size = device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
+        if size > room:
+            errors[device.path] = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
         else:
-            room -= list_bytes(device)
-    return [device for device in devices if device.path not in left_out], list(left_out.values())
+            room -= size
+    left_out = [
+        LeftOut.of(device.path, device.line, errors[device.path]) for device in devices if device.path in errors
+    ]
+    return [device for device in winners if device.path not in errors], left_out
 
 
-def list_bytes(device: Device) -> int:
-    """How many bytes the slots of DEVICE, one of a pool, take in a ListAndWatchResponse at most."""
-    return device.slots * (len(device.path.encode()) + SLOT_BYTES + NUMA_BYTES * len(device.numa))
-
-
-def _fit_nodes(rule: Rule, nodes: Sequence[DeviceNode], chains: Mapping[Entry, Chain]) -> Fit:
-    """How RULE fits the device with NODES: as it fits one of them. Raises NotADevice if it fits none."""
-    if not rule.attributes and not rule.values:
-        return Fit()
-    fits, errors = [], [] if nodes else [NotADevice(Reason.NO_ATTRIBUTES)]
-    for node in nodes:
-        try:
-            fits.append(fit(rule, chains.get(node.entry)))
-        except NotADevice as error:
-            errors.append(error)
-    if not fits and rule.attributes:
-        raise errors[0]
-    fits += [Fit(problem=error) for error in errors]
-    return next((found for found in fits if not found.problem), fits[0])
-
-
-def _device(
-    path: str, nodes: Tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
-) -> Tuple[str, Device]:
+def make_device(
+    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
+) -> tuple[str, Device]:
     """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
 
     Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
@@ -2286,8 +1986,8 @@ def _device(
         raise NotADevice(Reason.NO_NAME)
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
-    chains = [look.chains.get(node.entry, ()) for node in nodes]
-    facts, *others = [facts_of(chain) for chain in chains] or [{}]
+    known = [look.chains.get(node.entry, ()) for node in nodes]
+    facts = [facts_of(chain) for chain in known] or [{}]
     device = Device(
         path=path,
         line=rule.line,
@@ -2298,10 +1998,9 @@ def _device(
         values=found.values,
         since=look.now,
         parts=tuple(_parts(path, rule, match, found.values)),
-        permissions=rule.permissions,
         env=env,
-        numa=tuple(sorted({numa for numa in map(numa_of, chains) if numa is not None})),
-        facts={name: value for name, value in facts.items() if all(other.get(name) == value for other in others)},
+        numa=tuple(sorted({numa for numa in map(numa_of, known) if numa is not None})),
+        facts={name: value for name, value in facts[0].items() if all(other.get(name) == value for other in facts)},
     )
     try:
         return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
@@ -2314,27 +2013,24 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Itera
     container is not a good one."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
-    place = _place(container, path)
-    if rule.pattern != TEGRA:
-        yield Part(path, place, False, rule.permissions)
-    for companion in rule.companions:
-        other = expand(companion.template, match, values)
-        place = expand(companion.containerpath, match, values) or folder or f"/dev/{other}"
-        yield Part(other, _place(place, other), companion.optional, companion.permissions or rule.permissions)
+    parts = [Part(path, container, False, rule.permissions)]
+    for item in rule.companions:
+        other = expand(item.template, match, values)
+        place = expand(item.containerpath, match, values) or folder or f"/dev/{other}"
+        parts.append(Part(other, place, item.optional, item.permissions or rule.permissions))
+    for part in parts:
+        name = part.path.rpartition("/")[2] if part.container.endswith("/") else ""
+        place = re.sub("/+", "/", part.container + name)
+        if {"", ".", ".."} & set(place.split("/")[2:]):
+            raise NotADevice(Reason.CONTAINER_PATH, path=place)
+        if part.path != path or rule.pattern != TEGRA:
+            yield part._replace(container=place)
 
 
-def _place(container: str, path: str) -> str:
-    """The path of PATH in a container: CONTAINER, or a name in that folder if it ends in "/". Raises NotADevice."""
-    place = re.sub("/+", "/", container + path.rpartition("/")[2] if container.endswith("/") else container)
-    if {"", ".", ".."} & set(place.split("/")[2:]):
-        raise NotADevice(Reason.CONTAINER_PATH, path=place)
-    return place
-
-
-def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
+def specs_of(device: Device, tree: Tree, dev_dir: str) -> list[DeviceSpec]:
     """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
-    specs: List[DeviceSpec] = []
-    given: Dict[str, str] = {}
+    specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -2351,7 +2047,7 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> List[DeviceSpec]:
     return specs
 
 
-def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) -> None:
+def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) -> None:
     """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
 
     Raises NotADevice if two nodes, or two folders, would have the same path in the container.
@@ -2368,25 +2064,50 @@ def _add_spec(specs: List[DeviceSpec], given: Dict[str, str], spec: DeviceSpec) 
     given.update((container, host) for host, container in spec.nodes)
 
 
-def target_of(host: str, targets: Sequence[str]) -> Tuple[str, bool]:
-    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
-    folder."""
-    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
-    return "" if is_folder or targets[0] == host else targets[0], is_folder
+class Offer(NamedTuple):
+    """A device as a resource offers it."""
+
+    resource: str  # its name without the domain
+    path: str
+    line: int
+
+
+def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
+    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
+
+    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
+    """
+    offers: dict[str, list[Offer]] = {}
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
+            for node, _ in (node for spec in own for node in spec.nodes):
+                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+    return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
+
+
+def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that are SHARED, each with those that it is about."""
+    nodes: dict[str, list[str]] = {}
+    for node, offers in shared.items():
+        lines = sorted({offer.line for offer in offers})
+        where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
+        sentence = f"several resources offer it ({where}), so several pods can have it at once"
+        nodes.setdefault(sentence, []).append(node)
+    return nodes
 
 
 def device_path(device: Device) -> str:
     """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
-    has_node = any(part.path == device.path for part in device.parts)
-    return f"/dev/{device.path}" if has_node else device.path
+    return device.path if is_tegra_gpu(device.path) else f"/dev/{device.path}"
 
 
-def slots_of(resource: Resource) -> Tuple[Slot, ...]:
+def slots_of(resource: Resource) -> tuple[Slot, ...]:
     """Every slot of RESOURCE."""
     return tuple(Slot(resource, device, number) for device in resource.devices for number in range(device.slots))
 
 
-def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[str, Optional[Slot]]]:
+def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[tuple[str, Slot | None]]:
     """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none.
 
     The number may be too high by now, because the device had more slots when the ID was allocated.
@@ -2395,7 +2116,7 @@ def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[Tuple[s
     for slot_id in dict.fromkeys(slot_ids):
         path, _, number = slot_id.rpartition(":")
         slot = None
-        if path in devices and re.fullmatch("0|[1-9][0-9]{0,4}", number):
+        if path in devices and re.fullmatch("[0-9]{1,5}", number):
             slot = Slot(resource, devices[path], int(number))
         yield slot_id, slot if slot and slot.id == slot_id else None
 
@@ -2411,38 +2132,37 @@ class AllocationError(Exception):
 class ContainerAllocation(NamedTuple):
     """What one container is given: ContainerAllocateResponse of the device plugin API."""
 
-    specs: Tuple[DeviceSpec, ...]
+    specs: tuple[DeviceSpec, ...]
     env: Mapping[str, str]
 
 
 def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: str) -> ContainerAllocation:
     """What a container is given for SLOT_IDS of RESOURCE, according to TREE. Raises AllocationError."""
-    chosen: Dict[str, Device] = {}
+    chosen: dict[str, Device] = {}
     for slot_id, slot in named_slots(resource, slot_ids):
         if slot is None or slot.number >= slot.device.slots:
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[slot.device.path] = slot.device
-    specs: List[DeviceSpec] = []
-    given: Dict[str, str] = {}
-    env: Dict[str, Dict[str, None]] = {}  # values in order, each once
-    for device in (chosen[path] for path in sorted(chosen)):
+    specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
+    env: dict[str, dict[str, None]] = {}  # values in order, each once
+    for path, device in sorted(chosen.items()):
         if device.problem and (device.chosen_by or not device.nodes):
             raise AllocationError("UNAVAILABLE", f"{device_path(device)}: {device.problem}")
+        code, place = "UNAVAILABLE", f"/dev/{path}: "
         try:
             found = specs_of(device, tree, dev_dir)
-        except NotADevice as error:
-            raise AllocationError("UNAVAILABLE", f"/dev/{device.path}: {error}") from None
-        for spec in found:
-            try:
+            code, place = "FAILED_PRECONDITION", ""  # each could be given alone
+            for spec in found:
                 _add_spec(specs, given, spec)
-            except NotADevice as error:
-                raise AllocationError("FAILED_PRECONDITION", str(error)) from None
+        except NotADevice as error:
+            raise AllocationError(code, f"{place}{error}") from None
         for name, value in device.env.items():
             env.setdefault(name, {})[value] = None
     return ContainerAllocation(tuple(specs), {name: ",".join(values) for name, values in env.items()})
 
 
-def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> List[str]:
+def preferred_allocation(resource: Resource, available: Iterable[str], must: Iterable[str], size: int) -> list[str]:
     """SIZE of the AVAILABLE IDs of a pool, those in MUST first: on as many different devices as possible, and on those
     with the fewest slots in use first."""
     preferred = list(must)
@@ -2468,7 +2188,7 @@ MAX_NAMES = 8  # of devices or resources in one line
 MAX_MESSAGE = 4000  # characters of a sentence, and of a line of a traceback
 MAX_TEXT = 300  # characters of a text from outside: an Allocate may name thousands of IDs
 
-Document = Dict[str, Any]  # what json.dumps() takes
+Document = dict[str, Any]  # what json.dumps() takes
 
 log_counts = types.SimpleNamespace(dropped_lines=0, internal_errors=0)  # since the process started
 log = logging.getLogger("smarter-device-manager")
@@ -2694,6 +2414,340 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
         record.args, record.exc_info = (error,), None
         record.levelno, record.levelname = logging.WARNING, "WARNING"
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form. Two
+# helpers are of Kubelet: write_file() and Watch.
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CONF_NAME = "the built-in default rules"
+WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
+# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
+# default is to be ignored.
+FOLDER_SIGNAL = signal.SIGURG
+MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
+FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
+
+
+class KeptFile:
+    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
+    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
+
+    NOTHING = "[]"  # a text that needs no file
+
+    def __init__(self, path: str, what: str, kind: str) -> None:
+        self.path = path
+        self._what = what
+        self._kind = kind
+
+    def read(self, parse: Callable[[str], T]) -> T | None:
+        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
+        try:
+            return parse(read_conf(self.path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            problem = getattr(error, "strerror", "") or str(error)
+            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
+            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            return None
+
+    def keep(self, text: str) -> None:
+        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
+
+        Another instance may keep another text in the same file: an older one, too, just before it ends.
+        """
+        kept = self.NOTHING
+        with contextlib.suppress(OSError, ConfigError):
+            kept = read_conf(self.path) if self.path else text
+        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
+            return
+        try:
+            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
+            board.set(self.path, "")
+        except OSError as error:
+            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
+            board.set(self.path, sentence, f"{self._kind}-not-kept")
+
+
+def kept_path(folder: str, domain: str, conf: str) -> str:
+    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
+    kubelet removes nothing but sockets there."""
+    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
+
+
+def format_kept_devices(plan: Plan, boot: str) -> str:
+    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
+
+    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
+    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
+    """
+    rows = []
+    for name, resource in plan.resources.items():
+        for device in resource.devices:
+            if device.chosen_by:
+                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
+                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
+    return json.dumps(rows)
+
+
+def parse_kept_devices(text: str, boot: str) -> Plan:
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
+
+    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
+    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
+    """
+    devices: dict[str, list[Device]] = {}
+    for row in json.loads(text):
+        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
+        name, path, boot_then, numbers, *held = row
+        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
+        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
+        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
+        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
+        devices.setdefault(str(name), []).append(device)
+    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
+
+
+class ConfFile:
+    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
+    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
+
+    def __init__(self, path: str, kept_path: str = "") -> None:
+        self.rules: tuple[Rule, ...] = ()  # in force
+        self.text = ""  # of these
+        self.error = ""  # why the present text of the file is refused
+        self.reloads = self.failed_reloads = 0
+        self.read_at = 0.0  # time.time() when the file was last found good
+        self.path = path
+        self._refused: str | None = None  # the present text of the file, if its rules are not good
+        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
+
+    def start(self) -> None:
+        """Put the first rules in force. Raises Problem if there are no good ones."""
+        self.follow()
+        if not self.rules:
+            raise Problem(self.error)
+
+    def follow(self, reread: bool = False) -> bool:
+        """Put the rules of the file in force if they changed and are good; whether there are new ones.
+
+        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
+        """
+        old_rules, old_error, problem, text = self.rules, self.error, "", None
+        try:
+            text = read_conf(self.path) if self.path else DEFAULT_CONF
+            if text == self._refused and not reread:
+                problem = old_error
+            elif text != self.text or not old_rules:
+                self.rules, self.text = parse_rules(text), text
+        except ConfigError as error:
+            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
+        except OSError as error:
+            problem = f"cannot read the config file {self.path}: {error.strerror}"
+        self.error, self._refused = problem, text if problem else None
+        if problem and not old_rules:  # this is the start
+            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+        has_changed = self.rules is not old_rules
+        if problem and self.rules and (reread or problem != old_error):
+            self.failed_reloads += 1
+            source = "" if old_rules else f", from {self._kept.path}"
+            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
+        elif not problem and (reread or old_error or has_changed):
+            self.read_at = time.time()
+            if old_rules and (old_error or has_changed):
+                self.reloads += 1
+                count = len(self.rules)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+        self._kept.keep(self.text)
+        return has_changed
+
+
+class DeviceSide:
+    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
+
+    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
+        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
+        self.plan = EMPTY_PLAN
+        self.snapshot = Snapshot({}, {})
+        self.scan_seconds = 0.0  # taken by the last scan of /dev
+        self.conf = ConfFile(conf, kept and f"{kept}.conf")
+        self._dev_dir = dev_dir
+        self._scanner = Scanner(dev_dir)
+        self._sysfs = Sysfs(sys_dir, with_facts)
+        self._matcher = Matcher(())
+        self._look = find_devices(self.snapshot, (), self._matcher, dev_dir)
+        self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
+        self._gpus: Sequence[str] = ()
+        what = "the list of devices that rules chose by attributes"
+        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
+        self._kept_text = KeptFile.NOTHING  # of the plan
+        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
+        self._next_full_scan = 0.0
+
+    def start(self) -> None:
+        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
+        try:
+            os.listdir(self._dev_dir)
+        except OSError as error:
+            problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
+            raise Problem(problem) from None
+        self.conf.start()
+        self._matcher = Matcher(self.conf.rules)
+        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
+        self.turn()
+
+    def turn(self, reread: bool = False) -> Plan | None:
+        """Look for changes, everywhere if REREAD; the new plan if there is one."""
+        now, before = time.monotonic(), self.plan
+        full = reread or now >= self._next_full_scan
+        has_changed = self.conf.follow(reread)
+        if has_changed:
+            self._matcher = Matcher(self.conf.rules)
+        began, problem = time.monotonic(), ""
+        try:
+            snapshot = self._scanner.scan(full)
+        except OSError as error:
+            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
+        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
+        has_changed |= snapshot is not self.snapshot
+        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
+        if full:
+            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
+        if has_changed:
+            self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
+        # At every turn, or a /dev that always changes would keep it waiting.
+        has_changed |= self._sysfs.refresh(self._look.wanted, self._unfit, full)
+        if has_changed:
+            plan = make_plan(before, dataclasses.replace(self._look, chains=self._sysfs.chains, now=now))
+            unfit = [left.path for left in plan.left_out]
+            unfit += [device.path for device in devices_of(plan) if device.problem]
+            self._unfit = [node.entry for path in unfit for node in self._look.devices.get(path, ())]
+            if plan != before:
+                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
+        self._kept_devices.keep(self._kept_text)
+        if full:
+            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
+        return None if self.plan is before else self.plan
+
+    def request_full_scan(self) -> None:
+        """Let the next turn scan everything."""
+        self._next_full_scan = 0.0
+
+    def folders(self) -> list[str]:
+        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
+        and the others by their depth."""
+        paths = [
+            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
+        ]
+        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        return [f"{self._dev_dir}/{path}" for path in paths]
+
+    def describe(self) -> Document:
+        """Its part of the status document, as of the last turn."""
+        return {
+            "conf": {
+                "path": self.conf.path or DEFAULT_CONF_NAME,
+                "rules": len(self.conf.rules),
+                "error": self.conf.error,
+                "read_at": utc(self.conf.read_at),
+                "read_at_seconds": self.conf.read_at,
+                "reloads": self.conf.reloads,
+                "failed_reloads": self.conf.failed_reloads,
+            },
+            "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
+            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
+        }
+
+
+_Subject = tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
+
+
+@dataclass
+class _LoggedState:
+    """What ChangeLog knows of a subject."""
+
+    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
+    said: str | None = None  # the same, as of its last line
+    changes: int = 0  # since then
+    logged: float = -math.inf  # time.monotonic() of that
+
+
+class ChangeLog:
+    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
+    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
+
+    CHANGE_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self._states: dict[_Subject, _LoggedState] = {}
+        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
+
+    def take(self, plan: Plan) -> None:
+        """Note what PLAN changes in what is offered and left out."""
+        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        for name, resource in plan.resources.items():
+            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
+        for subject in states.keys() | self._states.keys():
+            known = self._states.setdefault(subject, _LoggedState())
+            known.changes += known.now != states.get(subject)
+            known.now = states.get(subject)
+        for sentence, nodes in describe_shared(find_shared(plan)).items():
+            news = [node for node in nodes if self._shared.get(node) != sentence]
+            self._shared.update(dict.fromkeys(nodes, sentence))
+            if news:
+                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
+
+    @property
+    def due(self) -> float:
+        """time.monotonic() when there is something to log; infinite if nothing waits."""
+        waiting = (known.logged for known in self._states.values() if known.changes)
+        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
+
+    def flush(self, now: float) -> None:
+        """Log what has changed, except about subjects that had a line just before NOW."""
+        if now < self.due:
+            return
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
+        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
+            change = _describe_change(subject[0], known) if known.changes else None
+            if change:
+                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+                known.logged = now
+            elif known.now is None:
+                del self._states[subject]
+            known.said, known.changes = known.now, 0
+        for (event, sentence, level), paths in groups.items():
+            log_event_for_all(event, sentence, level, "devices", paths)
+
+
+def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
+    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
+    empty; None if there is nothing to say."""
+    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
+    if not resource:
+        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
+    if known.now is None:
+        return "retired", f"no longer offered{count}", logging.INFO
+    if known.now:
+        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
+    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
+
+
+def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
+    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
+    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
+    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
+    for path in watches.keys() - set(paths):
+        watches.pop(path).close()
+    for path in paths:
+        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3312,12 +3366,11 @@ class HostDevices:
     START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
     """
 
-    READ_SECONDS = 0.08  # for reading the sysfs of devices before a start; the whole answer may take 0.1 s
+    PLAN_SECONDS = 2.0  # for the next plan to know what is at the path of a device, before a start is refused
     SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
 
-    def __init__(self, dev_dir: str, sys_dir: str, start_scan: Callable[[], None]) -> None:
+    def __init__(self, dev_dir: str, start_scan: Callable[[], None]) -> None:
         self._dev_dir = dev_dir
-        self._sysfs = SysfsReader(sys_dir)
         self._start_scan = start_scan
         self._next_scan = 0.0  # time.monotonic()
 
@@ -3329,38 +3382,23 @@ class HostDevices:
         except OSError as error:
             raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
 
-    async def find_start_problem(self, devices: Sequence[Device]) -> tuple[Device, str] | None:
-        """The first of DEVICES that is no longer the one that its rule chose, and what is there instead. One that is
-        the same node still is the same device, whatever its attributes are by now.
-
-        The answer comes within about READ_SECONDS, whatever sysfs does.
-        """
-        end = time.monotonic() + self.READ_SECONDS
-        problems = await asyncio.gather(*(self._start_problem(device, end) for device in devices))
-        return next((found for found in zip(devices, problems) if found[1]), None)
-
-    async def _start_problem(self, device: Device, end: float) -> str:
-        try:
-            with LiveTree(self._dev_dir) as tree:
-                specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)  # is each of its parts there?
-                nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else []
-            if device.has_nodes(nodes) and not device.is_gone:
-                return ""
-            reads = [self._sysfs.start(node.entry, tuple(device.chosen_by)) for node in nodes]
-            changes = [find_changes(await self._read(read, end), device.chosen_by) for read in reads]
-        except NotADevice as error:
-            return str(error)
-        except OSError as error:
-            return _cannot_look(error)
-        except SysfsTimeout:
-            return NO_ATTRIBUTES_YET
-        return "" if "" in changes or not changes else changes[0]
-
-    async def _read(self, read: SysfsRead, end: float) -> Chain:
-        """The result of READ. Raises SysfsTimeout at END, of time.monotonic()."""
-        with contextlib.suppress(asyncio.TimeoutError, OSError):
-            await asyncio.wait_for(asyncio.wrap_future(read), end - time.monotonic())
-        return self._sysfs.take(read)
+    def find_start_problem(self, devices: Iterable[Device]) -> tuple[Device, str, bool] | None:
+        """The first of DEVICES that is no longer the one that its rule chose, what is there instead, and whether the
+        plan may be too old to tell. One that is the same node still is the same device, whatever its attributes are."""
+        for device in devices:
+            try:
+                with LiveTree(self._dev_dir) as tree:
+                    specs_of(dataclasses.replace(device, chosen_by={}), tree, self._dev_dir)
+                    nodes = resolve(tree, device.path, self._dev_dir) if device.chosen_by else device.nodes
+            except NotADevice as error:
+                return device, str(error), False
+            except OSError as error:
+                return device, _cannot_look(error), False
+            is_other = device.is_gone or not device.has_nodes(nodes)
+            if is_other and (device.chosen_by or not device.nodes):  # whatever is there is right if its path chose it
+                is_old = device.problem in ("", Reason.GONE.template, Reason.SWAPPED.template)
+                return device, device.problem or Reason.SWAPPED.template, is_old and bool(nodes)
+        return None
 
     def request_scan(self) -> None:
         """Make the device side scan soon, since the plan may be outdated."""
@@ -3505,9 +3543,15 @@ class Plugin:
             if slot is None:
                 await self._refuse_start(slot_id, "", "the resource has no such ID", context)
             slots.setdefault(slot.device.path, slot)
-        found = await self._devices.find_start_problem([slot.device for slot in slots.values()])
+        give_up = time.monotonic() + self._devices.PLAN_SECONDS
+        while True:
+            devices = [device for device in self.resource.devices if device.path in slots]
+            found = self._devices.find_start_problem(devices)
+            if not found or not found[2] or time.monotonic() >= give_up:
+                break
+            await asyncio.sleep(0.02)
         if found:
-            device, problem = found
+            device, problem, _ = found
             await self._refuse_start(slots[device.path].id, device_path(device), problem, context)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
@@ -3825,7 +3869,8 @@ class DevicePluginSide(KubeletSide):
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         import resource as limits
 
-        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
+        room = (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH
+        room = max(room, len(self.registrations.keys() & plan.resources.keys()))  # what is served stays so
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
         served = dict.fromkeys(names[:room])
         for name in names[room:]:
@@ -3973,7 +4018,7 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     return {"name": name, "attributes": attributes, **taints}
 
 
-SliceGroup = Tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
+SliceGroup = tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
 
 
 def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
@@ -4182,7 +4227,7 @@ def parse_api_url(url: str) -> tuple[bool, str, int, str]:
     return is_tls, host, int(match[4] or (443 if is_tls else 80)), (match[5] or "").rstrip("/")
 
 
-ApiAnswer = Tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
+ApiAnswer = tuple[int, Any]  # the HTTP status, and the JSON in the body; None if that is none
 Reader = Callable[[Document], Any]  # of such JSON
 
 
@@ -5304,6 +5349,13 @@ def render_list(document: Document) -> str:
     return text + "".join(render_section(*each) for each in _lists(document))
 
 
+def target_of(host: str, targets: Sequence[str]) -> tuple[str, bool]:
+    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
+    folder."""
+    is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
+    return "" if is_folder or targets[0] == host else targets[0], is_folder
+
+
 def device_text(device: Document) -> str:
     """The path of DEVICE, where its link leads, its number of nodes, and the path in the container if that differs."""
     text: str = device["path"]
@@ -5367,7 +5419,7 @@ def event_text(event: Document) -> tuple[str, str]:
 # Metrics: Prometheus's text format 0.0.4, by its naming rules.
 
 PREFIX = "smarter_device_manager_"
-Samples = Iterable[Tuple[Mapping[str, str], float]]  # labels and value
+Samples = Iterable[tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -5407,7 +5459,7 @@ def _request_samples(document: Document) -> Samples:
 
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
-FAMILIES: Sequence[Tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
     ("build_info", "Always 1; the labels have the versions.", _build_samples),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
@@ -5794,341 +5846,6 @@ class StatusServer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
-# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEFAULT_CONF_NAME = "the built-in default rules"
-WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
-# default is to be ignored.
-FOLDER_SIGNAL = signal.SIGURG
-MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
-FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
-
-
-class KeptFile:
-    """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
-    whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
-
-    NOTHING = "[]"  # a text that needs no file
-
-    def __init__(self, path: str, what: str, kind: str) -> None:
-        self.path = path
-        self._what = what
-        self._kind = kind
-
-    def read(self, parse: Callable[[str], T]) -> T | None:
-        """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
-        try:
-            return parse(read_conf(self.path))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            problem = getattr(error, "strerror", "") or str(error)
-            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
-            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
-            return None
-
-    def keep(self, text: str) -> None:
-        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
-
-        Another instance may keep another text in the same file: an older one, too, just before it ends.
-        """
-        kept = self.NOTHING
-        with contextlib.suppress(OSError, ConfigError):
-            kept = read_conf(self.path) if self.path else text
-        if text == kept or len(text) > CONF_BYTES:  # which could not be read again
-            return
-        try:
-            write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
-            board.set(self.path, "")
-        except OSError as error:
-            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, f"{self._kind}-not-kept")
-
-
-def kept_path(folder: str, domain: str, conf: str) -> str:
-    """Where the instance with DOMAIN and the rules of CONF keeps files in FOLDER, but for the ends of their names. The
-    kubelet removes nothing but sockets there."""
-    return f"{folder}/smarter-device-manager-{shorten(domain, 180, domain)}.{binascii.crc32(os.fsencode(conf)):08x}"
-
-
-def format_kept_devices(plan: Plan, boot: str) -> str:
-    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
-
-    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
-    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
-    """
-    rows = []
-    for name, resource in plan.resources.items():
-        for device in resource.devices:
-            if device.chosen_by:
-                nodes = [(node.entry.device, node.entry.inode) for node in device.nodes]
-                rows.append((name, device.path, boot, nodes, device.chosen_by, device.values))
-    return json.dumps(rows)
-
-
-def parse_kept_devices(text: str, boot: str) -> Plan:
-    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
-
-    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
-    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
-    """
-    devices: dict[str, list[Device]] = {}
-    for row in json.loads(text):
-        json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
-        name, path, boot_then, numbers, *held = row
-        numbers = numbers if boot_then == boot else [(0, 0)]  # each boot counts inodes from 1
-        nodes = tuple(DeviceNode(path, "", Entry(CHAR, int(device), int(inode))) for device, inode in numbers)
-        chosen_by, values = ({str(key): str(value) for key, value in dict(each).items()} for each in held)
-        device = Device(str(path), 0, True, 0, nodes, chosen_by, values, since=time.monotonic())
-        devices.setdefault(str(name), []).append(device)
-    return Plan({name: Resource(name, True, tuple(found)) for name, found in devices.items()}, (), ())
-
-
-class ConfFile:
-    """The config file PATH. It is read at every turn, and its rules are in force as soon as they are good. If PATH is
-    empty, the built-in ones are. The last good text is kept at KEPT_PATH, for a start with a broken config file."""
-
-    def __init__(self, path: str, kept_path: str = "") -> None:
-        self.rules: tuple[Rule, ...] = ()  # in force
-        self.text = ""  # of these
-        self.error = ""  # why the present text of the file is refused
-        self.reloads = self.failed_reloads = 0
-        self.read_at = 0.0  # time.time() when the file was last found good
-        self.path = path
-        self._refused: str | None = None  # the present text of the file, if its rules are not good
-        self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
-
-    def start(self) -> None:
-        """Put the first rules in force. Raises Problem if there are no good ones."""
-        self.follow()
-        if not self.rules:
-            raise Problem(self.error)
-
-    def follow(self, reread: bool = False) -> bool:
-        """Put the rules of the file in force if they changed and are good; whether there are new ones.
-
-        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
-        """
-        old_rules, old_error, problem, text = self.rules, self.error, "", None
-        try:
-            text = read_conf(self.path) if self.path else DEFAULT_CONF
-            if text == self._refused and not reread:
-                problem = old_error
-            elif text != self.text or not old_rules:
-                self.rules, self.text = parse_rules(text), text
-        except ConfigError as error:
-            problem = f"{self.path}:{error.line}:{error.column}: {error.message}"
-        except OSError as error:
-            problem = f"cannot read the config file {self.path}: {error.strerror}"
-        self.error, self._refused = problem, text if problem else None
-        if problem and not old_rules:  # this is the start
-            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
-            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
-        has_changed = self.rules is not old_rules
-        if problem and self.rules and (reread or problem != old_error):
-            self.failed_reloads += 1
-            source = "" if old_rules else f", from {self._kept.path}"
-            log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
-        elif not problem and (reread or old_error or has_changed):
-            self.read_at = time.time()
-            if old_rules and (old_error or has_changed):
-                self.reloads += 1
-                count = len(self.rules)
-                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
-        self._kept.keep(self.text)
-        return has_changed
-
-
-class DeviceSide:
-    """The part of the main thread: the config file and /dev, and the plan that is made from them."""
-
-    def __init__(self, conf: str, dev_dir: str, sys_dir: str, kept: str = "", with_facts: bool = False) -> None:
-        """KEPT is a path of kept_path(), if anything is to be kept. WITH_FACTS is that of Sysfs."""
-        self.plan = EMPTY_PLAN
-        self.snapshot = Snapshot({}, {})
-        self.scan_seconds = 0.0  # taken by the last scan of /dev
-        self.conf = ConfFile(conf, kept and f"{kept}.conf")
-        self._dev_dir = dev_dir
-        self._scanner = Scanner(dev_dir)
-        self._sysfs = Sysfs(sys_dir, with_facts)
-        self._matcher = Matcher(())
-        self._found = NOTHING_FOUND
-        self._unfit: Sequence[Entry] = ()  # nodes whose attributes a rule did not like
-        self._gpus: Sequence[str] = ()
-        what = "the list of devices that rules chose by attributes"
-        self._kept_devices = KeptFile(kept and f"{kept}.devices", what, "devices")
-        self._kept_text = KeptFile.NOTHING  # of the plan
-        self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
-        self._next_full_scan = 0.0
-
-    def start(self) -> None:
-        """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
-        try:
-            os.listdir(self._dev_dir)
-        except OSError as error:
-            problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
-            raise Problem(problem) from None
-        self.conf.start()
-        self._matcher = Matcher(self.conf.rules)
-        self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
-        self.turn()
-
-    def turn(self, reread: bool = False) -> Plan | None:
-        """Look for changes, everywhere if REREAD; the new plan if there is one."""
-        now, before = time.monotonic(), self.plan
-        full = reread or now >= self._next_full_scan
-        has_changed = self.conf.follow(reread)
-        if has_changed:
-            self._matcher = Matcher(self.conf.rules)
-        began, problem = time.monotonic(), ""
-        try:
-            snapshot = self._scanner.scan(full)
-        except OSError as error:
-            snapshot, problem = Snapshot({}, {}), f"cannot look at {self._dev_dir}: {error.strerror}"
-        board.set(self._dev_dir, problem, "dev-lost", logging.ERROR)
-        has_changed |= snapshot is not self.snapshot
-        self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
-        if full:
-            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
-            has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
-            self._matcher.forget({*self.snapshot.entries, *(device.path for device in devices_of(before))})
-        if has_changed:
-            self._found = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
-        # At every turn, or a /dev that always changes would keep it waiting.
-        has_changed |= self._sysfs.refresh(self._found.wanted, self._unfit, full)
-        if has_changed:
-            look = Look(self._found, self.snapshot, self._sysfs.chains, self._matcher, self._dev_dir, now)
-            plan = make_plan(before, look)
-            unfit = [left.path for left in plan.left_out]
-            unfit += [device.path for device in devices_of(plan) if device.problem]
-            self._unfit = [node.entry for path in unfit for node in self._found.devices.get(path, ())]
-            if plan != before:
-                self.plan, self._kept_text = plan, format_kept_devices(plan, self._boot)
-        self._kept_devices.keep(self._kept_text)
-        if full:
-            self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
-        return None if self.plan is before else self.plan
-
-    def request_full_scan(self) -> None:
-        """Let the next turn scan everything."""
-        self._next_full_scan = 0.0
-
-    def folders(self) -> list[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
-        and the others by their depth."""
-        paths = [
-            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
-        ]
-        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
-        return [f"{self._dev_dir}/{path}" for path in paths]
-
-    def describe(self) -> Document:
-        """Its part of the status document, as of the last turn."""
-        return {
-            "conf": {
-                "path": self.conf.path or DEFAULT_CONF_NAME,
-                "rules": len(self.conf.rules),
-                "error": self.conf.error,
-                "read_at": utc(self.conf.read_at),
-                "read_at_seconds": self.conf.read_at,
-                "reloads": self.conf.reloads,
-                "failed_reloads": self.conf.failed_reloads,
-            },
-            "dev_problem": board.get(self._dev_dir),  # why /dev cannot be read
-            "scan_seconds": self.scan_seconds,  # how long the last scan of /dev took
-        }
-
-
-_Subject = Tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
-
-
-@dataclass
-class _LoggedState:
-    """What ChangeLog knows of a subject."""
-
-    now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
-    said: str | None = None  # the same, as of its last line
-    changes: int = 0  # since then
-    logged: float = -math.inf  # time.monotonic() of that
-
-
-class ChangeLog:
-    """Logs what changes from plan to plan, with one line for equal changes. A device that comes and goes all the time
-    has a line per CHANGE_SECONDS, which says how many changes it stands for."""
-
-    CHANGE_SECONDS = 1.0
-
-    def __init__(self) -> None:
-        self._states: dict[_Subject, _LoggedState] = {}
-        self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
-
-    def take(self, plan: Plan) -> None:
-        """Note what PLAN changes in what is offered and left out."""
-        states = {("", left.path, left.line): left.text for left in plan.left_out}
-        for name, resource in plan.resources.items():
-            states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
-        for subject in states.keys() | self._states.keys():
-            known = self._states.setdefault(subject, _LoggedState())
-            known.changes += known.now != states.get(subject)
-            known.now = states.get(subject)
-        for sentence, nodes in describe_shared(find_shared(plan)).items():
-            news = [node for node in nodes if self._shared.get(node) != sentence]
-            self._shared.update(dict.fromkeys(nodes, sentence))
-            if news:
-                log_event_for_all("shared", sentence, logging.WARNING, "devices", news)
-
-    @property
-    def due(self) -> float:
-        """time.monotonic() when there is something to log; infinite if nothing waits."""
-        waiting = (known.logged for known in self._states.values() if known.changes)
-        return min(waiting, default=math.inf) + self.CHANGE_SECONDS
-
-    def flush(self, now: float) -> None:
-        """Log what has changed, except about subjects that had a line just before NOW."""
-        if now < self.due:
-            return
-        groups: dict[tuple[str, str, int], list[str]] = {}
-        rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
-        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
-            change = _describe_change(subject[0], known) if known.changes else None
-            if change:
-                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
-                known.logged = now
-            elif known.now is None:
-                del self._states[subject]
-            known.said, known.changes = known.now, 0
-        for (event, sentence, level), paths in groups.items():
-            log_event_for_all(event, sentence, level, "devices", paths)
-
-
-def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
-    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
-    empty; None if there is nothing to say."""
-    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
-    if not resource:
-        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
-    if known.now is None:
-        return "retired", f"no longer offered{count}", logging.INFO
-    if known.now:
-        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
-    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
-
-
-def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
-    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
-    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
-    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
-    for path in watches.keys() - set(paths):
-        watches.pop(path).close()
-    for path in paths:
-        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Daemon: the thread of the kubelet side, and the loop of the main thread, which waits for signals. The kernel signals
 # changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6199,7 +5916,7 @@ class KubeletThread(threading.Thread):
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
         max_silence = find_max_silence(options.interval)
-        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        host_devices = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
         more = host_devices, self._loop
         self._side: KubeletSide
         if options.api == "dra":
@@ -6507,6 +6224,36 @@ def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSi
     return devices
 
 
+def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values]]:
+    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these.
+
+    Raises OSError as read_chain() does.
+    """
+    found = []
+    for folder in sysfs_folders(sys_dir, node):
+        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
+        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
+        if usable:
+            found.append((folder, usable))
+    return found
+
+
+def _attribute_names(folder: str) -> list[str]:
+    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
+    try:
+        with os.scandir(folder) as items:
+            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
+    except OSError:
+        return []
+    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
+    return sorted({*files, *links} - {"dev", "uevent"})
+
+
+def _is_usable(value: str) -> bool:
+    """Whether a rule could ask for VALUE: one short line of text."""
+    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
+
+
 def show_attributes(options: argparse.Namespace) -> int:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     path = _path_below(options.attributes, options.dev_dir)
@@ -6520,7 +6267,7 @@ def show_attributes(options: argparse.Namespace) -> int:
             paths = ", ".join(f"/dev/{node.path}" for node in nodes)
             raise Problem(f"{shown} is a folder; name one of its nodes: {paths}")
         kind, device = nodes[0].entry.kind, nodes[0].entry.device
-        chain = SysfsRead(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
+        chain = start_read(lambda: read_all_attributes(options.sys_dir, nodes[0].entry)).result(SYSFS_SECONDS)
     except NotADevice as error:
         raise Problem(f"{shown} is not a device: {error}") from None
     except concurrent.futures.TimeoutError:
@@ -6568,6 +6315,17 @@ def _path_below(text: str, dev_dir: str) -> str:
         if path.startswith(f"{top}/"):
             return path[len(top) + 1 :]
     return ""
+
+
+def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
+    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
+    sorted order."""
+    found = []
+    for device in devices_of(plan):
+        named = [rule for rule, match in matcher.find(device.path) if isinstance(match, re.Match)]
+        lines = [rule.line for rule in named]
+        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
 
 
 def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
@@ -6700,7 +6458,7 @@ def dry_run(options: argparse.Namespace) -> int:
 def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
     """Lines that say what a container with SLOT is given, and whether all went well."""
     try:
-        host_devices = HostDevices(options.dev_dir, options.sys_dir, lambda: None)
+        host_devices = HostDevices(options.dev_dir, lambda: None)
         (given,) = host_devices.allocate(slot.resource, [[slot.id]])
     except AllocationError as error:
         return [f"nothing: {error}"], False

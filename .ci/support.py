@@ -27,6 +27,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
@@ -429,20 +430,23 @@ class Daemon:
         through: Sequence[str] = (),
         stderr: int | None = None,
         fault: str = "",
+        command: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         """Start it with the options MORE, through the command THROUGH (setpriv(1), say), with its log on the descriptor
-        STDERR instead of in a file. FAULT is statements that are run before all else.
+        STDERR instead of in a file. FAULT is statements that are run before all else. COMMAND runs the script instead
+        of script_command(), as a node does.
 
         Do not use preexec_fn: this process has grpc's threads, and one child in a hundred crashes before its exec.
         """
         self.node = node
         self.fault = fault
         descriptor, self._log = tempfile.mkstemp(dir=node.root, prefix="log-")
-        command = [*through, *script_command(fault), *node.options(), "--interval", "0.1", *more]
+        words = command or [*through, *script_command(fault), "--interval", "0.1"]
         environment = keeping_byte_code(kwargs.pop("env", None))
         with os.fdopen(descriptor, "w") as log:
-            self.process = subprocess.Popen(command, stderr=stderr or log, stdout=log, env=environment, **kwargs)
+            words = [*words, *node.options(), *more]
+            self.process = subprocess.Popen(words, stderr=stderr or log, stdout=log, env=environment, **kwargs)
 
     @property
     def log(self) -> str:
@@ -653,6 +657,24 @@ class Kubelet(SimulatedKubelet):
     def gives(self, resource: str, *ids: str) -> dict[str, str]:
         """The devices that a container with these IDs is given: container path -> host path."""
         return {spec.container_path: spec.host_path for spec in self.take(resource, *ids).devices}
+
+
+def run_kubelets() -> None:
+    """Have kubelets and API servers run on a thread from now on."""
+    Kubelet.loop = asyncio.new_event_loop()
+    threading.Thread(target=Kubelet.loop.run_forever, daemon=True).start()
+
+
+def refuse_without_root(program: str, purpose: str) -> None:
+    """Say plainly what is missing if device nodes cannot be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.mknod(f"{folder}/node", 0o20600, os.makedev(240, 0))
+        except OSError as error:
+            raise SystemExit(
+                f"{program}: cannot make device nodes ({error.strerror}), and without them there is nothing to "
+                f"{purpose}: run it as root, with CAP_MKNOD"
+            ) from None
 
 
 def longest_gap(streams: Sequence[tuple[float, float]]) -> float:
@@ -1036,7 +1058,7 @@ class Status:
     def say(self, data: bytes, is_done: bool = False) -> bytes:
         """Send DATA, and the end of it where IS_DONE; all that comes back until the server closes."""
         with self.connect() as connection:
-            with contextlib.suppress(ConnectionError):  # it may have had enough before the last byte
+            with contextlib.suppress(OSError):  # it may have had enough before the last byte
                 connection.sendall(data)
                 if is_done:
                     connection.shutdown(socket.SHUT_WR)

@@ -893,7 +893,7 @@ COMMANDS = {
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --systemd-unit .*":
         "test_the_unit_is_right_and_hardened",
     r"/usr/bin/python3 /opt/smarter-device-manager/smarter_device_manager\.py --status":
-        "test_status_prints_a_running_daemons_state",
+        "test_status_prints_a_daemons_state",
     r"\.venv/bin/python smarter_device_manager\.py --dry-run --api dra": "test_a_dry_run_of_dra_shows_the_whole_way",
 }  # fmt: skip
 
