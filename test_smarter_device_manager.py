@@ -4853,6 +4853,7 @@ def test_a_kept_device_leaves_its_name_to_one_that_is_there(node: Node, kubelet:
     node.unplug("sticks/0")
     node.plug("sticks_0")
     start()
+    wait_for(lambda: kubelet.count("sticks_0") == 2)
     kubelet.wait_for("sticks_0", Healthy=1)
     assert kubelet.gives("sticks_0") == {"/dev/sticks_0": "/dev/sticks_0"}
 
