@@ -2832,7 +2832,7 @@ def answered(method: Method) -> Method:
 
 
 def unix_target(path: str) -> str:
-    """The gRPC URI of the Unix socket PATH. A channel takes a comma for the end of its URI, even an escaped one."""
+    """The gRPC URI of the Unix socket PATH, which must have no comma: a channel takes that for the end of its URI."""
     escaped = re.sub(rb"[^A-Za-z0-9/._~-]", lambda char: b"%%%02X" % ord(char[0]), os.fsencode(path))
     return f"unix:{escaped.decode()}"
 
@@ -2980,10 +2980,9 @@ class Leases:
 
         Raises OSError.
         """
-        try:
+        is_current = False
+        with contextlib.suppress(OSError):
             is_current = os.path.samestat(os.stat(self._path), os.fstat(self._file))
-        except OSError:
-            is_current = False
         if not is_current:  # the first time, or the directory is another one now
             self.close()
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -3098,29 +3097,23 @@ class KubeletConnection:
         """Whether the kubelet answers at this moment; and notice if it is another one."""
         identity = socket_identity(self._path)
         error = connect_error(self._path)
-        problem = ""
-        if identity is None:
-            problem = f"the kubelet is not there: no {self._path}; waiting for it"
-        elif error:
-            problem = f"the kubelet does not answer on {self._path}; waiting for it"
+        what = "is not there: no" if identity is None else "does not answer on"
+        problem = f"the kubelet {what} {self._path}; waiting for it" if error or identity is None else ""
         is_met = not problem and not (self.is_answering and identity == self.identity)
         self.identity, self.is_answering = identity, not problem
         if is_met or problem != board.get(self._path):
             board.flush()
             board.set(self._path, problem, "kubelet-gone", reason=str(error and error.strerror))
             if is_met:
-                self._connect()
+                is_another = self._last_met not in (None, identity)
+                log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
+                if self._last_met:
+                    self._closing = asyncio.ensure_future(self.channel.close())
+                self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
+                self._last_met = identity
+                self.restarts += is_another
             self._on_change()
         return self.is_answering
-
-    def _connect(self) -> None:
-        is_another = self._last_met not in (None, self.identity)
-        log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-        if self._last_met:
-            self._closing = asyncio.ensure_future(self.channel.close())
-        self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
-        self._last_met = self.identity
-        self.restarts += is_another
 
     async def close(self) -> None:
         """End the channel."""
@@ -3166,37 +3159,30 @@ def find_holders(
             yield [(name, Holder(slot_id, *names)) for name, slot_id in held]
 
 
-class PodResources:
-    """Asks the kubelet which container holds which slots of DOMAIN's resources.
+async def read_holders(path: str, domain: str, slots: SlotsOfDra) -> Holders | None:
+    """Which container holds which slots, by find_holders(). None if no kubelet answers in time and in the known way.
 
     It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
     ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
     """
+    from google.protobuf.message import DecodeError
 
-    def __init__(self, path: str, domain: str) -> None:
-        self._target = unix_target(path)
-        self._domain = domain
-
-    async def holders(self, slots: SlotsOfDra) -> Holders | None:
-        """The holders now; SLOTS are those of a DRA driver. None if no kubelet answers in time and in the known way."""
-        from google.protobuf.message import DecodeError
-
-        holders: dict[str, list[Holder]] = {}
-        # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
-        # log bytes that are no message.
-        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
-        try:
-            async with grpc.aio.insecure_channel(self._target, options) as channel:
-                call = channel.unary_unary("/v1.PodResourcesLister/List")
-                answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
-            response = pb.ListPodResourcesResponse.FromString(answer)
-            for pairs in await in_slices(find_holders(response, self._domain, slots)):
-                for name, holder in pairs:
-                    holders.setdefault(name, []).append(holder)
-        except (grpc.RpcError, DecodeError, ValueError) as error:
-            log.debug("the kubelet does not say who holds which slots: %s", error)
-            return None
-        return holders
+    holders: dict[str, list[Holder]] = {}
+    # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
+    # log bytes that are no message.
+    options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
+    try:
+        async with grpc.aio.insecure_channel(unix_target(path), options) as channel:
+            call = channel.unary_unary("/v1.PodResourcesLister/List")
+            answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
+        response = pb.ListPodResourcesResponse.FromString(answer)
+        for pairs in await in_slices(find_holders(response, domain, slots)):
+            for name, holder in pairs:
+                holders.setdefault(name, []).append(holder)
+    except (grpc.RpcError, DecodeError, ValueError) as error:
+        log.debug("the kubelet does not say who holds which slots: %s", error)
+        return None
+    return holders
 
 
 async def in_slices(items: Iterable[T]) -> list[T]:
@@ -3722,12 +3708,8 @@ class Registration:
 
     async def _register(self) -> tuple[str, str] | None:
         """Register with the kubelet. The event and the problem if it failed, or if _is_over() before that."""
-        request = pb.RegisterRequest(
-            version="v1beta1",
-            endpoint=self.socket,
-            resource_name=self.plugin.full_name,
-            options=self.plugin.options,
-        )
+        name, options = self.plugin.full_name, self.plugin.options
+        request = pb.RegisterRequest(version="v1beta1", endpoint=self.socket, resource_name=name, options=options)
         call = rpc.RegistrationStub(self._kubelet.channel).Register(request, timeout=REGISTER_SECONDS)
         call.add_done_callback(lambda _: self.wake())
         await self._until(lambda: call.done() or self._is_over())
@@ -3735,7 +3717,7 @@ class Registration:
         code = await call.code()
         if code is grpc.StatusCode.OK:
             self.plugin.counts["registrations"] += 1
-            board.log_soon("registered", "registered with the kubelet", logging.INFO, self.plugin.full_name)
+            board.log_soon("registered", "registered with the kubelet", logging.INFO, name)
             return None
         if code is grpc.StatusCode.UNAVAILABLE:
             await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
@@ -3797,11 +3779,8 @@ class DevicePluginSide(KubeletSide):
         return self._kubelet.is_answering
 
     def describe(self) -> Document:
-        restarts = self._kubelet.restarts
-        return {
-            "kubelet": {"answering": self.is_answering, "restarts": restarts, "plugin_dir": self.plugin_dir},
-            "dra": None,
-        }
+        kubelet = {"answering": self.is_answering, "restarts": self._kubelet.restarts, "plugin_dir": self.plugin_dir}
+        return {"kubelet": kubelet, "dra": None}
 
     def describe_registration(self, name: str) -> Document:
         if name in self.registrations:
@@ -5665,7 +5644,7 @@ class StatusServer:
 
     listener: socket.socket
     side: KubeletSide
-    pod_resources: PodResources
+    pod_resources: str  # path of the kubelet's socket for them
     node: str
     names: frozenset[str]  # by which a client may ask, besides IP addresses
     plan: Plan
@@ -5795,7 +5774,7 @@ class StatusServer:
 
     async def _describe(self) -> Document:
         side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
-        holders = await self.pod_resources.holders(side.slots)
+        holders = await read_holders(self.pod_resources, side.domain, side.slots)
         resources = (
             {
                 **describe_resource(resource, side.domain, epoch),
@@ -5871,9 +5850,9 @@ def open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletS
         log_event("not-listening", f"{problem}; continuing without a status page", logging.ERROR)
         return None
     listener.setblocking(False)
-    holders = PodResources(options.pod_resources_socket, options.domain)
+    pods = options.pod_resources_socket
     names = frozenset(map(str.lower, ("", "localhost", options.node_name, socket.gethostname(), host)))
-    status = StatusServer(listener, side, holders, options.node_name, names, devices.plan, devices.describe())
+    status = StatusServer(listener, side, pods, options.node_name, names, devices.plan, devices.describe())
     log.addHandler(status.events)
     log_event("listening", "serving health, metrics and a status page", address=address_text(listener.getsockname()))
     return status

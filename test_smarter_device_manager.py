@@ -8319,7 +8319,6 @@ def test_an_invalid_answer_makes_the_use_unknown(node: Node, served: Status, kub
 
 
 def test_any_bytes_are_an_answer_or_make_the_use_unknown(kubelet: Kubelet) -> None:
-    asked = sdm.PodResources(kubelet.pod_resources.path, "smarter-devices")
     good = holders_message(("smarter-devices/a", "default/pod/main", ["0", "1"])).SerializeToString()
     seen = set()
 
@@ -8329,7 +8328,7 @@ def test_any_bytes_are_an_answer_or_make_the_use_unknown(kubelet: Kubelet) -> No
     @example(b"\xff", 0, 0)
     def answer(data: bytes, start: int, end: int) -> None:
         kubelet.pod_resources.answer = good[:start] + data + good[end:]
-        holders = kubelet.do(asked.holders({}))
+        holders = kubelet.do(sdm.read_holders(kubelet.pod_resources.path, "smarter-devices", {}))
         seen.add(type(holders))
         assert holders is None or all(isinstance(holder, sdm.Holder) for held in holders.values() for holder in held)
 
