@@ -187,10 +187,14 @@ def start(node: Node) -> Iterator[Starter]:
 
 @pytest.fixture
 def serve(node: Node, kubelet: Kubelet, start: Starter) -> Starter:
-    """Starts a daemon that offers NAMES, and waits until the kubelet has them; the options are those of the daemon."""
+    """Starts a daemon that offers NAMES, or by RULES the resources of these names, and waits until the kubelet has
+    them; the options are those of the daemon."""
 
-    def serve(*names: str, slots: int = 1, options: Sequence[str] = (), **kwargs: Any) -> Daemon:
-        offer(node, *names, slots=slots)
+    def serve(*names: str, slots: int = 1, rules: str = "", options: Sequence[str] = (), **kwargs: Any) -> Daemon:
+        if rules:
+            node.rules(rules)
+        else:
+            offer(node, *names, slots=slots)
         daemon = start(*options, **kwargs)
         wait_ready(kubelet, names)
         return daemon
@@ -4209,12 +4213,10 @@ def test_a_device_that_flaps_between_two_polls_is_unhealthy_once(node: Node, kub
 
 
 @needs_root
-def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """With the number of changes that it stands for."""
     node.plug("video0")
-    node.rules("- devicematch: ^video\n")
-    daemon = start("--interval", "3600")
-    kubelet.wait_for("video0", Healthy=1)
+    daemon = serve("video0", rules="- devicematch: ^video\n", options=("--interval", "3600"))
     began = time.monotonic()
     for _ in range(20):
         node.unplug("video0")
@@ -4233,11 +4235,9 @@ def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Ku
 
 
 @needs_root
-def test_an_edit_of_the_conf_registers_only_what_is_new(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_an_edit_of_the_conf_registers_only_what_is_new(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     node.plug("video0")
-    node.rules("- devicematch: ^video\n")
-    start()
-    kubelet.wait_for("video0", Healthy=1)
+    serve("video0", rules="- devicematch: ^video\n")
     node.rules("- {devicematch: ^video, nummaxdevices: 3}\n")
     kubelet.wait_for("video0", Healthy=3)
     node.rules("- {devicematch: ^video, nummaxdevices: 0}\n")
@@ -4263,11 +4263,9 @@ def test_the_gpus_of_a_tegra_come_and_go_with_a_full_look(node: Node, kubelet: K
 
 
 @needs_root
-def test_a_dev_that_cannot_be_seen_for_a_while(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_dev_that_cannot_be_seen_for_a_while(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     node.plug("video0")
-    node.rules("- devicematch: ^video\n")
-    daemon = start()
-    kubelet.wait_for("video0", Healthy=1)
+    daemon = serve("video0", rules="- devicematch: ^video\n")
     node.dev.rename(node.root / "away")
     kubelet.wait_for("video0", Unhealthy=1)
     with pytest.raises(grpc.RpcError) as caught:
@@ -4566,10 +4564,10 @@ def set_serial(board: Board, tty: str, serial: str) -> None:
     ((board.node.sys / f"dev/char/188:{tty[-1]}").resolve().parents[3] / "serial").write_text(serial + "\n")
 
 
-def swap_stick(board: Board, tty: str, serial: str) -> None:
-    """Replace the stick at the node TTY by one with another SERIAL number."""
+def swap_stick(board: Board, tty: str, serial: str, port: str = "1-1.1") -> None:
+    """Replace the stick at the node TTY by one with another SERIAL number, in PORT."""
     unplug_stick(board, tty)
-    plug_stick(board, tty, serial)
+    plug_stick(board, tty, serial, port)
 
 
 def start_refusal(kubelet: Kubelet, resource: str, *ids: str) -> str:
@@ -4633,8 +4631,7 @@ def test_a_start_with_another_device_is_refused(board: Board, node: Node, kubele
     node.rules(STICKS.replace("}}", "}, nummaxdevices: 2}"))
     daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
     kubelet.wait_for("ttyUSB0", Healthy=2)
-    unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "C1", "1-1.2")
+    swap_stick(board, "ttyUSB0", "C1", "1-1.2")
     assert is_refused(kubelet, "ttyUSB0", CHANGED, "0")
     kubelet.wait_for("ttyUSB0", Unhealthy=2)
     for _ in range(2):  # the device side has looked by now
@@ -4659,23 +4656,19 @@ def test_a_start_with_another_device_is_refused(board: Board, node: Node, kubele
 @needs_root
 @pytest.mark.parametrize("is_last", [False, True])
 def test_a_stick_of_another_rule_leaves_the_resource_of_the_one_before(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter, is_last: bool
+    board: Board, kubelet: Kubelet, serve: Starter, is_last: bool
 ) -> None:
     """Otherwise the kubelet would say no more than that the endpoint has been stopped."""
     plug_stick(board, "ttyUSB0", "A1")
     rules = [STICK_POOL, STICK_POOL.replace("sticks", "others").replace("A.*", "B.*")]
-    node.rules("".join(reversed(rules) if is_last else rules))
-    daemon = start("--interval", "3600")
-    kubelet.wait_for("sticks", Healthy=1)
+    daemon = serve("sticks", rules="".join(reversed(rules) if is_last else rules), options=("--interval", "3600"))
     kubelet.take("sticks", "ttyUSB0:0")
-    unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "B1", "1-1.2")
+    swap_stick(board, "ttyUSB0", "B1", "1-1.2")
     kubelet.wait_for("others", Healthy=1)
     kubelet.wait_for("sticks", Unhealthy=1)
     assert is_refused(kubelet, "sticks", 'its serial is "B1" and was "A1"', "ttyUSB0:0")
     kubelet.starts("others", "ttyUSB0:0")
-    unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "A1", "1-1.3")
+    swap_stick(board, "ttyUSB0", "A1", "1-1.3")
     kubelet.wait_for("sticks", Healthy=1)
     kubelet.wait_for("others", Unhealthy=1)
     kubelet.starts("sticks", "ttyUSB0:0")
@@ -4712,14 +4705,12 @@ def test_a_start_with_a_device_that_has_changed_is_never_refused(
 @needs_root
 @pytest.mark.parametrize("what", ["gone", "companion"])
 def test_starts_wait_for_the_right_device(
-    board: Board, node: Node, kubelet: Kubelet, start: Starter, what: str
+    board: Board, node: Node, kubelet: Kubelet, serve: Starter, what: str
 ) -> None:
     """Nobody has to do anything but that."""
     plug_stick(board, "ttyUSB0", "A1")
     node.plug("lock")
-    node.rules(STICKS.replace("}}", "}, with: [lock]}"))
-    start("--interval", "3600")
-    kubelet.wait_for("ttyUSB0", Healthy=1)
+    serve("ttyUSB0", rules=STICKS.replace("}}", "}, with: [lock]}"), options=("--interval", "3600"))
     if what == "gone":
         unplug_stick(board, "ttyUSB0")
         problem = "it is gone"
@@ -4739,26 +4730,21 @@ def test_starts_wait_for_the_right_device(
 
 
 @needs_root
-def test_an_old_plan_alone_refuses_no_start(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_an_old_plan_alone_refuses_no_start(board: Board, kubelet: Kubelet, serve: Starter) -> None:
     """The right device was pulled and is back, and the device side may have looked at any time meanwhile, or never."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
-    start("--interval", "3600")
-    kubelet.wait_for("ttyUSB0", Healthy=1)
+    serve("ttyUSB0", rules=STICKS, options=("--interval", "3600"))
     for turn in range(20):
-        unplug_stick(board, "ttyUSB0")
-        plug_stick(board, "ttyUSB0", "A1", f"1-1.{turn % 4}")
+        swap_stick(board, "ttyUSB0", "A1", f"1-1.{turn % 4}")
         time.sleep(turn / 500)
         kubelet.starts("ttyUSB0", "0")
 
 
 @needs_root
-def test_another_fitting_device_is_taken_once_seen(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_another_fitting_device_is_taken_once_seen(board: Board, kubelet: Kubelet, serve: Starter) -> None:
     """The rule asks for no more; only what the plan has is compared, since expressions can take long."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
-    start("--interval", "3600")
-    kubelet.wait_for("ttyUSB0", Healthy=1)
+    serve("ttyUSB0", rules=STICKS, options=("--interval", "3600"))
     swap_stick(board, "ttyUSB0", "A2")
     kubelet.starts("ttyUSB0", "0")
     assert kubelet.count("ttyUSB0") == 1
@@ -4788,8 +4774,7 @@ def test_starts_are_checked_right_after_a_restart_of_the_daemon(
         kept_devices(node).unlink()
     elif damage == "damaged":
         kept_devices(node).write_text("[]")
-    unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "C1", "1-1.3")
+    swap_stick(board, "ttyUSB0", "C1", "1-1.3")
     again = start()
     kubelet.wait_for("sticks", **({"Healthy": 1} if damage else {"Healthy": 1, "Unhealthy": 1}))
     problem, given = (NO_SUCH_ID, 'the ID "ttyUSB0:0"') if damage else (CHANGED, "")
@@ -4830,8 +4815,7 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
         with pytest.raises(grpc.RpcError):  # the kubelet would not ask for it, but may have asked just before
             kubelet.take("ttyUSB0", "0")
     if what == "another":
-        unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "A1", "1-1.4")
+        swap_stick(board, "ttyUSB0", "A1", "1-1.4")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     kubelet.starts("ttyUSB0", "0")
     daemon.stop()
@@ -4859,12 +4843,10 @@ def test_a_kept_device_leaves_its_name_to_one_that_is_there(node: Node, kubelet:
 
 
 @needs_root
-def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_a_start_with_an_unknown_id_is_refused(board: Board, kubelet: Kubelet, serve: Starter) -> None:
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "B1", "1-1.2")
-    node.rules(STICKS + STICK_POOL.replace("A.*", "B.*"))
-    start()
-    wait_ready(kubelet, ["ttyUSB0", "sticks"])
+    serve("ttyUSB0", "sticks", rules=STICKS + STICK_POOL.replace("A.*", "B.*"))
     for wrong in ("x", "00", "", "ttyUSB0:0", "\u0661", "a\n:0", "9" * 5000):
         given = f'the ID "{sdm.printable(wrong[:200])}"'
         assert is_refused(kubelet, "ttyUSB0", NO_SUCH_ID, wrong, given=given)
@@ -4876,12 +4858,10 @@ def test_a_start_with_an_unknown_id_is_refused(board: Board, node: Node, kubelet
 
 
 @needs_root
-def test_only_so_many_refusals_are_remembered(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_only_so_many_refusals_are_remembered(board: Board, kubelet: Kubelet, serve: Starter) -> None:
     """Whoever may ask could name any number of IDs."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules(STICKS)
-    daemon = start(fault="sdm.Problems.MAX_SUBJECTS = 2")
-    kubelet.wait_for("ttyUSB0", Healthy=1)
+    daemon = serve("ttyUSB0", rules=STICKS, fault="sdm.Problems.MAX_SUBJECTS = 2")
     for slot_id in ("a", "b", "a", "b", "c", "a", "c"):
         assert not may_start(kubelet, "ttyUSB0", slot_id)
     daemon.says('"c".*\n.*"a"')
@@ -5006,8 +4986,7 @@ def test_two_daemons_keep_their_own_devices(board: Board, node: Node, kubelet: K
     wait_for(lambda: len(list(node.plugins.glob("*.devices"))) == 2)
     first.kill()
     second.kill()
-    unplug_stick(board, "ttyUSB0")
-    plug_stick(board, "ttyUSB0", "C1", "1-1.3")
+    swap_stick(board, "ttyUSB0", "C1", "1-1.3")
     start(), start("--conf", str(other))
     wait_for(lambda: (kubelet.count("ttyUSB0"), kubelet.count("ttyUSB1")) == (2, 2))
     wait_ready(kubelet, ["ttyUSB0", "ttyUSB1"])
@@ -5053,12 +5032,10 @@ def test_a_start_is_answered_within_a_second(board: Board, node: Node, kubelet: 
 
 
 @needs_root
-def test_new_attributes_of_a_rule_register_it_again(board: Board, node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_new_attributes_of_a_rule_register_it_again(board: Board, node: Node, kubelet: Kubelet, serve: Starter) -> None:
     """For the kubelet hears of the options only then. To be asked in vain is no reason for that."""
     plug_stick(board, "ttyUSB0", "A1")
-    node.rules("- devicematch: ^ttyUSB\n")
-    start()
-    kubelet.wait_for("ttyUSB0", Healthy=1)
+    serve("ttyUSB0", rules="- devicematch: ^ttyUSB\n")
     node.rules(STICKS)
     wait_for(lambda: kubelet.count("ttyUSB0") == 2)
     kubelet.wait_for("ttyUSB0", Healthy=1)
@@ -5496,11 +5473,9 @@ def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) 
 
 
 @needs_root
-def test_storms_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_storms_in_dev_are_few_looks_and_starve_nobody(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     node.plug("video0")
-    node.rules("- {devicematch: '^video', resource: pool}\n")
-    daemon = start("--interval", "3600")
-    kubelet.wait_for("pool", Healthy=1)
+    daemon = serve("pool", rules="- {devicematch: '^video', resource: pool}\n", options=("--interval", "3600"))
     wait_calm(daemon)
     storm = node.dev / "storm"
     before, used, began = wakes(daemon), psutil.Process(daemon.process.pid).cpu_times(), time.monotonic()
@@ -5792,12 +5767,8 @@ async def leases_of_two_instances(folder: str) -> None:
     leases.close()
 
 
-def test_leases_of_two_instances(node: Node) -> None:
-    work = leases_of_two_instances(str(node.plugins))
-    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(2 * PATIENCE)
-
-
-async def servers_of_one_path(path: str) -> None:
+async def servers_of_one_path(folder: str) -> None:
+    path = f"{folder}/some.sock"
     first, second = (sdm.UnixServer(path, lambda server: None) for _ in range(2))
     await first.start()
     assert not first.is_lost()  # it has nothing to lose yet
@@ -5812,12 +5783,12 @@ async def servers_of_one_path(path: str) -> None:
     os.unlink(path)
     assert second.is_lost()
     await second.stop()
-    assert os.listdir(os.path.dirname(path)) == []
+    assert os.listdir(folder) == []
 
 
-def test_a_server_leaves_the_socket_of_another_alone(node: Node) -> None:
-    work = servers_of_one_path(f"{node.plugins}/some.sock")
-    asyncio.run_coroutine_threadsafe(work, Kubelet.loop).result(PATIENCE)
+@pytest.mark.parametrize("work", [leases_of_two_instances, servers_of_one_path])
+def test_instances_leave_alone_what_another_has(node: Node, work: Callable[[str], Any]) -> None:
+    asyncio.run_coroutine_threadsafe(work(str(node.plugins)), Kubelet.loop).result(2 * PATIENCE)
 
 
 def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet: Kubelet, start: Starter) -> None:
@@ -5844,11 +5815,9 @@ def test_instances_with_other_rules_or_domains_share_a_node(node: Node, kubelet:
 # Signals, and the end
 
 
-def test_sighup_reads_config_file_and_devices_at_once(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_sighup_reads_config_file_and_devices_at_once(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     offer(node, "null", "zero")
-    node.rules("- devicematch: ^null$\n")
-    daemon = start("--interval", "3600")
-    wait_ready(kubelet, ["null"])
+    daemon = serve("null", rules="- devicematch: ^null$\n", options=("--interval", "3600"))
     node.rules("- devicematch: ^(null|zero)$\n")
     daemon.hang_up()
     wait_ready(kubelet, ["null", "zero"])
@@ -6078,11 +6047,9 @@ def test_a_thread_that_fails_ends_the_process(node: Node, kubelet: Kubelet, star
 # Whoever else talks to a plugin, or to the daemon in kubelet's place
 
 
-def test_idle_and_flooding_clients_starve_nobody(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_idle_and_flooding_clients_starve_nobody(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     offer(node, "null", "zero")
-    node.rules("- devicematch: ^null$\n  nummaxdevices: 2\n")
-    daemon = start()
-    wait_ready(kubelet, ["null"])
+    daemon = serve("null", rules="- devicematch: ^null$\n  nummaxdevices: 2\n")
     path = f"{node.plugins}/smarter-null.sock"
     is_over = threading.Event()
 
@@ -6137,11 +6104,9 @@ def test_the_stream_of_a_stranger_is_not_kubelets(node: Node, kubelet: Kubelet, 
 METHODS = ("GetDevicePluginOptions", "ListAndWatch", "GetPreferredAllocation", "Allocate", "PreStartContainer")
 
 
-def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, start: Starter) -> None:
+def test_any_bytes_are_answered_or_refused(node: Node, kubelet: Kubelet, serve: Starter) -> None:
     offer(node, "null", "zero")
-    node.rules("- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
-    daemon = start()
-    wait_ready(kubelet, ["null", "pool"])
+    daemon = serve("null", "pool", rules="- devicematch: ^null$\n- devicematch: ^zero$\n  resource: pool\n")
     rng = random.Random(1)
     good = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=["0", "zero:0"])])
     seeds = [good.SerializeToString(), b"\n\x0a\n\x03abc\x12\x03abc\x18\xff\xff\xff\xff\x07", b""]
