@@ -2803,11 +2803,8 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def answered(method: Method) -> Method:
-    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer whatever happens inside, be it an
-    AllocationError or a bug.
-
-    Without this, grpc sends no answer if the text of an exception is not UTF-8, and the kubelet waits for ever.
-    """
+    """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer, be it an AllocationError or a bug.
+    Without this, grpc sends none if the text of an exception is not UTF-8, and the kubelet waits for ever."""
 
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -2860,10 +2857,8 @@ def socket_identity(path: str) -> Identity | None:
 
 
 def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
-
-    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
-    """
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. If IS_SYNCED, a power
+    cut cannot leave it empty either. Raises OSError."""
     try:
         with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask is
@@ -2885,11 +2880,8 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
-    """The result of WORK within SECONDS; else raises asyncio.TimeoutError.
-
-    Unlike this, asyncio.wait_for() before Python 3.12 swallows a cancellation that comes at the moment of the result:
-    https://github.com/python/cpython/issues/86296
-    """
+    """The result of WORK within SECONDS; else raises asyncio.TimeoutError. Before Python 3.12, asyncio.wait_for()
+    swallows a cancellation at the moment of the result: https://github.com/python/cpython/issues/86296"""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task], timeout=seconds)
@@ -2923,10 +2915,7 @@ class UnixServer:
         add_services(self._server)
 
     async def start(self) -> None:
-        """Serve under a temporary name: grpc removes what has the name that it knows, even if it is another's.
-
-        Raises OSError.
-        """
+        """Serve under a temporary name: grpc removes what has its name, even if it is another's. Raises OSError."""
         mask = os.umask(0o177)
         try:
             self._server.add_insecure_port(unix_target(self._temporary))
@@ -2950,10 +2939,7 @@ class UnixServer:
         return self._identity not in (None, socket_identity(self._path))
 
     async def stop(self) -> None:
-        """End the server, and remove the socket file if it is still ours. Calls in progress get STOP_SECONDS.
-
-        An instance that waits sees the file go. By then the server has ended, and the lease is about to be given back.
-        """
+        """End the server, for which calls in progress get STOP_SECONDS; then remove the socket file if it is ours."""
         await self._server.stop(STOP_SECONDS)
         if self._identity and not self.is_lost():
             with contextlib.suppress(OSError):  # the kubelet removes it when it starts
@@ -2976,10 +2962,8 @@ class Leases:
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, socket_path: str) -> bool:
-        """Take the lease of SOCKET_PATH; False while another instance has it, or one without leases answers there.
-
-        Raises OSError.
-        """
+        """Take the lease of SOCKET_PATH. False while another instance has it, or one without leases answers there.
+        Raises OSError."""
         is_current = False
         with contextlib.suppress(OSError):
             is_current = os.path.samestat(os.stat(self._path), os.fstat(self._file))
@@ -3077,18 +3061,19 @@ class Watch:
 
 
 class KubeletConnection:
-    """The kubelet that listens on the kubelet.sock at PATH: its identity, whether it answers, and a channel to it.
+    """The kubelet that listens on kubelet.sock in FOLDER: its identity, whether it answers, and a channel to it.
 
     ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
     """
 
     channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
 
-    def __init__(self, path: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, folder: str, on_change: Callable[[], None]) -> None:
+        self.folder = folder
         self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
-        self._path = path
+        self._path = f"{folder}/kubelet.sock"
         self._on_change = on_change
         self._closing: asyncio.Future[None] | None = None  # of the channel before
         self._last_met: Identity | None = None  # the kubelet that answered last
@@ -3339,10 +3324,8 @@ DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
-    """The devices of the host as they are at this moment, which may be newer than the plan.
-
-    START_SCAN makes the device side scan everything. It is called once per SCAN_SECONDS at most.
-    """
+    """The devices of the host as they are at this moment, which may be newer than the plan. START_SCAN makes the device
+    side scan everything."""
 
     PLAN_SECONDS = 2.0  # for the next plan to know what is at the path of a device, before a start is refused
     SCAN_SECONDS = 0.5  # after a refused start, before the device side scans
@@ -3358,7 +3341,7 @@ class HostDevices:
             with LiveTree(self._dev_dir) as tree:
                 return [allocate(resource, ids, tree, self._dev_dir) for ids in asked]
         except OSError as error:
-            raise AllocationError("UNAVAILABLE", _cannot_look(error)) from None
+            raise AllocationError("UNAVAILABLE", f"cannot look at /dev: {error.strerror}") from None
 
     def find_start_problem(self, devices: Iterable[Device]) -> tuple[Device, str, bool] | None:
         """The first of DEVICES that is no longer the one that its rule chose, what is there instead, and whether the
@@ -3371,7 +3354,7 @@ class HostDevices:
             except NotADevice as error:
                 return device, str(error), False
             except OSError as error:
-                return device, _cannot_look(error), False
+                return device, f"cannot look at /dev: {error.strerror}", False
             is_other = device.is_gone or not device.has_nodes(nodes)
             if is_other and (device.chosen_by or not device.nodes):  # whatever is there is right if its path chose it
                 is_old = device.problem in ("", Reason.GONE.template, Reason.SWAPPED.template)
@@ -3386,15 +3369,9 @@ class HostDevices:
             asyncio.get_running_loop().call_later(self.SCAN_SECONDS, self._start_scan)
 
 
-def _cannot_look(error: OSError) -> str:
-    return f"cannot look at /dev: {os.strerror(error.errno or 0)}"
-
-
 def options_of(resource: Resource) -> pb.DevicePluginOptions:
-    """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered.
-
-    A link leads the container runtime to the right device at every start; attributes do not, so starts are checked.
-    """
+    """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered. Starts are
+    checked for rules by attributes, since no link leads the container runtime to the right device."""
     return pb.DevicePluginOptions(
         get_preferred_allocation_available=resource.pool,
         pre_start_required=any(device.chosen_by for device in resource.devices),
@@ -3409,10 +3386,8 @@ def _check_containers(requests: Sequence[object]) -> None:
 
 
 class Plugin:
-    """v1beta1.DevicePlugin for one resource.
-
-    ON_STREAM is called with an object that stands for a ListAndWatch stream, and with whether that has opened or ended.
-    """
+    """v1beta1.DevicePlugin for one resource. ON_STREAM is called with an object that stands for a ListAndWatch stream,
+    and with whether that has opened or ended."""
 
     MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
 
@@ -3429,9 +3404,7 @@ class Plugin:
 
     def can_offer(self, resource: Resource) -> bool:
         """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
-
-        Checks of starts cost little, so a plugin that no longer needs them keeps the option.
-        """
+        Checks of starts cost little, so a plugin that no longer needs them keeps the option."""
         needed = options_of(resource)
         needed.pre_start_required |= self.options.pre_start_required
         return bool(needed == self.options)
@@ -3512,11 +3485,8 @@ class Plugin:
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
     ) -> pb.PreStartContainerResponse:
-        """Allow a container to start if its devices are those that their rules chose.
-
-        The kubelet keeps the answer of Allocate for the life of the pod, and asks before each start of a container in
-        it. After a refusal it shows the text in the pod's events, and asks again every 13 s or so.
-        """
+        """Allow a container to start if its devices are those that their rules chose. After a refusal, the kubelet
+        shows the text in the pod's events, and asks again every 13 s or so."""
         slots: dict[str, Slot] = {}  # one of each device, by its path
         for slot_id, slot in named_slots(self.resource, request.devices_ids):
             if slot is None:
@@ -3562,10 +3532,8 @@ def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
 
 
 def is_domain(text: str) -> bool:
-    """Whether the kubelet accepts TEXT as the domain of a resource.
-
-    It must be a DNS subdomain, also with the prefix "requests." of quotas, but must not have that prefix itself.
-    """
+    """Whether the kubelet accepts TEXT as the domain of a resource: a DNS subdomain, also with the prefix "requests."
+    of quotas, but without that prefix itself."""
     label = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
     is_subdomain = re.fullmatch(rf"{label}(\.{label})*", text) and len(f"requests.{text}") <= 253
     return bool(is_subdomain) and not text.startswith("requests.") and "kubernetes.io" not in text
@@ -3606,17 +3574,11 @@ class Registration:
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(
-        self,
-        plugin_dir: str,
-        domain: str,
-        devices: HostDevices,
-        kubelet: KubeletConnection,
-        leases: Leases,
-        resource: Resource,
+        self, domain: str, devices: HostDevices, kubelet: KubeletConnection, leases: Leases, resource: Resource
     ) -> None:
         self.plugin = Plugin(resource, domain, devices, self._stream_changed)
-        self.socket = socket_name(resource.name, domain, plugin_dir)
-        self._path = f"{plugin_dir}/{self.socket}"
+        self.socket = socket_name(resource.name, domain, kubelet.folder)
+        self._path = f"{kubelet.folder}/{self.socket}"
         self._kubelet = kubelet
         self._leases = leases
         self._known: Identity | None = None  # the last kubelet that it was to be registered with
@@ -3769,9 +3731,9 @@ class DevicePluginSide(KubeletSide):
         super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
         self.registrations: dict[str, Registration] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
-        self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
+        self._kubelet = KubeletConnection(plugin_dir, self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
-        self._make = functools.partial(Registration, plugin_dir, domain, devices, self._kubelet, self._leases)
+        self._make = functools.partial(Registration, domain, devices, self._kubelet, self._leases)
         self._inodes: dict[str, int] = {}  # of the files in the plugin directory, by name, at the last check
 
     @property
