@@ -7284,7 +7284,7 @@ def test_a_device_that_is_there_evicts_nobody(node: Node, cluster: Cluster, star
     wait_for(lambda: cluster.taints() == both)
     assert cluster.gives(loop) == given[0]
     cluster.unprepare(loop)
-    assert 'its size is "8" (asked for: 0)' in cluster.prepare(cluster.claim("loop0-0")).error
+    assert 'its size is "8" and was "0"' in cluster.prepare(cluster.claim("loop0-0")).error
     (folder / "size").write_text("0\n")
     node.plug("lock")
     daemon.hang_up()
@@ -9657,9 +9657,7 @@ def test_the_reason_why_it_does_not_start_is_the_last_line(node: Node) -> None:
     done = node.run()
     assert done.returncode == 1
     first, last = done.stderr.splitlines()
-    assert "WARNING the kept copy of the config file" in first and last.startswith(
-        f"smarter_device_manager.py: {node.conf}:"
-    )
+    assert "WARNING the last good text of" in first and last.startswith(f"smarter_device_manager.py: {node.conf}:")
     with FullPipe() as pipe:
         daemon = Daemon(node, stderr=pipe.writer)
         assert daemon.process.wait(PATIENCE) == 1
