@@ -3685,8 +3685,8 @@ class Registration:
             await asyncio.sleep(CHECK_SECONDS)  # a kubelet that stops may end its calls before it closes its socket
         return "refused", f"the kubelet refused to register it ({code.name}): {await call.details()}"
 
-    async def _watch(self, server: UnixServer) -> tuple[str, str]:
-        """Wait while all is well, or the kubelet is down. The event and the problem, which is empty if _is_over()."""
+    async def _watch(self, server: UnixServer) -> tuple[str, str] | None:
+        """Wait while all is well, or the kubelet is down. The event and the problem; None if _is_over() before that."""
 
         def find_problem() -> str:
             if server.is_lost():
@@ -3698,6 +3698,8 @@ class Registration:
         began = time.monotonic()
         await self._until(lambda: self._stream or server.is_lost() or self._is_over(), self.STREAM_SECONDS)
         await self._until(lambda: self._is_over() or (find_problem() and self._kubelet.check()))
+        if self._is_over():  # a hand-over is no time to look for the kubelet
+            return None
         if time.monotonic() - began > MAX_BACKOFF_SECONDS:
             self._backoff.reset()
         return "stream-lost", find_problem()
