@@ -4815,7 +4815,8 @@ def test_the_only_device_that_a_rule_chose_is_remembered_over_restarts(
         with pytest.raises(grpc.RpcError):  # the kubelet would not ask for it, but may have asked just before
             kubelet.take("ttyUSB0", "0")
     if what == "another":
-        swap_stick(board, "ttyUSB0", "A1", "1-1.4")
+        unplug_stick(board, "ttyUSB0")
+    plug_stick(board, "ttyUSB0", "A1", "1-1.4")
     kubelet.wait_for("ttyUSB0", Healthy=1)
     kubelet.starts("ttyUSB0", "0")
     daemon.stop()
