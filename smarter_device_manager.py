@@ -2277,34 +2277,28 @@ def join_names(names: Sequence[str]) -> str:
     return ",".join(names[:MAX_NAMES]) + (",..." if len(names) > MAX_NAMES else "")
 
 
-class TextFormatter(logging.Formatter):
-    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented.
+class EventFormatter(logging.Formatter):
+    """One line per event: a JSON object if IS_JSON, else time, level, sentence, then key=value.
 
-    Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
+    As text, the lines of a traceback follow, indented. Only fields have a "=" between two words; in texts from outside,
+    such as a value in sysfs, it is escaped."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        fields = [f"{key}={_quote_value(str(value))}" for key, value in getattr(record, "fields", {}).items()]
-        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
-        line = " ".join([utc(record.created), record.levelname, message, *fields])
-        return "\n  ".join([line, *_traceback_lines(record)])
-
-
-def _quote_value(text: str) -> str:
-    return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
-
-
-def _traceback_lines(record: logging.LogRecord) -> list[str]:
-    """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
-    text = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-    return [truncate(printable(line), MAX_MESSAGE) for line in text.split("\n")[-100:] if text]
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per event, on one line."""
+    def __init__(self, is_json: bool) -> None:
+        super().__init__()
+        self._is_json = is_json
 
     def format(self, record: logging.LogRecord) -> str:
-        traceback = "\n".join(_traceback_lines(record))
-        return json.dumps({**event_of(record), **({"traceback": traceback} if traceback else {})})
+        event = event_of(record)
+        text = self.formatException(record.exc_info) if record.exc_info else ""
+        traceback = [truncate(printable(line), MAX_MESSAGE) for line in text.splitlines()[-100:]]
+        if self._is_json:
+            return json.dumps({**event, **({"traceback": "\n".join(traceback)} if traceback else {})})
+        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(event["message"]), MAX_MESSAGE))
+        pairs = [f"{key}={self._quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        return "\n  ".join([" ".join([event["time"], record.levelname, message, *pairs]), *traceback])
+
+    def _quote(self, text: str) -> str:
+        return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
 def event_of(record: logging.LogRecord) -> Document:
@@ -5162,9 +5156,6 @@ class DraSide(KubeletSide):
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
-
-
 # The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
 
 
@@ -5174,11 +5165,10 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
     def offer(name: str, path: str, line: int) -> Document:
         return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
 
+    shared = find_shared(plan).items()
     return {
         "resources": resources,
-        "shared": [
-            {"path": node, "offers": [offer(*each) for each in offers]} for node, offers in find_shared(plan).items()
-        ],
+        "shared": [{"path": node, "offers": [offer(*each) for each in offers]} for node, offers in shared],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5189,35 +5179,28 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
 
 def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
     """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
-    return {
-        "name": f"{domain}/{resource.name}",
-        "pool": resource.pool,
-        "slots": sum(device.slots for device in resource.devices),
-        "devices": [_describe_device(device, epoch) for device in resource.devices],
-    }
 
+    def describe_node(spec: DeviceSpec) -> Document:
+        paths = {"host": spec.host, "container": spec.container}
+        return {**paths, "permissions": spec.permissions, "targets": [host for host, _ in spec.nodes]}
 
-def _describe_device(device: Device, epoch: float) -> Document:
-    return {
-        "path": device_path(device),
-        "line": device.line,
-        "slots": device.slots,
-        "healthy": not device.problem,
-        "problem": device.problem,
-        **({"gone": device.is_gone} if device.problem else {}),
-        "since": utc(epoch + device.since),
-        "numa": list(device.numa),
-        "nodes": [
-            {
-                "host": spec.host,
-                "container": spec.container,
-                "permissions": spec.permissions,
-                "targets": [host for host, _ in spec.nodes],
-            }
-            for spec in device.specs
-        ],
-        "env": dict(device.env),
-    }
+    devices = [
+        {
+            "path": device_path(device),
+            "line": device.line,
+            "slots": device.slots,
+            "healthy": not device.problem,
+            "problem": device.problem,
+            **({"gone": device.is_gone} if device.problem else {}),
+            "since": utc(epoch + device.since),
+            "numa": list(device.numa),
+            "nodes": list(map(describe_node, device.specs)),
+            "env": dict(device.env),
+        }
+        for device in resource.devices
+    ]
+    slots = sum(device.slots for device in resource.devices)
+    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices}
 
 
 def describe_use(resource: Resource, holders: Holders | None) -> Document:
@@ -5225,21 +5208,17 @@ def describe_use(resource: Resource, holders: Holders | None) -> Document:
     if holders is None:
         return {"in_use": None, "holders": None}
     own = set(holders.get(resource.name, ()))
-    slots = dict(named_slots(resource, (holder.slot for holder in own)))
-    found = sorted(
-        (slot.device.path, slot.number, holder)
-        for holder in own
-        for slot in [slots[holder.slot]]
-        if slot and slot.number < slot.device.slots
-    )
-    paths = {device.path: device_path(device) for device in resource.devices}
-    held = [{"slot": holder.slot, "device": paths[path], **holder._asdict()} for path, _, holder in found]
+    named = named_slots(resource, (holder.slot for holder in own))
+    slots = {slot_id: slot for slot_id, slot in named if slot and slot.number < slot.device.slots}
+    places = {slot_id: (slot.device.path, slot.number, device_path(slot.device)) for slot_id, slot in slots.items()}
+    found = sorted((places[holder.slot], holder) for holder in own if holder.slot in places)
+    held = [{"slot": holder.slot, "device": path, **holder._asdict()} for (*_, path), holder in found]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def find_unready(resources: Iterable[Document]) -> list[Document]:
-    """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
-    return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
+def is_served(resources: Iterable[Document]) -> bool:
+    """Whether the kubelet has each of RESOURCES, from this instance or another one."""
+    return all(resource["ready"] or resource["served_by_other"] for resource in resources)
 
 
 def find_hanging(threads: Iterable[Document]) -> list[str]:
@@ -5251,26 +5230,30 @@ def find_hanging(threads: Iterable[Document]) -> list[str]:
     ]
 
 
-def find_problems(document: Document) -> FoundProblems:
-    """What is wrong, the worst first."""
-    found: list[tuple[str, str]] = [(sentence, "") for sentence in find_hanging(document["threads"])]
+def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
+    """What is wrong, the worst first, and the names of the resources or devices that have it."""
+    problems: dict[str, list[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
+
+    def add(sentence: str, *names: str) -> None:
+        if sentence:
+            problems.setdefault(sentence, []).extend(names)
+
     if document["dra"]:
-        found.append((document["dra"]["problem"], ""))
+        add(document["dra"]["problem"])
     elif document["kubelet"]["answering"]:
-        found += [(each["trouble"], each["name"]) for each in document["resources"] if not each["ready"]]
+        for resource in document["resources"]:
+            add(resource["trouble"], resource["name"])
     else:
         where = document["kubelet"]["plugin_dir"]
-        found.append((f"the kubelet does not answer in {where}: no pod can be given a device until it does", ""))
-    found += [(document["dev_problem"], ""), (conf_problem(document["conf"]), "")]
+        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+    add(document["dev_problem"])
+    add(conf_problem(document["conf"]))
     for resource in document["resources"]:
         users = users_by_device(resource)
-        for device in filter(lambda device: device["problem"], resource["devices"]):
-            named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
-            found.append((device["problem"] + (f", in use by {named}" if named else ""), device["path"]))
-    problems: dict[str, list[str]] = {sentence: [] for sentence, _ in found if sentence}
-    for sentence, name in found:
-        if sentence and name:
-            problems[sentence].append(name)
+        for device in resource["devices"]:
+            if device["problem"]:
+                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
     return problems
 
 
@@ -5327,10 +5310,8 @@ def _lists(document: Document) -> Iterator[tuple[str, Sequence[str], Sequence[Se
     """What tables and page list below the resources: titles, headers and rows."""
     shared = []
     for node in document["shared"]:
-        lines = sorted({offer["line"] for offer in node["offers"]})
-        shared.append(
-            (", ".join(map(str, lines)), node["path"], ", ".join(each["resource"] for each in node["offers"]))
-        )
+        lines = ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]})))
+        shared.append((lines, node["path"], ", ".join(offer["resource"] for offer in node["offers"])))
     yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
@@ -5350,8 +5331,7 @@ def render_list(document: Document) -> str:
 
 
 def target_of(host: str, targets: Sequence[str]) -> tuple[str, bool]:
-    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
-    folder."""
+    """The node that HOST leads to if it is a link; and whether it is a folder. It stands for the nodes TARGETS."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
@@ -5459,7 +5439,7 @@ def _request_samples(document: Document) -> Samples:
 
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
-FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
     ("build_info", "Always 1; the labels have the versions.", _build_samples),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
@@ -5494,20 +5474,15 @@ FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] =
 )
 
 
-def metric_name(name: str) -> str:
-    """The exported name; those of a process are the names that all Prometheus clients give them."""
-    return name if name.startswith("process_") else PREFIX + name
-
-
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for short, text, source in FAMILIES:
-        name = metric_name(short)
+        name = short if short.startswith("process_") else PREFIX + short  # all Prometheus clients name these so
         yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
-            number = int(value) if isinstance(value, int) else value
-            yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
+            number = int(value) if isinstance(value, bool) else value
+            yield f"{name}{{{pairs}}} {number}\n" if pairs else f"{name} {number}\n"
 
 
 def _read_samples(source: str, document: Document) -> Samples:
@@ -5523,24 +5498,23 @@ _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
 def _fill(template: str, **values: object) -> str:
-    """TEMPLATE with VALUES in their places, each escaped for HTML's text and quoted attributes."""
-    return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
+    """TEMPLATE with those of VALUES that it names, each escaped for HTML's text and quoted attributes."""
+    return re.sub(r"{(\w+)}", lambda key: printable(str(values[key[1]])).translate(_ESCAPES_OF_HTML), template)
 
 
-def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece, PROBLEMS first; only a style and a script with NONCE are in force."""
+def render_page(document: Document, nonce: str) -> Iterator[str]:
+    """DOCUMENT as an HTML page, piece by piece, problems first; only a style and a script with NONCE are in force."""
+    problems = find_problems(document)
     count = len(problems)
     values = {
+        **document,
         "nonce": nonce,
-        "refresh": 5,  # seconds
-        "node": document["node"],
-        "version": document["smarter_device_manager"],
-        "time": clock(document["time"]),
+        "moment": clock(document["time"]),
         "verdict": "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong",
         "mood": "bad" if count else "good",
         "colour": "%23b3262b" if count else "%23166a3a",
     }
-    yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
+    yield _fill(_HEAD, **values)
     if count:
         yield '<ul class="card list wrong">\n'
         for sentence, names in problems.items():
@@ -5549,14 +5523,11 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
+    yield _TABLE if document["resources"] else _NO_TABLE
     by_name = {name: sentence for sentence, names in problems.items() for name in names}
-    if document["resources"]:
-        yield _TABLE
-        for resource in document["resources"]:
-            yield from _page_resource(resource, by_name.get(resource["name"], ""))
-        yield "</table>\n"
-    else:
-        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+    for resource in document["resources"]:
+        yield from _page_resource(resource, by_name.get(resource["name"], ""))
+    yield "</table>\n" if document["resources"] else ""
     lists = [(title, [(f"line {line}", *texts) for line, *texts in rows]) for title, _, rows in _lists(document)]
     lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
     for title, rows in lists:
@@ -5564,7 +5535,7 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield f'<h2>{title}</h2>\n<ul class="card list">\n' if rows else ""
         yield from (_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows)
         yield "</ul>\n" if rows else ""
-    yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
+    yield _fill(_FOOT, **values)
 
 
 def _facts(document: Document) -> Iterator[str]:
@@ -5585,32 +5556,26 @@ def _facts(document: Document) -> Iterator[str]:
 def _page_resource(resource: Document, problem: str) -> Iterator[str]:
     """The rows of RESOURCE, which has PROBLEM if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
-    domain, _, name = resource["name"].partition("/")
+    domain, _, short_name = resource["name"].partition("/")
     head = _fill(
         _RESOURCE,
         rows=len(resource["devices"]),
         domain=domain,
-        name=name,
+        name=short_name,
         problem=problem,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
     )
     users = users_by_device(resource)
-    yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
+    yield _fill('<tbody id="{name}" role="rowgroup">\n', **resource)
     for device in resource["devices"]:
-        wrong, since = device["problem"], clock(device["since"])
-        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
-        yield _fill(
-            _DEVICE,
-            line=device["line"],
-            since=since,
-            mood="bad" if wrong else "good",
-            state="Unhealthy" if wrong else "Healthy",
-            text=device_text(device),
-            problem=f"Unhealthy: {wrong}" if wrong else "",
-            problem_since=f"since {since}" if wrong else "",
-        )
+        yield _fill('<tr id="{path}" role="row">', **device) + head
+        values = {**device, "since": clock(device["since"]), "text": device_text(device)}
+        mood, state = ("bad", "Unhealthy") if device["problem"] else ("good", "Healthy")
+        yield _fill(_DEVICE, **values, mood=mood, state=state)
+        yield _fill(_PROBLEM, **values) if device["problem"] else ""
+        yield '</td>\n<td role="cell" data-name="Used by:">'
         for (pod, container), slots in users.get(device["path"], {}).items():
             held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
             yield _fill(_USER, container=container, pod=pod, slots=held)
@@ -5646,13 +5611,13 @@ def is_known_host(host: str, names: frozenset[str]) -> bool:
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
     """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
     body = text.encode("utf-8", "backslashreplace")
+    policy = f"default-src 'none'; {policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     head = [
         f"HTTP/1.1 {status}",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
-        "Content-Security-Policy: default-src 'none'; "
-        f"{policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        f"Content-Security-Policy: {policy}",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
@@ -5718,8 +5683,7 @@ class StatusServer:
             while True:
                 try:
                     connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
-                except OSError as error:
-                    log.debug("cannot accept a connection to the status page: %s", error.strerror)
+                except OSError:
                     await asyncio.sleep(1.0)  # until there are file descriptors again
                     continue
                 task = asyncio.ensure_future(self._serve(connection))
@@ -5740,11 +5704,8 @@ class StatusServer:
 
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
-        with connection:
-            try:
-                await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
-            except (OSError, asyncio.TimeoutError) as error:
-                log.debug("a client of the status page went away or was too slow: %s", error)
+        with connection, contextlib.suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
 
     async def _answer(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -5779,8 +5740,7 @@ class StatusServer:
             if path not in self._views:
                 self._views[path] = asyncio.ensure_future(self._view(path))
             return await asyncio.shield(self._views[path])
-        except OSError as error:  # of reading /proc, for lack of file descriptors
-            log.debug("cannot make the status page: %s", error.strerror)
+        except OSError:  # of reading /proc, for lack of file descriptors
             return plain(UNAVAILABLE)
         except Exception:
             log_internal_error("the status page failed")
@@ -5797,11 +5757,11 @@ class StatusServer:
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
         states = {name: self.side.describe_registration(name) for name in self.plan.resources}
-        unready = find_unready(states.values())
-        lines = [] if unready else ["ok"]
-        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if not each["ready"]]
+        is_ready = is_served(states.values())
+        lines = ["ok"] if is_ready else []
+        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if each["trouble"]]
         lines += filter(None, [conf_problem(self.device_side["conf"])])
-        return plain(UNAVAILABLE if unready else OK, lines)
+        return plain(OK if is_ready else UNAVAILABLE, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
@@ -5811,12 +5771,11 @@ class StatusServer:
         elif path == "/":
             nonce = os.urandom(16).hex()
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-            kind, pieces = "text/html; charset=utf-8", render_page(document, find_problems(document), nonce)
+            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
         else:
             document["healthy"] = not find_hanging(document["threads"])
-            document["ready"] = not find_unready(document["resources"])
-            found = find_problems(document).items()
-            document["problems"] = [_with_names(sentence, names) for sentence, names in found]
+            document["ready"] = is_served(document["resources"])
+            document["problems"] = [_with_names(*problem) for problem in find_problems(document).items()]
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
@@ -6786,7 +6745,7 @@ def option_address(text: str) -> tuple[str, int]:
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
     """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    handler.setFormatter(EventFormatter(options.log_format == "json"))
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     refusals = ("refused", "start-refused")
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
@@ -6867,7 +6826,12 @@ def run(options: argparse.Namespace) -> int:
 # Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLE = """
+_HEAD = """<!doctype html>
+<html lang="en"><head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+<style nonce="{nonce}">
 :root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
   --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
   --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
@@ -6903,10 +6867,38 @@ rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+</style>
+<title>{node}: {verdict}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
+cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
+</head><body>
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {smarter_device_manager}, as of <span id="time" data-live>{moment}</span>.
+All times are UTC. <strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
 """
-SCRIPT = """
+_TABLE = """<table class="card" role="table">
+<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
+scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
+Used by</th></tr></thead>
+"""
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code>"""
+_PROBLEM = """<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
+_NO_TABLE = '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+_FOOT = """</main>
+<footer class="dim">This page updates itself every 5 seconds. For programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
+<script nonce="{nonce}">
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-const period = 1000 * document.body.dataset.refresh;
+const period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
@@ -6934,42 +6926,10 @@ async function refresh() {
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
+</script>
+</body>
+</html>
 """
-_HEAD = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
-<style nonce="{nonce}">"""
-_TOP = """</style>
-<title>{node}: {verdict}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
-cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head><body data-refresh="{refresh}">
-<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
-<button id="pause" type="button" hidden>Pause</button>
-<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
-<strong id="trouble" class="bad" role="status"></strong></p></header>
-<main id="content" data-live>
-"""
-_TABLE = """<table class="card" role="table">
-<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
-scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
-Used by</th></tr></thead>
-"""
-_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
-<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
-"""
-_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
-<td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
-_FOOT = """</main>
-<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
-status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-<script nonce="{nonce}">"""
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]
