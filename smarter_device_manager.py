@@ -5477,7 +5477,7 @@ FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for short, text, source in FAMILIES:
-        name = short if short.startswith("process_") else PREFIX + short  # all Prometheus clients name these so
+        name = short if short.startswith("process_") else PREFIX + short  # the former are the same in all programs
         yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
@@ -6847,8 +6847,7 @@ code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
 small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.list { padding: .3rem 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; } .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
@@ -6859,8 +6858,7 @@ thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thea
 :target, :target td { background: var(--goal); }
 svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
 rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: currentcolor; }
+.dot { display: inline-block; border: .31em solid; border-radius: 50%; margin-right: .5em; }
 @media (max-width: 44rem) {
   .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
@@ -6879,9 +6877,8 @@ All times are UTC. <strong id="trouble" class="bad" role="status"></strong></p><
 <main id="content" data-live>
 """
 _TABLE = """<table class="card" role="table">
-<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
-scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
-Used by</th></tr></thead>
+<thead><tr><th scope="col">Resource</th><th scope="col">Slots in use</th><th scope="col">Device</th>
+<th scope="col">Used by</th></tr></thead>
 """
 _RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
 <small class="bad">{problem}</small><small class="bad">{refused}</small></th>
@@ -6897,8 +6894,7 @@ _FOOT = """</main>
 <footer class="dim">This page updates itself every 5 seconds. For programs: <a href="status.json">\
 status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
 <script nonce="{nonce}">
-const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-const period = 5000;
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble"), period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
