@@ -8808,8 +8808,12 @@ def test_many_who_ask_at_once_are_all_answered(served: Status) -> None:
 
 
 def test_a_slow_reader_keeps_nobody_waiting_and_is_cut_off(served: Status, kubelet: Kubelet) -> None:
-    pod = "n" * 300 + "/" + "p" * 300
-    kubelet.hold(*[("nvidia-gpu0", f"{pod}/{number}", ["0"]) for number in range(sdm.MAX_HOLDERS)])
+    response = pb.ListPodResourcesResponse()
+    pod = response.pod_resources.add(namespace="n" * 300, name="p" * 300)
+    for number in range(sdm.MAX_HOLDERS):
+        found = pod.containers.add(name=str(number))
+        found.devices.add(resource_name="smarter-devices/nvidia-gpu0", device_ids=["0"])
+    kubelet.pod_resources.answer = response.SerializeToString()
     wait_for(lambda: len(served.ask("/status.json").body) > 7_000_000)  # more than a socket takes
     daemon = served.daemon
     with contextlib.ExitStack() as stack:
