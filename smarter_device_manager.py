@@ -19,8 +19,8 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Device
-side, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log and problems, Device side, Kubelet, Device
+plugins, DRA, Status, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -2418,8 +2418,7 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
-# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form. Two
-# helpers are of Kubelet: write_file() and Watch.
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -2429,6 +2428,31 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
 FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
+
+
+def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
+
+    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
+    """
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(data)
+            file.flush()
+            if is_synced:
+                os.fsync(descriptor)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    if is_synced:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class KeptFile:
@@ -2740,6 +2764,39 @@ def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int]
     return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
+class Watch:
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
+    WITH_CONTENT also when a file in it is written.
+
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
+    """
+
+    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
+        self._path = path
+        self._signal = signal_number
+        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # the path leads to another directory now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
+        except OSError:
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
+        return True
+
+    def close(self) -> None:
+        """Request no more signals."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
 def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
     """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
     Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
@@ -2752,8 +2809,8 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
-# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
-# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
+# delete or replace, the connection to kubelet.sock, and the PodResources API. Everything from here on needs grpc, and
+# nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
@@ -2860,31 +2917,6 @@ def socket_identity(path: str) -> Identity | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
-
-    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
-    """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask is
-            file.write(data)
-            file.flush()
-            if is_synced:
-                os.fsync(descriptor)
-        os.rename(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
-    if is_synced:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
@@ -3045,39 +3077,6 @@ class Leases:
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-
-class Watch:
-    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
-    WITH_CONTENT also when a file in it is written.
-
-    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
-    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
-    """
-
-    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
-        self._path = path
-        self._signal = signal_number
-        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
-        self._directory = -1  # its descriptor
-
-    def ask(self) -> bool:
-        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
-        try:
-            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
-        except OSError:
-            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
-        return True
-
-    def close(self) -> None:
-        """Request no more signals."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
 
 
 class KubeletConnection:
